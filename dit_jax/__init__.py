@@ -1,0 +1,13 @@
+"""Diffusion Transformers in JAX and Flax.
+
+Conventions, the same in every module:
+  images     NHWC float32 in [-1, 1]; uint8 only at the edge (files, batches on their way to the device, npz).
+  latents    what the network sees, about unit variance, NHWC float32.
+  t          float32 in [0, 1]: t = 0 is data, t = 1 is noise. What the backbone is fed is `process.network_time(t)`.
+  guidance   scale w means uncond + w (cond - uncond), so w = 1 is off.
+  batch_size global, over all hosts and devices, unless a name says `per_host_`.
+  GMACs      multiply-adds of one forward of one image, in units of 1e9 (what the paper calls Gflops); FLOPs = 2 x MACs.
+  counts end in `_steps` or `_images`, times in `_seconds`.
+"""
+
+__version__ = "0.1.0"
