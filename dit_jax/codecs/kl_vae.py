@@ -1,0 +1,401 @@
+"""The KL autoencoder of latent diffusion: from an image to a Gaussian over a grid 8 (or 16) times smaller, and back.
+
+Letters: B batch; H, W image; h, w latent grid, h = H / downsample; C channels; N = h * w tokens of the attention layer.
+Source: Rombach et al. 2022 (High-Resolution Image Synthesis with Latent Diffusion Models), section 3.1 and appendix G;
+the layout is that of the weights Stable Diffusion, SD3 and Flux publish. `interop/vae.py` reads and writes them.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dit_jax.errors import UserError
+
+# PyTorch's default for a convolution, which the published weights started from: uniform in +-1/sqrt(fan_in).
+# Deviation: PyTorch also draws the biases so; here they start at zero.
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def split_moments(moments):
+    """Mean and log-variance of the posterior, float32, the log-variance clipped to [-30, 20] as in the original.
+
+    Args:
+        moments: [B, h, w, 2C], mean then log-variance on the last axis.
+    """
+    mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+
+def spatial_attention(query, key, value):
+    """softmax(q k^T / sqrt(C)) v with one head over all positions, softmax in float32; the one place to swap a kernel.
+
+    The XLA implementation is asked for by name: the head is 512 wide, more than the cuDNN kernel accepts. It holds the
+    [N, N] float32 logits of every image: 1 GiB at 1024 px with f8, so larger images want `KLVAE.decode_tiled`.
+
+    Args:
+        query, key, value: [B, N, C].
+    """
+    heads = (x[:, :, None] for x in (query, key, value))  # [B, N, 1, C]
+    return jax.nn.dot_product_attention(*heads, implementation="xla")[:, :, 0]
+
+
+class Layer(nn.Module):
+    """What every module here shares: the group count of the norms, the compute dtype and the parameter dtype."""
+
+    norm_groups: int
+    dtype: Any
+    param_dtype: Any
+
+    def conv(self, features, name, kernel_size=3, strides=1, padding="SAME"):
+        return nn.Conv(
+            features,
+            (kernel_size, kernel_size),
+            strides,
+            padding,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=torch_uniform,
+            name=name,
+        )
+
+    def norm(self, name):
+        # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits where the mean is large against the deviation.
+        return nn.GroupNorm(
+            self.norm_groups,
+            epsilon=1e-6,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def resnet(self, features, name):
+        return ResnetBlock(self.norm_groups, self.dtype, self.param_dtype, features=features, name=name)
+
+    def middle(self, x):
+        """Resnet, attention, resnet at the coarsest resolution: the same in the encoder and the decoder."""
+        features = x.shape[-1]
+        x = self.resnet(features, "mid_resnet_0")(x)
+        x = AttentionBlock(self.norm_groups, self.dtype, self.param_dtype, name="mid_attention")(x)
+        return self.resnet(features, "mid_resnet_1")(x)
+
+
+class ResnetBlock(Layer):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):  # [B, H, W, C] -> [B, H, W, features]
+        h = self.conv(self.features, "conv1")(nn.silu(self.norm("norm1")(x)))
+        h = self.conv(self.features, "conv2")(nn.silu(self.norm("norm2")(h)))
+        if x.shape[-1] != self.features:
+            x = self.conv(self.features, "conv_shortcut", kernel_size=1)(x)
+        return x + h
+
+
+class AttentionBlock(Layer):
+    """x + out(attention(norm(x))), one head as wide as the layer, over all h * w positions."""
+
+    @nn.compact
+    def __call__(self, x):  # [B, h, w, C]
+        batch, height, width, channels = x.shape
+
+        def linear(name):
+            return nn.Dense(
+                channels, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_uniform, name=name
+            )
+
+        tokens = self.norm("norm")(x).reshape(batch, height * width, channels)
+        tokens = spatial_attention(linear("query")(tokens), linear("key")(tokens), linear("value")(tokens))
+        return x + linear("out")(tokens).reshape(x.shape)
+
+
+class Encoder(Layer):
+    """Images [B, H, W, image_channels] to raw moments [B, h, w, 2 * latent_channels], float32."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    use_quant_conv: bool
+
+    @nn.compact
+    def __call__(self, images):
+        x = self.conv(self.block_out_channels[0], "conv_in")(images)
+        for i, features in enumerate(self.block_out_channels):
+            for j in range(self.layers_per_block):
+                x = self.resnet(features, f"down_{i}_resnet_{j}")(x)
+            if i < len(self.block_out_channels) - 1:
+                # Padded on the bottom and right only, as the weights were trained.
+                x = self.conv(features, f"down_{i}_downsample", strides=2, padding=((0, 1), (0, 1)))(x)
+        x = nn.silu(self.norm("norm_out")(self.middle(x)))
+        x = self.conv(2 * self.latent_channels, "conv_out")(x)
+        if self.use_quant_conv:
+            x = self.conv(2 * self.latent_channels, "quant_conv", kernel_size=1)(x)
+        return x.astype(jnp.float32)
+
+
+class Decoder(Layer):
+    """Unscaled latents [B, h, w, latent_channels] to images [B, H, W, image_channels], float32, not clipped."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    image_channels: int
+    use_quant_conv: bool
+
+    @nn.compact
+    def __call__(self, z):
+        if self.use_quant_conv:
+            z = self.conv(z.shape[-1], "post_quant_conv", kernel_size=1)(z)
+        x = self.middle(self.conv(self.block_out_channels[-1], "conv_in")(z))
+        for i, features in enumerate(reversed(self.block_out_channels)):
+            for j in range(self.layers_per_block + 1):
+                x = self.resnet(features, f"up_{i}_resnet_{j}")(x)
+            if i < len(self.block_out_channels) - 1:
+                x = self.conv(features, f"up_{i}_upsample")(upsample_nearest(x))
+        x = nn.silu(self.norm("norm_out")(x))
+        return self.conv(self.image_channels, "conv_out")(x).astype(jnp.float32)
+
+
+def upsample_nearest(x):
+    """Every pixel of [B, H, W, C] becomes a 2 x 2 square: [B, 2H, 2W, C]."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def tile_axis(size, tile, overlap, factor):
+    """Where tiles start along one axis of the latent grid, and how much each counts at every pixel it decodes to.
+
+    Args:
+        size: length of the axis in latent pixels; an axis no longer than `tile` is one whole tile.
+        tile, overlap: latent pixels; tiles are spread evenly, so they share at least `overlap`.
+        factor: image pixels per latent pixel.
+    Returns:
+        starts [n] int32 in latent pixels, and weights [n, min(tile, size) * factor] float32: 1 inside, linear ramps
+        over the overlaps, adding up to 1 at every pixel of the image.
+    """
+    length = min(tile, size)
+    count = 1 + math.ceil((size - length) / (tile - overlap))
+    starts = np.linspace(0, size - length, count).round().astype(np.int32)
+    pixel = np.arange(length * factor) + 0.5
+    ramp = np.minimum(pixel / (overlap * factor), 1.0) if overlap else np.ones_like(pixel)
+    weights = np.ones((len(starts), length * factor))
+    weights[1:] *= ramp
+    weights[:-1] *= ramp[::-1]
+    pixels = starts[:, None] * factor + np.arange(length * factor)
+    total = np.zeros(size * factor)
+    np.add.at(total, pixels, weights)
+    return starts, (weights / total[pixels]).astype(np.float32)
+
+
+def floating_dtype(name, value):
+    """jnp.dtype of "bfloat16" or jnp.bfloat16 alike, so that codecs compare equal; UserError for what is not floating."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"{name} {value!r} is not a floating type: use float32 or bfloat16")
+    return dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class KLVAE:
+    """The KL autoencoder as a codec: sizes only; parameters are a separate pytree {"encoder": ..., "decoder": ...}.
+
+    Attributes:
+        block_out_channels: width of each level, finest first; every level but the last halves the resolution.
+        layers_per_block: resnet blocks per level of the encoder; the decoder has one more.
+        latent_channels: C of the latents.
+        scale, shift: latents = (sample - shift) * scale, about unit variance; a number measured on data, not learnt.
+        use_quant_conv: 1x1 convolutions after the encoder and before the decoder (SD, SDXL: yes; SD3, Flux: no).
+        image_channels: 3, or 1 for grey images.
+        norm_groups: groups of every norm; divides every width.
+        dtype: of activations and products; norms' statistics, softmax and all outputs are float32 whatever it is. How
+            exact float32 products are is up to jax_default_matmul_precision (on TPUs, bfloat16 passes unless set).
+        param_dtype: of what `init` makes; loaded weights keep the dtype of their file.
+    Raises:
+        UserError: at construction, for sizes that fit no network.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    scale: float = 0.18215
+    shift: float = 0.0
+    use_quant_conv: bool = True
+    image_channels: int = 3
+    norm_groups: int = 32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))  # a config gives a list
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, floating_dtype(name, getattr(self, name)))
+        if not self.block_out_channels:
+            raise UserError("block_out_channels is empty: give one width per level, such as (128, 256, 512, 512)")
+        for name in ("layers_per_block", "latent_channels", "image_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        for width in self.block_out_channels:
+            if width < 1 or width % self.norm_groups:
+                raise UserError(
+                    f"block_out_channels {self.block_out_channels} has {width}, not a positive multiple of norm_groups "
+                    f"{self.norm_groups}: change one of them"
+                )
+        if not (np.isfinite(self.scale) and self.scale > 0 and np.isfinite(self.shift)):
+            raise UserError(f"scale {self.scale} must be positive and shift {self.shift} finite")
+
+    @property
+    def downsample(self):
+        """Image pixels per latent pixel along one side: 2 ** (levels - 1), so 8 for Stable Diffusion."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def latent_shape(self, resolution):
+        """(h, w, C) for a square image of `resolution` pixels; UserError unless `downsample` divides it."""
+        if resolution < 1 or resolution % self.downsample:
+            raise UserError(
+                f"resolution {resolution} is not a positive multiple of the codec's downsample {self.downsample}: "
+                "choose one that is"
+            )
+        side = resolution // self.downsample
+        return side, side, self.latent_channels
+
+    @property
+    def encoder(self):
+        """The Linen module whose parameters are params["encoder"]."""
+        return Encoder(latent_channels=self.latent_channels, **self._shared_fields())
+
+    @property
+    def decoder(self):
+        """The Linen module whose parameters are params["decoder"]."""
+        return Decoder(image_channels=self.image_channels, **self._shared_fields())
+
+    def _shared_fields(self):
+        return {
+            "norm_groups": self.norm_groups,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "block_out_channels": self.block_out_channels,
+            "layers_per_block": self.layers_per_block,
+            "use_quant_conv": self.use_quant_conv,
+        }
+
+    def init(self, key):
+        """Random parameters: kernels uniform in +-1/sqrt(fan_in), biases zero, norms the identity."""
+        encoder_key, decoder_key = jax.random.split(key)
+        side = self.downsample
+        image = jnp.zeros((1, side, side, self.image_channels))
+        latent = jnp.zeros((1, 1, 1, self.latent_channels))
+        return {
+            "encoder": jax.jit(self.encoder.init)(encoder_key, image)["params"],
+            "decoder": jax.jit(self.decoder.init)(decoder_key, latent)["params"],
+        }
+
+    def encode(self, params, images):
+        """Moments [B, h, w, 2C] float32 of images: the posterior's mean and raw log-variance on the last axis.
+
+        Args:
+            params: of `init` or `load_diffusers`; only params["encoder"] is used.
+            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W multiples of `downsample`.
+        Raises:
+            ValueError: images of another rank, dtype, channel count or size. The range of the values is not checked.
+        """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images have dtype {images.dtype}: convert to float32 in [-1, 1], uint8 as x / 127.5 - 1")
+        if images.ndim != 4 or images.shape[-1] != self.image_channels:
+            raise ValueError(f"images have shape {images.shape}, not [B, H, W, {self.image_channels}]")
+        if 0 in images.shape or images.shape[1] % self.downsample or images.shape[2] % self.downsample:
+            raise ValueError(
+                f"images have shape {images.shape}: height and width must be positive multiples of {self.downsample}; "
+                "crop, pad or resize them first"
+            )
+        return self.encoder.apply({"params": params["encoder"]}, images)
+
+    def sample_latent(self, key, moments):
+        """Latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
+
+        Args:
+            key: one PRNG key for the whole batch.
+            moments: [B, h, w, 2C] of `encode`, any floating dtype.
+        Raises:
+            ValueError: moments whose last axis is not 2C.
+        """
+        if moments.shape[-1] != 2 * self.latent_channels:
+            raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
+        mean, log_variance = split_moments(moments)
+        sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return (sample - self.shift) * self.scale
+
+    def decode(self, params, latents):
+        """Images [B, H, W, image_channels] float32 of latents; near [-1, 1] but not clipped.
+
+        Args:
+            params: only params["decoder"] is used.
+            latents: [B, h, w, C], scaled as `sample_latent` gives them.
+        Raises:
+            ValueError: latents of another rank or channel count.
+        """
+        self._check_latents(latents)
+        return self.decoder.apply({"params": params["decoder"]}, latents / self.scale + self.shift)
+
+    def decode_tiled(self, params, latents, tile=64, overlap=16):
+        """`decode` in overlapping, linearly blended tiles: the memory of one tile and of the output.
+
+        A tile of t latent pixels needs, per image of the batch, about 3.5 x (downsample * t)^2 x block_out_channels[1]
+        numbers of `dtype`, or 8 t^4 bytes in its attention if that is more. For Stable Diffusion in float32, XLA's plan
+        on a CPU is 0.22 GiB at t = 32 and 0.88 GiB at t = 64. Tiles run one after the other in a scan.
+        Not equal to `decode`: group norm statistics and attention are those of a tile, so tones may drift slowly across
+        the image, the less the larger the tile. With `tile` at least the size of the latents it is `decode`.
+
+        Args:
+            latents: [B, h, w, C] as for `decode`.
+            tile: side of a square tile in latent pixels; a shorter axis of the latents is not cut.
+            overlap: latent pixels that neighbouring tiles share at least; from 0 to tile - 1.
+        Raises:
+            ValueError: for a tile or overlap outside its range, or latents that `decode` refuses.
+        """
+        self._check_latents(latents)
+        if not 0 <= overlap < tile:
+            raise ValueError(f"overlap {overlap} must be at least 0 and less than tile {tile} (latent pixels)")
+        batch, height, width, _ = latents.shape
+        factor = self.downsample
+        rows, row_weights = tile_axis(height, tile, overlap, factor)
+        columns, column_weights = tile_axis(width, tile, overlap, factor)
+        row_index, column_index = (x.ravel() for x in np.indices((len(rows), len(columns))))
+        tile_shape = (batch, min(tile, height), min(tile, width), self.latent_channels)
+
+        def add_tile(canvas, placed):
+            row, column, row_weight, column_weight = placed
+            piece = self.decode(params, lax.dynamic_slice(latents, (0, row, column, 0), tile_shape))
+            piece *= row_weight[:, None, None] * column_weight[:, None]
+            corner = (0, row * factor, column * factor, 0)
+            piece += lax.dynamic_slice(canvas, corner, piece.shape)
+            return lax.dynamic_update_slice(canvas, piece, corner), None
+
+        placed = (rows[row_index], columns[column_index], row_weights[row_index], column_weights[column_index])
+        canvas = jnp.zeros((batch, height * factor, width * factor, self.image_channels))
+        return lax.scan(add_tile, canvas, placed)[0]
+
+    def _check_latents(self, latents):
+        if latents.ndim != 4 or latents.shape[-1] != self.latent_channels or 0 in latents.shape:
+            raise ValueError(f"latents have shape {latents.shape}, not [B, h, w, {self.latent_channels}], none 0")
+
+
+# Scale and shift belong to the published weights. `f16` has none: train it, measure the standard deviation s of its
+# latents, and use dataclasses.replace(codec, scale=1 / s).
+PRESETS = {
+    "sd": KLVAE(),  # Stable Diffusion 1 and 2, sd-vae-ft-ema and -mse: what DiT and SiT use
+    "sdxl": KLVAE(scale=0.13025),
+    "sd3": KLVAE(latent_channels=16, scale=1.5305, shift=0.0609, use_quant_conv=False),
+    "flux": KLVAE(latent_channels=16, scale=0.3611, shift=0.1159, use_quant_conv=False),
+    "f16": KLVAE(block_out_channels=(128, 128, 256, 256, 512), latent_channels=16, scale=1.0),
+}

@@ -1,0 +1,62 @@
+"""Random diffusers autoencoders to compare with, for the tests of codecs/kl_vae.py and interop/vae.py."""
+
+import pytest
+
+from dit_jax.codecs.kl_vae import KLVAE
+
+# Keywords of KLVAE. Norm groups of one, two and more channels; a scale and shift that show if forgotten.
+TINY = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 4}
+LAYOUTS = {
+    "sd": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_groups": 32},
+    "no_quant_16": {**TINY, "latent_channels": 16, "use_quant_conv": False, "scale": 0.5, "shift": 0.25},
+    "grey_f16": {**TINY, "block_out_channels": (8, 8, 12, 16, 16), "image_channels": 1},
+}
+
+
+def diffusers_vae(codec: KLVAE, seed=0):
+    """A random `AutoencoderKL` in which every tensor matters: norms away from (1, 0), attention not uniform."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    levels = len(codec.block_out_channels)
+    model = diffusers.AutoencoderKL(
+        in_channels=codec.image_channels,
+        out_channels=codec.image_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=codec.block_out_channels,
+        layers_per_block=codec.layers_per_block,
+        latent_channels=codec.latent_channels,
+        norm_num_groups=codec.norm_groups,
+        scaling_factor=codec.scale,
+        shift_factor=codec.shift or None,
+        use_quant_conv=codec.use_quant_conv,
+        use_post_quant_conv=codec.use_quant_conv,
+    ).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                tensor.uniform_(0.5, 1.5)
+            elif "norm" in name:
+                tensor.normal_(0, 0.3)
+            elif ".to_q." in name or ".to_k." in name:
+                tensor.mul_(3)
+    return model
+
+
+def diffusers_encode(model, images):
+    """Raw moments, NHWC, of NHWC images; NumPy in and out."""
+    import torch
+
+    with torch.no_grad():
+        posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
+    return posterior.parameters.permute(0, 2, 3, 1).numpy()
+
+
+def diffusers_decode(model, latents):
+    """Images of unscaled NHWC latents; NumPy in and out."""
+    import torch
+
+    with torch.no_grad():
+        images = model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
+    return images.permute(0, 2, 3, 1).numpy()
