@@ -1,0 +1,289 @@
+"""Data sets as random access: a number in, one undecoded example out.
+
+Letters: H, W, C are the height, width and channels of an image as stored.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import numpy as np
+
+from dit_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Example(TypedDict):
+    """One record of a source; `name` is what an error message calls it."""
+
+    image: np.ndarray | bytes
+    label: int
+    name: NotRequired[str]
+
+
+class Source(Protocol):
+    """A data set that gives example i in any order, from many threads at once.
+
+    It is pickled into the worker processes of the loader, so files are opened on first use and never travel.
+    `fingerprint` changes when the examples or their numbering do: resuming compares it.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Example with `image` uint8 [H, W, C] or the bytes of an image file, and `label` in [0, num_classes)."""
+        ...
+
+
+def fingerprint(**facts: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the facts that identify a data set, written as sorted JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Digits:
+    """1,797 handwritten digits, uint8 [8, 8, 1], ten classes: the smallest real image data set; needs no download.
+
+    Args:
+        split: "train" is the first 1,500, "test" the last 297 (other writers), "all" both.
+
+    Raises:
+        UserError: unknown split.
+    Source: scikit-learn `load_digits`, intensities 0..16 mapped to round(255 v / 16).
+    """
+
+    num_classes = 10
+    class_names = tuple("0123456789")
+
+    def __init__(self, split: str = "all"):
+        splits = {"all": slice(None), "train": slice(1500), "test": slice(1500, None)}
+        if split not in splits:
+            raise UserError(f"the digits have no split {split!r}: choose one of {', '.join(splits)}")
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self._images = np.round(digits.images * 255 / 16).astype(np.uint8)[splits[split], :, :, None]
+        self._labels = digits.target[splits[split]]
+        self.fingerprint = fingerprint(
+            name="digits",
+            version=hashlib.sha256(self._images.tobytes() + self._labels.astype("<i4").tobytes()).hexdigest(),
+            split=split,
+            count=len(self._images),
+            class_names=self.class_names,
+        )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self._images[index], "label": int(self._labels[index]), "name": f"digit {index}"}
+
+
+class ImageFolder:
+    """JPEG, PNG and WebP files under one folder per class; labels number the class folders in sorted order.
+
+    Class folders are searched to any depth. Files of other suffixes and names that begin with a dot are not part of
+    the data set. Images are numbered by sorted relative path.
+
+    Args:
+        path: the folder that holds the class folders.
+
+    Raises:
+        UserError: no such folder, no class folders, images outside any class folder, a class without images; and from
+            `source[i]`, a file that cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).expanduser()
+        layout = f"{path}: expected <path>/<class name>/*.jpg (suffixes {', '.join(IMAGE_SUFFIXES)})"
+        if not self.path.is_dir():
+            raise UserError(f"image folder {path} {'is not a folder' if self.path.exists() else 'does not exist'}")
+        with os.scandir(self.path) as entries:
+            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        loose = [e.name for e in visible if e.is_file() and e.name.lower().endswith(IMAGE_SUFFIXES)]
+        if loose:
+            raise UserError(f"{len(loose)} images such as {loose[0]} are in no class folder of {layout}; move them")
+        self.class_names = tuple(e.name for e in visible if e.is_dir())
+        if not self.class_names:
+            raise UserError(f"no class folders in {layout}")
+        self.num_classes = len(self.class_names)
+        files, labels = [], []
+        for label, name in enumerate(self.class_names):
+            found = sorted(_images_below(self.path, name))
+            if not found:
+                raise UserError(f"class folder {name!r} holds no images, in {layout}; fill or remove it")
+            files += found
+            labels += [label] * len(found)
+        self._files = tuple(name for name, _ in files)
+        self._labels = np.asarray(labels, np.int32)
+        self.fingerprint = fingerprint(name="image_folder", class_names=self.class_names, count=len(files), files=files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        file = self.path / self._files[index]
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; the folder changed after it was listed, restore it") from error
+        return {"image": data, "label": int(self._labels[index]), "name": str(file)}
+
+
+def _images_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
+    """(path relative to root, size in bytes) of every image under root/folder, links followed."""
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            relative = f"{folder}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _images_below(root, relative)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield relative, entry.stat().st_size
+
+
+class TFDS:
+    """A TensorFlow Datasets data set read by random access, images left encoded; needs no TensorFlow.
+
+    Nothing is downloaded or prepared: the data set must lie at `path` in a format with random access (array_record).
+
+    Args:
+        name: as TFDS writes it, `imagenet2012`, `name/config` or `name/config:1.0.0`.
+        path: the TFDS data_dir, the folder that holds a folder called `name`.
+        split: a split or a slice of one, `train`, `train[:50%]`.
+        image_key: name of the Image feature.
+        label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
+            label is 0, which is the null label of a network for 0 classes.
+
+    Raises:
+        UserError: no such data set, split or feature, no random access, shards missing; and from
+            `source[i]`, a record that cannot be read.
+    """
+
+    def __init__(self, name: str, path: str, split: str, image_key: str = "image", label_key: str | None = "label"):
+        self.name, self.path, self.split = name, os.path.expanduser(path), split
+        self.image_key, self.label_key = image_key, label_key
+        self._lock = threading.Lock()
+        info = self._builder.info
+        self._check_features(info.features)
+        self._check_split(info)
+        # Reads no file yet; where the data set has several formats, info.splits now means the array_record files.
+        self._length = len(self._records)
+        self._check_shards(info)
+        label = info.features[label_key] if label_key is not None else None
+        self.num_classes = label.num_classes if label is not None else 0
+        self.class_names = tuple(label.names) if label is not None else ()
+        self.fingerprint = fingerprint(
+            name=info.full_name,
+            split=split,
+            count=self._length,
+            class_names=self.class_names,
+            shards=[[os.path.basename(i.filename), i.skip, i.take] for i in info.splits[split].file_instructions],
+        )
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_builder", "_records")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds
+
+        root = tfds.core.Path(self.path)
+        if not root.exists():
+            raise UserError(f"TFDS folder {self.path} does not exist: pass the data_dir the data set was prepared in")
+        try:
+            builder = tfds.builder(self.name, data_dir=self.path, try_gcs=False)
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
+            raise self._not_found(root) from error
+        if not (tfds.core.Path(builder.data_dir) / "dataset_info.json").exists():
+            raise self._not_found(root)
+        return builder
+
+    def _not_found(self, root) -> UserError:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:20]) or "nothing"
+        hint = ""
+        if (root / "dataset_info.json").exists():
+            hint = "; this is the folder of one version: pass the folder that holds the folder of the data set"
+        return UserError(
+            f"TFDS data set {self.name!r} is not prepared in {self.path}, which holds {found}{hint}. Prepare it with "
+            f"tfds.builder({self.name!r}, data_dir={self.path!r}, file_format='array_record').download_and_prepare()"
+        )
+
+    def _check_features(self, features) -> None:
+        import tensorflow_datasets as tfds
+
+        wanted = [("image_key", self.image_key, tfds.features.Image)]
+        if self.label_key is not None:
+            wanted.append(("label_key", self.label_key, tfds.features.ClassLabel))
+        for argument, key, kind in wanted:
+            if key not in features or not isinstance(features[key], kind):
+                listing = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
+                remedy = "; label_key=None reads it without labels" if argument == "label_key" else ""
+                raise UserError(f"{argument}={key!r} names no {kind.__name__} feature of {self.name} ({listing}){remedy}")
+
+    def _check_split(self, info) -> None:
+        written = sorted(f.value for f in info.available_file_formats())
+        if "array_record" not in written:
+            raise UserError(
+                f"{self.name} in {self.path} is written as {' and '.join(written)}, which has no random access: "
+                f"prepare it with file_format='array_record', or convert it with the TFDS script convert_format"
+            )
+        try:
+            count = info.splits[self.split].num_examples
+        except (KeyError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{self.name} has no split {self.split!r}: it has {', '.join(info.splits) or 'none'}; slices are "
+                f"written train[:50%]"
+            ) from error
+        if not count:
+            raise UserError(f"split {self.split!r} of {self.name} is empty")
+
+    def _check_shards(self, info) -> None:
+        files = {os.path.basename(i.filename) for i in info.splits[self.split].file_instructions}
+        folder = info.data_dir
+        # On a bucket (gs://) the reader is the first to tell.
+        missing = sorted(files - set(os.listdir(folder)) if os.path.isdir(folder) else ())
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(files)} shards of {self.name} split {self.split!r} are missing from {folder}, "
+                f"the first is {missing[0]}: copy or prepare the data set again"
+            )
+
+    @functools.cached_property
+    def _records(self):
+        import tensorflow_datasets as tfds
+
+        # Undecoded, the image needs no TensorFlow here and keeps the transform in charge of its pixels.
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        return self._builder.as_data_source(split=self.split, decoders=decoders, file_format="array_record")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        with self._lock:  # two threads must not open the files twice
+            records = self._records
+        name = f"{self.name} split {self.split!r} record {index}"
+        try:
+            record = records[index]
+        except Exception as error:  # array_record raises its own kinds for a broken chunk, tfds others for a bad field
+            raise UserError(f"{name} in {self.path} cannot be read ({error}): copy that shard again") from error
+        image, label = record[self.image_key], 0 if self.label_key is None else record[self.label_key]
+        if not image or label is None:  # what array_record makes of some truncated files
+            raise UserError(f"{name} in {self.path} is empty: copy that shard again")
+        if self.label_key is not None and not 0 <= label < self.num_classes:
+            raise UserError(f"{name} has label {label}, outside [0, {self.num_classes}): prepare the data set again")
+        return {"image": image, "label": int(label), "name": name}

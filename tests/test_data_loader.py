@@ -1,0 +1,237 @@
+"""Loader: the batch of a step depends on (seed, step) alone, and trouble in a thread or worker is an error."""
+
+import hashlib
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+from dit_jax.data.loader import Loader, read_in_order
+from dit_jax.data.sources import Digits
+from dit_jax.data.transforms import ImageTransform
+from dit_jax.errors import UserError
+
+
+class Numbers:
+    """Example i is a 4x4 image whose left half says i, so that order and mirroring can be read off a batch."""
+
+    num_classes, class_names, fingerprint = 1000, (), "numbers"
+
+    def __init__(self, count: int, bad: tuple[int, ...] = ()):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.zeros((4, 4, 1), np.uint8)
+        image[:, :2] = index % 256
+        if index in self.bad:
+            image = b"broken"
+        return {"image": image, "label": index, "name": f"number-{index}.png"}
+
+
+FLIP = ImageTransform(4, 1, True)
+STILL = ImageTransform(4, 1, False)
+
+
+def take(loader: Loader, steps: int, start_step: int = 0) -> list[dict[str, np.ndarray]]:
+    with loader.batches(start_step) as batches:
+        return [next(batches) for _ in range(steps)]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.fixture
+def parsed_flags():
+    """Workers need parsed absl flags; pytest parses none."""
+    was_parsed = flags.FLAGS.is_parsed()
+    flags.FLAGS.mark_as_parsed()
+    yield
+    if not was_parsed:
+        flags.FLAGS.unparse_flags()
+
+
+def test_batch_shapes():
+    """Catches batches of the global size on every host, and changed dtypes."""
+    (batch,) = take(Loader(Digits("train"), ImageTransform(8, 1, False), 12, 0, process_count=3), 1)
+    assert batch["image"].shape == (4, 8, 8, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+
+
+def test_every_epoch_is_complete_and_in_another_order():
+    """Catches examples repeated or lost at an epoch border inside a batch, and the same order in every epoch."""
+    labels = np.concatenate([b["label"] for b in take(Loader(Numbers(50), FLIP, 12, 3), 25)])[:300].reshape(6, 50)
+    for epoch in labels:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
+    assert len({tuple(epoch) for epoch in labels}) == 6
+    assert not any((epoch == np.arange(50)).all() for epoch in labels)
+
+
+def test_examples_fewer_than_a_batch():
+    """Catches a batch larger than the data set that hangs or repeats within an epoch."""
+    labels = np.concatenate([b["label"] for b in take(Loader(Numbers(3), FLIP, 8, 0), 3)]).reshape(8, 3)
+    assert (np.sort(labels, 1) == np.arange(3)).all()
+    assert take(Loader(Numbers(1), FLIP, 2, 0), 1)[0]["label"].tolist() == [0, 0]
+
+
+def test_start_step_skips():
+    """Catches a resumed run that sees other batches or other mirrorings, in the first epoch and past borders."""
+    loader = Loader(Numbers(50), FLIP, 12, 7)
+    batches = take(loader, 14)
+    for start_step in (1, 4, 5, 12):
+        assert_same(take(loader, 2, start_step), batches[start_step : start_step + 2])
+    assert_same(take(Loader(Numbers(50), FLIP, 12, 7), 2, 10**12), take(loader, 2, 10**12))
+
+
+def test_hosts_split_the_batch_in_blocks():
+    """Catches a global batch whose rows depend on the number of hosts: another slice is then another run."""
+    whole = take(Loader(Numbers(50), FLIP, 24, 1), 5, 3)
+    for count in (2, 3, 8):
+        hosts = [take(Loader(Numbers(50), FLIP, 24, 1, process_index=i, process_count=count), 5, 3) for i in range(count)]
+        joined = [{k: np.concatenate([host[s][k] for host in hosts]) for k in whole[s]} for s in range(5)]
+        assert_same(joined, whole)
+
+
+def test_batches_do_not_depend_on_threads_but_on_seed():
+    """Catches rows in the order threads finish, a random state shared by threads, and a seed that is ignored."""
+    expected = take(Loader(Numbers(90), FLIP, 20, 5, num_threads=1), 8)
+    assert_same(take(Loader(Numbers(90), FLIP, 20, 5, num_threads=16), 8), expected)
+    other = take(Loader(Numbers(90), FLIP, 20, 6), 8)
+    assert not any(np.array_equal(a["label"], b["label"]) for a, b in zip(expected, other, strict=True))
+
+
+def test_the_same_example_is_mirrored_anew_each_epoch():
+    """Catches one fixed flip per example: the flip belongs to the position in the stream."""
+    batches = take(Loader(Numbers(40), FLIP, 40, 2), 8)
+    mirrored = np.stack([(b["image"][:, 0, 0, 0] != b["label"])[np.argsort(b["label"])] for b in batches])[:, 1:]
+    assert 0.35 < mirrored.mean() < 0.65  # 312 throws, 5 sigma
+    assert ((mirrored.sum(0) > 0) & (mirrored.sum(0) < 8)).mean() > 0.9
+
+
+VERB = """
+import hashlib, sys
+from absl import app, flags
+WORKERS = flags.DEFINE_integer("workers", 0, "worker processes")
+
+def main(_):
+    from dit_jax.data import loader, sources, transforms
+    train = loader.Loader(sources.Digits("train"), transforms.ImageTransform(8, 1, True), 48, 11, WORKERS.value, 4)
+    digest = hashlib.sha256()
+    with train.batches(30) as batches:
+        for _ in range(5):
+            batch = next(batches)
+            digest.update(batch["image"].tobytes() + batch["label"].tobytes())
+    # The last batch outlives the workers, so it must not be their shared memory.
+    print(digest.hexdigest(), batch["label"].sum(), type(batch["image"]).__name__)
+
+if __name__ == "__main__":
+    app.run(main)
+"""
+
+
+def test_workers_under_python_dash_m(tmp_path):
+    """Catches workers that cannot start from a verb, change the batches, hang on exit or leave noise behind."""
+    (tmp_path / "verb.py").write_text(VERB)
+    digest = hashlib.sha256()
+    for batch in take(Loader(Digits("train"), ImageTransform(8, 1, True), 48, 11), 5, 30):
+        digest.update(batch["image"].tobytes() + batch["label"].tobytes())
+    command = [sys.executable, "-m", "verb", "--workers=2"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [digest.hexdigest(), str(batch["label"].sum()), "ndarray"]
+    assert "Traceback" not in run.stderr and "leak" not in run.stderr
+
+
+def test_dead_worker_is_an_error(parsed_flags):
+    """Catches a run that waits for ever for a worker the system killed."""
+    with Loader(Numbers(50), FLIP, 8, 0, num_workers=1, num_threads=1).batches() as batches:
+        next(batches)
+        for child in multiprocessing.active_children():
+            child.kill()
+        with pytest.raises(RuntimeError, match=r"data loading stopped.*exit code -9.*num_workers"):
+            for _ in range(50):
+                next(batches)
+
+
+def test_bad_record_comes_out_of_a_worker(parsed_flags):
+    """Catches an error that loses its type or the name of the file on the way out of a worker process."""
+    with (
+        Loader(Numbers(4, bad=(2,)), FLIP, 4, 0, num_workers=1, num_threads=1).batches() as batches,
+        pytest.raises(UserError, match=r"number-2\.png is not a readable image"),
+    ):
+        next(batches)
+
+
+def test_bad_record_comes_out_of_a_thread():
+    """Catches a bad record that is skipped or replaced in silence while training."""
+    with (
+        Loader(Numbers(4, bad=(2,)), FLIP, 4, 0).batches() as batches,
+        pytest.raises(UserError, match=r"number-2\.png is not a readable image"),
+    ):
+        next(batches)
+
+
+def test_workers_without_parsed_flags():
+    """Catches grain's UnparsedFlagAccessError, which does not say what to do."""
+    was_parsed = flags.FLAGS.is_parsed()
+    flags.FLAGS.unparse_flags()
+    try:
+        with pytest.raises(RuntimeError, match="mark_as_parsed"):
+            Loader(Numbers(4), FLIP, 2, 0, num_workers=1).batches()
+    finally:
+        if was_parsed:
+            flags.FLAGS.mark_as_parsed()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"process_count": 3}, "batch_size=8 must be a positive multiple of the 3"),
+        ({"process_index": 1}, "process_index=1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"num_threads": 0}, "num_threads=0"),
+        ({"source": Numbers(0)}, "empty"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    """Catches arguments that would fail later, inside grain or in another process."""
+    with pytest.raises(ValueError, match=message):
+        Loader(**({"source": Numbers(9), "transform": STILL, "batch_size": 8, "seed": 0} | arguments))
+    with pytest.raises(ValueError, match="start_step=-1"):
+        Loader(Numbers(9), STILL, 8, 0).batches(-1)
+
+
+def test_read_in_order_reads_once():
+    """Catches a lost short batch, a shuffled or mirrored read, and a range off by one."""
+    batches = list(read_in_order(Numbers(11), FLIP, 4))
+    assert [len(b["label"]) for b in batches] == [4, 4, 3]
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), np.arange(11))
+    np.testing.assert_array_equal(np.concatenate([b["image"][:, 0, 0, 0] for b in batches]), np.arange(11))
+    part = list(read_in_order(Numbers(11), STILL, 4, start=3, stop=8))
+    assert [b["index"].tolist() for b in part] == [[3, 4, 5, 6], [7]]
+    assert list(read_in_order(Numbers(11), STILL, 4, start=5, stop=5)) == []
+    with pytest.raises(ValueError, match=r"3\.\.12 is not within the 11"):
+        read_in_order(Numbers(11), STILL, 4, start=3, stop=12)
+
+
+def test_read_in_order_reports_bad_records():
+    """Catches a bad record dropped without a report, and indices that shift after it."""
+    source = Numbers(9, bad=(0, 5))
+    with pytest.raises(UserError, match=r"number-0\.png"):
+        list(read_in_order(source, STILL, 4))
+    bad: list[tuple[int, str]] = []
+    batches = list(read_in_order(source, STILL, 4, bad_records=bad))
+    assert [b["index"].tolist() for b in batches] == [[1, 2, 3, 4], [6, 7, 8]]
+    assert [i for i, _ in bad] == [0, 5] and "number-5.png" in bad[1][1]

@@ -1,0 +1,209 @@
+"""Sources: what they count, name and number, and what they say when the data are not what they should be."""
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax.data.sources import TFDS, Digits, ImageFolder
+from dit_jax.data.transforms import ImageTransform
+from dit_jax.errors import UserError
+
+
+def encoded(value: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (12, 10), (value, value, value)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, four images, one deep, odd suffixes, and files that are no part of the data set."""
+    root = tmp_path / "photos"
+    for value, name in enumerate(["cat/b.JPG", "cat/a.png", "cat/more/c.jpeg", "dog/d.WebP"]):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(50 * value, {"g": "JPEG", "b": "WEBP"}.get(name[-1].lower(), "PNG")))
+    for name in ["README.txt", "cat/labels.csv", "dog/.hidden.png", ".cache/x.png"]:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A data_dir with `shades`: splits train (3 + 2 records in two shards) and test (1), written without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    root = tmp_path_factory.mktemp("tfds")
+    version = root / "shades" / "1.0.0"
+    version.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["dark", "light"]),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    template = tfds.core.ShardedFileTemplate(
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        dataset_name="shades",
+        data_dir=str(version),
+        filetype_suffix="array_record",
+    )
+    shards = {"train": [[0, 40, 80], [160, 200]], "test": [[255]]}
+    for split, values in shards.items():
+        for i, shard in enumerate(values):
+            path = version / f"shades-{split}.array_record-{i:05d}-of-{len(values):05d}"
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for v in shard:
+                record = {"image": encoded(v), "label": int(v > 127), "file_name": f"{v}.png"}
+                writer.write(features.serialize_example(features.encode_example(record)))
+            writer.close()
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(version),
+        features=features,
+        check_data=False,
+        split_infos=[
+            tfds.core.SplitInfo(name=s, shard_lengths=[len(x) for x in v], num_bytes=0, filename_template=template)
+            for s, v in shards.items()
+        ],
+    )
+    return root
+
+
+def shade(example) -> int:
+    return int(ImageTransform(8, 3, False)(example)["image"][0, 0, 0])
+
+
+def test_digits_are_scikit_learns_scaled_to_255():
+    """Catches truncation instead of rounding, transposed images, and splits that overlap or lose digits."""
+    from sklearn.datasets import load_digits
+
+    reference = load_digits()
+    source = Digits()
+    assert (len(source), len(Digits("train")), len(Digits("test"))) == (1797, 1500, 297)
+    for i in (0, 1499, 1500, 1796):
+        example = source[i]
+        assert example["image"].shape == (8, 8, 1) and example["image"].dtype == np.uint8
+        assert np.abs(example["image"][:, :, 0] - reference.images[i] * 255 / 16).max() <= 0.5
+        assert example["label"] == reference.target[i]
+    np.testing.assert_array_equal(Digits("test")[0]["image"], source[1500]["image"])
+
+
+def test_digits_fingerprints_differ_by_split():
+    """Catches resuming on another split unnoticed, and a fingerprint that changes from run to run."""
+    assert len({Digits(s).fingerprint for s in ("all", "train", "test")}) == 3
+    assert Digits("train").fingerprint == Digits("train").fingerprint
+    with pytest.raises(UserError, match=r"'validation'.*all, train, test"):
+        Digits("validation")
+
+
+def test_folder_numbers_images_by_sorted_path(folder):
+    """Catches labels that follow the file system's order, lost upper-case suffixes, and hidden files read as images."""
+    source = ImageFolder(folder)
+    assert source.class_names == ("cat", "dog") and source.num_classes == 2
+    names = [os.path.relpath(source[i]["name"], folder) for i in range(len(source))]
+    assert names == ["cat/a.png", "cat/b.JPG", "cat/more/c.jpeg", "dog/d.WebP"]
+    assert [source[i]["label"] for i in range(4)] == [0, 0, 0, 1]
+    assert [round(shade(source[i]) / 50) for i in range(4)] == [1, 0, 2, 3]
+
+
+def test_folder_fingerprint_follows_files(folder, tmp_path):
+    """Catches a fingerprint that depends on where the folder lies, or misses a replaced file."""
+    before = ImageFolder(folder).fingerprint
+    moved = folder.rename(tmp_path / "moved")
+    assert ImageFolder(moved).fingerprint == before
+    (moved / "dog" / "d.WebP").write_bytes(encoded(7, "WEBP") + b"\0\0")
+    assert ImageFolder(moved).fingerprint != before
+
+
+def test_folder_refuses_what_it_cannot_label(folder, tmp_path):
+    """Catches images skipped in silence: outside any class, empty classes, no classes, no folder."""
+    with pytest.raises(UserError, match="does not exist"):
+        ImageFolder(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="no class folders"):
+        ImageFolder(tmp_path / "bare")
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="'empty' holds no images"):
+        ImageFolder(folder)
+    (folder / "loose.jpg").write_bytes(encoded(0, "JPEG"))
+    with pytest.raises(UserError, match=r"loose\.jpg are in no class folder"):
+        ImageFolder(folder)
+
+
+def test_folder_names_a_file_that_vanished(folder):
+    """Catches a bare FileNotFoundError without the remedy when the folder changes under a run."""
+    source = ImageFolder(folder)
+    (folder / "cat" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png: No such file.*restore it"):
+        source[0]
+
+
+def test_tfds_reads_encoded_images_at_random(tfds_dir):
+    """Catches records out of order over shards, decoded images (which need TensorFlow), and shifted labels."""
+    source = TFDS("shades", str(tfds_dir), "train")
+    assert len(source) == 5 and source.class_names == ("dark", "light") and source.num_classes == 2
+    assert isinstance(source[0]["image"], bytes)
+    assert [shade(source[i]) for i in (4, 0, 3, 1, 2)] == [200, 0, 160, 40, 80]
+    assert [source[i]["label"] for i in range(5)] == [0, 0, 0, 1, 1]
+    assert [shade(TFDS("shades", str(tfds_dir), "train[60%:]")[i]) for i in range(2)] == [160, 200]
+
+
+def test_tfds_travels_to_workers_closed(tfds_dir):
+    """Catches a source whose open readers or locks cannot be pickled, and one that does not reopen."""
+    source = TFDS("shades", str(tfds_dir), "train")
+    shade(source[0])
+    copy = pickle.loads(pickle.dumps(source))
+    assert shade(copy[4]) == 200 and copy.fingerprint == source.fingerprint
+
+
+def test_tfds_without_labels(tfds_dir):
+    """Catches an unlabelled data set that claims classes: 0 of them, so that label 0 is the null label."""
+    source = TFDS("shades", str(tfds_dir), "test", label_key=None)
+    assert source.num_classes == 0 and source.class_names == () and source[0]["label"] == 0
+
+
+def test_tfds_fingerprint_follows_the_split(tfds_dir):
+    """Catches resuming on another part of the data unnoticed."""
+    splits = ["train", "test", "train[:2]", "train[2:4]"]
+    assert len({TFDS("shades", str(tfds_dir), s).fingerprint for s in splits}) == len(splits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "hues"}, r"'hues' is not prepared in .*holds shades.*download_and_prepare"),
+        ({"name": "mnist"}, r"'mnist' is not prepared in .*holds shades"),
+        ({"split": "validation"}, r"no split 'validation': it has train, test"),
+        ({"split": "train[:1"}, r"no split 'train\[:1'"),
+        ({"image_key": "picture"}, r"image_key='picture' names no Image feature of shades \(.*image: Image"),
+        ({"label_key": "file_name"}, r"label_key='file_name' names no ClassLabel.*label_key=None"),
+        ({"path": "/nowhere/at/all"}, r"/nowhere/at/all does not exist"),
+    ],
+)
+def test_tfds_says_what_is_missing(tfds_dir, arguments, message):
+    """Catches TFDS's own stack traces, and a silent download, for the mistakes users make."""
+    with pytest.raises(UserError, match=message):
+        TFDS(**({"name": "shades", "path": str(tfds_dir), "split": "train"} | arguments))
+
+
+def test_tfds_missing_and_broken_shards(tfds_dir, tmp_path):
+    """Catches a lost shard found only hours later, and a truncated record without the name of the data set."""
+    import shutil
+
+    shutil.copytree(tfds_dir / "shades", tmp_path / "shades")
+    shard = tmp_path / "shades" / "1.0.0" / "shades-train.array_record-00001-of-00002"
+    good = shard.read_bytes()
+    shard.write_bytes(good[: len(good) // 2])
+    source = TFDS("shades", str(tmp_path), "train")
+    with pytest.raises(UserError, match="shades split 'train' record 4"):
+        source[4]
+    shard.unlink()
+    with pytest.raises(UserError, match=r"1 of 2 shards of shades split 'train' are missing.*00001-of-00002"):
+        TFDS("shades", str(tmp_path), "train")
