@@ -1,0 +1,96 @@
+"""One uint32 per array that changes with any flipped bit, any two swapped elements and any change of length.
+
+The fingerprint of an array is the sum mod 2^32, over its 32-bit words w_i in row-major order, of fmix32(w_i + i *
+0x9E3779B9), where fmix32 is the finaliser of MurmurHash3 (Appleby 2011, public domain). fmix32 is a bijection, so a
+change of one word always changes the sum; any other change is missed with probability 2^-32. Integer addition commutes,
+so the value does not depend on the sharding nor on the order of the reduction. Elements of one or two bytes and
+booleans count as one word each, elements of eight bytes as two (low word first).
+"""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_HOST_CHUNK_WORDS = 1 << 22  # bounds the temporaries of the host version to some 50 MB
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
+
+
+def is_key(leaf):
+    """True for typed PRNG keys (`jax.random.key`), concrete or abstract."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def leaf_names(tree):
+    """Slash-joined path of every leaf, in flattening order: ["step", "params/block/kernel", "opt_state/0/count", ...].
+
+    Raises: ValueError if two leaves get the same name (a dict key that contains a slash).
+    """
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    if len(set(names)) < len(names):
+        repeated = sorted(name for name, count in collections.Counter(names).items() if count > 1)
+        raise ValueError(f"leaves with the same path {repeated[:3]}: no key of a state may contain '/'")
+    return names
+
+
+def fingerprints(arrays):
+    """Fingerprints of jax arrays as ints, computed where the arrays live; one uint32 per array reaches the host.
+
+    Temporary memory per device: nothing to 4 bytes per element of the array's shard, as XLA fuses it; one array at a time.
+
+    Args:
+        arrays: list of jax.Array of any sharding, typed PRNG keys included. Every process calls this with the same
+            list.
+    Raises: ValueError for a dtype without a bit pattern of 1, 2, 4 or 8 bytes (int4, complex64, ...).
+    """
+    for array in arrays:
+        if not is_key(array):
+            _word_type(array.dtype)
+    return [int(value) for value in jax.device_get([_device_fingerprint(array) for array in arrays])]
+
+
+@jax.jit
+def _device_fingerprint(array):
+    bits = jax.random.key_data(array) if is_key(array) else array
+    if bits.dtype == jnp.bool_:
+        words = bits.astype(jnp.uint32)
+    else:
+        words = jax.lax.bitcast_convert_type(bits, _word_type(bits.dtype)).astype(jnp.uint32)
+    # The row-major index is built per axis: flattening a sharded array would gather it.
+    index, stride = jnp.uint32(0), 1
+    for axis in reversed(range(words.ndim)):
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(_mix(words, index), dtype=jnp.uint32)
+
+
+def host_fingerprint(array):
+    """The same value as `fingerprints`, of one NumPy array (PRNG keys as their uint32 key data)."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    flat = flat.view(_word_type(flat.dtype))
+    total = 0
+    for start in range(0, flat.size, _HOST_CHUNK_WORDS):
+        words = flat[start : start + _HOST_CHUNK_WORDS].astype(np.uint32)
+        index = (np.arange(start, start + words.size, dtype=np.uint64) % 2**32).astype(np.uint32)
+        total += int(_mix(words, index).sum(dtype=np.uint64))
+    return total % 2**32
+
+
+def _mix(words, index):
+    mixed = words + index * np.uint32(0x9E3779B9)
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return mixed ^ (mixed >> np.uint32(16))
+
+
+def _word_type(dtype):
+    dtype = jnp.dtype(dtype)
+    if dtype == np.bool_:
+        return np.uint8
+    info = {True: jnp.iinfo, False: jnp.finfo}[jnp.issubdtype(dtype, jnp.integer)]
+    if jnp.issubdtype(dtype, jnp.complexfloating) or info(dtype).bits < 8:
+        raise ValueError(f"dtype {dtype} has no fingerprint: store it as bool, integer or float of 8 to 64 bits")
+    return _UNSIGNED[dtype.itemsize]

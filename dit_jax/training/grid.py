@@ -1,0 +1,51 @@
+"""Images side by side in one picture file."""
+
+import contextlib
+import math
+import os
+
+import numpy as np
+from PIL import Image
+
+_SMALLEST_SIDE = 64
+
+
+def write_image_grid(path, images, columns=None, scale=None):
+    """Writes images row by row into one picture and returns it as uint8 [rows * H * scale, columns * W * scale, C].
+
+    Args:
+        path: file to write, atomically; its suffix is the format, its folder is created.
+        images: uint8 [N, H, W, C], N >= 1, C = 1 or 3. Cells after the last image are black.
+        columns: images per row; None makes the grid about square.
+        scale: integer enlargement by nearest neighbour; None enlarges until the longer side of an image is at least
+            64 pixels.
+    Raises: ValueError for another dtype or shape, or for columns or scale below 1.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images are {images.dtype}{list(images.shape)}: a grid needs uint8 [N >= 1, H, W, 1 or 3]")
+    count, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = max(1, math.ceil(_SMALLEST_SIDE / max(height, width))) if scale is None else scale
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns={columns} and scale={scale} must be at least 1")
+    rows = math.ceil(count / columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:count] = images
+    grid = (
+        cells.reshape(rows, columns, height, width, channels)
+        .swapaxes(1, 2)
+        .reshape(rows * height, columns * width, channels)
+    )
+    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    partial = os.path.join(folder, f".{os.getpid()}.{name}")
+    try:
+        Image.fromarray(grid[..., 0] if channels == 1 else grid).save(partial)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+    return grid

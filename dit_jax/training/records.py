@@ -1,0 +1,181 @@
+"""Metrics of a run on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard events under `tensorboard/`."""
+
+import contextlib
+import json
+import math
+import os
+import time
+
+import numpy as np
+from absl import logging
+
+
+class Records:
+    """Scalars and images of one run, appended to `workdir`; a sink that fails is counted and never stops the run.
+
+    A line of metrics.jsonl is {"step": int, "time": unix seconds, name: number, ...}. Numbers that JSON lacks are the
+    strings "NaN", "Infinity" and "-Infinity", which `float(...)` in Python and `Number(...)` in JavaScript turn back.
+
+    Args:
+        workdir: folder on a file system that can append (mount a bucket to use one); created at the first write.
+        enabled: pass `jax.process_index() == 0`; False makes every method do nothing.
+    """
+
+    def __init__(self, workdir, enabled=True):
+        self._workdir = os.path.abspath(workdir)
+        self._path = os.path.join(self._workdir, "metrics.jsonl")
+        self._enabled = enabled
+        self._file = None
+        self._writer = None
+        self._purge_step = None
+        self.dropped = {"metrics.jsonl": 0, "tensorboard": 0}
+
+    def scalars(self, step, values):
+        """Records {name: number or array of one element} at `step`.
+
+        Raises: ValueError for an array of several elements, or for the names "step" and "time".
+        """
+        if not self._enabled:
+            return
+        if taken := {"step", "time"} & set(values):
+            raise ValueError(f"metrics may not be called {sorted(taken)}: these are fields of every line")
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        row = {
+            "step": int(step),
+            "time": time.time(),
+            **{name: _json_number(number) for name, number in numbers.items()},
+        }
+        self._attempt("metrics.jsonl", lambda: self._append(json.dumps(row, allow_nan=False) + "\n"))
+
+        def write():
+            for name, number in numbers.items():
+                self._events().add_scalar(name, number, int(step))
+
+        self._attempt("tensorboard", write)
+
+    def images(self, step, images):
+        """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, in TensorBoard only.
+
+        Raises: ValueError for another dtype or shape.
+        """
+        if not self._enabled:
+            return
+        for name, image in images.items():
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+                raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, not uint8 [H, W, 1 or 3]")
+            self._attempt(
+                "tensorboard",
+                lambda name=name, image=image: self._events().add_image(name, image, int(step), dataformats="HWC"),
+            )
+
+    def rewind(self, step):
+        """Forgets what was recorded after `step`, so that a run resumed there leaves no duplicates.
+
+        metrics.jsonl is rewritten atomically; TensorBoard is told to hide the later events. Lines that are not JSON
+        (cut by a kill) are dropped.
+        """
+        if not self._enabled:
+            return
+        self.close()
+        self._purge_step = int(step) + 1
+        if os.path.exists(self._path):
+            self._attempt("metrics.jsonl", lambda: self._drop_lines_after(step))
+
+    def flush(self):
+        """Hands everything to the operating system."""
+        if self._file is not None:
+            self._attempt("metrics.jsonl", self._file.flush)
+        if self._writer is not None:
+            self._attempt("tensorboard", self._writer.flush)
+
+    def close(self):
+        """Flushes and closes both files; a later record opens them again."""
+        if self._file is not None:
+            self._attempt("metrics.jsonl", self._file.close)
+        if self._writer is not None:
+            self._attempt("tensorboard", self._writer.close)
+        self._file = self._writer = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def _attempt(self, sink, write):
+        try:
+            write()
+        except Exception:
+            self.dropped[sink] += 1
+            if self.dropped[sink] == 1:
+                logging.warning(
+                    "Cannot write %s in %s; the run goes on without what is lost.", sink, self._workdir, exc_info=True
+                )
+
+    def _append(self, line):
+        if self._file is None:
+            os.makedirs(self._workdir, exist_ok=True)
+            if os.path.exists(self._path):
+                _cut_half_line(self._path)
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        try:
+            self._file.write(line)
+        except OSError:
+            file, self._file = self._file, None  # reopening removes the half line that may have been written
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+
+    def _events(self):
+        if self._writer is None:
+            from tensorboardX import SummaryWriter  # two seconds to import where PyTorch is installed
+
+            folder, suffix = os.path.join(self._workdir, "tensorboard"), f".{time.time_ns()}"  # one file per opening
+            self._writer = SummaryWriter(folder, purge_step=self._purge_step, filename_suffix=suffix)
+            self._purge_step = None
+        return self._writer
+
+    def _drop_lines_after(self, step):
+        kept, late, broken = [], 0, 0
+        with open(self._path, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    is_late = json.loads(line)["step"] > step
+                except (ValueError, KeyError, TypeError):
+                    broken += 1
+                    continue
+                late += is_late
+                if not is_late:
+                    kept.append(line.rstrip("\n") + "\n")
+        logging.info("%s: %d lines after step %d and %d broken lines dropped.", self._path, late, step, broken)
+        partial = f"{self._path}.{os.getpid()}.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self._path)
+
+
+def _number(name, value):
+    array = np.asarray(value)
+    if array.size != 1:
+        raise ValueError(f"metric {name!r} has shape {array.shape}: reduce it to one number")
+    number = array.reshape(()).item()
+    return int(number) if isinstance(number, (bool, int)) else float(number)
+
+
+def _json_number(number):
+    if isinstance(number, int) or math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _cut_half_line(path):
+    """Removes a last line without its newline, which a killed process left; the next line would be glued to it."""
+    with open(path, "rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            logging.warning("%s: a half-written last line of %d bytes is dropped.", path, len(content) - end)
+            file.truncate(end)
