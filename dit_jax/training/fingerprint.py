@@ -39,7 +39,7 @@ def leaf_names(tree):
 def fingerprints(arrays):
     """Fingerprints of jax arrays as ints, computed where the arrays live; one uint32 per array reaches the host.
 
-    Temporary memory per device: nothing to 4 bytes per element of the array's shard, as XLA fuses it; one array at a time.
+    Temporary memory per device: up to 4 bytes per element of one shard, where XLA does not fuse it away.
 
     Args:
         arrays: list of jax.Array of any sharding, typed PRNG keys included. Every process calls this with the same
