@@ -63,7 +63,7 @@ def parsed_flags():
 
 def test_batch_shapes():
     """Catches batches of the global size on every host, and changed dtypes."""
-    (batch,) = take(Loader(Digits("train"), ImageTransform(8, 1, False), 12, 0, process_count=3), 1)
+    (batch,) = take(Loader(Digits(split="train"), ImageTransform(8, 1, False), 12, 0, process_count=3), 1)
     assert batch["image"].shape == (4, 8, 8, 1) and batch["image"].dtype == np.uint8
     assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
 
@@ -125,7 +125,7 @@ WORKERS = flags.DEFINE_integer("workers", 0, "worker processes")
 
 def main(_):
     from dit_jax.data import loader, sources, transforms
-    train = loader.Loader(sources.Digits("train"), transforms.ImageTransform(8, 1, True), 48, 11, WORKERS.value, 4)
+    train = loader.Loader(sources.Digits(split="train"), transforms.ImageTransform(8, 1, True), 48, 11, WORKERS.value, 4)
     digest = hashlib.sha256()
     with train.batches(30) as batches:
         for _ in range(5):
@@ -143,7 +143,7 @@ def test_workers_under_python_dash_m(tmp_path):
     """Catches workers that cannot start from a verb, change the batches, hang on exit or leave noise behind."""
     (tmp_path / "verb.py").write_text(VERB)
     digest = hashlib.sha256()
-    for batch in take(Loader(Digits("train"), ImageTransform(8, 1, True), 48, 11), 5, 30):
+    for batch in take(Loader(Digits(split="train"), ImageTransform(8, 1, True), 48, 11), 5, 30):
         digest.update(batch["image"].tobytes() + batch["label"].tobytes())
     command = [sys.executable, "-m", "verb", "--workers=2"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -86,21 +86,21 @@ def test_digits_are_scikit_learns_scaled_to_255():
 
     reference = load_digits()
     source = Digits()
-    assert (len(source), len(Digits("train")), len(Digits("test"))) == (1797, 1500, 297)
+    assert (len(source), len(Digits(split="train")), len(Digits(split="test"))) == (1797, 1500, 297)
     for i in (0, 1499, 1500, 1796):
         example = source[i]
         assert example["image"].shape == (8, 8, 1) and example["image"].dtype == np.uint8
         assert np.abs(example["image"][:, :, 0] - reference.images[i] * 255 / 16).max() <= 0.5
         assert example["label"] == reference.target[i]
-    np.testing.assert_array_equal(Digits("test")[0]["image"], source[1500]["image"])
+    np.testing.assert_array_equal(Digits(split="test")[0]["image"], source[1500]["image"])
 
 
 def test_digits_fingerprints_differ_by_split():
     """Catches resuming on another split unnoticed, and a fingerprint that changes from run to run."""
-    assert len({Digits(s).fingerprint for s in ("all", "train", "test")}) == 3
-    assert Digits("train").fingerprint == Digits("train").fingerprint
+    assert len({Digits(split=s).fingerprint for s in ("all", "train", "test")}) == 3
+    assert Digits(split="train").fingerprint == Digits(split="train").fingerprint
     with pytest.raises(UserError, match=r"'validation'.*all, train, test"):
-        Digits("validation")
+        Digits(split="validation")
 
 
 def test_folder_numbers_images_by_sorted_path(folder):
@@ -178,8 +178,8 @@ def test_tfds_fingerprint_follows_the_split(tfds_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "hues"}, r"'hues' is not prepared in .*holds shades.*download_and_prepare"),
-        ({"name": "mnist"}, r"'mnist' is not prepared in .*holds shades"),
+        ({"dataset": "hues"}, r"'hues' is not prepared in .*holds shades.*download_and_prepare"),
+        ({"dataset": "mnist"}, r"'mnist' is not prepared in .*holds shades"),
         ({"split": "validation"}, r"no split 'validation': it has train, test"),
         ({"split": "train[:1"}, r"no split 'train\[:1'"),
         ({"image_key": "picture"}, r"image_key='picture' names no Image feature of shades \(.*image: Image"),
@@ -190,7 +190,7 @@ def test_tfds_fingerprint_follows_the_split(tfds_dir):
 def test_tfds_says_what_is_missing(tfds_dir, arguments, message):
     """Catches TFDS's own stack traces, and a silent download, for the mistakes users make."""
     with pytest.raises(UserError, match=message):
-        TFDS(**({"name": "shades", "path": str(tfds_dir), "split": "train"} | arguments))
+        TFDS(**({"dataset": "shades", "path": str(tfds_dir), "split": "train"} | arguments))
 
 
 def test_tfds_missing_and_broken_shards(tfds_dir, tmp_path):

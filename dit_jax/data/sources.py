@@ -64,7 +64,9 @@ class Digits:
     num_classes = 10
     class_names = tuple("0123456789")
 
-    def __init__(self, split: str = "all"):
+    def __init__(self, path: str = "", split: str = "all"):
+        if path:
+            raise UserError(f"data.path is {path!r}, but the digits come with scikit-learn: leave it empty")
         splits = {"all": slice(None), "train": slice(1500), "test": slice(1500, None)}
         if split not in splits:
             raise UserError(f"the digits have no split {split!r}: choose one of {', '.join(splits)}")
@@ -95,15 +97,19 @@ class ImageFolder:
     the data set. Images are numbered by sorted relative path.
 
     Args:
-        path: the folder that holds the class folders.
+        path: the folder that holds the class folders, or one that holds a folder of them per split.
+        split: name of that folder, as in `train`; empty if there are no splits.
 
     Raises:
         UserError: no such folder, no class folders, images outside any class folder, a class without images; and from
             `source[i]`, a file that cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | os.PathLike, split: str = ""):
+        if not str(path):
+            raise UserError("data.path is empty; give the folder that holds one sub-folder of images per class")
+        path = Path(path).expanduser() / split
+        self.path = path
         layout = f"{path}: expected <path>/<class name>/*.jpg (suffixes {', '.join(IMAGE_SUFFIXES)})"
         if not self.path.is_dir():
             raise UserError(f"image folder {path} {'is not a folder' if self.path.exists() else 'does not exist'}")
@@ -158,8 +164,8 @@ class TFDS:
     Nothing is downloaded or prepared: the data set must lie at `path` in a format with random access (array_record).
 
     Args:
-        name: as TFDS writes it, `imagenet2012`, `name/config` or `name/config:1.0.0`.
-        path: the TFDS data_dir, the folder that holds a folder called `name`.
+        dataset: as TFDS writes it, `imagenet2012`, `name/config` or `name/config:1.0.0`.
+        path: the TFDS data_dir, the folder that holds a folder called `dataset`.
         split: a split or a slice of one, `train`, `train[:50%]`.
         image_key: name of the Image feature.
         label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
@@ -170,8 +176,10 @@ class TFDS:
             `source[i]`, a record that cannot be read.
     """
 
-    def __init__(self, name: str, path: str, split: str, image_key: str = "image", label_key: str | None = "label"):
-        self.name, self.path, self.split = name, os.path.expanduser(path), split
+    def __init__(self, dataset: str, path: str, split: str, image_key: str = "image", label_key: str | None = "label"):
+        if not path:
+            raise UserError(f"data.path is empty; give the TFDS folder (data_dir) that holds {dataset}")
+        self.dataset, self.path, self.split = dataset, os.path.expanduser(path), split
         self.image_key, self.label_key = image_key, label_key
         self._lock = threading.Lock()
         info = self._builder.info
@@ -205,7 +213,7 @@ class TFDS:
         if not root.exists():
             raise UserError(f"TFDS folder {self.path} does not exist: pass the data_dir the data set was prepared in")
         try:
-            builder = tfds.builder(self.name, data_dir=self.path, try_gcs=False)
+            builder = tfds.builder(self.dataset, data_dir=self.path, try_gcs=False)
         except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
             raise self._not_found(root) from error
         if not (tfds.core.Path(builder.data_dir) / "dataset_info.json").exists():
@@ -218,8 +226,8 @@ class TFDS:
         if (root / "dataset_info.json").exists():
             hint = "; this is the folder of one version: pass the folder that holds the folder of the data set"
         return UserError(
-            f"TFDS data set {self.name!r} is not prepared in {self.path}, which holds {found}{hint}. Prepare it with "
-            f"tfds.builder({self.name!r}, data_dir={self.path!r}, file_format='array_record').download_and_prepare()"
+            f"TFDS data set {self.dataset!r} is not prepared in {self.path}, which holds {found}{hint}. Prepare it with "
+            f"tfds.builder({self.dataset!r}, data_dir={self.path!r}, file_format='array_record').download_and_prepare()"
         )
 
     def _check_features(self, features) -> None:
@@ -232,24 +240,24 @@ class TFDS:
             if key not in features or not isinstance(features[key], kind):
                 listing = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
                 remedy = "; label_key=None reads it without labels" if argument == "label_key" else ""
-                raise UserError(f"{argument}={key!r} names no {kind.__name__} feature of {self.name} ({listing}){remedy}")
+                raise UserError(f"{argument}={key!r} names no {kind.__name__} feature of {self.dataset} ({listing}){remedy}")
 
     def _check_split(self, info) -> None:
         written = sorted(f.value for f in info.available_file_formats())
         if "array_record" not in written:
             raise UserError(
-                f"{self.name} in {self.path} is written as {' and '.join(written)}, which has no random access: "
+                f"{self.dataset} in {self.path} is written as {' and '.join(written)}, which has no random access: "
                 f"prepare it with file_format='array_record', or convert it with the TFDS script convert_format"
             )
         try:
             count = info.splits[self.split].num_examples
         except (KeyError, ValueError, AssertionError) as error:
             raise UserError(
-                f"{self.name} has no split {self.split!r}: it has {', '.join(info.splits) or 'none'}; slices are "
+                f"{self.dataset} has no split {self.split!r}: it has {', '.join(info.splits) or 'none'}; slices are "
                 f"written train[:50%]"
             ) from error
         if not count:
-            raise UserError(f"split {self.split!r} of {self.name} is empty")
+            raise UserError(f"split {self.split!r} of {self.dataset} is empty")
 
     def _check_shards(self, info) -> None:
         files = {os.path.basename(i.filename) for i in info.splits[self.split].file_instructions}
@@ -258,7 +266,7 @@ class TFDS:
         missing = sorted(files - set(os.listdir(folder)) if os.path.isdir(folder) else ())
         if missing:
             raise UserError(
-                f"{len(missing)} of {len(files)} shards of {self.name} split {self.split!r} are missing from {folder}, "
+                f"{len(missing)} of {len(files)} shards of {self.dataset} split {self.split!r} are missing from {folder}, "
                 f"the first is {missing[0]}: copy or prepare the data set again"
             )
 
@@ -276,7 +284,7 @@ class TFDS:
     def __getitem__(self, index: int) -> Example:
         with self._lock:  # two threads must not open the files twice
             records = self._records
-        name = f"{self.name} split {self.split!r} record {index}"
+        name = f"{self.dataset} split {self.split!r} record {index}"
         try:
             record = records[index]
         except Exception as error:  # array_record raises its own kinds for a broken chunk, tfds others for a bad field

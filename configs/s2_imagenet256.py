@@ -1,0 +1,7 @@
+"""DiT-S/2, ImageNet 256 (Peebles & Xie 2023). Expect FID-50K 68.4 at 400k steps without guidance (paper, table 4)."""
+
+from dit_jax import recipes
+
+
+def get_config():
+    return recipes.dit(size="S/2", resolution=256)

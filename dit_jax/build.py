@@ -1,0 +1,156 @@
+"""From a config to objects: the only module that knows both.
+
+Adding a model, a process, a sampler, a codec, a data source or an optimizer is its own file and one line in a table here.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.pixels import Pixels
+from dit_jax.data.loader import Loader
+from dit_jax.data.sources import TFDS, Digits, ImageFolder
+from dit_jax.data.transforms import ImageTransform
+from dit_jax.diffusion.gaussian import Gaussian
+from dit_jax.diffusion.guidance import Guidance
+from dit_jax.diffusion.samplers import DDIM, Ancestral
+from dit_jax.errors import UserError
+from dit_jax.interop import vae
+from dit_jax.models.dit import DiT
+from dit_jax.parallel.mesh import make_mesh, replicated, rows_per_step
+from dit_jax.training.optimizer import adamw
+from dit_jax.training.task import DiffusionTask
+
+TABLES = {
+    "model": {"dit": DiT},
+    "process": {"gaussian": Gaussian},
+    "codec": {"pixels": Pixels, "kl_vae": KLVAE},
+    "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS},
+    "transform": {"image": ImageTransform},
+    "optimizer": {"adamw": adamw},
+    "sampler": {"ddpm": Ancestral, "ddim": DDIM},
+    "guidance": {"classifier_free": Guidance},
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def construct(section: str, fields: Mapping, **more):
+    """TABLES[section][fields["name"]](**the other fields, **more).
+
+    Raises:
+        UserError: an unknown name, an unknown field, a missing field, or whatever the constructor refuses.
+    """
+    fields = dict(fields)
+    name, table = fields.pop("name"), TABLES[section]
+    if name not in table:
+        raise UserError(f"{section}.name is {name!r}; it must be one of {', '.join(sorted(table))}")
+    for key in ("dtype", "param_dtype"):
+        if key in fields:
+            if fields[key] not in DTYPES:
+                raise UserError(f"{section}.{key} is {fields[key]!r}; it must be one of {', '.join(DTYPES)}")
+            fields[key] = DTYPES[fields[key]]
+    fields |= more
+    parameters = inspect.signature(table[name]).parameters
+    unknown = [key for key in fields if key not in parameters]
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in fields]
+    if unknown or missing:
+        raise UserError(f"{section} {name!r} has no field {', '.join(unknown)}" if unknown else
+                        f"{section} {name!r} needs the field {', '.join(missing)}")
+    return table[name](**fields)
+
+
+def mesh(config):
+    return make_mesh(**config.mesh)
+
+
+def codec(config):
+    fields = dict(config.codec)
+    fields.pop("path", None)
+    return construct("codec", fields)
+
+
+def codec_params(config, mesh):
+    """The codec's frozen parameters, replicated over the mesh; {} for pixels.
+
+    Raises:
+        UserError: the codec needs weights and `codec.path` is empty or does not hold them.
+    """
+    if config.codec.name == "pixels":
+        return {}
+    if not config.codec.path:
+        raise UserError("codec.path is empty; give the folder or .safetensors file of the VAE's weights "
+                        "(--config.codec.path=...)")
+    return jax.device_put(vae.load_diffusers(config.codec.path, codec(config)), replicated(mesh))
+
+
+def latent_shape(config) -> tuple[int, int, int]:
+    """(h, w, c) of what the network sees.
+
+    Raises:
+        UserError: the resolution does not fit the codec and the patch.
+    """
+    c, resolution, patch = codec(config), config.transform.resolution, config.model.patch_size
+    if c.image_channels != config.transform.channels:
+        raise UserError(f"transform.channels = {config.transform.channels} and the codec's image_channels = "
+                        f"{c.image_channels} must be equal")
+    if patch < 1 or resolution < 1 or resolution % (c.downsample * patch):
+        raise UserError(f"resolution {resolution} is not a multiple of codec {c.downsample} x patch {patch} = "
+                        f"{c.downsample * patch}; change transform.resolution or model.patch_size")
+    return resolution // c.downsample, resolution // c.downsample, c.latent_channels
+
+
+def network(config):
+    shape = latent_shape(config)
+    channels = construct("process", config.process).output_channels(shape[-1])
+    net = construct("model", config.model, out_channels=channels)
+    net.check(*shape[:2])
+    return net
+
+
+def task(config) -> DiffusionTask:
+    """The training task; checks all that can be checked without data or devices."""
+    if config.model.num_classes < 0:
+        raise UserError(f"model.num_classes is {config.model.num_classes}; it must be at least 0 (0 is unconditional)")
+    for field in ("label_dropout", "ema_decay"):
+        if not 0 <= config[field] < 1:
+            raise UserError(f"{field} is {config[field]}; it must lie in [0, 1)")
+    for field in ("num_steps", "batch_size", "microbatches"):
+        if config[field] < 1:
+            raise UserError(f"{field} is {config[field]}; it must be at least 1")
+    return DiffusionTask(
+        network=network(config),
+        process=construct("process", config.process),
+        codec=codec(config),
+        optimizer=construct("optimizer", config.optimizer),
+        latent_shape=latent_shape(config),
+        num_classes=config.model.num_classes,
+        label_dropout=config.label_dropout,
+        ema_decay=config.ema_decay,
+        microbatches=config.microbatches,
+    )
+
+
+def loader(config, mesh) -> Loader:
+    """This host's training batches; checks the data set against the model and the batch against the mesh."""
+    ways = rows_per_step(mesh) * config.microbatches
+    if config.batch_size % ways:
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x microbatches = "
+                        f"{rows_per_step(mesh)} x {config.microbatches} = {ways}")
+    source = construct("data", config.data)
+    if config.model.num_classes and source.num_classes != config.model.num_classes:
+        raise UserError(f"the data set has {source.num_classes} classes and model.num_classes is "
+                        f"{config.model.num_classes}; pass --config.model.num_classes={source.num_classes}, or 0 to train "
+                        "without labels")
+    return Loader(source, construct("transform", config.transform), config.batch_size, config.seed, **config.loader,
+                  process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def sampler(config):
+    return construct("sampler", config.sampler)
+
+
+def guidance(config):
+    return construct("guidance", config.guidance)

@@ -1,0 +1,74 @@
+"""What a verb says: prose and progress to stderr, one JSON object as the last line of stdout, an exit status."""
+
+import json
+import sys
+import time
+
+import jax
+from absl import app, flags, logging
+
+from dit_jax.errors import UserError
+
+USER_ERROR_STATUS = 2
+
+
+def say(text: str):
+    """One line to stderr, from the first process only."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1h02m", 75 -> "1m15s", 8.2 -> "8s"."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+class Progress:
+    """Says how far a count has come, at most every few seconds, with rate and time left."""
+
+    def __init__(self, what: str, total: int, every_seconds: float = 5.0):
+        self.what, self.total, self.every_seconds = what, total, every_seconds
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: int):
+        now = time.monotonic()
+        if now - self.last < self.every_seconds and done < self.total:
+            return
+        self.last = now
+        rate = done / (now - self.start)
+        left = "" if done >= self.total else f"  {duration((self.total - done) / rate)} left"
+        say(f"{self.what} {done}/{self.total}  {rate:.1f}/s{left}")
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        message = str(error).strip() or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        print(f"See python -m dit_jax.{argv[0].rsplit('/', 1)[-1].removesuffix('.py')} --help.", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+
+
+def run(main):
+    """Runs a verb: main() returns a dict, printed as the last line of stdout.
+
+    A UserError becomes one or two lines on stderr and exit status 2, without a stack trace.
+    """
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; options begin with --")
+        try:
+            result = main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(USER_ERROR_STATUS)
+        if jax.process_index() == 0:
+            sys.stderr.flush()
+            print(json.dumps(result), flush=True)
+
+    app.run(guarded, flags_parser=_parse_flags)

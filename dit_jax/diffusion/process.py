@@ -1,0 +1,85 @@
+"""What a diffusion process is: how data turns into noise, what the network is trained on, how its output is read.
+
+Time t is float32 in [0, 1]: t = 0 is data, t = 1 is noise.  x_t = alpha(t) x0 + sigma(t) noise.
+B batch; every array may have any rank after its batch axis ([B, H, W, C], [B, F, H, W, C], ...), channels last.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Prediction(NamedTuple):
+    """What the network says about x_t.
+
+    Fields:
+        x0, noise: [B, ..., C], consistent: x_t = alpha x0 + sigma noise.
+        variance_fraction: where the step's log variance lies between its two bounds, 0 = posterior variance (small),
+            1 = beta (large); an array [B, ..., C] when learned (Nichol & Dhariwal 2021, equation 15), else a constant.
+    """
+
+    x0: jax.Array
+    noise: jax.Array
+    variance_fraction: jax.Array | float
+
+
+Network = Callable[..., jax.Array]  # (x_t, f32[B] network time, cond dict) -> [B, ..., output channels]
+Denoise = Callable[[jax.Array, jax.Array], Prediction]  # (x_t, scalar t) -> Prediction; params and cond already bound
+
+
+class Process(Protocol):
+    """A frozen dataclass; every method is pure and can be traced."""
+
+    def output_channels(self, channels: int) -> int:
+        """How many channels the network must return for data of `channels`."""
+
+    def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
+        """f32[batch] training times."""
+
+    def perturb(self, x0, noise, t) -> jax.Array:
+        """alpha(t) x0 + sigma(t) noise; t is f32[B]."""
+
+    def loss(self, output, x0, noise, t) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss per example f32[B], unreduced, and its named parts, also f32[B]."""
+
+    def predict(self, output, x_t, t) -> Prediction:
+        """Reads the network's output; t is f32[B] or a scalar."""
+
+    def network_time(self, t) -> jax.Array:
+        """What the network is fed for t."""
+
+    def grid(self, num_steps: int) -> np.ndarray:
+        """float64[num_steps + 1] descending sampling times from noise to 0."""
+
+    def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, sigma) in float64 at sampling times, for a sampler to derive its coefficients from."""
+
+
+def expand(c, x):
+    """Gives c [B] (or a scalar) the rank of x [B, ...], so that they broadcast."""
+    c = jnp.asarray(c)
+    return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
+
+
+def mean_over_example(x):
+    """[B, ...] -> f32[B]."""
+    return x.astype(jnp.float32).reshape(x.shape[0], -1).mean(-1)
+
+
+def noise_like(keys, shape, step=None):
+    """Standard normal noise, one key per example, so that an example's noise does not depend on its batch.
+
+    Args:
+        keys: [B] typed keys.
+        shape: of one example, without B.
+        step: folded into each key when given, one draw per sampler step.
+
+    Returns:
+        f32[B, *shape].
+    """
+    if step is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

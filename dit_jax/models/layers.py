@@ -1,0 +1,139 @@
+"""Layers that every transformer here is made of.
+
+B batch, N tokens, M context tokens, D width, H heads, E width of a head, F frequencies.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+xavier_uniform = nn.initializers.xavier_uniform()
+normal_002 = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros_init()
+NORM_EPSILON = 1e-6
+
+
+def normalize(x):
+    """Layer norm without scale or bias: zero mean, unit variance over the last axis, in float32, epsilon 1e-6.
+
+    Args:
+        x: [..., D], any float dtype.
+
+    Returns:
+        [..., D] float32: the caller casts, so that what follows fuses with it.
+    """
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON)
+
+
+def modulate(x, shift, scale):
+    """x * (1 + scale) + shift, per example over tokens.
+
+    Args:
+        x: [B, N, D] normalised tokens.
+        shift, scale: [B, D], broadcast over N; zeros give the identity.
+
+    Source: Peebles & Xie 2023, section 3.2 (adaLN).
+    """
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def frequency_embedding(t, width: int = 256, max_period: float = 10000.0):
+    """[cos(t f), sin(t f)] with width / 2 frequencies f from 1 down to about 1 / max_period.
+
+    Args:
+        t: f32[B] network time (0..999 for DiT), fractions allowed.
+
+    Returns:
+        f32[B, width].
+
+    Source: Nichol & Dhariwal 2021 (GLIDE and ADM use the same), cosines first.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def dot_product_attention(q, k, v, implementation: str = "auto"):
+    """softmax(q k^T / sqrt(E)) v with the softmax in float32: the one place where an attention kernel is chosen.
+
+    Args:
+        q: [B, N, H, E].
+        k, v: [B, M, H, E].
+        implementation: "xla", "cudnn" (GPU, 16-bit, E a multiple of 8), or "auto": cudnn on a GPU in 16 bits, else xla.
+
+    Returns:
+        [B, N, H, E] in the dtype of q.
+    """
+    if implementation == "auto":
+        implementation = "cudnn" if jax.default_backend() == "gpu" and q.dtype.itemsize == 2 else "xla"
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over itself, or over a context when one is given.
+
+    Parameters: self-attention has one fused `qkv` kernel [D, 3, H, E]; cross-attention has `query` [D, H, E] and `key_value`
+    [D, 2, H, E]; both have `out` [H, E, D]. Xavier bounds are those of the fused, flattened matrices.
+    """
+
+    heads: int
+    implementation: str = "auto"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        width = x.shape[-1]
+        head_width = width // self.heads
+
+        def linear(features, axis=-1, *, name):
+            return nn.DenseGeneral(features, axis=axis, kernel_init=xavier_uniform, dtype=self.dtype,
+                                   param_dtype=self.param_dtype, name=name)
+
+        if context is None:
+            qkv = linear((3, self.heads, head_width), name="qkv")(x)  # [B, N, 3, H, E]
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q = linear((self.heads, head_width), name="query")(x)
+            key_value = linear((2, self.heads, head_width), name="key_value")(context)
+            k, v = key_value[:, :, 0], key_value[:, :, 1]
+        y = dot_product_attention(q, k, v, self.implementation)
+        return linear(width, axis=(-2, -1), name="out")(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers with tanh-GELU between.  x [..., D] -> [..., D]."""
+
+    hidden_width: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        def linear(features, name):
+            return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype,
+                            name=name)
+
+        return linear(x.shape[-1], "out")(nn.gelu(linear(self.hidden_width, "in")(x), approximate=True))
+
+
+class TimeEmbedding(nn.Module):
+    """Network time f32[B] -> [B, D]: 256 frequencies, then linear, SiLU, linear, both drawn from normal(0.02)."""
+
+    width: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t):
+        def linear(name):
+            return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, param_dtype=self.param_dtype,
+                            name=name)
+
+        return linear("out")(nn.silu(linear("in")(frequency_embedding(t).astype(self.dtype))))

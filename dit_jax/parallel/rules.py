@@ -1,0 +1,65 @@
+"""Which axis of the mesh each parameter is split over: a table from path to PartitionSpec, right-aligned.
+
+The same table serves parameters, their moving average and both Adam moments, because their paths end alike. A path that
+matches no rule is an error, so a new layer cannot end up replicated unnoticed.
+"""
+
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+
+# The spec covers the trailing dimensions; a stack of blocks adds a leading one, which stays whole.
+TRANSFORMER_RULES: Rules = (
+    (r"(attention|cross_attention)/qkv/kernel", ("fsdp", None, "tensor", None)),  # [D, 3, H, E]
+    (r"(attention|cross_attention)/qkv/bias", (None, "tensor", None)),
+    (r"cross_attention/query/kernel", ("fsdp", "tensor", None)),  # [D, H, E]
+    (r"cross_attention/query/bias", ("tensor", None)),
+    (r"cross_attention/key_value/kernel", ("fsdp", None, "tensor", None)),  # [D, 2, H, E]
+    (r"cross_attention/key_value/bias", (None, "tensor", None)),
+    (r"(attention|cross_attention)/out/kernel", ("tensor", None, "fsdp")),  # [H, E, D]
+    (r"mlp/in/kernel", ("fsdp", "tensor")),  # [D, 4D]
+    (r"mlp/in/bias", ("tensor",)),
+    (r"mlp/out/kernel", ("tensor", "fsdp")),  # [4D, D]
+    # Never over tensor: with gate and MLP both split over (fsdp, tensor), XLA gave wrong numbers on meshes such as (2, 2, 2).
+    (r"modulation/linear/kernel", ("fsdp", None, None)),  # [D, 6, D]
+    (r"patch_embedding/kernel", (None, "fsdp")),
+    (r"time_embedding/(in|out)/kernel", (None, "fsdp")),
+    (r"label_embedding/embedding", (None, "fsdp")),
+    (r"final/linear/kernel", ("fsdp", None)),
+    (r"(out|linear|patch_embedding|time_embedding/in)/bias", ()),
+    (r"norm(_\w+)?/(scale|bias)", ()),
+)
+SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
+
+
+def path_name(path) -> str:
+    """A pytree path -> "params/blocks/attention/qkv/kernel"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> PartitionSpec:
+    """The PartitionSpec of one array.
+
+    An axis of the mesh that does not divide its dimension is left out (6 heads over 4 devices stay whole).
+
+    Raises:
+        ValueError: no rule, or more than one, matches the path.
+    """
+    if not shape and SCALARS.search(name):
+        return PartitionSpec()
+    found = [spec for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} sharding rules match {name} {shape}, and exactly one must: mend the table in "
+                         "dit_jax/parallel/rules.py")
+    spec = (None,) * (len(shape) - len(found[0])) + found[0]
+    return PartitionSpec(*(axis if axis and size % mesh_shape[axis] == 0 else None
+                           for axis, size in zip(spec, shape, strict=True)))
+
+
+def shardings(tree, mesh: Mesh, rules: Rules = TRANSFORMER_RULES):
+    """A NamedSharding for each leaf of a pytree of arrays or ShapeDtypeStructs."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree)

@@ -1,0 +1,13 @@
+"""The edge between files and arithmetic: uint8 and float32 in [-1, 1]."""
+
+import jax.numpy as jnp
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(images):
+    """float in about [-1, 1] -> uint8: clip(127.5 x + 128, 0, 255), truncated, as the paper's sampling code does."""
+    return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)

@@ -1,0 +1,121 @@
+"""Complete configs, as functions, from the papers; `configs/*.py` call these.
+
+A config has one section per object. Most sections are a constructor's `name` and keyword arguments, so the constructors in
+`build.py` are the schema:
+  model      network             process   diffusion process       codec      autoencoder
+  data       source of examples  transform of an example           loader     how batches are read
+  optimizer  sampler, guidance   of previews and the final samples
+The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, label_dropout, mesh,
+checkpoint, log, preview, evaluation.
+"""
+
+import re
+from typing import NamedTuple
+
+import ml_collections
+from ml_collections import config_dict
+
+from dit_jax.errors import UserError
+
+
+class Size(NamedTuple):
+    depth: int
+    width: int
+    heads: int
+
+
+SIZES = {  # Peebles & Xie 2023, table 1
+    "S": Size(12, 384, 6),
+    "B": Size(12, 768, 12),
+    "L": Size(24, 1024, 16),
+    "XL": Size(28, 1152, 16),
+}
+PATCHES = (2, 4, 8)
+MODELS = tuple(f"{size}/{patch}" for size in SIZES for patch in reversed(PATCHES))
+
+
+def model(size: str) -> dict:
+    """Fields of the paper's model "S/8" .. "XL/2".
+
+    Raises:
+        UserError: no such size or patch.
+    """
+    match = re.fullmatch(r"(\w+)/(\d+)", size)
+    if not match or match[1] not in SIZES or int(match[2]) not in PATCHES:
+        raise UserError(f"no model {size!r}; choose one of {', '.join(MODELS)}")
+    return {"name": "dit", "patch_size": int(match[2]), **SIZES[match[1]]._asdict(), "mlp_ratio": 4.0,
+            "conditioning": "adaln_zero", "attention": "auto", "remat": "none", "unroll": False,
+            "dtype": "float32", "param_dtype": "float32"}
+
+
+def training() -> ml_collections.ConfigDict:
+    """The paper's optimisation (section 4) and the fields that every config has."""
+    return ml_collections.ConfigDict({
+        "seed": 0,
+        "num_steps": 400_000,
+        "batch_size": 256,
+        "microbatches": 1,
+        "label_dropout": 0.1,
+        "ema_decay": 0.9999,
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
+                      "warmup_steps": 0, "clip_norm": config_dict.placeholder(float)},
+        "loader": {"num_workers": 0, "num_threads": 16},
+        "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
+        "log": {"every_steps": 100},
+        "preview": {"every_steps": 10_000, "num_images": 64},
+        "evaluation": {"num_images": 0, "batch_size": 128, "reference": "", "features": "pixels"},
+        "guidance": {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int),
+                     "low": 0.0, "high": 1.0},
+    })
+
+
+def gaussian() -> dict:
+    """The paper's process: linear betas, noise prediction, learned-range variance."""
+    return {"name": "gaussian", "schedule": "linear", "num_timesteps": 1000, "prediction": "noise",
+            "variance": "learned_range", "min_snr_gamma": config_dict.placeholder(float)}
+
+
+def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
+    """DiT on ImageNet in the latent space of Stable Diffusion's VAE (Peebles & Xie 2023).
+
+    Set `data.path` to the folder of a TFDS ImageNet and `codec.path` to the VAE's weights.
+    """
+    c = training()
+    c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
+    c.process = gaussian()
+    c.codec = {"name": "kl_vae", "path": "", "scale": 0.18215}
+    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train"}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.sampler = {"name": "ddpm", "num_steps": 250}
+    return c
+
+
+def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> ml_collections.ConfigDict:
+    """DiT directly on the pixels of a folder of photographs, one sub-folder per class; set `data.path`."""
+    c = training()
+    c.model = {**model(size), "num_classes": num_classes}
+    c.process = gaussian()
+    c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 0.5}
+    c.data = {"name": "folder", "path": "", "split": ""}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.sampler = {"name": "ddpm", "num_steps": 100}
+    return c
+
+
+def digits() -> ml_collections.ConfigDict:
+    """A small class-conditional DiT on scikit-learn's 8 x 8 digits: minutes on two CPU cores."""
+    c = training()
+    c.num_steps, c.batch_size, c.ema_decay = 4_000, 128, 0.998
+    c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10}
+    c.process = gaussian()
+    c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
+    c.data = {"name": "digits", "path": "", "split": "all"}
+    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False}
+    c.loader.num_threads = 2
+    c.sampler = {"name": "ddpm", "num_steps": 100}
+    c.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200, "clip_norm": 1.0})
+    c.checkpoint.update({"every_steps": 1_000, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 1_000, "num_images": 50})
+    c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
+    return c

@@ -1,0 +1,67 @@
+"""Many images from one network: image k depends on (params, seed, k, its label) alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dit_jax.console import Progress
+from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
+from dit_jax.parallel.mesh import batch_sharding, rows_per_step
+from dit_jax.training.task import DiffusionTask
+
+
+def spread_labels(num_images: int, num_classes: int, labels: tuple[int, ...] = ()) -> np.ndarray:
+    """int32[num_images]: the given labels in turn, or all classes in turn, so that counts differ by at most one.
+
+    Raises:
+        UserError: a label out of range, or labels for a network without classes.
+    """
+    if num_images < 1:
+        raise UserError(f"{num_images} samples asked for; at least 1 is needed")
+    if labels and not num_classes:
+        raise UserError("the network is unconditional (0 classes); ask for no labels")
+    for label in labels:
+        if not 0 <= label <= num_classes:
+            raise UserError(f"label {label} is out of range: 0 to {num_classes - 1}, or {num_classes} for no condition")
+    cycle = np.asarray(labels or range(max(num_classes, 1)), np.int32)
+    return np.resize(cycle, num_images)
+
+
+class Generator:
+    """Draws images in batches of one size, so that the arithmetic of an image does not depend on how many are asked for."""
+
+    def __init__(self, task: DiffusionTask, mesh: Mesh, sampler, guidance, batch_size: int, seed: int):
+        ways = rows_per_step(mesh)
+        if batch_size < 1 or batch_size % ways:
+            raise UserError(f"sampling batch_size {batch_size} is not a positive multiple of mesh.data x mesh.fsdp = {ways}")
+        self.mesh, self.batch_size = mesh, batch_size
+
+        def draw(params, constants, indices, labels):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+            return task.sample(params, constants, keys, labels, sampler, guidance)
+
+        rows = batch_sharding(mesh)
+        self._draw = jax.jit(draw, in_shardings=(None, None, rows, rows), out_shardings=rows)
+
+    def __call__(self, params, constants, labels: np.ndarray, say_progress: bool = False) -> np.ndarray:
+        """Image k for labels[k], k = 0, 1, ...
+
+        Args:
+            labels: int32[N].
+
+        Returns:
+            uint8[N, H, W, C], whole on every process.
+        """
+        count, size = len(labels), self.batch_size
+        progress = Progress("sampling", count)
+        images = []
+        with jax.set_mesh(self.mesh):
+            for start in range(0, count, size):
+                indices = np.minimum(np.arange(start, start + size), count - 1)
+                batch = self._draw(params, constants, jnp.asarray(indices), jnp.asarray(labels[indices]))
+                images.append(hosts.to_host(batch))
+                if say_progress:
+                    progress.update(min(start + size, count))
+        return np.concatenate(images)[:count]

@@ -1,0 +1,200 @@
+"""The training loop: config -> mesh -> data -> step -> records, previews, checkpoints."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dit_jax import build
+from dit_jax.console import duration, say
+from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
+from dit_jax.parallel.mesh import replicated, shard_batch
+from dit_jax.training import summary
+from dit_jax.training.checkpoint import Checkpointer
+from dit_jax.training.generate import Generator, spread_labels
+from dit_jax.training.grid import write_image_grid
+from dit_jax.training.records import Records
+from dit_jax.training.signals import StopSignal
+from dit_jax.training.state import TrainState, abstract_state, create_sharded
+from dit_jax.training.task import DiffusionTask
+from dit_jax.training.workdir import Workdir
+
+MAX_SKIPPED_STEPS = 10
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient was not finite for many steps on end."""
+
+
+@dataclass
+class Run:
+    """What training leaves behind, for sampling in the same process."""
+
+    task: DiffusionTask
+    mesh: Mesh
+    constants: Any
+    state: TrainState
+    stopped: bool
+    loss: float | None
+    images_per_second: float | None
+
+
+class Meter:
+    """Turns the sums of an interval into a record and a line of progress.
+
+    Sums are read one step late: while the host waits for the numbers of step n, the device is at work on step n + 1.
+    """
+
+    def __init__(self, records: Records, batch_size: int, num_steps: int, step: int):
+        self.records, self.batch_size, self.num_steps = records, batch_size, num_steps
+        self.first_step = self.last_step = step
+        self.first_time = self.last_time = time.monotonic()
+        self.paused_seconds = 0.0
+        self.loss = self.images_per_second = None
+        self.skipped_in_a_row = 0
+        self.pending = None
+
+    def defer(self, step: int, sums):
+        self.pending = (step, sums)
+
+    def pause(self, seconds: float):
+        """Time spent on something else than training (previews), left out of the speed."""
+        self.paused_seconds += seconds
+
+    def report(self):
+        if self.pending is None:
+            return
+        (step, sums), self.pending = self.pending, None
+        sums = jax.device_get(sums)
+        now = time.monotonic()
+        values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
+        steps, skipped = step - self.last_step, int(sums["skipped"][0])
+        seconds = now - self.last_time - self.paused_seconds
+        values["skipped"] = skipped
+        values["images_per_second"] = self.images_per_second = steps * self.batch_size / seconds
+        self.loss = values["loss"]
+        self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
+        left = (now - self.first_time) / (step - self.first_step) * (self.num_steps - step)
+        say(f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
+            f"{duration(left)} left" + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""))
+        self.last_step, self.last_time, self.paused_seconds = step, now, 0.0
+        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise Diverged(f"loss or gradient was not finite for the last {self.skipped_in_a_row} steps, up to step {step}; "
+                           "lower optimizer.learning_rate, set optimizer.clip_norm, or train in float32, and start again from "
+                           "the last checkpoint")
+
+
+def compile_step(task: DiffusionTask, mesh: Mesh, seed: int, state, constants, batch):
+    """(compiled step, zero sums, seconds): (state, sums, constants, batch) -> (state, sums), its first two arguments donated."""
+    def step(state, sums, constants, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        state, new = task.step(state, constants, batch, key)
+        return state, jax.tree.map(jnp.add, sums, new)
+
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda *args: task.step(*args, jax.random.key(0))[1], state, constants, batch)
+        whole = replicated(mesh)
+        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=whole)
+        out = (jax.tree.map(lambda x: x.sharding, state), whole)
+        compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(state, zeros(), constants, batch).compile()
+    return compiled, zeros, time.monotonic() - start
+
+
+def restore_or_create(config, task: DiffusionTask, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
+    """The newest good checkpoint, or a new state where there is none.
+
+    Raises:
+        UserError: the data set is not the one that the checkpoint was trained on.
+    """
+    restored = checkpointer.restore(abstract_state(task.init, mesh))
+    if restored is None:
+        return create_sharded(task.init, jax.random.key(config.seed), mesh)
+    state, meta = restored
+    if meta["data"] != fingerprint:
+        raise UserError("the data set has changed since this run began (another version, split, file list or count); restore it, "
+                        "or give a new --workdir")
+    say(f"going on from step {int(state.step)}")
+    return state
+
+
+def train(config, workdir) -> Run:
+    """Trains to config.num_steps, or goes on where the folder stands; the same command again continues.
+
+    Returns early, with `stopped` set and everything saved, after SIGTERM or Ctrl-C.
+
+    Raises:
+        UserError: something in the config, the data or the folder is wrong; before any work.
+        Diverged: see there.
+    """
+    mesh = build.mesh(config)
+    task = build.task(config)
+    loader = build.loader(config, mesh)
+    constants = build.codec_params(config, mesh)
+    preview = make_preview(config, task, mesh)
+    fingerprint = loader.source.fingerprint
+
+    with (Workdir(workdir, config, hosts.is_first()) as folder,
+          Checkpointer(folder.checkpoints, **config.checkpoint) as checkpointer,
+          Records(folder.path, hosts.is_first()) as records,
+          StopSignal() as stop):
+        state = restore_or_create(config, task, mesh, checkpointer, fingerprint)
+        done = int(state.step)
+        records.rewind(done)
+        say(summary.text(config, task, mesh, state, folder.path))
+        if done >= config.num_steps:
+            say(f"step {done} of {config.num_steps} is reached: nothing to train")
+            return Run(task, mesh, constants, state, False, None, None)
+
+        with loader.batches(done) as batches:
+            batch = shard_batch(mesh, next(batches))
+            step, zeros, seconds = compile_step(task, mesh, config.seed, state, constants, batch)
+            say(f"compiled the training step in {seconds:.1f} s")
+            records.scalars(done, {"compile_seconds": seconds})
+            sums, meter = zeros(), Meter(records, config.batch_size, config.num_steps, done)
+            stopped = False
+            while done < config.num_steps and not stopped:
+                state, sums = step(state, sums, constants, batch)
+                done += 1
+                last = done == config.num_steps
+                meter.report()
+                if done % config.log.every_steps == 0 or last:
+                    meter.defer(done, sums)
+                    sums = zeros()
+                stopped = stop.requested(done)
+                if checkpointer.due(done) or last or stopped:
+                    checkpointer.save(done, state, {"data": fingerprint})
+                if config.preview.every_steps and (done % config.preview.every_steps == 0 or last):
+                    meter.report()
+                    meter.pause(preview(folder.samples, records, done, state, constants))
+                if not (last or stopped):
+                    batch = shard_batch(mesh, next(batches))
+            meter.report()
+    return Run(task, mesh, constants, state, stopped and done < config.num_steps, meter.loss, meter.images_per_second)
+
+
+def make_preview(config, task: DiffusionTask, mesh: Mesh):
+    """(folder, records, step, state, constants) -> seconds: writes a grid of images from the moving average."""
+    classes = max(config.model.num_classes, 1)
+    count = config.preview.num_images
+    labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
+    size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
+    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed)
+
+    def preview(folder, records, step, state, constants):
+        start = time.monotonic()
+        images = generator(state.ema_params, constants, labels)
+        if hosts.is_first():
+            path = folder / f"{step:08d}.png"
+            columns = classes if classes <= 20 and count >= classes else None
+            records.images(step, {"samples": write_image_grid(path, images, columns)})
+            say(f"samples in {path}")
+        return time.monotonic() - start
+
+    return preview

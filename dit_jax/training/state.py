@@ -1,0 +1,56 @@
+"""What training carries from step to step, and how it is born on a mesh."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dit_jax.parallel import rules
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Arrays only.
+
+    Fields:
+        step: int32 scalar, how many steps were taken.
+        params: of the network, in `param_dtype`.
+        ema_params: float32 exponential moving average of params; starts at params.
+        opt_state: optax state.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def new_state(params, optimizer) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def abstract_state(init, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings; nothing is computed.
+
+    init: key -> TrainState.
+    """
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                        rules.shardings(shapes, mesh))
+
+
+def create_sharded(init, key, mesh: Mesh) -> TrainState:
+    """Runs init under jit with the shardings of the rules: no array is ever whole on one device that should not be."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(init, mesh))
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def count_parameters(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,55 @@
+"""What a run is, in a few lines, before it starts."""
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+import jax
+
+from dit_jax.analysis.flops import dit_macs
+from dit_jax.training.state import TrainState, count_parameters
+from dit_jax.training.task import DiffusionTask
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what can change a result, and this code's commit ("unknown" outside a checkout)."""
+    import dit_jax
+
+    found = {"dit_jax": dit_jax.__version__, "commit": git_commit()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """Short hash of the checkout that holds this package, with "+" when it has changes."""
+    def git(*args):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10)
+
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        return "unknown" if head.returncode else head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def text(config, task: DiffusionTask, mesh, state: TrainState, workdir) -> str:
+    """The summary that a run begins with."""
+    device = mesh.devices.flat[0]
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    macs = dit_macs(task.network, task.latent_shape)
+    return "\n".join((
+        f"run        {workdir}",
+        f"model      {config.model.name} depth {config.model.depth} width {config.model.width} heads {config.model.heads} patch "
+        f"{config.model.patch_size} ({config.model.conditioning}): {count_parameters(state.params) / 1e6:.2f} M parameters, "
+        f"{macs / 1e9:.3f} GMACs per image",
+        f"latents    {' x '.join(map(str, task.latent_shape))} from {config.codec.name}",
+        f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) on {jax.process_count()} hosts, mesh {axes}",
+        f"training   to step {config.num_steps}, batch {config.batch_size}, {config.model.dtype}",
+        "versions   " + " ".join(f"{name} {version}" for name, version in versions().items()),
+    ))

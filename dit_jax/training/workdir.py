@@ -1,0 +1,109 @@
+"""The folder of a run: its config, who is using it, and where things lie in it.
+
+    config.json     the resolved config
+    checkpoints/    see `checkpoint`
+    metrics.jsonl, events.out.tfevents.*   see `records`
+    samples/        grids of images by step
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import ml_collections
+
+from dit_jax.errors import UserError
+
+# May change when a run goes on; every other field makes it another run.
+RESUMABLE = ("num_steps", "mesh", "loader", "checkpoint", "log", "preview", "evaluation", "sampler", "guidance")
+# What changes the speed of a network and not what it computes.
+RESUMABLE_MODEL_FIELDS = ("model.attention", "model.remat", "model.unroll")
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def plain(config: ml_collections.ConfigDict) -> dict:
+    """The config as JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Lines "field: old -> new" of the fields that may not change between two parts of one run."""
+    old, new = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        may_change = key.split(".")[0] in RESUMABLE or key in RESUMABLE_MODEL_FIELDS
+        if old.get(key) != new.get(key) and not may_change:
+            lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return lines
+
+
+class Workdir:
+    """Opens (or creates) a run's folder for training; a context manager that holds the lock.
+
+    Raises on entry:
+        UserError: another process trains in it; its config differs; it holds something else.
+    """
+
+    def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
+        self.path = Path(path).expanduser().absolute()
+        self.config, self.first = plain(config), first
+        self._lock = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def __enter__(self):
+        file = self.path / "config.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder; give another --workdir")
+        if file.exists():
+            lines = differences(read_config(self.path), self.config)
+            if lines:
+                raise UserError(f"{self.path} holds a run with another config; go on with that one, or give a new --workdir. "
+                                f"Different:\n  " + "\n  ".join(lines))
+        elif self.checkpoints.exists():
+            raise UserError(f"{self.path} has checkpoints and no config.json: it is no run of this program, or was cut up; "
+                            "give another --workdir")
+        if self.first:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is training in {self.path}; wait for it or give another --workdir") from None
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.config, indent=2) + "\n")
+            os.replace(partial, file)
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._lock is not None:
+            self._lock.close()
+
+
+def read_config(workdir) -> dict:
+    """The config that a run was started with.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = Path(workdir).expanduser() / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist: {workdir} is not a --workdir that dit_jax.main has trained in") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None

@@ -1,0 +1,6 @@
+"""Every test runs with 8 simulated devices; what is not put on a mesh uses the first."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")

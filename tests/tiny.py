@@ -1,0 +1,49 @@
+"""A model and configs small enough for a test, with weights that are not zero."""
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax import recipes
+from dit_jax.models.dit import DiT
+
+
+def dit(conditioning="adaln_zero", **fields):
+    """A DiT of depth 2 and width 32 for 8 x 8 inputs of any channel count."""
+    fields = {"patch_size": 2, "depth": 2, "width": 32, "heads": 4, "num_classes": 10, "out_channels": 2} | fields
+    return DiT(conditioning=conditioning, **fields)
+
+
+def random_params(params, key=7, scale=0.2):
+    """Normal values in place of every parameter: adaLN-Zero's zeros would make tests compare 0 with 0."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    return jax.tree.unflatten(tree, [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+
+
+def config(**overrides):
+    """configs/digits.py with a tiny model and few steps; overrides by dotted path with "__" for the dot."""
+    c = recipes.digits()
+    c.update({"num_steps": 6, "batch_size": 16})
+    c.model.update({"depth": 2, "width": 32})
+    c.checkpoint.update({"every_steps": 3})
+    c.log.every_steps = 2
+    c.preview.update({"every_steps": 0})
+    c.evaluation.update({"num_images": 0})
+    c.sampler.num_steps = 4
+    c.mesh.data = -1
+    for path, value in overrides.items():
+        *sections, field = path.split("__")
+        section = c
+        for name in sections:
+            section = section[name]
+        section[field] = value
+    return c.lock()
+
+
+def distance(a, b):
+    """Largest |a - b| over largest |b|, over all leaves."""
+    worst = 0.0
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+        worst = max(worst, float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-9)))
+    return worst
