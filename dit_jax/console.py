@@ -8,6 +8,7 @@ import jax
 from absl import app, flags, logging
 
 from dit_jax.errors import UserError
+from dit_jax.host_memory import reuse_freed_memory
 
 USER_ERROR_STATUS = 2
 
@@ -47,7 +48,9 @@ def _parse_flags(argv):
     try:
         return flags.FLAGS(argv)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        message = str(error).strip() or type(error).__name__
+        message = str(error.args[0] if isinstance(error, KeyError) else error).strip() or type(error).__name__
+        if "Traceback (most recent call last)" in message:  # of a config file: what ml_collections says ends with the reason
+            message = f"{message.splitlines()[0]} {message.splitlines()[-1].removeprefix('dit_jax.errors.UserError: ')}"
         print(f"error: {message}", file=sys.stderr)
         print(f"See python -m dit_jax.{argv[0].rsplit('/', 1)[-1].removesuffix('.py')} --help.", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
@@ -60,9 +63,9 @@ def run(main):
     """
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; options begin with --")
         try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
             result = main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -71,4 +74,5 @@ def run(main):
             sys.stderr.flush()
             print(json.dumps(result), flush=True)
 
+    reuse_freed_memory()
     app.run(guarded, flags_parser=_parse_flags)

@@ -59,7 +59,8 @@ def training() -> ml_collections.ConfigDict:
         "ema_decay": 0.9999,
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "optimizer": {"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
-                      "warmup_steps": 0, "clip_norm": config_dict.placeholder(float)},
+                      "warmup_steps": 0, "decay_steps": config_dict.placeholder(int),
+                      "clip_norm": config_dict.placeholder(float)},
         "loader": {"num_workers": 0, "num_threads": 16},
         "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
         "log": {"every_steps": 100},
@@ -106,7 +107,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
 def digits() -> ml_collections.ConfigDict:
     """A small class-conditional DiT on scikit-learn's 8 x 8 digits: minutes on two CPU cores."""
     c = training()
-    c.num_steps, c.batch_size, c.ema_decay = 4_000, 128, 0.998
+    c.num_steps, c.batch_size, c.ema_decay = 1_500, 128, 0.99
     c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10}
     c.process = gaussian()
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
@@ -114,8 +115,8 @@ def digits() -> ml_collections.ConfigDict:
     c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False}
     c.loader.num_threads = 2
     c.sampler = {"name": "ddpm", "num_steps": 100}
-    c.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200, "clip_norm": 1.0})
-    c.checkpoint.update({"every_steps": 1_000, "keep_every_steps": config_dict.placeholder(int)})
-    c.preview.update({"every_steps": 1_000, "num_images": 50})
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
+    c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 500, "num_images": 50})
     c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
     return c

@@ -53,6 +53,11 @@ def shard_batch(mesh: Mesh, batch):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def split_rows(mesh: Mesh, x):
+    """An array that every host holds whole -> a global array split over data and fsdp."""
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+
+
 def constrain_batch(x):
     """Keeps x split over rows only, under `jax.set_mesh`; the identity where no mesh is set.
 

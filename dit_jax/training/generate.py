@@ -1,14 +1,13 @@
 """Many images from one network: image k depends on (params, seed, k, its label) alone."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.console import Progress
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
-from dit_jax.parallel.mesh import batch_sharding, rows_per_step
+from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.training.task import DiffusionTask
 
 
@@ -43,7 +42,7 @@ class Generator:
             return task.sample(params, constants, keys, labels, sampler, guidance)
 
         rows = batch_sharding(mesh)
-        self._draw = jax.jit(draw, in_shardings=(None, None, rows, rows), out_shardings=rows)
+        self._draw = jax.jit(draw, out_shardings=rows)
 
     def __call__(self, params, constants, labels: np.ndarray, say_progress: bool = False) -> np.ndarray:
         """Image k for labels[k], k = 0, 1, ...
@@ -59,8 +58,8 @@ class Generator:
         images = []
         with jax.set_mesh(self.mesh):
             for start in range(0, count, size):
-                indices = np.minimum(np.arange(start, start + size), count - 1)
-                batch = self._draw(params, constants, jnp.asarray(indices), jnp.asarray(labels[indices]))
+                indices = np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
+                batch = self._draw(params, constants, split_rows(self.mesh, indices), split_rows(self.mesh, labels[indices]))
                 images.append(hosts.to_host(batch))
                 if say_progress:
                     progress.update(min(start + size, count))

@@ -106,7 +106,7 @@ class DiffusionTask:
         """
         inputs = self.draw_inputs(constants, batch, key)
         grads, losses = self.gradients(state.params, inputs)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

@@ -1,9 +1,9 @@
 """The folder of a run: its config, who is using it, and where things lie in it.
 
-    config.json     the resolved config
-    checkpoints/    see `checkpoint`
-    metrics.jsonl, events.out.tfevents.*   see `records`
-    samples/        grids of images by step
+    config.json   the resolved config
+    checkpoints/  see `checkpoint`
+    metrics.jsonl, tensorboard/   see `records`
+    samples/      grids of images by step
 """
 
 import fcntl

@@ -1,0 +1,145 @@
+import ast
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from dit_jax import build, recipes
+from dit_jax.errors import UserError
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.parallel.rules import TRANSFORMER_RULES, shardings, spec_of
+from dit_jax.training.state import abstract_state, count_parameters
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def load(name, *args):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+def state_of(config, mesh):
+    config.lock()
+    return abstract_state(build.task(config).init, mesh)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds(name):
+    """A config that names what does not exist, or a parameter that no sharding rule (or more than one) covers."""
+    state = state_of(load(name), make_mesh(2, 2, 2))
+    build.sampler(load(name))
+    build.guidance(load(name))
+    assert count_parameters(state.params) == count_parameters(state.ema_params) > 0
+
+
+@pytest.mark.parametrize("size", recipes.MODELS)
+@pytest.mark.parametrize("resolution", [256, 512])
+def test_all_sizes(size, resolution):
+    """One of the twelve sizes at 256 or 512 that does not build."""
+    config = load("imagenet", f"{size},{resolution}")
+    assert build.latent_shape(config) == (resolution // 8, resolution // 8, 4)
+    assert build.network(config).patch_size == int(size[-1])
+
+
+@pytest.mark.parametrize("arg, text", [("XL/3,256", "choose one of"), ("XL/2,250", "256 or 512"), ("XL/2", "256 or 512")])
+def test_bad_imagenet_argument(arg, text):
+    """A mistyped size that silently becomes another."""
+    with pytest.raises(UserError, match=text):
+        load("imagenet", arg)
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"transform.resolution": 250}, r"resolution 250 is not a multiple of codec 8 x patch 2 = 16"),
+    ({"model.heads": 7}, "does not divide model.width"),
+    ({"model.dtype": "float64"}, "must be one of float32"),
+    ({"model.name": "unet"}, "must be one of dit"),
+    ({"process.schedule": "exponential"}, "must be one of linear"),
+    ({"label_dropout": 1.5}, r"must lie in \[0, 1\)"),
+    ({"optimizer.learning_rate": -1.0}, "must be positive"),
+    ({"num_steps": 0}, "at least 1"),
+    ({"model.num_classes": -1}, "at least 0"),
+    ({"transform.channels": 1}, "must be equal"),
+])
+def test_bad_values(changes, text):
+    """A mistake that is only found when the first batch reaches the network, or never."""
+    config = load("s2_imagenet256")
+    for path, value in changes.items():
+        section, _, field = path.rpartition(".")
+        (config[section] if section else config)[field] = value
+    with pytest.raises(UserError, match=text):
+        build.task(config)
+
+
+def test_unknown_field_is_named():
+    """A field that the constructor does not have, silently dropped."""
+    config = load("digits")
+    config.process.temperature = 1.0
+    with pytest.raises(UserError, match="'gaussian' has no field temperature"):
+        build.task(config)
+
+
+def test_unmatched_rule():
+    """A new layer that ends up replicated unnoticed."""
+    with pytest.raises(ValueError, match="0 sharding rules match params/blocks/mamba/kernel"):
+        spec_of("params/blocks/mamba/kernel", (4, 4), {"data": 1, "fsdp": 1, "tensor": 1}, TRANSFORMER_RULES)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln", "cross_attention", "in_context"])
+def test_rules_cover_every_block(conditioning):
+    """A parameter of one block kind that no rule, or more than one, covers; heads that do not divide must stay whole."""
+    config = load("imagenet", "B/2,256")
+    config.model.conditioning = conditioning
+    state = state_of(config, make_mesh(1, 1, 8))  # 12 heads over 8 devices
+    specs = jax.tree.map(lambda s: s.spec, shardings(state, make_mesh(1, 1, 8)))
+    assert "tensor" not in specs.params["blocks"]["attention"]["qkv"]["kernel"]
+    assert "tensor" in specs.params["blocks"]["mlp"]["in"]["kernel"]
+    assert specs.opt_state[0].mu == specs.params
+
+
+@pytest.mark.parametrize("shape, text", [((16, 1, 1), "there are 8"), ((-1, 3, 1), "there are 8"), ((8, 0, 1), "at least 1")])
+def test_bad_mesh(shape, text):
+    """A mesh that leaves devices idle, or asks for more than there are."""
+    with pytest.raises(UserError, match=text):
+        make_mesh(*shape)
+
+
+LAYERS = {  # who may import whom, besides errors, pixels and itself
+    "models": {"parallel"},
+    "codecs": set(),
+    "diffusion": set(),
+    "data": set(),
+    "metrics": set(),
+    "parallel": set(),
+    "analysis": {"models", "codecs", "diffusion"},
+    "interop": {"models", "codecs", "diffusion"},
+}
+FREE = {"errors", "pixels"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_import_layers(layer):
+    """A lower layer that reaches up or sideways: networks that know processes, metrics that know data sets."""
+    for file in (ROOT / "dit_jax" / layer).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module] if node.module != "dit_jax" else [f"dit_jax.{a.name}" for a in node.names]
+            elif isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            for name in names:
+                part = name.split(".")
+                if part[0] == "dit_jax":
+                    assert part[1] in LAYERS[layer] | FREE | {layer}, f"{file.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["torch", "tensorflow", "diffusers", "wandb"])
+def test_heavy_libraries_are_imported_late(module):
+    """An optional library that becomes a requirement because a module imports it at the top."""
+    for file in (ROOT / "dit_jax").rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            assert all(name.split(".")[0] != module for name in names), file

@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.diffusion.guidance import Guidance, drop_labels
+from dit_jax.errors import UserError
+
+
+def network(x, t, cond):
+    """Two data channels and two variance channels, all of which depend on label and time."""
+    y = jnp.concatenate([x, x + 1], axis=-1) * cond["label"][:, None, None, None]
+    return y + t[:, None, None, None]
+
+
+X = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+COND, NULL = {"label": jnp.array([1.0, 2.0, 3.0])}, {"label": jnp.full(3, 10.0)}
+
+
+def expected(scale, channels):
+    t = jnp.full(3, 5.0)
+    cond, uncond = network(X, t, COND), network(X, t, NULL)
+    return cond.at[..., :channels].set((uncond + scale * (cond - uncond))[..., :channels])
+
+
+@pytest.mark.parametrize("channels, guided", [(None, 2), (1, 1)])
+def test_guides_data_channels_only(channels, guided):
+    """Guidance that also scales the learned variance, mixes up examples, or slices the wrong axis (NHWC)."""
+    out = Guidance(3.0, channels)(network, COND, NULL)(X, 0.5, 5.0)
+    np.testing.assert_allclose(out, expected(3.0, guided), rtol=1e-5, atol=1e-5)
+
+
+def test_interval():
+    """Guidance outside its interval, or none at its ends."""
+    guided = Guidance(3.0, None, 0.2, 0.6)(network, COND, NULL)
+    plain = network(X, jnp.full(3, 5.0), COND)
+    for t, on in ((0.1, False), (0.2, True), (0.6, True), (0.7, False)):
+        np.testing.assert_allclose(guided(X, jnp.float32(t), 5.0), expected(3.0, 2) if on else plain, rtol=1e-5, atol=1e-5)
+
+
+def test_off_runs_the_network_once():
+    """Paying for the second forward at scale 1, or outside the interval."""
+    batches = []
+
+    def counting(x, t, cond):
+        jax.debug.callback(lambda: batches.append(len(x)))
+        return network(x, t, cond)
+
+    Guidance(1.0)(counting, COND, NULL)(X, 0.5, 5.0)
+    guided = jax.jit(Guidance(2.0, None, 0.4, 0.6)(counting, COND, NULL))
+    guided(X, 0.5, 5.0)
+    guided(X, 0.7, 5.0)
+    jax.effects_barrier()
+    assert batches == [3, 6, 3]
+
+
+def test_drop_labels_rate():
+    """Labels dropped at another rate, twice, or to another label (10 % +- 4 deviations)."""
+    labels = jnp.arange(40_000) % 7
+    dropped = drop_labels(jax.random.key(0), labels, 7, 0.1)
+    changed = dropped != labels
+    assert (dropped[changed] == 7).all()
+    assert abs(changed.mean() - 0.1) < 4 * np.sqrt(0.09 / 40_000)
+
+
+@pytest.mark.parametrize("fields", [{"low": 0.6, "high": 0.4}, {"high": 1.5}, {"channels": 0}])
+def test_bad_fields(fields):
+    """An interval or channel count that guides nothing, silently."""
+    with pytest.raises(UserError):
+        Guidance(2.0, **fields)

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import scipy.linalg
+
+from dit_jax.errors import UserError
+from dit_jax.metrics.features import pixels
+from dit_jax.metrics.frechet import Moments, frechet_distance, moments
+from dit_jax.training import samples_file, score
+
+
+def random_features(seed, count=300, width=24):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, width)) @ rng.standard_normal((width, width)) + seed
+
+
+def test_against_scipy():
+    """A square root of the product taken in the wrong order, or a covariance divided by N."""
+    a, b = random_features(0), random_features(1)
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_closed_form():
+    """Diagonal Gaussians: |m|^2 + sum (s - r)^2."""
+    s, r, m = np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.5, 0.0]), np.array([1.0, 0.0, -2.0])
+    a, b = Moments(10, np.zeros(3), np.diag(s**2)), Moments(10, m, np.diag(r**2))
+    assert frechet_distance(a, b) == pytest.approx(5 + np.square(s - r).sum(), rel=1e-12)
+
+
+def test_fewer_images_than_features():
+    """NaN, jitter or a negative distance where the covariances are singular; zero for equal sets."""
+    a, b = random_features(0, 10), random_features(1, 12)
+    assert np.isfinite(frechet_distance(moments(a), moments(b)))
+    assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6 * np.trace(np.cov(a.T)))
+
+
+@pytest.mark.parametrize("features", [np.zeros((1, 4)), np.array([[1.0, np.nan], [0.0, 1.0]])])
+def test_bad_features(features):
+    """NaN that turns into a plausible distance."""
+    with pytest.raises(UserError):
+        moments(features)
+
+
+def test_pixel_range():
+    """Pixels in [0, 255] or [0, 1]: distances that no other code would reproduce."""
+    assert pixels(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)).tolist() == [[-1.0], [1.0]]
+
+
+@pytest.mark.parametrize("content, text", [
+    ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no array arr_0"),
+    ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, "uint8"),
+    ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, "uint8"),
+    ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8)}, "uint8"),
+    ({"arr_0": np.zeros((3, 16, 16, 1), np.uint8)}, "must be equal"),
+    ({"arr_0": np.array([{}, {}])}, "not a readable npz"),
+    (None, "not a readable npz"),
+])
+def test_bad_samples(tmp_path, content, text):
+    """A file of another range or layout scored as if it were images; a pickle that is opened."""
+    path = tmp_path / "x.npz"
+    if content is None:
+        path.write_bytes(b"PK not a zip")
+    else:
+        np.savez(path, **content)
+    with pytest.raises(UserError, match=text):
+        score.evaluate(path, "digits", "pixels")
+
+
+def test_unknown_features_and_reference(tmp_path):
+    """A reference or feature space that is guessed."""
+    path = tmp_path / "x.npz"
+    samples_file.write(path, np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, np.int32), {})
+    with pytest.raises(UserError, match="must be one of pixels"):
+        score.evaluate(path, "digits", "inception9")
+    with pytest.raises(UserError, match="does not exist"):
+        score.evaluate(path, "/nowhere", "pixels")

@@ -1,0 +1,149 @@
+"""The verbs as a user meets them: a process, its exit status, and the last line of stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax.console import duration
+
+ROOT = Path(__file__).parent.parent
+TINY = [f"--config.{field}" for field in (
+    "num_steps=4", "batch_size=8", "model.depth=1", "model.width=32", "preview.every_steps=0", "sampler.num_steps=3",
+    "evaluation.num_images=20", "evaluation.batch_size=20")]
+
+# Runs many verbs, each in a fork of one process that has imported the libraries: a start costs a second instead of six.
+FORK = """
+import json, os, runpy, sys
+import dit_jax.training.loop, dit_jax.training.score
+results = []
+for name, *args in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        for number, file in ((1, "out"), (2, "err")):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = [name, *args]
+        runpy.run_module(f"dit_jax.{name}", run_name="__main__")
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    results.append((status, open("out").read(), open("err").read()))
+print(json.dumps(results))
+"""
+
+
+def start(args, cwd):
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_verbs(folder, calls):
+    """[(exit status, stdout, stderr)] of calls [name, *args]; configs are found from the folder."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    process = start(["-c", FORK, json.dumps(calls)], folder)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def verb(name, *args):
+    return start(["-m", f"dit_jax.{name}", *args], ROOT)
+
+
+def result(process):
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verbs") / "run"
+    done = result(verb("main", "--config=configs/digits.py", f"--workdir={path}", *TINY))
+    assert done["step"] == 4 and done["num_samples"] == 20 and done["fid"] > 0 and Path(done["checkpoint"]).is_dir()
+    assert Path(done["samples"]).is_file() and Path(done["samples"]).with_suffix(".png").is_file()
+    return path
+
+
+def test_sample_and_evaluate(workdir, tmp_path):
+    """Sampling that needs more than the folder, ignores its flags, or writes what evaluate cannot read."""
+    moved = tmp_path / "elsewhere"
+    workdir.rename(moved)
+    out = tmp_path / "x.npz"
+    done = result(verb("sample", f"--workdir={moved}", "--num_samples=6", "--labels=3,5", "--guidance_scale=1.5",
+                       "--sampler=ddim", "--num_steps=2", "--seed=4", f"--out={out}"))
+    moved.rename(workdir)
+    assert done["num_samples"] == 6 and done["evaluations"] == 4 and done["step"] == 4
+    with np.load(out) as file:
+        assert file["arr_0"].shape == (6, 8, 8, 1) and file["arr_0"].dtype == np.uint8
+        assert file["labels"].tolist() == [3, 5, 3, 5, 3, 5]
+        made_by = json.loads(str(file["made_by"]))
+    assert made_by["sampler"]["name"] == "ddim" and made_by["guidance"]["scale"] == 1.5 and made_by["seed"] == 4
+    assert Image.open(out.with_suffix(".png")).size[0] > 8
+    scored = result(verb("evaluate", f"--samples={out}", "--reference=digits", "--features=pixels"))
+    assert scored["num_samples"] == 6 and scored["num_reference"] == 1797 and scored["fid"] > 0
+
+
+MISTAKES = {
+    "unknown key": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.batchsize=3"], "batchsize"),
+    "unknown file": ("main", ["--config=configs/nowhere.py", "--workdir=W"], "nowhere.py"),
+    "wrong type": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.batch_size=many"], "many"),
+    "bad argument": ("main", ["--config=configs/imagenet.py:XL/3,256", "--workdir=W"], "XL/3"),
+    "no workdir": ("main", ["--config=configs/digits.py"], "--workdir"),
+    "patch": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.transform.resolution=9"], "not a multiple"),
+    "heads": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.heads=5"], "does not divide"),
+    "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs as many devices"),
+    "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "data.path is empty"),
+    "no run": ("sample", ["--workdir=W"], "config.json does not exist"),
+    "no npz": ("evaluate", ["--samples=W/x.npz", "--reference=digits"], "does not exist"),
+    "stray word": ("evaluate", ["digits"], "unexpected argument"),
+}
+
+
+def refused(outcome, text):
+    status, _, stderr = outcome
+    assert status not in (0, None) and text in stderr and "Traceback" not in stderr, stderr
+    assert len(stderr.strip().splitlines()) <= 4
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    calls = [[name, *(arg.replace("=W", f"={folder / 'run'}") for arg in args)] for name, args, _ in MISTAKES.values()]
+    return folder, dict(zip(MISTAKES, run_verbs(folder, calls), strict=True))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(outcomes, mistake):
+    """A stack trace for a user's mistake, a zero exit status, or a folder left behind."""
+    folder, found = outcomes
+    refused(found[mistake], MISTAKES[mistake][2])
+    assert not (folder / "run").exists()
+
+
+def test_sampling_mistakes(workdir, tmp_path):
+    """A label, sampler or step that is clamped instead of refused; images from random weights where nothing was saved yet."""
+    mistakes = {
+        "--labels=3,10,11": "label 11 is out of range",
+        "--labels=three": "whole numbers",
+        "--num_samples=0": "at least 1",
+        "--sampler=magic": "must be one of",
+        "--num_steps=1001": "1 to 1000",
+        "--step=3": "no checkpoint of step 3",
+        "--out=x.png": "must end in .npz",
+    }
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((workdir / "config.json").read_text())
+    calls = [["sample", f"--workdir={workdir}", arg] for arg in mistakes] + [["sample", f"--workdir={empty}"]]
+    for outcome, text in zip(run_verbs(tmp_path, calls), [*mistakes.values(), "no checkpoint in"], strict=True):
+        refused(outcome, text)
+
+
+@pytest.mark.parametrize("seconds, text", [(8.2, "8s"), (75, "1m15s"), (3725, "1h02m"), (59.7, "1m00s")])
+def test_duration(seconds, text):
+    """1m60s."""
+    assert duration(seconds) == text
