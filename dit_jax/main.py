@@ -40,16 +40,28 @@ def draw_final_samples(config, run, path: Path):
         console.say(f"{len(images)} samples in {time.monotonic() - start:.1f} s: {path} and {path.with_suffix('.png')}")
 
 
-def main() -> dict:
-    if CONFIG.value is None or WORKDIR.value is None:
+def chosen_config():
+    if CONFIG.value is None:
         raise UserError("give --config=configs/<name>.py and --workdir=<folder>")
+    try:
+        CONFIG.value.keys()
+    except OSError:  # ml_collections keeps a missing file for the first use
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={name} does not exist or cannot be read") from None
+    return CONFIG.value
+
+
+def main() -> dict:
+    config = chosen_config()
+    if WORKDIR.value is None:
+        raise UserError("give --workdir=<folder of the run>")
     from dit_jax.parallel import hosts
 
     hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     from dit_jax.training.loop import train
     from dit_jax.training.score import evaluate
 
-    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser().absolute()
+    workdir = Path(WORKDIR.value).expanduser().absolute()
     run = train(config, workdir)
     step = int(run.state.step)
     result = {"step": step, "loss": run.loss, "images_per_second": run.images_per_second, "stopped": run.stopped,
