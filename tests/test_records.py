@@ -132,17 +132,16 @@ def test_grid_has_every_image_in_its_place(tmp_path, channels):
     """Catches rows and columns exchanged, images cut, and the smoothing of tiny images."""
     images = np.random.default_rng(0).integers(1, 255, (5, 8, 6, channels), np.uint8)
     grid = write_image_grid(tmp_path / "new" / "samples.png", images, columns=3)
-    assert grid.shape == (2 * 8 * 8, 3 * 6 * 8, channels)  # 8 -> 64 pixels
-    small = grid[::8, ::8]
-    assert np.array_equal(grid, small.repeat(8, 0).repeat(8, 1))
+    assert grid.shape == (2 * (8 * 8 + 4) + 4, 3 * (6 * 8 + 4) + 4, channels)  # 8 -> 64 pixels
     for index, image in enumerate(images):
         row, column = divmod(index, 3)
-        assert np.array_equal(small[row * 8 : row * 8 + 8, column * 6 : column * 6 + 6], image)
-    assert not small[8:, 12:].any()
+        cell = grid[4 + row * 68 :, 4 + column * 52 :][:64, :48]
+        assert np.array_equal(cell, image.repeat(8, 0).repeat(8, 1))
+    assert (grid[72:, 2 * 52 :] == 40).all() and (grid[:4] == 40).all()
     read = np.asarray(Image.open(tmp_path / "new" / "samples.png"))
     assert np.array_equal(read.reshape(grid.shape), grid)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.png"]
-    assert write_image_grid(tmp_path / "large.png", np.zeros((4, 100, 100, 3), np.uint8)).shape == (200, 200, 3)
+    assert write_image_grid(tmp_path / "large.png", np.zeros((4, 100, 100, 3), np.uint8)).shape == (212, 212, 3)
 
 
 def test_grid_refuses_floats_and_leaves_no_partial_file(tmp_path):

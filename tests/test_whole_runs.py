@@ -50,7 +50,7 @@ def test_digits(tmp_path):
 
 
 def test_killed_at_random(tmp_path):
-    """State that only survives an orderly exit: after five kills the parameters must equal an uninterrupted run's, bit for bit."""
+    """State that only survives an orderly exit: after five kills the parameters equal an uninterrupted run's, bit for bit."""
     def start(workdir):
         return command("main", "--config=configs/digits.py", f"--workdir={workdir}", "--config.num_steps=120",
                        "--config.checkpoint.every_steps=7", "--config.preview.every_steps=0", "--config.evaluation.num_images=0",
@@ -60,7 +60,7 @@ def test_killed_at_random(tmp_path):
     assert whole.returncode == 0, whole.stderr
     rng, kills = np.random.default_rng(int(time.time())), 0
     for _ in range(30):
-        log = open(tmp_path / "log", "w+")
+        log = open(tmp_path / "log", "w+")  # noqa: SIM115
         process = subprocess.Popen(start(tmp_path / "killed"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=log)
         if kills < 5:
             while "step " not in (tmp_path / "log").read_text() and process.poll() is None:
@@ -104,7 +104,8 @@ def test_photographs(tmp_path):
             side = int(rng.integers(100, 400))
             top, left = rng.integers(0, photo.shape[0] - side), rng.integers(0, photo.shape[1] - side)
             Image.fromarray(photo[top : top + side, left : left + side]).save(tmp_path / "photos" / name / f"{i}.jpg")
-    run("main", "--config=configs/folder.py:S/8,32,2", f"--config.data.path={tmp_path / 'photos'}", f"--workdir={tmp_path / 'run'}",
+    run("main", "--config=configs/folder.py:S/8,32,2", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={tmp_path / 'photos'}",
         "--config.num_steps=100", "--config.batch_size=32", "--config.log.every_steps=10", "--config.preview.every_steps=100",
         "--config.preview.num_images=8", "--config.sampler.num_steps=10", "--config.loader.num_workers=2")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

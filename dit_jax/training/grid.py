@@ -8,14 +8,16 @@ import numpy as np
 from PIL import Image
 
 _SMALLEST_SIDE = 64
+GAP = 4  # pixels between images and around them
+GAP_LEVEL = 40  # dark grey, so that black images have an edge
 
 
 def write_image_grid(path, images, columns=None, scale=None):
-    """Writes images row by row into one picture and returns it as uint8 [rows * H * scale, columns * W * scale, C].
+    """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
     Args:
         path: file to write, atomically; its suffix is the format, its folder is created.
-        images: uint8 [N, H, W, C], N >= 1, C = 1 or 3. Cells after the last image are black.
+        images: uint8 [N, H, W, C], N >= 1, C = 1 or 3.
         columns: images per row; None makes the grid about square.
         scale: integer enlargement by nearest neighbour; None enlarges until the longer side of an image is at least
             64 pixels.
@@ -30,14 +32,11 @@ def write_image_grid(path, images, columns=None, scale=None):
     if columns < 1 or scale < 1:
         raise ValueError(f"columns={columns} and scale={scale} must be at least 1")
     rows = math.ceil(count / columns)
-    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
-    cells[:count] = images
-    grid = (
-        cells.reshape(rows, columns, height, width, channels)
-        .swapaxes(1, 2)
-        .reshape(rows * height, columns * width, channels)
-    )
-    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    high, wide = height * scale + GAP, width * scale + GAP
+    grid = np.full((rows * high + GAP, columns * wide + GAP, channels), GAP_LEVEL, np.uint8)
+    for index, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
+        top, left = GAP + index // columns * high, GAP + index % columns * wide
+        grid[top : top + height * scale, left : left + width * scale] = image
 
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
