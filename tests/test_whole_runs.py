@@ -106,7 +106,7 @@ def test_photographs(tmp_path):
             Image.fromarray(photo[top : top + side, left : left + side]).save(tmp_path / "photos" / name / f"{i}.jpg")
     run("main", "--config=configs/folder.py:S/8,32,2", f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tmp_path / 'photos'}",
-        "--config.num_steps=100", "--config.batch_size=32", "--config.log.every_steps=10", "--config.preview.every_steps=100",
+        "--config.num_steps=100", "--config.batch_size=16", "--config.log.every_steps=10", "--config.preview.every_steps=100",
         "--config.preview.num_images=8", "--config.sampler.num_steps=10", "--config.loader.num_workers=2")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
