@@ -1,7 +1,11 @@
-"""A class-conditional DiT on 1,797 real 8 x 8 digits; trains, samples and scores itself in minutes on two CPU cores."""
+"""A class-conditional DiT on 1,797 real 8 x 8 digits; trains, samples and scores itself in minutes on two CPU cores.
+
+`configs/digits.py:process=flow,conditioning=in_context,sampler=heun` chooses another process (gaussian, flow), conditioning
+(adaln_zero, adaln, cross_attention, in_context) or sampler (`recipes.SAMPLERS`); each may be left out.
+"""
 
 from dit_jax import recipes
 
 
-def get_config():
-    return recipes.digits()
+def get_config(arg=""):
+    return recipes.digits(**recipes.choices(arg, ("process", "conditioning", "sampler")))

@@ -14,9 +14,11 @@ from dit_jax.codecs.pixels import Pixels
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import TFDS, Digits, ImageFolder
 from dit_jax.data.transforms import ImageTransform
+from dit_jax.diffusion import samplers
+from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
-from dit_jax.diffusion.samplers import DDIM, Ancestral
+from dit_jax.diffusion.process import Prediction
 from dit_jax.errors import UserError
 from dit_jax.interop import vae
 from dit_jax.models.dit import DiT
@@ -26,12 +28,14 @@ from dit_jax.training.task import DiffusionTask
 
 TABLES = {
     "model": {"dit": DiT},
-    "process": {"gaussian": Gaussian},
+    "process": {"gaussian": Gaussian, "flow": Flow},
     "codec": {"pixels": Pixels, "kl_vae": KLVAE},
     "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS},
     "transform": {"image": ImageTransform},
     "optimizer": {"adamw": adamw},
-    "sampler": {"ddpm": Ancestral, "ddim": DDIM},
+    "sampler": {"ddpm": samplers.Ancestral, "ddim": samplers.DDIM, "euler": samplers.Euler, "heun": samplers.Heun,
+                "ab": samplers.AdamsBashforth, "dopri5": samplers.DormandPrince, "sde": samplers.EulerMaruyama,
+                "dpmpp": samplers.DPMSolverPlusPlus2M, "unipc": samplers.UniPC},
     "guidance": {"classifier_free": Guidance},
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -149,7 +153,15 @@ def loader(config, mesh) -> Loader:
 
 
 def sampler(config):
-    return construct("sampler", config.sampler)
+    """The sampler, tried without arithmetic on the process, so that a pair that does not fit fails before any training.
+
+    Raises:
+        UserError: the sampler does not suit the process, or its steps exceed the process's timesteps.
+    """
+    sampler, process = construct("sampler", config.sampler), construct("process", config.process)
+    x, keys = jax.eval_shape(lambda: (jnp.zeros((1, 1, 1, 1)), jax.random.split(jax.random.key(0), 1)))
+    jax.eval_shape(lambda x, keys: sampler(process, lambda x, t: Prediction(x, x, 0.0), x, keys), x, keys)
+    return sampler
 
 
 def guidance(config):

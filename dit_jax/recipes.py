@@ -77,6 +77,52 @@ def gaussian() -> dict:
             "variance": "learned_range", "min_snr_gamma": config_dict.placeholder(float)}
 
 
+def flow() -> dict:
+    """SiT's process: linear interpolant, velocity, uniform times."""
+    return {"name": "flow", "interpolant": "linear", "time_distribution": "uniform", "logit_mean": 0.0, "logit_std": 1.0,
+            "shift": 1.0, "spare_channels": False}
+
+
+PROCESSES = {"gaussian": gaussian, "flow": flow}
+SAMPLERS = {  # the fields of each sampler, with numbers of steps that suit it
+    "ddpm": {"num_steps": 100},
+    "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},
+    "euler": {"num_steps": 50},
+    "heun": {"num_steps": 25},
+    "ab": {"num_steps": 25, "order": 2},
+    "dopri5": {"rtol": 1e-3, "atol": 1e-6},
+    "sde": {"num_steps": 250, "diffusion": "sigma", "norm": 1.0, "last_step": "mean", "last_step_size": 0.04},
+    "dpmpp": {"num_steps": 20},
+    "unipc": {"num_steps": 20},
+}
+
+
+def default_sampler(name: str) -> dict:
+    """Every field of a sampler.
+
+    Raises:
+        UserError: no such sampler.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"no sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+    return {"name": name, **SAMPLERS[name]}
+
+
+def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
+    """"key=value,key=value" -> dict, for the text after the colon of --config=file.py:text.
+
+    Raises:
+        UserError: a key that is not among names or comes twice, or a part that is not key=value.
+    """
+    chosen = {}
+    for part in filter(None, arg.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not value or key not in names or key in chosen:
+            raise UserError(f"config argument {part!r}: write each of {', '.join(names)} at most once, as in {names[0]}=...")
+        chosen[key] = value
+    return chosen
+
+
 def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
     """DiT on ImageNet in the latent space of Stable Diffusion's VAE (Peebles & Xie 2023).
 
@@ -92,6 +138,18 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
     return c
 
 
+def sit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
+    """SiT on ImageNet (Ma et al. 2024): DiT's networks and optimisation, a flow in place of the Gaussian process.
+
+    Like SiT's code, the network keeps the C channels that DiT spends on the variance, unused, so that its weights fit.
+    Set `data.path` and `codec.path` as for `dit`.
+    """
+    c = dit(size, resolution)
+    c.process = {**flow(), "spare_channels": True}
+    c.sampler = default_sampler("sde")
+    return c
+
+
 def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> ml_collections.ConfigDict:
     """DiT directly on the pixels of a folder of photographs, one sub-folder per class; set `data.path`."""
     c = training()
@@ -104,17 +162,24 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     return c
 
 
-def digits() -> ml_collections.ConfigDict:
-    """A small class-conditional DiT on scikit-learn's 8 x 8 digits: minutes on two CPU cores."""
+def digits(process: str = "gaussian", conditioning: str = "adaln_zero",
+           sampler: str | None = None) -> ml_collections.ConfigDict:
+    """A small class-conditional DiT on scikit-learn's 8 x 8 digits: minutes on two CPU cores.
+
+    Raises:
+        UserError: no such process or sampler.
+    """
+    if process not in PROCESSES:
+        raise UserError(f"no process {process!r}; choose one of {', '.join(PROCESSES)}")
     c = training()
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 128, 0.99
-    c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10}
-    c.process = gaussian()
+    c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
+    c.process = PROCESSES[process]()
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
     c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False}
     c.loader.num_threads = 2
-    c.sampler = {"name": "ddpm", "num_steps": 100}
+    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})

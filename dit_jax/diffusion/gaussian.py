@@ -106,6 +106,14 @@ class Gaussian:
     def learned(self) -> bool:
         return self.variance == "learned_range"
 
+    @property
+    def min_time(self) -> float:
+        return 1 / self.num_timesteps
+
+    @property
+    def continuous(self) -> bool:
+        return False
+
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.learned else channels
 
@@ -240,3 +248,11 @@ class Gaussian:
         """(alpha, sigma), float64, at times on the grid."""
         alpha_bar = self.alpha_bar[np.rint(np.asarray(times) * self.num_timesteps).astype(int)]
         return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+    def ode(self, times):
+        """d (x / alpha) / d (sigma / alpha) = noise (Song et al. 2021, DDIM, equation 14)."""
+        alpha, sigma = self.alpha_sigma(times)
+        return alpha, sigma / alpha
+
+    def slope(self, prediction, t):
+        return prediction.noise

@@ -3,11 +3,13 @@
 B batch, C data channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+from dit_jax.diffusion.process import Network, expand
 from dit_jax.errors import UserError
 
 
@@ -22,16 +24,28 @@ def drop_labels(key, labels, null_label: int, rate: float):
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null_label, labels)
 
 
+def run_pairs(network: Network, x, time, cond, null_cond):
+    """(network's output with cond, with null_cond) in one call on 2B examples."""
+    # Pairs stand next to each other, not in two halves, so that a batch split over devices stays where it is.
+    pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), cond, null_cond)
+    both = network(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), pairs)
+    return both[::2], both[1::2]
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: uncond + scale (cond - uncond) on the data channels of the network's output.
+    """Leads the network's output away from a weaker one: weak + scale (strong - weak) on the data channels.
+
+    The weaker output is the same network's without condition (classifier-free guidance), or that of a second network with the
+    same condition (autoguidance). Learned variances stay those of the strong output.
 
     Fields:
         scale: 1 is off, and then the network runs once.
         channels: guide only the first so many data channels; None for all. DiT's released samples used 3 of 4.
-        low, high: guide only where low <= t <= high (Kynkaanniemi et al. 2024); outside, the network runs once.
+        low, high: guide only where low <= t <= high (Kynkaanniemi et al. 2024); where no example is inside, the network runs
+            once.
 
-    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1).
+    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance).
     """
 
     scale: float = 1.0
@@ -49,33 +63,41 @@ class Guidance:
     def active(self) -> bool:
         return self.scale != 1.0
 
-    def __call__(self, network, cond, null_cond):
+    def __call__(self, network: Network, cond, null_cond, weak: Network | None = None) -> Callable:
         """Binds the conditions.
 
         Args:
             network: (x [B, ..., C], network time f32[B], cond) -> [B, ..., C or more].
             cond, null_cond: dicts of arrays [B, ...] with the same keys.
+            weak: a second network, for autoguidance; null_cond is then not used.
 
         Returns:
-            (x, t scalar, network_time scalar) -> the guided output, shaped as the network's.
+            (x, t, network_time; both scalars or f32[B]) -> the guided output, shaped as the network's.
         """
-        def plain(x, network_time):
-            return network(x, jnp.full(x.shape[0], network_time, jnp.float32), cond)
+        def unguided(x, time):
+            return network(x, time, cond)
 
-        if not self.active:
-            return lambda x, t, network_time: plain(x, network_time)
+        def guided(x, time, inside):
+            strong, lesser = (unguided(x, time), weak(x, time, cond)) if weak else run_pairs(network, x, time, cond, null_cond)
+            return self.lead(strong, lesser, inside, x.shape[-1])
 
-        # Pairs stand next to each other, not in two halves, so that a batch split over devices stays where it is.
-        pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), cond, null_cond)
+        def call(x, t, network_time):
+            time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
+            if not self.active:
+                return unguided(x, time)
+            if (self.low, self.high) == (0.0, 1.0):
+                return guided(x, time, True)
+            inside = jnp.asarray((self.low <= t) & (t <= self.high))
+            return jax.lax.cond(inside.any(), lambda: guided(x, time, inside), lambda: unguided(x, time))
 
-        def guided(x, network_time):
-            both = network(jnp.repeat(x, 2, axis=0), jnp.full(2 * x.shape[0], network_time, jnp.float32), pairs)
-            with_label, without = both[::2], both[1::2]
-            guided_channels = x.shape[-1] if self.channels is None else self.channels
-            mask = jnp.arange(both.shape[-1]) < guided_channels  # learned variances stay those of the condition
-            return jnp.where(mask, without + self.scale * (with_label - without), with_label)
+        return call
 
-        if (self.low, self.high) == (0.0, 1.0):
-            return lambda x, t, network_time: guided(x, network_time)
-        return lambda x, t, network_time: jax.lax.cond(
-            (self.low <= t) & (t <= self.high), guided, plain, x, network_time)
+    def lead(self, strong, weak, inside, channels: int):
+        """strong [B, ..., C or more] with its first channels led away from weak's where `inside` (bool or bool[B])."""
+        if self.channels is not None and self.channels > channels:
+            raise UserError(f"guidance.channels is {self.channels} and the data has {channels}; ask for at most {channels}, or "
+                            "None for all")
+        count = self.channels or channels
+        led = weak[..., :count] + self.scale * (strong[..., :count] - weak[..., :count])
+        led = jnp.where(expand(inside, led), led, strong[..., :count])
+        return jnp.concatenate([led, strong[..., count:]], axis=-1)

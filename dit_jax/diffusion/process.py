@@ -31,7 +31,16 @@ Denoise = Callable[[jax.Array, jax.Array], Prediction]  # (x_t, scalar t) -> Pre
 
 
 class Process(Protocol):
-    """A frozen dataclass; every method is pure and can be traced."""
+    """A frozen dataclass; every method is pure and can be traced.
+
+    Fields:
+        min_time: the earliest time that the network knows.
+        continuous: whether the network knows every time from there to 1, not only timesteps. A continuous process has a
+            method `coefficients` (as `Flow`), and its ODE has scale 1 and clock 1 - t.
+    """
+
+    min_time: float
+    continuous: bool
 
     def output_channels(self, channels: int) -> int:
         """How many channels the network must return for data of `channels`."""
@@ -51,11 +60,17 @@ class Process(Protocol):
     def network_time(self, t) -> jax.Array:
         """What the network is fed for t."""
 
-    def grid(self, num_steps: int) -> np.ndarray:
+    def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
         """float64[num_steps + 1] descending sampling times from noise to 0."""
 
     def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(alpha, sigma) in float64 at sampling times, for a sampler to derive its coefficients from."""
+
+    def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(scale, clock) in float64: the ODE of the process is d (x / scale) / d clock = slope."""
+
+    def slope(self, prediction: Prediction, t) -> jax.Array:
+        """The right-hand side of the ODE, [B, ..., C]; t is f32[B] or a scalar."""
 
 
 def expand(c, x):

@@ -130,13 +130,14 @@ class DiffusionTask:
         sums["skipped"] = jnp.stack([1 - finite.astype(jnp.float32), jnp.float32(1)])
         return sums
 
-    def sample(self, params, constants, keys, labels, sampler, guidance):
+    def sample(self, params, constants, keys, labels, sampler, guidance, weak=None):
         """Images from the network.
 
         Args:
             params: of the network, usually the moving average.
             keys: [B] one key per image: an image depends on its key and label alone.
             labels: int32[B]; the null label `num_classes` asks for an unconditional image.
+            weak: a second network for autoguidance, called as a `Network`, its parameters bound.
 
         Returns:
             uint8[B, H, W, C].
@@ -145,7 +146,7 @@ class DiffusionTask:
             return self.network.apply({"params": params}, x, t, cond)
 
         null = self.condition(jnp.full_like(labels, self.num_classes))
-        guided = guidance(network, self.condition(labels), null)
+        guided = guidance(network, self.condition(labels), null, weak)
 
         def denoise(x, t):
             return self.process.predict(guided(x, t, self.process.network_time(t)), x, t)

@@ -1,28 +1,15 @@
-"""From noise to data in one `lax.scan` over the time grid.
-
-A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...].
-`denoise(x_t, t)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
-Coefficients are derived in float64 before the scan. One key per example: example k is the same in any batch.
-
-In the comments and names: now = t, next = the following, less noisy time s of the grid.
-"""
+"""The samplers of discrete diffusion: ancestral (DDPM) and DDIM, and DDIM run from data to noise."""
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion.process import Denoise, Process, noise_like
+from dit_jax.diffusion.samplers.frame import scan_steps
 from dit_jax.errors import UserError
 
-
-def scan_steps(step, x, coefficients: dict[str, np.ndarray]):
-    """Runs step(carry, c) over the rows of the coefficients, each float32, plus c["step"], the row's number."""
-    rows = {name: jnp.asarray(values, jnp.float32) for name, values in coefficients.items()}
-    rows["step"] = jnp.arange(len(rows["t"]))
-    x, _ = jax.lax.scan(lambda carry, c: (step(carry, c), None), x, rows)
-    return x
+SPACINGS = ("even", "stride")
 
 
 def posterior_variance(alpha, sigma):
@@ -44,6 +31,9 @@ class Ancestral:
     """
 
     num_steps: int = 250
+
+    def evaluations(self, process: Process) -> int:
+        return self.num_steps
 
     def __call__(self, process: Process, denoise: Denoise, noise, keys):
         times = process.grid(self.num_steps)
@@ -76,19 +66,27 @@ class DDIM:
 
     Fields:
         eta: 0 is deterministic; 1 is the ancestral sampler with the small variance.
+        spacing: "even" steps with both ends, or "stride", every k-th timestep from the first on, which exists only for some
+            num_steps (the paper's code calls it "ddim50"); see `Gaussian.grid`.
 
     Source: Song et al. 2021, equations 12 and 16.
     """
 
     num_steps: int = 50
     eta: float = 0.0
+    spacing: str = "even"
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
             raise UserError(f"DDIM eta is {self.eta}; it must lie in [0, 1]")
+        if self.spacing not in SPACINGS:
+            raise UserError(f"DDIM spacing is {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+
+    def evaluations(self, process: Process) -> int:
+        return self.num_steps
 
     def __call__(self, process: Process, denoise: Denoise, noise, keys):
-        times = process.grid(self.num_steps)
+        times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         deviation = self.eta * np.sqrt(posterior_variance(alpha, sigma)[2])
 
@@ -105,3 +103,25 @@ class DDIM:
             "direction": np.sqrt(sigma[1:] ** 2 - deviation**2),
             "deviation": deviation,
         })
+
+
+def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing: str = "even"):
+    """The noise [B, ...] from which DDIM with eta 0 (or `Euler`) on the same grid returns to about x0 [B, ...].
+
+    Euler's method upwards: each step takes the slope where it starts. At t = 0, of which a process with timesteps knows
+    nothing, the first step takes the slope that the network gives for x0 at the first timestep.
+
+    Source: Song et al. 2021, section 5.4 and equation 14.
+    """
+    times = process.grid(num_steps, spacing)[::-1]
+    scale, clock = process.ode(times)
+
+    def step(x, c):
+        slope = process.slope(denoise(x, c["t"]), c["t"])
+        return c["from_x"] * x + c["from_slope"] * slope
+
+    return scan_steps(step, x0, {
+        "t": np.append(times[1] if process.min_time > 0 else times[0], times[1:-1]),
+        "from_x": scale[1:] / scale[:-1],
+        "from_slope": scale[1:] * np.diff(clock),
+    })

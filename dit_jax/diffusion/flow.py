@@ -1,0 +1,176 @@
+"""Flow matching between data and noise in continuous time, as SiT uses it.
+
+Velocity means d x / d (1 - t) everywhere here: it points from noise to data, which is SiT's sign (SiT's time is 1 - t).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.diffusion.process import Prediction, expand, mean_over_example
+from dit_jax.errors import UserError
+
+
+class Coefficients(NamedTuple):
+    """x_t = alpha x0 + sigma noise, and the derivatives of alpha and sigma by t."""
+
+    alpha: jax.Array
+    sigma: jax.Array
+    alpha_rate: jax.Array
+    sigma_rate: jax.Array
+
+
+def linear(t, xp=jnp) -> Coefficients:
+    """alpha = 1 - t, sigma = t (Liu et al. 2023, rectified flow)."""
+    return Coefficients(1 - t, t, -xp.ones_like(t), xp.ones_like(t))
+
+
+def gvp(t, xp=jnp) -> Coefficients:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2), so that alpha^2 + sigma^2 = 1 (Ma et al. 2024, SiT)."""
+    a = math.pi / 2
+    # cos(a t) written as sin(a (1 - t)): exactly 0 at t = 1.
+    return Coefficients(xp.sin(a * (1 - t)), xp.sin(a * t), -a * xp.sin(a * t), a * xp.sin(a * (1 - t)))
+
+
+INTERPOLANTS = {"linear": linear, "gvp": gvp}
+TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+
+
+def velocity_of(x0, noise, c: Coefficients):
+    """d x / d (1 - t); finite at both ends of time."""
+    return -(c.alpha_rate * x0 + c.sigma_rate * noise)
+
+
+def score_of(noise, c: Coefficients):
+    """grad log p_t(x); needs sigma > 0."""
+    return -noise / c.sigma
+
+
+def from_velocity(velocity, x_t, c: Coefficients):
+    """velocity -> (x0, noise), at every t: solves x_t = alpha x0 + sigma noise together with `velocity_of`."""
+    determinant = c.alpha * c.sigma_rate - c.sigma * c.alpha_rate
+    return ((c.sigma_rate * x_t + c.sigma * velocity) / determinant,
+            -(c.alpha * velocity + c.alpha_rate * x_t) / determinant)
+
+
+def from_noise(noise, x_t, c: Coefficients):
+    """noise -> (x0, noise); needs alpha > 0."""
+    return (x_t - c.sigma * noise) / c.alpha, noise
+
+
+def from_x0(x0, x_t, c: Coefficients):
+    """x0 -> (x0, noise); needs sigma > 0."""
+    return x0, (x_t - c.alpha * x0) / c.sigma
+
+
+def from_score(score, x_t, c: Coefficients):
+    """score -> (x0, noise); needs alpha > 0."""
+    return from_noise(-c.sigma * score, x_t, c)
+
+
+def shifted(t, shift: float):
+    """Resolution shift of a time: more noise for shift > 1; 0 and 1 stay (Esser et al. 2024, SD3, equation 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """An interpolant x_t = alpha(t) x0 + sigma(t) noise whose velocity the network learns (Ma et al. 2024, SiT).
+
+    The network returns d x / d (1 - t) and is fed 1 - t, both as in SiT, so that SiT's weights fit unchanged.
+
+    Fields:
+        interpolant: one of INTERPOLANTS.
+        time_distribution: of training times: "uniform", or "logit_normal", where logit(t) is normal with mean logit_mean and
+            deviation logit_std (SD3, section 3.1).
+        shift: `shifted` is applied to training times and to the sampling grid; 1 is off.
+        spare_channels: the network returns 2C channels of which the second half is ignored, as in SiT's released models.
+    """
+
+    interpolant: str = "linear"
+    time_distribution: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    spare_channels: bool = False
+
+    min_time = 0.0
+    continuous = True
+
+    def __post_init__(self):
+        for name, allowed in (("interpolant", INTERPOLANTS), ("time_distribution", TIME_DISTRIBUTIONS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"process.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        for name in ("logit_std", "shift"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"process.{name} is {getattr(self, name)}; it must be positive")
+        if self.time_distribution == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise UserError(f"process.logit_mean = {self.logit_mean} and logit_std = {self.logit_std} have no effect on uniform "
+                            "times; set process.time_distribution to logit_normal, or leave them at 0 and 1")
+
+    def output_channels(self, channels: int) -> int:
+        return 2 * channels if self.spare_channels else channels
+
+    def coefficients(self, t, xp=jnp) -> Coefficients:
+        """alpha, sigma and their rates at t, in the shape of t; xp=np for float64."""
+        return INTERPOLANTS[self.interpolant](xp.asarray(t), xp)
+
+    def expanded(self, t, x) -> Coefficients:
+        return Coefficients(*(expand(c, x) for c in self.coefficients(t)))
+
+    def sample_time(self, key, batch):
+        if self.time_distribution == "uniform":
+            t = jax.random.uniform(key, (batch,))
+        else:
+            t = jax.nn.sigmoid(self.logit_mean + self.logit_std * jax.random.normal(key, (batch,)))
+        return shifted(t, self.shift)
+
+    def network_time(self, t):
+        """SiT's time: 0 is noise, 1 is data."""
+        return 1 - jnp.asarray(t)
+
+    def perturb(self, x0, noise, t):
+        c = self.expanded(t, x0)
+        return c.alpha * x0 + c.sigma * noise
+
+    def predict(self, output, x_t, t):
+        return Prediction(*from_velocity(output[..., :x_t.shape[-1]], x_t, self.expanded(t, x_t)), 0.0)
+
+    def loss(self, output, x0, noise, t):
+        """Mean squared error of the velocity.
+
+        Returns:
+            (f32[B], {"mse": f32[B]}).
+
+        Source: Ma et al. 2024 (SiT), section 2.
+        """
+        target = velocity_of(x0, noise, self.expanded(t, x0))
+        mse = mean_over_example(jnp.square(target - output[..., :x0.shape[-1]]))
+        return mse, {"mse": mse}
+
+    def grid(self, num_steps, spacing="even"):
+        """num_steps + 1 even times from 1 to 0, shifted.
+
+        Raises:
+            UserError: less than one step, or a spacing of discrete timesteps.
+        """
+        if num_steps < 1:
+            raise UserError(f"{num_steps} sampling steps: at least 1 is needed")
+        if spacing != "even":
+            raise UserError(f"spacing {spacing!r} picks discrete timesteps, which process 'flow' has not; use 'even'")
+        return shifted(np.linspace(1, 0, num_steps + 1), self.shift)
+
+    def alpha_sigma(self, times):
+        c = self.coefficients(times, np)
+        return c.alpha, c.sigma
+
+    def ode(self, times):
+        """d x / d (1 - t) = velocity."""
+        return np.ones_like(times), 1 - np.asarray(times)
+
+    def slope(self, prediction, t):
+        return velocity_of(prediction.x0, prediction.noise, self.expanded(t, prediction.x0))

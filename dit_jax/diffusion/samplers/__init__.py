@@ -1,0 +1,18 @@
+"""From noise to data.
+
+A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...].
+`denoise(x_t, t)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
+Coefficients are derived in float64 before the loop. One key per example: example k is the same in any batch.
+`evaluations(process)` is the number of calls of `denoise`; None where it depends on the example.
+
+In comments and names: now = t, next = the following, less noisy time of the grid.
+"""
+
+from dit_jax.diffusion.samplers.adaptive import DormandPrince
+from dit_jax.diffusion.samplers.ancestral import DDIM, Ancestral, ddim_invert
+from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, UniPC
+from dit_jax.diffusion.samplers.ode import AdamsBashforth, Euler, Heun
+from dit_jax.diffusion.samplers.sde import EulerMaruyama
+
+__all__ = ["DDIM", "AdamsBashforth", "Ancestral", "DPMSolverPlusPlus2M", "DormandPrince", "Euler", "EulerMaruyama", "Heun",
+           "UniPC", "ddim_invert"]
