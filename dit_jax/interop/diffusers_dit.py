@@ -1,0 +1,203 @@
+"""DiT's weights as diffusers' `DiTTransformer2DModel` stores them: the official layout under other names.
+
+Two things differ beyond names: query, key and value are separate, and every block carries its own copy of the time and label
+embeddings, of which all must be equal. The order of (shift, scale, gate) is the official one. There is no position table.
+
+The published weights were made by renaming the official ones, and so are the ones written here. Deviations of diffusers' module
+itself, which its config cannot mend: it spaces the 256 time frequencies by 1/127 where the paper's code has 1/128, and its
+default norm_eps is 1e-5 in the MLP's norm. We compute what the paper's code does.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.errors import UserError
+from dit_jax.interop.official import POSITION, Architecture
+from dit_jax.interop.tensors import Tensor, Tensors, replacing, write_safetensors
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
+BLOCK = re.compile(r"blocks\.(\d+)\.")
+NAMES = {  # official: theirs
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+COPIED_NAMES = {  # official, once: theirs, in every block under transformer_blocks.i.norm1.emb.
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+BLOCK_NAMES = {  # official, under blocks.i.: theirs, under transformer_blocks.i.
+    "adaLN_modulation.1": ("norm1.linear",),
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
+CONFIG_DEFAULTS = {  # of DiTTransformer2DModel, for fields that config.json lacks
+    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": None, "num_layers": 28,
+    "attention_bias": True, "sample_size": 32, "patch_size": 2, "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "norm_eps": 1e-5,
+}
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is how the published DiT-XL-2 calls itself
+
+
+def names(official: str, depth: int) -> list[str]:
+    """Their names of an official tensor: one; query, key and value; a copy in each block; none for the position table."""
+    if official == POSITION:
+        return []
+    stem, kind = official.rsplit(".", 1)
+    if stem in COPIED_NAMES:
+        return [f"transformer_blocks.{i}.norm1.emb.{COPIED_NAMES[stem]}.{kind}" for i in range(depth)]
+    if block := BLOCK.match(official):
+        return [f"transformer_blocks.{block[1]}.{name}.{kind}" for name in BLOCK_NAMES[stem.removeprefix(block[0])]]
+    return [f"{NAMES[stem]}.{kind}"]
+
+
+def expected(official: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, tuple[int, ...]]:
+    """Their names and shapes for official ones."""
+    blank = {name: Tensor(shape, np.dtype(np.float32), lambda: None) for name, shape in official.items()}
+    return {name: tensor.shape for name, tensor in from_official(blank, depth).items()}
+
+
+def to_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
+    """The official tensors, position table aside, from theirs, which were checked to be as `expected`.
+
+    Raises:
+        UserError: when an embedding is read whose copies differ.
+    """
+    stems = [*NAMES, *COPIED_NAMES, *(f"blocks.{i}.{name}" for i in range(depth) for name in BLOCK_NAMES)]
+    official = {}
+    for stem in stems:
+        join = _same if stem in COPIED_NAMES else _stacked
+        for kind in ("weight", "bias"):
+            parts = names(f"{stem}.{kind}", depth)
+            if parts[0] in tensors:  # a table has no bias
+                official[f"{stem}.{kind}"] = join([(name, tensors[name]) for name in parts])
+    return official
+
+
+def from_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
+    """Their tensors from the official ones."""
+    theirs = {}
+    for official, tensor in tensors.items():
+        parts = names(official, depth)
+        thirds = ".attn.qkv." in official
+        for i, name in enumerate(parts):
+            theirs[name] = _third(tensor, i) if thirds else tensor
+    return theirs
+
+
+def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int):
+    """A folder that `DiTTransformer2DModel.from_pretrained` reads: config.json and the weights.
+
+    Args:
+        tensors: official ones.
+        sample_size: side of the network's input.
+    """
+    if architecture.mlp_width != 4 * architecture.width:
+        raise UserError(f"the MLP is {architecture.mlp_width} wide, and diffusers' module has 4 x width = "
+                        f"{4 * architecture.width} only; write --to=official instead")
+    write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
+    # The paper's code has 1e-6 in every norm.
+    config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
+    with replacing(folder / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def find_weights(path: Path) -> Path:
+    """The weights file of a folder, or the file itself.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    for name in WEIGHTS_NAMES:
+        if (path / name).is_file():
+            return path / name
+    hint = f"; give {path / 'transformer'}, the folder in it" if (path / "transformer").is_dir() else ""
+    raise UserError(f"{path} has none of {', '.join(WEIGHTS_NAMES)}{hint or ': give the folder of a DiTTransformer2DModel'}")
+
+
+def read_config(weights: Path) -> dict:
+    """config.json beside the weights, with diffusers' defaults for fields it lacks.
+
+    Raises:
+        UserError: it is missing, damaged, or of another class of model.
+    """
+    path = weights.parent / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it tells the number of heads and the resolution, so copy it from where "
+                        f"{weights.name} came from") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in CLASSES:
+        raise UserError(f"{path} describes a {name}, not a {' or '.join(CLASSES)}")
+    return (CONFIG_DEFAULTS | config) if name == CLASSES[0] else config
+
+
+def check_config(config: Mapping, architecture: Architecture, what: str):
+    """The config describes these tensors, and nothing that our network does not compute.
+
+    Raises:
+        UserError: lists all fields that differ.
+    """
+    sizes = [config.get(name) for name in ("num_attention_heads", "attention_head_dim", "sample_size")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{what}: num_attention_heads, attention_head_dim and sample_size are {sizes}; whole numbers are needed")
+    wanted = _config(architecture, sizes[0], sizes[2])
+    found = {"out_channels": config.get("in_channels")} if config.get("out_channels") is None else {}
+    found = dict(config) | found
+    problems = [f"{name} is {found.get(name)!r}, and the tensors need {value!r}" for name, value in wanted.items()
+                if found.get(name) != value]
+    if found.get("norm_eps") not in (1e-5, 1e-6):
+        problems.append(f"norm_eps is {found.get('norm_eps')!r}; it must be 1e-5 (diffusers' default) or 1e-6 (the paper's code)")
+    if problems:
+        raise UserError(f"{what} does not describe these weights or this network:\n  " + "\n  ".join(problems))
+
+
+def _config(architecture: Architecture, heads: int, sample_size: int) -> dict:
+    """The fields that matter to the computation, norm_eps aside."""
+    a = architecture
+    return {"num_attention_heads": heads, "attention_head_dim": a.width // heads, "in_channels": a.in_channels,
+            "out_channels": a.out_channels, "num_layers": a.depth, "sample_size": sample_size, "patch_size": a.patch_size,
+            "num_embeds_ada_norm": a.num_classes, "attention_bias": True, "activation_fn": "gelu-approximate",
+            "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
+
+
+def _third(tensor: Tensor, i: int) -> Tensor:
+    rows = tensor.shape[0] // 3
+    return Tensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.load()[i * rows : (i + 1) * rows])
+
+
+def _stacked(parts: list[tuple[str, Tensor]]) -> Tensor:
+    """The parts one above another."""
+    tensors = [tensor for _, tensor in parts]
+    rows, *rest = tensors[0].shape
+    if len(tensors) == 1:
+        return tensors[0]
+    return Tensor((len(tensors) * rows, *rest), tensors[0].dtype,
+                  lambda: np.concatenate([tensor.load() for tensor in tensors]))
+
+
+def _same(parts: list[tuple[str, Tensor]]) -> Tensor:
+    """The one tensor that all parts are; they are compared bit by bit when it is read."""
+    (first_name, first), *others = parts
+
+    def load():
+        array = first.load()
+        for name, tensor in others:
+            if tensor.load().tobytes() != array.tobytes():
+                raise UserError(f"{name} differs from {first_name}; one embedding for all blocks is needed, as in the paper")
+        return array
+
+    return Tensor(first.shape, first.dtype, load)

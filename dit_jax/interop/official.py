@@ -1,0 +1,221 @@
+"""DiT's weights under the names and shapes of the paper's code, which SiT's and most others' share.
+
+D width, L depth, C channels, p patch, N tokens.  A linear layer's weight is [out, in] there and [in, ...] here; their blocks
+are separate and ours one stack; their patch embedding is a convolution [D, C, p, p] and ours a matrix [p p C, D]; they store
+the position table and we compute it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.errors import UserError
+from dit_jax.interop.tensors import Tensor, Tensors, common_dtype
+from dit_jax.models.position import sincos_2d
+
+PATCH, TABLE, POSITION = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"
+NAMES = {  # ours: theirs
+    "patch_embedding/kernel": PATCH,
+    "patch_embedding/bias": "x_embedder.proj.bias",
+    "time_embedding/in/kernel": "t_embedder.mlp.0.weight",
+    "time_embedding/in/bias": "t_embedder.mlp.0.bias",
+    "time_embedding/out/kernel": "t_embedder.mlp.2.weight",
+    "time_embedding/out/bias": "t_embedder.mlp.2.bias",
+    "label_embedding/embedding": TABLE,
+    "final/modulation/linear/kernel": "final_layer.adaLN_modulation.1.weight",
+    "final/modulation/linear/bias": "final_layer.adaLN_modulation.1.bias",
+    "final/linear/kernel": "final_layer.linear.weight",
+    "final/linear/bias": "final_layer.linear.bias",
+}
+BLOCK_NAMES = {  # ours, stacked under blocks/: theirs, of block i under blocks.i.
+    "modulation/linear/kernel": "adaLN_modulation.1.weight",
+    "modulation/linear/bias": "adaLN_modulation.1.bias",
+    "attention/qkv/kernel": "attn.qkv.weight",
+    "attention/qkv/bias": "attn.qkv.bias",
+    "attention/out/kernel": "attn.proj.weight",
+    "attention/out/bias": "attn.proj.bias",
+    "mlp/in/kernel": "mlp.fc1.weight",
+    "mlp/in/bias": "mlp.fc1.bias",
+    "mlp/out/kernel": "mlp.fc2.weight",
+    "mlp/out/bias": "mlp.fc2.bias",
+}
+Shapes = Mapping[str, tuple[int, ...]]  # our paths, joined with "/", and shapes
+
+
+class Architecture(NamedTuple):
+    """What the tensors tell of a network; the number of heads is not among it."""
+
+    patch_size: int
+    depth: int
+    width: int
+    mlp_width: int
+    num_classes: int
+    in_channels: int
+    out_channels: int
+    dtype: np.dtype
+
+
+def infer(tensors: Tensors, what: str, rename: Callable[[str], str] = str, block_prefix: str = "blocks") -> Architecture:
+    """Reads the sizes off the tensors in which they show; whether the others fit is for `tensors.check` to say.
+
+    Args:
+        rename: official name -> the name in this file.
+        block_prefix: what stands before the number of a block.
+
+    Raises:
+        UserError: those tensors are missing or misshapen, the dtypes differ, or the sizes fit no DiT.
+    """
+    ranks = {rename(name): rank for name, rank in
+             {PATCH: 4, TABLE: 2, "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2}.items()}
+    bad = [name for name, rank in ranks.items() if name not in tensors or len(tensors[name].shape) != rank]
+    if bad:
+        raise UserError(f"{what} is no DiT in this layout: {', '.join(bad)} missing or of another rank. It has "
+                        f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}, ...")
+    (width, channels, patch, patch_2), (rows, _), (mlp_width, _), (features, _) = (tensors[name].shape for name in ranks)
+    block = re.compile(re.escape(block_prefix) + r"\.(\d+)\.")
+    depth = 1 + max(int(match[1]) for match in map(block.match, tensors) if match)
+    out_channels, rest = divmod(features, patch * patch)
+    if patch != patch_2 or rest or out_channels not in (channels, 2 * channels) or rows < 2 or depth > len(tensors):
+        raise UserError(f"{what} is no DiT: patches {patch} x {patch_2}, {channels} channels in, {features} features out, "
+                        f"{rows} rows in the label table, {depth} blocks; square patches, out = p p C or 2 p p C, 2 rows or "
+                        "more, and all the blocks are needed")
+    return Architecture(patch, depth, width, mlp_width, rows - 1, channels, out_channels, common_dtype(tensors, what))
+
+
+def grid_side(tensors: Tensors, what: str) -> int:
+    """Tokens per side, from the length of the position table.
+
+    Raises:
+        UserError: there is none, or it is not that of a square.
+    """
+    shape = tensors[POSITION].shape if POSITION in tensors else ()
+    side = math.isqrt(shape[1]) if len(shape) == 3 else 0
+    if side < 1 or shape[:2] != (1, side * side):
+        raise UserError(f"{what}: {POSITION} is {list(shape) if shape else 'missing'}; [1, N, width] with a square N is needed")
+    return side
+
+
+def check_position(tensor: Tensor, what: str):
+    """The stored position table is the one that the network computes, to 1e-5 or its dtype's precision.
+
+    Raises:
+        UserError: it is another, trained or interpolated perhaps: such a network is not ours.
+    """
+    _, tokens, width = tensor.shape
+    side = math.isqrt(tokens)
+    error = float(np.abs(tensor.load()[0].astype(np.float32) - sincos_2d(width, side, side)).max())
+    if not error <= max(1e-5, float(jnp.finfo(tensor.dtype).eps)):
+        raise UserError(f"{what}: {POSITION} differs by {error:.3g} from the sine-cosine table of a {side} x {side} grid; "
+                        "this network has no other positions")
+
+
+def check_kind(shapes: Shapes):
+    """The network is of the one kind that the layout has names for.
+
+    Raises:
+        UserError: it has other conditioning blocks than adaLN-Zero, or no classes.
+    """
+    known = NAMES.keys() | {f"blocks/{name}" for name in BLOCK_NAMES}
+    if shapes.keys() != known or shapes["blocks/modulation/linear/bias"][1] != 6:
+        differ = ", ".join(sorted(shapes.keys() ^ known)) or "4 modulation vectors instead of 6"
+        raise UserError("the layouts of the paper's code and of diffusers hold class-conditional networks with "
+                        f"model.conditioning = adaln_zero only, and this one differs: {differ}")
+
+
+def expected(shapes: Shapes, patch_size: int, side: int) -> dict[str, tuple[int, ...]]:
+    """Their names and shapes for a network with our parameters' shapes.
+
+    Raises:
+        UserError: what `check_kind` refuses.
+    """
+    check_kind(shapes)
+    found = {}
+    for path, shape in shapes.items():
+        for name, part in _parts(path, shape):
+            found[name] = _their_shape(path, part, patch_size)
+    return found | {POSITION: (1, side * side, shapes["patch_embedding/bias"][-1])}
+
+
+def to_ours(tensors: Tensors, shapes: Shapes) -> dict[str, Tensor]:
+    """Our parameters, each read when asked for, from tensors that were checked to be as `expected`.
+
+    Args:
+        shapes: of our parameters.
+    """
+    return {path: _gather(path, shape, tensors) for path, shape in shapes.items()}
+
+
+def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
+    """Their tensors from ours, with the position table, each read when asked for.
+
+    Raises:
+        UserError: the network has parts that the layout has no names for.
+    """
+    check_kind({path: tensor.shape for path, tensor in ours.items()})
+    read = lru_cache(maxsize=1)(lambda path: ours[path].load())  # the blocks of a stack are asked for one after another
+    theirs = {}
+    for path, tensor in ours.items():
+        for i, (name, part) in enumerate(_parts(path, tensor.shape)):
+            shape = _their_shape(path, part, patch_size)
+
+            def load(path=path, shape=shape, i=i):
+                return _to_theirs(path, read(path)[i] if path.startswith("blocks/") else read(path), shape)
+
+            theirs[name] = Tensor(shape, tensor.dtype, load)
+    bias = ours["patch_embedding/bias"]
+    table = sincos_2d(*bias.shape, side, side)[None].astype(bias.dtype)
+    return theirs | {POSITION: Tensor(table.shape, table.dtype, lambda: table)}
+
+
+def _parts(path: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """[(their name, shape of our part)]: one, or one for each block of a stack."""
+    if path in NAMES:
+        return [(NAMES[path], shape)]
+    name = BLOCK_NAMES[path.removeprefix("blocks/")]
+    return [(f"blocks.{i}.{name}", shape[1:]) for i in range(shape[0])]
+
+
+def _their_shape(path: str, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
+    if path == "patch_embedding/kernel":
+        return shape[1], shape[0] // patch_size**2, patch_size, patch_size
+    if path.endswith("kernel"):
+        inputs = 2 if path.endswith("attention/out/kernel") else 1  # leading axes of our kernel that are summed over
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    return shape if path.endswith("embedding") else (math.prod(shape),)
+
+
+def _to_ours(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if path == "patch_embedding/kernel":
+        array = array.transpose(2, 3, 1, 0)
+    elif path.endswith("kernel"):
+        array = array.T
+    return array.reshape(shape)
+
+
+def _to_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if path == "patch_embedding/kernel":
+        features, channels, *patch = shape
+        return array.reshape(*patch, channels, features).transpose(3, 2, 0, 1)
+    if path.endswith("kernel"):
+        return array.reshape(shape[::-1]).T
+    return array.reshape(shape)
+
+
+def _gather(path: str, shape: tuple[int, ...], tensors: Tensors) -> Tensor:
+    parts = _parts(path, shape)
+    dtype = tensors[parts[0][0]].dtype
+
+    def load():
+        if not path.startswith("blocks/"):
+            return _to_ours(path, tensors[parts[0][0]].load(), shape)
+        stack = np.empty(shape, dtype)
+        for i, (name, part) in enumerate(parts):
+            stack[i] = _to_ours(path, tensors[name].load(), part)
+        return stack
+
+    return Tensor(shape, dtype, load)

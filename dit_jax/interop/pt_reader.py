@@ -1,0 +1,239 @@
+"""Reads PyTorch's .pt files without PyTorch, and without running anything that is in them.
+
+A .pt is a pickle, and a pickle is a program that may call any function by name. This reader knows six names (rebuilding
+tensors and parameters, OrderedDict, argparse.Namespace, storage types) and refuses every other. Numbers are read when asked
+for. Both of PyTorch's formats: the zip archive (since 1.6) and the plain stream before it.
+"""
+
+import mmap
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable
+from functools import lru_cache, partial
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.errors import UserError
+from dit_jax.interop.tensors import Tensor
+
+STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16, "DoubleStorage": np.float64,
+            "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
+            "ByteStorage": np.uint8, "BoolStorage": np.bool_}
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_START = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # that number, pickled
+LEGACY_PROTOCOL = 1001
+
+
+class Storage(NamedTuple):
+    """A flat array in the file."""
+
+    dtype: np.dtype
+    size: int
+    load: Callable[[], bytes | memoryview]
+
+
+# What a pickle can get hold of below takes no attributes: it could otherwise change this module through BUILD.
+
+
+class StorageType(NamedTuple):
+    """Stands in for torch.FloatStorage and its like."""
+
+    dtype: np.dtype
+
+
+class Rebuild(NamedTuple):
+    """Stands in for a function of torch._utils."""
+
+    function: Callable
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+class Plain(dict):
+    """Stands in for OrderedDict."""
+
+    def __setstate__(self, state):
+        pass  # a state_dict carries `_metadata` here, which no reader needs
+
+
+class Namespace:
+    """Stands in for argparse.Namespace, the options that a training checkpoint carries; its content is dropped."""
+
+    def __setstate__(self, state):
+        pass
+
+
+def is_pt(path: Path) -> bool:
+    """True if the file begins as one of the two formats does; says nothing about the rest."""
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY_START))
+    return start.startswith(ZIP_MAGIC) or start == LEGACY_START
+
+
+def read(path: Path):
+    """What was saved: dicts, lists, tuples, numbers and strings, with a `Tensor` for each tensor.
+
+    Raises:
+        UserError: the file is damaged or cut short, or asks for anything but tensors and plain containers.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == ZIP_MAGIC
+        return _read_zip(path) if is_zip else _read_legacy(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle or archive raises almost anything
+        raise UserError(f"{path} is not a whole PyTorch file ({type(error).__name__}: {error}); download or write it "
+                        "again") from error
+
+
+def _read_zip(path: Path):
+    archive = zipfile.ZipFile(path)
+    members = {member.filename: member for member in archive.infolist()}
+    roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise UserError(f"a zip archive with {len(roots)} members */data.pkl; PyTorch writes exactly one")
+    root = roots[0]
+    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        raise UserError("was written on a big-endian machine; save it again on a little-endian one")
+
+    def member(name) -> zipfile.ZipInfo:
+        if name not in members:
+            raise UserError(f"{name} is missing from the archive")
+        if members[name].compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{name} is compressed, which PyTorch never does")
+        if members[name].file_size > path.stat().st_size:
+            raise UserError(f"{name} claims {members[name].file_size} bytes, more than the whole file has")
+        return members[name]
+
+    read_member = lru_cache(maxsize=1)(archive.read)  # tensors that share a storage follow each other; checks the CRC
+
+    def storage(dtype, key, size):
+        info = member(f"{root}data/{key}")
+        if info.file_size != size * dtype.itemsize:
+            raise UserError(f"{info.filename} has {info.file_size} bytes, and {size} x {dtype} need {size * dtype.itemsize}")
+        return Storage(dtype, size, partial(_read_stored, path, read_member, info))
+
+    return _unpickle(BytesIO(archive.read(member(f"{root}data.pkl"))), storage)
+
+
+def _read_stored(path, read_member, info):
+    try:
+        return read_member(info)
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(f"{path}: {info.filename} is damaged ({error}); download or write the file again") from None
+
+
+def _read_legacy(path: Path):
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if _unpickle(content) != LEGACY_MAGIC or _unpickle(content) != LEGACY_PROTOCOL:
+        raise UserError("is neither of PyTorch's formats (a zip archive, or the stream written before 1.6)")
+    if not _unpickle(content)["little_endian"]:
+        raise UserError("was written on a big-endian machine; save it again on a little-endian one")
+
+    storages, places = {}, {}
+
+    def storage(dtype, key, size):
+        found = storages.setdefault(key, Storage(dtype, size, lambda: memoryview(content)[places[key]]))
+        if found[:2] != (dtype, size):
+            raise UserError(f"storage {key} is described twice, as {found[:2]} and as {(dtype, size)}")
+        return found
+
+    result = _unpickle(content, storage)
+    for key in _unpickle(content):
+        dtype, size, _ = storages[key]
+        stored = int.from_bytes(content.read(8), "little")
+        start, end = content.tell(), content.tell() + size * dtype.itemsize
+        if stored != size or end > len(content):
+            raise UserError(f"storage {key} has {stored} numbers in a file of {len(content)} bytes, and {size} x {dtype} from "
+                            f"byte {start} on are needed")
+        places[key] = slice(start, end)
+        content.seek(end)
+    if places.keys() != storages.keys():
+        raise UserError(f"the numbers of {len(storages.keys() - places.keys())} storages are missing")
+    return result
+
+
+def _unpickle(file, storage=None):
+    """The next pickle of a file; leaves the file after it.
+
+    storage: (dtype, key, size) -> Storage.
+    """
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.startswith("EXT"):
+            raise UserError("asks for a registered extension, which is refused")
+        if "PUT" in opcode.name and argument is not None and int(argument) > 10_000_000:
+            raise UserError(f"asks for memory for {argument} references, which is refused")
+    end = file.tell()
+    file.seek(start)
+    return _Unpickler(BytesIO(file.read(end - start)), storage).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, storage):
+        super().__init__(file, encoding="utf-8")
+        self._storage = storage
+
+    def find_class(self, module, name):
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return StorageType(np.dtype(STORAGES[name]))
+        if (module, name) not in GLOBALS:
+            raise UserError(f"asks for {module}.{name}, which is refused: a weights file needs tensors, plain containers and "
+                            "argparse.Namespace only. If you trust its origin, load it in PyTorch and save its state_dict")
+        return GLOBALS[module, name]
+
+    def persistent_load(self, reference):
+        kind, storage_type, key, _, size, *view = reference
+        if kind != "storage" or not isinstance(storage_type, StorageType) or not isinstance(key, str) or any(view):
+            raise UserError(f"has an unknown kind of reference, {reference!r:.200}")
+        return self._storage(storage_type.dtype, key, _whole("storage size", size))
+
+
+def _whole(what, value) -> int:
+    if type(value) is not int or value < 0:
+        raise UserError(f"has {what} {value!r}, not a whole number of at least 0")
+    return value
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
+    """A view of a storage; refused before anything is allocated if it does not lie inside."""
+    if not isinstance(storage, Storage):
+        raise UserError(f"has a tensor over {type(storage).__name__}, not over a storage")
+    offset = _whole("offset", offset)
+    shape, strides = (tuple(_whole("tensor size", n) for n in sizes) for sizes in (shape, strides))
+    numbers = 1
+    for n in shape:
+        numbers *= n
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if numbers else 0
+    # A view may repeat numbers (stride 0); a tensor larger than its storage is no weight and could be of any size.
+    if numbers > storage.size or last >= max(storage.size, 1):
+        raise UserError(f"has a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} over a storage of "
+                        f"{storage.size} numbers")
+    dtype, size = storage.dtype, storage.dtype.itemsize
+
+    def load():
+        return np.ndarray(shape, dtype, storage.load(), offset * size, tuple(stride * size for stride in strides))
+
+    return Tensor(shape, dtype, load)
+
+
+def _rebuild_parameter(tensor, *_):
+    return tensor
+
+
+GLOBALS = {
+    ("torch._utils", "_rebuild_tensor"): Rebuild(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Rebuild(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): Rebuild(_rebuild_parameter),
+    ("collections", "OrderedDict"): Plain,
+    ("argparse", "Namespace"): Namespace,
+}

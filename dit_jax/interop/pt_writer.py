@@ -1,0 +1,61 @@
+"""Writes a state_dict as PyTorch's .pt (the zip archive of 1.6 and later) without PyTorch."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.interop.pt_reader import STORAGES
+from dit_jax.interop.tensors import Tensor, Tensors, raw_bytes, replacing
+
+STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
+ROOT = "archive"
+ALIGNMENT = 64  # as PyTorch aligns storages, so that it can map the file
+LOCAL_HEADER = 30  # bytes of a zip member's header before its name
+
+
+def write(path: Path, tensors: Tensors):
+    """A dict of tensors, which torch.load(weights_only=True) reads. A file that exists is replaced once the new one is whole."""
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "data.pkl", _pickle(tensors))
+        _add(archive, "byteorder", b"little")
+        for number, tensor in enumerate(tensors.values()):
+            _add(archive, f"data/{number}", raw_bytes(tensor))
+        _add(archive, "version", b"3\n")
+
+
+def _add(archive: zipfile.ZipFile, name: str, content):
+    member = zipfile.ZipInfo(f"{ROOT}/{name}")  # with a fixed date: the same weights give the same file
+    start = archive.fp.tell() + LOCAL_HEADER + len(member.filename) + 4
+    padding = -start % ALIGNMENT
+    member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    archive.writestr(member, content)
+
+
+def _pickle(tensors: Tensors) -> bytes:
+    """{name: tensor} as torch.save pickles it, protocol 2; the numbers are named, not held."""
+    items = b"".join(_atom(name) + _tensor(number, tensor) for number, (name, tensor) in enumerate(tensors.items()))
+    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+
+
+def _atom(value) -> bytes:
+    """Opcodes that push a string, a number, a bool or a tuple of them."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _tensor(number: int, tensor: Tensor) -> bytes:
+    """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
+    strides, size = [], 1
+    for n in reversed(tensor.shape):
+        strides.insert(0, size)
+        size *= n
+    storage = (pickle.MARK + _atom("storage") + _global("torch", STORAGE_NAMES[tensor.dtype]) + _atom(str(number))
+               + _atom("cpu") + _atom(size) + pickle.TUPLE + pickle.BINPERSID)
+    hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    return (_global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + storage + _atom(0) + _atom(tensor.shape)
+            + _atom(tuple(strides)) + _atom(False) + hooks + pickle.TUPLE + pickle.REDUCE)

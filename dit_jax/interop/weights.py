@@ -1,0 +1,86 @@
+"""Our weights file: one .safetensors with the parameters and all that sampling must know of the model.
+
+The tensors are the network's parameters under their paths ("blocks/attention/qkv/kernel", blocks stacked). The header's
+metadata has three texts: `dit_jax`, the format's version; `config`, JSON of the config sections below; `origin`, JSON of where
+the weights came from. No workdir, and nothing of the machine they were made on, is needed to sample from it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dit_jax.errors import UserError
+from dit_jax.interop.tensors import Tensor, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.parallel.rules import path_name
+
+VERSION = "1"
+SECTIONS = ("model", "process", "codec", "transform", "sampler", "guidance", "ema_decay")
+
+
+class Weights(NamedTuple):
+    """What is converted: parameters by path, the config sections that give them meaning, and where they came from."""
+
+    tensors: dict[str, Tensor]
+    sections: dict[str, Any]
+    origin: dict[str, Any]
+
+
+def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a resolved config that belong to weights; the codec's path, a matter of one machine, is emptied."""
+    sections = {name: config[name] for name in SECTIONS if name in config}
+    if "path" in sections["codec"]:
+        sections["codec"] = {**sections["codec"], "path": ""}
+    return sections
+
+
+def write(path: Path, weights: Weights):
+    """Writes the file; one that exists is replaced once the new one is whole.
+
+    Raises:
+        UserError: the name does not end in .safetensors.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors")
+    write_safetensors(path, weights.tensors, {"dit_jax": VERSION, "config": json.dumps(weights.sections),
+                                              "origin": json.dumps(weights.origin)})
+
+
+def read(path: Path) -> Weights:
+    """Opens the file; parameters are read when asked for.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; weights in our format are one .safetensors file, written by dit_jax.convert")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file; make one of it with python -m dit_jax.convert")
+    tensors, metadata = open_safetensors(path)
+    if metadata.get("dit_jax") != VERSION:
+        raise UserError(f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); make a file "
+                        "of ours from it with python -m dit_jax.convert --from=official, sit or diffusers")
+    try:
+        sections, origin = json.loads(metadata["config"]), json.loads(metadata["origin"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the header of {path} is damaged ({error!r}); convert the weights again") from None
+    return Weights(tensors, sections, origin)
+
+
+def load(path: Path, tree) -> Any:
+    """The parameters as NumPy arrays in the tree's structure and the file's dtype.
+
+    Args:
+        tree: parameters of the network that the file's sections describe, as ShapeDtypeStructs.
+
+    Raises:
+        UserError: what `read` refuses; tensors are missing, extra or misshapen; their dtypes differ.
+    """
+    tensors = read(path).tensors
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, str(path))
+    common_dtype(tensors, str(path))
+    return jax.tree.unflatten(structure, [np.asarray(tensors[path_name(keys)].load()) for keys, _ in paths])

@@ -1,0 +1,178 @@
+"""PyTorch files without PyTorch: what is read, and what is refused."""
+
+import argparse
+import pickle
+import struct
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from dit_jax.errors import UserError
+from dit_jax.interop import pt_reader
+
+CANARY = "canary"
+
+
+def op_global(module, name):
+    return b"c" + f"{module}\n{name}\n".encode()
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value):
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def storage(key="0", size=4, kind="FloatStorage"):
+    return b"(" + text("storage") + op_global("torch", kind) + text(key) + text("cpu") + number(size) + b"tQ"
+
+
+def tensor(shape=(4,), strides=(1,), offset=0, **of):
+    return (op_global("torch._utils", "_rebuild_tensor_v2") + b"(" + storage(**of) + number(offset) + number(shape)
+            + number(strides) + b"\x89}tR")
+
+
+def write_zip(path, body, data=b"\0" * 16, compression=zipfile.ZIP_STORED):
+    """A .pt with one pickle and one storage."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
+        archive.writestr("archive/data/0", data)
+    return path
+
+
+def write_legacy(path, body, data=b"\0" * 16):
+    start = b"".join(pickle.dumps(value, 2) for value in (pt_reader.LEGACY_MAGIC, 1001, {"little_endian": True}))
+    path.write_bytes(start + b"\x80\x02" + body + b"." + pickle.dumps(["0"], 2) + struct.pack("<q", len(data) // 4) + data)
+    return path
+
+
+def leaves(tree):
+    if isinstance(tree, dict):
+        return {f"{k}.{name}" if name else str(k): leaf for k, value in tree.items() for name, leaf in leaves(value).items()}
+    return {"": tree}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_what_torch_saves_is_read_exactly(zipped, tmp_path):
+    """A wrong offset, stride, dtype or format, or a training checkpoint's options and optimizer stopping the reader."""
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "whole": base, "transposed": base.T, "inner": base[1:3, 2:5], "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3)), "half": torch.randn(5).half(), "brain": torch.randn(5).bfloat16(),
+        "double": torch.randn(2).double(), "long": torch.arange(3), "bool": torch.tensor([True, False]),
+    }
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    optimizer.step()
+    module = torch.nn.Linear(2, 3)
+    saved = {"ema": state, "model": module.state_dict(), "opt": optimizer.state_dict(),
+             "args": argparse.Namespace(model="DiT-XL/2", lr=1e-4), "order": OrderedDict(a=1)}
+    torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    assert pt_reader.is_pt(tmp_path / "x.pt")
+    found = pt_reader.read(tmp_path / "x.pt")
+    assert found["order"] == {"a": 1}
+    assert found["opt"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    for name, expected in leaves({"ema": state, "model": saved["model"]}).items():
+        actual = leaves({"ema": found["ema"], "model": found["model"]})[name]
+        array = expected.detach()
+        array = array.float().numpy() if expected.dtype == torch.bfloat16 else array.numpy()
+        assert actual.shape == tuple(expected.shape)
+        assert actual.dtype.name == str(expected.dtype).removeprefix("torch.")
+        np.testing.assert_array_equal(actual.load().astype(array.dtype), array, err_msg=name)
+
+
+CALL = text(f"touch {CANARY}") + b"\x85R"  # a tuple of one argument, then the call
+PAYLOADS = {
+    "system": op_global("posix", "system") + CALL,
+    "eval": op_global("builtins", "eval") + text(f"open('{CANARY}', 'w')") + b"\x85R",
+    "stack_global": text("os") + text("system") + b"\x93" + CALL,
+    "inst": b"(" + text(f"touch {CANARY}") + b"iposix\nsystem\n",
+    "obj": b"(" + op_global("posix", "system") + text(f"touch {CANARY}") + b"o",
+    "getattr": op_global("builtins", "getattr") + op_global("collections", "OrderedDict") + text("mro") + b"\x86R",
+    "dotted": text("collections") + text("OrderedDict.__init__.__globals__") + b"\x93",
+    "torch_load": op_global("torch", "load") + text("other.pt") + b"\x85R",
+    "numpy": op_global("numpy.core.multiarray", "_reconstruct") + b"(tR",
+    "extension": b"\x82\x01",
+}
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_payload_is_refused_and_nothing_runs(payload, write, tmp_path, monkeypatch):
+    """Any way to call a function that is not one of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="which is refused"):
+        pt_reader.read(write(tmp_path / "x.pt", PAYLOADS[payload]))
+    assert not (tmp_path / CANARY).exists()
+
+
+@pytest.mark.parametrize("target", [op_global("torch._utils", "_rebuild_tensor_v2"), op_global("torch", "FloatStorage"),
+                                    storage(), tensor()], ids=["function", "storage type", "storage", "tensor"])
+def test_a_pickle_cannot_change_what_it_was_handed(target, tmp_path):
+    """BUILD setting attributes: the shape of a checked tensor, the defaults of a function, a NumPy dtype."""
+    state = b"}" + text("shape") + number((10**12,)) + b"s"
+    for body in (target + state + b"b", target + b"N" + state + b"\x86b"):
+        with pytest.raises(UserError, match=r"x\.pt"):
+            pt_reader.read(write_zip(tmp_path / "x.pt", body))
+    found = pt_reader.read(write_zip(tmp_path / "x.pt", tensor()))
+    assert found.load().tolist() == [0, 0, 0, 0]
+
+
+BAD_TENSORS = {
+    "huge": tensor(shape=(10**12,)), "huge by repetition": tensor(shape=(10**12,), strides=(0,)),
+    "past the end": tensor(offset=1), "long stride": tensor(shape=(2,), strides=(4,)), "negative stride": tensor(strides=(-1,)),
+    "negative size": tensor(shape=(-1,)), "negative offset": tensor(offset=-4), "ranks": tensor(shape=(2, 2), strides=(2,)),
+    "storage too large": tensor(size=10**12, shape=(10**12,)), "storage too small": tensor(size=2, shape=(2,)),
+    "other dtype": tensor(kind="DoubleStorage"), "absent": tensor(key="1"), "memo": b"}r\0\0\0\x02",
+    "text length": b"X\xff\xff\xff\x7f", "no storage": op_global("torch._utils", "_rebuild_tensor_v2") + b"(" + number("x")
+    + number(0) + number((1,)) + number((1,)) + b"\x89}tR",
+}
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+def test_a_tensor_that_does_not_fit_is_refused_before_allocation(bad, write, tmp_path):
+    """A crafted shape reading outside its storage, or exhausting memory."""
+    path = write(tmp_path / "x.pt", BAD_TENSORS[bad])
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"x\.pt"):
+            pt_reader.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_member_is_refused(tmp_path):
+    """A zip bomb."""
+    path = write_zip(tmp_path / "x.pt", tensor(size=10**7, shape=(10**7,)), b"\0" * 4 * 10**7, zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="which PyTorch never does"):
+        pt_reader.read(path)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_a_truncated_file_is_refused_wherever_it_ends(write, tmp_path):
+    """A partial download read as if it were whole."""
+    path = write(tmp_path / "x.pt", tensor())
+    whole = path.read_bytes()
+    assert pt_reader.read(path).load().shape == (4,)
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"x\.pt"):
+            pt_reader.read(path).load()
+
+
+def test_a_flipped_bit_is_found_when_the_tensor_is_read(tmp_path):
+    """The archive's checksum ignored."""
+    path = write_zip(tmp_path / "x.pt", tensor(), np.arange(4, dtype=np.float32).tobytes())
+    content = bytearray(path.read_bytes())
+    content[content.index(np.arange(4, dtype=np.float32).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        pt_reader.read(path).load()
