@@ -8,12 +8,13 @@ Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x
 
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from absl import flags
 
-from dit_jax import console
+from dit_jax import console, recipes
 from dit_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
@@ -21,10 +22,12 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest good on
 WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of the VAE; the config's codec.path if not given.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
-LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; all classes in turn if not given.")
+LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` draws from all; all in turn if not given.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
-SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim; the config's if not given.")
+SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
+AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run (smaller, or trained less) to lead away from, in "
+                                   "place of the network without labels; needs a guidance scale above 1.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices; the config's if not given.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go.")
@@ -33,8 +36,10 @@ OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go.")
 def override(config: ml_collections.ConfigDict):
     """Puts the flags' choices into the config's sampler, guidance and codec."""
     if SAMPLER.value is not None and SAMPLER.value != config.sampler.name:
-        config.sampler = ml_collections.ConfigDict({"name": SAMPLER.value, "num_steps": config.sampler.num_steps})
+        config.sampler = ml_collections.ConfigDict(recipes.default_sampler(SAMPLER.value))
     if NUM_STEPS.value is not None:
+        if "num_steps" not in config.sampler:
+            raise UserError(f"--num_steps={NUM_STEPS.value}: the sampler {config.sampler.name!r} chooses its own; leave it out")
         config.sampler.num_steps = NUM_STEPS.value
     if GUIDANCE_SCALE.value is not None:
         config.guidance.scale = GUIDANCE_SCALE.value
@@ -82,11 +87,57 @@ def load_params(init, mesh):
     return restored["ema_params"], step
 
 
-def parse_labels(texts: list[str]) -> tuple[int, ...]:
+class Weak(NamedTuple):
+    """The second network of autoguidance."""
+
+    task: Any
+    params: Any
+
+
+def load_weak(config, mesh) -> Weak | None:
+    """The run of --autoguidance_workdir.
+
+    Raises:
+        UserError: guidance is off, or that run predicts something else.
+    """
+    if AUTOGUIDANCE.value is None:
+        return None
+    from dit_jax import build
+    from dit_jax.training.checkpoint import restore_subtree
+    from dit_jax.training.state import abstract_state
+    from dit_jax.training.workdir import read_config
+
+    if config.guidance.scale == 1.0:
+        raise UserError("--autoguidance_workdir needs --guidance_scale above 1; at 1 guidance is off")
+    other = ml_collections.ConfigDict(read_config(AUTOGUIDANCE.value))
+    for field in ("process", "codec", "transform"):
+        if other[field].to_dict() != config[field].to_dict():
+            raise UserError(f"{AUTOGUIDANCE.value} was trained with another {field} than the network that it is to guide; both "
+                            "must have the same")
+    if other.model.num_classes != config.model.num_classes:
+        raise UserError(f"{AUTOGUIDANCE.value} has {other.model.num_classes} classes, and the network that it is to guide "
+                        f"{config.model.num_classes}; both must have the same")
+    task = build.task(other)
+    abstract = {"ema_params": abstract_state(task.init, mesh).ema_params}
     try:
-        return tuple(int(text) for text in texts)
+        restored, _, _ = restore_subtree(Path(AUTOGUIDANCE.value).expanduser().absolute() / "checkpoints", abstract)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
+    return Weak(task, restored["ema_params"])
+
+
+def choose_labels(num_classes: int):
+    """int32[num_samples] as --labels says."""
+    from dit_jax.training.generate import random_labels, spread_labels
+
+    if LABELS.value == ["random"]:
+        return random_labels(NUM_SAMPLES.value, num_classes, SEED.value)
+    try:
+        chosen = tuple(int(text) for text in LABELS.value)
     except ValueError:
-        raise UserError(f"--labels={','.join(texts)}: whole numbers with commas between them are needed, as in 3,5") from None
+        raise UserError(f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
+                        "`random`") from None
+    return spread_labels(NUM_SAMPLES.value, num_classes, chosen)
 
 
 def main() -> dict:
@@ -97,17 +148,19 @@ def main() -> dict:
         raise UserError(f"--out={OUT.value} must end in .npz")
     from dit_jax import build
     from dit_jax.training import samples_file
-    from dit_jax.training.generate import Generator, spread_labels
+    from dit_jax.training.generate import Generator
 
     config, origin = read_source()
     override(config)
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # the devices at hand now, whatever trained it
     mesh = build.mesh(config)
     task = build.task(config)
-    labels = spread_labels(NUM_SAMPLES.value, task.num_classes, parse_labels(LABELS.value))
+    labels = choose_labels(task.num_classes)
     ways = build.rows_per_step(mesh)
     batch_size = BATCH_SIZE.value or -(-min(config.evaluation.batch_size, NUM_SAMPLES.value) // ways) * ways
-    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), batch_size, SEED.value)
+    sampler, guidance = build.sampler(config), build.guidance(config)
+    weak = load_weak(config, mesh)
+    generator = Generator(task, mesh, sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
     try:
         constants = build.codec_params(config, mesh)
         params, step = load_params(task.init, mesh)
@@ -116,14 +169,16 @@ def main() -> dict:
     source = WEIGHTS.value if step is None else f"step {step} of {WORKDIR.value}"
     console.say(f"sampling from {source}: {dict(config.sampler)}, guidance {config.guidance.scale}")
     start = time.monotonic()
-    images = generator(params, constants, labels, say_progress=True)
+    images = generator(params, constants, labels, weak.params if weak else None, say_progress=True)
     seconds = time.monotonic() - start
     if jax.process_index() == 0:
         made_by = samples_file.describe(config, step, SEED.value) | ({"origin": origin} if origin else {})
+        made_by |= {"autoguidance": AUTOGUIDANCE.value} if weak else {}
         samples_file.write(out, images, labels, made_by)
-    evaluations = config.sampler.num_steps * (2 if config.guidance.scale != 1 else 1)
+    # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
+    per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None
     return {"out": str(out), "grid": str(out.with_suffix(".png")), "num_samples": len(images), "seconds": seconds,
-            "evaluations": evaluations, "step": step}
+            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step}
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ LAYERS = {  # who may import whom, besides errors, pixels and itself
     "metrics": set(),
     "parallel": set(),
     "analysis": {"models", "codecs", "diffusion"},
-    "interop": {"models", "codecs", "diffusion"},
+    "interop": {"models", "codecs", "diffusion", "parallel"},
 }
 FREE = {"errors", "pixels"}
 
