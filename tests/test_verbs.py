@@ -143,6 +143,17 @@ def test_sampling_mistakes(workdir, tmp_path):
         refused(outcome, text)
 
 
+def test_plan_models(tmp_path):
+    """A table with another model under a name, or a count in other units than the paper's."""
+    ((status, stdout, stderr),) = run_verbs(tmp_path, [["plan", "--models"]])
+    assert status == 0, stderr
+    models = json.loads(stdout.splitlines()[-1])["models"]
+    assert len(models) == 24 + 3
+    assert models["XL/2@256"]["params"] == 674_834_720 and models["XL/2@512"]["gmacs"] == pytest.approx(524.6, rel=3e-3)
+    assert models["B/4@256"]["train_flops_per_image"] == pytest.approx(6 * 5.56e9, rel=3e-3)
+    assert models["XL/2@256 cross_attention"]["tokens"] == 256 and "XL/2@512" in stderr
+
+
 @pytest.mark.parametrize("seconds, text", [(8.2, "8s"), (75, "1m15s"), (3725, "1h02m"), (59.7, "1m00s")])
 def test_duration(seconds, text):
     """1m60s."""
