@@ -1,7 +1,14 @@
 """Every test runs with 8 simulated devices; what is not put on a mesh uses the first."""
 
+import tempfile
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
+# Compiling is most of the time: compile quickly rather than well, and what several tests compile alike only once.
 jax.config.update("jax_disable_most_optimizations", True)
+_CACHE = tempfile.TemporaryDirectory(prefix="jax_cache_")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
