@@ -112,3 +112,22 @@ def test_photographs(tmp_path):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     assert (tmp_path / "run" / "samples" / "00000100.png").is_file()
+
+
+def test_two_processes_are_one(tmp_path):
+    """Hosts that read the same rows, draw the same noise, or write each other's part: two processes must give one's images."""
+    fields = ("num_steps=12", "model.depth=2", "model.width=64", "log.every_steps=4", "checkpoint.every_steps=6", "mesh.fsdp=2",
+              "preview.every_steps=0", "sampler.num_steps=5", "evaluation.num_images=64", "evaluation.batch_size=64")
+    losses, images = [], []
+    for processes, devices in ((2, 4), (1, 8)):
+        workdir = tmp_path / str(processes)
+        train = command("main", "--config=configs/digits.py", f"--workdir={workdir}", *(f"--config.{field}" for field in fields))
+        launcher = [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}"]
+        process = subprocess.run([*launcher, f"--logs={workdir}_logs", "--", *train], cwd=ROOT, env=environment(),
+                                 capture_output=True, text=True, timeout=400)
+        assert process.returncode == 0, process.stderr
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+        images.append(np.load(workdir / "samples" / "00000012_final.npz")["arr_0"].astype(int))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert np.abs(images[0] - images[1]).max() <= 1
