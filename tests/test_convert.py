@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from dit_files import held, same_bits, tiny_weights
+from verbs import run_verbs
 
 from dit_jax import build, conversion, recipes
 from dit_jax.conversion import Source
@@ -22,8 +20,6 @@ from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.rules import path_name
 from dit_jax.training.checkpoint import Checkpointer
 from dit_jax.training.workdir import Workdir
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -230,35 +226,6 @@ def test_options_that_mean_nothing_are_refused(options):
         Source(path=Path("x"), **options)
 
 
-# Runs verbs in forks of one process that has imported the libraries.
-FORK = """
-import json, os, runpy, sys
-import dit_jax.conversion, dit_jax.training.generate
-results = []
-for name, *args in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        for number, file in ((1, "out"), (2, "err")):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = [name, *args]
-        runpy.run_module(f"dit_jax.{name}", run_name="__main__")
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    results.append((status, open("out").read(), open("err").read()))
-print(json.dumps(results))
-"""
-
-
-def run_verbs(folder, *lines):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    env.pop("XLA_FLAGS", None)
-    calls = json.dumps([line.split() for line in lines])
-    process = subprocess.run([sys.executable, "-c", FORK, calls], cwd=folder, env=env, capture_output=True, text=True,
-                             timeout=200)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
-
-
 SAMPLE = "--num_samples=3 --labels=1,2,10 --seed=5"
 TRIP = (
     f"sample --workdir=RUN {SAMPLE} --out=a.npz",
@@ -289,7 +256,7 @@ def results(workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verbs")
     conversion.write(tiny_weights(), "dit_jax", folder / "vae.safetensors")
     lines = [*TRIP, *MISTAKES]
-    found = run_verbs(folder, *(line.replace("RUN", str(workdir[0])) for line in lines))
+    found = run_verbs(folder, [line.replace("RUN", str(workdir[0])).split() for line in lines])
     return folder, dict(zip(lines, found, strict=True))
 
 

@@ -201,21 +201,34 @@ def run_sit(root: Path, inputs) -> dict[str, np.ndarray]:
     return {f"sit/{name}": a for name, a in out.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def checkouts(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dit", type=Path, required=True)
     parser.add_argument("--sit", type=Path, required=True)
-    arguments = parser.parse_args()
-    inputs = make_inputs(np.random.default_rng(0))
-    arrays = {f"in/{name}": a for name, a in inputs.items()}
-    arrays |= run_dit(arguments.dit, inputs) | run_sit(arguments.sit, inputs)
+    return parser.parse_args()
+
+
+def write(name: str, arrays: dict[str, np.ndarray]):
+    """Arrays -> `name` beside this script, float64 as float32.
+
+    Raises:
+        ValueError: an array is not finite.
+    """
     arrays = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
     bad = [name for name, a in arrays.items() if not np.isfinite(a).all()]
     if bad:
         raise ValueError(f"not finite: {', '.join(bad)}")
-    path = Path(__file__).parent / "diffusion.npz"
+    path = Path(__file__).parent / name
     np.savez_compressed(path, **arrays)
     print(f"{path}: {len(arrays)} arrays, {path.stat().st_size} bytes")
+
+
+def main():
+    arguments = checkouts(__doc__)
+    inputs = make_inputs(np.random.default_rng(0))
+    arrays = {f"in/{name}": a for name, a in inputs.items()}
+    arrays |= run_dit(arguments.dit, inputs) | run_sit(arguments.sit, inputs)
+    write("diffusion.npz", arrays)
 
 
 if __name__ == "__main__":

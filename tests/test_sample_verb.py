@@ -1,0 +1,93 @@
+"""The flags of `sample` that choose guidance, labels and sampler, on runs with random weights."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from verbs import refused, run_verbs
+
+from dit_jax import conversion, recipes
+from dit_jax.training.checkpoint import Checkpointer
+from dit_jax.training.generate import random_labels
+from dit_jax.training.workdir import Workdir
+
+RUNS = {"strong": tiny.config(), "weak": tiny.config(model__depth=1), "flow": tiny.config(process=recipes.flow())}
+DRAW = "--labels=random --seed=3 --sampler=heun --num_steps=3"
+DRAWS = {
+    "plain": f"--workdir=strong --num_samples=6 {DRAW}",
+    "classifier-free": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2",
+    "auto": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=weak",
+    "by itself": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=strong",
+    "flow": f"--workdir=flow --num_samples=9 {DRAW}",
+}
+MISTAKES = {
+    "--workdir=strong --autoguidance_workdir=weak": "needs --guidance_scale above 1",
+    "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs --guidance_scale above 1",
+    "--workdir=strong --autoguidance_workdir=flow --guidance_scale=2": "was trained with another process",
+    "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not a --workdir",
+    "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a network that knows every time",
+    "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
+}
+
+
+def save_run(folder, config, seed):
+    """A run's folder with a checkpoint whose moving average is random, as if trained."""
+    rng = np.random.default_rng(seed)
+    average = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), conversion.network_params(config))
+    with Workdir(folder, config), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
+        checkpointer.save(1, {"ema_params": average, "params": {"unused": jnp.zeros(1)}}, {})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{name or flags: (exit status, stdout, stderr)} of DRAWS and MISTAKES, and {name: the images' file} of DRAWS."""
+    folder = tmp_path_factory.mktemp("sample")
+    for seed, (name, config) in enumerate(RUNS.items()):
+        save_run(folder / name, config, seed)
+    calls = [["sample", *flags.split(), f"--out={i}.npz"] for i, flags in enumerate([*DRAWS.values(), *MISTAKES])]
+    outcomes = dict(zip([*DRAWS, *MISTAKES], run_verbs(folder, calls), strict=True))
+    assert not [outcomes[name][2] for name in DRAWS if outcomes[name][0]]
+    return outcomes, {name: dict(np.load(folder / f"{i}.npz")) for i, name in enumerate(DRAWS)}
+
+
+def images(found, name):
+    return found[1][name]["arr_0"].astype(int)
+
+
+def differ(a, b):
+    """Mean difference of the images in steps of 8 bits."""
+    return np.abs(a - b).mean()
+
+
+def test_autoguidance_leads_away_from_the_weak_run(found):
+    """The weak run not loaded, the network without labels in its place, or the two taken for each other."""
+    plain, free, auto, itself = (images(found, name) for name in ("plain", "classifier-free", "auto", "by itself"))
+    assert plain.std() > 10
+    assert differ(auto, free) > 5
+    assert differ(auto, plain) > 5
+    assert np.abs(itself - plain).max() <= 1  # w + 2 (w - w) = w
+    assert json.loads(str(found[1]["auto"]["made_by"]))["autoguidance"] == "weak"
+
+
+def test_random_labels_depend_on_the_seed_alone(found):
+    """Labels drawn anew at each call, by the number of images or the run, or from one seed for all."""
+    labels = {name: found[1][name]["labels"].tolist() for name in DRAWS}
+    assert labels["plain"] == labels["classifier-free"] == labels["auto"] == labels["flow"][:6]
+    assert labels["plain"] != random_labels(6, 10, seed=4).tolist()
+    assert len(set(labels["flow"])) > 2 and set(labels["flow"]) <= set(range(10))
+
+
+def test_evaluations_are_counted(found):
+    """Steps reported in place of the network's calls, of which Heun's takes two, and guidance twice as many."""
+    counts = {name: json.loads(found[0][name][1].splitlines()[-1])["evaluations"] for name in DRAWS}
+    # The last step of a process with timesteps is Euler's.
+    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "flow": 6}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes(found, flags):
+    """Guidance that does nothing, a guide of another kind, or a sampler that the network cannot serve."""
+    refused(found[0][flags], MISTAKES[flags])
