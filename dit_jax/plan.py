@@ -2,8 +2,9 @@
 
     python -m dit_jax.plan --models
 
-Prints the paper's twelve sizes at 256 and 512 pixels, and XL/2's four conditioning blocks: tokens, parameters, GMACs (multiply-adds of
-one forward of one image, which the paper prints as Gflops), and FLOPs of training on one image (3 forwards, 2 per MAC).
+Prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters, GMACs
+(multiply-adds of one forward of one image, which the paper prints as Gflops), and FLOPs of training on one image (3 forwards,
+2 per MAC).
 """
 
 import jax
