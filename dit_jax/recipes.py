@@ -159,6 +159,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     c.data = {"name": "folder", "path": "", "split": ""}
     c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
     c.sampler = {"name": "ddpm", "num_steps": 100}
+    c.log.every_steps = 20
     return c
 
 
