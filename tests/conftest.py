@@ -1,8 +1,12 @@
 """Every test runs with 8 simulated devices; what is not put on a mesh uses the first."""
 
+import signal
 import tempfile
 
 import jax
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the processes that they start inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
