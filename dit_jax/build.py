@@ -164,5 +164,17 @@ def sampler(config):
     return sampler
 
 
-def guidance(config):
-    return construct("guidance", config.guidance)
+def guidance(config, weak: bool = False):
+    """The guidance, checked against the data's channels; weak says that a second network is there to lead away from.
+
+    Raises:
+        UserError: more channels than the data has; a scale without labels or a second network, which would change nothing.
+    """
+    found = construct("guidance", config.guidance)
+    channels = latent_shape(config)[-1]
+    if found.channels is not None and found.channels > channels:
+        raise UserError(f"guidance.channels is {found.channels} and the data has {channels}; ask for at most {channels}, or None "
+                        "for all")
+    if found.active and not config.model.num_classes and not weak:
+        raise UserError(f"guidance.scale is {found.scale} and the network has no classes to be guided by; set it to 1")
+    return found

@@ -85,7 +85,7 @@ def flow() -> dict:
 
 PROCESSES = {"gaussian": gaussian, "flow": flow}
 SAMPLERS = {  # the fields of each sampler, with numbers of steps that suit it
-    "ddpm": {"num_steps": 100},
+    "ddpm": {"num_steps": 100, "spacing": "even"},
     "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},
     "euler": {"num_steps": 50},
     "heun": {"num_steps": 25},
@@ -134,7 +134,7 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
     c.codec = {"name": "kl_vae", "path": "", "scale": 0.18215}
     c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train"}
     c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
-    c.sampler = {"name": "ddpm", "num_steps": 250}
+    c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
 
 
@@ -158,7 +158,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 0.5}
     c.data = {"name": "folder", "path": "", "split": ""}
     c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
-    c.sampler = {"name": "ddpm", "num_steps": 100}
+    c.sampler = default_sampler("ddpm")
     c.log.every_steps = 20
     return c
 

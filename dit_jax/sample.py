@@ -26,8 +26,11 @@ LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` d
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
 SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
-AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run (smaller, or trained less) to lead away from, in "
-                                   "place of the network without labels; needs a guidance scale above 1.")
+AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run or .safetensors (smaller, or trained less) to "
+                                   "lead away from, in place of the network without labels; needs a scale above 1.")
+GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
+GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
+SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices; the config's if not given.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go.")
@@ -41,8 +44,25 @@ def override(config: ml_collections.ConfigDict):
         if "num_steps" not in config.sampler:
             raise UserError(f"--num_steps={NUM_STEPS.value}: the sampler {config.sampler.name!r} chooses its own; leave it out")
         config.sampler.num_steps = NUM_STEPS.value
+    for text in SAMPLER_FIELDS.value:
+        key, _, value = text.partition("=")
+        if key not in config.sampler or key == "name":
+            fields = ", ".join(field for field in config.sampler if field != "name")
+            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {fields}")
+        try:
+            config.sampler[key] = type(config.sampler[key])(value)
+        except ValueError:
+            raise UserError(f"--sampler_fields={text}: {key} is a {type(config.sampler[key]).__name__}") from None
     if GUIDANCE_SCALE.value is not None:
         config.guidance.scale = GUIDANCE_SCALE.value
+    if GUIDANCE_CHANNELS.value is not None:
+        config.guidance.channels = GUIDANCE_CHANNELS.value
+    if GUIDANCE_INTERVAL.value:
+        try:
+            config.guidance.low, config.guidance.high = map(float, GUIDANCE_INTERVAL.value)
+        except ValueError:
+            given = ",".join(GUIDANCE_INTERVAL.value)
+            raise UserError(f"--guidance_interval={given}: two times are needed, as in 0.2,0.7") from None
     if CODEC_PATH.value is not None:
         if "path" not in config.codec:
             raise UserError(f"--codec_path={CODEC_PATH.value}: the codec {config.codec.name!r} has no weights; leave it out")
@@ -51,39 +71,38 @@ def override(config: ml_collections.ConfigDict):
         raise UserError("the weights of the VAE are elsewhere: give their folder or .safetensors file with --codec_path")
 
 
-def read_source() -> tuple[ml_collections.ConfigDict, dict | None]:
-    """The config of the run or the weights file, and where the file's weights came from (None for a run)."""
-    if WORKDIR.value is not None:
-        from dit_jax.training.workdir import read_config
+def read_source(path: Path) -> tuple[ml_collections.ConfigDict, dict | None]:
+    """The config of a run or of a weights file, and where the file's weights came from (None for a run)."""
+    if path.suffix == ".safetensors":
+        from dit_jax.conversion import config_of
+        from dit_jax.interop import weights
 
-        return ml_collections.ConfigDict(read_config(WORKDIR.value)), None
-    if STEP.value is not None:
-        raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
-    from dit_jax.conversion import config_of
-    from dit_jax.interop import weights
+        found = weights.read(path)
+        return config_of(found.sections), found.origin
+    from dit_jax.training.workdir import read_config
 
-    found = weights.read(Path(WEIGHTS.value).expanduser())
-    return config_of(found.sections), found.origin
+    return ml_collections.ConfigDict(read_config(path)), None
 
 
-def load_params(init, mesh):
-    """(moving-average parameters on the mesh, their step or None) of the run or the weights file.
+def load_params(path: Path, init, mesh, step: int | None = None):
+    """(moving-average parameters on the mesh, their step or None) of a run or a weights file.
 
     init: key -> TrainState.
 
     Raises:
-        FileNotFoundError: the run has no such checkpoint.
+        UserError: the run has no such checkpoint.
     """
     from dit_jax.interop import weights
     from dit_jax.training.checkpoint import restore_subtree
     from dit_jax.training.state import abstract_state
 
     abstract = abstract_state(init, mesh).ema_params
-    if WEIGHTS.value is not None:
-        params = weights.load(Path(WEIGHTS.value).expanduser(), abstract)
-        return jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract)), None
-    restored, _, step = restore_subtree(Path(WORKDIR.value).expanduser().absolute() / "checkpoints",
-                                        {"ema_params": abstract}, STEP.value)
+    if path.suffix == ".safetensors":
+        return jax.device_put(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
+    try:
+        restored, _, step = restore_subtree(path / "checkpoints", {"ema_params": abstract}, step)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
     return restored["ema_params"], step
 
 
@@ -94,36 +113,38 @@ class Weak(NamedTuple):
     params: Any
 
 
+def what_is_predicted(config) -> dict:
+    """The part of a config that two networks must share for one to guide the other."""
+    training_only = ("min_snr_gamma", "time_distribution", "logit_mean", "logit_std")
+    return {
+        "process": {k: v for k, v in config.process.items() if k not in training_only},
+        "codec": {k: v for k, v in config.codec.items() if k != "path"},
+        "resolution": config.transform.resolution,
+        "number of classes": config.model.num_classes,
+    }
+
+
 def load_weak(config, mesh) -> Weak | None:
-    """The run of --autoguidance_workdir.
+    """The network of --autoguidance_workdir.
 
     Raises:
-        UserError: guidance is off, or that run predicts something else.
+        UserError: guidance is off, or that network predicts something else.
     """
     if AUTOGUIDANCE.value is None:
         return None
     from dit_jax import build
-    from dit_jax.training.checkpoint import restore_subtree
-    from dit_jax.training.state import abstract_state
-    from dit_jax.training.workdir import read_config
 
     if config.guidance.scale == 1.0:
         raise UserError("--autoguidance_workdir needs --guidance_scale above 1; at 1 guidance is off")
-    other = ml_collections.ConfigDict(read_config(AUTOGUIDANCE.value))
-    for field in ("process", "codec", "transform"):
-        if other[field].to_dict() != config[field].to_dict():
-            raise UserError(f"{AUTOGUIDANCE.value} was trained with another {field} than the network that it is to guide; both "
-                            "must have the same")
-    if other.model.num_classes != config.model.num_classes:
-        raise UserError(f"{AUTOGUIDANCE.value} has {other.model.num_classes} classes, and the network that it is to guide "
-                        f"{config.model.num_classes}; both must have the same")
+    path = Path(AUTOGUIDANCE.value).expanduser().absolute()
+    other, _ = read_source(path)
+    mine, others = what_is_predicted(config), what_is_predicted(other)
+    for name, value in mine.items():
+        if others[name] != value:
+            raise UserError(f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
+                            f"{value}); both must have the same")
     task = build.task(other)
-    abstract = {"ema_params": abstract_state(task.init, mesh).ema_params}
-    try:
-        restored, _, _ = restore_subtree(Path(AUTOGUIDANCE.value).expanduser().absolute() / "checkpoints", abstract)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    return Weak(task, restored["ema_params"])
+    return Weak(task, load_params(path, task.init, mesh)[0])
 
 
 def choose_labels(num_classes: int):
@@ -150,7 +171,12 @@ def main() -> dict:
     from dit_jax.training import samples_file
     from dit_jax.training.generate import Generator
 
-    config, origin = read_source()
+    source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
+    if WEIGHTS.value is not None and source.suffix != ".safetensors":
+        raise UserError(f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; a run is given by --workdir")
+    if WEIGHTS.value is not None and STEP.value is not None:
+        raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
+    config, origin = read_source(source)
     override(config)
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # the devices at hand now, whatever trained it
     mesh = build.mesh(config)
@@ -158,16 +184,13 @@ def main() -> dict:
     labels = choose_labels(task.num_classes)
     ways = build.rows_per_step(mesh)
     batch_size = BATCH_SIZE.value or -(-min(config.evaluation.batch_size, NUM_SAMPLES.value) // ways) * ways
-    sampler, guidance = build.sampler(config), build.guidance(config)
+    sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
     weak = load_weak(config, mesh)
     generator = Generator(task, mesh, sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
-    try:
-        constants = build.codec_params(config, mesh)
-        params, step = load_params(task.init, mesh)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    source = WEIGHTS.value if step is None else f"step {step} of {WORKDIR.value}"
-    console.say(f"sampling from {source}: {dict(config.sampler)}, guidance {config.guidance.scale}")
+    constants = build.codec_params(config, mesh)
+    params, step = load_params(source, task.init, mesh, STEP.value)
+    console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
+                f"{config.guidance.scale}")
     start = time.monotonic()
     images = generator(params, constants, labels, weak.params if weak else None, say_progress=True)
     seconds = time.monotonic() - start

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.diffusion.gaussian import PREDICTIONS, Gaussian, even_timesteps
+from dit_jax.diffusion.gaussian import PREDICTIONS, Gaussian, betas, even_timesteps
 from dit_jax.diffusion.samplers.ancestral import posterior_variance
 from dit_jax.errors import UserError
 
@@ -85,3 +85,18 @@ def test_bad_fields(fields, text):
     """A field that trains something else."""
     with pytest.raises(UserError, match=text):
         Gaussian(**fields)
+
+
+@pytest.mark.parametrize("num_steps, among", [(21, 499), (250, 999)])
+def test_respacing_rounds_as_the_papers_code(num_steps, among):
+    """A stride that is multiplied where the paper's code sums it up: at 278 of 1,000 counts a half is rounded the other way."""
+    kept = even_timesteps(1000, num_steps)
+    assert len(set(kept)) == num_steps and kept[0] == 0 and kept[-1] == 999
+    assert among in kept
+
+
+def test_linear_betas_need_timesteps():
+    """Betas of 1 and more, whose square roots are NaN, accepted for few timesteps."""
+    with pytest.raises(UserError, match="from 21 on"):
+        Gaussian(num_timesteps=20)
+    assert betas("linear", 21).max() < 1

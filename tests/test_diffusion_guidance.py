@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from dit_jax import build
 from dit_jax.diffusion.guidance import Guidance, drop_labels
 from dit_jax.errors import UserError
 
@@ -68,3 +70,13 @@ def test_bad_fields(fields):
     """An interval or channel count that guides nothing, silently."""
     with pytest.raises(UserError):
         Guidance(2.0, **fields)
+
+
+@pytest.mark.parametrize("overrides, text", [
+    ({"guidance__channels": 3}, "the data has 1"),
+    ({"guidance__scale": 1.5, "model__num_classes": 0}, "no classes to be guided by"),
+])
+def test_refused_before_training(overrides, text):
+    """Guidance that fails at the first preview, or pays for a second forward that changes nothing."""
+    with pytest.raises(UserError, match=text):
+        build.guidance(tiny.config(**overrides))

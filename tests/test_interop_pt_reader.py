@@ -156,6 +156,21 @@ def test_a_compressed_member_is_refused(tmp_path):
         pt_reader.read(path)
 
 
+def test_a_compressed_byteorder_is_refused(tmp_path):
+    """A zip bomb in the one member that is read before the pickle."""
+    path = write_zip(tmp_path / "x.pt", tensor())
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/byteorder", b"\0" * 10**7)
+    with pytest.raises(UserError, match="which PyTorch never does"):
+        pt_reader.read(path)
+
+
+def test_the_stride_of_a_single_row_does_not_matter(tmp_path):
+    """NumPy's own error for a stride that no step ever takes."""
+    found = pt_reader.read(write_zip(tmp_path / "x.pt", tensor(shape=(1, 4), strides=(2**61, 1))))
+    assert found.load().shape == (1, 4)
+
+
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 def test_a_truncated_file_is_refused_wherever_it_ends(write, tmp_path):
     """A partial download read as if it were whole."""

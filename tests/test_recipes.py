@@ -30,7 +30,7 @@ def test_digits_argument():
     config = load("digits", "process=flow,conditioning=in_context,sampler=heun")
     assert (config.process.name, config.model.conditioning, config.sampler.name) == ("flow", "in_context", "heun")
     assert load("digits", "process=flow").sampler.to_dict() == {"name": "heun", "num_steps": 25}
-    assert load("digits").sampler.to_dict() == {"name": "ddpm", "num_steps": 100}
+    assert load("digits").sampler.to_dict() == {"name": "ddpm", "num_steps": 100, "spacing": "even"}
 
 
 @pytest.mark.parametrize("arg, text", [

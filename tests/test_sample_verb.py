@@ -21,6 +21,7 @@ DRAWS = {
     "classifier-free": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2",
     "auto": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=weak",
     "by itself": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=strong",
+    "interval": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --guidance_interval=0.9,1",
     "flow": f"--workdir=flow --num_samples=9 {DRAW}",
 }
 MISTAKES = {
@@ -30,6 +31,9 @@ MISTAKES = {
     "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not a --workdir",
     "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a network that knows every time",
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
+    "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",
+    "--workdir=strong --guidance_interval=0.2": "two times are needed",
+    "--workdir=strong --sampler_fields=eta=1": "'ddpm' has the fields num_steps, spacing",
 }
 
 
@@ -84,10 +88,16 @@ def test_evaluations_are_counted(found):
     """Steps reported in place of the network's calls, of which Heun's takes two, and guidance twice as many."""
     counts = {name: json.loads(found[0][name][1].splitlines()[-1])["evaluations"] for name in DRAWS}
     # The last step of a process with timesteps is Euler's.
-    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "flow": 6}
+    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "interval": None, "flow": 6}
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes(found, flags):
     """Guidance that does nothing, a guide of another kind, or a sampler that the network cannot serve."""
     refused(found[0][flags], MISTAKES[flags])
+
+
+def test_interval_guides_some_steps(found):
+    """An interval that is ignored, or guides everywhere."""
+    assert differ(images(found, "interval"), images(found, "classifier-free"))
+    assert differ(images(found, "interval"), images(found, "plain"))

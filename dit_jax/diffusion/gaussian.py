@@ -37,11 +37,16 @@ def betas(schedule: str, num_timesteps: int) -> np.ndarray:
 
 
 def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` of 0..T-1, evenly spread and with both ends (the respacing of Nichol & Dhariwal 2021, section 4)."""
-    if num_steps == 1:
-        return [0]
-    stride = (num_timesteps - 1) / (num_steps - 1)
-    return [round(stride * i) for i in range(num_steps)]
+    """`num_steps` of 0..T-1, evenly spread and with both ends (the respacing of Nichol & Dhariwal 2021, section 4).
+
+    The stride is summed up, not multiplied: the paper's code does so, and its rounding decides where a step lies at a half.
+    """
+    stride = (num_timesteps - 1) / max(num_steps - 1, 1)
+    kept, at = [], 0.0
+    for _ in range(num_steps):
+        kept.append(round(at))
+        at += stride
+    return kept
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
@@ -94,6 +99,9 @@ class Gaussian:
                 raise UserError(f"process.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.num_timesteps < 2:
             raise UserError(f"process.num_timesteps is {self.num_timesteps}; it must be at least 2")
+        if self.schedule == "linear" and self.num_timesteps <= 20:
+            raise UserError(f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T and stay "
+                            "below 1 only from 21 on: take more timesteps, or process.schedule = cosine")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
 

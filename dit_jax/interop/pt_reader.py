@@ -101,9 +101,6 @@ def _read_zip(path: Path):
     if len(roots) != 1:
         raise UserError(f"a zip archive with {len(roots)} members */data.pkl; PyTorch writes exactly one")
     root = roots[0]
-    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
-        raise UserError("was written on a big-endian machine; save it again on a little-endian one")
-
     def member(name) -> zipfile.ZipInfo:
         if name not in members:
             raise UserError(f"{name} is missing from the archive")
@@ -113,6 +110,8 @@ def _read_zip(path: Path):
             raise UserError(f"{name} claims {members[name].file_size} bytes, more than the whole file has")
         return members[name]
 
+    if f"{root}byteorder" in members and archive.read(member(f"{root}byteorder")) != b"little":
+        raise UserError("was written on a big-endian machine; save it again on a little-endian one")
     read_member = lru_cache(maxsize=1)(archive.read)  # tensors that share a storage follow each other; checks the CRC
 
     def storage(dtype, key, size):
@@ -219,6 +218,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
         raise UserError(f"has a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} over a storage of "
                         f"{storage.size} numbers")
     dtype, size = storage.dtype, storage.dtype.itemsize
+    strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))  # never taken, and may be absurd
 
     def load():
         return np.ndarray(shape, dtype, storage.load(), offset * size, tuple(stride * size for stride in strides))

@@ -27,16 +27,20 @@ def posterior_variance(alpha, sigma):
 class Ancestral:
     """DDPM's sampler over any subset of the timesteps: draws x_s from q(x_s | x_t, predicted x0) with the predicted variance.
 
+    Fields:
+        spacing: "even", or "stride" as in DDIM (`Gaussian.grid`).
+
     Source: Ho et al. 2020, algorithm 2; respaced and with learned variance as in Nichol & Dhariwal 2021, section 4.
     """
 
     num_steps: int = 250
+    spacing: str = "even"
 
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
     def __call__(self, process: Process, denoise: Denoise, noise, keys):
-        times = process.grid(self.num_steps)
+        times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         ratio, beta, variance = posterior_variance(alpha, sigma)
         # The last step has variance 0; it is never used, because that step adds no noise.
