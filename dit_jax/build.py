@@ -124,6 +124,10 @@ def task(config) -> DiffusionTask:
     for field in ("num_steps", "batch_size", "microbatches"):
         if config[field] < 1:
             raise UserError(f"{field} is {config[field]}; it must be at least 1")
+    if "log" in config and config.log.every_steps < 1:
+        raise UserError(f"log.every_steps is {config.log.every_steps}; it must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}; it must lie in 0 to 2**32 - 1")
     return DiffusionTask(
         network=network(config),
         process=construct("process", config.process),

@@ -47,6 +47,8 @@ class Progress:
 def _parse_flags(argv):
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # --help: absl leaves with 1
+        sys.exit(0)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         message = str(error.args[0] if isinstance(error, KeyError) else error).strip() or type(error).__name__
         if "Traceback (most recent call last)" in message:  # of a config file: what ml_collections says ends with the reason

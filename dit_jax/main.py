@@ -58,10 +58,15 @@ def main() -> dict:
     from dit_jax.parallel import hosts
 
     hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    from dit_jax import build
+    from dit_jax.training import score
     from dit_jax.training.loop import train
-    from dit_jax.training.score import evaluate
 
     workdir = Path(WORKDIR.value).expanduser().absolute()
+    build.task(config)
+    if config.evaluation.num_images and config.evaluation.reference:
+        side = config.transform.resolution
+        score.check(config.evaluation.reference, config.evaluation.features, (side, side, config.transform.channels))
     run = train(config, workdir)
     step = int(run.state.step)
     result = {"step": step, "loss": run.loss, "images_per_second": run.images_per_second, "stopped": run.stopped,
@@ -71,7 +76,7 @@ def main() -> dict:
         draw_final_samples(config, run, path)
         result["samples"] = str(path)
         if config.evaluation.reference and jax.process_index() == 0:
-            result |= evaluate(path, config.evaluation.reference, config.evaluation.features)
+            result |= score.evaluate(path, config.evaluation.reference, config.evaluation.features)
     return result
 
 

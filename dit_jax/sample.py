@@ -22,7 +22,7 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest good on
 WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of the VAE; the config's codec.path if not given.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
-LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` draws from all; all in turn if not given.")
+LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; all in turn if not given.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
 SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
@@ -149,15 +149,17 @@ def load_weak(config, mesh) -> Weak | None:
 
 def choose_labels(num_classes: int):
     """int32[num_samples] as --labels says."""
-    from dit_jax.training.generate import random_labels, spread_labels
+    from dit_jax.training.generate import null_labels, random_labels, spread_labels
 
+    if LABELS.value == ["none"]:
+        return null_labels(NUM_SAMPLES.value, num_classes)
     if LABELS.value == ["random"]:
         return random_labels(NUM_SAMPLES.value, num_classes, SEED.value)
     try:
         chosen = tuple(int(text) for text in LABELS.value)
     except ValueError:
         raise UserError(f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
-                        "`random`") from None
+                        "`random` or `none`") from None
     return spread_labels(NUM_SAMPLES.value, num_classes, chosen)
 
 
@@ -169,6 +171,8 @@ def main() -> dict:
         raise UserError(f"--out={OUT.value} must end in .npz")
     from dit_jax import build
     from dit_jax.training import samples_file
+
+    samples_file.check_writable(out)
     from dit_jax.training.generate import Generator
 
     source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()

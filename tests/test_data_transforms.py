@@ -166,7 +166,7 @@ def test_bad_bytes_name_the_file(damage):
         "truncated png": png[: len(png) // 2],
         "32 bit": file(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
     }[damage]
-    with pytest.raises(UserError, match=r"cats/7\.jpg .*(replace or remove|save it)"):
+    with pytest.raises(UserError, match=r"cats/7\.jpg .*(restore it|save it)"):
         ImageTransform(8, 3, False)({"image": image, "label": 0, "name": "cats/7.jpg"})
 
 

@@ -125,13 +125,32 @@ def test_one_process_at_a_time(tmp_path):
     ({"data__name": "folder", "data__path": "/nowhere"}, "does not exist"),
     ({"data__name": "folder", "data__path": "", "data__split": ""}, "data.path is empty"),
     ({"data__split": "val"}, "no split"),
-    ({"preview__every_steps": 5, "preview__num_images": 0}, "at least 1"),
+    ({"preview__every_steps": 5, "preview__num_images": 0}, "preview.num_images is 0"),
+    ({"log__every_steps": 0}, "log.every_steps is 0"),
+    ({"seed": -1}, "seed is -1"),
+    ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
+    ({"loader__num_threads": 0}, "num_threads=0"),
 ])
 def test_refused_before_any_work(tmp_path, overrides, text):
     """A mistake that leaves a half-made workdir behind."""
     with pytest.raises(UserError, match=text):
         train(tiny.config(**overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_binds_nobody(tmp_path):
+    """A folder that refuses the corrected config because a start failed before its first checkpoint."""
+    with Workdir(tmp_path / "run", tiny.config(seed=5)):
+        pass
+    with Workdir(tmp_path / "run", tiny.config()) as folder:
+        assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A stack trace for a mistyped --workdir."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), Workdir(tmp_path / "file" / "run", tiny.config()):
+        pass
 
 
 def test_preview_and_records(tmp_path):

@@ -61,6 +61,7 @@ MISTAKES = {
     "heads": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.heads=5"], "does not divide"),
     "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs as many devices"),
     "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "data.path is empty"),
+    "no reference": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.evaluation.reference=/none"], "/none does"),
     "no run": ("sample", ["--workdir=W"], "config.json does not exist"),
     "no npz": ("evaluate", ["--samples=W/x.npz", "--reference=digits"], "does not exist"),
     "stray word": ("evaluate", ["digits"], "unexpected argument"),
@@ -85,7 +86,8 @@ def test_mistakes(outcomes, mistake):
 def test_sampling_mistakes(workdir, tmp_path):
     """A label, sampler or step that is clamped instead of refused; images from random weights where nothing was saved yet."""
     mistakes = {
-        "--labels=3,10,11": "label 11 is out of range",
+        "--labels=3,10": "label 10 is out of range",
+        "--out=/proc/x.npz": "cannot be written",
         "--labels=three": "whole numbers",
         "--num_samples=0": "at least 1",
         "--sampler=magic": "no sampler 'magic'",
@@ -99,6 +101,12 @@ def test_sampling_mistakes(workdir, tmp_path):
     calls = [["sample", f"--workdir={workdir}", arg] for arg in mistakes] + [["sample", f"--workdir={empty}"]]
     for outcome, text in zip(run_verbs(tmp_path, calls), [*mistakes.values(), "no checkpoint in"], strict=True):
         refused(outcome, text)
+
+
+def test_help_is_a_success(tmp_path):
+    """Scripts that ask for --help and see a failure."""
+    ((status, stdout, _),) = run_verbs(tmp_path, [["plan", "--help"]])
+    assert status == 0 and "--models" in stdout.replace("--[no]models", "--models")
 
 
 def test_plan_models(tmp_path):

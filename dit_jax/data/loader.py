@@ -53,8 +53,8 @@ class Loader:
         process_index, process_count: this host and P.
 
     Raises:
-        UserError: a batch size that does not divide, an empty source, a negative number of workers.
-        ValueError: seed or process_index out of range, fewer than one thread.
+        UserError: a batch size that does not divide, an empty source, a negative number of workers, fewer than one thread.
+        ValueError: seed or process_index out of range.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Loader:
         if num_workers < 0:
             raise UserError(f"num_workers={num_workers} must be 0 (threads only) or the number of worker processes")
         if num_threads < 1:
-            raise ValueError(f"num_threads={num_threads} must be at least 1")
+            raise UserError(f"num_threads={num_threads} must be at least 1")
         if not len(source):
             raise UserError("the data set is empty: check its path and split")
         self.source, self.transform, self.batch_size, self.seed = source, transform, batch_size, seed

@@ -57,7 +57,8 @@ def decode(image: np.ndarray | bytes, channels: int, name: str = "image") -> Ima
             picture = Image.open(io.BytesIO(image))
             picture.load()
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... for broken bytes
-            raise UserError(f"{name} is not a readable image ({type(error).__name__}: {error}): replace or remove it") from error
+            raise UserError(f"{name} is not a readable image ({type(error).__name__}: {error}): restore it; "
+                            "a run that has begun needs the data set unchanged, another set of files a new --workdir") from error
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         # Pillow's own conversion to 8 bits clips at 255, which leaves a white image.
         wide = np.asarray(picture).astype(np.uint32)
@@ -87,7 +88,7 @@ class ImageTransform(grain.transforms.RandomMap):
             as digits.
 
     Raises:
-        ValueError: resolution or channels out of range.
+        UserError: resolution or channels out of range.
     """
 
     resolution: int
@@ -96,9 +97,9 @@ class ImageTransform(grain.transforms.RandomMap):
 
     def __post_init__(self):
         if self.resolution < 1:
-            raise ValueError(f"resolution={self.resolution} must be at least 1")
+            raise UserError(f"transform.resolution={self.resolution} must be at least 1")
         if self.channels not in MODES:
-            raise ValueError(f"channels={self.channels} must be 1 (grey) or 3 (RGB)")
+            raise UserError(f"transform.channels={self.channels} must be 1 (grey) or 3 (RGB)")
 
     def __call__(self, example: Example) -> dict[str, np.ndarray]:
         """The part without chance: decoded and cropped, never mirrored."""

@@ -156,6 +156,8 @@ class DiT(nn.Module):
         for name in ("patch_size", "depth", "width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.mlp_ratio <= 0:
+            raise UserError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
         if self.width % self.heads:
             raise UserError(f"model.heads = {self.heads} does not divide model.width = {self.width}; "
                             f"choose a width that is a multiple of {self.heads}")

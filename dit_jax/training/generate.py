@@ -22,10 +22,15 @@ def spread_labels(num_images: int, num_classes: int, labels: tuple[int, ...] = (
     if labels and not num_classes:
         raise UserError("the network is unconditional (0 classes); ask for no labels")
     for label in labels:
-        if not 0 <= label <= num_classes:
-            raise UserError(f"label {label} is out of range: 0 to {num_classes - 1}, or {num_classes} for no condition")
+        if not 0 <= label < num_classes:
+            raise UserError(f"label {label} is out of range: 0 to {num_classes - 1}")
     cycle = np.asarray(labels or range(max(num_classes, 1)), np.int32)
     return np.resize(cycle, num_images)
+
+
+def null_labels(num_images: int, num_classes: int) -> np.ndarray:
+    """int32[num_images] of the null label: images without condition."""
+    return np.full_like(spread_labels(num_images, num_classes), num_classes)
 
 
 def random_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:

@@ -183,6 +183,8 @@ def make_preview(config, task: DiffusionTask, mesh: Mesh):
     """(folder, records, step, state, constants) -> seconds: writes a grid of images from the moving average."""
     classes = max(config.model.num_classes, 1)
     count = config.preview.num_images
+    if config.preview.every_steps and count < 1:
+        raise UserError(f"preview.num_images is {count}; it must be at least 1 (preview.every_steps = 0 turns previews off)")
     labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
     size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
     generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed)

@@ -16,6 +16,19 @@ def describe(config, step: int, seed: int) -> dict:
             "guidance": config.guidance.to_dict(), "model": config.model.to_dict(), "process": config.process.to_dict()}
 
 
+def check_writable(path: Path):
+    """Raises a UserError if `write` could not write there: before hours of sampling, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.partial")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+
+
 def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):
     """Writes the npz, atomically, and a grid of the first 100 images beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)

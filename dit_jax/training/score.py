@@ -33,6 +33,16 @@ def read_reference(reference: str, shape: tuple[int, int, int]) -> np.ndarray:
     return images
 
 
+def check(reference: str, features: str, shape: tuple[int, int, int]):
+    """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
+    if features not in EXTRACTORS:
+        raise UserError(f"features {features!r}; they must be one of {', '.join(EXTRACTORS)}")
+    if reference == "digits" or reference.endswith(".npz"):
+        read_reference(reference, shape)
+    else:
+        ImageFolder(reference)
+
+
 def evaluate(samples, reference: str, features: str) -> dict:
     """Frechet distance of the images in an npz to a reference, with what was compared.
 

@@ -71,19 +71,21 @@ class Workdir:
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
             lines = differences(read_config(self.path), self.config)
-            if lines:
+            if lines and self.checkpoints.exists():  # a start that failed before its first checkpoint binds nobody
                 raise UserError(f"{self.path} holds a run with another config; go on with that one, or give a new --workdir. "
                                 f"Different:\n  " + "\n  ".join(lines))
         elif self.checkpoints.exists():
             raise UserError(f"{self.path} has checkpoints and no config.json: it is no run of this program, or was cut up; "
                             "give another --workdir")
         if self.first:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
             try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.path / ".lock", "w")
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"another process is training in {self.path}; wait for it or give another --workdir") from None
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(self.config, indent=2) + "\n")
             os.replace(partial, file)
