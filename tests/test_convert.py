@@ -226,7 +226,7 @@ def test_options_that_mean_nothing_are_refused(options):
         Source(path=Path("x"), **options)
 
 
-SAMPLE = "--num_samples=3 --labels=1,2,10 --seed=5"
+SAMPLE = "--num_samples=3 --labels=1,2,9 --seed=5"
 TRIP = (
     f"sample --workdir=RUN {SAMPLE} --out=a.npz",
     "convert --from=workdir --weights=RUN --out=a.safetensors",

@@ -21,7 +21,7 @@ def test_total_is_prior_and_terms():
 
 def test_noise_belongs_to_the_example_and_the_step():
     """Noise that is shared between examples or steps."""
-    process, seen = Gaussian(num_timesteps=20, variance="fixed_small"), []
+    process, seen = Gaussian("scaled_linear", num_timesteps=20, variance="fixed_small"), []
 
     def network(x, t):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)

@@ -132,14 +132,14 @@ def test_a_config_without_the_newer_fields_means_their_defaults(codec, folder):
 
 def test_wrong_files_are_named(codec, folder, tmp_path):
     """A stack trace from deep inside instead of the path and the remedy."""
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*give a .safetensors file"):
+    with pytest.raises(UserError, match=r"nowhere.*give a .safetensors file"):
         load_diffusers(tmp_path / "nowhere", codec)
     weights = folder / WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a complete safetensors file"):
         load_diffusers(weights, codec)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=WEIGHTS_NAME):
+    with pytest.raises(UserError, match=WEIGHTS_NAME):
         load_diffusers(folder, codec)
     (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     with pytest.raises(UserError, match="AutoencoderKL"):

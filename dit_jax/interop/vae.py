@@ -61,7 +61,7 @@ def load_diffusers(path, codec):
             config is checked against the codec; a lone file does not tell scale, shift or group count: the codec does.
         codec: the `KLVAE` the weights are meant for; its sizes give the names and shapes.
     Raises:
-        FileNotFoundError: path, or a file of the folder, does not exist.
+        UserError: path, or a file of the folder, does not exist.
         UserError: config.json disagrees with the codec; the file is not safetensors; or tensors are missing, extra,
             misshapen or of a dtype other than float32, float16 and bfloat16: all of them are listed.
     """
@@ -162,7 +162,7 @@ def _to_theirs(array):
 
 def _find(path):
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} does not exist: give a .safetensors file, or a folder with config.json and {WEIGHTS_NAME} "
             "(pickled .bin and .ckpt files are not read)"
         )
