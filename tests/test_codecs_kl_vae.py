@@ -10,7 +10,8 @@ import pytest
 from vae_oracle import LAYOUTS, TINY, diffusers_decode, diffusers_encode, diffusers_vae
 
 from dit_jax.codecs import kl_vae
-from dit_jax.codecs.kl_vae import KLVAE, PRESETS, spatial_attention, split_moments, tile_axis
+from dit_jax.codecs.kl_vae import KLVAE, PRESETS, normalised, spatial_attention, split_moments, tile_axis
+from dit_jax.errors import UserError
 from dit_jax.interop.vae import load_diffusers
 
 
@@ -221,3 +222,48 @@ def test_the_full_size_autoencoder_equals_diffusers(tmp_path):
     assert_close(moments, diffusers_encode(model, images))
     z = np.array(split_moments(moments)[0])
     assert_close(codec.decode(params, z * codec.scale), diffusers_decode(model, z))
+
+
+def test_scale_and_shift_per_channel(tiny):
+    """A scale applied along the width, before the shift, or on one way only."""
+    codec, params = tiny
+    numbers = dataclasses.replace(codec, scale=2.0, shift=0.5)
+    lists = dataclasses.replace(codec, scale=[2.0] * 4, shift=[0.5] * 4)
+    own = dataclasses.replace(codec, scale=(1.0, 2.0, 3.0, 4.0), shift=(0.5, 0.0, 0.0, -1.0))
+    moments, key = jax.random.normal(jax.random.key(0), (2, 3, 5, 8)), jax.random.key(1)
+    z = numbers.sample_latent(key, moments)
+    np.testing.assert_allclose(lists.sample_latent(key, moments), z, rtol=1e-6)
+    np.testing.assert_allclose(own.sample_latent(key, moments), (z / 2 + 0.5 - jnp.asarray(own.shift)) * jnp.asarray(own.scale),
+                               rtol=1e-5, atol=1e-6)
+    decode = jax.jit(lambda codec, z: codec.decode(params, z), static_argnums=0)
+    np.testing.assert_allclose(decode(own, own.sample_latent(key, moments)), decode(numbers, z), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields, text", [
+    ({"scale": (1.0, 2.0)}, "2 numbers for 4 latent channels"),
+    ({"shift": (0.0,) * 5}, "5 numbers for 4 latent channels"),
+    ({"scale": (1.0, 0.0, 1.0, 1.0)}, "must be positive"),
+    ({"shift": (1.0, math.nan, 1.0, 1.0)}, "must be finite"),
+    ({"scale": -1.0}, "must be positive"),
+])
+def test_bad_scales(fields, text):
+    """A list that broadcasts over the wrong axis, a division by zero when decoding."""
+    with pytest.raises(UserError, match=text):
+        KLVAE(**fields)
+
+
+def test_normalised():
+    """A variance in place of a deviation, or a shift of the wrong sign."""
+    rng = np.random.default_rng(0)
+    codec = KLVAE((8, 16), layers_per_block=1, norm_groups=4)
+    mean, std = np.array([1.0, -2.0, 0.0, 5.0]), np.array([0.5, 1.0, 2.0, 4.0])
+    z = rng.normal(size=(1, 64, 64, 4)) * std + mean
+    moments = np.concatenate([z, np.full_like(z, -30.0)], -1).astype(np.float32)
+    per_channel = normalised(codec, mean, std).sample_latent(jax.random.key(0), moments)
+    np.testing.assert_allclose(per_channel.mean((0, 1, 2)), 0, atol=0.1)
+    np.testing.assert_allclose(per_channel.std((0, 1, 2)), 1, atol=0.05)
+    whole = normalised(codec, z.mean(), z.std())
+    assert isinstance(whole.scale, float)
+    np.testing.assert_allclose(whole.sample_latent(jax.random.key(0), moments).std(), 1, atol=0.01)
+    with pytest.raises(UserError, match="must be positive"):
+        normalised(codec, mean, [1.0, 0.0, 1.0, 1.0])

@@ -11,7 +11,7 @@ from vae_oracle import LAYOUTS, TINY, diffusers_vae
 
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
-from dit_jax.interop.vae import WEIGHTS_NAME, load_diffusers, save_diffusers
+from dit_jax.interop.vae import WEIGHTS_NAME, find, load_diffusers, read_codec, save_diffusers, weights_sha256
 
 
 @pytest.fixture
@@ -152,3 +152,78 @@ def test_params_of_another_codec_are_not_saved(codec, folder, tmp_path):
     with pytest.raises(UserError, match="extra encoder/quant_conv/kernel"):
         save_diffusers(tmp_path / "out", dataclasses.replace(codec, use_quant_conv=False), params)
     assert not (tmp_path / "out").exists()
+
+
+PER_CHANNEL = {"scale": (3.0, 0.7, 1.1, 0.2), "shift": (0.1, -0.3, 0.0, 7.0)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"scale": 0.3}, {"scale": 0.3, "shift": 0.2}, PER_CHANNEL, {**PER_CHANNEL, "shift": 0.5}, {"use_quant_conv": False}],
+)
+def test_a_folder_tells_the_codec(fields, tmp_path):
+    """A size, scale or shift that is not written, or read back as another; a config of ours that ours refuses."""
+    codec = KLVAE(**{**TINY, **fields})
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(codec.init, jax.random.key(0)))
+    save_diffusers(tmp_path, codec, params)
+    found = read_codec(tmp_path)
+    for name in ("scale", "shift"):
+        np.testing.assert_allclose(
+            *(np.broadcast_to(getattr(c, name), codec.latent_channels) for c in (found, codec)), rtol=1e-12
+        )
+    assert dataclasses.replace(found, scale=1.0, shift=0.0) == dataclasses.replace(codec, scale=1.0, shift=0.0)
+    load_diffusers(tmp_path, codec)
+    load_diffusers(tmp_path, found)
+    assert read_codec(tmp_path, "bfloat16").dtype == "bfloat16"
+
+
+def test_statistics_per_channel_mean_what_diffusers_means(codec, folder):
+    """The inverse of a scale, or a factor beside the lists that is forgotten: z = latents * std / factor + mean."""
+    path = folder / "config.json"
+    lists = {"latents_mean": [0.5, 1.0, -1.0, 0.0], "latents_std": [2.0, 4.0, 0.5, 1.0]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | lists | {"scaling_factor": 0.5}))
+    found = read_codec(folder)
+    assert found.scale == (0.25, 0.125, 1.0, 0.5) and found.shift == (0.5, 1.0, -1.0, 0.0)
+    load_diffusers(folder, found)
+    with pytest.raises(UserError, match="latents_mean"):
+        load_diffusers(folder, codec)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": None}))
+    with pytest.raises(UserError, match="both lists are needed"):
+        read_codec(folder)
+
+
+def test_a_codec_of_another_kind_is_refused(folder, tmp_path):
+    """A KLVAE made of a config that describes something it is not; a lone file whose sizes are guessed."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"act_fn": "relu"}))
+    with pytest.raises(UserError, match="act_fn: relu in the file"):
+        read_codec(folder)
+    with pytest.raises(UserError, match="lone file"):
+        read_codec(folder / WEIGHTS_NAME)
+    with pytest.raises(UserError, match=r"nowhere/config.json does not exist"):
+        read_codec(tmp_path / "nowhere")
+
+
+def test_find(folder, tmp_path):
+    """The config.json of a run, which lies beside its codec, taken for the codec's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert find(run) == run and find(folder) == folder and find(folder / WEIGHTS_NAME) == folder / WEIGHTS_NAME
+    (run / "codec").mkdir()
+    assert find(run) == run / "codec"
+
+
+def test_weights_sha256(codec, folder, tmp_path):
+    """A hash of the file's layout rather than of the weights, or one that some change of the weights leaves as it was."""
+    params = load_diffusers(folder, codec)
+    expected = weights_sha256(params)
+    edit(folder, lambda tensors: [tensors.update({k: tensors.pop(k)}) for k in list(tensors)[:5]])
+    assert weights_sha256(jax.tree.map(jax.numpy.asarray, load_diffusers(folder, codec))) == expected
+    changed = [
+        {**params, "decoder": params["encoder"], "encoder": params["decoder"]},
+        jax.tree.map(lambda x: x.astype(np.float16), params),
+        jax.tree.map(lambda x: x.reshape(1, *x.shape), params),
+        jax.tree.map(lambda x: x if x.ndim == 4 else x * np.float32(1.0001), params),
+    ]
+    assert len({expected, *map(weights_sha256, changed)}) == 5

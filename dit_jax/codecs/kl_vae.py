@@ -21,15 +21,17 @@ from dit_jax.errors import UserError
 # Deviation: PyTorch also draws the biases so; here they start at zero.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in the original
+
 
 def split_moments(moments):
-    """Mean and log-variance of the posterior, float32, the log-variance clipped to [-30, 20] as in the original.
+    """Mean and log-variance of the posterior, float32, the log-variance clipped to LOG_VARIANCE_RANGE.
 
     Args:
         moments: [B, h, w, 2C], mean then log-variance on the last axis.
     """
     mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-    return mean, jnp.clip(log_variance, -30.0, 20.0)
+    return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
 
 def spatial_attention(query, key, value):
@@ -214,7 +216,8 @@ class KLVAE:
         block_out_channels: width of each level, finest first; every level but the last halves the resolution.
         layers_per_block: resnet blocks per level of the encoder; the decoder has one more.
         latent_channels: C of the latents.
-        scale, shift: latents = (sample - shift) * scale, about unit variance; a number measured on data, not learnt.
+        scale, shift: latents = (sample - shift) * scale, about unit variance; measured on data, not learnt (`normalised`).
+            Each is one number, or a sequence of one number per latent channel.
         use_quant_conv: 1x1 convolutions after the encoder and before the decoder (SD, SDXL: yes; SD3, Flux: no).
         image_channels: 3, or 1 for grey images.
         norm_groups: groups of every norm; divides every width.
@@ -228,8 +231,8 @@ class KLVAE:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 4
-    scale: float = 0.18215
-    shift: float = 0.0
+    scale: float | tuple[float, ...] = 0.18215
+    shift: float | tuple[float, ...] = 0.0
     use_quant_conv: bool = True
     image_channels: int = 3
     norm_groups: int = 32
@@ -251,8 +254,19 @@ class KLVAE:
                     f"block_out_channels {self.block_out_channels} has {width}, not a positive multiple of norm_groups "
                     f"{self.norm_groups}: change one of them"
                 )
-        if not (np.isfinite(self.scale) and self.scale > 0 and np.isfinite(self.shift)):
-            raise UserError(f"scale {self.scale} must be positive and shift {self.shift} finite")
+        for name in ("scale", "shift"):
+            self._check_numbers(name, getattr(self, name))
+
+    def _check_numbers(self, name, value):
+        """Makes a sequence a tuple; UserError unless it has a number per channel, all finite and those of scale positive."""
+        if np.ndim(value):
+            value = tuple(float(x) for x in value)
+            object.__setattr__(self, name, value)
+            if len(value) != self.latent_channels:
+                raise UserError(f"{name} {value} has {len(value)} numbers for {self.latent_channels} latent channels: give one, "
+                                "or one per channel")
+        if not np.all(np.isfinite(value)) or (name == "scale" and not np.all(np.greater(value, 0))):
+            raise UserError(f"{name} {value} must be {'positive and finite' if name == 'scale' else 'finite'}")
 
     @property
     def downsample(self):
@@ -333,7 +347,7 @@ class KLVAE:
             raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
         mean, log_variance = split_moments(moments)
         sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        return (sample - self.shift) * self.scale
+        return (sample - _per_channel(self.shift)) * _per_channel(self.scale)
 
     def decode(self, params, latents):
         """Images [B, H, W, image_channels] float32 of latents; near [-1, 1] but not clipped.
@@ -345,7 +359,7 @@ class KLVAE:
             ValueError: latents of another rank or channel count.
         """
         self._check_latents(latents)
-        return self.decoder.apply({"params": params["decoder"]}, latents / self.scale + self.shift)
+        return self.decoder.apply({"params": params["decoder"]}, latents / _per_channel(self.scale) + _per_channel(self.shift))
 
     def decode_tiled(self, params, latents, tile=64, overlap=16):
         """`decode` in overlapping, linearly blended tiles: the memory of one tile and of the output.
@@ -390,8 +404,28 @@ class KLVAE:
             raise ValueError(f"latents have shape {latents.shape}, not [B, h, w, {self.latent_channels}], none 0")
 
 
+def _per_channel(value):
+    """One number as it is, a tuple as float32 [C], which broadcasts over the last axis."""
+    return np.asarray(value, np.float32) if isinstance(value, tuple) else value
+
+
+def normalised(codec, mean, std):
+    """The codec with the scale and shift that take latents of this mean and deviation to 0 and 1.
+
+    Args:
+        mean, std: of the latents before scaling, such as a latent cache's manifest has them: one number each, or one per
+            channel each.
+    Raises:
+        UserError: not as many numbers as channels, or a std that is not positive.
+    """
+    std = np.asarray(std, np.float64)
+    if not np.all(std > 0):
+        raise UserError(f"std {std.tolist()} must be positive: a channel that never varies cannot be normalised")
+    return dataclasses.replace(codec, scale=(1 / std).tolist(), shift=np.asarray(mean, np.float64).tolist())
+
+
 # Scale and shift belong to the published weights. `f16` has none: train it, measure the standard deviation s of its
-# latents, and use dataclasses.replace(codec, scale=1 / s).
+# latents, and use dataclasses.replace(codec, scale=1 / s), or `normalised`.
 PRESETS = {
     "sd": KLVAE(),  # Stable Diffusion 1 and 2, sd-vae-ft-ema and -mse: what DiT and SiT use
     "sdxl": KLVAE(scale=0.13025),

@@ -1,15 +1,19 @@
 """The KL autoencoder's weights as diffusers' `AutoencoderKL` stores them: safetensors in and out, without PyTorch."""
 
+import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -49,6 +53,55 @@ CONFIG_DEFAULTS = {
     "down_block_types": ["DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D"],
 }
+
+
+def find(path) -> Path:
+    """Where an autoencoder's weights lie: `path` itself, or its folder `codec` if `path` is the --workdir of a run."""
+    path = Path(path).expanduser()
+    own = path / "codec"
+    return own if own.is_dir() and not (path / WEIGHTS_NAME).exists() else path
+
+
+def read_codec(path, dtype=jnp.float32) -> KLVAE:
+    """The codec that a diffusers folder describes: sizes, scale and shift; the weights are not read.
+
+    Args:
+        path: a folder with config.json.
+        dtype: of activations; the file does not say.
+    Raises:
+        UserError: no such folder or config.json; an autoencoder of another kind, with the fields that say so.
+    """
+    path = Path(path).expanduser() / "config.json"
+    if not path.is_file():
+        problem = f"{path} does not exist"
+        if path.parent.is_file():
+            problem = f"{path.parent} is a lone file, which does not tell the codec's sizes, scale and shift"
+        raise UserError(f"{problem}: give the folder that holds config.json and {WEIGHTS_NAME}, or the --workdir of a run that "
+                        "trained an autoencoder")
+    stored = _read_config(path)
+    codec = KLVAE(
+        block_out_channels=stored["block_out_channels"],
+        layers_per_block=stored["layers_per_block"],
+        latent_channels=stored["latent_channels"],
+        use_quant_conv=stored["use_quant_conv"],
+        image_channels=stored["in_channels"],
+        norm_groups=stored["norm_num_groups"],
+        dtype=dtype,
+        **_scaling(stored),
+    )
+    _check_config(path, codec)
+    return codec
+
+
+def weights_sha256(params) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes in sorted order: the same for the same numbers in any file."""
+    found = hashlib.sha256()
+    leaves = {"/".join(_keys(path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for name in sorted(leaves):
+        array = np.ascontiguousarray(leaves[name])
+        found.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def load_diffusers(path, codec):
@@ -191,8 +244,7 @@ def _config(codec):
         "layers_per_block": codec.layers_per_block,
         "latent_channels": codec.latent_channels,
         "norm_num_groups": codec.norm_groups,
-        "scaling_factor": codec.scale,
-        "shift_factor": codec.shift or None,
+        **_scaling_fields(codec),
         "use_quant_conv": codec.use_quant_conv,
         "use_post_quant_conv": codec.use_quant_conv,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -200,7 +252,25 @@ def _config(codec):
     }
 
 
-def _check_config(path, codec):
+def _scaling_fields(codec):
+    """Scale and shift as diffusers has them: z = latents * std / scaling_factor + mean with lists, or factors without."""
+    if not isinstance(codec.scale, tuple) and not isinstance(codec.shift, tuple):
+        return {"scaling_factor": codec.scale, "shift_factor": codec.shift or None, "latents_mean": None, "latents_std": None}
+    scale, shift = (np.broadcast_to(x, codec.latent_channels) for x in (codec.scale, codec.shift))
+    std, mean = (1 / scale).tolist(), shift.tolist()
+    return {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": mean, "latents_std": std}
+
+
+def _scaling(stored):
+    """{"scale", "shift"} of a config's fields."""
+    factor, shift, mean, std = (stored[k] for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
+    if mean is None and std is None:
+        return {"scale": factor, "shift": shift or 0.0}
+    return {"scale": [factor / x for x in std], "shift": mean}
+
+
+def _read_config(path):
+    """config.json with diffusers' defaults for what it lacks, None for a shift of 0, and 1 for a factor beside lists."""
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
@@ -208,11 +278,31 @@ def _check_config(path, codec):
     if not isinstance(stored, dict) or stored.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{path} does not describe an AutoencoderKL: give the autoencoder's folder (often named vae)")
     stored = CONFIG_DEFAULTS | stored
-    stored["shift_factor"] = stored["shift_factor"] or None
+    shift = stored["shift_factor"] = stored["shift_factor"] or None
+    mean, std = stored["latents_mean"], stored["latents_std"]
+    if mean is not None or std is not None:
+        if mean is None or std is None or shift is not None:
+            raise UserError(f"{path} has latents_mean {mean}, latents_std {std} and shift_factor {shift}: both lists are needed, "
+                            "or shift_factor and none of them")
+        if not all(x > 0 for x in std):
+            raise UserError(f"{path} has latents_std {std}: every number must be positive")
+        stored |= {"latents_std": [x / stored["scaling_factor"] for x in std], "scaling_factor": 1.0}
+    return stored
+
+
+def _check_config(path, codec):
+    stored = _read_config(path)
     problems = [
         f"{name}: {stored[name]} in the file, {value} in the codec"
         for name, value in _config(codec).items()
-        if stored[name] != value
+        if not _same(stored[name], value)
     ]
     if problems:
         raise UserError(f"{path} disagrees with the codec, change the codec to match:\n  " + "\n  ".join(problems))
+
+
+def _same(stored, value):
+    """Equal, or lists of numbers equal but for the rounding of 1 / (1 / x)."""
+    if isinstance(stored, list) and isinstance(value, list) and any(isinstance(x, float) for x in value):
+        return len(stored) == len(value) and all(map(lambda a, b: math.isclose(a, b, rel_tol=1e-12), stored, value))
+    return stored == value

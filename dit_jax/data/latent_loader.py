@@ -1,0 +1,179 @@
+"""Batches of a latent cache: the batch of a step is a function of (seed, step), gathered ahead in one thread.
+
+N records; B is the global batch size, P the number of processes (hosts), b = B / P the rows of one host.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.data.latents import LatentCache
+from dit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+AHEAD = 3  # batches gathered before they are asked for
+# What is drawn: independent streams of one seed.
+ORDER, FLIPS = 0, 1
+
+
+class LatentLoader:
+    """Shuffled training batches of a cache, with the interface of `Loader`.
+
+    Every record comes once per epoch, in another order in every epoch; batches run across the border of two epochs. The
+    mirror image is chosen anew, with probability 1/2, each time.
+
+    Args:
+        cache: where the moments are.
+        batch_size: B, global; a multiple of process_count.
+        seed: in [0, 2**32).
+        flip: take the mirror image half of the time.
+        process_index, process_count: this host and P.
+        resident: give row numbers, to index `resident_moments` with on the device, instead of moments.
+
+    Raises:
+        UserError: a batch size that does not divide; flips from a cache without mirror images.
+        ValueError: seed or process_index out of range.
+    """
+
+    def __init__(self, cache: LatentCache, batch_size: int, seed: int, flip: bool, process_index: int = 0,
+                 process_count: int = 1, resident: bool = False):
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} must be in [0, process_count={process_count})")
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed} must be in [0, 2**32)")
+        if flip and cache.views == 1:
+            raise UserError(f"{cache.path} has no mirror images (it was encoded with --nomirror): set flip to False, or encode "
+                            "again with --mirror")
+        if resident and cache.views * len(cache) >= 2**31:
+            raise UserError(f"{cache.path} has {cache.views * len(cache)} rows, more than int32 counts: set resident to False")
+        self.source, self.batch_size, self.seed, self.flip = cache, batch_size, seed, flip
+        self.process_index, self.process_count, self.resident = process_index, process_count, resident
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def batches(self, start_step: int = 0) -> "LatentBatches":
+        """This host's batches of steps start_step, start_step + 1, ... without end; close it, or use it in a `with`.
+
+        Each is {"moments": float16 [b, h, w, 2c], "label": int32 [b]}, or {"row": int32 [b], "label": int32 [b]} where the
+        moments are resident.
+
+        Raises:
+            ValueError: negative step.
+        """
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} must be at least 0")
+        return LatentBatches(self.batch, start_step)
+
+    def batch(self, step: int) -> Batch:
+        """This host's rows of the batch of one step."""
+        records, rows = self.rows(step)
+        labels = self.source.labels[records]
+        if self.resident:
+            return {"row": rows.astype(np.int32), "label": labels}
+        return {"moments": self.source.gather(rows), "label": labels}
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(records [b] in [0, N), rows [b] of the cache) of this host at a step, int64."""
+        per_host = self.batch_size // self.process_count
+        mine = slice(self.process_index * per_host, (self.process_index + 1) * per_host)
+        epochs, places = np.divmod(step * self.batch_size + np.arange(mine.start, mine.stop), len(self.source))
+        records = np.empty(per_host, np.int64)
+        for epoch in np.unique(epochs):
+            records[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+        mirror = self._random(FLIPS, step).random(self.batch_size)[mine] < 0.5 if self.flip else 0
+        return records, self.source.views * records + mirror
+
+    def _order(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._orders:
+                kept = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+                self._orders = {**kept, epoch: self._random(ORDER, epoch).permutation(len(self.source))}
+            return self._orders[epoch]
+
+    def _random(self, stream: int, number: int) -> np.random.Generator:
+        # A spawn key, because SeedSequence([a, b]) of two streams would be the same numbers where epoch = step.
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(stream, number))))
+
+
+class LatentBatches:
+    """Iterator over the batches of consecutive steps, made ahead of time by one thread that ends when it is closed."""
+
+    def __init__(self, batch: Callable[[int], Batch], start_step: int):
+        self._ready: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(batch, start_step), name="latent batches", daemon=True)
+        self._thread.start()
+
+    def _work(self, batch: Callable[[int], Batch], step: int) -> None:
+        try:
+            while not self._closed.is_set():
+                self._ready.put(batch(step))
+                step += 1
+        except Exception as error:
+            self._ready.put(error)
+
+    def __iter__(self) -> "LatentBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise RuntimeError("these batches are closed: ask the loader for others")
+        item = self._ready.get()
+        if isinstance(item, Exception):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; calling it again does nothing."""
+        self._closed.set()
+        while not self._ready.empty():  # makes room for the one batch that the thread may be waiting to hand over
+            self._ready.get_nowait()
+        self._thread.join()
+
+    def __enter__(self) -> "LatentBatches":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def resident_moments(cache: LatentCache, mesh: Mesh) -> jax.Array:
+    """All moments on the devices: float16 [R, h, w, 2c], rows split over the mesh axes data and fsdp.
+
+    R is V * N rounded up to a multiple of the ways; rows past V * N are zeros and no loader asks for them. Every host
+    reads only what its devices hold.
+
+    Raises:
+        UserError: more than is free on a device, where the device tells.
+    """
+    axes = ("data", "fsdp")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = cache.views * len(cache)
+    per_device = -(-rows // ways)
+    shape = (per_device * ways, *cache.moments_shape)
+    size = per_device * int(np.prod(cache.moments_shape)) * 2
+    for device in mesh.local_devices:
+        stats = device.memory_stats() or {}
+        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        if "bytes_limit" in stats and size > free:
+            raise UserError(f"{cache.path}: the moments take {size / 2**30:.1f} GiB on each of {ways} devices, and {device} has "
+                            f"{free / 2**30:.1f} GiB free: use more devices on mesh.data or mesh.fsdp, or set loader.resident to "
+                            "False")
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        found = np.zeros((stop - start, *cache.moments_shape), np.float16)
+        if start < rows:
+            stored = cache.slice(start, min(stop, rows))
+            found[:len(stored)] = stored
+        return found
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(axes)), part)
