@@ -5,6 +5,7 @@ import multiprocessing
 import subprocess
 import sys
 
+import grain
 import numpy as np
 import pytest
 from absl import flags
@@ -20,8 +21,8 @@ class Numbers:
 
     num_classes, class_names, fingerprint = 1000, (), "numbers"
 
-    def __init__(self, count: int, bad: tuple[int, ...] = ()):
-        self.count, self.bad = count, bad
+    def __init__(self, count: int, bad: tuple[int, ...] = (), captions: tuple[int, ...] = ()):
+        self.count, self.bad, self.captions = count, bad, captions
 
     def __len__(self):
         return self.count
@@ -31,7 +32,27 @@ class Numbers:
         image[:, :2] = index % 256
         if index in self.bad:
             image = b"broken"
-        return {"image": image, "label": index, "name": f"number-{index}.png"}
+        caption = {"caption": f"the number {index}"} if index in self.captions else {}
+        return {"image": image, "label": index, "name": f"number-{index}.png"} | caption
+
+
+class Aliases(Numbers):
+    """Numbers of which some are given as others: what bad records must look like once they are replaced."""
+
+    def __init__(self, count: int, aliases: dict[int, int]):
+        super().__init__(count)
+        self.aliases = aliases
+
+    def __getitem__(self, index):
+        return super().__getitem__(self.aliases.get(index, index))
+
+
+class EagerNoise(grain.transforms.RandomMap):
+    """Draws before it decodes, so that a failed attempt has used up random numbers."""
+
+    def random_map(self, element, rng):
+        noise = rng.random(3)
+        return STILL(element) | {"noise": noise}
 
 
 FLIP = ImageTransform(4, 1, True)
@@ -122,13 +143,24 @@ VERB = """
 import hashlib, sys
 from absl import app, flags
 WORKERS = flags.DEFINE_integer("workers", 0, "worker processes")
+FAIL = flags.DEFINE_bool("fail", False, "raise in a worker")
+
+class Failing:
+    def __init__(self, source):
+        self.source = source
+    def __len__(self):
+        return len(self.source)
+    def __getitem__(self, index):
+        return self.source[index] if index != 7 else 1 / 0
 
 def main(_):
     from dit_jax.data import loader, sources, transforms
-    train = loader.Loader(sources.Digits(split="train"), transforms.ImageTransform(8, 1, True), 48, 11, WORKERS.value, 4)
+    source = sources.Digits(split="train")
+    source = Failing(source) if FAIL.value else source
+    train = loader.Loader(source, transforms.ImageTransform(8, 1, True), 48, 11, WORKERS.value, 4)
     digest = hashlib.sha256()
     with train.batches(30) as batches:
-        for _ in range(5):
+        for _ in range(32 if FAIL.value else 5):
             batch = next(batches)
             digest.update(batch["image"].tobytes() + batch["label"].tobytes())
     # The last batch outlives the workers, so it must not be their shared memory.
@@ -139,17 +171,27 @@ if __name__ == "__main__":
 """
 
 
+def run_verb(folder, *arguments):
+    (folder / "verb.py").write_text(VERB)
+    return subprocess.run([sys.executable, "-m", "verb", *arguments], cwd=folder, capture_output=True, text=True, timeout=100)
+
+
 def test_workers_under_python_dash_m(tmp_path):
     """Catches workers that cannot start from a verb, change the batches, hang on exit or leave noise behind."""
-    (tmp_path / "verb.py").write_text(VERB)
     digest = hashlib.sha256()
     for batch in take(Loader(Digits(split="train"), ImageTransform(8, 1, True), 48, 11), 5, 30):
         digest.update(batch["image"].tobytes() + batch["label"].tobytes())
-    command = [sys.executable, "-m", "verb", "--workers=2"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    run = run_verb(tmp_path, "--workers=2")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [digest.hexdigest(), str(batch["label"].sum()), "ndarray"]
     assert "Traceback" not in run.stderr and "leak" not in run.stderr
+
+
+def test_error_in_a_worker_leaves_no_shared_memory(tmp_path):
+    """Catches a batch that stays in shared memory because the frames of the error hold it, and an error without its cause."""
+    run = run_verb(tmp_path, "--workers=1", "--fail")
+    assert run.returncode != 0 and "1 / 0" in run.stderr and "ZeroDivisionError" in run.stderr
+    assert "leak" not in run.stderr
 
 
 def test_dead_worker_is_an_error(parsed_flags):
@@ -163,22 +205,65 @@ def test_dead_worker_is_an_error(parsed_flags):
                 next(batches)
 
 
-def test_bad_record_comes_out_of_a_worker(parsed_flags):
-    """Catches an error that loses its type or the name of the file on the way out of a worker process."""
-    with (
-        Loader(Numbers(4, bad=(2,)), FLIP, 4, 0, num_workers=1, num_threads=1).batches() as batches,
-        pytest.raises(UserError, match=r"number-2\.png is not a readable image"),
-    ):
-        next(batches)
+BAD, REPLACED = (7, 8, 30, 49), {7: 9, 8: 9, 30: 31, 49: 0}
 
 
-def test_bad_record_comes_out_of_a_thread():
-    """Catches a bad record that is skipped or replaced in silence while training."""
-    with (
-        Loader(Numbers(4, bad=(2,)), FLIP, 4, 0).batches() as batches,
-        pytest.raises(UserError, match=r"number-2\.png is not a readable image"),
-    ):
-        next(batches)
+@pytest.mark.parametrize("transform", [FLIP, EagerNoise()])
+def test_bad_record_is_replaced_by_the_next(transform):
+    """Catches a replacement that depends on hosts or threads, that has other random numbers, or that leaves the source."""
+    expected = take(Loader(Aliases(50, REPLACED), transform, 12, 3), 14)
+    source = Numbers(50, bad=BAD)
+    assert_same(take(Loader(source, transform, 12, 3, max_bad_share=0.1), 14), expected)
+    assert_same(take(Loader(source, transform, 12, 3, num_threads=1, max_bad_share=0.1), 3, 5), expected[5:8])
+    hosts = [take(Loader(source, transform, 12, 3, max_bad_share=0.1, process_index=i, process_count=3), 5) for i in range(3)]
+    assert_same([{k: np.concatenate([host[s][k] for host in hosts]) for k in expected[s]} for s in range(5)], expected[:5])
+
+
+def test_bad_records_are_named_once(capsys):
+    """Catches a replacement in silence, a line for every epoch, and a batch that shows the user what is not an array."""
+    with Loader(Numbers(50, bad=BAD), FLIP, 10, 3, max_bad_share=0.1).batches() as batches:
+        for _ in range(15):
+            assert next(batches).keys() == {"image", "label"}
+        assert sorted(batches.bad_records) == list(BAD)
+        assert "number-30.png is not a readable image" in batches.bad_records[30]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(sum(f"number-{i}.png" in line for line in lines) == 1 for i in BAD)
+
+
+@pytest.mark.parametrize(
+    ("count", "bad", "share", "message"),
+    [
+        (400, (11,), 0.001, r"1 of the 400 records \(0\.25%\).*=0\.001 tolerates 0: number-11\..*loader\.max_bad_share=0\.01"),
+        (50, (7, 8, 30), 0.04, r"3 of the 50 .*=0\.04 tolerates 2: number-.*number-.*number-.*loader\.max_bad_share=0\.1"),
+        (50, (7, 8, 30), 0.06, None),
+        (100, tuple(range(0, 87, 3)), 0.29, None),
+        (100, tuple(range(0, 90, 3)), 0.29, r"30 of the 100 records \(30\.00%\).*tolerates 29:.*Restore them; a run"),
+        (4, (2,), 0.0, r"1 of the 4 records"),
+        (40, tuple(range(40)), 0.9, r"16 records on end from number \d+ .* is the storage there\? number-\d+\.png is"),
+        (3, (0, 1, 2), 0.9, r"3 records on end"),
+    ],
+)
+def test_share_of_bad_records(count, bad, share, message):
+    """Catches a limit that is off by one or rounded, and a run that goes on with what little can be read."""
+    batches = Loader(Numbers(count, bad=bad), STILL, 20, 0, max_bad_share=share).batches()
+    if message is None:
+        with batches:
+            assert len([next(batches) for _ in range(count // 20 + 1)]) and sorted(batches.bad_records) == list(bad)
+        return
+    with batches, pytest.raises(UserError, match=message):
+        for _ in range(count // 20 + 1):
+            next(batches)
+
+
+def test_bad_records_come_out_of_workers(parsed_flags):
+    """Catches a worker that replaces in silence, a number or reason lost on the way, and an error that loses its type."""
+    expected = take(Loader(Aliases(50, REPLACED), FLIP, 12, 3), 5)
+    loader = Loader(Numbers(50, bad=BAD), FLIP, 12, 3, num_workers=2, num_threads=1, max_bad_share=0.07)
+    with loader.batches() as batches:
+        assert_same([next(batches)], expected[:1])
+        assert set(batches.bad_records) == {7, 8, 30} and "number-30.png" in batches.bad_records[30]
+        with pytest.raises(UserError, match=r"4 of the 50 records.*number-\d+\.png is not a readable image"):
+            [next(batches) for _ in range(5)]
 
 
 def test_workers_without_parsed_flags():
@@ -202,6 +287,8 @@ def test_workers_without_parsed_flags():
         ({"seed": -1}, "seed=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"num_threads": 0}, "num_threads=0"),
+        ({"max_bad_share": 1.0}, r"max_bad_share=1\.0 must lie in \[0, 1\)"),
+        ({"max_bad_share": -0.1}, "max_bad_share=-0"),
         ({"source": Numbers(0)}, "empty"),
     ],
 )
@@ -235,3 +322,13 @@ def test_read_in_order_reports_bad_records():
     batches = list(read_in_order(source, STILL, 4, bad_records=bad))
     assert [b["index"].tolist() for b in batches] == [[1, 2, 3, 4], [6, 7, 8]]
     assert [i for i, _ in bad] == [0, 5] and "number-5.png" in bad[1][1]
+
+
+def test_read_in_order_gives_captions():
+    """Catches captions that shift against their images at a bad record, and a key where no image has one."""
+    source = Numbers(10, bad=(1,), captions=(1, 2, 4))
+    batches = list(read_in_order(source, STILL, 3, bad_records=[]))
+    assert [b.get("caption") for b in batches] == [[None, "the number 2", None], ["the number 4", None, None], None]
+    assert [b["label"].tolist() for b in batches] == [[0, 2, 3], [4, 5, 6], [7, 8, 9]]
+    (batch,) = take(Loader(source, STILL, 8, 0, max_bad_share=0.1), 1)
+    assert batch.keys() == {"image", "label"}

@@ -61,7 +61,7 @@ def tfds_dir(tmp_path_factory):
             path = version / f"shades-{split}.array_record-{i:05d}-of-{len(values):05d}"
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for v in shard:
-                record = {"image": encoded(v), "label": int(v > 127), "file_name": f"{v}.png"}
+                record = {"image": encoded(v), "label": int(v > 127), "file_name": f" a grey of {v} \u00b1 0\n"}
                 writer.write(features.serialize_example(features.encode_example(record)))
             writer.close()
     tfds.folder_dataset.write_metadata(
@@ -127,7 +127,8 @@ def test_folder_refuses_what_it_cannot_label(folder, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ImageFolder(tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="no class folders"):
+    (tmp_path / "bare" / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="no class folders and no images"):
         ImageFolder(tmp_path / "bare")
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="'empty' holds no images"):
@@ -135,6 +136,38 @@ def test_folder_refuses_what_it_cannot_label(folder, tmp_path):
     (folder / "loose.jpg").write_bytes(encoded(0, "JPEG"))
     with pytest.raises(UserError, match=r"loose\.jpg are in no class folder"):
         ImageFolder(folder)
+
+
+def test_flat_folder_has_no_labels(folder):
+    """Catches a flat folder refused or given a class, and suffixes that are left out."""
+    flat, kinds = folder / "dog", {"GIF": "GIF", "bmp": "BMP", "tif": "TIFF", "iff": "TIFF", "PEG": "JPEG"}
+    for i, name in enumerate(["b.GIF", "c.bmp", "e.tif", "a.tiff", "f.JPEG"]):
+        (flat / name).write_bytes(encoded(40 * i, kinds[name[-3:]]))
+    source = ImageFolder(flat)
+    assert source.num_classes == 0 and source.class_names == () and len(source) == 6
+    assert [os.path.basename(source[i]["name"]) for i in range(6)] == ["a.tiff", "b.GIF", "c.bmp", "d.WebP", "e.tif", "f.JPEG"]
+    assert [source[i]["label"] for i in range(6)] == [0] * 6
+    assert [round(shade(source[i]) / 10) for i in range(6)] == [12, 0, 4, 15, 8, 16]
+    assert source.fingerprint != ImageFolder(folder).fingerprint
+
+
+def test_text_beside_an_image_is_its_caption(folder):
+    """Catches captions of another image, unstripped or mis-decoded ones, a fingerprint that misses them, and one that
+    changes for a text that describes no image.
+    """
+    before = ImageFolder(folder).fingerprint
+    (folder / "cat" / "README.txt").write_text("about this folder")
+    assert ImageFolder(folder).fingerprint == before
+    (folder / "cat" / "b.txt").write_bytes("\ufeff  eine Kätzin \r\n".encode())
+    (folder / "cat" / "more" / "c.txt").write_bytes("ein Käfig".encode("latin-1"))
+    source = ImageFolder(folder)
+    assert source.fingerprint != before
+    assert [source[i].get("caption") for i in (0, 1, 3)] == [None, "eine Kätzin", None]
+    with pytest.raises(UserError, match=r"c\.txt is not UTF-8 \(.*at byte 5\): save it"):
+        source[2]
+    (folder / "cat" / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"b\.txt: No such file.*restore it"):
+        source[1]
 
 
 def test_folder_names_a_file_that_vanished(folder):
@@ -169,6 +202,14 @@ def test_tfds_without_labels(tfds_dir):
     assert source.num_classes == 0 and source.class_names == () and source[0]["label"] == 0
 
 
+def test_tfds_captions(tfds_dir):
+    """Catches captions as bytes or of another record, ones nobody asked for, and a fingerprint that misses them."""
+    source = TFDS("shades", str(tfds_dir), "train", caption_key="file_name")
+    assert [source[i]["caption"] for i in (4, 0)] == ["a grey of 200 ± 0", "a grey of 0 ± 0"]
+    plain = TFDS("shades", str(tfds_dir), "train")
+    assert "caption" not in plain[0] and plain.fingerprint != source.fingerprint
+
+
 def test_tfds_fingerprint_follows_the_split(tfds_dir):
     """Catches resuming on another part of the data unnoticed."""
     splits = ["train", "test", "train[:2]", "train[2:4]"]
@@ -184,6 +225,7 @@ def test_tfds_fingerprint_follows_the_split(tfds_dir):
         ({"split": "train[:1"}, r"no split 'train\[:1'"),
         ({"image_key": "picture"}, r"image_key='picture' names no Image feature of shades \(.*image: Image"),
         ({"label_key": "file_name"}, r"label_key='file_name' names no ClassLabel.*label_key=None"),
+        ({"caption_key": "label"}, r"caption_key='label' names no Text.*caption_key=None reads it without captions"),
         ({"path": "/nowhere/at/all"}, r"/nowhere/at/all does not exist"),
     ],
 )

@@ -3,7 +3,10 @@
 Letters: B is the global batch size, P the number of processes (hosts), b = B / P the rows of one host.
 """
 
+import contextlib
 import math
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 import grain
@@ -14,6 +17,31 @@ from dit_jax.data.sources import Example, Source
 from dit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+BadRecord = tuple[int, str]  # number in the source, reason
+
+REPLACEMENT_TRIES = 16
+
+
+class _ReadAndTransform(grain.transforms.RandomMap):
+    """Record number -> (example, bad records): a record that cannot be read is replaced by the next one that can.
+
+    The replacement is handed the random numbers that the record would have had, so that the example stays a function
+    of the position in the stream.
+    """
+
+    def __init__(self, source: Source, transform: grain.transforms.RandomMap):
+        self._source, self._transform = source, transform
+
+    def random_map(self, element: int, rng: np.random.Generator) -> tuple[Batch, list[BadRecord]]:
+        start, size = rng.bit_generator.state, len(self._source)
+        bad = []
+        for number in (int(element + i) % size for i in range(min(REPLACEMENT_TRIES, size))):
+            try:
+                return self._transform.random_map(self._source[number], rng), bad
+            except UserError as error:
+                bad.append((number, str(error)))
+                rng.bit_generator.state = start
+        raise UserError(f"{len(bad)} records on end from number {int(element)} cannot be read: is the storage there? {bad[0][1]}")
 
 
 class _HostBlocks:
@@ -30,7 +58,7 @@ class _HostBlocks:
     def __len__(self) -> int:
         return (len(self._stream) - self._first) // self._per_step * self._per_host
 
-    def __getitem__(self, i: int) -> list[Batch]:
+    def __getitem__(self, i: int) -> list[tuple[Batch, list[BadRecord]]]:
         step, block = divmod(int(i), self._per_host)
         return self._stream[self._first + step * self._per_step + block]
 
@@ -41,6 +69,11 @@ class Loader:
     The number of processes, workers and threads changes the speed only: there is no loader state to save. Every
     example comes once per epoch, in another order in every epoch; batches run across the border of two epochs.
 
+    A record i that cannot be read (the source or the transform raises UserError) is replaced by record i + 1 of the
+    source, or i + 2, ... up to 16 tries, after the last comes the first. Each bad record is named once on stderr and
+    kept in `Batches.bad_records`. What a host has met counts, since it started; the first record beyond
+    floor(max_bad_share x records) ends the run. So the default tolerates no bad record in fewer than 1,000.
+
     Args:
         source: the data set; pickled when there are workers.
         transform: random_map(example, rng) -> arrays of equal shapes; rng depends on (seed, position in the stream).
@@ -50,10 +83,12 @@ class Loader:
             (it releases the interpreter lock) is most of the work.
         num_threads: threads of this host that read and transform; with workers they are shared out, at least one
             each, and every thread holds a whole batch.
+        max_bad_share: tolerated share of bad records among those of the source, in [0, 1); 0 tolerates none.
         process_index, process_count: this host and P.
 
     Raises:
-        UserError: a batch size that does not divide, an empty source, a negative number of workers, fewer than one thread.
+        UserError: a batch size that does not divide, an empty source, a negative number of workers, fewer than one
+            thread, a share out of range.
         ValueError: seed or process_index out of range.
     """
 
@@ -65,6 +100,7 @@ class Loader:
         seed: int,
         num_workers: int = 0,
         num_threads: int = 16,
+        max_bad_share: float = 0.001,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -78,10 +114,12 @@ class Loader:
             raise UserError(f"num_workers={num_workers} must be 0 (threads only) or the number of worker processes")
         if num_threads < 1:
             raise UserError(f"num_threads={num_threads} must be at least 1")
+        if not 0 <= max_bad_share < 1:
+            raise UserError(f"max_bad_share={max_bad_share} must lie in [0, 1); 0 tolerates no unreadable record")
         if not len(source):
             raise UserError("the data set is empty: check its path and split")
         self.source, self.transform, self.batch_size, self.seed = source, transform, batch_size, seed
-        self.num_workers, self.num_threads = num_workers, num_threads
+        self.num_workers, self.num_threads, self.max_bad_share = num_workers, num_threads, max_bad_share
         self.process_index, self.process_count = process_index, process_count
 
     def batches(self, start_step: int = 0) -> "Batches":
@@ -92,11 +130,12 @@ class Loader:
         Raises:
             ValueError: negative step.
             RuntimeError: workers asked for before absl flags were parsed; a worker process died (while iterating).
-            UserError: an example that cannot be read (while iterating).
+            UserError: more unreadable records than max_bad_share tolerates, or 16 on end (while iterating).
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must be at least 0")
-        stream = grain.MapDataset.source(self.source).seed(self.seed).shuffle().repeat().random_map(self.transform)
+        numbers = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        stream = numbers.random_map(_ReadAndTransform(self.source, self.transform))
         host_batch_size = self.batch_size // self.process_count
         # A thread takes a few rows at a time: one by one costs 4 times the overhead on small images, whole batches
         # per thread would fill the memory and delay the first.
@@ -114,7 +153,7 @@ class Loader:
             ahead = max(2 * host_batch_size // block, self.num_threads)
             options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)
             dataset = blocks.to_iter_dataset(options).batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
-            return Batches(dataset)
+            return Batches(dataset, len(self.source), self.max_bad_share)
         if not flags.FLAGS.is_parsed():  # grain reads its own flags on the way to a worker
             raise RuntimeError(
                 f"num_workers={self.num_workers} needs parsed absl flags: start through absl.app.run, or call "
@@ -125,34 +164,62 @@ class Loader:
         # Batched before the workers take turns, so that a batch does not depend on their number.
         batches = blocks.batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
         workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
-        return Batches(batches.to_iter_dataset(options).mp_prefetch(workers))
+        return Batches(batches.to_iter_dataset(options).mp_prefetch(workers), len(self.source), self.max_bad_share)
 
 
 class Batches:
-    """Iterator over the batches of a grain data set that stops its threads and processes when closed."""
+    """Iterator over a host's batches that stops its threads and processes when closed.
 
-    def __init__(self, dataset: grain.IterDataset):
+    `bad_records` maps the number of each unreadable record met so far to the reason; others stand in for them.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, num_records: int, max_bad_share: float):
         self._iterator = iter(dataset)
+        self._num_records, self._max_bad_share = num_records, max_bad_share
+        self._tolerated = math.floor(max_bad_share * num_records)
+        self._tolerated += (self._tolerated + 1) / num_records <= max_bad_share  # 0.29 x 100 is less than 29
+        self.bad_records: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         try:
-            batch = next(self._iterator)
-        except RuntimeError as error:
+            batch, bad = next(self._iterator)
+            # A worker's arrays live in shared memory until the last reference is gone; these are the caller's own.
+            batch = {key: np.array(value) if type(value) is not np.ndarray else value for key, value in batch.items()}
+            self._count(bad)
+        except Exception as error:
             self.close()
-            if "Worker process was terminated" in str(error):
+            _clear_finished_frames(error)
+            if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
                 raise RuntimeError(
                     f"data loading stopped: {error} Out of memory and a full /dev/shm are the usual causes: lower "
                     f"num_workers or batch_size, or read with num_workers=0"
                 ) from error
             raise
-        except Exception:
-            self.close()
-            raise
-        # A worker's arrays live in shared memory until the last reference is gone; these are the caller's own.
-        return {key: np.array(value) if type(value) is not np.ndarray else value for key, value in batch.items()}
+        return batch
+
+    def _count(self, bad: list[BadRecord]) -> None:
+        """Names the bad records that are new.
+
+        Raises:
+            UserError: they are too many.
+        """
+        new = {number: reason for number, reason in bad if number not in self.bad_records}
+        self.bad_records |= new
+        count, total = len(self.bad_records), self._num_records
+        if count > self._tolerated:
+            first = "; ".join(list(self.bad_records.values())[:3])
+            more = next((share for share in (0.001, 0.01, 0.1) if count / total < share), None)
+            allow = f", or tolerate more of them with --config.loader.max_bad_share={more}" if more else ""
+            raise UserError(
+                f"{count} of the {total} records ({count / total:.2%}) cannot be read and max_bad_share="
+                f"{self._max_bad_share:g} tolerates {self._tolerated}: {first}. Restore them{allow}; a run that has begun "
+                f"needs the same data set, another set of files a new --workdir"
+            )
+        for number, reason in new.items():
+            print(f"bad record {number} is replaced by the next: {reason}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends worker processes and threads; calling it again does nothing."""
@@ -187,7 +254,8 @@ def read_in_order(
             it the first one raises.
 
     Yields:
-        What the transform makes, stacked, plus "index": int64 [rows], the number of each example in the source.
+        What the transform makes, stacked, plus "index": int64 [rows], the number of each example in the source, and
+        "caption": list of str or None [rows], in batches where an example has one.
 
     Raises:
         UserError: an example that cannot be read and no list to take it.
@@ -199,38 +267,56 @@ def read_in_order(
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f"the range {start}..{stop} is not within the {len(source)} examples of the source")
 
-    def read(index: int) -> tuple[int, Batch | UserError]:
+    def read(index: int) -> tuple[int, Batch | UserError, str | None]:
         try:
-            return index, transform(source[index])
+            example = source[index]
+            return index, transform(example), example.get("caption")
         except UserError as error:
-            return index, error
+            return index, error, None
 
     def batches() -> Iterator[Batch]:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * batch_size, num_threads))
         examples = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
-        rows = []
+        rows, captions = [], []
         try:
-            for index, example in examples:
+            for index, example, caption in examples:
                 if not isinstance(example, UserError):
                     rows.append(example | {"index": np.int64(index)})
+                    captions.append(caption)
                 elif bad_records is None:
                     raise example
                 else:
                     bad_records.append((index, str(example)))
                 if len(rows) == batch_size:
-                    yield _stack(rows)
-                    rows = []
+                    yield _with_captions(_stack(rows), captions)
+                    rows, captions = [], []
             if rows:
-                yield _stack(rows)
+                yield _with_captions(_stack(rows), captions)
         finally:
             examples.close()
 
     return batches()
 
 
-def _join(blocks: list[list[Batch]]) -> Batch:
-    return _stack([row for block in blocks for row in block])
+def _clear_finished_frames(error: Exception) -> None:
+    """Drops the local variables below an error: while it lives, grain's frames hold a batch in shared memory.
+
+    grain leaves its own frames out of the traceback, so they are reached through those that they called.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for caller, _ in traceback.walk_stack(frame):
+            with contextlib.suppress(RuntimeError):  # it is still running
+                caller.clear()
+
+
+def _join(blocks: list[list[tuple[Batch, list[BadRecord]]]]) -> tuple[Batch, list[BadRecord]]:
+    rows = [row for block in blocks for row in block]
+    return _stack([example for example, _ in rows]), [record for _, bad in rows for record in bad]
 
 
 def _stack(rows: list[Batch]) -> Batch:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _with_captions(batch: Batch, captions: list[str | None]) -> Batch:
+    return batch if all(caption is None for caption in captions) else batch | {"caption": captions}

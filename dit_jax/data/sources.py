@@ -16,15 +16,17 @@ import numpy as np
 
 from dit_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+CAPTION_SUFFIX = ".txt"
 
 
 class Example(TypedDict):
-    """One record of a source; `name` is what an error message calls it."""
+    """One record of a source; `name` is what an error message calls it, `caption` a text that describes the image."""
 
     image: np.ndarray | bytes
     label: int
     name: NotRequired[str]
+    caption: NotRequired[str]
 
 
 class Source(Protocol):
@@ -91,70 +93,93 @@ class Digits:
 
 
 class ImageFolder:
-    """JPEG, PNG and WebP files under one folder per class; labels number the class folders in sorted order.
+    """Image files under one folder per class, labels numbering the class folders in sorted order; or a flat folder.
 
-    Class folders are searched to any depth. Files of other suffixes and names that begin with a dot are not part of
-    the data set. Images are numbered by sorted relative path.
+    Class folders are searched to any depth. A folder that holds images and no folders is a data set without labels:
+    num_classes is 0 and every label is 0, which is the null label of a network for 0 classes. Images are numbered by
+    sorted relative path. The text in `name.txt` beside `name.jpg` is that image's caption. Files of other suffixes and
+    names that begin with a dot are not part of the data set.
 
     Args:
-        path: the folder that holds the class folders, or one that holds a folder of them per split.
+        path: the folder that holds the class folders or images, or one that holds such a folder per split.
         split: name of that folder, as in `train`; empty if there are no splits.
 
     Raises:
-        UserError: no such folder, no class folders, images outside any class folder, a class without images; and from
-            `source[i]`, a file that cannot be read.
+        UserError: no such folder, no images, images beside class folders, a class without images; and from `source[i]`,
+            a file that cannot be read or a caption that is not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = ""):
         if not str(path):
-            raise UserError("data.path is empty; give the folder that holds one sub-folder of images per class")
-        path = Path(path).expanduser() / split
-        self.path = path
-        layout = f"{path}: expected <path>/<class name>/*.jpg (suffixes {', '.join(IMAGE_SUFFIXES)})"
-        if not self.path.is_dir():
-            raise UserError(f"image folder {path} {'is not a folder' if self.path.exists() else 'does not exist'}")
-        with os.scandir(self.path) as entries:
+            raise UserError("data.path is empty; give a folder of images, or one that holds one sub-folder of images per class")
+        self.path = path = Path(path).expanduser() / split
+        layout = f"{path}: expected <path>/<class name>/*.jpg, or <path>/*.jpg (suffixes {', '.join(IMAGE_SUFFIXES)})"
+        if not path.is_dir():
+            raise UserError(f"image folder {path} {'is not a folder' if path.exists() else 'does not exist'}")
+        with os.scandir(path) as entries:
             visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
         loose = [e.name for e in visible if e.is_file() and e.name.lower().endswith(IMAGE_SUFFIXES)]
-        if loose:
-            raise UserError(f"{len(loose)} images such as {loose[0]} are in no class folder of {layout}; move them")
         self.class_names = tuple(e.name for e in visible if e.is_dir())
-        if not self.class_names:
-            raise UserError(f"no class folders in {layout}")
         self.num_classes = len(self.class_names)
-        files, labels = [], []
-        for label, name in enumerate(self.class_names):
-            found = sorted(_images_below(self.path, name))
-            if not found:
+        if loose and self.class_names:
+            raise UserError(f"{len(loose)} images such as {loose[0]} are in no class folder of {layout}; move them")
+        if not loose and not self.class_names:
+            raise UserError(f"no class folders and no images in {layout}")
+        images, labels, texts = [], [], {}
+        for label, name in enumerate(self.class_names or [""]):
+            found = sorted(_files_below(path, name))
+            images += (of_class := [file for file in found if file[0].lower().endswith(IMAGE_SUFFIXES)])
+            if not of_class:
                 raise UserError(f"class folder {name!r} holds no images, in {layout}; fill or remove it")
-            files += found
-            labels += [label] * len(found)
-        self._files = tuple(name for name, _ in files)
+            labels += [label] * len(of_class)
+            texts |= {text: size for text, size in found if text.endswith(CAPTION_SUFFIX)}
+        self._files = tuple(name for name, _ in images)
         self._labels = np.asarray(labels, np.int32)
-        self.fingerprint = fingerprint(name="image_folder", class_names=self.class_names, count=len(files), files=files)
+        captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
+        self._captions = frozenset(text for text, _ in captions)
+        facts = {"class_names": self.class_names, "count": len(images), "files": images}
+        self.fingerprint = fingerprint(name="image_folder", **facts, **({"captions": captions} if captions else {}))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        file = self.path / self._files[index]
+        name = self._files[index]
+        example = {"image": self._read(name), "label": int(self._labels[index]), "name": str(self.path / name)}
+        text = _caption_file(name)
+        if text in self._captions:
+            example["caption"] = _caption(self._read(text), str(self.path / text))
+        return example
+
+    def _read(self, name: str) -> bytes:
+        file = self.path / name
         try:
-            data = file.read_bytes()
+            return file.read_bytes()
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}; the folder changed after it was listed, restore it") from error
-        return {"image": data, "label": int(self._labels[index]), "name": str(file)}
 
 
-def _images_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """(path relative to root, size in bytes) of every image under root/folder, links followed."""
+def _caption_file(image_file: str) -> str:
+    return image_file.rpartition(".")[0] + CAPTION_SUFFIX
+
+
+def _caption(text: bytes, name: str) -> str:
+    try:
+        return text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the caption {name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
+    """(path relative to root, size in bytes) of every image and text under root/folder, links followed."""
     with os.scandir(root / folder) as entries:
         for entry in entries:
-            relative = f"{folder}/{entry.name}"
+            relative = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _images_below(root, relative)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield from _files_below(root, relative)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.name.endswith(CAPTION_SUFFIX):
                 yield relative, entry.stat().st_size
 
 
@@ -170,17 +195,26 @@ class TFDS:
         image_key: name of the Image feature.
         label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
             label is 0, which is the null label of a network for 0 classes.
+        caption_key: name of the Text feature that describes the image; None for no captions.
 
     Raises:
         UserError: no such data set, split or feature, no random access, shards missing; and from
             `source[i]`, a record that cannot be read.
     """
 
-    def __init__(self, dataset: str, path: str, split: str, image_key: str = "image", label_key: str | None = "label"):
+    def __init__(
+        self,
+        dataset: str,
+        path: str,
+        split: str,
+        image_key: str = "image",
+        label_key: str | None = "label",
+        caption_key: str | None = None,
+    ):
         if not path:
             raise UserError(f"data.path is empty; give the TFDS folder (data_dir) that holds {dataset}")
         self.dataset, self.path, self.split = dataset, os.path.expanduser(path), split
-        self.image_key, self.label_key = image_key, label_key
+        self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
         self._lock = threading.Lock()
         info = self._builder.info
         self._check_features(info.features)
@@ -197,6 +231,7 @@ class TFDS:
             count=self._length,
             class_names=self.class_names,
             shards=[[os.path.basename(i.filename), i.skip, i.take] for i in info.splits[split].file_instructions],
+            **({} if caption_key is None else {"caption_key": caption_key}),
         )
 
     def __getstate__(self):
@@ -236,10 +271,13 @@ class TFDS:
         wanted = [("image_key", self.image_key, tfds.features.Image)]
         if self.label_key is not None:
             wanted.append(("label_key", self.label_key, tfds.features.ClassLabel))
+        if self.caption_key is not None:
+            wanted.append(("caption_key", self.caption_key, tfds.features.Text))
         for argument, key, kind in wanted:
             if key not in features or not isinstance(features[key], kind):
                 listing = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
-                remedy = "; label_key=None reads it without labels" if argument == "label_key" else ""
+                what = {"label_key": "labels", "caption_key": "captions"}.get(argument)
+                remedy = f"; {argument}=None reads it without {what}" if what else ""
                 raise UserError(f"{argument}={key!r} names no {kind.__name__} feature of {self.dataset} ({listing}){remedy}")
 
     def _check_split(self, info) -> None:
@@ -290,8 +328,12 @@ class TFDS:
         except Exception as error:  # array_record raises its own kinds for a broken chunk, tfds others for a bad field
             raise UserError(f"{name} in {self.path} cannot be read ({error}): copy that shard again") from error
         image, label = record[self.image_key], 0 if self.label_key is None else record[self.label_key]
-        if not image or label is None:  # what array_record makes of some truncated files
+        caption = b"" if self.caption_key is None else record[self.caption_key]
+        if not image or label is None or caption is None:  # what array_record makes of some truncated files
             raise UserError(f"{name} in {self.path} is empty: copy that shard again")
         if self.label_key is not None and not 0 <= label < self.num_classes:
             raise UserError(f"{name} has label {label}, outside [0, {self.num_classes}): prepare the data set again")
-        return {"image": image, "label": int(label), "name": name}
+        example = {"image": image, "label": int(label), "name": name}
+        if self.caption_key is not None:
+            example["caption"] = _caption(caption, f"of {name}")
+        return example
