@@ -1,0 +1,122 @@
+"""Writing a TFDS data set of ArrayRecord shards without TensorFlow: records, shards, metadata."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dit_jax.errors import UserError
+
+WRITER_OPTIONS = "group_size:1,uncompressed"  # a record per chunk, for random access; images do not compress further
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside becomes a UserError that names `path`; array_record raises RuntimeError for it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be written ({error}): free space there, or make it writable, and give the same command "
+                        "again; finished shards stay") from None
+
+
+def shard_path(folder: Path, dataset: str, split: str, number: int, count: int) -> Path:
+    """The file of shard `number` of `count`, as TFDS names it."""
+    return folder / f"{dataset}-{split}.array_record-{number:05d}-of-{count:05d}"
+
+
+def tf_example(fields: dict[str, bytes | int]) -> bytes:
+    """A serialised tf.train.Example of bytes and of integers from 0 on, its features sorted by name.
+
+    TFDS's own serialiser gives the features another order in every process, so the files would differ.
+    Source: Protocol Buffers, "Encoding"; TensorFlow's example.proto and feature.proto for the numbers of the fields.
+    """
+    features = b""
+    for key, value in sorted(fields.items()):
+        feature = _field(1, _field(1, value)) if isinstance(value, bytes) else _field(3, _field(1, _varint(value)))
+        features += _field(1, _field(1, key.encode()) + _field(2, feature))
+    return _field(1, features)
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
+    """(records, bytes) of an ArrayRecord file, written, on the disk, and counted by reading it back.
+
+    Nothing is left of it if that fails, or if `records` raises.
+
+    Raises:
+        UserError: the disk is full or refuses, or does not hold what was written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with writing(file):
+        writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+    count = 0
+    try:
+        for record in records:
+            with writing(file):
+                writer.write(record)
+            count += 1
+        with writing(file):  # a full disk is reported here
+            writer.close()
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+            found, size = measure(file)
+        if found != count:
+            raise UserError(f"{file} holds {found} of the {count} records written: is the disk sound? Give the command again")
+        return count, size
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        file.unlink(missing_ok=True)
+        raise
+
+
+def measure(file: Path) -> tuple[int, int]:
+    """(records, bytes) of an ArrayRecord file. Raises: OSError or RuntimeError if it is none."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    size = file.stat().st_size
+    reader = ArrayRecordReader(str(file))
+    count = reader.num_records()
+    reader.close()
+    return count, size
+
+
+def write_metadata(folder: Path, dataset: str, splits: dict[str, list[tuple[int, int]]], class_names: Sequence[str],
+                   captions: bool, resolution: int) -> None:
+    """Writes what TFDS needs beside the shards of <data_dir>/<dataset>/<version>, over what an earlier call wrote.
+
+    Features: "image"; "label" if there are class names; "caption" (Text) if asked for.
+
+    Args:
+        splits: {name: [(records, bytes) of every shard]}.
+        resolution: 0 for images of any size and format, R for PNGs of R x R.
+    """
+    import tensorflow_datasets as tfds
+
+    size = resolution or None
+    features = {"image": tfds.features.Image(shape=(size, size, 3), encoding_format="png" if size else None)}
+    if class_names:
+        features["label"] = tfds.features.ClassLabel(names=list(class_names))
+    if captions:
+        features["caption"] = tfds.features.Text()
+    template = tfds.core.ShardedFileTemplate(template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", dataset_name=dataset,
+                                             data_dir=str(folder), filetype_suffix="array_record")
+    infos = [tfds.core.SplitInfo(name=name, shard_lengths=[records for records, _ in shards],
+                                 num_bytes=sum(size for _, size in shards), filename_template=template)
+             for name, shards in sorted(splits.items())]
+    with writing(folder):
+        tfds.folder_dataset.write_metadata(data_dir=str(folder), features=tfds.features.FeaturesDict(features), split_infos=infos,
+                                           check_data=False)  # the check reads with TensorFlow

@@ -1,0 +1,170 @@
+"""What lies where in a tar file, from its headers alone: the data between them are not read.
+
+Understands ustar, the old v7 layout, GNU long names and base-256 sizes, and PAX headers. Written for a million members: a
+scan reads one small window per member, and never keeps more than that.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dit_jax.errors import UserError
+
+BLOCK = 512
+WINDOW = 8192  # one read covers a header and, between small members, the next ones
+MAX_EXTENSION = 1 << 20  # of a long name or a PAX header; real ones have a few hundred bytes
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+REGULAR, DIRECTORY, EXTENSIONS, NO_MEMBER = b"0\0" b"7", b"5", b"xgLK", b"V"
+REFUSED = {b"1": "a hard link: pack with tar --hard-dereference", b"2": "a symbolic link: pack with tar --dereference",
+           b"S": "a sparse file: pack without --sparse", b"M": "the continuation of another volume: join the volumes"}
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its name and the place of its data, in bytes from the start of the file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file descriptor for reading, closed at the end; what the system refuses meanwhile is a UserError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check that it is there, a file, and yours to read") from None
+
+
+class TarScan:
+    """The regular members of an uncompressed tar, in order: iterate over it, to the end, to know that it is whole.
+
+    Directories and volume labels are passed over. Names lose a leading "./"; bytes of a name that are not UTF-8 become
+    backslash escapes.
+
+    Args:
+        fd: file descriptor; only pread is used.
+        what: what error messages call the tar.
+        start, end: the bytes of the file that are the tar: all of it, or a tar within a tar.
+
+    Raises (while iterating):
+        UserError: not a tar, compressed, damaged, truncated, no mark at its end, something after that mark, or a member
+            that is a link, sparse or a device.
+    Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
+    """
+
+    def __init__(self, fd: int, what: str, start: int = 0, end: int | None = None):
+        self.what = what
+        self._fd, self._start = fd, start
+        self._end = os.fstat(fd).st_size if end is None else end
+        self._window, self._window_at = b"", start
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` of the file.
+
+        Raises:
+            UserError: the tar ends before.
+        """
+        first = offset - self._window_at
+        if first < 0 or first + size > len(self._window):
+            self._window = os.pread(self._fd, min(max(size, WINDOW), max(self._end - offset, 0)), offset)
+            self._window_at, first = offset, 0
+        data = self._window[first : first + size]
+        if len(data) < size:
+            raise UserError(f"{self.what} is truncated: it ends at byte {self._end - self._start:,}, in a member or before the "
+                            "mark of its end; copy or pack it again")
+        return data
+
+    def __iter__(self) -> Iterator[Member]:
+        position, shared, own, long_name = self._start, {}, {}, None
+        while True:
+            header = self.read(position, BLOCK)
+            if not any(header):
+                return self._check_end(position)
+            kind, name, size = self._parse(header, position)
+            data = position + BLOCK
+            if kind in EXTENSIONS:
+                if size > MAX_EXTENSION:
+                    raise self._damaged(position, f"a header of {size:,} bytes")
+                body = self.read(data, size)
+                if kind == b"L":
+                    long_name = _text(body.rstrip(b"\0"))
+                elif kind in b"xg":
+                    (own if kind == b"x" else shared).update(self._pax(body, position))
+                position = data + _padded(size)
+                continue
+            attributes = shared | own
+            name = attributes.get("path", long_name or name).removeprefix("./")
+            size = int(attributes.get("size", size))
+            own, long_name = {}, None
+            if any(key.startswith("GNU.sparse") for key in attributes):
+                kind = b"S"
+            if kind in DIRECTORY or (kind in REGULAR and name.endswith("/")):
+                size = 0
+            elif kind in REGULAR:
+                yield Member(name, data, size)
+            elif kind not in NO_MEMBER:
+                raise UserError(f"{self.what}: member {name} is {REFUSED.get(kind, f'of type {kind!r}: leave it out')}")
+            position = data + _padded(size)
+
+    def _parse(self, header: bytes, position: int) -> tuple[bytes, str, int]:
+        """(type, name, size) of a header block whose checksum is right."""
+        try:
+            checksum = int(header[148:156].strip(b" \0"), 8)
+            # Its own field counts as eight spaces.
+            if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+                raise ValueError("wrong checksum")
+            # GNU tar writes sizes from 8 GiB as a big-endian number behind a set bit.
+            size = int.from_bytes(header[125:136]) if header[124] == 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
+            if size < 0:
+                raise ValueError(f"size {size}")
+        except ValueError as error:
+            raise self._damaged(position, f"no header ({error})") from None
+        name = header[:100].rstrip(b"\0").split(b"\0")[0]
+        if header[257:263] == b"ustar\0":  # GNU's own magic ends otherwise, and has times where ustar has a prefix
+            prefix = header[345:500].split(b"\0")[0]
+            name = prefix + b"/" + name if prefix else name
+        return header[156:157], _text(name), size
+
+    def _pax(self, body: bytes, position: int) -> dict[str, str]:
+        """{key: value} of the "length key=value\\n" records of a PAX header."""
+        found, at = {}, 0
+        while at < len(body) and body[at]:
+            digits = body[at : body.find(b" ", at)]
+            length = int(digits) if digits.isdigit() else 0
+            key, equals, value = body[at + len(digits) + 1 : at + length - 1].partition(b"=")
+            if length < 1 or at + length > len(body) or not equals:
+                raise self._damaged(position, "an unreadable PAX header")
+            found[_text(key)] = _text(value)
+            at += length
+        if not found.get("size", "0").isdigit():
+            raise self._damaged(position, f"a PAX header with size {found['size']!r}")
+        return found
+
+    def _damaged(self, position: int, found: str) -> UserError:
+        begin = os.pread(self._fd, 8, self._start)
+        for magic, name in COMPRESSED.items():
+            if begin.startswith(magic):
+                return UserError(f"{self.what} is compressed ({name}), so it has no random access: unpack it to a .tar first")
+        where = f"at byte {position - self._start:,} there is {found}"
+        return UserError(f"{self.what} is {'damaged' if position > self._start else 'no tar'}: {where}; copy or pack it again")
+
+    def _check_end(self, position: int) -> None:
+        for at in range(position, self._end, 1 << 20):
+            if any(os.pread(self._fd, min(1 << 20, self._end - at), at)):
+                raise UserError(f"{self.what} goes on after the mark of its end at byte {position - self._start:,}: are several "
+                                "tars joined? Unpack it (tar --ignore-zeros) and pack it as one")
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
