@@ -25,10 +25,10 @@ from PIL import Image
 from dit_jax import console
 from dit_jax.data.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.data.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
-from dit_jax.data.sources import TFDS, Example, ImageFolder, Source
+from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder, Source
 from dit_jax.data.tar_headers import TarScan, opened
 from dit_jax.data.tars import PACKED, TarShards, TarSource
-from dit_jax.data.transforms import center_crop, decode
+from dit_jax.data.transforms import FORMATS, center_crop, decode
 from dit_jax.errors import UserError
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
@@ -96,16 +96,16 @@ class BadRecord:
     reason: str
 
 
-def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> Source:
-    """What lies at `path`: a folder of class folders, ILSVRC's train or validation tar, or tars in the WebDataset layout.
+def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> ImageFolder | TarSource:
+    """What lies at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
 
     Args:
-        path: a folder (of class folders, or of tars), a tar, a glob or a brace pattern.
+        path: a folder (of images, class folders, or tars), a tar, a glob or a brace pattern.
         class_names_file: for WebDataset tars, as in TarShards.
         class_names: the classes that the data set has already; None takes the source's own.
 
     Raises:
-        UserError: nothing there, both tars and class folders, or other classes.
+        UserError: nothing there, tars beside folders or images, or other classes.
     """
     given, first = Path(path).expanduser(), None
     if given.is_file():
@@ -113,9 +113,10 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
             first = next(iter(TarScan(fd, str(given))), None)
     inside = sorted(entry for entry in given.iterdir() if not entry.name.startswith(".")) if given.is_dir() else []
     tars = [entry.name for entry in inside if entry.name.endswith((".tar", *PACKED))]
-    folders = [entry.name for entry in inside if entry.is_dir()]
-    if tars and folders:
-        raise UserError(f"{path} holds both tars ({tars[0]}, ...) and folders ({folders[0]}, ...): give a pattern for the tars")
+    others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    if tars and others:
+        raise UserError(f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for "
+                        "the tars")
     if given.is_dir() and not tars:
         source = ImageFolder(path)
     elif first and CLASS_TAR.fullmatch(first.name):
@@ -226,7 +227,7 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
     Raises:
         UserError: it was begun with other settings, or another split of it is unfinished.
     """
-    captions = any(isinstance(source, TarSource) and source.has_captions for source in sources.values())
+    captions = any(_has_captions(source) for source in sources.values())
     plan = plan or {"format": FORMAT, "resolution": request.resolution, "captions": captions,
                     "class_names": next(iter(sources.values())).class_names, "splits": {}, "complete": False}
     # A split without captions beside one with them has empty ones.
@@ -250,6 +251,10 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
         plan["splits"][split] = {**pinned, "mean_bytes": round(mean), "shards": [None] * count}
         plan["complete"] = False
     return plan
+
+
+def _has_captions(source: ImageFolder | TarSource) -> bool:
+    return bool(source._captions) if isinstance(source, ImageFolder) else source.has_captions
 
 
 def _compare(request: Request, where: str, there: dict, asked: dict) -> None:
@@ -340,11 +345,11 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
     if not image:
         return BadRecord(name, "zero bytes")
     try:
-        Image.open(io.BytesIO(image))
+        Image.open(io.BytesIO(image), formats=FORMATS)
     except Image.DecompressionBombError:
         pass  # an image, if a huge one: what is done with it is for whoever decodes it
     except Exception:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
-        return BadRecord(name, f"not recognised as an image; it begins with {image[:8]!r}")
+        return BadRecord(name, f"none of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
     if request.resolution:
         try:
             picture = center_crop(decode(image, 3, name), request.resolution)

@@ -19,8 +19,8 @@ from absl import flags
 from dit_jax import console
 from dit_jax.errors import UserError
 
-SOURCE = flags.DEFINE_string("source", None, "Folder of class folders; ILSVRC2012_img_train.tar or _val.tar as they are; or tars "
-                             "in the WebDataset layout: a folder of them, a glob, or a pattern such as train-{0000..0099}.tar.")
+SOURCE = flags.DEFINE_string("source", None, "Folder of class folders, or of images; ILSVRC2012_img_train.tar or _val.tar as "
+                             "they are; or tars in the WebDataset layout: a folder of them, a glob, or train-{0000..0099}.tar.")
 VALIDATION = flags.DEFINE_string("validation_source", None, "The same, for a split called validation.")
 OUT = flags.DEFINE_string("out", None, "TFDS data_dir: gets a folder <dataset>/1.0.0.")
 DATASET = flags.DEFINE_string("dataset", None, "Name of the data set: lower case, digits, _; none of TFDS's own.")

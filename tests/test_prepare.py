@@ -179,17 +179,22 @@ def test_imagenet_tars(tmp_path, monkeypatch):
         zip(validation.values(), [1, 0, 1], strict=True))
 
 
-def test_captions_and_no_labels(tmp_path):
+@pytest.mark.parametrize("source", ["tars", "folder"])
+def test_captions_and_no_labels(source, tmp_path):
     """Captions lost or paired with other images, or labels invented."""
     import tensorflow_datasets as tfds
 
-    write_tar(tmp_path / "w" / "a.tar", {"a.png": encoded(1), "a.txt": "ein Hünd".encode(), "b.png": encoded(2)})
+    files = {"a.png": encoded(1), "a.txt": "ein Hünd".encode(), "b.png": encoded(2)}
+    (tmp_path / "w").mkdir()
+    if source == "tars":
+        write_tar(tmp_path / "w" / "a.tar", files)
+    else:
+        for name, data in files.items():
+            (tmp_path / "w" / name).write_bytes(data)
     assert prepare(request(tmp_path), {"train": str(tmp_path / "w")})["classes"] == 0
-    examples = read(tmp_path / "out", label_key=None)
-    assert sorted(e["image"] for e in examples) == sorted([encoded(1), encoded(2)])
-    records = tfds.data_source("shots", data_dir=tmp_path / "out", split="train", decoders={"image": tfds.decode.SkipDecoding()})
-    assert {r["image"]: r["caption"].decode() for r in records} == {encoded(1): "ein Hünd", encoded(2): ""}
-    assert "label" not in records[0]
+    examples = read(tmp_path / "out", label_key=None, caption_key="caption")
+    assert {e["image"]: e["caption"] for e in examples} == {encoded(1): "ein Hünd", encoded(2): ""}
+    assert "label" not in tfds.data_source("shots", data_dir=tmp_path / "out", split="train")[0]
 
 
 def test_resolution_stores_the_crop(photos, tmp_path):
