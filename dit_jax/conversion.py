@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_jax import build, console, recipes
 from dit_jax.errors import UserError
-from dit_jax.interop import diffusers_dit, official, pt_reader, pt_writer, weights
+from dit_jax.interop import diffusers_dit, lpips, official, pt_reader, pt_writer, weights
 from dit_jax.interop.download import sha256
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, count, open_safetensors, open_sharded, write_safetensors
 from dit_jax.interop.weights import Weights
@@ -20,7 +20,7 @@ from dit_jax.parallel.rules import path_name
 from dit_jax.training.checkpoint import restore_subtree
 from dit_jax.training.workdir import read_config
 
-SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax")
+SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", "lpips")
 TARGETS = ("dit_jax", "official", "diffusers")
 NESTED = ("ema", "model")  # of a training checkpoint, the moving average first, as the paper's sampling code has it
 LATENT_CHANNELS = 4  # of the autoencoder that DiT and SiT were trained with
@@ -47,8 +47,8 @@ class Source:
     def __post_init__(self):
         if self.layout not in SOURCES:
             raise UserError(f"--from={self.layout}: one of {', '.join(SOURCES)} is needed")
-        ours = self.layout in ("workdir", "dit_jax")
-        for name, value, wanted in (("heads", self.heads, not ours), ("like", self.like, not ours),
+        foreign = self.layout in ("official", "sit", "diffusers")
+        for name, value, wanted in (("heads", self.heads, foreign), ("like", self.like, foreign),
                                     ("step", self.step, self.layout == "workdir")):
             if value is not None and not wanted:
                 raise UserError(f"--{name} means nothing with --from={self.layout}; leave it out")
@@ -82,17 +82,28 @@ def read(source: Source) -> Weights:
         check(found.tensors, _shapes(found.sections), str(source.path))
         common_dtype(found.tensors, str(source.path))
         return found
+    if source.layout == "lpips":
+        tensors, files = _open(source.path)
+        return Weights(lpips.from_package(tensors, str(source.path)), {}, _origin(source, files))
     return (_read_diffusers if source.layout == "diffusers" else _read_official)(source)
 
 
 def write(found: Weights, layout: str, out: Path) -> dict:
     """Writes weights in a layout of TARGETS; returns what was written: out, tensors, parameters, sha256.
 
+    LPIPS, which no config describes, goes to a file of its own kind.
+
     Raises:
         UserError: the name of `out` does not suit, or the layout has no place for such a network.
     """
+    is_lpips = found.origin.get("from") == "lpips"
+    if is_lpips and layout != "dit_jax":
+        raise UserError(f"--to={layout}: LPIPS has no such layout; leave out --to")
     if layout == "dit_jax":
-        weights.write(out, found)
+        if is_lpips:
+            lpips.write(out, found.tensors, found.origin)
+        else:
+            weights.write(out, found)
         return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256(out)}
     config = config_of(found.sections)
     patch_size, heads = config.model.patch_size, config.model.heads

@@ -3,8 +3,13 @@
     python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --out=dit.safetensors
     python -m dit_jax.convert --download=dit-xl2-256 --out=dit.safetensors
     python -m dit_jax.convert --from=workdir --weights=runs/b4 --to=official --out=b4.pt
+    python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
 
 Then: python -m dit_jax.sample --weights=dit.safetensors --codec_path=<the VAE's weights> --labels=207,360 --guidance_scale=4
+
+lpips_vgg.pt, the perceptual loss of autoencoders, is made with PyTorch and `pip install lpips`:
+    import lpips, torch
+    torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.pt")
 """
 
 from pathlib import Path
@@ -15,8 +20,8 @@ from absl import flags
 from dit_jax import console
 from dit_jax.errors import UserError
 
-FROM = flags.DEFINE_string("from", None, "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run) "
-                           "or dit_jax. --download tells it.")
+FROM = flags.DEFINE_string("from", None, "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), "
+                           "dit_jax or lpips. --download tells it.")
 TO = flags.DEFINE_string("to", "dit_jax", "Layout of --out: dit_jax (a .safetensors), official (.pt or .safetensors) or "
                          "diffusers (a folder).")
 WEIGHTS = flags.DEFINE_string("weights", None, "File or folder to convert; with --download, where the file goes.")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import lpips_weights
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from verbs import run_verbs
 from dit_jax import build, conversion, recipes
 from dit_jax.conversion import Source
 from dit_jax.errors import UserError
-from dit_jax.interop import pt_reader, pt_writer
+from dit_jax.interop import lpips, pt_reader, pt_writer
 from dit_jax.parallel import rules
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.rules import path_name
@@ -219,7 +220,7 @@ def test_a_name_that_does_not_suit_is_refused(layout, name, message, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"layout": "torch"}, {"layout": "workdir", "heads": 4}, {"layout": "official", "step": 3},
-                                     {"layout": "dit_jax", "like": Path("x")}])
+                                     {"layout": "dit_jax", "like": Path("x")}, {"layout": "lpips", "heads": 4}])
 def test_options_that_mean_nothing_are_refused(options):
     """A flag silently ignored."""
     with pytest.raises(UserError, match="--"):
@@ -235,11 +236,14 @@ TRIP = (
     "convert --from=diffusers --weights=c --like=RUN --out=d.safetensors",
     f"sample --weights=d.safetensors {SAMPLE} --out=b.npz",
 )
+LPIPS = "convert --from=lpips --weights=lpips.pt --out=lpips.safetensors"
 MISTAKES = {
     "convert --weights=x.pt --out=y.safetensors": "--from",
     "convert --from=official --weights=x.pt --out=y.safetensors": "does not exist",
     "convert --from=official --to=official --weights=x.pt --out=y.pt": "nothing would change",
     "convert --from=official --to=onnx --weights=x.pt --out=y": "one of dit_jax, official, diffusers",
+    "convert --from=lpips --to=official --weights=lpips.pt --out=y.pt": "leave out --to",
+    "convert --from=lpips --weights=lpips.pt --out=y.npz": "must end in .safetensors",
     "convert --download=dit-s --out=y.safetensors": "dit-xl2-256",
     "convert --download=sit-xl2-256 --from=official --out=y.safetensors": "leave out --from",
     "sample --weights=x.safetensors --workdir=RUN": "one of them",
@@ -255,7 +259,8 @@ def results(workdir, tmp_path_factory):
     """(folder, {line: (status, stdout, stderr)}) of all command lines of this file."""
     folder = tmp_path_factory.mktemp("verbs")
     conversion.write(tiny_weights(), "dit_jax", folder / "vae.safetensors")
-    lines = [*TRIP, *MISTAKES]
+    pt_writer.write(folder / "lpips.pt", lpips_weights.tensors())
+    lines = [*TRIP, LPIPS, *MISTAKES]
     found = run_verbs(folder, [line.replace("RUN", str(workdir[0])).split() for line in lines])
     return folder, dict(zip(lines, found, strict=True))
 
@@ -276,6 +281,20 @@ def test_a_run_samples_alike_after_a_trip_through_every_layout(results):
         assert a["arr_0"].std() > 1
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
         assert json.loads(str(b["made_by"]))["origin"]["from"] == "diffusers"
+
+
+def test_lpips_becomes_one_file_without_copies(results):
+    """The verb's way to LPIPS untrodden, or its file taken for a network of ours."""
+    folder, found = results
+    status, stdout, stderr = found[LPIPS]
+    assert status == 0, stderr
+    said = json.loads(stdout.splitlines()[-1])
+    assert said["parameters"] == 14_714_688 + 1_472 + 6  # vgg16().features, the linear layers, the scaling
+    assert said["tensors"] == 2 * 13 + 5 + 2
+    assert (said["origin"]["from"], *said["origin"]["sha256"]) == ("lpips", "lpips.pt")
+    assert lpips.load(folder / "lpips.safetensors")["conv1_1"]["kernel"].shape == (3, 3, 3, 64)
+    with pytest.raises(UserError, match="no header of dit_jax"):
+        read(folder / "lpips.safetensors", "dit_jax", heads=None)
 
 
 @pytest.mark.parametrize("line", MISTAKES)

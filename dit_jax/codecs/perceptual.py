@@ -1,0 +1,81 @@
+"""LPIPS, the perceptual distance that autoencoders are trained with: VGG16 features compared channel by channel.
+
+Letters: B batch; H, W image; C channels of a stage.
+Source: Zhang et al. 2018 (The Unreasonable Effectiveness of Deep Features as a Perceptual Metric), equation 1, version 0.1
+of the `lpips` package with net="vgg". Only trained weights mean anything here, so there is no init:
+`dit_jax.interop.lpips.load` reads them.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths of VGG16's convolutions
+SMALLEST_SIDE = 2 ** (len(STAGES) - 1)  # one position in the last stage
+EPSILON = 1e-10
+
+
+def lpips(params, images, others, dtype=jnp.float32):
+    """float32 [B]: the perceptual distance of each pair, 0 for equal images, and symmetric.
+
+    Args:
+        params: of `dit_jax.interop.lpips.load`. An argument of the jitted function rather than a closure: 59 MB.
+        images, others: [B, H, W, 3] floating in [-1, 1], H and W at least 16; [B, H, W, 1] is grey, the same in R, G and B.
+            Both get a gradient; stop it where only one is wanted.
+        dtype: of convolutions and activations; norms, differences and means are float32 whatever it is. How exact float32
+            products are is up to jax_default_matmul_precision.
+    Raises:
+        ValueError: images of another rank, dtype, channel count or size, or of two shapes. The range is not checked.
+    """
+    if images.shape != others.shape:
+        raise ValueError(f"images have shape {images.shape} and others {others.shape}: they must be pairs")
+    distance = jnp.zeros(len(images), jnp.float32)
+    pairs = zip(features(params, images, dtype), features(params, others, dtype), strict=True)
+    for stage, (x, y) in enumerate(pairs, 1):
+        squared = jnp.square(normalize(x) - normalize(y))
+        distance += (squared * params[f"lin{stage}"].astype(jnp.float32)).sum(-1).mean((1, 2))
+    return distance
+
+
+def features(params, images, dtype=jnp.float32):
+    """relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of VGG16: [B, H / 2^i, W / 2^i, C] of `dtype`, i = 0 to 4, sizes floored.
+
+    Arguments and errors as for `lpips`.
+    """
+    _check(images)
+    shift, scale = (params["scaling"][name].astype(jnp.float32) for name in ("shift", "scale"))
+    x, found = ((images.astype(jnp.float32) - shift) / scale).astype(dtype), []
+    for stage, widths in enumerate(STAGES, 1):
+        if stage > 1:
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        for layer in range(1, len(widths) + 1):
+            x = jax.nn.relu(_convolve(x, params[f"conv{stage}_{layer}"]))
+        found.append(x)
+    return found
+
+
+def _check(images):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images have dtype {images.dtype}: convert to float32 in [-1, 1], uint8 as x / 127.5 - 1")
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images have shape {images.shape}, not [B, H, W, 3] or [B, H, W, 1]")
+    if min(images.shape[1:3]) < SMALLEST_SIDE:
+        raise ValueError(f"images are {images.shape[1]} x {images.shape[2]}, and LPIPS needs at least {SMALLEST_SIDE} x "
+                         f"{SMALLEST_SIDE}: enlarge them first, or train without a perceptual loss")
+
+
+def _convolve(x, layer):
+    y = lax.conv_general_dilated(x, layer["kernel"].astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + layer["bias"].astype(x.dtype)
+
+
+def normalize(x):
+    """x / (|x| + 1e-10) over channels, float32; zero stays zero.
+
+    Deviation: the gradient is finite where all channels are zero, or so small that their squares are. The square root's slope
+    is infinite there; the ReLU before it hides the NaN of the former, and nothing that of the latter.
+    """
+    x = x.astype(jnp.float32)
+    squares = jnp.square(x).sum(-1, keepdims=True)
+    return x / (jnp.sqrt(jnp.where(squares > 0, squares, 1.0)) + EPSILON)

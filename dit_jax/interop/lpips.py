@@ -1,0 +1,118 @@
+"""LPIPS's weights: the state dict of the `lpips` package to ours. The file is made once, where PyTorch is:
+
+    import lpips, torch  # pip install lpips; it downloads torchvision's VGG16, 528 MB
+    torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.pt")
+
+and converted to a .safetensors of 59 MB, for which PyTorch is not needed:
+
+    python -m dit_jax.convert --from=lpips --to=dit_jax --weights=lpips_vgg.pt --out=lpips.safetensors
+
+The names in it stay those of the package.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.codecs.perceptual import STAGES
+from dit_jax.errors import UserError
+from dit_jax.interop.tensors import Tensors, check, common_dtype, open_safetensors, write_safetensors
+
+REMEDY = 'save LPIPS(net="vgg").state_dict() of the lpips package again'
+ALEXNET_FIRST = (64, 3, 11, 11)
+
+
+def _layout() -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """{their name: (our keys, their shape)}; a convolution's number is its place in torchvision's vgg16().features."""
+    layout = {f"scaling_layer.{name}": (("scaling", name), (1, 3, 1, 1)) for name in ("shift", "scale")}
+    place, before = 0, 3
+    for stage, widths in enumerate(STAGES, 1):
+        for layer, width in enumerate(widths, 1):
+            theirs, ours = f"net.slice{stage}.{place}", f"conv{stage}_{layer}"
+            layout[f"{theirs}.weight"] = (ours, "kernel"), (width, before, 3, 3)
+            layout[f"{theirs}.bias"] = (ours, "bias"), (width,)
+            place, before = place + 2, width  # a ReLU follows
+        place += 1  # and a pooling
+        layout[f"lin{stage - 1}.model.1.weight"] = (f"lin{stage}",), (1, before, 1, 1)
+    return layout
+
+
+LAYOUT = _layout()
+
+
+def from_package(tensors: Tensors, what: str) -> Tensors:
+    """The package's state dict without its second copy of the linear layers (`lins.`), checked completely.
+
+    Args:
+        what: the file, for the messages.
+    Raises:
+        UserError: tensors are missing, extra or misshapen, all listed; have several dtypes; hold what LPIPS cannot have.
+    """
+    first = tensors.get("net.slice1.0.weight")
+    if first is not None and first.shape == ALEXNET_FIRST:
+        raise UserError(f'{what} is LPIPS with AlexNet, the default of the package; {REMEDY}')
+    kept = {}
+    for name, tensor in tensors.items():
+        original = tensors.get(name.replace("lins.", "lin", 1))
+        if not name.startswith("lins.") or original is None:
+            kept[name] = tensor
+        elif not np.array_equal(tensor.load(), original.load()):
+            raise UserError(f"{what}: {name} differs from {name.replace('lins.', 'lin', 1)}, of which it is a copy; {REMEDY}")
+    _check(kept, what)
+    return {name: kept[name] for name in LAYOUT}
+
+
+def write(path: Path, tensors: Tensors, origin: dict):
+    """Writes tensors of `from_package` as one .safetensors; a file that exists is replaced once the new one is whole.
+
+    Args:
+        origin: where they came from, kept as JSON in the header.
+    Raises:
+        UserError: the name does not end in .safetensors.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out={path} must end in .safetensors")
+    write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
+
+
+def load(path) -> dict:
+    """The params of `dit_jax.codecs.perceptual.lpips` as NumPy arrays in the file's dtype.
+
+    Args:
+        path: a .safetensors with the names of the lpips package, as `python -m dit_jax.convert --from=lpips` writes it.
+    Raises:
+        UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
+            have several dtypes; hold what LPIPS cannot have.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the weights of LPIPS are one .safetensors, made by "
+                        "python -m dit_jax.convert --from=lpips (see its --help)")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=lpips --weights={path}")
+    tensors = open_safetensors(path)[0]
+    _check(tensors, str(path))
+    params = {}
+    for name, (keys, shape) in LAYOUT.items():
+        array = tensors[name].load()
+        # OIHW to HWIO; [1, C, 1, 1] to [C].
+        array = array.transpose(2, 3, 1, 0) if keys[-1] == "kernel" else array.reshape(max(shape))
+        node = params
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = np.ascontiguousarray(array)
+    return params
+
+
+def _check(tensors: Tensors, what: str):
+    check(tensors, {name: shape for name, (_, shape) in LAYOUT.items()}, what)
+    common_dtype(tensors, what)
+    for name, tensor in tensors.items():
+        array = tensor.load().astype(np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{what}: {name} holds NaN or infinity; {REMEDY}")
+        if name.startswith("lin") and array.min() < 0:
+            raise UserError(f"{what}: {name} holds {array.min()}; a distance has no negative weights; {REMEDY}")
+        if name == "scaling_layer.scale" and array.min() <= 0:
+            raise UserError(f"{what}: {name} holds {array.min()}, and is divided by; {REMEDY}")
