@@ -145,6 +145,8 @@ def test_whole_shards_are_not_encoded_again(whole, weights, compiled, tmp_path, 
 @pytest.mark.parametrize("hosts", [2, 5])
 def test_any_number_of_hosts_writes_the_same_files(whole, weights, compiled, hosts, tmp_path):
     """Names or bytes that depend on the host; a shard encoded by nobody, or a manifest before all are there."""
+    for leftover in ("settings.json.7", "settings.json.8.partial"):  # of another number of hosts, killed
+        (tmp_path / leftover).write_text("{")
     for index in reversed(range(hosts)):
         encode_shards(job(weights), tmp_path, SHARE, 4, index, hosts)
         if index:
@@ -160,6 +162,26 @@ def test_any_number_of_devices_writes_the_same_files(whole, weights, tmp_path, m
     monkeypatch.setattr(jax, "local_devices", lambda: device)
     encode(job(weights), tmp_path, SHARE)
     assert contents(tmp_path) == whole[2]
+
+
+def test_a_repair_that_is_stopped(whole, weights, compiled, tmp_path, monkeypatch):
+    """A cache that calls itself finished, or a shard whole, while its files are being replaced."""
+    folder = copy_to(tmp_path / "cache", whole[2])
+    flip_byte(folder / "00001-of-00003.labels.npy")
+    replace = os.replace
+
+    def failing(a, b):
+        if str(b).endswith("00001-of-00003.labels.npy"):
+            raise InterruptedError("killed")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(InterruptedError):
+        encode(job(weights), folder, SHARE)
+    assert not (folder / "manifest.json").exists() and not (folder / "00001-of-00003.json").exists()
+    monkeypatch.setattr(os, "replace", replace)
+    encode(job(weights), folder, SHARE)
+    assert contents(folder) == whole[2]
 
 
 KINDS = {kind: latent_files.shard_file(1, 3, kind) for kind in latent_files.SUFFIXES} | {
@@ -222,12 +244,18 @@ def test_too_many_bad_records(weights, compiled, share, text, tmp_path):
     assert share == 1.0 or "record 11: photograph 11" in str(error.value)
 
 
-def test_moments_beyond_float16_name_the_record(weights, tmp_path):
+def test_moments_beyond_float16_name_the_record(weights, tmp_path, monkeypatch):
     """Infinities in a cache, found when the loss is not a number."""
-    huge = jax.tree.map(lambda x: x, weights)
-    huge["encoder"]["quant_conv"] = {k: v * 1e7 for k, v in huge["encoder"]["quant_conv"].items()}
-    with pytest.raises(UserError, match=r"record 0 \(photograph-0.png\) has moments from"):
-        encode(job(huge), tmp_path, SHARE)
+    fetched = encoding.DeviceEncoder._fetched
+
+    def overflow(self, batch, moments):
+        moments = np.array(fetched(self, batch, moments)[1])
+        moments[2 * batch["index"].tolist().index(12) + 1, 1, 2, 3] = 66_000  # of the mirror image
+        return batch, moments
+
+    monkeypatch.setattr(encoding.DeviceEncoder, "_fetched", overflow)
+    with pytest.raises(UserError, match=r"record 12 \(photograph-12.png\) has moments from .* to 6.6e\+04"):
+        encode(job(weights), tmp_path, SHARE)
     assert not list(tmp_path.glob("*.npy"))
 
 
