@@ -9,10 +9,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
+from dit_jax.data.latent_loader import LatentLoader, resident_moments
+from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import TFDS, Digits, ImageFolder
+from dit_jax.data.tars import TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow
@@ -20,17 +24,20 @@ from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.process import Prediction
 from dit_jax.errors import UserError
-from dit_jax.interop import vae
+from dit_jax.interop import lpips
 from dit_jax.models.dit import DiT
 from dit_jax.parallel.mesh import make_mesh, replicated, rows_per_step
+from dit_jax.training.autoencoder_task import AutoencoderTask
+from dit_jax.training.diffusion_task import DiffusionTask
 from dit_jax.training.optimizer import adamw
-from dit_jax.training.task import DiffusionTask
 
 TABLES = {
+    "task": {"diffusion": DiffusionTask, "autoencoder": AutoencoderTask},
     "model": {"dit": DiT},
     "process": {"gaussian": Gaussian, "flow": Flow},
     "codec": {"pixels": Pixels, "kl_vae": KLVAE},
-    "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS},
+    "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS, "tars": TarShards,
+             "latents": LatentCache},
     "transform": {"image": ImageTransform},
     "optimizer": {"adamw": adamw},
     "sampler": {"ddpm": samplers.Ancestral, "ddim": samplers.DDIM, "euler": samplers.Euler, "heun": samplers.Heun,
@@ -71,23 +78,9 @@ def mesh(config):
 
 
 def codec(config):
-    fields = dict(config.codec)
-    fields.pop("path", None)
-    return construct("codec", fields)
-
-
-def codec_params(config, mesh):
-    """The codec's frozen parameters, replicated over the mesh; {} for pixels.
-
-    Raises:
-        UserError: the codec needs weights and `codec.path` is empty or does not hold them.
-    """
-    if config.codec.name == "pixels":
-        return {}
-    if not config.codec.path:
-        raise UserError("codec.path is empty; give the folder or .safetensors file of the VAE's weights "
-                        "(--config.codec.path=...)")
-    return jax.device_put(vae.load_diffusers(config.codec.path, codec(config)), replicated(mesh))
+    """The codec; fields that are None take the constructor's default (`codec_weights.settle` fills them from the weights)."""
+    places = ("path", "sha256")
+    return construct("codec", {k: v for k, v in config.codec.items() if v is not None and k not in places})
 
 
 def latent_shape(config) -> tuple[int, int, int]:
@@ -114,13 +107,10 @@ def network(config):
     return net
 
 
-def task(config) -> DiffusionTask:
-    """The training task; checks all that can be checked without data or devices."""
-    if config.model.num_classes < 0:
-        raise UserError(f"model.num_classes is {config.model.num_classes}; it must be at least 0 (0 is unconditional)")
-    for field in ("label_dropout", "ema_decay"):
-        if not 0 <= config[field] < 1:
-            raise UserError(f"{field} is {config[field]}; it must lie in [0, 1)")
+def check_numbers(config):
+    """Raises a UserError for a number of the training loop that is out of its range."""
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay is {config.ema_decay}; it must lie in [0, 1)")
     for field in ("num_steps", "batch_size", "microbatches"):
         if config[field] < 1:
             raise UserError(f"{field} is {config[field]}; it must be at least 1")
@@ -128,32 +118,78 @@ def task(config) -> DiffusionTask:
         raise UserError(f"log.every_steps is {config.log.every_steps}; it must be at least 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}; it must lie in 0 to 2**32 - 1")
-    return DiffusionTask(
-        network=network(config),
-        process=construct("process", config.process),
-        codec=codec(config),
-        optimizer=construct("optimizer", config.optimizer),
-        latent_shape=latent_shape(config),
-        num_classes=config.model.num_classes,
-        label_dropout=config.label_dropout,
-        ema_decay=config.ema_decay,
-        microbatches=config.microbatches,
-    )
 
 
-def loader(config, mesh) -> Loader:
+def task(config):
+    """The training task; checks all that can be checked without data or devices."""
+    check_numbers(config)
+    shared = {"codec": codec(config), "optimizer": construct("optimizer", config.optimizer), "ema_decay": config.ema_decay,
+              "microbatches": config.microbatches}
+    if config.task.name == "autoencoder":
+        fields = {k: v for k, v in config.task.items() if k != "perceptual_path"} | {"discriminator": discriminator(config)}
+        return construct("task", fields, **shared, resolution=config.transform.resolution)
+    return construct("task", config.task, **shared, network=network(config), process=construct("process", config.process),
+                     latent_shape=latent_shape(config), num_classes=config.model.num_classes)
+
+
+def discriminator(config) -> PatchDiscriminator | None:
+    """The discriminator that an autoencoder's loss asks for; None where its weight is 0.
+
+    Raises:
+        UserError: the codec has nothing to train, or does not fit the images.
+    """
+    if config.codec.name == "pixels":
+        raise UserError("codec.name is 'pixels', which has nothing to train; name an autoencoder, such as kl_vae")
+    if config.codec.image_channels != config.transform.channels:
+        raise UserError(f"transform.channels = {config.transform.channels} and codec.image_channels = "
+                        f"{config.codec.image_channels} must be equal")
+    return PatchDiscriminator(**config.task.discriminator) if config.task.discriminator_weight else None
+
+
+def constants(config, mesh, loader, codec_params) -> dict:
+    """What a training step reads and does not change, on the mesh.
+
+    codec_params: of `codec_weights.settle`.
+
+    Raises:
+        UserError: task.perceptual_weight is not 0 and task.perceptual_path is empty or not LPIPS's weights.
+    """
+    if config.task.name == "autoencoder":
+        if not config.task.perceptual_weight:
+            return {}
+        if not config.task.perceptual_path:
+            raise UserError("task.perceptual_weight is not 0 and task.perceptual_path is empty: give LPIPS's weights as "
+                            "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0")
+        return {"perceptual": jax.device_put(lpips.load(config.task.perceptual_path), replicated(mesh))}
+    found = {"codec": jax.device_put(codec_params, replicated(mesh))}
+    if isinstance(loader, LatentLoader) and loader.resident:
+        found["moments"] = resident_moments(loader.source, mesh)
+    return found
+
+
+def loader(config, mesh):
     """This host's training batches; checks the data set against the model and the batch against the mesh."""
     ways = rows_per_step(mesh) * config.microbatches
     if config.batch_size % ways:
         raise UserError(f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x microbatches = "
                         f"{rows_per_step(mesh)} x {config.microbatches} = {ways}")
     source = construct("data", config.data)
-    if config.model.num_classes and source.num_classes != config.model.num_classes:
+    if config.task.name == "diffusion" and config.model.num_classes and source.num_classes != config.model.num_classes:
         raise UserError(f"the data set has {source.num_classes} classes and model.num_classes is "
                         f"{config.model.num_classes}; pass --config.model.num_classes={source.num_classes}, or 0 to train "
                         "without labels")
-    return Loader(source, construct("transform", config.transform), config.batch_size, config.seed, **config.loader,
-                  process_index=jax.process_index(), process_count=jax.process_count())
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    if config.data.name != "latents":
+        return Loader(source, transform(config), config.batch_size, config.seed, **config.loader, **place)
+    if config.task.name == "autoencoder":
+        raise UserError("data.name is 'latents', and an autoencoder is trained on images; give the data set that was encoded")
+    wanted = config.transform
+    source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip)
+    return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **place)
+
+
+def transform(config) -> ImageTransform:
+    return construct("transform", config.transform)
 
 
 def sampler(config):

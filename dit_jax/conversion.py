@@ -58,7 +58,7 @@ class Source:
 
 def config_of(sections) -> ml_collections.ConfigDict:
     """A whole config around the sections of a weights file, for `build`; training fields have the recipes' values."""
-    return ml_collections.ConfigDict({**recipes.training().to_dict(), **sections})
+    return ml_collections.ConfigDict({**recipes.diffusion().to_dict(), **sections})
 
 
 def network_params(config):
@@ -132,6 +132,9 @@ def _shapes(sections) -> dict[str, tuple[int, ...]]:
 
 def _read_workdir(source: Source) -> Weights:
     config = ml_collections.ConfigDict(read_config(source.path))
+    if config.task.name != "diffusion":
+        raise UserError(f"{source.path} is the run of an autoencoder: its weights are in {source.path}/codec, as diffusers reads "
+                        "them, when it has finished")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     init = build.task(config).init
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

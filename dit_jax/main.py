@@ -1,4 +1,4 @@
-"""Trains a diffusion transformer, or goes on where the folder stands; then draws samples and scores them if the config asks.
+"""Trains a diffusion transformer or an autoencoder, or goes on where the folder stands; then shows and scores what it learned.
 
     python -m dit_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
@@ -6,10 +6,8 @@
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. The same command again resumes.
 """
 
-import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -22,22 +20,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metri
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the cluster is not detected.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator_address.")
-
-
-def draw_final_samples(config, run, path: Path):
-    """Writes config.evaluation.num_images samples from the moving average to `path`; returns them."""
-    from dit_jax import build
-    from dit_jax.training import samples_file
-    from dit_jax.training.generate import Generator, spread_labels
-
-    labels = spread_labels(config.evaluation.num_images, config.model.num_classes)
-    generator = Generator(run.task, run.mesh, build.sampler(config), build.guidance(config), config.evaluation.batch_size,
-                          config.seed)
-    start = time.monotonic()
-    images = generator(run.state.ema_params, run.constants, labels, say_progress=True)
-    if jax.process_index() == 0:
-        samples_file.write(path, images, labels, samples_file.describe(config, int(run.state.step), config.seed))
-        console.say(f"{len(images)} samples in {time.monotonic() - start:.1f} s: {path} and {path.with_suffix('.png')}")
 
 
 def chosen_config():
@@ -59,24 +41,18 @@ def main() -> dict:
 
     hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     from dit_jax import build
-    from dit_jax.training import score
-    from dit_jax.training.loop import train
+    from dit_jax.training.loop import SHOWN_BY, train
 
     workdir = Path(WORKDIR.value).expanduser().absolute()
     build.task(config)
-    if config.evaluation.num_images and config.evaluation.reference:
-        side = config.transform.resolution
-        score.check(config.evaluation.reference, config.evaluation.features, (side, side, config.transform.channels))
+    shown_by = SHOWN_BY[config.task.name]
+    shown_by.check(config)
     run = train(config, workdir)
     step = int(run.state.step)
     result = {"step": step, "loss": run.loss, "images_per_second": run.images_per_second, "stopped": run.stopped,
               "workdir": str(workdir), "checkpoint": str(workdir / "checkpoints" / str(step)), "samples": None}
-    if config.evaluation.num_images and not run.stopped:
-        path = workdir / "samples" / f"{step:08d}_final.npz"
-        draw_final_samples(config, run, path)
-        result["samples"] = str(path)
-        if config.evaluation.reference and jax.process_index() == 0:
-            result |= score.evaluate(path, config.evaluation.reference, config.evaluation.features)
+    if not run.stopped:
+        result |= shown_by.finish(run, workdir)
     return result
 
 

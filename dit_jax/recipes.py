@@ -2,11 +2,11 @@
 
 A config has one section per object. Most sections are a constructor's `name` and keyword arguments, so the constructors in
 `build.py` are the schema:
-  model      network             process   diffusion process       codec      autoencoder
-  data       source of examples  transform of an example           loader     how batches are read
-  optimizer  sampler, guidance   of previews and the final samples
-The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, label_dropout, mesh,
-checkpoint, log, preview, evaluation.
+  task       what is learned     model     network                 process    diffusion process
+  codec      autoencoder         data      source of examples      transform  of an example
+  loader     how batches are read          optimizer               sampler, guidance of previews and the final samples
+The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, mesh, checkpoint, log,
+preview, evaluation.
 """
 
 import re
@@ -49,26 +49,32 @@ def model(size: str) -> dict:
 
 
 def training() -> ml_collections.ConfigDict:
-    """The paper's optimisation (section 4) and the fields that every config has."""
+    """The fields that every config has, with the paper's optimisation (section 4)."""
     return ml_collections.ConfigDict({
         "seed": 0,
         "num_steps": 400_000,
         "batch_size": 256,
         "microbatches": 1,
-        "label_dropout": 0.1,
         "ema_decay": 0.9999,
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "optimizer": {"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
                       "warmup_steps": 0, "decay_steps": config_dict.placeholder(int),
                       "clip_norm": config_dict.placeholder(float)},
-        "loader": {"num_workers": 0, "num_threads": 16},
+        "loader": {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001},
         "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
         "log": {"every_steps": 100},
         "preview": {"every_steps": 10_000, "num_images": 64},
-        "evaluation": {"num_images": 0, "batch_size": 128, "reference": "", "features": "pixels"},
-        "guidance": {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int),
-                     "low": 0.0, "high": 1.0},
+        "evaluation": {"num_images": 0, "batch_size": 128, "features": "pixels"},
     })
+
+
+def diffusion() -> ml_collections.ConfigDict:
+    """`training` for a diffusion model: label dropout, guidance, samples scored against a reference."""
+    c = training()
+    c.task = {"name": "diffusion", "label_dropout": 0.1}
+    c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
+    c.evaluation.reference = ""
+    return c
 
 
 def gaussian() -> dict:
@@ -128,10 +134,10 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
 
     Set `data.path` to the folder of a TFDS ImageNet and `codec.path` to the VAE's weights.
     """
-    c = training()
+    c = diffusion()
     c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
     c.process = gaussian()
-    c.codec = {"name": "kl_vae", "path": "", "scale": 0.18215}
+    c.codec = {"name": "kl_vae", "path": "", "sha256": "", "scale": 0.18215}
     c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train"}
     c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
@@ -152,7 +158,7 @@ def sit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
 
 def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> ml_collections.ConfigDict:
     """DiT directly on the pixels of a folder of photographs, one sub-folder per class; set `data.path`."""
-    c = training()
+    c = diffusion()
     c.model = {**model(size), "num_classes": num_classes}
     c.process = gaussian()
     c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 0.5}
@@ -172,7 +178,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero",
     """
     if process not in PROCESSES:
         raise UserError(f"no process {process!r}; choose one of {', '.join(PROCESSES)}")
-    c = training()
+    c = diffusion()
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 128, 0.99
     c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
     c.process = PROCESSES[process]()
@@ -185,4 +191,105 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero",
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})
     c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
+    return c
+
+
+def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDict:
+    """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are switched off."""
+    c = training()
+    c.task = {"name": "autoencoder", "kl_weight": kl_weight, "perceptual_weight": 0.0, "perceptual_path": "",
+              "discriminator_weight": 0.0, "discriminator_start_step": 0,
+              "discriminator": {"base_features": 64, "num_layers": 3, "norm_groups": 32}}
+    c.codec = {"name": "kl_vae", "use_quant_conv": True, "scale": 1.0, "dtype": "float32", **codec}
+    c.ema_decay = 0.999
+    c.evaluation.update({"split": config_dict.placeholder(str), "normalize": "scale"})
+    return c
+
+
+# Sizes of the autoencoders trained here; the configs that diffuse in their latents name the same.
+DIGITS_CODEC = {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 2, "image_channels": 1,
+                "norm_groups": 8}
+PLANE_CODEC = {**DIGITS_CODEC, "block_out_channels": (32, 64, 64, 64)}
+FOLDER_CODEC = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4, "image_channels": 3,
+                "norm_groups": 16}
+
+
+def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
+    """Stable Diffusion's autoencoder on ImageNet, as latent diffusion trains it (Rombach et al. 2022, their kl-f8 config).
+
+    Set `data.path` to the folder of a TFDS ImageNet and `task.perceptual_path` to LPIPS's weights.
+    """
+    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "image_channels": 3,
+             "norm_groups": 32, "dtype": "bfloat16"}
+    c = autoencoder(sizes)
+    c.task.update({"perceptual_weight": 1.0, "discriminator_weight": 0.5, "discriminator_start_step": 50_001})
+    c.num_steps, c.batch_size, c.ema_decay = 400_000, 96, 0.9999
+    c.optimizer.update({"learning_rate": 1e-4, "b1": 0.5, "b2": 0.9})
+    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train"}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.evaluation.update({"num_images": 10_000, "split": "validation"})
+    return c
+
+
+def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
+    """A small autoencoder (f4, 4 channels) on a folder of photographs; set `data.path`."""
+    c = autoencoder(FOLDER_CODEC)
+    c.num_steps, c.batch_size, c.ema_decay = 2_000, 16, 0.99
+    c.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "decay_steps": 2_000, "clip_norm": 1.0})
+    c.data = {"name": "folder", "path": "", "split": ""}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.log.every_steps = 20
+    c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 500, "num_images": 20})
+    c.evaluation.update({"num_images": 100})
+    return c
+
+
+def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
+    """A small autoencoder on the digits: 8 x 8 pixels to 4 x 4 x 2 numbers ("grid"), or to 2 ("plane").
+
+    Trains on the first 1,500, is judged on the other 297, which other people wrote.
+
+    Raises:
+        UserError: no such latent.
+    """
+    if latent not in ("grid", "plane"):
+        raise UserError(f"no latent {latent!r}; choose grid or plane")
+    c = autoencoder(DIGITS_CODEC if latent == "grid" else PLANE_CODEC, kl_weight=1e-3 if latent == "grid" else 0.08)
+    c.num_steps, c.batch_size, c.ema_decay = 1_000, 128, 0.99
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 1_000, "clip_norm": 1.0})
+    c.data = {"name": "digits", "path": "", "split": "train"}
+    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False}
+    c.loader.num_threads = 2
+    c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 500, "num_images": 50})
+    c.evaluation.update({"num_images": 297, "batch_size": 100, "split": "test"})
+    return c
+
+
+def in_latents(c: ml_collections.ConfigDict, codec: dict) -> ml_collections.ConfigDict:
+    """The config, diffusing in the latents of an autoencoder of these sizes; set `codec.path` to the run that trained it.
+
+    The scale and shift of the latents are those that its run measured.
+    """
+    c.codec = {"name": "kl_vae", "path": "", "sha256": "", "use_quant_conv": True, **codec,
+               "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
+    return c
+
+
+def digits_latent() -> ml_collections.ConfigDict:
+    """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
+    c = in_latents(digits(), DIGITS_CODEC)
+    c.model.patch_size = 1
+    return c
+
+
+def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0) -> ml_collections.ConfigDict:
+    """DiT on a latent cache of a folder of photographs, encoded by `vae_folder`.
+
+    Set `data.path` to the cache (`python -m dit_jax.encode`) and `codec.path` to the autoencoder's workdir.
+    """
+    c = in_latents(folder(size, resolution, num_classes), FOLDER_CODEC)
+    c.data = {"name": "latents", "path": "", "verify": True}
+    c.loader = {"resident": False}
     return c

@@ -20,7 +20,7 @@ from dit_jax.errors import UserError
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest good one if not given.")
 WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
-CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of the VAE; the config's codec.path if not given.")
+CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of the same latents; the run's own if not given.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
 LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; all in turn if not given.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
@@ -66,9 +66,7 @@ def override(config: ml_collections.ConfigDict):
     if CODEC_PATH.value is not None:
         if "path" not in config.codec:
             raise UserError(f"--codec_path={CODEC_PATH.value}: the codec {config.codec.name!r} has no weights; leave it out")
-        config.codec.path = CODEC_PATH.value
-    if config.codec.get("path") == "":
-        raise UserError("the weights of the VAE are elsewhere: give their folder or .safetensors file with --codec_path")
+        config.codec.path, config.codec.sha256 = CODEC_PATH.value, ""
 
 
 def read_source(path: Path) -> tuple[ml_collections.ConfigDict, dict | None]:
@@ -84,10 +82,8 @@ def read_source(path: Path) -> tuple[ml_collections.ConfigDict, dict | None]:
     return ml_collections.ConfigDict(read_config(path)), None
 
 
-def load_params(path: Path, init, mesh, step: int | None = None):
+def load_params(path: Path, task, mesh, step: int | None = None):
     """(moving-average parameters on the mesh, their step or None) of a run or a weights file.
-
-    init: key -> TrainState.
 
     Raises:
         UserError: the run has no such checkpoint.
@@ -96,7 +92,7 @@ def load_params(path: Path, init, mesh, step: int | None = None):
     from dit_jax.training.checkpoint import restore_subtree
     from dit_jax.training.state import abstract_state
 
-    abstract = abstract_state(init, mesh).ema_params
+    abstract = abstract_state(task, mesh).ema_params
     if path.suffix == ".safetensors":
         return jax.device_put(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
     try:
@@ -118,7 +114,7 @@ def what_is_predicted(config) -> dict:
     training_only = ("min_snr_gamma", "time_distribution", "logit_mean", "logit_std")
     return {
         "process": {k: v for k, v in config.process.items() if k not in training_only},
-        "codec": {k: v for k, v in config.codec.items() if k != "path"},
+        "codec": {k: v for k, v in config.codec.items() if k not in ("path", "sha256", "dtype")},
         "resolution": config.transform.resolution,
         "number of classes": config.model.num_classes,
     }
@@ -143,8 +139,9 @@ def load_weak(config, mesh) -> Weak | None:
         if others[name] != value:
             raise UserError(f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
                             f"{value}); both must have the same")
+    other.codec = config.codec
     task = build.task(other)
-    return Weak(task, load_params(path, task.init, mesh)[0])
+    return Weak(task, load_params(path, task, mesh)[0])
 
 
 def choose_labels(num_classes: int):
@@ -170,7 +167,8 @@ def main() -> dict:
     if out.suffix != ".npz":
         raise UserError(f"--out={OUT.value} must end in .npz")
     from dit_jax import build
-    from dit_jax.training import samples_file
+    from dit_jax.parallel.mesh import replicated
+    from dit_jax.training import codec_weights, samples_file
 
     samples_file.check_writable(out)
     from dit_jax.training.generate import Generator
@@ -181,9 +179,14 @@ def main() -> dict:
     if WEIGHTS.value is not None and STEP.value is not None:
         raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
     config, origin = read_source(source)
+    if config.task.name != "diffusion":
+        raise UserError(f"{source} is the run of an autoencoder, which draws nothing by itself: give {source} as codec.path to a "
+                        "diffusion run")
     override(config)
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # the devices at hand now, whatever trained it
     mesh = build.mesh(config)
+    own_codec = WORKDIR.value is not None and CODEC_PATH.value is None
+    config, codec_params = codec_weights.settle(config, source if own_codec else None)
     task = build.task(config)
     labels = choose_labels(task.num_classes)
     ways = build.rows_per_step(mesh)
@@ -191,8 +194,8 @@ def main() -> dict:
     sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
     weak = load_weak(config, mesh)
     generator = Generator(task, mesh, sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
-    constants = build.codec_params(config, mesh)
-    params, step = load_params(source, task.init, mesh, STEP.value)
+    constants = {"codec": jax.device_put(codec_params, replicated(mesh))}
+    params, step = load_params(source, task, mesh, STEP.value)
     console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
                 f"{config.guidance.scale}")
     start = time.monotonic()

@@ -24,7 +24,7 @@ def load(name, *args):
 
 def state_of(config, mesh):
     config.lock()
-    return abstract_state(build.task(config).init, mesh)
+    return abstract_state(build.task(config), mesh)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -58,7 +58,7 @@ def test_bad_imagenet_argument(arg, text):
     ({"model.dtype": "float64"}, "must be one of float32"),
     ({"model.name": "unet"}, "must be one of dit"),
     ({"process.schedule": "exponential"}, "must be one of linear"),
-    ({"label_dropout": 1.5}, r"must lie in \[0, 1\)"),
+    ({"task.label_dropout": 1.5}, r"must lie in \[0, 1\)"),
     ({"optimizer.learning_rate": -1.0}, "must be positive"),
     ({"num_steps": 0}, "at least 1"),
     ({"model.num_classes": -1}, "at least 0"),

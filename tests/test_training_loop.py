@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from dit_jax.errors import UserError
-from dit_jax.training import loop
+from dit_jax.training.diffusion_task import DiffusionTask
 from dit_jax.training.loop import Diverged, train
 from dit_jax.training.workdir import Workdir
 
@@ -86,7 +86,7 @@ def test_finished_run_trains_no_more(whole):
 
 def test_diverged_run_stops(tmp_path, monkeypatch):
     """A run that goes on with NaN for days, or one bad step that ends it."""
-    monkeypatch.setattr(loop.DiffusionTask, "loss", nan_loss(loop.DiffusionTask.loss))
+    monkeypatch.setattr(DiffusionTask, "loss", nan_loss(DiffusionTask.loss))
     with pytest.raises(Diverged, match=r"not finite for the last 1\d steps"):
         train(tiny.config(num_steps=30), tmp_path / "run")
 

@@ -86,7 +86,7 @@ def arrays(checkpoints):
     from dit_jax.training.workdir import read_config
 
     config = ml_collections.ConfigDict(read_config(checkpoints.parent))
-    state = abstract_state(build.task(config).init, build.make_mesh(1, 1, 1, jax.devices()[:1]))
+    state = abstract_state(build.task(config), build.make_mesh(1, 1, 1, jax.devices()[:1]))
     names = ("params", "ema_params", "opt_state")
     restored, _, step = restore_subtree(checkpoints, {name: getattr(state, name) for name in names})
     assert step == 120

@@ -31,19 +31,55 @@ def config(**overrides):
     c.evaluation.update({"num_images": 0})
     c.sampler.num_steps = 4
     c.mesh.data = -1
+    return override(c, overrides).lock()
+
+
+def override(c, overrides):
     for path, value in overrides.items():
         *sections, field = path.split("__")
         section = c
         for name in sections:
             section = section[name]
         section[field] = value
-    return c.lock()
+    return c
 
 
-def distance(a, b):
-    """Largest |a - b| over largest |b|, over all leaves."""
+def distance(a, b, floor=1e-9):
+    """Largest |a - b| over largest |b| + floor, over all leaves; floor is where a leaf's values are rounding alone."""
     worst = 0.0
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
-        worst = max(worst, float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-9)))
+        worst = max(worst, float(jnp.abs(x - y).max() / (jnp.abs(y).max() + floor)))
     return worst
+
+
+def tiny_codec(c):
+    """Makes the sizes of a digits autoencoder, or of the config that diffuses in its latents, small enough for a test."""
+    c.codec.update({"block_out_channels": (8, 16), "norm_groups": 4})
+    return c
+
+
+def shorten(c, **overrides):
+    """Few steps, no previews; then overrides as in `config`."""
+    c.update({"num_steps": 4, "batch_size": 16})
+    c.checkpoint.update({"every_steps": 2})
+    c.log.every_steps = 2
+    c.preview.update({"every_steps": 0})
+    c.evaluation.update({"num_images": 0})
+    return override(c, overrides).lock()
+
+
+def autoencoder(**overrides):
+    """configs/vae_digits.py, tiny, with a discriminator from the first step on unless overridden."""
+    c = tiny_codec(recipes.vae_digits())
+    c.task.update({"discriminator_weight": 0.5, "discriminator": {"base_features": 8, "num_layers": 1, "norm_groups": 4}})
+    return shorten(c, **overrides)
+
+
+def digits_latent(codec_path, **overrides):
+    """configs/digits_latent.py, tiny, in the latents of `autoencoder`."""
+    c = tiny_codec(recipes.digits_latent())
+    c.model.update({"depth": 1, "width": 32})
+    c.sampler.num_steps = 4
+    c.codec.path = str(codec_path)
+    return shorten(c, **overrides)

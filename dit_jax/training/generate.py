@@ -8,7 +8,7 @@ from dit_jax.console import Progress
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
-from dit_jax.training.task import DiffusionTask
+from dit_jax.training.diffusion_task import DiffusionTask
 
 
 def spread_labels(num_images: int, num_classes: int, labels: tuple[int, ...] = ()) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,17 +16,16 @@ from dit_jax.console import duration, say
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import replicated, shard_batch
-from dit_jax.training import summary
+from dit_jax.training import codec_weights, reconstructions, samples, summary
 from dit_jax.training.checkpoint import Checkpointer
-from dit_jax.training.generate import Generator, spread_labels
-from dit_jax.training.grid import write_image_grid
 from dit_jax.training.records import Records
 from dit_jax.training.signals import StopSignal
 from dit_jax.training.state import TrainState, abstract_state, create_sharded
-from dit_jax.training.task import DiffusionTask
+from dit_jax.training.task import Task
 from dit_jax.training.workdir import Workdir
 
 MAX_SKIPPED_STEPS = 10
+SHOWN_BY = {"diffusion": samples, "autoencoder": reconstructions}  # previews and final images of each task
 
 
 class Diverged(RuntimeError):
@@ -35,7 +36,9 @@ class Diverged(RuntimeError):
 class Run:
     """What training leaves behind, for sampling in the same process."""
 
-    task: DiffusionTask
+    config: ml_collections.ConfigDict
+    task: Task
+    source: Any
     mesh: Mesh
     constants: Any
     state: TrainState
@@ -90,7 +93,7 @@ class Meter:
                            "the last checkpoint")
 
 
-def compile_step(task: DiffusionTask, mesh: Mesh, seed: int, state, constants, batch):
+def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
     """(compiled step, zero sums, seconds): (state, sums, constants, batch) -> (state, sums), its first two arguments donated."""
     def step(state, sums, constants, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -107,15 +110,15 @@ def compile_step(task: DiffusionTask, mesh: Mesh, seed: int, state, constants, b
     return compiled, zeros, time.monotonic() - start
 
 
-def restore_or_create(config, task: DiffusionTask, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
+def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
     """The newest good checkpoint, or a new state where there is none.
 
     Raises:
         UserError: the data set is not the one that the checkpoint was trained on.
     """
-    restored = checkpointer.restore(abstract_state(task.init, mesh))
+    restored = checkpointer.restore(abstract_state(task, mesh))
     if restored is None:
-        return create_sharded(task.init, jax.random.key(config.seed), mesh)
+        return create_sharded(task, jax.random.key(config.seed), mesh)
     state, meta = restored
     if meta["data"] != fingerprint:
         raise UserError("the data set has changed since this run began (another version, split, file list or count); restore it, "
@@ -133,24 +136,29 @@ def train(config, workdir) -> Run:
         UserError: something in the config, the data or the folder is wrong; before any work.
         Diverged: see there.
     """
+    workdir = Path(workdir).expanduser().absolute()
     mesh = build.mesh(config)
+    build.task(config)
+    config, codec_params = codec_weights.settle(config, workdir)
     task = build.task(config)
     loader = build.loader(config, mesh)
-    constants = build.codec_params(config, mesh)
-    preview = make_preview(config, task, mesh)
+    constants = build.constants(config, mesh, loader, codec_params)
+    preview = SHOWN_BY[config.task.name].make_preview(config, task, mesh, loader.source)
     fingerprint = loader.source.fingerprint
 
     with (Workdir(workdir, config, hosts.is_first()) as folder,
           Checkpointer(folder.checkpoints, **config.checkpoint) as checkpointer,
           Records(folder.path, hosts.is_first()) as records,
           StopSignal() as stop):
+        if hosts.is_first() and codec_params:
+            codec_weights.keep(folder.path, task.codec, codec_params)
         state = restore_or_create(config, task, mesh, checkpointer, fingerprint)
         done = int(state.step)
         records.rewind(done)
-        say(summary.text(config, task, mesh, state, folder.path))
+        say(summary.text(config, task, mesh, folder.path))
         if done >= config.num_steps:
             say(f"step {done} of {config.num_steps} is reached: nothing to train")
-            return Run(task, mesh, constants, state, False, None, None)
+            return Run(config, task, loader.source, mesh, constants, state, False, None, None)
 
         with loader.batches(done) as batches:
             batch = shard_batch(mesh, next(batches))
@@ -176,27 +184,5 @@ def train(config, workdir) -> Run:
                 if not (last or stopped):
                     batch = shard_batch(mesh, next(batches))
             meter.report()
-    return Run(task, mesh, constants, state, stopped and done < config.num_steps, meter.loss, meter.images_per_second)
-
-
-def make_preview(config, task: DiffusionTask, mesh: Mesh):
-    """(folder, records, step, state, constants) -> seconds: writes a grid of images from the moving average."""
-    classes = max(config.model.num_classes, 1)
-    count = config.preview.num_images
-    if config.preview.every_steps and count < 1:
-        raise UserError(f"preview.num_images is {count}; it must be at least 1 (preview.every_steps = 0 turns previews off)")
-    labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
-    size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
-    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed)
-
-    def preview(folder, records, step, state, constants):
-        start = time.monotonic()
-        images = generator(state.ema_params, constants, labels)
-        if hosts.is_first():
-            path = folder / f"{step:08d}.png"
-            columns = classes if classes <= 20 and count >= classes else None
-            records.images(step, {"samples": write_image_grid(path, images, columns)})
-            say(f"samples in {path}")
-        return time.monotonic() - start
-
-    return preview
+    return Run(config, task, loader.source, mesh, constants, state, stopped and done < config.num_steps, meter.loss,
+               meter.images_per_second)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dit_jax.errors import UserError
 from dit_jax.training.grid import write_image_grid
@@ -37,6 +38,15 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):
         np.savez(file, arr_0=images, labels=labels, made_by=np.array(json.dumps(made_by)))
     os.replace(partial, path)
     write_image_grid(path.with_suffix(".png"), images[:100], columns=10 if len(images) >= 10 else None)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> Path:
+    """Writes uint8 [H, W, 3] as PNG, atomically; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    Image.fromarray(picture).save(partial, format="PNG")
+    os.replace(partial, path)
+    return path
 
 
 def read(path: Path) -> tuple[np.ndarray, dict | None]:

@@ -33,10 +33,14 @@ def read_reference(reference: str, shape: tuple[int, int, int]) -> np.ndarray:
     return images
 
 
-def check(reference: str, features: str, shape: tuple[int, int, int]):
-    """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
+def check_features(features: str):
     if features not in EXTRACTORS:
         raise UserError(f"features {features!r}; they must be one of {', '.join(EXTRACTORS)}")
+
+
+def check(reference: str, features: str, shape: tuple[int, int, int]):
+    """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
+    check_features(features)
     if reference == "digits" or reference.endswith(".npz"):
         read_reference(reference, shape)
     else:
@@ -49,8 +53,7 @@ def evaluate(samples, reference: str, features: str) -> dict:
     Raises:
         UserError: see `samples_file.read`, `read_reference`; unknown features.
     """
-    if features not in EXTRACTORS:
-        raise UserError(f"features {features!r}; they must be one of {', '.join(EXTRACTORS)}")
+    check_features(features)
     images, made_by = samples_file.read(Path(samples))
     others = read_reference(reference, images.shape[1:])
     extract = EXTRACTORS[features]

@@ -36,20 +36,20 @@ def new_state(params, optimizer) -> TrainState:
     )
 
 
-def abstract_state(init, mesh: Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings; nothing is computed.
+def abstract_state(task, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs that carry the shardings of the task's rules; nothing is computed.
 
-    init: key -> TrainState.
+    task: a `Task`.
     """
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                        rules.shardings(shapes, mesh))
+                        rules.shardings(shapes, mesh, task.rules))
 
 
-def create_sharded(init, key, mesh: Mesh) -> TrainState:
-    """Runs init under jit with the shardings of the rules: no array is ever whole on one device that should not be."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(init, mesh))
-    return jax.jit(init, out_shardings=shardings)(key)
+def create_sharded(task, key, mesh: Mesh) -> TrainState:
+    """Runs task.init under jit with the shardings of its rules: no array is ever whole on one device that should not be."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
+    return jax.jit(task.init, out_shardings=shardings)(key)
 
 
 def count_parameters(params) -> int:

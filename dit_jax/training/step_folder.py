@@ -7,10 +7,12 @@ here. Nothing in this module writes to disk.
 """
 
 import json
+import math
 import re
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -18,6 +20,7 @@ from dit_jax.errors import UserError
 from dit_jax.training.fingerprint import fingerprints, host_fingerprint, is_key, leaf_names
 
 _STEP_NAME = re.compile(r"^(0|[1-9]\d*)$")
+READ_BACK_BYTES = 256 * 2**20  # of host memory while a step is verified
 # Failures of the machine rather than of the files: they say nothing about the step, so they are raised as they are.
 _MACHINE_FAULTS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
@@ -118,8 +121,8 @@ def damage(path, abstract, partial=False):
 def read_back(path, treedef, names, stored, partial=False):
     """The reason why this process's share of the arrays on disk is not what was saved, or "" if it is.
 
-    The arrays are shared out round robin over the processes and read one at a time into host memory; nothing is
-    communicated, so this may run on a background thread and fail on one process alone.
+    The arrays are shared out round robin over the processes and read into host memory a few at a time (each reading parses
+    the whole step's metadata); nothing is communicated, so this may run on a background thread and fail on one process alone.
 
     Args:
         path: step folder.
@@ -127,19 +130,38 @@ def read_back(path, treedef, names, stored, partial=False):
         stored: {leaf name: [dtype, shape, fingerprint]}.
     """
     args = treedef.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(names))
-    for position in range(jax.process_index(), len(names), jax.process_count()):
-        item = [ocp.PLACEHOLDER] * len(names)
-        item[position] = 0
+    mine = range(jax.process_index(), len(names), jax.process_count())
+    for positions in _by_size(mine, [_stored_bytes(stored[name]) for name in names], READ_BACK_BYTES):
+        item = [0 if position in positions else ocp.PLACEHOLDER for position in range(len(names))]
         try:
             tree = _reader(_alone()).restore(path / "state", args=_restore_args(treedef.unflatten(item), args, partial))
-            value = host_fingerprint(treedef.flatten_up_to(tree)[position])
+            leaves = treedef.flatten_up_to(tree)
+            values = [host_fingerprint(leaves[position]) for position in positions]
         except Exception as error:
             _raise_machine_fault(error)
-            return f"{names[position]} cannot be read ({_brief(error)})"
-        saved = stored[names[position]][2]
-        if value != saved:
-            return f"{names[position]} differs from what was saved (read {value:#010x}, saved {saved:#010x})"
+            return f"{names[positions[0]]} (or one of the {len(positions)} read with it) cannot be read ({_brief(error)})"
+        for position, value in zip(positions, values, strict=True):
+            saved = stored[names[position]][2]
+            if value != saved:
+                return f"{names[position]} differs from what was saved (read {value:#010x}, saved {saved:#010x})"
     return ""
+
+
+def _stored_bytes(facts):
+    dtype, shape, _ = facts
+    return math.prod(shape) * (jnp.dtype(dtype).itemsize if "key" not in dtype else 8)
+
+
+def _by_size(positions, sizes, limit):
+    """Consecutive positions in lists of at most `limit` bytes, or of a single larger array."""
+    lists, total = [], limit
+    for position in positions:
+        total += sizes[position]
+        if total > limit:
+            lists.append([])
+            total = sizes[position]
+        lists[-1].append(position)
+    return lists
 
 
 def _check_structure(path, wanted, stored, partial):

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import jax
 
-from dit_jax.analysis.flops import dit_macs
-from dit_jax.training.state import TrainState, count_parameters
-from dit_jax.training.task import DiffusionTask
+from dit_jax.training.task import Task
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -38,18 +36,14 @@ def git_commit() -> str:
         return "unknown"
 
 
-def text(config, task: DiffusionTask, mesh, state: TrainState, workdir) -> str:
+def text(config, task: Task, mesh, workdir) -> str:
     """The summary that a run begins with."""
     device = mesh.devices.flat[0]
     axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    macs = dit_macs(task.network, task.latent_shape)
     return "\n".join((
         f"run        {workdir}",
-        f"model      {config.model.name} depth {config.model.depth} width {config.model.width} heads {config.model.heads} patch "
-        f"{config.model.patch_size} ({config.model.conditioning}): {count_parameters(state.params) / 1e6:.2f} M parameters, "
-        f"{macs / 1e9:.3f} GMACs per image",
-        f"latents    {' x '.join(map(str, task.latent_shape))} from {config.codec.name}",
+        *task.description(),
         f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) on {jax.process_count()} hosts, mesh {axes}",
-        f"training   to step {config.num_steps}, batch {config.batch_size}, {config.model.dtype}",
+        f"training   to step {config.num_steps}, batch {config.batch_size}",
         "versions   " + " ".join(f"{name} {version}" for name, version in versions().items()),
     ))

@@ -4,6 +4,7 @@
     checkpoints/  see `checkpoint`
     metrics.jsonl, tensorboard/   see `records`
     samples/      grids of images by step
+    codec/        the frozen codec of a diffusion run, or what an autoencoder run has made (see `codec_weights`)
 """
 
 import fcntl
@@ -17,8 +18,9 @@ from dit_jax.errors import UserError
 
 # May change when a run goes on; every other field makes it another run.
 RESUMABLE = ("num_steps", "mesh", "loader", "checkpoint", "log", "preview", "evaluation", "sampler", "guidance")
-# What changes the speed of a network and not what it computes.
-RESUMABLE_MODEL_FIELDS = ("model.attention", "model.remat", "model.unroll")
+# What changes the speed of a network and not what it computes, and places whose content is compared by its hash.
+RESUMABLE_FIELDS = ("model.attention", "model.remat", "model.unroll", "codec.path", "data.path", "data.verify",
+                    "task.perceptual_path")
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -39,7 +41,7 @@ def differences(old: dict, new: dict) -> list[str]:
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        may_change = key.split(".")[0] in RESUMABLE or key in RESUMABLE_MODEL_FIELDS
+        may_change = key.split(".")[0] in RESUMABLE or key in RESUMABLE_FIELDS
         if old.get(key) != new.get(key) and not may_change:
             lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return lines

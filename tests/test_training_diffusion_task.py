@@ -13,13 +13,14 @@ from dit_jax.training.loop import compile_step
 from dit_jax.training.state import abstract_state, create_sharded
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (4, 2, 1), (1, 1, 8)]
+CONSTANTS = {"codec": {}}
 BATCH = {"image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
          "label": np.arange(16, dtype=np.int32) % 10}
 
 
 def randomized(task, mesh):
     """A sharded state whose weights are not zero, the same numbers on every mesh."""
-    like = abstract_state(task.init, mesh)
+    like = abstract_state(task, mesh)
     rng = np.random.default_rng(7)
     params = jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(x.dtype), like.params)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
@@ -30,10 +31,10 @@ def randomized(task, mesh):
 def one_step(task, mesh, steps=1):
     state = randomized(task, mesh)
     batch = shard_batch(mesh, BATCH)
-    step, zeros, _ = compile_step(task, mesh, 0, state, {}, batch)
+    step, zeros, _ = compile_step(task, mesh, 0, state, CONSTANTS, batch)
     sums = zeros()
     for _ in range(steps):
-        state, sums = step(state, sums, {}, batch)
+        state, sums = step(state, sums, CONSTANTS, batch)
     return jax.device_get(state), jax.device_get(sums)
 
 
@@ -47,7 +48,7 @@ def single():
 
 def draw(task, mesh, count, batch_size=16, guidance=1.5):
     generator = Generator(task, mesh, Ancestral(4), Guidance(guidance), batch_size, seed=3)
-    return generator(randomized(task, mesh).params, {}, spread_labels(count, 10))
+    return generator(randomized(task, mesh).params, CONSTANTS, spread_labels(count, 10))
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -68,7 +69,7 @@ def test_one_device_is_every_mesh(single, shape):
 def test_state_is_split():
     """Parameters, moments or the average that stay whole on every device although the mesh could split them."""
     task = build.task(tiny.config(model__heads=8))
-    state = create_sharded(task.init, jax.random.key(0), make_mesh(2, 2, 2))
+    state = create_sharded(task, jax.random.key(0), make_mesh(2, 2, 2))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     assert held < 0.45 * sum(x.nbytes for x in jax.tree.leaves(state))
 
@@ -76,7 +77,7 @@ def test_state_is_split():
 def test_starts_at_the_parameters():
     """An average that starts from zeros, or shares its buffer with the parameters (donation would fail)."""
     task = build.task(tiny.config())
-    state = create_sharded(task.init, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
+    state = create_sharded(task, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
     assert tiny.distance(state.ema_params, state.params) == 0
     kernel = state.params["patch_embedding"]["kernel"]
     assert kernel.unsafe_buffer_pointer() != state.ema_params["patch_embedding"]["kernel"].unsafe_buffer_pointer()
@@ -85,8 +86,8 @@ def test_starts_at_the_parameters():
 def test_ema_follows_in_float32():
     """A decay applied to the wrong side, or an average kept in 16 bits, where 1 - 0.9999 vanishes."""
     task = build.task(tiny.config(model__param_dtype="bfloat16", ema_decay=0.9999))
-    state = create_sharded(task.init, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
-    new, _ = jax.jit(task.step)(state, {}, BATCH, jax.random.key(1))
+    state = create_sharded(task, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
+    new, _ = jax.jit(task.step)(state, CONSTANTS, BATCH, jax.random.key(1))
     for old, params, ema in zip(*(jax.tree.leaves(x) for x in (state.ema_params, new.params, new.ema_params)), strict=True):
         assert ema.dtype == jnp.float32
         np.testing.assert_allclose(ema, old + 1e-4 * (params.astype(jnp.float32) - old), atol=1e-9)
@@ -107,7 +108,7 @@ def test_skips_a_step_that_is_not_finite():
     state = randomized(task, make_mesh(1, 1, 1, jax.devices()[:1]))
     bad = state.replace(params=jax.tree.map(lambda x: x, state.params))
     bad.params["final"]["linear"]["bias"] = bad.params["final"]["linear"]["bias"] + jnp.nan
-    new, sums = jax.jit(task.step)(bad, {}, BATCH, jax.random.key(1))
+    new, sums = jax.jit(task.step)(bad, CONSTANTS, BATCH, jax.random.key(1))
     assert new.step == state.step + 1 and sums["skipped"][0] == 1 and sums["loss"][1] == 0
     for field in ("ema_params", "opt_state"):
         assert tiny.distance(getattr(new, field), getattr(bad, field)) == 0
@@ -116,7 +117,7 @@ def test_skips_a_step_that_is_not_finite():
 def test_loss_by_time():
     """Buckets that miss or double examples: their sums must add up to the whole."""
     task = build.task(tiny.config())
-    _, sums = jax.jit(task.step)(randomized(task, make_mesh(1, 1, 1, jax.devices()[:1])), {}, BATCH, jax.random.key(1))
+    _, sums = jax.jit(task.step)(randomized(task, make_mesh(1, 1, 1, jax.devices()[:1])), CONSTANTS, BATCH, jax.random.key(1))
     buckets = sum(sums[f"loss_t{b / 4:.2f}"] for b in range(4))
     np.testing.assert_allclose(buckets, sums["loss"], rtol=1e-5)
     assert sums["loss"][1] == 16
@@ -135,7 +136,7 @@ def test_label_and_guidance_reach_the_samples():
     task, mesh = build.task(tiny.config()), make_mesh(1, 1, 1, jax.devices()[:1])
     params = randomized(task, mesh).params
     def images(scale, labels):
-        return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(params, {}, np.array(labels))
+        return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(params, CONSTANTS, np.array(labels))
     base = images(1.0, [3, 3, 3, 3]).astype(int)
     assert np.abs(images(1.0, [4, 4, 4, 4]) - base).max() > 1
     assert np.abs(images(3.0, [3, 3, 3, 3]) - base).max() > 1
@@ -145,8 +146,8 @@ def test_label_and_guidance_reach_the_samples():
 def test_unconditional():
     """A network of 0 classes that still reads labels."""
     task, mesh = build.task(tiny.config(model__num_classes=0)), make_mesh(1, 1, 1, jax.devices()[:1])
-    state = create_sharded(task.init, jax.random.key(0), mesh)
+    state = create_sharded(task, jax.random.key(0), mesh)
     assert "label_embedding" not in state.params
-    new, _ = jax.jit(task.step)(state, {}, BATCH, jax.random.key(1))
-    images = Generator(task, mesh, DDIM(2), Guidance(1.0), 4, seed=0)(new.params, {}, spread_labels(4, 0))
+    new, _ = jax.jit(task.step)(state, CONSTANTS, BATCH, jax.random.key(1))
+    images = Generator(task, mesh, DDIM(2), Guidance(1.0), 4, seed=0)(new.params, CONSTANTS, spread_labels(4, 0))
     assert images.shape == (4, 8, 8, 1)

@@ -1,0 +1,64 @@
+"""What a diffusion run shows for itself: grids of images while it trains, samples and their score at the end."""
+
+import time
+from pathlib import Path
+
+import jax
+
+from dit_jax import build
+from dit_jax.console import say
+from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
+from dit_jax.training import samples_file, score
+from dit_jax.training.generate import Generator, spread_labels
+from dit_jax.training.grid import write_image_grid
+
+
+def check(config):
+    """Raises a UserError for what would only be found when the images are drawn or scored: before any training."""
+    if config.evaluation.num_images and config.evaluation.reference:
+        side = config.transform.resolution
+        score.check(config.evaluation.reference, config.evaluation.features, (side, side, config.transform.channels))
+
+
+def make_preview(config, task, mesh, source):
+    """(folder, records, step, state, constants) -> seconds: writes a grid of images from the moving average."""
+    classes = max(config.model.num_classes, 1)
+    count = config.preview.num_images
+    if config.preview.every_steps and count < 1:
+        raise UserError(f"preview.num_images is {count}; it must be at least 1 (preview.every_steps = 0 turns previews off)")
+    labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
+    size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
+    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed)
+
+    def preview(folder, records, step, state, constants):
+        start = time.monotonic()
+        images = generator(state.ema_params, constants, labels)
+        if hosts.is_first():
+            path = folder / f"{step:08d}.png"
+            columns = classes if classes <= 20 and count >= classes else None
+            records.images(step, {"samples": write_image_grid(path, images, columns)})
+            say(f"samples in {path}")
+        return time.monotonic() - start
+
+    return preview
+
+
+def finish(run, workdir: Path) -> dict:
+    """Draws config.evaluation.num_images samples from the moving average and scores them if the config names a reference."""
+    config = run.config
+    if not config.evaluation.num_images:
+        return {"samples": None}
+    path = workdir / "samples" / f"{int(run.state.step):08d}_final.npz"
+    labels = spread_labels(config.evaluation.num_images, config.model.num_classes)
+    generator = Generator(run.task, run.mesh, build.sampler(config), build.guidance(config), config.evaluation.batch_size,
+                          config.seed)
+    start = time.monotonic()
+    images = generator(run.state.ema_params, run.constants, labels, say_progress=True)
+    result = {"samples": str(path)}
+    if hosts.is_first():
+        samples_file.write(path, images, labels, samples_file.describe(config, int(run.state.step), config.seed))
+        say(f"{len(images)} samples in {time.monotonic() - start:.1f} s: {path} and {path.with_suffix('.png')}")
+    if config.evaluation.reference and jax.process_index() == 0:
+        result |= score.evaluate(path, config.evaluation.reference, config.evaluation.features)
+    return result
