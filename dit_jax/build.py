@@ -184,7 +184,8 @@ def loader(config, mesh):
     if config.task.name == "autoencoder":
         raise UserError("data.name is 'latents', and an autoencoder is trained on images; give the data set that was encoded")
     wanted = config.transform
-    source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip)
+    source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip,
+                 wanted.upright)
     return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **place)
 
 

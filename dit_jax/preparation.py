@@ -227,7 +227,7 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
     Raises:
         UserError: it was begun with other settings, or another split of it is unfinished.
     """
-    captions = any(_has_captions(source) for source in sources.values())
+    captions = any(source.has_captions for source in sources.values())
     plan = plan or {"format": FORMAT, "resolution": request.resolution, "captions": captions,
                     "class_names": next(iter(sources.values())).class_names, "splits": {}, "complete": False}
     # A split without captions beside one with them has empty ones.
@@ -251,10 +251,6 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
         plan["splits"][split] = {**pinned, "mean_bytes": round(mean), "shards": [None] * count}
         plan["complete"] = False
     return plan
-
-
-def _has_captions(source: ImageFolder | TarSource) -> bool:
-    return bool(source._captions) if isinstance(source, ImageFolder) else source.has_captions
 
 
 def _compare(request: Request, where: str, there: dict, asked: dict) -> None:

@@ -138,8 +138,9 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
     c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
     c.process = gaussian()
     c.codec = {"name": "kl_vae", "path": "", "sha256": "", "scale": 0.18215}
-    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train"}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train",
+              "caption_key": config_dict.placeholder(str)}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
 
@@ -163,7 +164,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     c.process = gaussian()
     c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 0.5}
     c.data = {"name": "folder", "path": "", "split": ""}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
     c.sampler = default_sampler("ddpm")
     c.log.every_steps = 20
     return c
@@ -184,7 +185,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero",
     c.process = PROCESSES[process]()
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
-    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False}
+    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
     c.loader.num_threads = 2
     c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
@@ -210,8 +211,8 @@ def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDi
 DIGITS_CODEC = {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 2, "image_channels": 1,
                 "norm_groups": 8}
 PLANE_CODEC = {**DIGITS_CODEC, "block_out_channels": (32, 64, 64, 64)}
-FOLDER_CODEC = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4, "image_channels": 3,
-                "norm_groups": 16}
+FOLDER_CODEC = {"block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 4, "image_channels": 3,
+                "norm_groups": 8}
 
 
 def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
@@ -225,23 +226,24 @@ def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
     c.task.update({"perceptual_weight": 1.0, "discriminator_weight": 0.5, "discriminator_start_step": 50_001})
     c.num_steps, c.batch_size, c.ema_decay = 400_000, 96, 0.9999
     c.optimizer.update({"learning_rate": 1e-4, "b1": 0.5, "b2": 0.9})
-    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train"}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
-    c.evaluation.update({"num_images": 10_000, "split": "validation"})
+    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train",
+              "caption_key": config_dict.placeholder(str)}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.evaluation.update({"num_images": 10_000, "split": "validation", "features": ""})
     return c
 
 
 def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
     """A small autoencoder (f4, 4 channels) on a folder of photographs; set `data.path`."""
     c = autoencoder(FOLDER_CODEC)
-    c.num_steps, c.batch_size, c.ema_decay = 2_000, 16, 0.99
-    c.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "decay_steps": 2_000, "clip_norm": 1.0})
+    c.num_steps, c.batch_size, c.ema_decay = 1_500, 16, 0.99
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
     c.data = {"name": "folder", "path": "", "split": ""}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True}
+    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
     c.log.every_steps = 20
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 20})
-    c.evaluation.update({"num_images": 100})
+    c.evaluation.update({"num_images": 100, "features": ""})
     return c
 
 
@@ -259,7 +261,7 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
     c.num_steps, c.batch_size, c.ema_decay = 1_000, 128, 0.99
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 1_000, "clip_norm": 1.0})
     c.data = {"name": "digits", "path": "", "split": "train"}
-    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False}
+    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
     c.loader.num_threads = 2
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})

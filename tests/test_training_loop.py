@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from dit_jax.errors import UserError
+from dit_jax.training import loop
 from dit_jax.training.diffusion_task import DiffusionTask
 from dit_jax.training.loop import Diverged, train
 from dit_jax.training.workdir import Workdir

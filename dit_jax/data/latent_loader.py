@@ -5,7 +5,8 @@ N records; B is the global batch size, P the number of processes (hosts), b = B 
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -104,6 +105,8 @@ class LatentLoader:
 
 class LatentBatches:
     """Iterator over the batches of consecutive steps, made ahead of time by one thread that ends when it is closed."""
+
+    bad_records: Mapping[int, str] = MappingProxyType({})  # as of `loader.Batches`; the encoder has left them out already
 
     def __init__(self, batch: Callable[[int], Batch], start_step: int):
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)

@@ -137,6 +137,7 @@ class ImageFolder:
         self._labels = np.asarray(labels, np.int32)
         captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
         self._captions = frozenset(text for text, _ in captions)
+        self.has_captions = bool(captions)
         facts = {"class_names": self.class_names, "count": len(images), "files": images}
         self.fingerprint = fingerprint(name="image_folder", **facts, **({"captions": captions} if captions else {}))
 

@@ -59,8 +59,8 @@ class AutoencoderTask:
                 raise UserError(f"task.{name} is {getattr(self, name)}; it must be at least 0 (0 turns it off)")
         self.codec.latent_shape(self.resolution)
         if self.perceptual_weight and self.resolution < SMALLEST_SIDE:
-            raise UserError(f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least {SMALLEST_SIDE} "
-                            f"pixels, not {self.resolution}; set it to 0")
+            raise UserError(f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "
+                            f"{SMALLEST_SIDE} pixels, not {self.resolution}; set it to 0")
         if self.discriminator is not None and self.resolution < self.discriminator.smallest_side:
             raise UserError(f"task.discriminator.num_layers is {self.discriminator.num_layers}, which needs images of at least "
                             f"{self.discriminator.smallest_side} pixels, not {self.resolution}; lower it, or set "
@@ -164,5 +164,5 @@ class AutoencoderTask:
         sizes = ", ".join(f"{name} {count_parameters(part) / 1e6:.2f} M" for name, part in params.items())
         encode, decode = gmacs(self.codec, self.resolution)
         latent = " x ".join(map(str, self.codec.latent_shape(self.resolution)))
-        return [f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; {encode:.3f} GMACs "
-                f"to encode an image, {decode:.3f} to decode"]
+        return [f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; "
+                f"{encode:.3f} GMACs to encode an image, {decode:.3f} to decode"]

@@ -38,7 +38,7 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
         path = vae.find(config.codec.path)
     else:
         raise UserError("codec.path is empty; give the folder or .safetensors file of the VAE's weights, or the --workdir of a "
-                        "run that trained one (--config.codec.path=...)")
+                        "run that trained one (--config.codec.path=... or, to sample, --codec_path=...)")
     config = ml_collections.ConfigDict(config.to_dict())
     if path.is_dir():
         stored = vae.read_codec(path)

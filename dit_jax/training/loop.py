@@ -61,6 +61,7 @@ class Meter:
         self.loss = self.images_per_second = None
         self.skipped_in_a_row = 0
         self.pending = None
+        self.bad_records = 0
 
     def defer(self, step: int, sums):
         self.pending = (step, sums)
@@ -78,7 +79,7 @@ class Meter:
         values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
         steps, skipped = step - self.last_step, int(sums["skipped"][0])
         seconds = now - self.last_time - self.paused_seconds
-        values["skipped"] = skipped
+        values["skipped"], values["bad_records"] = skipped, self.bad_records
         values["images_per_second"] = self.images_per_second = steps * self.batch_size / seconds
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
@@ -172,6 +173,7 @@ def train(config, workdir) -> Run:
                 done += 1
                 last = done == config.num_steps
                 meter.report()
+                meter.bad_records = len(batches.bad_records)
                 if done % config.log.every_steps == 0 or last:
                     meter.defer(done, sums)
                     sums = zeros()

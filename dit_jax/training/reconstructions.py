@@ -3,7 +3,6 @@
 N images, H x W x C images, h x w x c latents.
 """
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import build
-from dit_jax.analysis.latent_plane import plane_picture
-from dit_jax.codecs.kl_vae import split_moments
+from dit_jax.analysis.latent_plane import PALETTE, plane_picture
+from dit_jax.codecs.kl_vae import normalised, split_moments
 from dit_jax.console import say
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
@@ -69,7 +68,15 @@ def check(config):
                         "at most as many")
     if wanted == 1:
         raise UserError("evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)")
-    score.check_features(config.evaluation.features)
+    if wanted and config.evaluation.features:
+        side = config.transform.resolution
+        score.check_features(config.evaluation.features, (side, side, config.transform.channels))
+    if config.evaluation.normalize not in ("scale", "channel"):
+        raise UserError(f"evaluation.normalize is {config.evaluation.normalize!r}; it must be scale (one number) or channel")
+    classes = len(build.construct("data", config.data).class_names)
+    if is_plane(build.codec(config), config.transform.resolution) and classes > len(PALETTE):
+        raise UserError(f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
+                        "choose the images of some classes, or merge classes")
 
 
 def read(config, source, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +143,7 @@ def finish(run, workdir: Path) -> dict:
     """Writes the finished codec to <workdir>/codec, with the scale of its latents, and scores its reconstructions.
 
     The scale makes one posterior sample of a training image have unit variance over all channels (Rombach et al. 2022,
-    appendix G), or, with task.normalize = "channel", zero mean and unit variance in each channel.
+    appendix G), or, with evaluation.normalize = "channel", zero mean and unit variance in each channel.
     """
     config, params = run.config, jax.tree.map(hosts.to_host, run.state.ema_params["codec"])
     codec = run.task.codec
@@ -145,7 +152,9 @@ def finish(run, workdir: Path) -> dict:
 
     images, labels = read(config, run.source, STATISTICS_IMAGES)
     _, means, variances = reconstructor(placed, images)
-    codec = normalized(codec, means, variances, config.evaluation.normalize)
+    axes = (0, 1, 2) if config.evaluation.normalize == "channel" else None
+    std = np.sqrt(means.var(axes) + variances.mean(axes))
+    codec = normalised(codec, means.mean(axes) if config.evaluation.normalize == "channel" else 0.0, std)
     folder = workdir / codec_weights.FOLDER
     result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
     if hosts.is_first():
@@ -160,17 +169,8 @@ def finish(run, workdir: Path) -> dict:
     return result
 
 
-def normalized(codec, means, variances, how: str):
-    """The codec with the scale (and shift) that the posteriors [N, h, w, c] ask for."""
-    axes = (0, 1, 2) if how == "channel" else None
-    mean, variance = means.mean(axes), means.var(axes) + variances.mean(axes)
-    if how == "channel":
-        return dataclasses.replace(codec, shift=tuple(map(float, mean)), scale=tuple(map(float, variance**-0.5)))
-    return dataclasses.replace(codec, shift=0.0, scale=float(variance**-0.5))
-
-
 def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int) -> dict:
-    """PSNR, SSIM and Frechet distance of the evaluation images' reconstructions; writes both sets and a grid."""
+    """PSNR, SSIM and, with evaluation.features, Frechet distance of the evaluation images' reconstructions; writes both sets."""
     start = time.monotonic()
     images, labels = read(config, evaluation_source(config), config.evaluation.num_images)
     decoded, _, _ = reconstructor(params, images)
@@ -181,7 +181,8 @@ def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int
         samples_file.write(original, images, labels, {"data": config.data.to_dict()})
         samples_file.write(path, decoded, labels, made_by)
         write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
-        result |= score.evaluate(path, str(original), config.evaluation.features)
+        if config.evaluation.features:
+            result |= score.evaluate(path, str(original), config.evaluation.features)
         side = images.shape[1]
         window = min(11, side - 1 + side % 2)
         result |= {"psnr": float(psnr(images, decoded).mean()), "ssim": float(ssim(images, decoded, window).mean()),

@@ -1,6 +1,7 @@
 """From two sets of images to a score that says what was compared."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from dit_jax.errors import UserError
 from dit_jax.metrics.features import EXTRACTORS
 from dit_jax.metrics.frechet import frechet_distance, moments
 from dit_jax.training import samples_file
+
+MAX_PIXEL_FEATURES = 4_096
 
 
 def read_reference(reference: str, shape: tuple[int, int, int]) -> np.ndarray:
@@ -33,14 +36,18 @@ def read_reference(reference: str, shape: tuple[int, int, int]) -> np.ndarray:
     return images
 
 
-def check_features(features: str):
+def check_features(features: str, shape: tuple[int, int, int]):
+    """Raises a UserError if there are no such features, or their covariance would be too large for images of this shape."""
     if features not in EXTRACTORS:
         raise UserError(f"features {features!r}; they must be one of {', '.join(EXTRACTORS)}")
+    if features == "pixels" and math.prod(shape) > MAX_PIXEL_FEATURES:
+        raise UserError(f"features 'pixels' of {' x '.join(map(str, shape))} images are {math.prod(shape)} numbers, whose covariance "
+                        f"takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as 32 x 32 x 3")
 
 
 def check(reference: str, features: str, shape: tuple[int, int, int]):
     """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
-    check_features(features)
+    check_features(features, shape)
     if reference == "digits" or reference.endswith(".npz"):
         read_reference(reference, shape)
     else:
@@ -53,8 +60,8 @@ def evaluate(samples, reference: str, features: str) -> dict:
     Raises:
         UserError: see `samples_file.read`, `read_reference`; unknown features.
     """
-    check_features(features)
     images, made_by = samples_file.read(Path(samples))
+    check_features(features, images.shape[1:])
     others = read_reference(reference, images.shape[1:])
     extract = EXTRACTORS[features]
     distance = frechet_distance(moments(extract(images)), moments(extract(others)))
