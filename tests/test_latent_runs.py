@@ -163,3 +163,25 @@ def test_labels_travel(cache):
     assert manifest["class_names"] == list("0123456789")
     labels = build.LatentCache(cache).labels
     np.testing.assert_array_equal(labels, [build.Digits()[i]["label"] for i in range(1797)])
+
+
+@pytest.mark.slow
+def test_digits_in_latents(tmp_path):
+    """Both stages as the README has them, shorter: an autoencoder that blurs, a scale or patch in which nothing can be learned."""
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+    from test_whole_runs import run
+
+    vae_workdir, workdir, steps = tmp_path / "vae", tmp_path / "run", "--config.preview.every_steps=0"
+    first, _ = run("main", "--config=configs/vae_digits.py", f"--workdir={vae_workdir}", steps, "--config.num_steps=500",
+                   "--config.optimizer.decay_steps=500")
+    assert first["psnr"] > 25 and first["fid"] < 0.5
+    second, progress = run("main", "--config=configs/digits_latent.py", f"--config.codec.path={vae_workdir}",
+                           f"--workdir={workdir}", steps, "--config.num_steps=800", "--config.optimizer.decay_steps=800")
+    assert second["fid"] < 2.0, progress
+    shutil.rmtree(vae_workdir)
+    guided, _ = run("sample", f"--workdir={workdir}", "--num_samples=500", "--guidance_scale=1.5", f"--out={tmp_path / 'x.npz'}")
+    digits = load_digits()
+    judge = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
+    with np.load(guided["out"]) as samples:
+        assert (judge.predict(samples["arr_0"].reshape(500, 64) * (16 / 255)) == samples["labels"]).mean() > 0.9
