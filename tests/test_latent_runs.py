@@ -167,7 +167,7 @@ def test_labels_travel(cache):
 
 @pytest.mark.slow
 def test_digits_in_latents(tmp_path):
-    """Both stages as the README has them, shorter: an autoencoder that blurs, a scale or patch in which nothing can be learned."""
+    """Both stages as the README has them, shorter: an autoencoder that blurs, a scale or patch that nothing is learned in."""
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
     from test_whole_runs import run
@@ -182,6 +182,6 @@ def test_digits_in_latents(tmp_path):
     shutil.rmtree(vae_workdir)
     guided, _ = run("sample", f"--workdir={workdir}", "--num_samples=500", "--guidance_scale=1.5", f"--out={tmp_path / 'x.npz'}")
     digits = load_digits()
-    judge = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
+    judge = SVC(gamma=1e-3, C=10).fit(digits.data, digits.target)
     with np.load(guided["out"]) as samples:
         assert (judge.predict(samples["arr_0"].reshape(500, 64) * (16 / 255)) == samples["labels"]).mean() > 0.9
