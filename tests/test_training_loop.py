@@ -9,7 +9,8 @@ import tiny
 from dit_jax.errors import UserError
 from dit_jax.training import loop
 from dit_jax.training.diffusion_task import DiffusionTask
-from dit_jax.training.loop import Diverged, train
+from dit_jax.training.loop import train
+from dit_jax.training.meter import Diverged
 from dit_jax.training.workdir import Workdir
 
 python_logging.getLogger("absl").setLevel(python_logging.ERROR)
@@ -160,5 +161,11 @@ def test_preview_and_records(tmp_path):
     assert (tmp_path / "run" / "samples" / "00000002.png").is_file()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["width"] == 32
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
-    assert {"loss", "mse", "vb", "grad_norm", "images_per_second", "skipped", "loss_t0.00"} <= row.keys()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "loss" in row]
+    assert {"loss", "mse", "vb", "grad_norm", "images_per_second", "skipped", "loss_t0.00", "data_wait_seconds",
+            "checkpoint_seconds"} <= row.keys()
+    assert 0 < row["step_seconds_p50"] <= row["step_seconds_p99"]
+    compiled, _, shown, last = rows
+    assert compiled["compile_seconds"] > 0 and shown["preview_seconds"] > 0
+    assert 0 < last["goodput"] < 1 and last["idle_preview_seconds"] > 0.5 * shown["preview_seconds"]

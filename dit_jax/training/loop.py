@@ -8,28 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax import build
-from dit_jax.console import duration, say
+from dit_jax.console import say
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import replicated, shard_batch
 from dit_jax.training import codec_weights, reconstructions, samples, summary
 from dit_jax.training.checkpoint import Checkpointer
+from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
 from dit_jax.training.signals import StopSignal
 from dit_jax.training.state import TrainState, abstract_state, create_sharded
+from dit_jax.training.step_clock import IN_FLIGHT, StepClock
 from dit_jax.training.task import Task
 from dit_jax.training.workdir import Workdir
 
-MAX_SKIPPED_STEPS = 10
 SHOWN_BY = {"diffusion": samples, "autoencoder": reconstructions}  # previews and final images of each task
-
-
-class Diverged(RuntimeError):
-    """The loss or its gradient was not finite for many steps on end."""
 
 
 @dataclass
@@ -45,53 +41,6 @@ class Run:
     stopped: bool
     loss: float | None
     images_per_second: float | None
-
-
-class Meter:
-    """Turns the sums of an interval into a record and a line of progress.
-
-    Sums are read one step late: while the host waits for the numbers of step n, the device is at work on step n + 1.
-    """
-
-    def __init__(self, records: Records, batch_size: int, num_steps: int, step: int):
-        self.records, self.batch_size, self.num_steps = records, batch_size, num_steps
-        self.first_step = self.last_step = step
-        self.first_time = self.last_time = time.monotonic()
-        self.paused_seconds = 0.0
-        self.loss = self.images_per_second = None
-        self.skipped_in_a_row = 0
-        self.pending = None
-        self.bad_records = 0
-
-    def defer(self, step: int, sums):
-        self.pending = (step, sums)
-
-    def pause(self, seconds: float):
-        """Time spent on something else than training (previews), left out of the speed."""
-        self.paused_seconds += seconds
-
-    def report(self):
-        if self.pending is None:
-            return
-        (step, sums), self.pending = self.pending, None
-        sums = jax.device_get(sums)
-        now = time.monotonic()
-        values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
-        steps, skipped = step - self.last_step, int(sums["skipped"][0])
-        seconds = now - self.last_time - self.paused_seconds
-        values["skipped"], values["bad_records"] = skipped, self.bad_records
-        values["images_per_second"] = self.images_per_second = steps * self.batch_size / seconds
-        self.loss = values["loss"]
-        self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
-        left = (now - self.first_time) / (step - self.first_step) * (self.num_steps - step)
-        say(f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
-            f"{duration(left)} left" + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""))
-        self.last_step, self.last_time, self.paused_seconds = step, now, 0.0
-        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise Diverged(f"loss or gradient was not finite for the last {self.skipped_in_a_row} steps, up to step {step}; "
-                           "lower optimizer.learning_rate, set optimizer.clip_norm, or train in float32, and start again from "
-                           "the last checkpoint")
 
 
 def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
@@ -135,8 +84,9 @@ def train(config, workdir) -> Run:
 
     Raises:
         UserError: something in the config, the data or the folder is wrong; before any work.
-        Diverged: see there.
+        Diverged: see `meter`.
     """
+    clock = StepClock()
     workdir = Path(workdir).expanduser().absolute()
     mesh = build.mesh(config)
     build.task(config)
@@ -161,16 +111,22 @@ def train(config, workdir) -> Run:
             say(f"step {done} of {config.num_steps} is reached: nothing to train")
             return Run(config, task, loader.source, mesh, constants, state, False, None, None)
 
-        with loader.batches(done) as batches:
-            batch = shard_batch(mesh, next(batches))
-            step, zeros, seconds = compile_step(task, mesh, config.seed, state, constants, batch)
+        with loader.batches(done) as batches, clock:
+            with clock.spend("data"):
+                batch = shard_batch(mesh, next(batches))
+            with clock.spend("compile"):
+                step, zeros, seconds = compile_step(task, mesh, config.seed, state, constants, batch)
             say(f"compiled the training step in {seconds:.1f} s")
             records.scalars(done, {"compile_seconds": seconds})
-            sums, meter = zeros(), Meter(records, config.batch_size, config.num_steps, done)
+            copy = jax.jit(jnp.copy)  # of a sum, which the step after donates
+            sums, meter = zeros(), Meter(records, clock, config, task, mesh, done)
             stopped = False
             while done < config.num_steps and not stopped:
+                clock.wait(done + 1 - IN_FLIGHT)
+                dispatched = time.monotonic()
                 state, sums = step(state, sums, constants, batch)
                 done += 1
+                clock.dispatched(done, dispatched, copy(sums["skipped"]))
                 last = done == config.num_steps
                 meter.report()
                 meter.bad_records = len(batches.bad_records)
@@ -179,12 +135,20 @@ def train(config, workdir) -> Run:
                     sums = zeros()
                 stopped = stop.requested(done)
                 if checkpointer.due(done) or last or stopped:
-                    checkpointer.save(done, state, {"data": fingerprint})
+                    with clock.spend("checkpoint"):
+                        checkpointer.save(done, state, {"data": fingerprint})
                 if config.preview.every_steps and (done % config.preview.every_steps == 0 or last):
                     meter.report()
-                    meter.pause(preview(folder.samples, records, done, state, constants))
+                    with clock.spend("preview"):
+                        seconds = preview(folder.samples, records, done, state, constants)
+                    records.scalars(done, {"preview_seconds": seconds})
                 if not (last or stopped):
-                    batch = shard_batch(mesh, next(batches))
+                    with clock.spend("data"):
+                        batch = shard_batch(mesh, next(batches))
             meter.report()
+            clock.wait(done)
+            with clock.spend("checkpoint"):
+                checkpointer.wait()
+            meter.finish(done)
     return Run(config, task, loader.source, mesh, constants, state, stopped and done < config.num_steps, meter.loss,
                meter.images_per_second)

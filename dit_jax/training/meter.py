@@ -1,0 +1,122 @@
+"""The numbers of an interval of training: means over its steps, speed, and what held it up."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dit_jax.analysis import chips
+from dit_jax.analysis.flops import dit_macs
+from dit_jax.analysis.vae_flops import gmacs
+from dit_jax.console import duration, say
+from dit_jax.errors import UserError
+from dit_jax.training.autoencoder_task import AutoencoderTask
+from dit_jax.training.records import Records
+from dit_jax.training.step_clock import KINDS, StepClock
+from dit_jax.training.task import Task
+
+MAX_SKIPPED_STEPS = 10
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient was not finite for many steps on end."""
+
+
+def training_flops(task: Task) -> float:
+    """FLOPs that training on one image needs: three forwards of the trained network at two per multiply-add.
+
+    What is computed again to save memory, frozen networks and the optimizer are not counted.
+    """
+    if isinstance(task, AutoencoderTask):
+        return 6e9 * sum(gmacs(task.codec, task.resolution))
+    return 6 * dit_macs(task.network, task.latent_shape)
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """Dense bfloat16 FLOP/s of all devices of the mesh; None where the table of chips has no figure (CPU, an unlisted kind)."""
+    try:
+        chip = chips.of_device(mesh.devices.flat[0])
+    except UserError:
+        return None
+    return None if chip is None or chip.peak_flops is None else chip.peak_flops * mesh.devices.size
+
+
+def peak_bytes() -> int | None:
+    """The most memory that a device of this process has held since it started; None where devices do not tell (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
+
+
+class Meter:
+    """Turns the sums of an interval into a record and a line of progress.
+
+    Sums are read one step late: while the host waits for the numbers of step n, the device is at work on step n + 1.
+
+    A record has, beside the means of the task's sums:
+        images_per_second: of the time from the end of the interval before to the end of this one, without previews.
+        mfu: images_per_second x `training_flops` / `peak_flops`; whatever held the devices up lowers it.
+        step_seconds_p50, step_seconds_p99: how long the devices worked on a step, see `StepClock`.
+        data_wait_seconds: the loop waited for batches; hidden behind the devices' work unless they ran out of it.
+        checkpoint_seconds: the loop was blocked by saving (the writing itself goes on in the background).
+        peak_device_bytes: see `peak_bytes`.
+        skipped, bad_records: steps whose loss or gradient was not finite; records of the data set that cannot be read.
+    """
+
+    def __init__(self, records: Records, clock: StepClock, config, task: Task, mesh: Mesh, step: int):
+        self.records, self.clock, self.batch_size, self.num_steps = records, clock, config.batch_size, config.num_steps
+        self.flops_per_image, self.peak_flops = training_flops(task), peak_flops(mesh)
+        self.first_step = self.last_step = step
+        self.first_time = self.last_time = None
+        self.loss = self.images_per_second = None
+        self.skipped_in_a_row = 0
+        self.pending = None
+        self.bad_records = 0
+
+    def defer(self, step: int, sums):
+        self.pending = (step, sums)
+
+    def report(self):
+        if self.pending is None:
+            return
+        (step, sums), self.pending = self.pending, None
+        sums = jax.device_get(sums)
+        values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
+        steps, skipped = step - self.last_step, int(sums["skipped"][0])
+        values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
+        self.loss = values["loss"]
+        self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
+        left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
+        say(f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
+            + (f"{values['mfu']:.1%} MFU  " if "mfu" in values else "") + f"{duration(left)} left"
+            + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""))
+        self.last_step = step
+        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise Diverged(f"loss or gradient was not finite for the last {self.skipped_in_a_row} steps, up to step {step}; "
+                           "lower optimizer.learning_rate, set optimizer.clip_norm, or train in float32, and start again from "
+                           "the last checkpoint")
+
+    def speed(self, finished) -> dict[str, float]:
+        """The fields of a record that come from the clock."""
+        if self.first_time is None:
+            self.first_time = self.last_time = finished[0].dispatched
+        # What held up the first step lies before first_time; it holds no preview.
+        previews = sum(x.idle["preview"] for x in finished)
+        seconds = finished[-1].at - self.last_time - previews
+        self.last_time = finished[-1].at
+        self.images_per_second = len(finished) * self.batch_size / seconds
+        p50, p99 = np.quantile([x.seconds for x in finished], (0.5, 0.99))
+        values = {"images_per_second": self.images_per_second, "step_seconds_p50": float(p50), "step_seconds_p99": float(p99),
+                  "data_wait_seconds": sum(x.waited["data"] for x in finished),
+                  "checkpoint_seconds": sum(x.waited["checkpoint"] for x in finished)}
+        if self.peak_flops is not None:
+            values["mfu"] = self.images_per_second * self.flops_per_image / self.peak_flops
+        if (peak := peak_bytes()) is not None:
+            values["peak_device_bytes"] = peak
+        return values
+
+    def finish(self, step: int):
+        """Records and says where the time of the whole run went."""
+        found = self.clock.summary()
+        self.records.scalars(step, found)
+        parts = ", ".join(f"{kind} {found[f'idle_{kind}_seconds']:.1f} s" for kind in KINDS)
+        say(f"goodput {found['goodput']:.1%} of {duration(found['wall_seconds'])}; the devices were without steps for {parts}")
