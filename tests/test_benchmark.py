@@ -291,13 +291,32 @@ def test_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_startup_stops_the_watch_at_the_first_step(monkeypatch):
+# Ends well only if someone looks at the clock after its first step and before its end.
+CHILD = """
+import os, sys, time
+os.makedirs(os.environ["JAX_COMPILATION_CACHE_DIR"], exist_ok=True)
+print("compiled", "step 1/2  loss 1", sep="\\n", file=sys.stderr, flush=True)
+for _ in range(100):
+    if os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.1)
+else:
+    sys.exit("error: nobody looked")
+print("step 2/2", file=sys.stderr)
+open(os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "x"), "a").write("ab")
+"""
+
+
+def test_startup_stops_the_watch_at_the_first_step(monkeypatch, tmp_path):
     """Time until the process ends instead of until its first step; a second start without the first one's programs."""
-    monkeypatch.setattr(startup.time, "perf_counter", iter([0.0, 5.0, 20.0, 22.0]).__next__)
-    says = ("import os, sys\nprint('compiled', file=sys.stderr)\nprint('step 1/2  loss 1', file=sys.stderr)\n"
-            "print('step 2/2', file=sys.stderr)\nopen(os.environ['JAX_COMPILATION_CACHE_DIR'] + os.sep + 'x', 'a').write('ab')")
-    makes = "import os\nos.makedirs(os.environ['JAX_COMPILATION_CACHE_DIR'], exist_ok=True)\n"
-    monkeypatch.setattr(startup, "child", lambda *_: [sys.executable, "-c", makes + says])
+    looked, times = tmp_path / "looked", [0.0, 5.0, 20.0, 22.0]
+
+    def clock():
+        looked.unlink(missing_ok=True) if len(times) % 2 == 0 else looked.touch()
+        return times.pop(0)
+
+    monkeypatch.setattr(startup, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(startup, "child", lambda *_: [sys.executable, "-c", CHILD, str(looked)])
     found = startup.run(None, {}, [])
     assert (found["cold_seconds"], found["cached_seconds"]) == (5.0, 2.0)
     assert (found["cache_files"], found["cache_bytes"]) == (1, 4)
