@@ -6,7 +6,7 @@ A config has one section per object. Most sections are a constructor's `name` an
   codec      autoencoder         data      source of examples      transform  of an example
   loader     how batches are read          optimizer               sampler, guidance of previews and the final samples
 The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, mesh, checkpoint, log,
-preview, evaluation.
+profile, preview, evaluation.
 """
 
 import re
@@ -62,7 +62,8 @@ def training() -> ml_collections.ConfigDict:
                       "clip_norm": config_dict.placeholder(float)},
         "loader": {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001},
         "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
-        "log": {"every_steps": 100},
+        "log": {"every_steps": 100, "wandb": "", "watchdog_seconds": 1800.0},
+        "profile": {"start_step": 0, "num_steps": 0},
         "preview": {"every_steps": 10_000, "num_images": 64},
         "evaluation": {"num_images": 0, "batch_size": 128, "features": "pixels"},
     })

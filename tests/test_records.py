@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from dit_jax.training.grid import write_image_grid
 from dit_jax.training.records import Records
+from dit_jax.training.wandb_writer import WandbWriter
 
 
 def lines_of(workdir):
@@ -125,6 +128,71 @@ def test_disabled_records_write_nothing(tmp_path):
         records.images(1, {"x": np.zeros((2, 2, 3), np.uint8)})
         records.flush()
     assert not (tmp_path / "run").exists()
+
+
+class StandIn:
+    """What the writer uses of the package wandb, with the server's memory of runs."""
+
+    def __init__(self):
+        self.runs, self.starts, self.fails = {}, [], False
+        self.Settings, self.Image = SimpleNamespace, lambda image: image.shape
+
+    def init(self, *, project, id, resume, dir, config, settings):
+        self.starts.append((project, id, resume, config))
+        if self.fails:
+            raise RuntimeError("no network")
+        rows = self.runs.setdefault(id, [])
+
+        def log(values, step):
+            if self.fails:
+                raise RuntimeError("quota")
+            rows.append((step, values))
+            run.step = step
+
+        run = SimpleNamespace(log=log, finish=lambda: None, step=rows[-1][0] + 1 if rows else 0)
+        return run
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn())
+    return sys.modules["wandb"]
+
+
+def with_wandb(folder):
+    return Records(folder, wandb=WandbWriter(folder, "digits", {"seed": 3}))
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path, wandb):
+    """A resumed run that appears as another one, or sends again what W&B has."""
+    with with_wandb(tmp_path / "run") as records:
+        records.rewind(0)
+        for step in (1, 2, 3):
+            records.scalars(step, {"loss": step})
+        records.images(3, {"samples": np.zeros((4, 6, 1), np.uint8)})
+    with with_wandb(tmp_path / "run") as records:
+        records.rewind(2)
+        for step in (3, 4):
+            records.scalars(step, {"loss": step})
+    (name,) = wandb.runs
+    assert wandb.starts == [("digits", name, "allow", {"seed": 3})] * 2
+    loss = [(step, {"loss": step}) for step in (1, 2, 3, 4)]
+    assert wandb.runs[name] == [*loss[:3], (3, {"samples": (4, 6)}), loss[3]]
+    assert records.dropped["wandb"] == 0 and [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("broken", ["absent", "start", "later"])
+def test_wandb_never_stops_a_run(tmp_path, wandb, monkeypatch, broken):
+    """A run that ends, loses its files or waits at every step because W&B is away."""
+    if broken == "absent":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    wandb.fails = broken == "start"
+    with with_wandb(tmp_path) as records:
+        for step in (1, 2, 3):
+            records.scalars(step, {"loss": step})
+            wandb.fails = broken != "absent"
+    assert len(lines_of(tmp_path)) == 3 and len(wandb.starts) == (broken != "absent")
+    assert records.dropped == {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 2 if broken == "later" else 3}
 
 
 @pytest.mark.parametrize("channels", [1, 3])

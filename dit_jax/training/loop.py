@@ -18,12 +18,15 @@ from dit_jax.parallel.mesh import replicated, shard_batch
 from dit_jax.training import codec_weights, reconstructions, samples, summary
 from dit_jax.training.checkpoint import Checkpointer
 from dit_jax.training.meter import Meter
+from dit_jax.training.profile import Profile
 from dit_jax.training.records import Records
 from dit_jax.training.signals import StopSignal
 from dit_jax.training.state import TrainState, abstract_state, create_sharded
 from dit_jax.training.step_clock import IN_FLIGHT, StepClock
 from dit_jax.training.task import Task
-from dit_jax.training.workdir import Workdir
+from dit_jax.training.wandb_writer import WandbWriter
+from dit_jax.training.watchdog import Watchdog
+from dit_jax.training.workdir import Workdir, plain
 
 SHOWN_BY = {"diffusion": samples, "autoencoder": reconstructions}  # previews and final images of each task
 
@@ -96,10 +99,13 @@ def train(config, workdir) -> Run:
     constants = build.constants(config, mesh, loader, codec_params)
     preview = SHOWN_BY[config.task.name].make_preview(config, task, mesh, loader.source)
     fingerprint = loader.source.fingerprint
+    profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=hosts.is_first())
+    wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
+    watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
 
     with (Workdir(workdir, config, hosts.is_first()) as folder,
           Checkpointer(folder.checkpoints, **config.checkpoint) as checkpointer,
-          Records(folder.path, hosts.is_first()) as records,
+          Records(folder.path, hosts.is_first(), wandb) as records,
           StopSignal() as stop):
         if hosts.is_first() and codec_params:
             codec_weights.keep(folder.path, task.codec, codec_params)
@@ -111,7 +117,8 @@ def train(config, workdir) -> Run:
             say(f"step {done} of {config.num_steps} is reached: nothing to train")
             return Run(config, task, loader.source, mesh, constants, state, False, None, None)
 
-        with loader.batches(done) as batches, clock:
+        profile.resumed(done)
+        with loader.batches(done) as batches, clock, watchdog, profile:
             with clock.spend("data"):
                 batch = shard_batch(mesh, next(batches))
             with clock.spend("compile"):
@@ -123,10 +130,12 @@ def train(config, workdir) -> Run:
             stopped = False
             while done < config.num_steps and not stopped:
                 clock.wait(done + 1 - IN_FLIGHT)
-                dispatched = time.monotonic()
-                state, sums = step(state, sums, constants, batch)
-                done += 1
-                clock.dispatched(done, dispatched, copy(sums["skipped"]))
+                with profile.step(done):
+                    dispatched = time.monotonic()
+                    state, sums = step(state, sums, constants, batch)
+                    done += 1
+                    clock.dispatched(done, dispatched, copy(sums["skipped"]))
+                profile.finish(done, clock)
                 last = done == config.num_steps
                 meter.report()
                 meter.bad_records = len(batches.bad_records)

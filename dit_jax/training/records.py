@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard events under `tensorboard/`."""
+"""Metrics of a run: `metrics.jsonl`, one JSON object a line, TensorBoard events under `tensorboard/`, and W&B if asked for."""
 
 import contextlib
 import json
@@ -19,16 +19,18 @@ class Records:
     Args:
         workdir: folder on a file system that can append (mount a bucket to use one); created at the first write.
         enabled: pass `jax.process_index() == 0`; False makes every method do nothing.
+        wandb: a `WandbWriter`, or None.
     """
 
-    def __init__(self, workdir, enabled=True):
+    def __init__(self, workdir, enabled=True, wandb=None):
         self._workdir = os.path.abspath(workdir)
         self._path = os.path.join(self._workdir, "metrics.jsonl")
         self._enabled = enabled
         self._file = None
         self._writer = None
         self._purge_step = None
-        self.dropped = {"metrics.jsonl": 0, "tensorboard": 0}
+        self._wandb = wandb
+        self.dropped = {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 0}
 
     def scalars(self, step, values):
         """Records {name: number or array of one element} at `step`.
@@ -52,9 +54,11 @@ class Records:
                 self._events().add_scalar(name, number, int(step))
 
         self._attempt("tensorboard", write)
+        if self._wandb is not None:
+            self._attempt("wandb", lambda: self._wandb.scalars(int(step), numbers))
 
     def images(self, step, images):
-        """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, in TensorBoard only.
+        """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, not in metrics.jsonl.
 
         Raises: ValueError for another dtype or shape.
         """
@@ -68,6 +72,8 @@ class Records:
                 "tensorboard",
                 lambda name=name, image=image: self._events().add_image(name, image, int(step), dataformats="HWC"),
             )
+            if self._wandb is not None:
+                self._attempt("wandb", lambda name=name, image=image: self._wandb.image(int(step), name, image))
 
     def rewind(self, step):
         """Forgets what was recorded after `step`, so that a run resumed there leaves no duplicates.
@@ -90,12 +96,14 @@ class Records:
             self._attempt("tensorboard", self._writer.flush)
 
     def close(self):
-        """Flushes and closes both files; a later record opens them again."""
+        """Flushes and closes everything; a later record opens them again."""
         if self._file is not None:
             self._attempt("metrics.jsonl", self._file.close)
         if self._writer is not None:
             self._attempt("tensorboard", self._writer.close)
         self._file = self._writer = None
+        if self._wandb is not None:
+            self._attempt("wandb", self._wandb.close)
 
     def __enter__(self):
         return self

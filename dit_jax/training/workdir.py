@@ -4,6 +4,8 @@
     checkpoints/  see `checkpoint`
     metrics.jsonl, tensorboard/   see `records`
     samples/      grids of images by step
+    profile/      see `profile`
+    stacks.txt    see `watchdog`
     codec/        the frozen codec of a diffusion run, or what an autoencoder run has made (see `codec_weights`)
 """
 
@@ -17,7 +19,8 @@ import ml_collections
 from dit_jax.errors import UserError
 
 # May change when a run goes on; every other field makes it another run.
-RESUMABLE = ("num_steps", "mesh", "loader", "checkpoint", "log", "preview", "evaluation", "sampler", "guidance")
+RESUMABLE = ("num_steps", "mesh", "loader", "checkpoint", "log", "profile", "preview", "evaluation", "sampler",
+             "guidance")
 # What changes the speed of a network and not what it computes, and places whose content is compared by its hash.
 RESUMABLE_FIELDS = ("model.attention", "model.remat", "model.unroll", "codec.path", "data.path", "data.verify",
                     "task.perceptual_path")

@@ -1,0 +1,58 @@
+"""Metrics of a run on Weights & Biases (wandb.ai), for those who have the package `wandb`."""
+
+import secrets
+from pathlib import Path
+
+
+class WandbWriter:
+    """One W&B run for one workdir: its id is kept in `workdir`/wandb_id.txt, so that a run that goes on continues its curves.
+
+    What was logged up to the step that W&B has is not sent again: training repeats it exactly. WANDB_MODE=offline works
+    without a network; `wandb sync` sends it later. The first use takes seconds, and a failed one is final.
+
+    Args:
+        workdir: holds the id and W&B's own files, in `wandb/`.
+        project: where the run appears.
+        config: dict of the run's settings, shown there.
+    """
+
+    def __init__(self, workdir, project: str, config: dict):
+        self._workdir, self._project, self._config = Path(workdir), project, config
+        self._run, self._failed = None, None
+
+    def scalars(self, step: int, numbers: dict[str, float]):
+        """Raises whatever wandb does."""
+        self._log(step, lambda wandb: numbers)
+
+    def image(self, step: int, name: str, image):
+        """uint8 [H, W, C], C = 1 or 3. Raises whatever wandb does."""
+        self._log(step, lambda wandb: {name: wandb.Image(image.squeeze(-1) if image.shape[-1] == 1 else image)})
+
+    def close(self):
+        """Sends what is left."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish()
+
+    def _log(self, step, values):
+        import wandb
+
+        if self._run is None:
+            self._run = self._start(wandb)
+        if step >= self._run.step:
+            self._run.log(values(wandb), step=step)
+
+    def _start(self, wandb):
+        if self._failed is not None:
+            raise self._failed
+        file = self._workdir / "wandb_id.txt"
+        if not file.exists():
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            file.write_text(secrets.token_hex(4))
+        try:
+            # Not the console: the last line of stdout is a result, and W&B would wrap it.
+            return wandb.init(project=self._project, id=file.read_text().strip(), resume="allow", dir=str(self._workdir),
+                              config=self._config, settings=wandb.Settings(console="off"))
+        except Exception as error:
+            self._failed = error
+            raise
