@@ -7,10 +7,12 @@ import time
 import jax
 from absl import app, flags, logging
 
+from dit_jax import compilation_cache
 from dit_jax.errors import UserError
 from dit_jax.host_memory import reuse_freed_memory
 
 USER_ERROR_STATUS = 2
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command again goes on; launch/ starts it again
 
 
 def say(text: str):
@@ -61,7 +63,9 @@ def _parse_flags(argv):
 def run(main):
     """Runs a verb: main() returns a dict, printed as the last line of stdout.
 
-    A UserError becomes one or two lines on stderr and exit status 2, without a stack trace.
+    Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a
+    signal ended the work early with everything saved. A UserError becomes one or two lines on stderr and exit status 2,
+    without a stack trace.
     """
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
@@ -75,6 +79,9 @@ def run(main):
         if jax.process_index() == 0:
             sys.stderr.flush()
             print(json.dumps(result), flush=True)
+        if result.get("stopped"):
+            sys.exit(STOPPED_STATUS)
 
     reuse_freed_memory()
+    compilation_cache.use()
     app.run(guarded, flags_parser=_parse_flags)

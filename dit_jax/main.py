@@ -4,6 +4,9 @@
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. The same command again resumes.
+
+Exit status: 0 when all steps are trained, and 75 when SIGTERM or Ctrl-C stopped the run early with everything saved, so that
+whoever started it (launch/) can tell "start me again" from "done"; 2 for a user's mistake, anything else for a failure.
 """
 
 from pathlib import Path
