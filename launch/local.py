@@ -2,8 +2,13 @@
 
     python launch/local.py --processes=2 --devices=4 -- python -m dit_jax.main --config=configs/digits.py --workdir=runs/two
 
-The first process writes to this terminal, the others to <workdir or .>/process_<i>.log. If one ends with an error the
-others are ended too. --devices gives each process so many simulated CPU devices.
+Everything after -- is the command, started N times with --coordinator_address, --num_processes and --process_id appended.
+Process 0 writes to this terminal, the others to <logs>/process_<i>.log. --devices gives each process so many simulated CPU
+devices; without it the processes share the real ones as they find them.
+
+After Ctrl-C or SIGTERM all save and stop together; a second one kills them. If one process fails, the
+others get --grace seconds to end by themselves and are then killed: none is left running. Exit status: 0 if all ended with 0;
+75 if they were stopped and want to be started again; otherwise that of the process that failed first (128 + n: signal n).
 """
 
 import argparse
@@ -13,6 +18,10 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+STOPPED_STATUS = 75  # dit_jax.console.STOPPED_STATUS; not imported, so that this starts at once and runs any command
+LINES_SHOWN = 15
 
 
 def free_port() -> int:
@@ -21,37 +30,99 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def main():
+def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="how many; default 2")
     parser.add_argument("--devices", type=int, default=0, help="simulated CPU devices per process; 0 leaves the real ones")
-    parser.add_argument("--logs", default=".", help="folder for the other processes' output")
+    parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the other processes' output")
+    parser.add_argument("--grace", type=float, default=30, help="seconds from a failure until the rest are killed; default 30")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
-    options = parser.parse_args()
-    command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if not command or options.processes < 1:
-        parser.error("give --processes >= 1, and after -- the command")
+    options = parser.parse_args(argv)
+    options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not options.command or options.processes < 1 or options.devices < 0 or options.grace < 0:
+        parser.error("give --processes of at least 1, --devices and --grace of at least 0, and the command after --")
+    return options
+
+
+def start(options, processes: list):
+    """Appends each process as it starts, so that none is lost if a later one cannot be."""
     environment = dict(os.environ)
     if options.devices:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
     address = f"127.0.0.1:{free_port()}"
-    os.makedirs(options.logs, exist_ok=True)
-    processes = []
+    options.logs.mkdir(parents=True, exist_ok=True)
     for i in range(options.processes):
         flags = [f"--coordinator_address={address}", f"--num_processes={options.processes}", f"--process_id={i}"]
-        output = None if i == 0 else open(os.path.join(options.logs, f"process_{i}.log"), "w")  # noqa: SIM115
-        processes.append(subprocess.Popen([*command, *flags], env=environment, stdout=output, stderr=output))
+        output = None if i == 0 else open(log_file(options, i), "wb")  # noqa: SIM115
+        # In sessions of their own: the terminal's Ctrl-C would reach them beside ours, and a second signal ends them at once.
+        processes.append(subprocess.Popen([*options.command, *flags], env=environment, stdout=output, stderr=output,
+                                          start_new_session=True))
+
+
+def log_file(options, i: int) -> Path:
+    return options.logs / f"process_{i}.log"
+
+
+def status_of(process) -> int:
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def wait(processes, grace: float) -> list[int]:
+    """The processes that failed by themselves, in the order in which they did; no process is alive afterwards."""
+    failed, deadline = [], None
+    while True:
+        alive = [process for process in processes if process.poll() is None]
+        failed += [i for i, p in enumerate(processes) if i not in failed and p.returncode not in (None, 0, STOPPED_STATUS)]
+        if not alive:
+            return failed
+        if failed and deadline is None:
+            deadline = time.monotonic() + grace
+        if deadline is not None and time.monotonic() > deadline:
+            kill(alive)
+            for process in alive:
+                process.wait()
+            return failed
+        time.sleep(0.05)
+
+
+def kill(processes):
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the data loader's workers
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    processes, asked = [], []
+
+    def hand_on(number, frame):
+        asked.append(number)
+        if len(asked) > 1:
+            kill(processes)
+        # To one only: JAX agrees with the others on a step to stop at, after which a signal of their own would end them at once.
+        alive = [process for process in processes if process.poll() is None]
+        if alive:
+            alive[0].send_signal(signal.SIGTERM)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: processes[0].send_signal(signal.SIGTERM))
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            time.sleep(10)  # let the others say why
-            for process in processes:
-                process.kill()
-        time.sleep(0.1)
-    failed = [i for i, process in enumerate(processes) if process.returncode]
-    sys.exit(f"processes {failed} failed; see {options.logs}/process_<i>.log" if failed else 0)
+        signal.signal(number, hand_on)
+    try:
+        start(options, processes)
+        failed = wait(processes, options.grace)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        kill(processes)
+    for i in failed:
+        print(f"process {i} failed with status {status_of(processes[i])}", file=sys.stderr)
+        if i:
+            for line in log_file(options, i).read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
+                print(f"[process {i}] {line}", file=sys.stderr)
+    if failed:
+        return status_of(processes[failed[0]])
+    return STOPPED_STATUS if any(process.returncode == STOPPED_STATUS for process in processes) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
