@@ -204,8 +204,8 @@ def main() -> dict:
 
     described = machine.describe()
     if described["load"] is not None and described["load"] > 0.5 * described["cores"] and (on_cpu() or WHAT.value == "images"):
-        console.say(f"the load is {described['load']:.1f} on {described['cores']} cores: others are at work, and these numbers are "
-                    "not the machine's; barriers of threads make PyTorch suffer more than XLA")
+        console.say(f"the load is {described['load']:.1f} on {described['cores']} cores: others are at work, and these numbers "
+                    "are not the machine's")
     if WHAT.value == "startup":
         described |= {"device": None, "platform": None, "num_devices": None}
     result = {"what": WHAT.value, **measure(), **described}
