@@ -26,7 +26,8 @@ from dit_jax.diffusion.process import Prediction
 from dit_jax.errors import UserError
 from dit_jax.interop import lpips
 from dit_jax.models.dit import DiT
-from dit_jax.parallel.mesh import make_mesh, replicated, rows_per_step
+from dit_jax.parallel.mesh import make_mesh, place, reader_place, replicated, rows_per_step
+from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.diffusion_task import DiffusionTask
 from dit_jax.training.optimizer import adamw
@@ -73,8 +74,9 @@ def construct(section: str, fields: Mapping, **more):
     return table[name](**fields)
 
 
-def mesh(config):
-    return make_mesh(**config.mesh)
+def mesh(config, devices=None):
+    """The mesh that the config asks for, over these devices or all that there are."""
+    return make_mesh(**{axis: size for axis, size in config.mesh.items() if axis != "zero1"}, devices=devices)
 
 
 def codec(config):
@@ -124,7 +126,7 @@ def task(config):
     """The training task; checks all that can be checked without data or devices."""
     check_numbers(config)
     shared = {"codec": codec(config), "optimizer": construct("optimizer", config.optimizer), "ema_decay": config.ema_decay,
-              "microbatches": config.microbatches}
+              "microbatches": config.microbatches, "zero1": config.mesh.get("zero1", False)}
     if config.task.name == "autoencoder":
         fields = {k: v for k, v in config.task.items() if k != "perceptual_path"} | {"discriminator": discriminator(config)}
         return construct("task", fields, **shared, resolution=config.transform.resolution)
@@ -160,8 +162,8 @@ def constants(config, mesh, loader, codec_params) -> dict:
         if not config.task.perceptual_path:
             raise UserError("task.perceptual_weight is not 0 and task.perceptual_path is empty: give LPIPS's weights as "
                             "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0")
-        return {"perceptual": jax.device_put(lpips.load(config.task.perceptual_path), replicated(mesh))}
-    found = {"codec": jax.device_put(codec_params, replicated(mesh))}
+        return {"perceptual": place(lpips.load(config.task.perceptual_path), replicated(mesh))}
+    found = {"codec": place(codec_params, shardings(codec_params, mesh, AUTOENCODER_RULES))}
     if isinstance(loader, LatentLoader) and loader.resident:
         found["moments"] = resident_moments(loader.source, mesh)
     return found
@@ -178,15 +180,15 @@ def loader(config, mesh):
         raise UserError(f"the data set has {source.num_classes} classes and model.num_classes is "
                         f"{config.model.num_classes}; pass --config.model.num_classes={source.num_classes}, or 0 to train "
                         "without labels")
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    part = dict(zip(("process_index", "process_count"), reader_place(mesh), strict=True))
     if config.data.name != "latents":
-        return Loader(source, transform(config), config.batch_size, config.seed, **config.loader, **place)
+        return Loader(source, transform(config), config.batch_size, config.seed, **config.loader, **part)
     if config.task.name == "autoencoder":
         raise UserError("data.name is 'latents', and an autoencoder is trained on images; give the data set that was encoded")
     wanted = config.transform
     source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip,
                  wanted.upright)
-    return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **place)
+    return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **part)
 
 
 def transform(config) -> ImageTransform:

@@ -1,8 +1,11 @@
 """What a verb says: prose and progress to stderr, one JSON object as the last line of stdout, an exit status."""
 
 import json
+import multiprocessing
+import os
 import sys
 import time
+import traceback
 
 import jax
 from absl import app, flags, logging
@@ -60,12 +63,29 @@ def _parse_flags(argv):
         sys.exit(USER_ERROR_STATUS)
 
 
+def _which() -> str:
+    """"process 1 of 4: "; "" for one alone."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""
+
+
+def _leave(status: int):
+    """Ends a process that failed; one of several at once, since the orderly end waits for the others, which may wait for it."""
+    if _which():
+        for child in multiprocessing.active_children():  # the data loader's, which an orderly end would stop
+            child.terminate()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def run(main):
     """Runs a verb: main() returns a dict, printed as the last line of stdout.
 
     Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a
     signal ended the work early with everything saved. A UserError becomes one or two lines on stderr and exit status 2,
-    without a stack trace.
+    without a stack trace; of several processes it says which. JAX ends the others: at once where the first failed, which they
+    all talk to, else within 100 s.
     """
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
@@ -74,8 +94,14 @@ def run(main):
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
             result = main()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR_STATUS)
+            print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
+            _leave(USER_ERROR_STATUS)
+        except Exception:
+            if not _which():
+                raise
+            traceback.print_exc()
+            print(f"error: {_which()}failed as above", file=sys.stderr, flush=True)
+            _leave(1)
         if jax.process_index() == 0:
             sys.stderr.flush()
             print(json.dumps(result), flush=True)

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dit_jax import console
+from dit_jax import console, processes
 from dit_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Training config whose data, transform and codec are taken, in place of "
@@ -35,9 +35,6 @@ SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard; 
 MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Share of the records that may be unreadable; they are left out.")
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that read and decode images.")
 VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache, change nothing.")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the cluster is not detected.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator_address.")
 
 
 def source_of(data: str, split: str | None):
@@ -59,7 +56,8 @@ def source_of(data: str, split: str | None):
         name, _, path = place.partition(":")
         if not name or not path or not split:
             raise UserError(f"--data={data}: write tfds:NAME:PATH, as in tfds:imagenet2012:/data/tfds, and give --split")
-        return TFDS(name, path, split)
+        source = TFDS(name, path, split)
+        return TFDS(name, path, split, caption_key="caption") if "caption" in source.text_features else source
     if split:
         raise UserError(f"--split={split} means nothing with --data={data}; leave it out, and name the files of the split")
     from dit_jax.data.tars import TarShards
@@ -138,9 +136,7 @@ def main() -> dict:
         cache = LatentCache(out, verify=True)
         console.say(f"{out}: {len(cache)} records, every file is whole")
         return {"out": str(out), **said_of(cache.manifest), "verified": True}
-    from dit_jax.parallel import hosts
-
-    hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    processes.join()
     from dit_jax.encoding import encode
 
     job = job_of_flags() if CONFIG.value is None else job_of_config()

@@ -2,12 +2,14 @@
 
     python -m dit_jax.evaluate --samples=x.npz --reference=digits --features=pixels
 
-The reference is `digits` (all 1,797), a folder of images in class folders, or an npz of images like the samples.
+The reference is `digits` (all 1,797), a folder of images in class folders, or an npz of images like the samples. Of several
+processes the first computes, the others wait.
 """
 
+import jax
 from absl import flags
 
-from dit_jax import console
+from dit_jax import console, processes
 from dit_jax.errors import UserError
 
 SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C].")
@@ -18,6 +20,9 @@ FEATURES = flags.DEFINE_string("features", "pixels", "Feature space: pixels (for
 def main() -> dict:
     if SAMPLES.value is None or REFERENCE.value is None:
         raise UserError("give --samples=<npz> and --reference=digits, a folder or an npz")
+    processes.join()
+    if jax.process_index() != 0:
+        return {}
     from dit_jax.training.score import evaluate
 
     result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value)

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from dit_jax import console, recipes
+from dit_jax import console, processes, recipes
 from dit_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
@@ -33,6 +33,7 @@ GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices; the config's if not given.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go.")
 
 
@@ -89,12 +90,13 @@ def load_params(path: Path, task, mesh, step: int | None = None):
         UserError: the run has no such checkpoint.
     """
     from dit_jax.interop import weights
+    from dit_jax.parallel.mesh import place
     from dit_jax.training.checkpoint import restore_subtree
     from dit_jax.training.state import abstract_state
 
     abstract = abstract_state(task, mesh).ema_params
     if path.suffix == ".safetensors":
-        return jax.device_put(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
+        return place(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
     try:
         restored, _, step = restore_subtree(path / "checkpoints", {"ema_params": abstract}, step)
     except FileNotFoundError as error:
@@ -166,11 +168,12 @@ def main() -> dict:
     out = Path(OUT.value).expanduser().absolute()
     if out.suffix != ".npz":
         raise UserError(f"--out={OUT.value} must end in .npz")
+    processes.join()
     from dit_jax import build
-    from dit_jax.parallel.mesh import replicated
     from dit_jax.training import codec_weights, samples_file
 
-    samples_file.check_writable(out)
+    if jax.process_index() == 0:
+        samples_file.check_writable(out)
     from dit_jax.training.generate import Generator
 
     source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
@@ -183,7 +186,7 @@ def main() -> dict:
         raise UserError(f"{source} is the run of an autoencoder, which draws nothing by itself: give {source} as codec.path to a "
                         "diffusion run")
     override(config)
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # the devices at hand now, whatever trained it
+    config.mesh = {"data": -1, "fsdp": FSDP.value}  # the devices at hand now, whatever trained it
     mesh = build.mesh(config)
     own_codec = WORKDIR.value is not None and CODEC_PATH.value is None
     config, codec_params = codec_weights.settle(config, source if own_codec else None)
@@ -194,7 +197,7 @@ def main() -> dict:
     sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
     weak = load_weak(config, mesh)
     generator = Generator(task, mesh, sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
-    constants = {"codec": jax.device_put(codec_params, replicated(mesh))}
+    constants = build.constants(config, mesh, None, codec_params)
     params, step = load_params(source, task, mesh, STEP.value)
     console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
                 f"{config.guidance.scale}")

@@ -89,7 +89,7 @@ class Block(nn.Module):
                 cross = layers.Attention(self.heads, self.attention, **dtypes, name="cross_attention")
                 x = x + cross(norm("norm_cross")(x), tokens)
             x = x + mlp(norm("norm_mlp")(x))
-        return constrain_batch(x.astype(self.dtype)), None
+        return constrain_batch(x.astype(self.dtype), tokens=True), None
 
 
 class FinalLayer(nn.Module):
@@ -193,7 +193,7 @@ class DiT(nn.Module):
                          in_axes=(nn.broadcast, nn.broadcast), length=self.depth,
                          unroll=self.depth if self.unroll else 1)
         x, _ = blocks(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes, name="blocks")(
-            constrain_batch(x), c, tokens)
+            constrain_batch(x, tokens=True), c, tokens)
 
         if self.conditioning == "in_context":
             x = x[:, : -tokens.shape[1]]

@@ -1,20 +1,51 @@
 """Several processes as one program."""
 
+import os
+
 import jax
 import numpy as np
+
+from dit_jax.errors import UserError
+
+# A day: who is done first waits for the others at the end, and the first process may still score for hours. That a process died
+# is found by its heartbeats, after 100 s.
+SHUTDOWN_SECONDS = 86_400
 
 
 def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
     """Joins the other processes of this run, if there are any; call before anything else touches JAX.
 
     With no argument the cluster is detected (TPU pod, GKE, SLURM, Open MPI); on a single machine nothing happens.
+
+    Raises:
+        UserError: some of the three are given without the others; they do not fit each other; a cluster is there and its
+            processes cannot be joined.
     """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise UserError(f"--{' and --'.join(missing)} must be given too: --coordinator_address, --num_processes and --process_id "
+                        "go together; give none of them where the cluster is detected")
+    if not missing and not (num_processes >= 1 and 0 <= process_id < num_processes):
+        raise UserError(f"--process_id={process_id} with --num_processes={num_processes}: it must lie in 0 to num_processes - 1")
+    if not missing and not coordinator_address.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator_address={coordinator_address} must be host:port, as in 10.0.0.1:1234")
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(**given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except ValueError as error:
-        if coordinator_address is not None or "coordinator_address" not in str(error):
-            raise
+        alone = str(error) == "coordinator_address should be defined." and not missing_steps(os.environ)
+        if not alone:
+            raise UserError(f"the processes of this run cannot be joined: {error} {missing_steps(os.environ)}".strip()) from error
         # JAX found no cluster: one process.
+
+
+def missing_steps(environment) -> str:
+    """What says that this process is one of several although JAX sees no cluster; "" where nothing does."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in environment and "SLURM_STEP_NODELIST" not in environment and tasks.isdigit() and int(tasks) > 1:
+        return (f"SLURM gave this job {tasks} tasks and this process is none of them: start it with srun, or without tasks "
+                "(env -u SLURM_NTASKS) to use this machine alone.")
+    return ""
 
 
 def is_first() -> bool:

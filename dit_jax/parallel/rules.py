@@ -4,6 +4,7 @@ The same table serves parameters, their moving average and both Adam moments, be
 matches no rule is an error, so a new layer cannot end up replicated unnoticed.
 """
 
+import math
 import re
 
 import jax
@@ -40,6 +41,7 @@ AUTOENCODER_RULES: Rules = (
     (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
     (r"\w+/(bias|scale)", ()),
 )
+LARGE = 2**16  # numbers; splitting less saves nothing and costs a collective
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
 
@@ -51,7 +53,8 @@ def path_name(path) -> str:
 def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> PartitionSpec:
     """The PartitionSpec of one array.
 
-    An axis of the mesh that does not divide its dimension is left out (6 heads over 4 devices stay whole).
+    An axis of the mesh that does not divide its dimension is left out (6 heads over 4 devices stay whole). For fsdp, which only
+    stores, a large array is then split along the longest other dimension that it divides (width 1152 over 256 devices: 4608).
 
     Raises:
         ValueError: no rule, or more than one, matches the path.
@@ -62,12 +65,23 @@ def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> Part
     if len(found) != 1:
         raise ValueError(f"{len(found)} sharding rules match {name} {shape}, and exactly one must: mend the table in "
                          "dit_jax/parallel/rules.py")
-    spec = (None,) * (len(shape) - len(found[0])) + found[0]
-    return PartitionSpec(*(axis if axis and size % mesh_shape[axis] == 0 else None
-                           for axis, size in zip(spec, shape, strict=True)))
+    stacked = len(shape) - len(found[0])
+    wanted = (None,) * stacked + found[0]
+    axes = [axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
+    if "fsdp" in wanted and "fsdp" not in axes and math.prod(shape) >= LARGE:
+        free = [i for i in range(stacked, len(shape))
+                if (axes[i] is None or mesh_shape[axes[i]] == 1) and shape[i] % mesh_shape["fsdp"] == 0]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
 
 
 def shardings(tree, mesh: Mesh, rules: Rules = TRANSFORMER_RULES):
     """A NamedSharding for each leaf of a pytree of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree)
+
+
+def whole_over_fsdp(tree):
+    """The same NamedShardings without their fsdp axis."""
+    return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*(None if a == "fsdp" else a for a in s.spec))), tree)

@@ -50,6 +50,7 @@ class AutoencoderTask:
     discriminator_start_step: int = 0
     ema_decay: float = 0.999
     microbatches: int = 1
+    zero1: bool = False
 
     rules = AUTOENCODER_RULES
 

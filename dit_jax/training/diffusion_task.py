@@ -37,6 +37,7 @@ class DiffusionTask:
         num_classes: also the null label; 0 for unconditional.
         label_dropout: rate at which labels become the null label.
         microbatches: gradients are averaged over so many parts of the batch, one after another.
+        zero1: see `state.abstract_state`.
 
     Raises:
         UserError: a rate or number out of range.
@@ -51,6 +52,7 @@ class DiffusionTask:
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
     microbatches: int = 1
+    zero1: bool = False
 
     rules = TRANSFORMER_RULES
 

@@ -41,8 +41,9 @@ def check_features(features: str, shape: tuple[int, int, int]):
     if features not in EXTRACTORS:
         raise UserError(f"features {features!r}; they must be one of {', '.join(EXTRACTORS)}")
     if features == "pixels" and math.prod(shape) > MAX_PIXEL_FEATURES:
-        raise UserError(f"features 'pixels' of {' x '.join(map(str, shape))} images are {math.prod(shape)} numbers, whose covariance "
-                        f"takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as 32 x 32 x 3")
+        raise UserError(f"features 'pixels' of {' x '.join(map(str, shape))} images are {math.prod(shape)} numbers, whose "
+                        f"covariance takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as "
+                        "32 x 32 x 3")
 
 
 def check(reference: str, features: str, shape: tuple[int, int, int]):

@@ -39,11 +39,17 @@ def new_state(params, optimizer) -> TrainState:
 def abstract_state(task, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs that carry the shardings of the task's rules; nothing is computed.
 
+    With task.zero1 only the optimizer's state and the moving average are split over fsdp, the parameters are not: each device
+    updates its part of them, then all are gathered once a step, where otherwise every layer is gathered each time it is used.
+    Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
+
     task: a `Task`.
     """
     shapes = jax.eval_shape(task.init, jax.random.key(0))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                        rules.shardings(shapes, mesh, task.rules))
+    shardings = rules.shardings(shapes, mesh, task.rules)
+    if task.zero1:
+        shardings = shardings.replace(params=rules.whole_over_fsdp(shardings.params))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def create_sharded(task, key, mesh: Mesh) -> TrainState:

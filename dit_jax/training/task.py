@@ -28,6 +28,11 @@ class Task(Protocol):
         """How the state is split over the mesh."""
         ...
 
+    @property
+    def zero1(self) -> bool:
+        """Whether parameters are whole over the fsdp axis and only what is beside them is split."""
+        ...
+
     def init(self, key) -> TrainState: ...
 
     def step(self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array],
