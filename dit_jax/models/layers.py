@@ -8,12 +8,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Dtype = Any
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 NORM_EPSILON = 1e-6
+# Names of what is costly to compute, for rematerialisation that stores these and repeats what lies between them.
+PRODUCTS = ("qkv", "attention", "attention_out", "mlp_in", "mlp_out")
 
 
 def normalize(x):
@@ -97,14 +100,14 @@ class Attention(nn.Module):
                                    param_dtype=self.param_dtype, name=name)
 
         if context is None:
-            qkv = linear((3, self.heads, head_width), name="qkv")(x)  # [B, N, 3, H, E]
+            qkv = checkpoint_name(linear((3, self.heads, head_width), name="qkv")(x), "qkv")  # [B, N, 3, H, E]
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
-            q = linear((self.heads, head_width), name="query")(x)
-            key_value = linear((2, self.heads, head_width), name="key_value")(context)
+            q = checkpoint_name(linear((self.heads, head_width), name="query")(x), "qkv")
+            key_value = checkpoint_name(linear((2, self.heads, head_width), name="key_value")(context), "qkv")
             k, v = key_value[:, :, 0], key_value[:, :, 1]
-        y = dot_product_attention(q, k, v, self.implementation)
-        return linear(width, axis=(-2, -1), name="out")(y)
+        y = checkpoint_name(dot_product_attention(q, k, v, self.implementation), "attention")
+        return checkpoint_name(linear(width, axis=(-2, -1), name="out")(y), "attention_out")
 
 
 class MLP(nn.Module):
@@ -120,7 +123,8 @@ class MLP(nn.Module):
             return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype,
                             name=name)
 
-        return linear(x.shape[-1], "out")(nn.gelu(linear(self.hidden_width, "in")(x), approximate=True))
+        hidden = checkpoint_name(linear(self.hidden_width, "in")(x), "mlp_in")
+        return checkpoint_name(linear(x.shape[-1], "out")(nn.gelu(hidden, approximate=True)), "mlp_out")
 
 
 class TimeEmbedding(nn.Module):
