@@ -136,8 +136,26 @@ def test_forms_agree(conditioning):
         return jax.value_and_grad(lambda p: jnp.square(net.apply(p, x, t, cond)).sum())(params)
 
     plain = value(tiny.dit(conditioning))
-    for fields in ({"unroll": True}, {"remat": "full"}, {"remat": "dots"}):
+    named = ("elementwise", "offload") if conditioning == "cross_attention" else ()  # it has every tensor that they name
+    for fields in ({"unroll": True}, {"remat": "full"}, {"remat": "dots"}, *({"remat": policy} for policy in named)):
         assert tiny.distance(value(tiny.dit(conditioning, **fields)), plain) < 2e-5
+
+
+def test_remat_saves_memory():
+    """A policy that stores what it should repeat: a name that no tensor has, or a tensor that lost its name."""
+    x, t, cond = inputs(batch=8)
+    fields = {"width": 64, "depth": 8, "patch_size": 1}
+    params = jax.eval_shape(tiny.dit(**fields).init, jax.random.key(0), x, t, cond)
+
+    def temporaries(remat):
+        net = tiny.dit(**fields, remat=remat)
+        gradient = jax.jit(jax.grad(lambda p: jnp.square(net.apply(p, x, t, cond)).sum()))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    none, elementwise, dots, full = map(temporaries, ("none", "elementwise", "dots", "full"))
+    unit = 8 * 64 * 64 * 4 * 8  # one [B, N, D] in each of 8 blocks: of these qkv, attention, mlp are 3 + 1 + 1 + 4 + 1
+    assert none > elementwise + 5 * unit and elementwise > dots > full
+    assert 8.2 * unit < elementwise - full < 10.5 * unit  # the repeated parts take some room of their own
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

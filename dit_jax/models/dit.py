@@ -15,6 +15,10 @@ CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "elementwise": jax.checkpoint_policies.save_only_these_names(*layers.PRODUCTS),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(layers.PRODUCTS), offload_src="device",
+        offload_dst="pinned_host"),
 }
 
 
@@ -122,7 +126,12 @@ class DiT(nn.Module):
         out_channels: 2 C when the process learns its variance, else C.
         conditioning: one of CONDITIONINGS.
         attention: see `layers.dot_product_attention`.
-        remat: "none", "full" (store one activation per block) or "dots" (store matrix products, recompute the rest).
+        remat: what a block stores for its gradient, beside its input; the rest is computed again.
+            "none": everything.
+            "elementwise": what linear layers and attention return; norms, modulation, GELU and the softmax are repeated.
+            "dots": what linear layers return, the modulation's among them; attention is repeated too.
+            "full": nothing.
+            "offload": as "elementwise", kept in the host's memory until the gradient asks for it.
         unroll: False scans over the blocks (compile time flat in depth); True writes them out.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
     """
