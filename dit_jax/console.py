@@ -55,7 +55,8 @@ def _parse_flags(argv):
     except SystemExit:  # --help: absl leaves with 1
         sys.exit(0)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        message = str(error.args[0] if isinstance(error, KeyError) else error).strip() or type(error).__name__
+        missing = f"the config has no field {error}" if isinstance(error, KeyError) else ""
+        message = missing or str(error).strip() or type(error).__name__
         if "Traceback (most recent call last)" in message:  # of a config file: what ml_collections says ends with the reason
             message = f"{message.splitlines()[0]} {message.splitlines()[-1].removeprefix('dit_jax.errors.UserError: ')}"
         print(f"error: {message}", file=sys.stderr)

@@ -259,13 +259,13 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
     if latent not in ("grid", "plane"):
         raise UserError(f"no latent {latent!r}; choose grid or plane")
     c = autoencoder(DIGITS_CODEC if latent == "grid" else PLANE_CODEC, kl_weight=1e-3 if latent == "grid" else 0.08)
-    c.num_steps, c.batch_size, c.ema_decay = 1_000, 128, 0.99
-    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 1_000, "clip_norm": 1.0})
+    c.num_steps, c.batch_size, c.ema_decay = 800, 128, 0.99
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 800, "clip_norm": 1.0})
     c.data = {"name": "digits", "path": "", "split": "train"}
     c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
     c.loader.num_threads = 2
-    c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
-    c.preview.update({"every_steps": 500, "num_images": 50})
+    c.checkpoint.update({"every_steps": 400, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 400, "num_images": 50})
     c.evaluation.update({"num_images": 297, "batch_size": 100, "split": "test"})
     return c
 
@@ -284,6 +284,7 @@ def digits_latent() -> ml_collections.ConfigDict:
     """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
     c = in_latents(digits(), DIGITS_CODEC)
     c.model.patch_size = 1
+    c.num_steps = c.optimizer.decay_steps = 1_200
     return c
 
 

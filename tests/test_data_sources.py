@@ -249,3 +249,13 @@ def test_tfds_missing_and_broken_shards(tfds_dir, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"1 of 2 shards of shades split 'train' are missing.*00001-of-00002"):
         TFDS("shades", str(tmp_path), "train")
+
+
+def test_a_dead_link_is_a_bad_record(tmp_path):
+    """One link that leads nowhere, which keeps a whole folder from being opened."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "gone.jpg")
+    source = ImageFolder(tmp_path)
+    assert len(source) == 2
+    with pytest.raises(UserError, match=r"b\.jpg"):
+        source[1]

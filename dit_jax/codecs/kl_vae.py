@@ -319,7 +319,8 @@ class KLVAE:
 
         Args:
             params: of `init` or `load_diffusers`; only params["encoder"] is used.
-            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W multiples of `downsample`.
+            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W at least `downsample`. h = H // downsample: of an odd
+                size, the last rows and columns may not come back from `decode`.
         Raises:
             ValueError: images of another rank, dtype, channel count or size. The range of the values is not checked.
         """
@@ -327,11 +328,9 @@ class KLVAE:
             raise ValueError(f"images have dtype {images.dtype}: convert to float32 in [-1, 1], uint8 as x / 127.5 - 1")
         if images.ndim != 4 or images.shape[-1] != self.image_channels:
             raise ValueError(f"images have shape {images.shape}, not [B, H, W, {self.image_channels}]")
-        if 0 in images.shape or images.shape[1] % self.downsample or images.shape[2] % self.downsample:
-            raise ValueError(
-                f"images have shape {images.shape}: height and width must be positive multiples of {self.downsample}; "
-                "crop, pad or resize them first"
-            )
+        if 0 in images.shape or min(images.shape[1:3]) < self.downsample:
+            raise ValueError(f"images have shape {images.shape}: height and width must be at least {self.downsample}, one latent "
+                             "pixel; enlarge them first")
         return self.encoder.apply({"params": params["encoder"]}, images)
 
     def sample_latent(self, key, moments):

@@ -181,7 +181,15 @@ def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
             if entry.is_dir():
                 yield from _files_below(root, relative)
             elif entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.name.endswith(CAPTION_SUFFIX):
-                yield relative, entry.stat().st_size
+                yield relative, _size(entry)
+
+
+def _size(entry: os.DirEntry) -> int:
+    """In bytes; -1 for a link that leads nowhere, which reading will find to be a bad record."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
 
 
 class TFDS:
@@ -316,6 +324,13 @@ class TFDS:
         # Undecoded, the image needs no TensorFlow here and keeps the transform in charge of its pixels.
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
         return self._builder.as_data_source(split=self.split, decoders=decoders, file_format="array_record")
+
+    @property
+    def text_features(self) -> tuple[str, ...]:
+        """Names of the features that could be a caption_key."""
+        import tensorflow_datasets as tfds
+
+        return tuple(name for name, kind in self._builder.info.features.items() if isinstance(kind, tfds.features.Text))
 
     def __len__(self) -> int:
         return self._length

@@ -34,6 +34,8 @@ TO_DIFFUSERS = [
 # Names of the attention layers in files written before diffusers 0.17, the published sd-vae-ft-* among them.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# How latents are scaled, which is a choice of whoever diffuses in them.
+NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # What diffusers assumes for a field that config.json lacks; older files lack several.
 CONFIG_DEFAULTS = {
     "in_channels": 3,
@@ -291,11 +293,12 @@ def _read_config(path):
 
 
 def _check_config(path, codec):
+    """Raises a UserError for sizes that differ; scale and shift do not change what the weights mean, so they may."""
     stored = _read_config(path)
     problems = [
         f"{name}: {stored[name]} in the file, {value} in the codec"
         for name, value in _config(codec).items()
-        if not _same(stored[name], value)
+        if name not in NORMALIZATION and not _same(stored[name], value)
     ]
     if problems:
         raise UserError(f"{path} disagrees with the codec, change the codec to match:\n  " + "\n  ".join(problems))

@@ -43,8 +43,11 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
     if path.is_dir():
         stored = vae.read_codec(path)
         for field in ("scale", "shift"):
-            if config.codec.get(field) is None:
-                config.codec[field] = getattr(stored, field)
+            chosen, found = config.codec.get(field), getattr(stored, field)
+            if chosen is None:
+                config.codec[field] = found
+            elif getattr(build.codec(config), field) != found and path != own:
+                say(f"codec.{field} {chosen} of the config is used, not {found} of {path}")
     elif config.codec.get("scale") is None:
         raise UserError(f"codec.path {path} is a lone file, which does not tell the scale of its latents; give codec.scale, or "
                         "the folder with config.json")
