@@ -4,6 +4,7 @@
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. The same command again resumes.
+Several processes find each other on TPU pods, GKE and SLURM; elsewhere give --coordinator_address --num_processes --process_id.
 
 Exit status: 0 when all steps are trained, and 75 when SIGTERM or Ctrl-C stopped the run early with everything saved, so that
 whoever started it (launch/) can tell "start me again" from "done"; 2 for a user's mistake, anything else for a failure.
@@ -14,15 +15,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dit_jax import console
+from dit_jax import console, processes
 from dit_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; after a colon its argument: configs/imagenet.py:B/4,256.",
                                          lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the cluster is not detected.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator_address.")
 
 
 def chosen_config():
@@ -40,9 +38,7 @@ def main() -> dict:
     config = chosen_config()
     if WORKDIR.value is None:
         raise UserError("give --workdir=<folder of the run>")
-    from dit_jax.parallel import hosts
-
-    hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    processes.join()
     from dit_jax import build
     from dit_jax.training.loop import SHOWN_BY, train
 

@@ -65,7 +65,8 @@ def test_flow_through_the_task():
     task, mesh = build.task(config), make_mesh(1, 1, 1, jax.devices()[:1])
     params = jax.jit(task.init)(jax.random.key(0)).params
     batch = {"image": np.zeros((64, 8, 8, 1), np.uint8), "label": np.arange(64, dtype=np.int32) % 10}
-    loss, _ = jax.jit(lambda params, key: task.loss(params, **task.draw_inputs({"codec": {}}, batch, key)))(params, jax.random.key(1))
+    constants = {"codec": {}}
+    loss, _ = jax.jit(lambda params, key: task.loss(params, **task.draw_inputs(constants, batch, key)))(params, jax.random.key(1))
     # The network starts at zero, so the loss is the mean of (x0 - noise)^2 with x0 = (-1 + 0.39) / 0.75 everywhere.
     np.testing.assert_allclose(loss, 1 + (0.61 / 0.75) ** 2, rtol=0.1)
     generator = Generator(task, mesh, build.sampler(config), build.guidance(config), 4, seed=0)
