@@ -84,8 +84,10 @@ MESHES = [(2, 2, 1, 2), (8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1), (1, 1, 8, 1), 
 
 @pytest.mark.parametrize("shape, block, zero1", [
     ((2, 2, 1, 2), "in_context", True),
-    *(pytest.param(shape, block, False, marks=SLOW) for shape in MESHES for block in BLOCKS),
-    *(pytest.param(shape, "cross_attention", True, marks=SLOW) for shape in ((1, 8, 1, 1), (2, 2, 2, 1), (2, 4, 1, 1))),
+    *(pytest.param(shape, block, False, marks=SLOW if BLOCKS[i % 4] == block else pytest.mark.exhaustive)
+      for i, shape in enumerate(MESHES) for block in BLOCKS),
+    pytest.param((2, 2, 2, 1), "cross_attention", True, marks=SLOW),
+    *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
 ])
 def test_one_device_is_every_mesh(shape, block, zero1):
     """A sharding under which XLA gives other numbers: of the forward, a gradient, a step, the average."""

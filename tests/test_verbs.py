@@ -60,7 +60,7 @@ MISTAKES = {
     "patch": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.transform.resolution=9"], "not a multiple"),
     "heads": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.heads=5"], "does not divide"),
     "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs as many devices"),
-    "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "data.path is empty"),
+    "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "codec.path is empty"),
     "no reference": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.evaluation.reference=/none"], "/none does"),
     "no run": ("sample", ["--workdir=W"], "config.json does not exist"),
     "no npz": ("evaluate", ["--samples=W/x.npz", "--reference=digits"], "does not exist"),
