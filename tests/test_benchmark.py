@@ -20,8 +20,7 @@ from dit_jax.diffusion import samplers
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.training.loop import compile_step
-from dit_jax.training.state import abstract_state, count_parameters, create_sharded
+from dit_jax.training.state import abstract_state, count_parameters
 
 
 def small(**overrides):
@@ -117,15 +116,6 @@ def test_tables_are_the_recipes():
     """A size or sampler that was changed in one place."""
     assert {name: tuple(size) for name, size in recipes.SIZES.items()} == subject.SIZES and subject.PATCHES == recipes.PATCHES
     assert subject.SAMPLERS.items() <= build.TABLES["sampler"].items()
-
-
-def test_step_is_the_loops():
-    """A benchmark of another program than the one that trains."""
-    it = one_device()
-    state, batch = create_sharded(it.task, jax.random.key(0), it.mesh), it.batch()
-    ours = subject.compile_step(it, state, batch)[0].as_text()
-    loops = compile_step(it.task, it.mesh, it.seed, state, it.constants, batch)[0].as_text()
-    assert program(ours) == program(loops)
 
 
 def program(text):

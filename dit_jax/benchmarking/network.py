@@ -8,12 +8,13 @@ import jax
 import numpy as np
 
 from dit_jax.benchmarking import machine
-from dit_jax.benchmarking.subject import Subject, compile_step
+from dit_jax.benchmarking.subject import Subject
 from dit_jax.benchmarking.timing import MIN_STEPS, Work, measure, measure_queued, report, warm_up
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.console import say
 from dit_jax.errors import UserError
 from dit_jax.training.autoencoder_task import AutoencoderTask
+from dit_jax.training.compiled_step import compile_step
 from dit_jax.training.generate import Generator, spread_labels
 from dit_jax.training.state import count_parameters, create_sharded
 
@@ -27,7 +28,7 @@ def train_step(subject: Subject) -> Work:
     state = create_sharded(task, jax.random.key(subject.seed), subject.mesh)
     batch = subject.batch()
     parameters = count_parameters(state.params)
-    step, zeros, seconds = compile_step(subject, state, batch)
+    step, zeros, seconds = compile_step(subject.task, subject.mesh, subject.seed, state, subject.constants, batch)
     say(f"compiled the training step in {seconds:.1f} s")
     sums = zeros()
 

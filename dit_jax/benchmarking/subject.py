@@ -1,10 +1,9 @@
 """What is benchmarked: a task on a mesh, from a config, or by the paper's name where only jax, flax and optax are installed.
 
-`recipes`, `build` and the training loop need more than those three (ml_collections, grain, orbax), so `of_model` repeats the
+`recipes` and `build` need more than those three (ml_collections, grain, orbax), so `of_model` repeats the
 few lines of them that it needs; tests hold the two equal.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,22 +138,3 @@ def of_config(config) -> Subject:
     constants = {} if isinstance(task.codec, KLVAE) else {"codec": jax.device_put(task.codec.init(jax.random.key(0)),
                                                                                   replicated(mesh))}
     return Subject(task, mesh, config.batch_size, build.sampler(config), build.guidance(config), constants, config.seed)
-
-
-def compile_step(subject: Subject, state, batch):
-    """(compiled step, zero sums, seconds): the program of `training.loop.compile_step`, which see."""
-    task, mesh, seed, constants = subject.task, subject.mesh, subject.seed, subject.constants
-
-    def step(state, sums, constants, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        state, new = task.step(state, constants, batch, key)
-        return state, jax.tree.map(jnp.add, sums, new)
-
-    start = time.monotonic()
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda *args: task.step(*args, jax.random.key(0))[1], state, constants, batch)
-        whole = replicated(mesh)
-        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=whole)
-        out = (jax.tree.map(lambda x: x.sharding, state), whole)
-        compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(state, zeros(), constants, batch).compile()
-    return compiled, zeros, time.monotonic() - start

@@ -79,7 +79,7 @@ def _as_read(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def train_step(config, task, mesh, resident_rows: int = 0):
-    """(traced training step, its arguments by name): the function that `training.loop.compile_step` compiles.
+    """(traced training step, its arguments by name): the function that `training.compiled_step.compile_step` compiles.
     """
     # Outside of the mesh, because `jax.random.key(0)` would be made on its devices, which may not be here.
     state = abstract_state(task, mesh)

@@ -14,9 +14,10 @@ from dit_jax import build
 from dit_jax.console import say
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
-from dit_jax.parallel.mesh import replicated, shard_batch
+from dit_jax.parallel.mesh import shard_batch
 from dit_jax.training import codec_weights, reconstructions, samples, summary
 from dit_jax.training.checkpoint import Checkpointer
+from dit_jax.training.compiled_step import compile_step
 from dit_jax.training.meter import Meter
 from dit_jax.training.profile import Profile
 from dit_jax.training.records import Records
@@ -44,23 +45,6 @@ class Run:
     stopped: bool
     loss: float | None
     images_per_second: float | None
-
-
-def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
-    """(compiled step, zero sums, seconds): (state, sums, constants, batch) -> (state, sums), its first two arguments donated."""
-    def step(state, sums, constants, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        state, new = task.step(state, constants, batch, key)
-        return state, jax.tree.map(jnp.add, sums, new)
-
-    start = time.monotonic()
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda *args: task.step(*args, jax.random.key(0))[1], state, constants, batch)
-        whole = replicated(mesh)
-        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=whole)
-        out = (jax.tree.map(lambda x: x.sharding, state), whole)
-        compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(state, zeros(), constants, batch).compile()
-    return compiled, zeros, time.monotonic() - start
 
 
 def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
