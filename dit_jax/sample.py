@@ -148,7 +148,7 @@ def load_weak(config, mesh) -> Weak | None:
 
 def choose_labels(num_classes: int):
     """int32[num_samples] as --labels says."""
-    from dit_jax.training.generate import null_labels, random_labels, spread_labels
+    from dit_jax.sampling.labels import null_labels, random_labels, spread_labels
 
     if LABELS.value == ["none"]:
         return null_labels(NUM_SAMPLES.value, num_classes)
@@ -170,11 +170,12 @@ def main() -> dict:
         raise UserError(f"--out={OUT.value} must end in .npz")
     processes.join()
     from dit_jax import build
-    from dit_jax.training import codec_weights, samples_file
+    from dit_jax.sampling import samples_file
+    from dit_jax.training import codec_weights
 
     if jax.process_index() == 0:
         samples_file.check_writable(out)
-    from dit_jax.training.generate import Generator
+    from dit_jax.sampling.generator import Generator
 
     source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
     if WEIGHTS.value is not None and source.suffix != ".safetensors":

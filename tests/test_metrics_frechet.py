@@ -5,7 +5,8 @@ import scipy.linalg
 from dit_jax.errors import UserError
 from dit_jax.metrics.features import pixels
 from dit_jax.metrics.frechet import Moments, frechet_distance, moments
-from dit_jax.training import samples_file, score
+from dit_jax.sampling import samples_file
+from dit_jax.training import score
 
 
 def random_features(seed, count=300, width=24):

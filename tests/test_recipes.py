@@ -8,7 +8,8 @@ from test_configs import load
 from dit_jax import build, recipes
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.training.generate import Generator, spread_labels
+from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.labels import spread_labels
 
 
 @pytest.mark.parametrize("name", recipes.SAMPLERS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.training.grid import write_image_grid
+from dit_jax.sampling.grid import write_image_grid
 from dit_jax.training.records import Records
 from dit_jax.training.wandb_writer import WandbWriter
 

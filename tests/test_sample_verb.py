@@ -10,8 +10,8 @@ import tiny
 from verbs import refused, run_verbs
 
 from dit_jax import conversion, recipes
+from dit_jax.sampling.labels import random_labels
 from dit_jax.training.checkpoint import Checkpointer
-from dit_jax.training.generate import random_labels
 from dit_jax.training.workdir import Workdir
 
 RUNS = {"strong": tiny.config(), "weak": tiny.config(model__depth=1), "flow": tiny.config(process=recipes.flow())}

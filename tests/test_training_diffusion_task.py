@@ -8,7 +8,8 @@ from dit_jax import build
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.samplers import DDIM, Ancestral
 from dit_jax.parallel.mesh import make_mesh, shard_batch
-from dit_jax.training.generate import Generator, spread_labels
+from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.loop import compile_step
 from dit_jax.training.state import abstract_state, create_sharded
 

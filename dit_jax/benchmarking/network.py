@@ -13,9 +13,10 @@ from dit_jax.benchmarking.timing import MIN_STEPS, Work, measure, measure_queued
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.console import say
 from dit_jax.errors import UserError
+from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.compiled_step import compile_step
-from dit_jax.training.generate import Generator, spread_labels
 from dit_jax.training.state import count_parameters, create_sharded
 
 WARM_UP_STEPS = 3

@@ -9,7 +9,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop import lpips
 from dit_jax.parallel.mesh import batch_sharding, replicated, rows_per_step
 from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
-from dit_jax.training.generate import Generator
+from dit_jax.sampling.generator import Generator
 from dit_jax.training.state import abstract_state
 
 
@@ -112,5 +112,5 @@ def sampling(config, task, mesh):
     constants = {"codec": abstract_constants(config, task, mesh, 1)["codec"]}
     rows = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        traced = generator._draw.trace(params, constants, rows, rows, None)
+        traced = generator.program.trace(params, constants, rows, rows, None)
     return traced, {"params": params, "constants": constants, "batch": rows}, batch_size, sampler.evaluations(task.process)

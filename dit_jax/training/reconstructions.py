@@ -20,8 +20,9 @@ from dit_jax.metrics.reconstruction import psnr, ssim
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.pixels import to_float, to_uint8
-from dit_jax.training import codec_weights, samples_file, score
-from dit_jax.training.grid import write_image_grid
+from dit_jax.sampling import samples_file
+from dit_jax.sampling.grid import write_image_grid
+from dit_jax.training import codec_weights, score
 
 STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
 

@@ -9,9 +9,11 @@ from dit_jax import build
 from dit_jax.console import say
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
-from dit_jax.training import samples_file, score
-from dit_jax.training.generate import Generator, spread_labels
-from dit_jax.training.grid import write_image_grid
+from dit_jax.sampling import samples_file
+from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.grid import write_image_grid
+from dit_jax.sampling.labels import spread_labels
+from dit_jax.training import score
 
 
 def check(config):

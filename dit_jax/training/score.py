@@ -12,7 +12,7 @@ from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.metrics.features import EXTRACTORS
 from dit_jax.metrics.frechet import frechet_distance, moments
-from dit_jax.training import samples_file
+from dit_jax.sampling import samples_file
 
 MAX_PIXEL_FEATURES = 4_096
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.errors import UserError
-from dit_jax.training.grid import write_image_grid
+from dit_jax.sampling.grid import write_image_grid
 
 
 def describe(config, step: int, seed: int) -> dict:
