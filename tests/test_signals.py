@@ -1,10 +1,12 @@
-"""training/signals.py: the first signal asks, the second ends. Two processes are tested in test_checkpoint.py."""
+"""training/signals.py: the first signal asks, the second ends."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +81,103 @@ def test_second_signal_ends_a_hung_process_at_once(second):
     finally:
         child.kill()
         child.communicate()
+
+
+PROCESS = """
+    import sys, time, jax
+    jax.config.update("jax_num_cpu_devices", 2)
+    from dit_jax.parallel import hosts
+    from dit_jax.training.signals import StopSignal
+    hosts.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    step = 0
+    with StopSignal() as stop:
+        while not stop.requested(step):
+            step += 1
+            if step == 5: print("ready", flush=True)
+            time.sleep(0.01)
+        print("saving", step, flush=True)
+        sys.stdin.readline()
+    print("saved", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def lines_until(child, start):
+    """Reads what a process says up to the line that starts so; Gloo and JAX speak in between."""
+    for line in child.stdout:
+        if line.startswith(start):
+            return line
+    raise AssertionError(f"the process ended with {child.wait()} before it said {start}")
+
+
+@pytest.fixture
+def pair():
+    """Two processes of one program, which have trained a few steps."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS), address]
+    children = [subprocess.Popen([*command, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True, env=environment, cwd=Path(__file__).parent.parent) for i in range(2)]
+    try:
+        for child in children:
+            lines_until(child, "ready")
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def release(child):
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", ["saving", "saved"])
+def test_a_host_signalled_late_lives_on(pair, late):
+    """A cluster that signals its hosts seconds apart, and so kills the second one while it saves, or before it can say so."""
+    late_one, asked = pair
+    asked.send_signal(signal.SIGTERM)
+    assert lines_until(asked, "saving") == lines_until(late_one, "saving")
+    if late == "saved":
+        release(late_one)
+        lines_until(late_one, "saved")
+    late_one.send_signal(signal.SIGTERM)
+    lines_until(late_one, "SIGTERM: saving and stopping")
+    for child in pair:
+        release(child)
+        release(child)
+    assert [child.wait(timeout=60) for child in pair] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_one_of_two_processes(pair):
+    """JAX's handler, which swallows every SIGTERM: a save that hangs could not be ended."""
+    hung, asked = pair
+    asked.send_signal(signal.SIGTERM)
+    lines_until(hung, "saving")
+    hung.send_signal(signal.SIGTERM)
+    lines_until(hung, "SIGTERM: saving and stopping")
+    hung.send_signal(signal.SIGTERM)
+    assert hung.wait(timeout=10) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_other_verbs_end_at_sigterm():
+    """JAX's preemption service left on: `sample` and `encode` on many processes would outlive every SIGTERM."""
+    program = """
+        import os, signal, socket
+        from dit_jax.parallel import hosts
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        hosts.initialize(f"127.0.0.1:{port}", 1, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=Path(__file__).parent.parent, env=environment,
+                             capture_output=True, text=True, timeout=100)
+    assert process.returncode == -signal.SIGTERM, process.stderr

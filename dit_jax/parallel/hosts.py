@@ -1,9 +1,12 @@
 """Several processes as one program."""
 
 import os
+from collections import deque
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.errors import UserError
 
@@ -30,6 +33,8 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         raise UserError(f"--process_id={process_id} with --num_processes={num_processes}: it must lie in 0 to num_processes - 1")
     if not missing and not coordinator_address.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator_address={coordinator_address} must be host:port, as in 10.0.0.1:1234")
+    # JAX's own handler would swallow every SIGTERM of every verb for good: only SIGKILL would end a process. See `SharedFlag`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except ValueError as error:
@@ -60,3 +65,27 @@ def to_host(x) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+class SharedFlag:
+    """A flag that any process raises and that all see raised at the same call; no process waits for another.
+
+    Each call hands the devices the greatest of one number per device, and reads what the call `delay` calls before found.
+    Make it, and call it, on all processes alike.
+
+    Args:
+        delay: how many calls may be unfinished. Where the devices are that far behind the host anyway, nothing is held up.
+    """
+
+    def __init__(self, delay: int):
+        mesh = Mesh(np.array(jax.devices()), ("device",))
+        split = NamedSharding(mesh, PartitionSpec("device"))
+        self._values = [jax.make_array_from_callback((mesh.size,), split, lambda _, raised=raised: np.array([raised], np.int32))
+                        for raised in (0, 1)]
+        self._greatest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._delay, self._pending = delay, deque()
+
+    def seen(self, raised: bool) -> bool:
+        """Whether any process had raised it `delay` calls ago."""
+        self._pending.append(self._greatest(self._values[raised]))
+        return len(self._pending) > self._delay and bool(self._pending.popleft())
