@@ -57,10 +57,10 @@ class StopSignal:
         return self._stopping
 
     def _handle(self, number, frame):
-        # No logging here: the signal may have interrupted the logger while it held its lock.
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: saving and stopping; a second signal ends the process at once\n".encode())
         for other, handler in self._previous.items():
             foreign = callable(handler) and handler is not signal.default_int_handler
             signal.signal(other, handler if foreign else signal.SIG_DFL)
         self._asked = True
+        # No logging here: the signal may have interrupted the logger while it held its lock.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saving and stopping; a second signal ends the process at once\n".encode())
