@@ -76,7 +76,7 @@ def construct(section: str, fields: Mapping, **more):
 
 def mesh(config, devices=None):
     """The mesh that the config asks for, over these devices or all that there are."""
-    return make_mesh(**{axis: size for axis, size in config.mesh.items() if axis != "zero1"}, devices=devices)
+    return make_mesh(**{axis: size for axis, size in config.mesh.items() if axis not in ("zero1", "offload")}, devices=devices)
 
 
 def codec(config):
@@ -126,7 +126,8 @@ def task(config):
     """The training task; checks all that can be checked without data or devices."""
     check_numbers(config)
     shared = {"codec": codec(config), "optimizer": construct("optimizer", config.optimizer), "ema_decay": config.ema_decay,
-              "microbatches": config.microbatches, "zero1": config.mesh.get("zero1", False)}
+              "microbatches": config.microbatches, "zero1": config.mesh.get("zero1", False),
+              "offload": config.mesh.get("offload", "none")}
     if config.task.name == "autoencoder":
         fields = {k: v for k, v in config.task.items() if k != "perceptual_path"} | {"discriminator": discriminator(config)}
         return construct("task", fields, **shared, resolution=config.transform.resolution)

@@ -56,7 +56,7 @@ def training() -> ml_collections.ConfigDict:
         "batch_size": 256,
         "microbatches": 1,
         "ema_decay": 0.9999,
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "zero1": False},
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "zero1": False, "offload": "none"},
         "optimizer": {"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
                       "warmup_steps": 0, "decay_steps": config_dict.placeholder(int),
                       "clip_norm": config_dict.placeholder(float)},

@@ -16,7 +16,7 @@ from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import AUTOENCODER_RULES
 from dit_jax.pixels import to_float
-from dit_jax.training.state import TrainState, count_parameters
+from dit_jax.training.state import TrainState, check_offload, count_parameters
 from dit_jax.training.task import accumulate, moving_average, named_key, only_if, step_sums
 
 
@@ -51,6 +51,7 @@ class AutoencoderTask:
     ema_decay: float = 0.999
     microbatches: int = 1
     zero1: bool = False
+    offload: str = "none"
 
     rules = AUTOENCODER_RULES
 
@@ -58,6 +59,7 @@ class AutoencoderTask:
         for name in ("kl_weight", "perceptual_weight", "discriminator_weight", "discriminator_start_step"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"task.{name} is {getattr(self, name)}; it must be at least 0 (0 turns it off)")
+        check_offload(self.offload)
         self.codec.latent_shape(self.resolution)
         if self.perceptual_weight and self.resolution < SMALLEST_SIDE:
             raise UserError(f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "

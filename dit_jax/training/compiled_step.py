@@ -1,4 +1,4 @@
-"""The program of one training step, as the loop runs it and the benchmark times it; needs only JAX."""
+"""The program of one training step, as the loop runs it, the benchmark times it and the plan compiles it; needs only JAX."""
 
 import time
 
@@ -7,21 +7,38 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dit_jax.parallel.mesh import replicated
+from dit_jax.training.state import on_device
 from dit_jax.training.task import Task
 
 
-def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
-    """(compiled step, zero sums, seconds): (state, sums, constants, batch) -> (state, sums), its first two arguments donated."""
+def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+    """(traced step, sums as ShapeDtypeStructs): (state, sums, constants, batch) -> (state, sums), its first two donated.
+
+    The new state lives where the old one does, in device or in host memory.
+
+    Args:
+        state, constants, batch: arrays, or ShapeDtypeStructs with shardings.
+    """
     def step(state, sums, constants, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        state, new = task.step(state, constants, batch, key)
+        state, new = task.step(on_device(state), constants, batch, key)
         return state, jax.tree.map(jnp.add, sums, new)
 
-    start = time.monotonic()
+    def new_sums(state, constants, batch):
+        return task.step(on_device(state), constants, batch, jax.random.key(0))[1]
+
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda *args: task.step(*args, jax.random.key(0))[1], state, constants, batch)
         whole = replicated(mesh)
-        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=whole)
+        sums = jax.tree.map(lambda x: x.update(sharding=whole), jax.eval_shape(new_sums, state, constants, batch))
         out = (jax.tree.map(lambda x: x.sharding, state), whole)
-        compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(state, zeros(), constants, batch).compile()
+        return jax.jit(step, donate_argnums=(0, 1), out_shardings=out).trace(state, sums, constants, batch), sums
+
+
+def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+    """(compiled step, zero sums, seconds); arguments as `trace_step`."""
+    start = time.monotonic()
+    traced, sums = trace_step(task, mesh, seed, state, constants, batch)
+    with jax.set_mesh(mesh):
+        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), out_shardings=replicated(mesh))
+        compiled = traced.lower().compile()
     return compiled, zeros, time.monotonic() - start

@@ -18,7 +18,7 @@ from dit_jax.diffusion.process import Process, noise_like
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import TRANSFORMER_RULES
 from dit_jax.pixels import to_float, to_uint8
-from dit_jax.training.state import TrainState, count_parameters, new_state
+from dit_jax.training.state import TrainState, check_offload, count_parameters, new_state
 from dit_jax.training.task import accumulate, mean_of, moving_average, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
@@ -37,7 +37,7 @@ class DiffusionTask:
         num_classes: also the null label; 0 for unconditional.
         label_dropout: rate at which labels become the null label.
         microbatches: gradients are averaged over so many parts of the batch, one after another.
-        zero1: see `state.abstract_state`.
+        zero1, offload: see `state.abstract_state`.
 
     Raises:
         UserError: a rate or number out of range.
@@ -53,6 +53,7 @@ class DiffusionTask:
     ema_decay: float = 0.9999
     microbatches: int = 1
     zero1: bool = False
+    offload: str = "none"
 
     rules = TRANSFORMER_RULES
 
@@ -61,6 +62,7 @@ class DiffusionTask:
             raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"task.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        check_offload(self.offload)
 
     def init(self, key) -> TrainState:
         x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,))

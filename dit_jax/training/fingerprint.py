@@ -55,6 +55,7 @@ def fingerprints(arrays):
 
 @jax.jit
 def _device_fingerprint(array):
+    array = jax.device_put(array, jax.memory.Space.Device)  # it may live in host memory
     bits = jax.random.key_data(array) if is_key(array) else array
     if bits.dtype == jnp.bool_:
         words = bits.astype(jnp.uint32)

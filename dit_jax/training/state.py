@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dit_jax.errors import UserError
 from dit_jax.parallel import rules
+
+OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params")}
 
 
 @flax.struct.dataclass
@@ -36,6 +39,12 @@ def new_state(params, optimizer) -> TrainState:
     )
 
 
+def check_offload(offload: str):
+    """Raises a UserError where no such part of the state can live in host memory."""
+    if offload not in OFFLOADS:
+        raise UserError(f"mesh.offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
+
+
 def abstract_state(task, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs that carry the shardings of the task's rules; nothing is computed.
 
@@ -43,13 +52,27 @@ def abstract_state(task, mesh: Mesh) -> TrainState:
     updates its part of them, then all are gathered once a step, where otherwise every layer is gathered each time it is used.
     Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
 
+    The arrays of what task.offload names live in the host's pinned memory, split as they would be on the devices; scalars stay on
+    the devices. A program that computes with them begins with `on_device`.
+
     task: a `Task`.
     """
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     shardings = rules.shardings(shapes, mesh, task.rules)
     if task.zero1:
         shardings = shardings.replace(params=rules.whole_over_fsdp(shardings.params))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return state.replace(**{part: in_host_memory(getattr(state, part)) for part in OFFLOADS[task.offload]})
+
+
+def in_host_memory(tree):
+    """The same ShapeDtypeStructs, those that are not scalars in pinned host memory."""
+    return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind("pinned_host")) if x.ndim else x, tree)
+
+
+def on_device(tree):
+    """Inside of a jitted function: what lives in host memory, brought to the device; the rest as it is."""
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def create_sharded(task, key, mesh: Mesh) -> TrainState:

@@ -33,6 +33,11 @@ class Task(Protocol):
         """Whether parameters are whole over the fsdp axis and only what is beside them is split."""
         ...
 
+    @property
+    def offload(self) -> str:
+        """What of the state lives in host memory between steps, a key of `state.OFFLOADS`."""
+        ...
+
     def init(self, key) -> TrainState: ...
 
     def step(self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array],
