@@ -99,10 +99,9 @@ def main(argv=None) -> int:
         asked.append(number)
         if len(asked) > 1:
             kill(processes)
-        # To one only: JAX agrees with the others on a step to stop at, after which a signal of their own would end them at once.
-        alive = [process for process in processes if process.poll() is None]
-        if alive:
-            alive[0].send_signal(signal.SIGTERM)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
