@@ -37,35 +37,8 @@ NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that
 VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache, change nothing.")
 
 
-def source_of(data: str, split: str | None):
-    """The data set that --data and --split name.
-
-    Raises:
-        UserError: no such kind of data set, or whatever the data set refuses.
-    """
-    from dit_jax.data.sources import TFDS, Digits, ImageFolder
-
-    kind, colon, place = data.partition(":")
-    if data == "digits":
-        return Digits(split=split or "all")
-    if not colon or kind not in ("folder", "tfds", "tars"):
-        return ImageFolder(data, split or "")
-    if kind == "folder":
-        return ImageFolder(place, split or "")
-    if kind == "tfds":
-        name, _, path = place.partition(":")
-        if not name or not path or not split:
-            raise UserError(f"--data={data}: write tfds:NAME:PATH, as in tfds:imagenet2012:/data/tfds, and give --split")
-        source = TFDS(name, path, split)
-        return TFDS(name, path, split, caption_key="caption") if "caption" in source.text_features else source
-    if split:
-        raise UserError(f"--split={split} means nothing with --data={data}; leave it out, and name the files of the split")
-    from dit_jax.data.tars import TarShards
-
-    return TarShards(place)
-
-
 def job_of_flags():
+    from dit_jax.data.named_source import named_source
     from dit_jax.encoding import Job
     from dit_jax.interop import vae
 
@@ -74,7 +47,7 @@ def job_of_flags():
         raise UserError(f"give --{', --'.join(missing)}; or --config=configs/<name>.py, which has them")
     path = vae.find(CODEC.value)
     codec = vae.read_codec(path, DTYPE.value or "float32")
-    return Job(source_of(DATA.value, SPLIT.value), codec, vae.load_diffusers(path, codec), RESOLUTION.value,
+    return Job(named_source(DATA.value, SPLIT.value), codec, vae.load_diffusers(path, codec), RESOLUTION.value,
                MIRROR.value is not False, bool(UPRIGHT.value), BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
