@@ -1,0 +1,168 @@
+"""Weights of the Inception-v3 of FID: pytorch-fid's port, or the TensorFlow graph that it was made of, to ours.
+
+    python -m dit_jax.convert --download=inception --out=inception.safetensors
+    python -m dit_jax.convert --from=inception --weights=pt_inception-2015-12-05-6726825d.pth --out=inception.safetensors
+    python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
+
+torch-fidelity's file holds the same tensors under the same names, which the written file keeps. The graph is in
+http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and is ADM's too.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.errors import UserError
+from dit_jax.interop.graph_def import read_constants
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.metrics.inception import BLOCKS, CLASSES, FEATURES, STEM, Conv, names
+
+EPSILON = 1e-3  # of the batch norms, in the graph and in its ports
+NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+
+
+def _convolutions() -> dict[str, tuple[str, Conv, int]]:
+    """{name in the port: (name in the graph, convolution, channels of its input)}."""
+    found, channels, number = {}, 3, 0
+    for name, conv in STEM.items():
+        if conv is not None:
+            found[name] = _numbered("conv", number), conv, channels
+            channels, number = conv.features, number + 1
+    for index, (name, block) in enumerate(BLOCKS.items()):
+        before, channels, towers = channels, 0, 0
+        for branch, chain in block.branches.items():
+            # The graph puts a lone convolution into the block itself, and what is longer, or pooled, into a tower.
+            place = _numbered("mixed", index)
+            if len(chain) > 1 or branch == "branch_pool":
+                place, towers = f"{place}/{_numbered('tower', towers)}", towers + 1
+            width = before
+            for link_number, (link, ports) in enumerate(zip(chain, names(branch, chain), strict=True)):
+                for side, (conv, port) in enumerate(zip(link, ports, strict=True)):
+                    graph = _numbered("conv", link_number) if len(link) == 1 else f"mixed/{_numbered('conv', side)}"
+                    found[f"{name}.{port}"] = f"{place}/{graph}", conv, width
+                width = sum(conv.features for conv in link)
+            channels += width
+    return found
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}_{number}" if number else name
+
+
+CONVOLUTIONS = _convolutions()
+
+
+def _layout() -> dict[str, tuple[int, ...]]:
+    """{tensor of the port: shape}."""
+    found = {}
+    for name, (_, conv, channels) in CONVOLUTIONS.items():
+        found[f"{name}.conv.weight"] = conv.features, channels, conv.height, conv.width
+        found |= {f"{name}.bn.{part}": (conv.features,) for part in NORM}
+    return found | {"fc.weight": (CLASSES, FEATURES), "fc.bias": (CLASSES,)}
+
+
+LAYOUT = _layout()
+
+
+def from_port(tensors: Tensors, what: str) -> Tensors:
+    """The state dict of pytorch-fid's or torch-fidelity's network, checked completely.
+
+    `num_batches_tracked`, a count from training that newer files carry, is left out.
+
+    Args:
+        what: the file, for the messages.
+    Raises:
+        UserError: tensors are missing, extra or misshapen, all listed; have several dtypes; hold what no network can have.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bn.num_batches_tracked")}
+    if kept.get("fc.weight", Tensor((), None, None)).shape == (1000, FEATURES):
+        raise UserError(f"{what} is torchvision's Inception-v3, with 1000 classes: FID needs the network of 2015 with {CLASSES}; "
+                        "python -m dit_jax.convert --download=inception fetches it")
+    _check(kept, what)
+    return {name: kept[name] for name in LAYOUT}
+
+
+def from_graph(path: Path) -> Tensors:
+    """The TensorFlow graph's constants under the port's names, in its layout; the same bits as the port's.
+
+    Raises:
+        UserError: it is no frozen graph; or as `from_port`.
+    """
+    found, constants = {}, read_constants(path)
+    for name, (graph, *_) in CONVOLUTIONS.items():
+        found[f"{name}.conv.weight"] = constants.pop(f"{graph}/conv2d_params", None), (3, 2, 0, 1)  # HWIO to OIHW
+        found |= {f"{name}.bn.{part}": (constants.pop(f"{graph}/batchnorm/{theirs}", None), (0,)) for part, theirs in NORM.items()}
+    found["fc.weight"] = constants.pop("softmax/weights", None), (1, 0)
+    found["fc.bias"] = constants.pop("softmax/biases", None), (0,)
+    # Scalars, of the input's range and the like, are no weights.
+    extra = {name: tensor for name, tensor in constants.items() if tensor.shape}
+    kept = {name: _transposed(tensor, order) for name, (tensor, order) in found.items()
+            if tensor is not None and len(tensor.shape) == len(order)}
+    _check(kept | extra, str(path))
+    return kept
+
+
+def _transposed(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    shape = tuple(tensor.shape[axis] for axis in order)
+    return Tensor(shape, tensor.dtype, lambda: tensor.load().transpose(order))
+
+
+def write(path: Path, tensors: Tensors, origin: dict):
+    """Writes tensors of `from_port` or `from_graph` as one .safetensors; a file that exists is replaced once the new one is whole.
+
+    Args:
+        origin: where they came from, kept as JSON in the header.
+    Raises:
+        UserError: the name does not end in .safetensors.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out={path} must end in .safetensors")
+    write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
+
+
+def load(path) -> dict:
+    """The params of `dit_jax.metrics.inception.InceptionV3` as NumPy float32.
+
+    Batch norms are folded into kernel and bias, in float64. The classifier's bias stays behind: no metric adds it.
+
+    Args:
+        path: a .safetensors as `python -m dit_jax.convert --from=inception` writes it.
+    Raises:
+        UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
+            have several dtypes; hold what no network can have.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the weights of Inception-v3 are one .safetensors, made by "
+                        "python -m dit_jax.convert --download=inception --out=inception.safetensors; without a connection see its "
+                        "--help")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=inception --weights={path}")
+    tensors = open_safetensors(path)[0]
+    _check(tensors, str(path))
+    params = {"fc": np.ascontiguousarray(tensors["fc.weight"].load().T, np.float32)}
+    for name in CONVOLUTIONS:
+        node = params
+        for key in name.split("."):
+            node = node.setdefault(key, {})
+        node |= _folded(*(tensors[f"{name}.{part}"].load().astype(np.float64)
+                          for part in ("conv.weight", *(f"bn.{part}" for part in NORM))))
+    return params
+
+
+def _folded(kernel, gamma, beta, mean, variance) -> dict[str, np.ndarray]:
+    scale = gamma / np.sqrt(variance + EPSILON)
+    return {"kernel": np.ascontiguousarray((kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0), np.float32),
+            "bias": (beta - mean * scale).astype(np.float32)}
+
+
+def _check(tensors: Tensors, what: str):
+    check(tensors, LAYOUT, what)
+    common_dtype(tensors, what)
+    for name, tensor in tensors.items():
+        array = tensor.load().astype(np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{what}: {name} holds NaN or infinity; download or write the file again")
+        if name.endswith("running_var") and array.min() < 0:
+            raise UserError(f"{what}: {name} holds {array.min()}; a variance is not negative; download or write the file again")
