@@ -1,10 +1,9 @@
-"""One device against meshes, what each device holds, and which process reads which rows."""
+"""One device against meshes, and what each device holds."""
 
 import itertools
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,8 +13,7 @@ from jax.sharding import PartitionSpec
 
 from dit_jax import build, recipes
 from dit_jax.codecs.kl_vae import KLVAE
-from dit_jax.errors import UserError
-from dit_jax.parallel.mesh import make_mesh, place, reader_place, shard_batch
+from dit_jax.parallel.mesh import make_mesh, place, shard_batch
 from dit_jax.parallel.rules import AUTOENCODER_RULES, TRANSFORMER_RULES, shardings, spec_of
 from dit_jax.training.loop import compile_step
 from dit_jax.training.state import abstract_state, create_sharded
@@ -189,38 +187,3 @@ def test_weights_of_a_file_are_split():
     placed = place(params, shardings(params, mesh))
     assert held(placed) < 0.14 * sum(x.nbytes for x in jax.tree.leaves(params))
     assert tiny.distance(placed, params) == 0
-
-
-def pod(shape, owners):
-    """A mesh over devices that belong to the given processes, one number per device in the mesh's order."""
-    devices = np.array([SimpleNamespace(process_index=i) for i in owners]).reshape(shape)
-    return SimpleNamespace(devices=devices, shape=dict(zip(("data", "fsdp", "tensor", "sequence"), shape, strict=True)))
-
-
-@pytest.mark.parametrize("shape, owners, places", [
-    ((2, 4, 1, 1), [0] * 4 + [1] * 4, [(0, 2), (1, 2)]),
-    ((1, 1, 8, 1), [0] * 4 + [1] * 4, [(0, 1), (0, 1)]),
-    ((2, 1, 2, 2), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-    ((4, 1, 2, 1), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-])
-def test_who_reads_what(monkeypatch, shape, owners, places):
-    """Processes that share rows (tensor over hosts) and read different ones: their devices would train on different batches."""
-    for process, wanted in enumerate(places):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert reader_place(pod(shape, owners)) == wanted
-
-
-def test_rows_that_two_processes_share_in_part():
-    """A mesh for which no process can be told which rows to read."""
-    with pytest.raises(UserError, match="do not fall to whole processes"):
-        reader_place(pod((3, 1, 2, 1), [0, 0, 0, 1, 1, 1]))
-
-
-@pytest.mark.parametrize("fields, text", [
-    ({"sequence": 0}, "mesh.sequence is 0; it must be at least 1"),
-    ({"sequence": 3}, "= 2 x 1 x 1 x 3 = 6 needs as many devices"),
-])
-def test_bad_mesh(fields, text):
-    """An axis that is dropped, or leaves devices idle."""
-    with pytest.raises(UserError, match=text):
-        make_mesh(**fields)

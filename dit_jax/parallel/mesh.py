@@ -4,8 +4,11 @@ Axes are always ("data", "fsdp", "tensor", "sequence"): the batch is split over 
 the tokens of activations over sequence.
 """
 
+import math
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.errors import UserError
@@ -18,7 +21,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, s
     """A mesh over all devices of all hosts; data = -1 takes what the other axes leave.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices; slices of unequal size.
     """
     devices = jax.devices() if devices is None else devices
     for name, size in (("fsdp", fsdp), ("tensor", tensor), ("sequence", sequence)):
@@ -33,7 +36,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, s
         raise UserError(f"the mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} = {np.prod(sizes)} needs as many devices, "
                         f"and there are {len(devices)} ({devices[0].platform}); set mesh.data = -1 to use them all, and choose "
                         "the other axes so that their product divides that number")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours along the later axes as near to each other as their network allows.
+
+    What `jax.make_mesh` does, and what it refuses: it splits no axis of a torus over two of the mesh (tensor = 2 on a v5p of
+    4 x 4 x 4), and takes no devices of several slices, which GPUs of two hosts are to JAX. Slices, between which the network is
+    slow, lie along the first axes.
+
+    Raises:
+        UserError: slices of unequal size.
+    """
+    slices = [getattr(device, "slice_index", 0) for device in devices]
+    count = len(set(slices))
+    if len({slices.count(index) for index in set(slices)}) > 1:
+        raise UserError(f"the {len(devices)} devices lie in {count} slices (TPU slices, or hosts with GPUs) of unequal size: "
+                        f"{ {index: slices.count(index) for index in sorted(set(slices))} }; start the run on equal ones")
+    outer = []
+    for size in sizes:
+        outer.append(math.gcd(size, count // math.prod(outer)))
+    inner = [size // ways for size, ways in zip(sizes, outer, strict=True)]
+    if count == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
