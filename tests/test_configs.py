@@ -118,7 +118,7 @@ LAYERS = {  # who may import whom, besides errors, pixels and itself
     "metrics": set(),
     "parallel": set(),
     "analysis": {"models", "codecs", "diffusion"},
-    "interop": {"models", "codecs", "diffusion", "parallel"},
+    "interop": {"models", "codecs", "diffusion", "metrics", "parallel"},
 }
 FREE = {"errors", "pixels"}
 

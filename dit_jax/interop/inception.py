@@ -92,7 +92,8 @@ def from_graph(path: Path) -> Tensors:
     found, constants = {}, read_constants(path)
     for name, (graph, *_) in CONVOLUTIONS.items():
         found[f"{name}.conv.weight"] = constants.pop(f"{graph}/conv2d_params", None), (3, 2, 0, 1)  # HWIO to OIHW
-        found |= {f"{name}.bn.{part}": (constants.pop(f"{graph}/batchnorm/{theirs}", None), (0,)) for part, theirs in NORM.items()}
+        for part, theirs in NORM.items():
+            found[f"{name}.bn.{part}"] = constants.pop(f"{graph}/batchnorm/{theirs}", None), (0,)
     found["fc.weight"] = constants.pop("softmax/weights", None), (1, 0)
     found["fc.bias"] = constants.pop("softmax/biases", None), (0,)
     # Scalars, of the input's range and the like, are no weights.
@@ -109,7 +110,7 @@ def _transposed(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def write(path: Path, tensors: Tensors, origin: dict):
-    """Writes tensors of `from_port` or `from_graph` as one .safetensors; a file that exists is replaced once the new one is whole.
+    """Writes tensors of `from_port` or `from_graph` as a .safetensors; a file that exists is replaced once the new one is whole.
 
     Args:
         origin: where they came from, kept as JSON in the header.
@@ -134,9 +135,8 @@ def load(path) -> dict:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"{path} does not exist: the weights of Inception-v3 are one .safetensors, made by "
-                        "python -m dit_jax.convert --download=inception --out=inception.safetensors; without a connection see its "
-                        "--help")
+        raise UserError(f"{path} does not exist: the weights of Inception-v3 are one .safetensors, made by python -m "
+                        f"dit_jax.convert --download=inception --out={path.name}; without a connection see its --help")
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=inception --weights={path}")
     tensors = open_safetensors(path)[0]

@@ -194,7 +194,7 @@ class Inception:
     def recipe(self) -> dict:
         """How images become features, for the result file."""
         return {"network": "inception-v3, TensorFlow graph of 2015-12-05", "input_size": INPUT_SIZE,
-                "resize": "bilinear as in TensorFlow 1 (corners not aligned, half pixels not centred, no antialiasing), not rounded",
+                "resize": "bilinear of TensorFlow 1: corners not aligned, half pixels not centred, no antialiasing, not rounded",
                 "range": "(x - 128) / 128", "grey": "repeated to R, G, B", "precision": "float32",
                 "logits": "without the classifier's bias"}
 
