@@ -10,6 +10,7 @@ from dit_jax.interop import lpips
 from dit_jax.parallel.mesh import batch_sharding, replicated, rows_per_step
 from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
 from dit_jax.sampling.generator import Generator
+from dit_jax.training.compiled_step import trace_step
 from dit_jax.training.state import abstract_state
 
 
@@ -79,23 +80,12 @@ def _as_read(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def train_step(config, task, mesh, resident_rows: int = 0):
-    """(traced training step, its arguments by name): the function that `training.compiled_step.compile_step` compiles.
-    """
+    """(traced training step, its arguments by name): the program that `training.compiled_step.compile_step` compiles."""
     # Outside of the mesh, because `jax.random.key(0)` would be made on its devices, which may not be here.
     state = abstract_state(task, mesh)
     constants = abstract_constants(config, task, mesh, resident_rows)
     batch = abstract_batch(config, task, mesh)
-
-    def step(state, sums, constants, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        state, new = task.step(state, constants, batch, key)
-        return state, jax.tree.map(jnp.add, sums, new)
-
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda *args: task.step(*args, jax.random.key(0))[1], state, constants, batch)
-        sums = _shaped(shapes, replicated(mesh))
-        out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
-        traced = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).trace(state, sums, constants, batch)
+    traced, sums = trace_step(task, mesh, config.seed, state, constants, batch)
     return traced, {"state": state, "sums": sums, "constants": constants, "batch": batch}
 
 

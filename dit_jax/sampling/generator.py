@@ -9,6 +9,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.training.diffusion_task import DiffusionTask
+from dit_jax.training.state import on_device
 
 
 class Generator:
@@ -29,7 +30,7 @@ class Generator:
                 return weak_task.network.apply({"params": weak_params}, x, t, cond)
 
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-            return task.sample(params, constants, keys, labels, sampler, guidance, weak if weak_task else None)
+            return task.sample(on_device(params), constants, keys, labels, sampler, guidance, weak if weak_task else None)
 
         rows = batch_sharding(mesh)
         self.program = jax.jit(draw, out_shardings=rows)

@@ -23,6 +23,7 @@ from dit_jax.pixels import to_float, to_uint8
 from dit_jax.sampling import samples_file
 from dit_jax.sampling.grid import write_image_grid
 from dit_jax.training import codec_weights, score
+from dit_jax.training.state import on_device
 
 STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
 
@@ -36,6 +37,7 @@ class Reconstructor:
         self.batch_size = -(-batch_size // ways) * ways
 
         def run(params, images):
+            params = on_device(params)
             mean, log_variance = split_moments(codec.encode(params, to_float(images)))
             decoded = codec.decode(params, (mean - jnp.asarray(codec.shift)) * jnp.asarray(codec.scale))
             return to_uint8(decoded), mean, jnp.exp(log_variance)
