@@ -20,6 +20,7 @@ from dit_jax.data.tars import TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow
+from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.process import Prediction
@@ -206,6 +207,25 @@ def sampler(config):
     x, keys = jax.eval_shape(lambda: (jnp.zeros((1, 1, 1, 1)), jax.random.split(jax.random.key(0), 1)))
     jax.eval_shape(lambda x, keys: sampler(process, lambda x, t: Prediction(x, x, 0.0), x, keys), x, keys)
     return sampler
+
+
+def forecast(config) -> Forecast:
+    """At which sampling steps the blocks run; at all of them where the config has no such section.
+
+    Raises:
+        UserError: the sampler or the guidance evaluates the network in a way that forecasts do not follow.
+    """
+    found = Forecast(**config.get("forecast", {}))
+    if not found.active:
+        return found
+    name = config.sampler.name
+    if name in ("heun", "dopri5") or (name == "ab" and config.sampler.order > 2):
+        raise UserError(f"forecast.interval is {found.interval} and the sampler {name!r} evaluates the network several times a "
+                        "step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or interval 1")
+    if config.guidance.scale != 1.0 and (config.guidance.low, config.guidance.high) != (0.0, 1.0):
+        raise UserError(f"forecast.interval is {found.interval} and guidance acts on an interval of t, outside of which half of "
+                        "what would be forecast from is not computed; set guidance.low = 0 and high = 1, or interval 1")
+    return found
 
 
 def guidance(config, weak: bool = False):

@@ -4,7 +4,7 @@ A config has one section per object. Most sections are a constructor's `name` an
 `build.py` are the schema:
   task       what is learned     model     network                 process    diffusion process
   codec      autoencoder         data      source of examples      transform  of an example
-  loader     how batches are read          optimizer               sampler, guidance of previews and the final samples
+  loader     how batches are read          optimizer               sampler, guidance, forecast of previews and the final samples
 The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, mesh, checkpoint, log,
 profile, preview, evaluation.
 """
@@ -74,6 +74,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c = training()
     c.task = {"name": "diffusion", "label_dropout": 0.1}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
+    c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     return c
 

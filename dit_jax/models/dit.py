@@ -120,7 +120,8 @@ class DiT(nn.Module):
 
     A pure function: no dropout, no random numbers, no guidance. Label `num_classes` is the null label; with
     `num_classes = 0` the network is unconditional and reads no label. The blocks' parameters are one stack of length
-    `depth` under `blocks`, whether or not the loop over them is unrolled.
+    `depth` under `blocks`, whether or not the loop over them is unrolled. With `mutable=["blocks"]` it also returns what
+    the blocks add to the tokens, {"blocks": {"residual": [B, N, D]}}; given a `residual`, it adds that in their place.
 
     Fields:
         out_channels: 2 C when the process learns its variance, else C.
@@ -177,7 +178,7 @@ class DiT(nn.Module):
                             f"{self.patch_size}; change the resolution or the patch size")
 
     @nn.compact
-    def __call__(self, x_t, t, cond):
+    def __call__(self, x_t, t, cond, residual=None):
         _, h, w, _ = x_t.shape
         self.check(h, w)
         p, dtypes = self.patch_size, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -201,8 +202,13 @@ class DiT(nn.Module):
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                          in_axes=(nn.broadcast, nn.broadcast), length=self.depth,
                          unroll=self.depth if self.unroll else 1)
-        x, _ = blocks(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes, name="blocks")(
-            constrain_batch(x, tokens=True), c, tokens)
+        x = start = constrain_batch(x, tokens=True)
+        if residual is None:
+            x, _ = blocks(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes, name="blocks")(x, c, tokens)
+            if self.is_mutable_collection("blocks") and not self.is_initializing():
+                self.sow("blocks", "residual", x - start, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        else:
+            x = (start + residual).astype(self.dtype)
 
         if self.conditioning == "in_context":
             x = x[:, : -tokens.shape[1]]

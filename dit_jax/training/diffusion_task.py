@@ -14,6 +14,7 @@ import optax
 from dit_jax.analysis.flops import dit_macs
 from dit_jax.codecs.codec import Codec
 from dit_jax.diffusion import guidance as guiding
+from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Process, noise_like
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import TRANSFORMER_RULES
@@ -132,7 +133,7 @@ class DiffusionTask:
             f"latents    {' x '.join(map(str, self.latent_shape))} of {type(self.codec).__name__}",
         ]
 
-    def sample(self, params, constants, keys, labels, sampler, guidance, weak=None):
+    def sample(self, params, constants, keys, labels, sampler, guidance, weak=None, forecast: Forecast | None = None):
         """Images from the network.
 
         Args:
@@ -140,19 +141,27 @@ class DiffusionTask:
             keys: [B] one key per image: an image depends on its key and label alone.
             labels: int32[B]; the null label `num_classes` asks for an unconditional image.
             weak: a second network for autoguidance, called as a `Network`, its parameters bound.
+            forecast: at which steps the network's blocks run; None for all.
 
         Returns:
             uint8[B, H, W, C].
         """
-        def network(x, t, cond):
-            return self.network.apply({"params": params}, x, t, cond)
+        variables, null = {"params": params}, self.condition(jnp.full_like(labels, self.num_classes))
 
-        null = self.condition(jnp.full_like(labels, self.num_classes))
-        guided = guidance(network, self.condition(labels), null, weak)
+        def network(*args):
+            return self.network.apply(variables, *args)
 
-        def denoise(x, t):
-            return self.process.predict(guided(x, t, self.process.network_time(t)), x, t)
+        def run(*args):
+            output, found = self.network.apply(variables, *args, mutable=["blocks"])
+            return output, found["blocks"]["residual"]
 
+        def denoise_with(network):
+            guided = guidance(network, self.condition(labels), null, weak)
+            return lambda x, t: self.process.predict(guided(x, t, self.process.network_time(t)), x, t)
+
+        denoise = denoise_with(network)
+        if forecast and forecast.active:
+            denoise = ForecastingDenoise(forecast, run, network, denoise_with)  # `network` can also be given what its blocks add
         noise = noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         latents = sampler(self.process, denoise, noise, step_keys)

@@ -46,7 +46,7 @@ class Ancestral:
         # The last step has variance 0; it is never used, because that step adds no noise.
         log_small = np.log(np.append(variance[:-1], variance[-2] if self.num_steps > 1 else beta[-1]))
 
-        def step(x, c):
+        def step(x, c, denoise):
             prediction = denoise(x, c["t"])
             mean = c["from_x"] * x + c["from_x0"] * prediction.x0
             fraction = prediction.variance_fraction
@@ -54,7 +54,7 @@ class Ancestral:
             z = noise_like(keys, x.shape[1:], c["step"])
             return mean + c["noisy"] * jnp.exp(0.5 * log_variance) * z
 
-        return scan_steps(step, noise, {
+        return scan_steps(step, noise, denoise, {
             "t": times[:-1],
             "from_x": ratio * sigma[1:] ** 2 / sigma[:-1] ** 2,
             "from_x0": alpha[1:] * beta / sigma[:-1] ** 2,
@@ -94,14 +94,14 @@ class DDIM:
         alpha, sigma = process.alpha_sigma(times)
         deviation = self.eta * np.sqrt(posterior_variance(alpha, sigma)[2])
 
-        def step(x, c):
+        def step(x, c, denoise):
             prediction = denoise(x, c["t"])
             x = c["alpha_next"] * prediction.x0 + c["direction"] * prediction.noise
             if self.eta:
                 x = x + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
             return x
 
-        return scan_steps(step, noise, {
+        return scan_steps(step, noise, denoise, {
             "t": times[:-1],
             "alpha_next": alpha[1:],
             "direction": np.sqrt(sigma[1:] ** 2 - deviation**2),
@@ -120,11 +120,11 @@ def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing:
     times = process.grid(num_steps, spacing)[::-1]
     scale, clock = process.ode(times)
 
-    def step(x, c):
+    def step(x, c, denoise):
         slope = process.slope(denoise(x, c["t"]), c["t"])
         return c["from_x"] * x + c["from_slope"] * slope
 
-    return scan_steps(step, x0, {
+    return scan_steps(step, x0, denoise, {
         "t": np.append(times[1] if process.min_time > 0 else times[0], times[1:-1]),
         "from_x": scale[1:] / scale[:-1],
         "from_slope": scale[1:] * np.diff(clock),

@@ -42,13 +42,13 @@ class DPMSolverPlusPlus2M:
         times = process.grid(self.num_steps)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
 
-        def step(carry, c):
+        def step(carry, c, denoise):
             x, x0_before = carry
             x0 = denoise(x, c["t"]).x0
             x = c["from_x"] * x + c["from_x0"] * (x0 + c["extrapolate"] * (x0 - x0_before))
             return x, x0
 
-        x, _ = scan_steps(step, (noise, jnp.zeros_like(noise)), {
+        x, _ = scan_steps(step, (noise, jnp.zeros_like(noise)), denoise, {
             "t": times[:-1],
             "from_x": sigma[1:] / sigma[:-1],
             "from_x0": -alpha[1:] * np.expm1(-h),
@@ -77,7 +77,7 @@ class UniPC:
         from_x, from_x0 = sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
         to_before, to_now = corrector_weights(h, ratio)
 
-        def step(carry, c):
+        def step(carry, c, denoise):
             predicted, corrected, x0_now, x0_before = carry  # of the step before this one
             x0 = denoise(predicted, c["t"]).x0
             target = x0_now + c["to_before"] * (x0_before - x0_now) + c["to_now"] * (x0 - x0_now)
@@ -86,7 +86,7 @@ class UniPC:
             return predicted, x, x0, x0_now
 
         nothing = jnp.zeros_like(noise)
-        predicted, *_ = scan_steps(step, (noise, noise, nothing, nothing), {
+        predicted, *_ = scan_steps(step, (noise, noise, nothing, nothing), denoise, {
             "t": times[:-1],
             "from_x": from_x,
             "from_x0": from_x0,

@@ -25,11 +25,11 @@ class Euler:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
-        def step(x, c):
+        def step(x, c, denoise):
             slope = process.slope(denoise(x, c["t"]), c["t"])
             return c["from_x"] * x + c["from_slope"] * slope
 
-        return scan_steps(step, noise, {
+        return scan_steps(step, noise, denoise, {
             "t": times[:-1],
             "from_x": scale[1:] / scale[:-1],
             "from_slope": scale[1:] * np.diff(clock),
@@ -54,10 +54,10 @@ class Heun:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
-        def slope(x, t):
-            return process.slope(denoise(x, t), t)
+        def step(x, c, denoise):
+            def slope(x, t):
+                return process.slope(denoise(x, t), t)
 
-        def step(x, c):
             first = slope(x, c["t"])
             euler = c["from_x"] * x + c["from_slope"] * first
 
@@ -66,7 +66,7 @@ class Heun:
 
             return jax.lax.cond(c["correct"], corrected, lambda: euler)
 
-        return scan_steps(step, noise, {
+        return scan_steps(step, noise, denoise, {
             "t": times[:-1],
             "t_next": times[1:],
             "correct": times[1:] >= process.min_time,
@@ -126,14 +126,14 @@ class AdamsBashforth:
         rows, last = self.schedule(clock)
         points, weights, is_base = (np.array(column) for column in zip(*rows, strict=True))
 
-        def step(carry, c):
+        def step(carry, c, denoise):
             base, slopes = carry
             y = base + jnp.tensordot(c["weights"], slopes, axes=1)
             slope = process.slope(denoise(c["scale"] * y, c["t"]), c["t"])
             return jnp.where(c["is_base"], y, base), slopes.at[c["slot"]].set(slope)
 
         slopes = jnp.zeros((self.order, *noise.shape), noise.dtype)
-        base, slopes = scan_steps(step, (noise / scale[0], slopes), {
+        base, slopes = scan_steps(step, (noise / scale[0], slopes), denoise, {
             "t": times[points],
             "scale": scale[points],
             "weights": weights,

@@ -73,12 +73,12 @@ class EulerMaruyama:
         size = -np.diff(times)
         score_of_noise = -w / c.sigma  # w score = score_of_noise * noise
 
-        def step(x, c):
+        def step(x, c, denoise):
             prediction = denoise(x, c["t"])
             drift = process.slope(prediction, c["t"]) + c["score_of_noise"] * prediction.noise
             return x + c["size"] * drift + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
 
-        x = scan_steps(step, noise, {
+        x = scan_steps(step, noise, denoise, {
             "t": times[:-1],
             "size": size,
             "score_of_noise": score_of_noise[:len(size)],
