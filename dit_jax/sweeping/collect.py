@@ -1,0 +1,160 @@
+"""Results of all runs of a sweep, read from their folders: rows, results.json, results.csv, curves.csv."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax import recipes
+from dit_jax.errors import UserError
+from dit_jax.sweeping.cost import Cost
+from dit_jax.sweeping.folder import Folder, write_json
+from dit_jax.sweeping.grid import Run
+from dit_jax.sweeping.local import last_lines
+from dit_jax.sweeping.scores import file_of
+
+CURVE_FIELDS = ("run", "step", "loss")
+PROTOCOL = ("features", "num_samples", "num_reference", "reference", "reference_sha256", "sampler", "sampling_steps",
+            "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run and what is known of it; what is not yet, is None or empty.
+
+    Fields:
+        family: models of one depth and width, by the paper's letter where it is one of its sizes.
+        patch: patch size; None for an autoencoder.
+        protocol: how the FID was measured; FIDs of different protocols are never put on one axis.
+        seconds: of training, sampling and scoring, of all starts together.
+        loss_curve, fid_curve: (step, value).
+        samplers: scores with other samplers, see `scores`.
+        error: last lines of a run that failed.
+    """
+
+    name: str
+    group: str
+    variant: str
+    seed: int
+    family: str
+    patch: int | None
+    settings: dict[str, Any]
+    cost: Cost
+    batch_size: int
+    num_steps: int
+    state: str
+    loss: float | None
+    fid: float | None
+    protocol: dict[str, Any]
+    seconds: float
+    images_per_second: float | None
+    loss_curve: list[tuple[int, float]]
+    fid_curve: list[tuple[int, float]]
+    samplers: list[dict]
+    samples: str | None
+    error: list[str]
+
+
+def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folder: Folder) -> Row:
+    """The row of one run, as its folder stands."""
+    config, state, result = run.config, folder.state(run), folder.result(run) or {}
+    attempts, metrics = folder.attempts(run), folder.metrics(run)
+    losses, fids = curve(metrics, "loss"), curve(metrics, "fid")
+    scores = [json.loads(file.read_text()) for file in (file_of(folder, run, *s) for s in samplers) if file.exists()]
+    samples = Path(result.get("samples") or "")
+    found = folder.of(run) / "samples" / samples.name  # the folder may have moved since
+    return Row(
+        name=run.name, group=run.group, variant=run.variant, seed=config.seed, family=family(config),
+        patch=config.model.patch_size if "model" in config else None, settings=dict(run.settings), cost=cost,
+        batch_size=config.batch_size, num_steps=config.num_steps, state=state,
+        loss=losses[-1][1] if losses else result.get("loss"), fid=result.get("fid"), protocol=protocol(result),
+        seconds=sum(attempt["seconds"] for attempt in attempts), images_per_second=result.get("images_per_second"),
+        loss_curve=losses, fid_curve=fids, samplers=scores, samples=str(found) if samples.name and found.exists() else None,
+        error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [])
+
+
+def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
+    """[(step, value)] of a metric, in order, without what is not finite."""
+    found = {row["step"]: float(row[name]) for row in metrics if name in row}
+    return sorted((step, value) for step, value in found.items() if np.isfinite(value))
+
+
+def family(config) -> str:
+    """"XL" for the paper's sizes, "4 x 128" (depth x width) for others, "autoencoder"."""
+    if "model" not in config:
+        return "autoencoder"
+    sizes = {(size.depth, size.width): name for name, size in recipes.SIZES.items()}
+    shape = config.model.depth, config.model.width
+    return sizes.get(shape) or f"{shape[0]} x {shape[1]}"
+
+
+def protocol(result: dict) -> dict[str, Any]:
+    """What a FID depends on besides the model, as far as the result tells."""
+    if result.get("fid") is None:
+        return {}
+    made_by = result.get("made_by") or {}
+    sampler, guidance = made_by.get("sampler") or {}, made_by.get("guidance") or {}
+    known = {**result, "sampler": sampler.get("name"), "sampling_steps": sampler.get("num_steps"),
+             "guidance_scale": guidance.get("scale")}
+    return {key: known[key] for key in PROTOCOL if known.get(key) is not None}
+
+
+def shared_protocol(rows: list[Row]) -> tuple[dict[str, Any], list[Row]]:
+    """(the protocol of most scored rows, the scored rows that have another and cannot be compared with these)."""
+    scored = [row for row in rows if row.fid is not None]
+    texts = [json.dumps(row.protocol, sort_keys=True) for row in scored]
+    if not scored:
+        return {}, []
+    most = max(texts, key=texts.count)
+    return json.loads(most), [row for row, text in zip(scored, texts, strict=True) if text != most]
+
+
+def write(rows: list[Row], folder: Path) -> dict[str, str]:
+    """Writes results.json, results.csv and curves.csv; returns {name: path}."""
+    write_json(folder / "results.json", {"runs": [asdict(row) for row in rows]})
+    settings = list(dict.fromkeys(path for row in rows for path in row.settings))
+    protocols = list(dict.fromkeys(key for row in rows for key in row.protocol))
+    _write_csv(folder / "results.csv", [
+        {"run": row.name, "variant": row.variant, "seed": row.seed, "family": row.family, "patch_size": row.patch,
+         "parameters": row.cost.parameters, "gmacs": row.cost.gmacs, "compute_gmacs": row.cost.compute_gmacs,
+         "batch_size": row.batch_size, "num_steps": row.num_steps, "state": row.state, "loss": row.loss, "fid": row.fid,
+         "seconds": row.seconds, "images_per_second": row.images_per_second}
+        | {f"config.{path}": row.settings.get(path) for path in settings}
+        | {f"protocol.{key}": row.protocol.get(key) for key in protocols} for row in rows])
+    _write_csv(folder / "curves.csv", [dict(zip(CURVE_FIELDS, (row.name, step, f"{loss:.6g}"), strict=True))
+                                       for row in rows for step, loss in row.loss_curve], CURVE_FIELDS)
+    return {"results": str(folder / "results.json"), "csv": str(folder / "results.csv")}
+
+
+def _write_csv(path: Path, rows: list[dict], names: Sequence[str] = ()):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text.getvalue())
+    os.replace(partial, path)
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """{run: [(step, loss)]} of a curves.csv.
+
+    Raises:
+        UserError: it does not exist, or is not one.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        found: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            found.setdefault(row["run"], []).append((int(row["step"]), float(row["loss"])))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"reference_curves {path} cannot be read ({error!r}); it must be the curves.csv of a report, with the "
+                        f"columns {', '.join(CURVE_FIELDS)}") from None
+    return found

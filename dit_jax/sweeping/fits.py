@@ -1,0 +1,64 @@
+"""FID as a line in the logarithm of compute, and how close the two go together."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y = intercept + slope log10(x), by least squares.
+
+    Fields:
+        correlation: Pearson's, of log10(x) and y.
+        low, high: its interval at `LEVEL`, by Fisher's z; None below 4 points, or where the points lie on a line.
+    """
+
+    slope: float
+    intercept: float
+    correlation: float
+    low: float | None
+    high: float | None
+    num_points: int
+
+    def __call__(self, x):
+        return self.intercept + self.slope * np.log10(x)
+
+    def text(self) -> str:
+        """"r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
+        interval = "" if self.low is None else f"{LEVEL:.0%} interval {self.low:.2f} to {self.high:.2f}, ".replace("%", " %")
+        return f"r = {self.correlation:.2f} ({interval}{self.num_points} models)"
+
+
+def log_linear(x: Sequence[float], y: Sequence[float]) -> Fit | None:
+    """The fit; None where a line means nothing: fewer than 3 different x, or all y equal.
+
+    The interval takes the points as independent draws from a joint normal: a rough guide for models chosen on a grid.
+
+    Args:
+        x: [N] positive.  y: [N].
+
+    Raises:
+        ValueError: an x that is not positive, or a number that is not finite.
+
+    Source: Fisher 1921, Metron 1: artanh r is about normal with deviation 1 / sqrt(N - 3).
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(np.unique(x)) < 3 or len(np.unique(y)) < 2:
+        return None
+    if not (x > 0).all() or not np.isfinite(x).all() or not np.isfinite(y).all():
+        raise ValueError("x must be positive and all numbers finite")
+    u = np.log10(x)
+    du, dy = u - u.mean(), y - y.mean()
+    slope = float(du @ dy / (du @ du))
+    r = float(du @ dy / math.sqrt((du @ du) * (dy @ dy)))
+    low = high = None
+    if len(x) > 3 and abs(r) < 1:
+        reach = NormalDist().inv_cdf((1 + LEVEL) / 2) / math.sqrt(len(x) - 3)
+        low, high = math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach)
+    return Fit(slope, float(y.mean() - slope * u.mean()), r, low, high, len(x))

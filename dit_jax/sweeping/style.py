@@ -1,0 +1,137 @@
+"""How the figures look: for print at 8 points, in colours that colour-blind readers tell apart.
+
+Colours are of Okabe & Ito (2008), which hold on white and on black. INK, GRID and PAGE are what a page in dark mode replaces.
+"""
+
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_jax.errors import UserError
+
+INK, GRID, PAGE = "#1c1c1b", "#dededc", "#fefefd"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = {1: "D", 2: "o", 4: "s", 8: "^"}
+OTHER_MARKERS = ("v", "P", "X", "<", ">")
+WIDTH, HEIGHT = 7.0, 2.9  # inches: two columns of text
+FORMATS = ("png", "svg", "pdf")
+SETTINGS = {
+    "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.facecolor": PAGE, "figure.facecolor": PAGE, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
+    "axes.axisbelow": True, "lines.linewidth": 1.3, "legend.frameon": False, "figure.constrained_layout.use": True,
+    # Letters as outlines in SVG, as an embedded font in PDF: the same on every machine.
+    "svg.fonttype": "path", "pdf.fonttype": 42, "svg.hashsalt": "dit_jax", "savefig.dpi": 300,
+}
+
+
+def pyplot():
+    """matplotlib.pyplot on the Agg backend.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the report's figures need matplotlib: pip install 'dit_jax[report]'; --list and --launch of other "
+                        "machines go without") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def markers(patches: Sequence[int]) -> dict[int, str]:
+    others = itertools.cycle(OTHER_MARKERS)
+    return {patch: MARKERS.get(patch) or next(others) for patch in sorted(set(patches))}
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS)))
+
+
+def shades(count: int) -> list:
+    """Colours from little to much."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.15 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]):
+    """Writes each text beside its point, where it covers no point and no other text if there is room. Set the limits before."""
+    figure = ax.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    pixels = ax.transData.transform(points)
+    point = figure.dpi / 72
+    taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in pixels]
+    frame = ax.get_window_extent(renderer)
+    places = [(0, 7), (7, 0), (0, -7), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 15), (15, 0), (0, -15), (-15, 0)]
+    for (x, y), text, data in zip(pixels, texts, points, strict=True):
+        probe = ax.text(*data, text, fontsize=7)
+        size = probe.get_window_extent(renderer)
+        probe.remove()
+        options = []
+        for dx, dy in places:
+            cx, cy = x + dx * point + (dx > 0) * size.width / 2 - (dx < 0) * size.width / 2, y + dy * point
+            box = (cx - size.width / 2, cy - size.height / 2, cx + size.width / 2, cy + size.height / 2)
+            outside = box[0] < frame.x0 or box[1] < frame.y0 or box[2] > frame.x1 or box[3] > frame.y1
+            options.append((sum(_overlap(box, other) for other in taken) + 1e4 * outside, len(options), dx, dy, box))
+        _, _, dx, dy, box = min(options)
+        taken.append(box)
+        ax.annotate(text, data, (dx, dy), textcoords="offset points", fontsize=7, va="center",
+                    ha="left" if dx > 0 else "right" if dx < 0 else "center")
+
+
+def _overlap(a, b) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], colours: Sequence):
+    """Writes each text to the right of a line's end, moved up or down where two would touch. Set the limits before."""
+    figure = ax.figure
+    figure.canvas.draw()
+    height = 9.0 * figure.dpi / 72
+    pixels = ax.transData.transform(ends)
+    order = sorted(range(len(ends)), key=lambda i: pixels[i][1])
+    middle: dict[int, float] = {}
+    for rank, i in enumerate(order):
+        below = middle[order[rank - 1]] + height if rank else -1e9
+        middle[i] = max(pixels[i][1], below)
+    # What was pushed up over the others is let down again by half of the way.
+    shift = (sum(middle.values()) - sum(y for _, y in pixels)) / max(len(ends), 1)
+    for i, (text, colour) in enumerate(zip(texts, colours, strict=True)):
+        offset = (middle[i] - shift - pixels[i][1]) * 72 / figure.dpi
+        ax.annotate(text, ends[i], (4, offset), textcoords="offset points", fontsize=7, va="center", color=colour,
+                    annotation_clip=False)
+
+
+def save(figure, folder: Path, name: str) -> list[Path]:
+    """Writes the figure as PNG, SVG and PDF."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix in FORMATS:
+        path = folder / f"{name}.{suffix}"
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
+        figure.savefig(path, metadata=dates)
+        paths.append(path)
+    return paths
+
+
+def inline_svg(figure, name: str, description: str) -> str:
+    """The figure as an <svg> element for an HTML page: no background, ink and grid in the page's colours, ids of its own."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
+    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)").replace(PAGE, "var(--page)")
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    svg = re.sub(r'<svg [^>]*>', f'<svg role="img" aria-label="{description}" viewBox="0 0 {size[1]} {size[2]}">', svg, count=1)
+    return svg
