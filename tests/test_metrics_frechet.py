@@ -3,10 +3,8 @@ import pytest
 import scipy.linalg
 
 from dit_jax.errors import UserError
-from dit_jax.metrics.features import pixels
+from dit_jax.metrics.features import Pixels
 from dit_jax.metrics.frechet import Moments, frechet_distance, moments
-from dit_jax.sampling import samples_file
-from dit_jax.training import score
 
 
 def random_features(seed, count=300, width=24):
@@ -45,34 +43,5 @@ def test_bad_features(features):
 
 def test_pixel_range():
     """Pixels in [0, 255] or [0, 1]: distances that no other code would reproduce."""
-    assert pixels(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)).tolist() == [[-1.0], [1.0]]
-
-
-@pytest.mark.parametrize("content, text", [
-    ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no array arr_0"),
-    ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, "uint8"),
-    ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, "uint8"),
-    ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8)}, "uint8"),
-    ({"arr_0": np.zeros((3, 16, 16, 1), np.uint8)}, "must be equal"),
-    ({"arr_0": np.array([{}, {}])}, "not a readable npz"),
-    (None, "not a readable npz"),
-])
-def test_bad_samples(tmp_path, content, text):
-    """A file of another range or layout scored as if it were images; a pickle that is opened."""
-    path = tmp_path / "x.npz"
-    if content is None:
-        path.write_bytes(b"PK not a zip")
-    else:
-        np.savez(path, **content)
-    with pytest.raises(UserError, match=text):
-        score.evaluate(path, "digits", "pixels")
-
-
-def test_unknown_features_and_reference(tmp_path):
-    """A reference or feature space that is guessed."""
-    path = tmp_path / "x.npz"
-    samples_file.write(path, np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, np.int32), {})
-    with pytest.raises(UserError, match="must be one of pixels"):
-        score.evaluate(path, "digits", "inception9")
-    with pytest.raises(UserError, match="does not exist"):
-        score.evaluate(path, "/nowhere", "pixels")
+    images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)
+    assert Pixels()({}, images)["features"].tolist() == [[-1.0], [1.0]]

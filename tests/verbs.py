@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Runs many verbs, each in a fork of one process that has imported the libraries: a start costs a second instead of six.
 FORK = """
 import json, os, runpy, sys
-import dit_jax.conversion, dit_jax.training.loop, dit_jax.training.score
+import dit_jax.conversion, dit_jax.training.loop
 results = []
 for name, *args in json.loads(sys.argv[1]):
     child = os.fork()

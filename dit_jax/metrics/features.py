@@ -38,12 +38,3 @@ class Pixels:
 
     def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         return {"features": to_float(images).reshape(len(images), -1)}
-
-
-def pixels(images):
-    import numpy as np
-
-    return np.asarray(Pixels()({}, images)["features"])
-
-
-EXTRACTORS = {"pixels": pixels}

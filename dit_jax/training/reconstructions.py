@@ -16,13 +16,14 @@ from dit_jax.codecs.kl_vae import normalised, split_moments
 from dit_jax.console import say
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
+from dit_jax.evaluation import extractors, scores
 from dit_jax.metrics.reconstruction import psnr, ssim
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.sampling import samples_file
 from dit_jax.sampling.grid import write_image_grid
-from dit_jax.training import codec_weights, score
+from dit_jax.training import codec_weights
 from dit_jax.training.state import on_device
 
 STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
@@ -73,7 +74,8 @@ def check(config):
         raise UserError("evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)")
     if wanted and config.evaluation.features:
         side = config.transform.resolution
-        score.check_features(config.evaluation.features, (side, side, config.transform.channels))
+        extractors.check_name(config.evaluation.features, config.evaluation.get("weights"))
+        extractors.check_shape(config.evaluation.features, (side, side, config.transform.channels))
     if config.evaluation.normalize not in ("scale", "channel"):
         raise UserError(f"evaluation.normalize is {config.evaluation.normalize!r}; it must be scale (one number) or channel")
     classes = len(build.construct("data", config.data).class_names)
@@ -185,7 +187,8 @@ def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int
         samples_file.write(path, decoded, labels, made_by)
         write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
         if config.evaluation.features:
-            result |= score.evaluate(path, str(original), config.evaluation.features)
+            result |= scores.evaluate(str(path), str(original), config.evaluation.features, config.evaluation.get("weights"),
+                                      scores.Options(("fid",)), processes=(0, 1))
         side = images.shape[1]
         window = min(11, side - 1 + side % 2)
         result |= {"psnr": float(psnr(images, decoded).mean()), "ssim": float(ssim(images, decoded, window).mean()),

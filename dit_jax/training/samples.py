@@ -8,19 +8,20 @@ import jax
 from dit_jax import build
 from dit_jax.console import say
 from dit_jax.errors import UserError
+from dit_jax.evaluation import scores
 from dit_jax.parallel import hosts
 from dit_jax.sampling import samples_file
 from dit_jax.sampling.generator import Generator
 from dit_jax.sampling.grid import write_image_grid
 from dit_jax.sampling.labels import spread_labels
-from dit_jax.training import score
 
 
 def check(config):
     """Raises a UserError for what would only be found when the images are drawn or scored: before any training."""
     if config.evaluation.num_images and config.evaluation.reference:
         side = config.transform.resolution
-        score.check(config.evaluation.reference, config.evaluation.features, (side, side, config.transform.channels))
+        scores.check(config.evaluation.reference, config.evaluation.features, config.evaluation.get("weights"),
+                     (side, side, config.transform.channels))
 
 
 def make_preview(config, task, mesh, source):
@@ -62,5 +63,6 @@ def finish(run, workdir: Path) -> dict:
         samples_file.write(path, images, labels, samples_file.describe(config, int(run.state.step), config.seed))
         say(f"{len(images)} samples in {time.monotonic() - start:.1f} s: {path} and {path.with_suffix('.png')}")
     if config.evaluation.reference and jax.process_index() == 0:
-        result |= score.evaluate(path, config.evaluation.reference, config.evaluation.features)
+        result |= scores.evaluate(str(path), config.evaluation.reference, config.evaluation.features,
+                                  config.evaluation.get("weights"), scores.Options(("fid",)), processes=(0, 1))
     return result
