@@ -12,15 +12,27 @@ import numpy as np
 
 from dit_jax import build, console, recipes
 from dit_jax.errors import UserError
-from dit_jax.interop import diffusers_dit, lpips, official, pt_reader, pt_writer, weights
+from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
 from dit_jax.interop.download import sha256
-from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, count, open_safetensors, open_sharded, write_safetensors
+from dit_jax.interop.tensors import (
+    Tensor,
+    Tensors,
+    check,
+    common_dtype,
+    count,
+    open_safetensors,
+    open_sharded,
+    write_foreign,
+    write_safetensors,
+)
 from dit_jax.interop.weights import Weights
 from dit_jax.parallel.rules import path_name
 from dit_jax.training.checkpoint import restore_subtree
 from dit_jax.training.workdir import read_config
 
-SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", "lpips")
+# Networks that no config describes, for losses and metrics: one file each, for the module of that name in interop.
+FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
+SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", *FOREIGN, "inception_tf")
 TARGETS = ("dit_jax", "official", "diffusers")
 NESTED = ("ema", "model")  # of a training checkpoint, the moving average first, as the paper's sampling code has it
 LATENT_CHANNELS = 4  # of the autoencoder that DiT and SiT were trained with
@@ -82,28 +94,29 @@ def read(source: Source) -> Weights:
         check(found.tensors, _shapes(found.sections), str(source.path))
         common_dtype(found.tensors, str(source.path))
         return found
-    if source.layout == "lpips":
+    if source.layout == "inception_tf" and not source.path.is_dir():
+        return Weights(inception.from_graph(source.path), {}, _origin(source, [source.path]))
+    if source.layout in (*FOREIGN, "inception_tf"):
         tensors, files = _open(source.path)
-        return Weights(lpips.from_package(tensors, str(source.path)), {}, _origin(source, files))
+        return Weights(FOREIGN[source.layout](tensors, str(source.path)), {}, _origin(source, files))
     return (_read_diffusers if source.layout == "diffusers" else _read_official)(source)
 
 
 def write(found: Weights, layout: str, out: Path) -> dict:
     """Writes weights in a layout of TARGETS; returns what was written: out, tensors, parameters, sha256.
 
-    LPIPS, which no config describes, goes to a file of its own kind.
+    A network that no config describes keeps the names it was published with.
 
     Raises:
         UserError: the name of `out` does not suit, or the layout has no place for such a network.
     """
-    is_lpips = found.origin.get("from") == "lpips"
-    if is_lpips and layout != "dit_jax":
-        raise UserError(f"--to={layout}: LPIPS has no such layout; leave out --to")
+    if not found.sections and layout != "dit_jax":
+        raise UserError(f"--to={layout}: what comes --from={found.origin['from']} has no such layout; leave out --to")
     if layout == "dit_jax":
-        if is_lpips:
-            lpips.write(out, found.tensors, found.origin)
-        else:
+        if found.sections:
             weights.write(out, found)
+        else:
+            write_foreign(out, found.tensors, found.origin)
         return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256(out)}
     config = config_of(found.sections)
     patch_size, heads = config.model.patch_size, config.model.heads

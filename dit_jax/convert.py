@@ -4,12 +4,18 @@
     python -m dit_jax.convert --download=dit-xl2-256 --out=dit.safetensors
     python -m dit_jax.convert --from=workdir --weights=runs/b4 --to=official --out=b4.pt
     python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
+    python -m dit_jax.convert --download=inception --out=inception.safetensors
+    python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
+    python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
 
 Then: python -m dit_jax.sample --weights=dit.safetensors --codec_path=<the VAE's weights> --labels=207,360 --guidance_scale=4
 
 lpips_vgg.pt, the perceptual loss of autoencoders, is made with PyTorch and `pip install lpips`:
     import lpips, torch
     torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.pt")
+
+The networks of the metrics: Inception-v3 of 2015 as pytorch-fid and torch-fidelity publish it, or as the frozen TensorFlow graph
+in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; DINOv2 as its .pth, or as transformers saves it.
 """
 
 from pathlib import Path
@@ -21,12 +27,12 @@ from dit_jax import console
 from dit_jax.errors import UserError
 
 FROM = flags.DEFINE_string("from", None, "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), "
-                           "dit_jax or lpips. --download tells it.")
+                           "dit_jax, lpips, inception, inception_tf or dinov2. --download tells it.")
 TO = flags.DEFINE_string("to", "dit_jax", "Layout of --out: dit_jax (a .safetensors), official (.pt or .safetensors) or "
                          "diffusers (a folder).")
 WEIGHTS = flags.DEFINE_string("weights", None, "File or folder to convert; with --download, where the file goes.")
 OUT = flags.DEFINE_string("out", None, "File or folder to write; with --download it can be left out.")
-DOWNLOAD = flags.DEFINE_string("download", None, "Fetch dit-xl2-256, dit-xl2-512 or sit-xl2-256 first.")
+DOWNLOAD = flags.DEFINE_string("download", None, "Fetch dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14 first.")
 HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where neither the layout nor the paper's table tells.")
 LIKE = flags.DEFINE_string("like", None, "A run's folder or a file of ours with the config of these weights; without it, "
                            "foreign weights get the paper's process, VAE and sampler.")

@@ -8,12 +8,12 @@ import pytest
 
 from dit_jax.errors import UserError
 from dit_jax.interop import lpips, pt_writer
-from dit_jax.interop.tensors import open_safetensors, write_safetensors
+from dit_jax.interop.tensors import open_safetensors, write_foreign, write_safetensors
 
 
 @pytest.fixture
 def file(tmp_path):
-    lpips.write(tmp_path / "x.safetensors", lpips.from_package(lpips_weights.tensors(), "random"), {"from": "lpips"})
+    write_foreign(tmp_path / "x.safetensors", lpips.from_package(lpips_weights.tensors(), "random"), {"from": "lpips"})
     return tmp_path / "x.safetensors"
 
 
@@ -82,4 +82,4 @@ def test_wrong_files_are_named(file, tmp_path):
     with pytest.raises(UserError, match="not a whole safetensors"):
         lpips.load(file)
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
-        lpips.write(tmp_path / "x.pt", {}, {})
+        write_foreign(tmp_path / "x.pt", {}, {})

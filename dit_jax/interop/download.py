@@ -1,6 +1,6 @@
 """Fetches published weights: goes on where it was cut off, and checks what arrived.
 
-None of the publishers gives a hash, so the first download records one beside the file, and later runs hold the file to it.
+Most publishers give no hash, so the first download records one beside the file, and later runs hold the file to it.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Published(NamedTuple):
 
     Fields:
         layout: what `convert --from` calls it.
-        sha256: in hex; None where the publisher gives none.
+        sha256: in hex, whole or its beginning, as far as the publisher gives it; None where none is given.
     """
 
     url: str
@@ -39,6 +39,11 @@ PUBLISHED = {
     "dit-xl2-512": Published("https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt", "DiT-XL-2-512x512.pt", "official"),
     "sit-xl2-256": Published("https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
                              "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0", "SiT-XL-2-256x256.pt", "sit"),
+    "inception": Published("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                           "pt_inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth", "inception",
+                           "6726825d"),
+    "dinov2-vitl14": Published("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+                               "dinov2_vitl14_pretrain.pth", "dinov2"),
 }
 
 
@@ -87,7 +92,7 @@ def _check(published: Published, file: Path, path: Path) -> str:
     wanted, source = published.sha256, "the published one"
     if wanted is None and _record(path).exists():
         wanted, source = _record(path).read_text().split(maxsplit=1)[0], f"the one recorded in {_record(path)}"
-    if wanted not in (None, found):
+    if wanted is not None and not found.startswith(wanted):
         raise UserError(f"{file} has the SHA-256 {found}, and {source} is {wanted}: the file is damaged or was replaced. Delete "
                         "it and run the command again (and the record too, if you trust the new file)")
     return found

@@ -30,8 +30,7 @@ def read_constants(path: Path) -> dict[str, Tensor]:
     """
     content = memoryview(path.read_bytes())
     try:
-        nodes = [_fields(value) for number, kind, value in _walk(content) if (number, kind) == (1, BYTES)]
-        found = {}
+        found, nodes = {}, [_fields(value) for number, kind, value in _walk(content) if (number, kind) == (1, BYTES)]
         for node in nodes:
             if bytes(_last(node, 2, b"")) == b"Const":
                 name = bytes(_last(node, 1, b"")).decode()
@@ -39,7 +38,8 @@ def read_constants(path: Path) -> dict[str, Tensor]:
                 if tensor is not None:
                     found[name] = tensor
     except (ValueError, IndexError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole frozen TensorFlow graph ({error}); download it again") from None
+        raise UserError(f"{path} is not a whole frozen TensorFlow graph ({error}); give classify_image_graph_def.pb, unpacked, "
+                        "or download it again") from None
     if not found:
         raise UserError(f"{path} is no frozen TensorFlow graph with constants; give classify_image_graph_def.pb, unpacked")
     return found

@@ -8,14 +8,13 @@ torch-fidelity's file holds the same tensors under the same names, which the wri
 http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and is ADM's too.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop.graph_def import read_constants
-from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors
 from dit_jax.metrics.inception import BLOCKS, CLASSES, FEATURES, STEM, Conv, names
 
 EPSILON = 1e-3  # of the batch norms, in the graph and in its ports
@@ -107,19 +106,6 @@ def from_graph(path: Path) -> Tensors:
 def _transposed(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     shape = tuple(tensor.shape[axis] for axis in order)
     return Tensor(shape, tensor.dtype, lambda: tensor.load().transpose(order))
-
-
-def write(path: Path, tensors: Tensors, origin: dict):
-    """Writes tensors of `from_port` or `from_graph` as a .safetensors; a file that exists is replaced once the new one is whole.
-
-    Args:
-        origin: where they came from, kept as JSON in the header.
-    Raises:
-        UserError: the name does not end in .safetensors.
-    """
-    if path.suffix != ".safetensors":
-        raise UserError(f"--out={path} must end in .safetensors")
-    write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
 
 
 def load(path) -> dict:

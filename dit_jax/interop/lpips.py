@@ -10,14 +10,13 @@ and converted to a .safetensors of 59 MB, for which PyTorch is not needed:
 The names in it stay those of the package.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from dit_jax.codecs.perceptual import STAGES
 from dit_jax.errors import UserError
-from dit_jax.interop.tensors import Tensors, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.interop.tensors import Tensors, check, common_dtype, open_safetensors
 
 REMEDY = 'save LPIPS(net="vgg").state_dict() of the lpips package again'
 ALEXNET_FIRST = (64, 3, 11, 11)
@@ -61,19 +60,6 @@ def from_package(tensors: Tensors, what: str) -> Tensors:
             raise UserError(f"{what}: {name} differs from {name.replace('lins.', 'lin', 1)}, of which it is a copy; {REMEDY}")
     _check(kept, what)
     return {name: kept[name] for name in LAYOUT}
-
-
-def write(path: Path, tensors: Tensors, origin: dict):
-    """Writes tensors of `from_package` as one .safetensors; a file that exists is replaced once the new one is whole.
-
-    Args:
-        origin: where they came from, kept as JSON in the header.
-    Raises:
-        UserError: the name does not end in .safetensors.
-    """
-    if path.suffix != ".safetensors":
-        raise UserError(f"--out={path} must end in .safetensors")
-    write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
 
 
 def load(path) -> dict:

@@ -150,6 +150,19 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
             file.write(raw_bytes(tensor))
 
 
+def write_foreign(path: Path, tensors: Tensors, origin: Mapping):
+    """Writes a network that no config describes, under the names it was published with.
+
+    Args:
+        origin: where it came from, kept as JSON in the header.
+    Raises:
+        UserError: the name does not end in .safetensors.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out={path} must end in .safetensors")
+    write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
+
+
 @contextmanager
 def replacing(path: Path):
     """A path to write to, which takes the place of `path` when all is written and is removed if that fails."""

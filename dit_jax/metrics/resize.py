@@ -77,25 +77,33 @@ def _pillow_pass(spec: str, x, length: int, size: int):
 
 @lru_cache(maxsize=16)
 def _pillow_coefficients(length: int, size: int) -> np.ndarray:
-    """int32 [size, length]: weight of each pixel in each result times 2^22, rounded half away from zero."""
+    """int32 [size, length]: `cubic_antialiased` times 2^22, rounded half away from zero."""
+    if length >= size * LARGEST_TAPS // 4:
+        raise ValueError(f"images have a side of {length}, too large to be resized to {size} exactly: less than "
+                         f"{size * LARGEST_TAPS // 4} is needed; shrink them first")
+    weights = cubic_antialiased(length, size)
+    return np.trunc(weights * (1 << FIXED_BITS) + np.copysign(0.5, weights)).astype(np.int32)
+
+
+def cubic_antialiased(length: int, size: int) -> np.ndarray:
+    """float64 [size, length]: the weight of each pixel in each result; a row sums to 1.
+
+    The kernel with a = -1/2 is stretched when shrinking and cut off at the border: Pillow, and PyTorch with antialias=True.
+    """
     scale = length / size
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
-    if 2 * support >= LARGEST_TAPS:
-        raise ValueError(f"images have a side of {length}, too large to be resized to {size} exactly: less than "
-                         f"{size * LARGEST_TAPS // 4} is needed; shrink them first")
-    found = np.zeros((size, length), np.int32)
+    found = np.zeros((size, length))
     for i in range(size):
         centre = (i + 0.5) * scale
         first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
-        weights = _cubic((np.arange(first, last) - centre + 0.5) / stretch)
-        weights = weights / weights.sum()
-        found[i, first:last] = np.trunc(weights * (1 << FIXED_BITS) + np.copysign(0.5, weights))
+        weights = cubic((np.arange(first, last) - centre + 0.5) / stretch, -0.5)
+        found[i, first:last] = weights / weights.sum()
     return found
 
 
-def _cubic(x, a: float = -0.5):
-    """Keys' cubic kernel, zero beyond 2."""
+def cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """The cubic convolution kernel, zero beyond 2.  Source: Keys 1981, equation 4 with his a = -1/2 left open."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a

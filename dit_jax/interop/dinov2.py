@@ -1,0 +1,180 @@
+"""DINOv2's weights to ours: the published .pth, or what transformers' `Dinov2Model` saves; sizes are inferred.
+
+    python -m dit_jax.convert --download=dinov2-vitl14 --out=dinov2.safetensors
+    python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
+    python -m dit_jax.convert --from=dinov2 --weights=model.safetensors --out=dinov2.safetensors
+
+The names in the written file are those of the .pth. The mask token, of training only, is left out.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.errors import UserError
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors
+from dit_jax.metrics.dinov2 import HEAD_WIDTH, PATCH_SIZE
+
+PATCH = "patch_embed.proj.weight"
+# Of transformers' names, by regular expression; query, key and value are joined apart.
+FROM_TRANSFORMERS = [
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.mask_token$", "mask_token"),
+    (r"^embeddings\.register_tokens$", "register_tokens"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"^encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1$", r"blocks.\1.ls\2.gamma"),
+    (r"^encoder\.layer\.(\d+)\.mlp\.weights_in\.", r"blocks.\1.mlp.w12."),
+    (r"^encoder\.layer\.(\d+)\.mlp\.weights_out\.", r"blocks.\1.mlp.w3."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"^layernorm\.", "norm."),
+]
+QKV = r"^encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)$"
+
+
+def from_published(tensors: Tensors, what: str) -> Tensors:
+    """The tensors of either layout under the .pth's names, without the mask token, checked completely.
+
+    Args:
+        what: the file, for the messages.
+    Raises:
+        UserError: tensors are missing, extra or misshapen, all listed; have several dtypes; hold NaN or infinity.
+    """
+    if "embeddings.cls_token" in tensors:
+        tensors = _from_transformers(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
+    return {name: tensors[name] for name in _check(tensors, what)}
+
+
+def _from_transformers(tensors: Tensors) -> Tensors:
+    found, joined = {}, {}
+    for name, tensor in tensors.items():
+        match = re.match(QKV, name)
+        if match:
+            block, part, kind = match.groups()
+            joined.setdefault(f"blocks.{block}.attn.qkv.{kind}", {})[part] = tensor
+            continue
+        for pattern, replacement in FROM_TRANSFORMERS:
+            new, count = re.subn(pattern, replacement, name)
+            if count:
+                name = new
+                break
+        found[name] = tensor
+    for name, parts in joined.items():
+        ordered = [parts[part] for part in ("query", "key", "value") if part in parts]
+        if len({(part.shape[1:], part.dtype) for part in ordered}) == 1:  # else it is missing, which the check says
+            shape = sum(part.shape[0] for part in ordered), *ordered[0].shape[1:]
+            found[name] = Tensor(shape, ordered[0].dtype, lambda ordered=ordered: np.concatenate([p.load() for p in ordered]))
+    return found
+
+
+def load(path) -> dict:
+    """The params of `dit_jax.metrics.dinov2.VisionTransformer` as NumPy float32, blocks stacked.
+
+    Args:
+        path: a .safetensors as `python -m dit_jax.convert --from=dinov2` writes it.
+    Raises:
+        UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
+            have several dtypes; hold NaN or infinity.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the weights of DINOv2 are one .safetensors, made by python -m "
+                        f"dit_jax.convert --download=dinov2-vitl14 --out={path.name}; without a connection see its --help")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=dinov2 --weights={path}")
+    tensors = open_safetensors(path)[0]
+    if "embeddings.cls_token" in tensors:
+        raise UserError(f"{path} has the layout of transformers; convert it with python -m dit_jax.convert --from=dinov2 "
+                        f"--weights={path}")
+    _check(tensors, str(path))
+
+    depth = _depth(tensors)
+
+    def get(name):
+        """One tensor, or where the name has an i for the block's number, all blocks'."""
+        if ".i." not in name:
+            return tensors[name].load().astype(np.float32)
+        return np.stack([get(name.replace(".i.", f".{i}.")) for i in range(depth)])
+
+    def linear(name, *shape):
+        """Their [out, in] to ours, in each block of the stack; `shape` splits the axes behind the stack."""
+        kernel, bias = get(f"{name}.weight").swapaxes(-1, -2), get(f"{name}.bias")
+        return {"kernel": kernel.reshape(depth, *shape) if shape else np.ascontiguousarray(kernel), "bias": bias}
+
+    def norm(name):
+        return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
+
+    width = tensors["cls_token"].shape[-1]
+    heads = width // HEAD_WIDTH
+    position = get("pos_embed")[0]
+    grid = math.isqrt(len(position) - 1)
+    # The class token has a position of its own, registers have none.
+    first = [get("cls_token")[0] + position[:1]] + ([get("register_tokens")[0]] if "register_tokens" in tensors else [])
+    qkv = linear("blocks.i.attn.qkv", width, 3, heads, HEAD_WIDTH)
+    qkv["bias"] = qkv["bias"].reshape(depth, 3, heads, HEAD_WIDTH)
+    into, out = _mlp(tensors)
+    return {
+        "patch_embed": {"kernel": get(PATCH).transpose(2, 3, 1, 0).reshape(-1, width), "bias": get("patch_embed.proj.bias")},
+        "pos_embed": position[1:].reshape(grid, grid, width),
+        "tokens": np.concatenate(first),
+        "blocks": {"norm1": norm("blocks.i.norm1"), "qkv": qkv, "ls1": get("blocks.i.ls1.gamma"),
+                   "proj": linear("blocks.i.attn.proj", heads, HEAD_WIDTH, width), "norm2": norm("blocks.i.norm2"),
+                   "in": linear(f"blocks.i.mlp.{into}"), "out": linear(f"blocks.i.mlp.{out}"), "ls2": get("blocks.i.ls2.gamma")},
+        "norm": norm("norm"),
+    }
+
+
+def _depth(tensors: Tensors) -> int:
+    return 1 + max((int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))), default=0)
+
+
+def _mlp(tensors: Tensors) -> tuple[str, str]:
+    """Names of the MLP's two layers: of the giant size, with its gate, or of the others."""
+    return ("w12", "w3") if "blocks.0.mlp.w12.weight" in tensors else ("fc1", "fc2")
+
+
+def _check(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
+    """The layout, {name: shape}, which the tensors have."""
+    layout = _layout(tensors, what)
+    check(tensors, layout, what)
+    common_dtype(tensors, what)
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor.load().astype(np.float32)).all():
+            raise UserError(f"{what}: {name} holds NaN or infinity; download or write the file again")
+    return layout
+
+
+def _layout(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the network whose sizes a few of the tensors tell."""
+    into, out = _mlp(tensors)
+    ranks = {PATCH: 4, "pos_embed": 3, f"blocks.0.mlp.{out}.weight": 2}
+    if "register_tokens" in tensors:
+        ranks["register_tokens"] = 3
+    missing = [name for name, rank in ranks.items() if name not in tensors or len(tensors[name].shape) != rank]
+    if missing:
+        raise UserError(f"{what} is not DINOv2: {', '.join(missing)} is missing or has another rank. It must be the published "
+                        ".pth, or the model.safetensors of transformers' Dinov2Model")
+    width, channels, patch, _ = tensors[PATCH].shape
+    positions, hidden = tensors["pos_embed"].shape[1], tensors[f"blocks.0.mlp.{out}.weight"].shape[1]
+    grid = math.isqrt(max(positions - 1, 0))
+    for name, value, wanted in (("a patch size", patch, PATCH_SIZE), ("image channels", channels, 3),
+                                ("a width in heads of 64 of", width, width // HEAD_WIDTH * HEAD_WIDTH),
+                                ("a number of positions", positions, grid * grid + 1)):
+        if value != wanted:
+            raise UserError(f"{what} has {name} {value}, not {wanted}: not a network of DINOv2")
+    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width),
+               f"mlp.{into}": (hidden * (2 if into == "w12" else 1), width), f"mlp.{out}": (width, hidden)}
+    found = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width), PATCH: (width, 3, PATCH_SIZE, PATCH_SIZE),
+             "patch_embed.proj.bias": (width,)}
+    if "register_tokens" in tensors:
+        found["register_tokens"] = 1, tensors["register_tokens"].shape[1], width
+    for i in range(_depth(tensors)):
+        for name, shape in linears.items():
+            found |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            found[f"blocks.{i}.{name}"] = (width,)
+    return found | {"norm.weight": (width,), "norm.bias": (width,)}
