@@ -20,8 +20,8 @@ from dit_jax.sweeping.local import last_lines
 from dit_jax.sweeping.scores import file_of
 
 CURVE_FIELDS = ("run", "step", "loss")
-PROTOCOL = ("features", "num_samples", "num_reference", "reference", "reference_sha256", "sampler", "sampling_steps",
-            "guidance_scale")
+PROTOCOL = ("features", "extractor_sha256", "num_samples", "num_reference", "reference", "reference_sha256", "sampler",
+            "sampling_steps", "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Row:
     Fields:
         family: models of one depth and width, by the paper's letter where it is one of its sizes.
         patch: patch size; None for an autoencoder.
+        fid_interval: by the bootstrap over the images, which knows nothing of other seeds.
         protocol: how the FID was measured; FIDs of different protocols are never put on one axis.
         seconds: of training, sampling and scoring, of all starts together.
         loss_curve, fid_curve: (step, value).
@@ -51,6 +52,7 @@ class Row:
     state: str
     loss: float | None
     fid: float | None
+    fid_interval: tuple[float, float] | None
     protocol: dict[str, Any]
     seconds: float
     images_per_second: float | None
@@ -73,7 +75,8 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
         name=run.name, group=run.group, variant=run.variant, seed=config.seed, family=family(config),
         patch=config.model.patch_size if "model" in config else None, settings=dict(run.settings), cost=cost,
         batch_size=config.batch_size, num_steps=config.num_steps, state=state,
-        loss=losses[-1][1] if losses else result.get("loss"), fid=result.get("fid"), protocol=protocol(result),
+        loss=losses[-1][1] if losses else result.get("loss"), fid=result.get("fid"),
+        fid_interval=tuple(result["fid_interval"]) if result.get("fid_interval") else None, protocol=protocol(result),
         seconds=sum(attempt["seconds"] for attempt in attempts), images_per_second=result.get("images_per_second"),
         loss_curve=losses, fid_curve=fids, samplers=scores, samples=str(found) if samples.name and found.exists() else None,
         error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [])
@@ -101,7 +104,7 @@ def protocol(result: dict) -> dict[str, Any]:
     made_by = result.get("made_by") or {}
     sampler, guidance = made_by.get("sampler") or {}, made_by.get("guidance") or {}
     known = {**result, "sampler": sampler.get("name"), "sampling_steps": sampler.get("num_steps"),
-             "guidance_scale": guidance.get("scale")}
+             "guidance_scale": guidance.get("scale"), "extractor_sha256": (result.get("extractor") or {}).get("weights_sha256")}
     return {key: known[key] for key in PROTOCOL if known.get(key) is not None}
 
 
@@ -124,6 +127,7 @@ def write(rows: list[Row], folder: Path) -> dict[str, str]:
         {"run": row.name, "variant": row.variant, "seed": row.seed, "family": row.family, "patch_size": row.patch,
          "parameters": row.cost.parameters, "gmacs": row.cost.gmacs, "compute_gmacs": row.cost.compute_gmacs,
          "batch_size": row.batch_size, "num_steps": row.num_steps, "state": row.state, "loss": row.loss, "fid": row.fid,
+         "fid_low": row.fid_interval and row.fid_interval[0], "fid_high": row.fid_interval and row.fid_interval[1],
          "seconds": row.seconds, "images_per_second": row.images_per_second}
         | {f"config.{path}": row.settings.get(path) for path in settings}
         | {f"protocol.{key}": row.protocol.get(key) for key in protocols} for row in rows])

@@ -9,7 +9,7 @@ import numpy as np
 from dit_jax.sweeping import paper, style
 from dit_jax.sweeping.collect import Row
 from dit_jax.sweeping.fits import Fit
-from dit_jax.sweeping.points import Point, comparable, fit, groups, of_paper, ours
+from dit_jax.sweeping.points import Point, comparable, fit, groups, labels, of_paper, ours
 
 AXIS = {"gmacs": "GFLOPs of one forward (multiply-adds, as in the paper)",
         "compute_gmacs": "Training compute in GFLOPs (multiply-adds x batch x steps x 3)"}
@@ -34,7 +34,7 @@ def panels(count: int):
 def fid_against(by: str, rows: Sequence[Row], protocol: dict, with_paper: bool):
     """FID against `by` ("gmacs" or "compute_gmacs"), log-linear fit and correlation; the paper's models beside or among ours.
 
-    A dot is a mean over seeds; where there are several, a line spans them and small dots are the single ones.
+    A marker is a mean over seeds, a line spans them and small dots are the single ones; a lone one has its bootstrap interval.
     """
     points, theirs = ours(rows), of_paper() if with_paper else []
     shared = with_paper and comparable(protocol)
@@ -68,22 +68,26 @@ def _scatter(ax, points: Sequence[Point], by: str, hues: dict, line: Fit | None,
                 markeredgecolor=hues[p.family])
     for p in points:
         x, colour = getattr(p, by), hues[p.family]
+        ax.plot([x, x], p.span, color=colour, linewidth=1, zorder=3)
         if len(p.fids) > 1:
-            ax.plot([x, x], [min(p.fids), max(p.fids)], color=colour, linewidth=1, zorder=3)
             ax.plot([x] * len(p.fids), p.fids, "o", color=colour, markersize=2, zorder=3)
         ax.plot(x, p.fid, shapes.get(p.patch, "o"), color=colour, markersize=5.5, markeredgecolor=style.PAGE, markeredgewidth=0.6,
                 zorder=4)
     xs = [getattr(p, by) for p in everything]
-    tops = [max(p.fids) for p in everything]
+    tops = [p.span[1] for p in everything]
+    along = []
     if line is not None:
         ends = np.array([min(getattr(p, by) for p in points), max(getattr(p, by) for p in points)])
         ax.plot(ends, line(ends), color=style.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-        ax.text(0.98, 0.97, line.text().replace(" (", "\n("), transform=ax.transAxes, ha="right", va="top", fontsize=7.5)
+        steps = np.geomspace(*ends, 200)
+        along = np.stack([steps, line(steps)], axis=1)
+        text = line.text().replace(" (", "\n(").replace("-", "\N{MINUS SIGN}")
+        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7.5)
     if xs:
         span = max(xs) / min(xs) if max(xs) > min(xs) else 10.0
         ax.set_xlim(min(xs) / span**0.09, max(xs) * span**0.09)
         ax.set_ylim(min(0.0, min(min(p.fids) for p in everything)), 1.12 * max(tops))
-        style.label_points(ax, [(getattr(p, by), p.fid) for p in points], [p.name for p in points])
+        style.label_points(ax, [(getattr(p, by), p.fid) for p in points], [p.name for p in points], along)
     handles = [ax.plot([], [], shape, color=style.INK, markersize=4.5, label=f"patch {patch}")[0]
                for patch, shape in shapes.items()]
     if len(handles) > 1:
@@ -100,11 +104,12 @@ def _checkpoint_curves(ax, rows: Sequence[Row], hues: dict):
 def sampling_compute(rows: Sequence[Row], protocol: dict):
     """FID against the GFLOPs of drawing one image, a line per model and sampler, means over seeds; None without such scores."""
     lines: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for name, repetitions in groups(rows).items():
+    names = labels(rows)
+    for group, repetitions in groups(rows).items():
         for row in repetitions:
             for score in row.samplers:
                 if score["evaluations"]:
-                    line = lines.setdefault((name, score["sampler"]), {})
+                    line = lines.setdefault((names[group], score["sampler"]), {})
                     line.setdefault(score["evaluations"] * row.cost.gmacs, []).append(score["fid"])
     if not lines:
         return None
@@ -113,18 +118,22 @@ def sampling_compute(rows: Sequence[Row], protocol: dict):
     hues = dict(zip(models, style.shades(len(models)), strict=True))
     samplers = list(dict.fromkeys(sampler for _, sampler in lines))
     dashes = dict(zip(samplers, ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))] * len(samplers), strict=False))
-    ends = []
+    ends, along = [], []
+    ax.set_xscale("log")
+    ax.set_yscale("log")
     for (name, sampler), values in lines.items():
         xs = sorted(values)
         means = [float(np.mean(values[x])) for x in xs]
         ax.plot(xs, means, color=hues[name], linestyle=dashes[sampler], marker="o", markersize=3)
         ends.append((xs[-1], means[-1]))
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("Sampling compute per image in GFLOPs (evaluations x multiply-adds)")
+        for i in range(len(xs) - 1):
+            along += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*means[i : i + 2], 40), strict=True)
+    style.plain_numbers(ax.yaxis)
+    ax.margins(x=0.1)
+    ax.set_xlabel("Compute of drawing one image, GFLOPs (evaluations x forward)")
     ax.set_ylabel(score_name(protocol))
     texts = [name if len(samplers) == 1 else f"{name}, {sampler}" for name, sampler in lines]
-    style.label_ends(ax, ends, texts, [hues[name] for name, _ in lines])
+    style.label_points(ax, ends, texts, along, [hues[name] for name, _ in lines])
     ax.set_title("Samplers: " + ", ".join(samplers))
     return figure
 
@@ -134,12 +143,12 @@ def loss_curves(rows: Sequence[Row], reference: dict[str, list[tuple[int, float]
 
     None where no run has recorded a loss. Above 200 points a curve is averaged to that many.
     """
-    shown = groups([row for row in rows if len(row.loss_curve) > 1])
+    shown, names = groups([row for row in rows if len(row.loss_curve) > 1]), labels(rows)
     if not shown:
         return None
     figure, (ax,) = panels(1)
     ends, texts, colours, lowest, highest = [], [], [], [], []
-    for (name, repetitions), colour in zip(shown.items(), style.shades(len(shown)), strict=True):
+    for (group, repetitions), colour in zip(shown.items(), style.shades(len(shown)), strict=True):
         for row in repetitions:
             steps, losses = _thinned(row.loss_curve)
             ax.plot(steps, losses, color=colour, linewidth=1)
@@ -148,9 +157,10 @@ def loss_curves(rows: Sequence[Row], reference: dict[str, list[tuple[int, float]
             if row.name in reference:
                 ax.plot(*_thinned(reference[row.name]), color=style.INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=3)
         ends.append((row.loss_curve[-1][0], row.loss_curve[-1][1]))
-        texts.append(name)
+        texts.append(names[group])
         colours.append(colour)
-    ax.set_ylim(0.95 * min(lowest), 1.1 * max(highest))
+    ax.set_ylim(min(lowest) - 0.1 * (max(highest) - min(lowest)), max(highest))
+    ax.set_xlim(0, max(x for x, _ in ends))
     ax.set_xlabel("Training steps")
     ax.set_ylabel("Training loss, mean since the last record")
     used = any(row.name in reference for row in rows)
@@ -167,7 +177,8 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> np.ndarray:
 
 def sample_grid(rows: Sequence[Row]):
     """The first images of each model in a row, models by GMACs: same seed and labels in each column; None without samples."""
-    found = [(name, images) for name, repetitions in groups(rows).items()
+    names = labels(rows)
+    found = [(names[group], images) for group, repetitions in groups(rows).items()
              if repetitions[0].samples and len(images := first_images(Path(repetitions[0].samples), SAMPLES_SHOWN))]
     if not found:
         return None

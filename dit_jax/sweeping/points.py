@@ -17,6 +17,7 @@ class Point:
     Fields:
         gmacs, compute_gmacs: see `cost.Cost`.
         fids: one per seed.
+        interval: of the FID of a lone seed, by the bootstrap over its images, if it was taken.
     """
 
     name: str
@@ -25,6 +26,11 @@ class Point:
     gmacs: float
     compute_gmacs: float
     fids: tuple[float, ...]
+    interval: tuple[float, float] | None = None
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return self.interval if len(self.fids) == 1 and self.interval else (min(self.fids), max(self.fids))
 
     @property
     def fid(self) -> float:
@@ -39,15 +45,18 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def labels(rows: Sequence[Row]) -> dict[str, str]:
+    """{group: what figures call it}: the variant where that tells all groups apart."""
+    variants = {row.group: row.variant for row in rows}
+    return variants if len(set(variants.values())) == len(variants) else {group: group for group in variants}
+
+
 def ours(rows: Sequence[Row]) -> list[Point]:
     """A point for every model with a FID."""
-    found = []
-    for name, repetitions in groups([row for row in rows if row.fid is not None]).items():
-        first = repetitions[0]
-        label = first.variant if sum(row.variant == first.variant for row in rows) <= len(repetitions) else name
-        found.append(Point(label, first.family, first.patch, first.cost.gmacs, first.cost.compute_gmacs,
-                           tuple(row.fid for row in repetitions)))
-    return found
+    names = labels(rows)
+    scored = groups([row for row in rows if row.fid is not None])
+    return [Point(names[group], found[0].family, found[0].patch, found[0].cost.gmacs, found[0].cost.compute_gmacs,
+                  tuple(row.fid for row in found), found[0].fid_interval) for group, found in scored.items()]
 
 
 def of_paper() -> list[Point]:

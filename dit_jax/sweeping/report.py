@@ -24,7 +24,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size
 .lead { font-size: 1.05rem; } .soft, figcaption { color: var(--soft); } figcaption { font-size: .9rem; }
 figure { margin: 1rem 0 2rem; } figure svg, figure img { width: 100%; height: auto; } figure.narrow { max-width: 38rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; width: 100%; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; vertical-align: bottom; }
 code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; }
 a { color: inherit; }
@@ -86,7 +86,10 @@ def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, cur
     beside = "the paper's own models are " + ("hollow." if points.comparable(protocol) else
                                               "on axes of their own: another metric.") if sweep.paper else ""
     if any(row.fid is not None for row in compared):
-        seeds = "A marker is the mean over seeds, the line through it spans them. " if len({r.seed for r in rows}) > 1 else ""
+        several = len({row.seed for row in rows}) > 1
+        seeds = "A marker is the mean over seeds, the line through it spans them. " if several else (
+            "The line through a marker is the 95 % bootstrap interval over its images. " if any(
+                row.fid_interval for row in compared) else "")
         found["fid_gflops"] = figures.fid_against("gmacs", compared, protocol, sweep.paper), (
             f"Quality against the compute of one forward. {seeds}Dashed: least squares in log GFLOPs; r is Pearson's "
             f"correlation, its interval by Fisher's z. {beside.capitalize()}")

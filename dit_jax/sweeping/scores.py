@@ -23,7 +23,7 @@ def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folde
     """Scores every finished run with every sampler that it has no score for; returns what failed, as "run sampler".
 
     Images are drawn as config.evaluation says (number, reference, features) and deleted once their score is on disk; the grid of
-    the first 100 stays.
+    the first 100 and the evaluator's result, <sampler>.evaluation.json, stay.
     """
     finished = [run for run in runs if folder.state(run) in ("done", "trained")]
     waiting = [(run, *sampler) for run in finished for sampler in samplers if not file_of(folder, run, *sampler).exists()]
@@ -52,16 +52,13 @@ def score(run: Run, sampler: str, num_steps: int | None, folder: Folder, child: 
     if status:
         return False
     drawn = json.loads(last)
-    status, last, _ = child.run([*python, "dit_jax.evaluate", f"--samples={images}", *evaluate_flags(wanted)], log)
+    weights = [f"--weights={wanted.weights}"] if wanted.get("weights") else []
+    status, last, _ = child.run([*python, "dit_jax.evaluate", f"--samples={images}", f"--reference={wanted.reference}",
+                                 f"--features={wanted.features}", *weights, "--metrics=fid",
+                                 f"--out={file.with_suffix('.evaluation.json')}"], log)
     if status:
         return False
-    found = json.loads(last)
     write_json(file, {"sampler": sampler, "num_steps": num_steps, "evaluations": drawn["evaluations"],
-                      "seconds": drawn["seconds"], "fid": found["fid"], "score": found})
+                      "seconds": drawn["seconds"], "fid": json.loads(last)["fid"]})
     images.unlink()
     return True
-
-
-def evaluate_flags(evaluation) -> list[str]:
-    """What dit_jax.evaluate needs to score as a run's own end does."""
-    return [f"--reference={evaluation.reference}", f"--features={evaluation.features}"]

@@ -1,6 +1,7 @@
 """How the figures look: for print at 8 points, in colours that colour-blind readers tell apart.
 
-Colours are of Okabe & Ito (2008), which hold on white and on black. INK, GRID and PAGE are what a page in dark mode replaces.
+Colours are of Okabe & Ito (2008), which hold on white and on black. INK, GRID and PAGE are what `inline_svg` leaves to the page,
+which may be dark.
 """
 
 import io
@@ -61,17 +62,21 @@ def shades(count: int) -> list:
     return [colormaps["viridis"](0.15 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]):
-    """Writes each text beside its point, where it covers no point and no other text if there is room. Set the limits before."""
+def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str], others: Sequence = (), hues: Sequence = ()):
+    """Writes each text beside its point, where it covers no point and no other text if there is room. Set the limits before.
+
+    others: more points to keep clear of, such as those of lines.  hues: colours of the texts; ink if empty.
+    """
     figure = ax.figure
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     pixels = ax.transData.transform(points)
     point = figure.dpi / 72
     taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in pixels]
+    taken += [(x - point, y - point, x + point, y + point) for x, y in (ax.transData.transform(others) if len(others) else [])]
     frame = ax.get_window_extent(renderer)
     places = [(0, 7), (7, 0), (0, -7), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 15), (15, 0), (0, -15), (-15, 0)]
-    for (x, y), text, data in zip(pixels, texts, points, strict=True):
+    for (x, y), text, data, hue in zip(pixels, texts, points, hues or [INK] * len(points), strict=True):
         probe = ax.text(*data, text, fontsize=7)
         size = probe.get_window_extent(renderer)
         probe.remove()
@@ -83,7 +88,7 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
             options.append((sum(_overlap(box, other) for other in taken) + 1e4 * outside, len(options), dx, dy, box))
         _, _, dx, dy, box = min(options)
         taken.append(box)
-        ax.annotate(text, data, (dx, dy), textcoords="offset points", fontsize=7, va="center",
+        ax.annotate(text, data, (dx, dy), textcoords="offset points", fontsize=7, va="center", color=hue,
                     ha="left" if dx > 0 else "right" if dx < 0 else "center")
 
 
@@ -102,12 +107,22 @@ def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], co
     for rank, i in enumerate(order):
         below = middle[order[rank - 1]] + height if rank else -1e9
         middle[i] = max(pixels[i][1], below)
-    # What was pushed up over the others is let down again by half of the way.
+    # What was pushed up over the others is let down again, as far as there is room above the axis.
     shift = (sum(middle.values()) - sum(y for _, y in pixels)) / max(len(ends), 1)
+    shift = min(shift, min(middle.values()) - ax.get_window_extent().y0 - height)
     for i, (text, colour) in enumerate(zip(texts, colours, strict=True)):
         offset = (middle[i] - shift - pixels[i][1]) * 72 / figure.dpi
         ax.annotate(text, ends[i], (4, offset), textcoords="offset points", fontsize=7, va="center", color=colour,
                     annotation_clip=False)
+
+
+def plain_numbers(axis):
+    """Ticks of a logarithmic axis as 0.5, 1, 2, 5 rather than powers of ten."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure, folder: Path, name: str) -> list[Path]:
@@ -131,7 +146,8 @@ def inline_svg(figure, name: str, description: str) -> str:
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)").replace(PAGE, "var(--page)")
+    svg = svg.replace(f"stroke: {GRID}", "stroke: currentColor; stroke-opacity: 0.16")
+    svg = svg.replace(INK, "currentColor").replace(PAGE, f"var(--page, {PAGE})")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    svg = re.sub(r'<svg [^>]*>', f'<svg role="img" aria-label="{description}" viewBox="0 0 {size[1]} {size[2]}">', svg, count=1)
-    return svg
+    head = f'<svg role="img" aria-label="{description}" viewBox="0 0 {size[1]} {size[2]}">'
+    return head + svg[svg.index(">") + 1:]
