@@ -4,7 +4,7 @@ import scipy.linalg
 
 from dit_jax.errors import UserError
 from dit_jax.metrics.features import Pixels
-from dit_jax.metrics.frechet import Moments, frechet_distance, moments
+from dit_jax.metrics.frechet import Moments, frechet_distance, frechet_gradient, moments
 
 
 def random_features(seed, count=300, width=24):
@@ -32,6 +32,31 @@ def test_fewer_images_than_features():
     a, b = random_features(0, 10), random_features(1, 12)
     assert np.isfinite(frechet_distance(moments(a), moments(b)))
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6 * np.trace(np.cov(a.T)))
+
+
+def test_gradient():
+    """A derivative for the other set's moments, or a transport map the wrong way round, against central differences."""
+    a, b = (found._replace(covariance=found.covariance + np.eye(24)) for found in map(moments, map(random_features, (0, 1))))
+    found = frechet_gradient(a, b)
+    rng = np.random.default_rng(2)
+    step = rng.standard_normal((24, 24))
+    by_mean, by_covariance = rng.standard_normal(24), step + step.T
+    ends = [frechet_distance(a._replace(mean=a.mean + h * by_mean, covariance=a.covariance + h * by_covariance), b)
+            for h in (-1e-5, 1e-5)]
+    expected = found.by_mean @ by_mean + np.sum(found.by_covariance * by_covariance)
+    assert (ends[1] - ends[0]) / 2e-5 == pytest.approx(expected, rel=1e-5)
+    assert found.distance == pytest.approx(frechet_distance(a, b), rel=1e-12)
+
+
+def test_torch_fidelity():
+    """Another divisor of the covariance than FID's own code has, or another trace where it is singular."""
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    import torch
+
+    for count in (300, 11):
+        a, b = random_features(0, count), random_features(1, count + 2)
+        theirs = fidelity.fid_statistics_to_metric(*(fidelity.fid_features_to_statistics(torch.tensor(x)) for x in (a, b)), False)
+        assert frechet_distance(moments(a), moments(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
 @pytest.mark.parametrize("features", [np.zeros((1, 4)), np.array([[1.0, np.nan], [0.0, 1.0]])])

@@ -54,17 +54,13 @@ def load(name: str, weights: str | None = None) -> Loaded:
     check_name(name, weights)
     if name == "pixels":
         return Loaded(Pixels(), {}, None)
-    path = Path(weights).expanduser()
-    if name == "inception":
-        from dit_jax.interop import inception
-        from dit_jax.metrics.inception import Inception
-
-        params = inception.load(path)
-        extractor = Inception()
-    else:
-        from dit_jax.interop import dinov2
-
-        extractor, params = dinov2.load(path)
     from dit_jax.interop.vae import weights_sha256
 
-    return Loaded(extractor, params, weights_sha256(jax.tree.map(np.asarray, params)))
+    if name == "inception":
+        from dit_jax.interop.inception import load as load_weights
+        from dit_jax.metrics.inception import Inception as Network
+    else:
+        from dit_jax.interop.dinov2 import load as load_weights
+        from dit_jax.metrics.dinov2 import DINOv2 as Network
+    params = load_weights(Path(weights).expanduser())
+    return Loaded(Network(), params, weights_sha256(jax.tree.map(np.asarray, params)))
