@@ -3,10 +3,12 @@
     python -m dit_jax.sample --workdir=runs/digits --num_samples=100 --labels=3,5 --guidance_scale=1.5 --out=x.npz
     python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
 
-Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100.
+Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100. The images come in
+shards in x.shards beside it, which go when the npz is whole; with --out=<folder> they stay there, and there is no npz. Killed
+or stopped (SIGTERM, exit status 75), the same command goes on; with other flags it is refused. Image k is the same on any number
+of devices and processes and with any --batch_size: to the bit with --fsdp=1, else to rounding.
 """
 
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest good on
 WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of the same latents; the run's own if not given.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
-LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; all in turn if not given.")
+LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; `balanced`, all in turn, if not given.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
 SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
@@ -32,9 +34,10 @@ GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the f
 GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices; the config's if not given.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images handed to the devices at a time, rounded up to whole "
+                                  "chunks on each; the config's if not given.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
-OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go.")
+OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or a folder of shards.")
 
 
 def override(config: ml_collections.ConfigDict):
@@ -147,36 +150,32 @@ def load_weak(config, mesh) -> Weak | None:
 
 
 def choose_labels(num_classes: int):
-    """int32[num_samples] as --labels says."""
+    """(int32[num_samples] as --labels says, what it is called in the samples' description)."""
     from dit_jax.sampling.labels import null_labels, random_labels, spread_labels
 
     if LABELS.value == ["none"]:
-        return null_labels(NUM_SAMPLES.value, num_classes)
+        return null_labels(NUM_SAMPLES.value, num_classes), "none"
     if LABELS.value == ["random"]:
-        return random_labels(NUM_SAMPLES.value, num_classes, SEED.value)
+        return random_labels(NUM_SAMPLES.value, num_classes, SEED.value), "random"
     try:
-        chosen = tuple(int(text) for text in LABELS.value)
+        chosen = tuple(int(text) for text in LABELS.value if LABELS.value != ["balanced"])
     except ValueError:
         raise UserError(f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
-                        "`random` or `none`") from None
-    return spread_labels(NUM_SAMPLES.value, num_classes, chosen)
+                        "`balanced`, `random` or `none`") from None
+    return spread_labels(NUM_SAMPLES.value, num_classes, chosen), "given" if chosen else "balanced"
 
 
 def main() -> dict:
     if (WORKDIR.value is None) == (WEIGHTS.value is None):
         raise UserError("give --workdir=<folder of a run of dit_jax.main> or --weights=<file of dit_jax.convert>, one of them")
     out = Path(OUT.value).expanduser().absolute()
-    if out.suffix != ".npz":
-        raise UserError(f"--out={OUT.value} must end in .npz")
     processes.join()
     from dit_jax import build
-    from dit_jax.sampling import samples_file
+    from dit_jax.sampling import drawing, samples_file
+    from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
     from dit_jax.training import codec_weights
 
-    if jax.process_index() == 0:
-        samples_file.check_writable(out)
-    from dit_jax.sampling.generator import Generator
-
+    drawing.check_out(out)
     source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
     if WEIGHTS.value is not None and source.suffix != ".safetensors":
         raise UserError(f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; a run is given by --workdir")
@@ -192,27 +191,24 @@ def main() -> dict:
     own_codec = WORKDIR.value is not None and CODEC_PATH.value is None
     config, codec_params = codec_weights.settle(config, source if own_codec else None)
     task = build.task(config)
-    labels = choose_labels(task.num_classes)
-    ways = build.rows_per_step(mesh)
-    batch_size = BATCH_SIZE.value or -(-min(config.evaluation.batch_size, NUM_SAMPLES.value) // ways) * ways
+    labels, labels_mode = choose_labels(task.num_classes)
+    batch_size = BATCH_SIZE.value if BATCH_SIZE.value is not None else min(config.evaluation.batch_size, NUM_SAMPLES.value)
     sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
     weak = load_weak(config, mesh)
-    generator = Generator(task, mesh, sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
-    constants = build.constants(config, mesh, None, codec_params)
+    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
+    codec = build.constants(config, mesh, None, codec_params)["codec"]
     params, step = load_params(source, task, mesh, STEP.value)
     console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
                 f"{config.guidance.scale}")
-    start = time.monotonic()
-    images = generator(params, constants, labels, weak.params if weak else None, say_progress=True)
-    seconds = time.monotonic() - start
-    if jax.process_index() == 0:
-        made_by = samples_file.describe(config, step, SEED.value) | ({"origin": origin} if origin else {})
-        made_by |= {"autoguidance": AUTOGUIDANCE.value} if weak else {}
-        samples_file.write(out, images, labels, made_by)
+    params, codec, weak_params = on_mesh((params, codec, weak.params if weak else None), generator.mesh)
+    made_by = samples_file.describe(config, step, SEED.value) | {"labels": labels_mode} | ({"origin": origin} if origin else {})
+    made_by |= {"autoguidance": AUTOGUIDANCE.value} if weak else {}
+    shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
+    drawn = drawing.draw(out, generator, params, {"codec": codec}, labels, shape, made_by, weak_params)
     # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
     per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None
-    return {"out": str(out), "grid": str(out.with_suffix(".png")), "num_samples": len(images), "seconds": seconds,
-            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step}
+    return {"out": str(out), "grid": str(drawn.grid), "num_samples": len(labels), "seconds": drawn.seconds,
+            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step, "stopped": drawn.stopped}
 
 
 if __name__ == "__main__":

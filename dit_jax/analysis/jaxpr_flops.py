@@ -29,6 +29,8 @@ def _equation(eqn) -> int:
         return max(count(branch) for branch in params["branches"])
     if name == "scan":
         return params["length"] * count(params["jaxpr"])
+    if name == "shard_map":
+        return params["mesh"].size * count(params["jaxpr"])
     return sum(count(part) for value in params.values() for part in _jaxprs(value))
 
 

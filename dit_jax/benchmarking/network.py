@@ -13,7 +13,8 @@ from dit_jax.benchmarking.timing import MIN_STEPS, Work, measure, measure_queued
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.console import say
 from dit_jax.errors import UserError
-from dit_jax.sampling.generator import Generator
+from dit_jax.parallel.mesh import rows_per_step
+from dit_jax.sampling.generator import Generator, default_rows_at_once
 from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.compiled_step import compile_step
@@ -82,7 +83,9 @@ def sampler(subject: Subject) -> Work:
     task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
     params = create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params
     labels = spread_labels(subject.batch_size, task.num_classes)
-    generator = Generator(task, subject.mesh, draw, guidance, subject.batch_size, subject.seed)
+    share, rows = subject.batch_size // rows_per_step(subject.mesh), default_rows_at_once(task, jax.devices()[0].platform)
+    generator = Generator(task, subject.mesh, draw, guidance, subject.batch_size, subject.seed,
+                          rows_at_once=share if share % rows else rows)  # not more rows than are reported
 
     def call():
         return generator(params, {"codec": {}}, labels)

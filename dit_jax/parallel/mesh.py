@@ -122,11 +122,11 @@ def place(tree, shardings):
 
 
 def constrain_batch(x, tokens: bool = False):
-    """Keeps x split over rows only, or over rows and tokens, under `jax.set_mesh`; the identity where no mesh is set.
+    """Keeps x split over rows only, or over rows and tokens, under `jax.set_mesh`; the identity elsewhere and in a `shard_map`.
 
     x: [B, ...], or [B, N, ...] with tokens; N need not be a multiple of the sequence axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *(["sequence"] if tokens else [])))

@@ -92,15 +92,14 @@ def train_step(config, task, mesh, resident_rows: int = 0):
 def sampling(config, task, mesh):
     """(traced draw of one batch of samples, its arguments by name, the batch size, evaluations or None).
 
-    The batch is `evaluation.batch_size`, rounded up to a multiple of the mesh.
+    The batch is `evaluation.batch_size`, rounded up as the generator does.
     """
-    ways = rows_per_step(mesh)
-    batch_size = -(-config.evaluation.batch_size // ways) * ways
     sampler, guidance = build.sampler(config), build.guidance(config)
-    generator = Generator(task, mesh, sampler, guidance, batch_size, config.seed)
+    generator = Generator(task, mesh, sampler, guidance, config.evaluation.batch_size, config.seed)
     params = abstract_state(task, mesh).ema_params
     constants = {"codec": abstract_constants(config, task, mesh, 1)["codec"]}
-    rows = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=batch_sharding(mesh))
+    rows = jax.ShapeDtypeStruct((generator.batch_size,), np.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         traced = generator.program.trace(params, constants, rows, rows, None)
-    return traced, {"params": params, "constants": constants, "batch": rows}, batch_size, sampler.evaluations(task.process)
+    arguments = {"params": params, "constants": constants, "batch": rows}
+    return traced, arguments, generator.batch_size, sampler.evaluations(task.process)

@@ -11,7 +11,8 @@ from dit_jax.errors import UserError
 from dit_jax.evaluation import scores
 from dit_jax.parallel import hosts
 from dit_jax.sampling import samples_file
-from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.drawing import draw
+from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sampling.grid import write_image_grid
 from dit_jax.sampling.labels import spread_labels
 
@@ -32,7 +33,8 @@ def make_preview(config, task, mesh, source):
         raise UserError(f"preview.num_images is {count}; it must be at least 1 (preview.every_steps = 0 turns previews off)")
     labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
     size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
-    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed)
+    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed,
+                          rows_at_once=size // build.rows_per_step(mesh))
 
     def preview(folder, records, step, state, constants):
         start = time.monotonic()
@@ -54,14 +56,16 @@ def finish(run, workdir: Path) -> dict:
         return {"samples": None}
     path = workdir / "samples" / f"{int(run.state.step):08d}_final.npz"
     labels = spread_labels(config.evaluation.num_images, config.model.num_classes)
-    generator = Generator(run.task, run.mesh, build.sampler(config), build.guidance(config), config.evaluation.batch_size,
-                          config.seed)
-    start = time.monotonic()
-    images = generator(run.state.ema_params, run.constants, labels, say_progress=True)
-    result = {"samples": str(path)}
-    if hosts.is_first():
-        samples_file.write(path, images, labels, samples_file.describe(config, int(run.state.step), config.seed))
-        say(f"{len(images)} samples in {time.monotonic() - start:.1f} s: {path} and {path.with_suffix('.png')}")
+    mesh, batch_size = drawing_mesh(run.mesh), config.evaluation.batch_size
+    generator = Generator(run.task, mesh, build.sampler(config), build.guidance(config), batch_size, config.seed)
+    params, codec = on_mesh((run.state.ema_params, run.constants["codec"]), mesh)
+    made_by = samples_file.describe(config, int(run.state.step), config.seed) | {"labels": "balanced"}
+    shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
+    drawn = draw(path, generator, params, {"codec": codec}, labels, shape, made_by, replace=True)
+    result = {"samples": str(path), "stopped": drawn.stopped}
+    if drawn.stopped:
+        return result
+    say(f"{len(labels)} samples in {drawn.seconds:.1f} s: {path} and {drawn.grid}")
     if config.evaluation.reference and jax.process_index() == 0:
         result |= scores.evaluate(str(path), config.evaluation.reference, config.evaluation.features,
                                   config.evaluation.get("weights"), scores.Options(("fid",)), processes=(0, 1))
