@@ -19,7 +19,7 @@ from absl import flags
 from dit_jax import console, processes
 from dit_jax.errors import UserError
 
-SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C].")
+SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C], or a folder of samples of dit_jax.sample.")
 REFERENCE = flags.DEFINE_string("reference", None, "npz of statistics (ours, ADM's, pytorch-fid's) or of images; or a data set "
                                 "as in --data, cropped to the samples' size. Needless for --metrics=is.")
 FEATURES = flags.DEFINE_string("features", "pixels", "pixels (for tiny images), inception, or dinov2 (fid is then FD-DINOv2).")
@@ -63,12 +63,18 @@ def options():
 
 
 def result_path(name: str) -> Path:
-    """The path, after a check on the first process that it can be written."""
-    from dit_jax.sampling.samples_file import check_writable
-
+    """The path, after a check on the first process that it can be written: before the work, not after it."""
     path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
     if jax.process_index() == 0:
-        check_writable(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe = path.with_name(f".{path.name}.partial")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None
     return path
 
 
@@ -106,11 +112,12 @@ def make_reference() -> dict:
 
 def score() -> dict:
     if SAMPLES.value is None or (REFERENCE.value is None and METRIC_NAMES.value != ["is"]):
-        raise UserError("give --samples=<npz> and --reference=digits, a folder or an npz")
+        raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
     from dit_jax.evaluation.scores import METRICS, evaluate
 
     samples = Path(SAMPLES.value).expanduser()
-    path = result_path(OUT.value or f"{samples.with_suffix('')}.{FEATURES.value}.json") if samples.exists() else None
+    stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
+    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
     result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(),
                       folder=path and partial_folder(path))
     result["out"] = str(path)

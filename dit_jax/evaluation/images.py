@@ -19,6 +19,7 @@ from dit_jax.data.named_source import named_source
 from dit_jax.data.sources import Source
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
+from dit_jax.sampling import shards
 
 ARRAY = "arr_0.npy"
 
@@ -29,14 +30,12 @@ class Images(Protocol):
     Fields:
         name: what results call them.
         made_by: how they were made, if their file says so.
-        transform: how they were read, where something was done to them.
         identity: what can be known without reading all of them; extraction that goes on compares it.
     """
 
     name: str
     shape: tuple[int, int, int]
     made_by: dict | None
-    transform: dict | None
     identity: dict
 
     def __len__(self) -> int: ...
@@ -55,7 +54,7 @@ class NpzImages:
     """
 
     def __init__(self, path: Path):
-        self.path, self.name, self.transform = path, str(path), None
+        self.path, self.name = path, str(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -161,7 +160,7 @@ class ArrayImages:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 1 or 3] is needed")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
-        self.transform, self.identity = None, {"array": list(images.shape)}
+        self.identity = {"array": list(images.shape)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -172,12 +171,13 @@ class ArrayImages:
 
 
 def open_samples(path: str) -> Images:
-    """The images of an npz.
+    """The images of an npz, or of a folder that `dit_jax.sample` has finished.
 
     Raises:
-        UserError: it does not exist, or holds no images; see `NpzImages`.
+        UserError: it does not exist, or holds no images; see `NpzImages` and `sampling.shards.read`.
     """
-    return NpzImages(Path(path).expanduser())
+    found = Path(path).expanduser()
+    return shards.read(found) if found.is_dir() else NpzImages(found)
 
 
 def open_images(data: str, shape: tuple[int, int, int], split: str | None = None) -> Images:

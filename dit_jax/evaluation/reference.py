@@ -18,7 +18,7 @@ import dit_jax
 from dit_jax.errors import UserError
 from dit_jax.evaluation.extraction import Extracted
 from dit_jax.evaluation.extractors import Loaded
-from dit_jax.evaluation.images import ARRAY, Images, NpzImages
+from dit_jax.evaluation.images import ARRAY, Images, NpzImages, SourceImages
 from dit_jax.metrics.frechet import Moments
 
 FORMAT = 1
@@ -51,7 +51,8 @@ class Reference(NamedTuple):
 def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
     """How reference statistics were made: whatever decides their numbers."""
     return {"source": images.name, "count": extracted.count, "image_shape": list(images.shape),
-            "transform": images.transform, "images_sha256": extracted.sha256, "made_by": images.made_by,
+            "transform": images.transform if isinstance(images, SourceImages) else None,
+            "images_sha256": extracted.sha256, "made_by": images.made_by,
             "extractor": loaded.describe(),
             "versions": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
             "device": jax.local_devices()[0].device_kind}

@@ -68,7 +68,7 @@ def evaluate(samples: str, reference: str | None, features: str, weights: str | 
     """The metrics of the images in a file, with everything that they depend on, as an object of JSON.
 
     Args:
-        samples: npz of images.
+        samples: npz of images, or a folder of `dit_jax.sample`.
         reference: npz of statistics or images, or a data set as in `named_source`; None for the Inception Score alone.
         features, weights: name and weights file of the extractor.
         folder: where work is kept in case of a kill, and gone on with; deleted at the end. None keeps nothing.
