@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from dit_jax.parallel import rules
 from dit_jax.training.task import Task
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -39,11 +40,14 @@ def git_commit() -> str:
 def text(config, task: Task, mesh, workdir) -> str:
     """The summary that a run begins with."""
     device = mesh.devices.flat[0]
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    split = state.replace(params={}) if task.zero1 else state
     axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join((
         f"run        {workdir}",
         *task.description(),
         f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) on {jax.process_count()} hosts, mesh {axes}",
         f"training   to step {config.num_steps}, batch {config.batch_size}",
+        *(f"warning    {text}" for text in rules.warnings(split, mesh, task.rules)),
         "versions   " + " ".join(f"{name} {version}" for name, version in versions().items()),
     ))
