@@ -189,20 +189,25 @@ def _draw_shards(generator: Generator, arrays, writer: "ShardWriter", stop: Stop
     progress = Progress("sampling" if parts == 1 else f"sampling, part 1 of {parts}", writer.waiting)
     waiting: deque[jax.Array] = deque()
     stopped = False
+
+    def take(images):
+        before = writer.done
+        writer.add(local_rows(images))
+        if writer.done > before:  # this process may have less to draw than others
+            progress.update(writer.done)
+
     for call in range(calls):
         rows = slice(call * size, (call + 1) * size)
         batch = shard_batch(generator.mesh, (indices[rows], labels[rows]))
         waiting.append(generator.start(params, constants, *batch, weak_params))
         waiting[-1].copy_to_host_async()
         if len(waiting) == generator.calls_in_flight:
-            writer.add(local_rows(waiting.popleft()))
-            progress.update(writer.done)
+            take(waiting.popleft())
         stopped = stop.requested(call + 1) and call + 1 < calls
         if stopped:
             break
     for images in waiting:
-        writer.add(local_rows(images))
-        progress.update(writer.done)
+        take(images)
     return stopped
 
 
@@ -246,16 +251,17 @@ class ShardWriter:
     def add(self, images: np.ndarray):
         """Takes the next images, uint8 [n, H, W, C]; those after the last that is waited for are left."""
         while len(images) and self._missing:
-            shard = self._missing[0]
-            room = self._rows[shard] - sum(map(len, self._images))
-            self._images.append(images[:room])
-            images = images[room:]
-            if sum(map(len, self._images)) == self._rows[shard]:
+            shard, kept = self._missing[0], sum(map(len, self._images))
+            count, taken = self.shards.count(shard), min(self._rows[shard] - kept, len(images))
+            self._images.append(images[:taken])
+            images = images[taken:]
+            self.done += min(kept + taken, count) - min(kept, count)
+            if kept + taken == self._rows[shard]:
                 self._write(self._missing.popleft())
 
     def _write(self, shard: int):
         images = np.concatenate(self._images)[:self.shards.count(shard)]
-        self._images, self.done = [], self.done + len(images)
+        self._images = []
         self._settle()
         if self.writes:
             self._writing = self._pool.submit(self.shards.write, shard, images)
