@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import lpips_weights
+import metric_networks
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from verbs import run_verbs
 from dit_jax import build, conversion, recipes
 from dit_jax.conversion import Source
 from dit_jax.errors import UserError
-from dit_jax.interop import lpips, pt_reader, pt_writer
+from dit_jax.interop import dinov2, lpips, pt_reader, pt_writer
 from dit_jax.parallel import rules
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.rules import path_name
@@ -237,6 +238,7 @@ TRIP = (
     f"sample --weights=d.safetensors {SAMPLE} --out=b.npz",
 )
 LPIPS = "convert --from=lpips --weights=lpips.pt --out=lpips.safetensors"
+DINOV2 = "convert --from=dinov2 --weights=dinov2.pt --out=dinov2.safetensors"
 MISTAKES = {
     "convert --weights=x.pt --out=y.safetensors": "--from",
     "convert --from=official --weights=x.pt --out=y.safetensors": "does not exist",
@@ -244,6 +246,8 @@ MISTAKES = {
     "convert --from=official --to=onnx --weights=x.pt --out=y": "one of dit_jax, official, diffusers",
     "convert --from=lpips --to=official --weights=lpips.pt --out=y.pt": "leave out --to",
     "convert --from=lpips --weights=lpips.pt --out=y.npz": "must end in .safetensors",
+    "convert --from=dinov2 --weights=lpips.pt --out=y.safetensors": "is not DINOv2",
+    "convert --from=inception_tf --weights=lpips.pt --out=y.safetensors": "classify_image_graph_def.pb, unpacked",
     "convert --download=dit-s --out=y.safetensors": "dit-xl2-256",
     "convert --download=sit-xl2-256 --from=official --out=y.safetensors": "leave out --from",
     "sample --weights=x.safetensors --workdir=RUN": "one of them",
@@ -260,7 +264,8 @@ def results(workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verbs")
     conversion.write(tiny_weights(), "dit_jax", folder / "vae.safetensors")
     pt_writer.write(folder / "lpips.pt", lpips_weights.tensors())
-    lines = [*TRIP, LPIPS, *MISTAKES]
+    pt_writer.write(folder / "dinov2.pt", metric_networks.tensors(metric_networks.dinov2("plain")))
+    lines = [*TRIP, LPIPS, DINOV2, *MISTAKES]
     found = run_verbs(folder, [line.replace("RUN", str(workdir[0])).split() for line in lines])
     return folder, dict(zip(lines, found, strict=True))
 
@@ -295,6 +300,16 @@ def test_lpips_becomes_one_file_without_copies(results):
     assert lpips.load(folder / "lpips.safetensors")["conv1_1"]["kernel"].shape == (3, 3, 3, 64)
     with pytest.raises(UserError, match="no header of dit_jax"):
         read(folder / "lpips.safetensors", "dit_jax", heads=None)
+
+
+def test_dinov2_becomes_one_file(results):
+    """The verb's way to the metrics' networks untrodden."""
+    folder, found = results
+    status, stdout, stderr = found[DINOV2]
+    assert status == 0, stderr
+    said = json.loads(stdout.splitlines()[-1])
+    assert (said["origin"]["from"], *said["origin"]["sha256"]) == ("dinov2", "dinov2.pt")
+    assert dinov2.load(folder / "dinov2.safetensors")["pos_embed"].shape == (37, 37, 128)
 
 
 @pytest.mark.parametrize("line", MISTAKES)

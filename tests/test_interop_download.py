@@ -121,6 +121,8 @@ def test_a_published_hash_decides(server, tmp_path):
     with pytest.raises(UserError, match="the published one is 00"):
         download(server.published._replace(sha256="00" * 32), tmp_path / "in" / "x.pt")
     assert not (tmp_path / "in" / "x.pt").exists()
+    beginning = server.published._replace(sha256=hashlib.sha256(server.content).hexdigest()[:8])
+    assert download(beginning, tmp_path / "in" / "x.pt").startswith(beginning.sha256)
 
 
 def test_without_a_connection_the_message_says_so(server, tmp_path):
@@ -133,4 +135,4 @@ def test_without_a_connection_the_message_says_so(server, tmp_path):
 
 def test_published_files_are_fetched_over_https():
     """A typo in the table."""
-    assert all(published.url.startswith("https://") and published.file_name.endswith(".pt") for published in PUBLISHED.values())
+    assert all(published.url.startswith("https://") and published.file_name.endswith((".pt", ".pth")) for published in PUBLISHED.values())

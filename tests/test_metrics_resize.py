@@ -1,0 +1,64 @@
+"""Resizes of the metrics beside Pillow and beside TensorFlow's formula."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax.metrics.resize import bicubic_pillow, bilinear_tensorflow, to_rgb
+
+
+def noise(height, width, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (1, height, width, channels), np.uint8)
+
+
+@pytest.mark.parametrize("height, width", [(64, 50), (331, 217), (1, 1), (299, 40)])
+def test_bilinear_is_tensorflows(height, width):
+    """Half pixels centred, corners aligned, antialiasing, or height and width exchanged."""
+    x = noise(height, width)
+    found = np.asarray(jax.jit(lambda x: bilinear_tensorflow(x, 299))(x))[0]
+    for i, j in [(0, 0), (298, 298), (7, 290), (150, 149), (297, 1)]:
+        row, column = i * height / 299, j * width / 299
+        top, left = int(row), int(column)
+        bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+        corners = x[0].astype(np.float64)
+        upper = corners[top, left] + (corners[top, right] - corners[top, left]) * (column - left)
+        lower = corners[bottom, left] + (corners[bottom, right] - corners[bottom, left]) * (column - left)
+        # A place is a float32 in TensorFlow: a part in 10^5 of a pixel off.
+        np.testing.assert_allclose(found[i, j], upper + (lower - upper) * (row - top), atol=0.02)
+
+
+def test_an_image_of_the_right_size_stays_as_it_is():
+    """A resize that blurs what needs none."""
+    x = noise(299, 299)
+    np.testing.assert_array_equal(bilinear_tensorflow(x, 299), x.astype(np.float32))
+    np.testing.assert_array_equal(bicubic_pillow(x, 299), x)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (32, 32), (300, 1000), (500, 120), (224, 300), (3, 2)])
+def test_bicubic_is_pillows_to_the_last_bit(height, width):
+    """Another rounding of coefficients or between the passes, another order of them, no antialiasing."""
+    x = noise(height, width)
+    # In two calls, because Pillow 13 turns the order round for upright images.
+    wanted = Image.fromarray(x[0]).resize((224, height), Image.BICUBIC).resize((224, 224), Image.BICUBIC)
+    found = jax.jit(lambda x: bicubic_pillow(x, 224))(x)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found[0], np.asarray(wanted))
+
+
+def test_sums_that_float32_would_round_are_refused():
+    """Many pixels per result, added up inexactly without a word."""
+    with pytest.raises(ValueError, match=r"side of 512.*less than 512"):
+        bicubic_pillow(noise(8, 512), 8)
+    x = noise(8, 511)
+    wanted = Image.fromarray(x[0]).resize((8, 8), Image.BICUBIC)
+    np.testing.assert_array_equal(bicubic_pillow(x, 8)[0], np.asarray(wanted))
+
+
+def test_grey_is_repeated_and_the_rest_refused():
+    """Floats taken for bytes, or channels-first images for wide ones."""
+    x = noise(4, 5, 1)
+    np.testing.assert_array_equal(to_rgb(x), np.repeat(x, 3, axis=-1))
+    for wrong in (x.astype(np.float32), x[0], np.zeros((1, 3, 4, 4), np.uint8), np.zeros((2, 0, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            to_rgb(wrong)
