@@ -135,4 +135,6 @@ def test_without_a_connection_the_message_says_so(server, tmp_path):
 
 def test_published_files_are_fetched_over_https():
     """A typo in the table."""
-    assert all(published.url.startswith("https://") and published.file_name.endswith((".pt", ".pth")) for published in PUBLISHED.values())
+    for published in PUBLISHED.values():
+        assert published.url.startswith("https://")
+        assert published.file_name.endswith((".pt", ".pth"))
