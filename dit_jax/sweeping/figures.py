@@ -8,7 +8,6 @@ import numpy as np
 
 from dit_jax.sweeping import paper, style
 from dit_jax.sweeping.collect import Row
-from dit_jax.sweeping.fits import Fit
 from dit_jax.sweeping.points import Point, comparable, fit, groups, labels, of_paper, ours
 
 AXIS = {"gmacs": "GFLOPs of one forward (multiply-adds, as in the paper)",
@@ -41,26 +40,23 @@ def fid_against(by: str, rows: Sequence[Row], protocol: dict, with_paper: bool):
     figure, axes = panels(2 if theirs and not shared else 1)
     names = [point.family for point in sorted(points, key=lambda p: p.gmacs)]
     hues = style.colours([*dict.fromkeys(names), *(p.family for p in theirs)] if shared else names)
-    _scatter(axes[0], points, by, hues, fit(points, by), theirs if shared else [])
+    title = "This sweep" + (f", and {paper.CITATION} (hollow)" if shared else "")
+    _scatter(axes[0], title, points, by, hues, theirs if shared else [])
     if by == "compute_gmacs":
         _checkpoint_curves(axes[0], rows, hues)
     axes[0].set_xlabel(AXIS[by])
     axes[0].set_ylabel(score_name(protocol))
-    axes[0].set_title("This sweep" + (f", and {paper.CITATION} (hollow)" if shared else ""))
     if len(axes) > 1:
-        _scatter(axes[1], theirs, by, style.colours([p.family for p in theirs]), fit(theirs, by), [])
-        axes[1].set_xlabel(AXIS[by])
+        _scatter(axes[1], f"{paper.CITATION}, 400k steps", theirs, by, style.colours([p.family for p in theirs]), [])
         axes[1].set_ylabel("FID-50K, ImageNet 256")
-        axes[1].set_title(f"{paper.CITATION}, 400k steps")
-    if len(axes) > 1:
         figure.supxlabel(AXIS[by], fontsize=8, color=style.INK)
         for ax in axes:
             ax.set_xlabel("")
     return figure
 
 
-def _scatter(ax, points: Sequence[Point], by: str, hues: dict, line: Fit | None, hollow: Sequence[Point]):
-    everything = [*points, *hollow]
+def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollow: Sequence[Point]):
+    everything, line = [*points, *hollow], fit(points, by)
     shapes = style.markers([p.patch for p in everything if p.patch is not None])
     ax.set_xscale("log")
     for p in hollow:
@@ -75,23 +71,23 @@ def _scatter(ax, points: Sequence[Point], by: str, hues: dict, line: Fit | None,
                 zorder=4)
     xs = [getattr(p, by) for p in everything]
     tops = [p.span[1] for p in everything]
-    along = []
+    along = [(getattr(p, by), p.fid) for p in hollow]
     if line is not None:
         ends = np.array([min(getattr(p, by) for p in points), max(getattr(p, by) for p in points)])
+        title += "\n" + line.text().replace("-", "\N{MINUS SIGN}").replace("% interval", "%:")
         ax.plot(ends, line(ends), color=style.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
         steps = np.geomspace(*ends, 200)
-        along = np.stack([steps, line(steps)], axis=1)
-        text = line.text().replace(" (", "\n(").replace("-", "\N{MINUS SIGN}")
-        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7.5)
+        along += zip(steps, line(steps), strict=True)
+    ax.set_title(title)
     if xs:
         span = max(xs) / min(xs) if max(xs) > min(xs) else 10.0
         ax.set_xlim(min(xs) / span**0.09, max(xs) * span**0.09)
         ax.set_ylim(min(0.0, min(min(p.fids) for p in everything)), 1.12 * max(tops))
         style.label_points(ax, [(getattr(p, by), p.fid) for p in points], [p.name for p in points], along)
-    handles = [ax.plot([], [], shape, color=style.INK, markersize=4.5, label=f"patch {patch}")[0]
-               for patch, shape in shapes.items()]
-    if len(handles) > 1:
-        ax.legend(handles=handles, loc="lower left", handletextpad=0.2, borderaxespad=0.1)
+    if len(shapes) > 1:
+        handles = [ax.plot([], [], shape, color=style.INK, markersize=4.5, label=f"patch {patch}")[0]
+                   for patch, shape in shapes.items()]
+        ax.legend(handles=handles, loc="best", handletextpad=0.2, borderaxespad=0.1)
 
 
 def _checkpoint_curves(ax, rows: Sequence[Row], hues: dict):
@@ -102,15 +98,14 @@ def _checkpoint_curves(ax, rows: Sequence[Row], hues: dict):
 
 
 def sampling_compute(rows: Sequence[Row], protocol: dict):
-    """FID against the GFLOPs of drawing one image, a line per model and sampler, means over seeds; None without such scores."""
-    lines: dict[tuple[str, str], dict[float, list[float]]] = {}
+    """FID against the GFLOPs of drawing one image, a line per model and sampler; None without such scores."""
+    lines: dict[tuple[str, str], dict[float, float]] = {}
     names = labels(rows)
     for group, repetitions in groups(rows).items():
         for row in repetitions:
             for score in row.samplers:
-                if score["evaluations"]:
-                    line = lines.setdefault((names[group], score["sampler"]), {})
-                    line.setdefault(score["evaluations"] * row.cost.gmacs, []).append(score["fid"])
+                if score["evaluations"]:  # null where the sampler chooses its own
+                    lines.setdefault((names[group], score["sampler"]), {})[score["evaluations"] * row.cost.gmacs] = score["fid"]
     if not lines:
         return None
     figure, (ax,) = panels(1)
@@ -123,11 +118,11 @@ def sampling_compute(rows: Sequence[Row], protocol: dict):
     ax.set_yscale("log")
     for (name, sampler), values in lines.items():
         xs = sorted(values)
-        means = [float(np.mean(values[x])) for x in xs]
-        ax.plot(xs, means, color=hues[name], linestyle=dashes[sampler], marker="o", markersize=3)
-        ends.append((xs[-1], means[-1]))
+        fids = [values[x] for x in xs]
+        ax.plot(xs, fids, color=hues[name], linestyle=dashes[sampler], marker="o", markersize=3)
+        ends.append((xs[-1], fids[-1]))
         for i in range(len(xs) - 1):
-            along += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*means[i : i + 2], 40), strict=True)
+            along += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*fids[i : i + 2], 40), strict=True)
     style.plain_numbers(ax.yaxis)
     ax.margins(x=0.1)
     ax.set_xlabel("Compute of drawing one image, GFLOPs (evaluations x forward)")
@@ -184,10 +179,11 @@ def sample_grid(rows: Sequence[Row]):
         return None
     plt = style.pyplot()
     columns = max(len(images) for _, images in found)
-    cell = 0.42 if found[0][1].shape[1] < 64 else 0.6
-    figure, axes = plt.subplots(len(found), columns, figsize=(cell * columns + 1.0, cell * len(found)), squeeze=False,
-                                layout="none", gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    figure.subplots_adjust(left=1.0 / (cell * columns + 1.0), right=0.99, bottom=0.01, top=0.99)
+    cell, margin = 0.42 if found[0][1].shape[1] < 64 else 0.6, 0.15 + 0.08 * max(len(name) for name, _ in found)  # inches
+    width = cell * columns + margin
+    figure, axes = plt.subplots(len(found), columns, figsize=(width, cell * len(found)), squeeze=False, layout="none",
+                                gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    figure.subplots_adjust(left=margin / width, right=0.99, bottom=0.01, top=0.99)
     for axis in axes.flat:
         axis.set_axis_off()
     for (name, images), line in zip(found, axes, strict=True):

@@ -35,8 +35,8 @@ class Sweep:
         variants: {name: the argument of the config file, or {config path: value}}; one without a name if empty.
         grid: {config path: values}; a single value is a setting of all runs.
         seeds: values of `seed`; that of the config if empty.
-        samplers: (name of `recipes.SAMPLERS`, steps): the finished runs are sampled and scored with each; None for the steps of
-            one that chooses its own.
+        samplers: (name of `recipes.SAMPLERS`, steps): the first seed of every model is sampled and scored with each, once it is
+            finished; None for the steps of one that chooses its own.
         paper: the report shows the twelve models of Peebles & Xie (2023) beside the runs.
         reference_curves: CSV of earlier loss curves, as a report writes it (curves.csv), beside the sweep file; none if empty.
         note: a sentence or two for the report's method.
@@ -209,6 +209,8 @@ def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, A
     except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{config_file} {' '.join(overrides)}: {text[-1].removeprefix('dit_jax.errors.UserError: ')}") from None
+    except Exception as error:  # of the user's config file
+        raise UserError(f"{config_file} fails: {type(error).__name__}: {error}") from error
     for path, value in settings.items():
         found = config
         for key in path.split("."):

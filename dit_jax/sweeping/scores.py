@@ -20,12 +20,15 @@ def file_of(folder: Folder, run: Run, sampler: str, num_steps: int | None) -> Pa
 
 
 def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folder: Folder, child: Child) -> list[str]:
-    """Scores every finished run with every sampler that it has no score for; returns what failed, as "run sampler".
+    """Scores the first seed of every model with every sampler that it has no score for; returns what failed, as "run sampler".
 
     Images are drawn as config.evaluation says (number, reference, features) and deleted once their score is on disk; the grid of
     the first 100 and the evaluator's result, <sampler>.evaluation.json, stay.
     """
-    finished = [run for run in runs if folder.state(run) in ("done", "trained")]
+    first: dict[str, Run] = {}
+    for run in runs:
+        first.setdefault(run.group, run)
+    finished = [run for run in first.values() if folder.state(run) in ("done", "trained")]
     waiting = [(run, *sampler) for run in finished for sampler in samplers if not file_of(folder, run, *sampler).exists()]
     failed = []
     for i, (run, sampler, num_steps) in enumerate(waiting):

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dit_jax.errors import UserError
 
 INK, GRID, PAGE = "#1c1c1b", "#dededc", "#fefefd"
@@ -85,11 +87,17 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
             cx, cy = x + dx * point + (dx > 0) * size.width / 2 - (dx < 0) * size.width / 2, y + dy * point
             box = (cx - size.width / 2, cy - size.height / 2, cx + size.width / 2, cy + size.height / 2)
             outside = box[0] < frame.x0 or box[1] < frame.y0 or box[2] > frame.x1 or box[3] > frame.y1
-            options.append((sum(_overlap(box, other) for other in taken) + 1e4 * outside, len(options), dx, dy, box))
+            ambiguous = any(_gap(box, other) <= _gap(box, (x, y)) for other in pixels if tuple(other) != (x, y))
+            covered = sum(_overlap(box, other) for other in taken)
+            options.append((covered + 1e4 * outside + 1e3 * ambiguous, len(options), dx, dy, box))
         _, _, dx, dy, box = min(options)
         taken.append(box)
         ax.annotate(text, data, (dx, dy), textcoords="offset points", fontsize=7, va="center", color=hue,
                     ha="left" if dx > 0 else "right" if dx < 0 else "center")
+
+
+def _gap(box, point) -> float:
+    return float(np.hypot(max(box[0] - point[0], 0, point[0] - box[2]), max(box[1] - point[1], 0, point[1] - box[3])))
 
 
 def _overlap(a, b) -> float:
