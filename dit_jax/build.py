@@ -42,9 +42,7 @@ TABLES = {
              "latents": LatentCache},
     "transform": {"image": ImageTransform},
     "optimizer": {"adamw": adamw},
-    "sampler": {"ddpm": samplers.Ancestral, "ddim": samplers.DDIM, "euler": samplers.Euler, "heun": samplers.Heun,
-                "ab": samplers.AdamsBashforth, "dopri5": samplers.DormandPrince, "sde": samplers.EulerMaruyama,
-                "dpmpp": samplers.DPMSolverPlusPlus2M, "unipc": samplers.UniPC},
+    "sampler": samplers.CLASSES,
     "guidance": {"classifier_free": Guidance},
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}

@@ -6,32 +6,18 @@ A config has one section per object. Most sections are a constructor's `name` an
   codec      autoencoder         data      source of examples      transform  of an example
   loader     how batches are read          optimizer               sampler, guidance, forecast of previews and the final samples
 The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, mesh, checkpoint, log,
-profile, preview, evaluation.
+profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
-
-import re
-from typing import NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
 
+from dit_jax.diffusion.samplers import SAMPLERS as SAMPLERS
+from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-
-
-class Size(NamedTuple):
-    depth: int
-    width: int
-    heads: int
-
-
-SIZES = {  # Peebles & Xie 2023, table 1
-    "S": Size(12, 384, 6),
-    "B": Size(12, 768, 12),
-    "L": Size(24, 1024, 16),
-    "XL": Size(28, 1152, 16),
-}
-PATCHES = (2, 4, 8)
-MODELS = tuple(f"{size}/{patch}" for size in SIZES for patch in reversed(PATCHES))
+from dit_jax.models import sizes
+from dit_jax.models.sizes import MODELS as MODELS
+from dit_jax.models.sizes import SIZES as SIZES
 
 
 def model(size: str) -> dict:
@@ -40,12 +26,8 @@ def model(size: str) -> dict:
     Raises:
         UserError: no such size or patch.
     """
-    match = re.fullmatch(r"(\w+)/(\d+)", size)
-    if not match or match[1] not in SIZES or int(match[2]) not in PATCHES:
-        raise UserError(f"no model {size!r}; choose one of {', '.join(MODELS)}")
-    return {"name": "dit", "patch_size": int(match[2]), **SIZES[match[1]]._asdict(), "mlp_ratio": 4.0,
-            "conditioning": "adaln_zero", "attention": "auto", "remat": "none", "unroll": False,
-            "dtype": "float32", "param_dtype": "float32"}
+    return {"name": "dit", **sizes.fields(size), "mlp_ratio": 4.0, "conditioning": "adaln_zero", "attention": "auto",
+            "remat": "none", "unroll": False, "dtype": "float32", "param_dtype": "float32"}
 
 
 def training() -> ml_collections.ConfigDict:
@@ -65,7 +47,7 @@ def training() -> ml_collections.ConfigDict:
         "log": {"every_steps": 100, "wandb": "", "watchdog_seconds": 1800.0},
         "profile": {"start_step": 0, "num_steps": 0},
         "preview": {"every_steps": 10_000, "num_images": 64},
-        "evaluation": {"num_images": 0, "batch_size": 128, "features": "pixels"},
+        "evaluation": {"num_images": 0, "batch_size": 128, "features": "pixels", "weights": ""},
     })
 
 
@@ -76,6 +58,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
+    c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}
     return c
 
 
@@ -92,28 +75,6 @@ def flow() -> dict:
 
 
 PROCESSES = {"gaussian": gaussian, "flow": flow}
-SAMPLERS = {  # the fields of each sampler, with numbers of steps that suit it
-    "ddpm": {"num_steps": 100, "spacing": "even"},
-    "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},
-    "euler": {"num_steps": 50},
-    "heun": {"num_steps": 25},
-    "ab": {"num_steps": 25, "order": 2},
-    "dopri5": {"rtol": 1e-3, "atol": 1e-6},
-    "sde": {"num_steps": 250, "diffusion": "sigma", "norm": 1.0, "last_step": "mean", "last_step_size": 0.04},
-    "dpmpp": {"num_steps": 20},
-    "unipc": {"num_steps": 20},
-}
-
-
-def default_sampler(name: str) -> dict:
-    """Every field of a sampler.
-
-    Raises:
-        UserError: no such sampler.
-    """
-    if name not in SAMPLERS:
-        raise UserError(f"no sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-    return {"name": name, **SAMPLERS[name]}
 
 
 def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:

@@ -20,7 +20,8 @@ from dit_jax import console, processes, recipes
 from dit_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest good one if not given.")
+STEP = flags.DEFINE_string("step", None, "Checkpoint to use; `best` is that of the best score while training. The newest good "
+                           "one if not given.")
 WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of the same latents; the run's own if not given.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
@@ -33,6 +34,9 @@ AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run o
 GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
 GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
+FORECAST_INTERVAL = flags.DEFINE_integer("forecast_interval", None, "Run the network's blocks at every so many steps only and forecast "
+                                         "them in between; 1 is off; the config's if not given.")
+FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Of the Taylor series of the forecast; the config's if not given.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images handed to the devices at a time, rounded up to whole "
                                   "chunks on each; the config's if not given.")
@@ -57,6 +61,9 @@ def override(config: ml_collections.ConfigDict):
             config.sampler[key] = type(config.sampler[key])(value)
         except ValueError:
             raise UserError(f"--sampler_fields={text}: {key} is a {type(config.sampler[key]).__name__}") from None
+    for key, flag in (("interval", FORECAST_INTERVAL), ("order", FORECAST_ORDER)):
+        if flag.value is not None:
+            config.forecast = {**config.get("forecast", {}), key: flag.value}
     if GUIDANCE_SCALE.value is not None:
         config.guidance.scale = GUIDANCE_SCALE.value
     if GUIDANCE_CHANNELS.value is not None:
@@ -105,6 +112,22 @@ def load_params(path: Path, task, mesh, step: int | None = None):
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
     return restored["ema_params"], step
+
+
+def chosen_step(workdir: Path) -> int | None:
+    """The checkpoint that --step names; None for the newest."""
+    if STEP.value is None:
+        return None
+    if STEP.value == "best":
+        from dit_jax.training.scoring import read_best
+
+        best = read_best(workdir)
+        if best is None:
+            raise UserError(f"--step=best: {workdir} has no scores; train with --config.scoring.every_steps, or give a number")
+        return best["step"]
+    if not STEP.value.isdigit():
+        raise UserError(f"--step={STEP.value} must be the number of a checkpoint, or best")
+    return int(STEP.value)
 
 
 class Weak(NamedTuple):
@@ -195,9 +218,10 @@ def main() -> dict:
     batch_size = BATCH_SIZE.value if BATCH_SIZE.value is not None else min(config.evaluation.batch_size, NUM_SAMPLES.value)
     sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
     weak = load_weak(config, mesh)
-    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak.task if weak else None)
+    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak.task if weak else None,
+                          forecast=build.forecast(config))
     codec = build.constants(config, mesh, None, codec_params)["codec"]
-    params, step = load_params(source, task, mesh, STEP.value)
+    params, step = load_params(source, task, mesh, chosen_step(source))
     console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
                 f"{config.guidance.scale}")
     params, codec, weak_params = on_mesh((params, codec, weak.params if weak else None), generator.mesh)

@@ -67,6 +67,14 @@ def to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def wait_for_all(what: str):
+    """Returns once every process has come here; `what` tells this meeting from others."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
 class SharedFlag:
     """A flag that any process raises and that all see raised at the same call; no process waits for another.
 

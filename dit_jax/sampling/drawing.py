@@ -140,30 +140,23 @@ def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
 
 
 def _draw_folder(out, grid, generator, arrays, path, start) -> Drawn:
-    _wait_for_all("the folder of samples is claimed")
+    hosts.wait_for_all("the folder of samples is claimed")
     found = shards.opened(path)
     if found is None:
         raise UserError(f"{path} is not seen by every process: all need the same --out, in a file system that they share")
     place = generator.place
     mine = range(place.part, found.total, place.parts)
     missing = found.missing(mine)
-    _wait_for_all("the shards are looked through")  # before one of a part writes what another still reads
+    hosts.wait_for_all("the shards are looked through")  # before one of a part writes what another still reads
     if len(missing) < len(mine):
         whose = "of this process " if place.parts > 1 else ""
         say(f"{path}: {len(mine) - len(missing)} of {len(mine)} shards {whose}are there and whole")
     with StopSignal() as stop, ShardWriter(found, missing, place.is_writer) as writer:
         stopped = _draw_shards(generator, arrays, writer, stop)
-    _wait_for_all("every shard of the samples is written")
+    hosts.wait_for_all("every shard of the samples is written")
     if not stopped and hosts.is_first():
         _finish(out, grid, found)
     return Drawn(out, grid, writer.done, time.monotonic() - start, stopped)
-
-
-def _wait_for_all(what: str):
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
 
 
 def _greatest(number: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.console import Progress
+from dit_jax.diffusion.forecast import Forecast
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
@@ -81,7 +82,7 @@ class Generator:
     """
 
     def __init__(self, task: DiffusionTask, mesh: Mesh, sampler, guidance, batch_size: int, seed: int,
-                 weak_task: DiffusionTask | None = None, rows_at_once: int | None = None):
+                 weak_task: DiffusionTask | None = None, rows_at_once: int | None = None, forecast: Forecast | None = None):
         if batch_size < 1:
             raise UserError(f"sampling batch_size {batch_size}: it must be at least 1")
         if not 0 <= seed < 2**32:
@@ -96,7 +97,7 @@ class Generator:
                 return weak_task.network.apply({"params": weak_params}, x, t, cond)
 
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-            return task.sample(params, constants, keys, labels, sampler, guidance, weak if weak_task else None)
+            return task.sample(params, constants, keys, labels, sampler, guidance, weak if weak_task else None, forecast)
 
         def rows(params, constants, indices, labels, weak_params, ways):
             """ways: over how many devices the rows are split; chunk i is the i-th of every device."""

@@ -61,6 +61,8 @@ class Checkpointer:
         keep_last: this many newest steps are kept. An older one is deleted only after a newer one was read back from
             disk and verified, so there may be one or two more until the next save or `close`.
         keep_every_steps: multiples of this are kept for ever; None keeps none.
+    Fields:
+        best_step: a step that is kept for as long as it stands here; None keeps none.
     Every method is called by all processes together. Not thread-safe.
     Raises: UserError if a count is not an integer of at least 1.
     """
@@ -74,6 +76,7 @@ class Checkpointer:
                 raise UserError(f"checkpoint {name}={value!r} must be an integer of at least 1")
         self._root = _absolute(directory)
         self._every_steps, self._keep_last, self._keep_every_steps = every_steps, keep_last, keep_every_steps
+        self.best_step = None
         self._manager = None
         self._pending = None  # (step, treedef, names, fingerprints) whose commit has not been confirmed
         self._read_back = None  # (step, future) of a committed step that is being verified
@@ -270,7 +273,8 @@ class Checkpointer:
     def _prune(self):
         for step in steps_in(self._root)[: -self._keep_last]:
             forever = self._keep_every_steps is not None and step % self._keep_every_steps == 0
-            if not forever and step < max(self._verified) and jax.process_index() == 0:
+            kept = forever or step == self.best_step
+            if not kept and step < max(self._verified) and jax.process_index() == 0:
                 # Renamed first: a process killed in the middle must not leave half a step under a step's name.
                 removed = self._root / f"{step}.removed"
                 (self._root / str(step)).rename(removed)

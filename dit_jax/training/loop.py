@@ -21,6 +21,7 @@ from dit_jax.training.compiled_step import compile_step
 from dit_jax.training.meter import Meter
 from dit_jax.training.profile import Profile
 from dit_jax.training.records import Records
+from dit_jax.training.scoring import Scorer
 from dit_jax.training.signals import StopSignal
 from dit_jax.training.state import TrainState, abstract_state, create_sharded
 from dit_jax.training.step_clock import IN_FLIGHT, StepClock
@@ -64,6 +65,16 @@ def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer
     return state
 
 
+def score(scorer: Scorer, step: int, state: TrainState, constants, records: Records, checkpointer: Checkpointer) -> bool:
+    """Scores the moving average and keeps the checkpoint of the best step; False if a signal stopped it."""
+    result = scorer(step, state.ema_params, constants["codec"])
+    if result is None:
+        return False
+    records.scalars(step, {"fid": result["fid"], "best_fid": scorer.best["fid"], "scoring_seconds": result["seconds"]})
+    checkpointer.best_step = scorer.best["step"]
+    return True
+
+
 def train(config, workdir) -> Run:
     """Trains to config.num_steps, or goes on where the folder stands; the same command again continues.
 
@@ -82,6 +93,7 @@ def train(config, workdir) -> Run:
     loader = build.loader(config, mesh)
     constants = build.constants(config, mesh, loader, codec_params)
     preview = SHOWN_BY[config.task.name].make_preview(config, task, mesh, loader.source)
+    scorer = Scorer(config, task, mesh, workdir) if "scoring" in config and config.scoring.every_steps else None
     fingerprint = loader.source.fingerprint
     profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=hosts.is_first())
     wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
@@ -97,6 +109,11 @@ def train(config, workdir) -> Run:
         done = int(state.step)
         records.rewind(done)
         say(summary.text(config, task, mesh, folder.path))
+        if scorer is not None:
+            scorer.forget_after(done)
+            checkpointer.best_step = scorer.best and scorer.best["step"]
+            if scorer.unfinished(done) and not score(scorer, done, state, constants, records, checkpointer):
+                return Run(config, task, loader.source, mesh, constants, state, True, None, None)
         if done >= config.num_steps:
             say(f"step {done} of {config.num_steps} is reached: nothing to train")
             return Run(config, task, loader.source, mesh, constants, state, False, None, None)
@@ -111,8 +128,8 @@ def train(config, workdir) -> Run:
             records.scalars(done, {"compile_seconds": seconds})
             copy = jax.jit(jnp.copy)  # of a sum, which the step after donates
             sums, meter = zeros(), Meter(records, clock, config, task, mesh, done)
-            stopped = False
-            while done < config.num_steps and not stopped:
+            stopped = unscored = False
+            while done < config.num_steps and not (stopped or unscored):
                 clock.wait(done + 1 - IN_FLIGHT)
                 with profile.step(done):
                     dispatched = time.monotonic()
@@ -127,7 +144,8 @@ def train(config, workdir) -> Run:
                     meter.defer(done, sums)
                     sums = zeros()
                 stopped = stop.requested(done)
-                if checkpointer.due(done) or last or stopped:
+                scored = scorer is not None and scorer.due(done)
+                if checkpointer.due(done) or scored or last or stopped:
                     with clock.spend("checkpoint"):
                         checkpointer.save(done, state, {"data": fingerprint})
                 if config.preview.every_steps and (done % config.preview.every_steps == 0 or last):
@@ -135,7 +153,12 @@ def train(config, workdir) -> Run:
                     with clock.spend("preview"):
                         seconds = preview(folder.samples, records, done, state, constants)
                     records.scalars(done, {"preview_seconds": seconds})
-                if not (last or stopped):
+                if scored and not stopped:
+                    meter.report()
+                    clock.wait(done)
+                    with clock.spend("scoring"):
+                        unscored = not score(scorer, done, state, constants, records, checkpointer)
+                if not (last or stopped or unscored):
                     with clock.spend("data"):
                         batch = shard_batch(mesh, next(batches))
             meter.report()
@@ -143,5 +166,5 @@ def train(config, workdir) -> Run:
             with clock.spend("checkpoint"):
                 checkpointer.wait()
             meter.finish(done)
-    return Run(config, task, loader.source, mesh, constants, state, stopped and done < config.num_steps, meter.loss,
-               meter.images_per_second)
+    return Run(config, task, loader.source, mesh, constants, state, unscored or (stopped and done < config.num_steps),
+               meter.loss, meter.images_per_second)

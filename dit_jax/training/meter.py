@@ -52,7 +52,7 @@ class Meter:
     Sums are read one step late: while the host waits for the numbers of step n, the device is at work on step n + 1.
 
     A record has, beside the means of the task's sums:
-        images_per_second: of the time from the end of the interval before to the end of this one, without previews.
+        images_per_second: of the time from the end of the interval before to the end of this one, without previews and scores.
         mfu: images_per_second x `training_flops` / `peak_flops`; whatever held the devices up lowers it.
         step_seconds_p50, step_seconds_p99: how long the devices worked on a step, see `StepClock`.
         data_wait_seconds: the loop waited for batches; hidden behind the devices' work unless they ran out of it.
@@ -99,9 +99,9 @@ class Meter:
         """The fields of a record that come from the clock."""
         if self.first_time is None:
             self.first_time = self.last_time = finished[0].dispatched
-        # What held up the first step lies before first_time; it holds no preview.
-        previews = sum(x.idle["preview"] for x in finished)
-        seconds = finished[-1].at - self.last_time - previews
+        # What held up the first step lies before first_time; it holds no preview or score.
+        shows = sum(x.idle["preview"] + x.idle["scoring"] for x in finished)
+        seconds = finished[-1].at - self.last_time - shows
         self.last_time = finished[-1].at
         self.images_per_second = len(finished) * self.batch_size / seconds
         p50, p99 = np.quantile([x.seconds for x in finished], (0.5, 0.99))

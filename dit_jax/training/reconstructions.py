@@ -74,7 +74,7 @@ def check(config):
         raise UserError("evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)")
     if wanted and config.evaluation.features:
         side = config.transform.resolution
-        extractors.check_name(config.evaluation.features, config.evaluation.get("weights"))
+        extractors.check_name(config.evaluation.features, config.evaluation.weights or None)
         extractors.check_shape(config.evaluation.features, (side, side, config.transform.channels))
     if config.evaluation.normalize not in ("scale", "channel"):
         raise UserError(f"evaluation.normalize is {config.evaluation.normalize!r}; it must be scale (one number) or channel")
@@ -187,7 +187,7 @@ def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int
         samples_file.write(path, decoded, labels, made_by)
         write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
         if config.evaluation.features:
-            result |= scores.evaluate(str(path), str(original), config.evaluation.features, config.evaluation.get("weights"),
+            result |= scores.evaluate(str(path), str(original), config.evaluation.features, config.evaluation.weights or None,
                                       scores.Options(("fid",)), processes=(0, 1))
         side = images.shape[1]
         window = min(11, side - 1 + side % 2)

@@ -15,13 +15,15 @@ from dit_jax.sampling.drawing import draw
 from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sampling.grid import write_image_grid
 from dit_jax.sampling.labels import spread_labels
+from dit_jax.training import scoring
 
 
 def check(config):
     """Raises a UserError for what would only be found when the images are drawn or scored: before any training."""
+    scoring.check(config)
     if config.evaluation.num_images and config.evaluation.reference:
         side = config.transform.resolution
-        scores.check(config.evaluation.reference, config.evaluation.features, config.evaluation.get("weights"),
+        scores.check(config.evaluation.reference, config.evaluation.features, config.evaluation.weights or None,
                      (side, side, config.transform.channels))
 
 
@@ -34,7 +36,7 @@ def make_preview(config, task, mesh, source):
     labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
     size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
     generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed,
-                          rows_at_once=size // build.rows_per_step(mesh))
+                          rows_at_once=size // build.rows_per_step(mesh), forecast=build.forecast(config))
 
     def preview(folder, records, step, state, constants):
         start = time.monotonic()
@@ -57,7 +59,8 @@ def finish(run, workdir: Path) -> dict:
     path = workdir / "samples" / f"{int(run.state.step):08d}_final.npz"
     labels = spread_labels(config.evaluation.num_images, config.model.num_classes)
     mesh, batch_size = drawing_mesh(run.mesh), config.evaluation.batch_size
-    generator = Generator(run.task, mesh, build.sampler(config), build.guidance(config), batch_size, config.seed)
+    generator = Generator(run.task, mesh, build.sampler(config), build.guidance(config), batch_size, config.seed,
+                          forecast=build.forecast(config))
     params, codec = on_mesh((run.state.ema_params, run.constants["codec"]), mesh)
     made_by = samples_file.describe(config, int(run.state.step), config.seed) | {"labels": "balanced"}
     shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
@@ -68,5 +71,5 @@ def finish(run, workdir: Path) -> dict:
     say(f"{len(labels)} samples in {drawn.seconds:.1f} s: {path} and {drawn.grid}")
     if config.evaluation.reference and jax.process_index() == 0:
         result |= scores.evaluate(str(path), config.evaluation.reference, config.evaluation.features,
-                                  config.evaluation.get("weights"), scores.Options(("fid",)), processes=(0, 1))
+                                  config.evaluation.weights or None, scores.Options(("fid",)), processes=(0, 1))
     return result

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import jax
 
 IN_FLIGHT = 2  # steps handed to the devices and not finished: one that runs, one that is ready to follow it
-KINDS = ("init", "compile", "data", "checkpoint", "preview", "other")
-UNWATCHED = ("compile", "preview")  # of these nobody knows how long they may take
+KINDS = ("init", "compile", "data", "checkpoint", "preview", "scoring", "other")
+UNWATCHED = ("compile", "preview", "scoring")  # of these nobody knows how long they may take
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class StepClock:
         Returns:
             goodput: share of `wall_seconds` in which the devices worked on training steps.
             idle_<kind>_seconds: when they had no step because of the host: init (reading, restoring, creating), compile, data,
-                checkpoint, preview, other. Together with the steps these are the wall time.
+                checkpoint, preview, scoring, other. Together with the steps these are the wall time.
         """
         now = time.monotonic()
         with self._changed:
