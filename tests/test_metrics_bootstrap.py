@@ -28,6 +28,9 @@ def test_coverage(count):
     assert 0.89 <= np.mean([found.low <= expected <= found.high for found in intervals]) <= 0.995
     spread = np.std([distance for distance, _ in draws])
     assert np.mean([found.standard_error for found in intervals]) == pytest.approx(spread, rel=0.2)
+    for end in ("low", "high"):
+        widths = [abs(getattr(found, end) - distance) for found, (distance, _) in zip(intervals, draws, strict=True)]
+        assert np.mean(widths) == pytest.approx(1.96 * spread, rel=0.25)
 
 
 def test_influence_is_the_derivative():
