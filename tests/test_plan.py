@@ -55,6 +55,25 @@ def test_memory_is_what_the_run_allocates(found):
     assert found["bytes_per_device"] == sizes["total"] > 0
 
 
+def test_offloaded_moments_are_not_on_the_device(found):
+    """Moments in host memory that the plan counts as the device's, or forgets; memory of another program than the run's."""
+    config = tiny.config(mesh__fsdp=4, mesh__offload="optimizer_and_ema")
+    mesh, task = build.mesh(config), build.task(config)
+    state = create_sharded(task, jax.random.key(0), mesh)
+    device, held = mesh.devices.flat[5], {"device": 0, "pinned_host": 0}
+    for x in jax.tree.leaves(state):
+        held[x.sharding.memory_kind] += sum(shard.data.nbytes for shard in x.addressable_shards if shard.device == device)
+    offloaded = plan.plan_training(config, eight())
+    parts = offloaded["memory"]
+    assert offloaded["host_bytes_per_device"] == held["pinned_host"] > 2.9 * parts["parameters"]
+    assert sum(parts[name] for name in ("parameters", "moving_average", "optimizer")) == held["device"]
+    assert offloaded["bytes_per_device"] < found["bytes_per_device"] - 0.9 * held["pinned_host"]
+    batch = shard_batch(mesh, {"image": np.zeros((16, 8, 8, 1), np.uint8), "label": np.zeros(16, np.int32)})
+    compiled, _, _ = compile_step(task, mesh, config.seed, state, {"codec": {}}, batch)
+    assert memory.of_program(compiled, held["pinned_host"])["total"] == offloaded["bytes_per_device"]
+    assert "in host memory" in "".join(plan_text.training(offloaded))
+
+
 def test_more_fsdp_is_less_memory(found):
     """A state that is whole on every device whatever mesh.fsdp says."""
     whole, split = state_bytes(tiny.config()), state_bytes(tiny.config(mesh__fsdp=8))
@@ -110,7 +129,8 @@ def test_too_large_gets_remedies(monkeypatch):
     assert not found["fits"] and found["limit"] == "hbm capacity" and found["step_seconds"] is None and found["mfu"] is None
     assert found["bytes_per_device"] > 29.23 * 2**30 and "29.23G" in found["refusal"]
     words = " ".join(remedy["what"] for remedy in found["remedies"])
-    for word in ("mesh.fsdp=8", "model.remat=full", "microbatches=2", "batch_size=8", "param_dtype=bfloat16"):
+    for word in ("mesh.fsdp=8", "model.remat=full", "model.remat=elementwise", "mesh.offload=optimizer ", "optimizer_and_ema",
+                 "microbatches=2", "batch_size=8", "param_dtype=bfloat16"):
         assert word in words
     savings = [remedy["saves_bytes"] for remedy in found["remedies"]]
     assert savings == sorted(savings, reverse=True) and savings[-1] > 0
@@ -119,7 +139,7 @@ def test_too_large_gets_remedies(monkeypatch):
 
 def test_more_than_there_is_does_not_fit():
     """A program that compiles, for devices that are too small for it, and is said to fit."""
-    sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 100, "code": 0, "total": 100}
+    sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 100, "code": 0, "host": 0, "total": 100}
     compiled = plan.Compiled(sizes, None, 1, Traffic(1, 1), [], 0, 1.0)
     mesh = build.mesh(tiny.config())
     assert plan._report(eight(usable_bytes=100), mesh, compiled)["fits"]

@@ -4,7 +4,7 @@
 |---|---|
 | v4, v5e, v5p, v6e: peak, HBM, links | Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", system architecture |
 | v4, v5e, v5p, v6e: usable HBM | what the compiler of libtpu 0.0.42 says is available when a program is too large |
-| H100, H200 (SXM) | NVIDIA's data sheets; dense, without sparsity |
+| A100, H100, H200 | NVIDIA's data sheets; dense, without sparsity; links are NVLink, of PCIe cards the bus |
 | efficiencies | H200: 790 TFLOP/s on large products and 4.3 TB/s on a copy, measured; the others are assumed to be as good |
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dit_jax.errors import UserError
 
-TERA, GIB = 10**12, 2**30
+TERA, GIB, GB = 10**12, 2**30, 10**9
 MATMUL_EFFICIENCY = 0.80
 HBM_EFFICIENCY = 0.90
 LINK_EFFICIENCY = 0.80
@@ -49,13 +49,26 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 459 * TERA, 96 * GIB, int(95.74 * GIB), 2.765 * TERA, 100e9, wraps=4),
     "v6e": Chip("TPU v6e", 918 * TERA, 32 * GIB, int(31.25 * GIB), 1.638 * TERA, 100e9, wraps=16),
     # JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; 92 % leaves room for cuDNN and NCCL.
-    "h100": Chip("H100", 989 * TERA, 80 * 10**9, int(0.92 * 80e9), 3.35 * TERA, 450e9, network_bandwidth=50e9),
-    "h200": Chip("H200", 989 * TERA, 141 * 10**9, int(0.92 * 141e9), 4.8 * TERA, 450e9, network_bandwidth=50e9),
+    "h100": Chip("H100", 989 * TERA, 80 * GB, int(0.92 * 80e9), 3.35 * TERA, 450e9, network_bandwidth=50e9),
+    "h100_nvl": Chip("H100 NVL", 835 * TERA, 94 * GB, int(0.92 * 94e9), 3.9 * TERA, 300e9, network_bandwidth=50e9),
+    "h100_pcie": Chip("H100 PCIe", 756 * TERA, 80 * GB, int(0.92 * 80e9), 2.0 * TERA, 64e9, network_bandwidth=50e9),
+    "h200": Chip("H200", 989 * TERA, 141 * GB, int(0.92 * 141e9), 4.8 * TERA, 450e9, network_bandwidth=50e9),
+    "h200_nvl": Chip("H200 NVL", 835 * TERA, 141 * GB, int(0.92 * 141e9), 4.8 * TERA, 450e9, network_bandwidth=50e9),
+    "a100_40gb": Chip("A100 40GB", 312 * TERA, 40 * GB, int(0.92 * 40e9), 1.555 * TERA, 300e9, network_bandwidth=25e9),
+    "a100": Chip("A100 80GB", 312 * TERA, 80 * GB, int(0.92 * 80e9), 2.039 * TERA, 300e9, network_bandwidth=25e9),
 }
-KINDS = {  # how JAX names a device
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
+# How JAX names a device: the first prefix decides.
+KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6": "v6e",
+    "NVIDIA H100 PCIe": "h100_pcie", "NVIDIA H100 NVL": "h100_nvl", "NVIDIA H100": "h100",
+    "NVIDIA H200 NVL": "h200_nvl", "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-40GB": "a100_40gb", "NVIDIA A100-PCIE-40GB": "a100_40gb", "NVIDIA A100": "a100",
 }
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of a name of JAX's, such as "TPU v5 lite"; None for one that is not in the table, a CPU among them."""
+    return next((CHIPS[name] for prefix, name in KINDS.items() if device_kind.startswith(prefix)), None)
 
 
 def of_device(device) -> Chip | None:
@@ -66,12 +79,11 @@ def of_device(device) -> Chip | None:
     """
     if device.platform == "cpu":
         return None
-    kind = device.device_kind
-    name = KINDS.get(kind) or next((gpu for gpu in ("h100", "h200") if gpu.upper() in kind), None)
-    if name is None:
-        raise UserError(f"no figures for the device {kind!r}; known are {', '.join(CHIPS)}: add it to "
-                        "dit_jax/analysis/chips.py, or give one of these with --topology")
-    return CHIPS[name]
+    chip = of_kind(device.device_kind)
+    if chip is None:
+        raise UserError(f"no figures for the device {device.device_kind!r}; known are {', '.join(CHIPS)}: add it to "
+                        "dit_jax/analysis/chips.py, or give one of the topologies of --help with --topology")
+    return chip
 
 
 def simulated(memory_bytes: int) -> Chip:

@@ -6,7 +6,8 @@ The assumptions, which the estimate is worth as much as:
                 work reads and writes on its own
   collectives   rings over the links that a group of devices spans, at LINK_EFFICIENCY; a side of a slice that does not close to a
                 ring has half. They overlap with all the rest: the step is the longer of the two
-  not counted   launches, waiting for data, padding of the matrix units' tiles (head width 72 is 128 to a TPU)
+  not counted   launches, waiting for data, padding of the matrix units' tiles (head width 72 is 128 to a TPU), moving what
+                `mesh.offload` and `model.remat=offload` keep in host memory
 """
 
 from dataclasses import asdict, dataclass

@@ -123,8 +123,8 @@ def _gpus(kind: str, count: int) -> tuple[Any, ...]:
                         "pip install 'dit_jax[cuda]'")
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise UserError(f"topology {kind}:{count}: {GPUS_PER_HOST} GPUs make a host, so more than that must be a multiple of it")
-    # There is nothing to try kernels on.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    # There is nothing to try kernels on, and without trying XLA picks Triton tiles that do not exist: cuBLAS has its own choice.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     from jax.experimental import topologies
 
     chip = chips.CHIPS[kind]

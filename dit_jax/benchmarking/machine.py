@@ -7,29 +7,16 @@ import platform
 import jax
 
 import dit_jax
+from dit_jax.analysis import chips
 
-# Dense bfloat16 FLOP/s of one device as JAX counts devices, from the makers' data sheets. The first prefix of the kind decides.
-PEAK_FLOPS = {
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 MFU_FORMULA = "images/s x FLOPs per image / (devices x peak bfloat16 FLOP/s)"
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a kind of device; None where the table has none, as for a CPU."""
-    return next((peak for prefix, peak in PEAK_FLOPS.items() if device_kind.startswith(prefix)), None)
+    """Dense bfloat16 FLOP/s of a kind of device; None where `chips` does not know it, as for a CPU."""
+    chip = chips.of_kind(device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 def utilization(images_per_second: float, flops_per_image: float, devices: list) -> float | None:

@@ -1,7 +1,7 @@
 """What is benchmarked: a task on a mesh, from a config, or by the paper's name where only jax, flax and optax are installed.
 
-`recipes` and `build` need more than those three (ml_collections, grain, orbax), so `of_model` repeats the
-few lines of them that it needs; tests hold the two equal.
+`recipes` and `build` need more than those three (ml_collections, grain, orbax), so `of_model` puts together what they would; a
+test holds the two equal.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,14 @@ from dit_jax.diffusion import samplers
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.errors import UserError
+from dit_jax.models import sizes
 from dit_jax.models.dit import DiT
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.diffusion_task import DiffusionTask
 from dit_jax.training.optimizer import adamw
 
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
-PATCHES = (2, 4, 8)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-SAMPLERS = {"ddpm": samplers.Ancestral, "ddim": samplers.DDIM, "euler": samplers.Euler, "heun": samplers.Heun,
-            "ab": samplers.AdamsBashforth, "dpmpp": samplers.DPMSolverPlusPlus2M, "unipc": samplers.UniPC}
 
 
 @dataclass(frozen=True)
@@ -108,19 +105,15 @@ def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str
     Raises:
         UserError: no such model or sampler; a resolution, batch or mesh that does not fit.
     """
-    size, _, patch = name.partition("/")
-    if size not in SIZES or patch not in map(str, PATCHES):
-        raise UserError(f"no model {name!r}; choose one of {', '.join(f'{s}/{p}' for s in SIZES for p in PATCHES)}")
-    if sampler not in SAMPLERS:
-        raise UserError(f"no sampler {sampler!r} for --model; choose one of {', '.join(SAMPLERS)}")
+    size, draw = sizes.fields(name), samplers.default_sampler(sampler)
+    draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
     codec, process = KLVAE(), Gaussian()
     latent_shape = codec.latent_shape(resolution)
-    depth, width, heads = SIZES[size]
-    network = DiT(int(patch), depth, width, heads, num_classes=1000, out_channels=process.output_channels(latent_shape[-1]),
-                  attention=attention, remat=remat, unroll=unroll, dtype=DTYPES[dtype])
+    network = DiT(**size, num_classes=1000, out_channels=process.output_channels(latent_shape[-1]), attention=attention,
+                  remat=remat, unroll=unroll, dtype=DTYPES[dtype])
     network.check(*latent_shape[:2])
     task = DiffusionTask(network, process, codec, adamw(), latent_shape, num_classes=1000)
-    return Subject(task, make_mesh(-1, fsdp, tensor), batch_size, SAMPLERS[sampler](num_steps=num_steps),
+    return Subject(task, make_mesh(-1, fsdp, tensor), batch_size, samplers.CLASSES[draw.pop("name")](**draw),
                    Guidance(guidance_scale))
 
 

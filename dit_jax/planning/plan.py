@@ -68,11 +68,13 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
         what, wanted, _ = found
         given = memory.bytes_per_device(arguments)
         total = wanted + given if "temporaries" in what else wanted
-        sizes = {"arguments": given, "outputs": 0, "aliased": 0, "temporaries": total - given, "code": 0, "total": total}
+        sizes = {"arguments": given, "outputs": 0, "aliased": 0, "temporaries": total - given, "code": 0,
+                 "host": memory.bytes_per_device(arguments, in_host=True), "total": total}
         return Compiled(sizes, str(error).splitlines()[0], flops, None, [], 0, time.monotonic() - start)
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
-    return Compiled(memory.of_program(compiled), None, flops, hbm_traffic(program), collectives.find(program, mesh.devices.size),
+    sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
+    return Compiled(sizes, None, flops, hbm_traffic(program), collectives.find(program, mesh.devices.size),
                     len(program.unknown_loops()), seconds)
 
 
@@ -94,7 +96,7 @@ def for_topology(config, topology: Topology):
 
 
 def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
-    """Bytes of one device by what they are for, from shapes and shardings."""
+    """Bytes of one device by what they are for, from shapes and shardings; without what lives in host memory."""
     state = arguments["state"]
     parts = {"parameters": state.params, "moving_average": state.ema_params, "optimizer": (state.opt_state, state.step),
              "frozen": arguments["constants"], "batch": (arguments["batch"], arguments["sums"])}
@@ -118,10 +120,11 @@ def plan_training(config, topology: Topology, resident_rows: int = 0) -> dict[st
     flops = model_flops(config, task)
     report = _report(topology, mesh, compiled) | {
         "flops_per_step": flops,
-        "memory": by_kind | {"padding": padding} | {k: v for k, v in compiled.memory.items() if k not in ("arguments", "total")},
+        "memory": by_kind | {"padding": padding} | {k: compiled.memory[k] for k in ("outputs", "aliased", "temporaries", "code")},
         "batch_size": config.batch_size,
         "microbatches": config.microbatches,
         "zero1": task.zero1,
+        "offload": task.offload,
         "remat": config.model.remat if "model" in config else None,
     }
     step, peak = report["step_seconds"], topology.chip.peak_flops
@@ -160,6 +163,7 @@ def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
         "topology": topology.name, "chip": topology.chip.name, "devices": mesh.devices.size, "mesh": dict(mesh.shape),
         "fits": fits,
         "bytes_per_device": compiled.memory["total"],
+        "host_bytes_per_device": compiled.memory["host"],
         "hbm_bytes": topology.chip.hbm_bytes,
         "usable_bytes": topology.chip.usable_bytes,
         "executed_flops": compiled.executed_flops,

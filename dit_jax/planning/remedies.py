@@ -48,9 +48,19 @@ def remedies(config, task, mesh, temporaries: int, state_bytes: dict[str, int], 
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     rows = config.batch_size // (data * fsdp * config.microbatches)
     found = {"a slice of twice the devices, on mesh.fsdp": (split + activations) // 2}
-    if "model" in config and config.model.remat not in NOTHING_INSIDE:
-        kept = activation_bytes(config, task, mesh, "full")
-        found["--config.model.remat=full (a third more arithmetic)"] = int((activations - kept) * (1 - 1 / task.network.depth))
+    remat = config.model.remat if "model" in config else None
+    for policy, price in (("elementwise", "recomputes what is cheap"), ("full", "a third more arithmetic")):
+        if remat == "none" or (policy == "full" and remat in ("dots", "elementwise")):
+            kept = activation_bytes(config, task, mesh, policy)
+            # One block at a time has all of its activations.
+            found[f"--config.model.remat={policy} ({price})"] = int((activations - kept) * (1 - 1 / task.network.depth))
+    # While the optimizer runs, what was in the host is on the device, in place of the activations.
+    if task.offload == "none":
+        found["--config.mesh.offload=optimizer (Adam's moments to the host and back in every step)"] = min(
+            state_bytes["optimizer"], activations)
+    if task.offload != "optimizer_and_ema":
+        found["--config.mesh.offload=optimizer_and_ema (the moving average too)"] = min(
+            state_bytes["optimizer"] + state_bytes["moving_average"], activations)
     if data > 1:
         found[f"--config.mesh.data=1 --config.mesh.fsdp={fsdp * data} (gathers parameters when used)"] = split - split // data
     if task.zero1 and fsdp > 1:

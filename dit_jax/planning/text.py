@@ -8,7 +8,7 @@ from dit_jax.analysis.memory import GIB
 
 ASSUMPTIONS = (f"assumed: {chips.MATMUL_EFFICIENCY:.0%} of peak in matrix products, {chips.HBM_EFFICIENCY:.0%} of HBM, "
                f"{chips.LINK_EFFICIENCY:.0%} of links; collectives overlap with all else; launches, waiting for data and "
-               "padding of matrix tiles are not counted")
+               "padding of matrix tiles are not counted, nor is moving to and from host memory")
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -25,6 +25,8 @@ def training(found: dict[str, Any]) -> Iterable[str]:
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     yield (f"  {'total':22} {found['bytes_per_device'] / GIB:9.3f}  {verdict} in {found['usable_bytes'] / GIB:.2f} of "
            f"{found['hbm_bytes'] / GIB:.2f} GiB")
+    if found["host_bytes_per_device"]:
+        yield f"  {'in host memory':22} {found['host_bytes_per_device'] / GIB:9.3f}  moved to the device and back in every step"
     if found["refusal"]:
         yield f"the compiler: {found['refusal']}"
     for remedy in found["remedies"]:

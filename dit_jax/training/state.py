@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from dit_jax.errors import UserError
 from dit_jax.parallel import rules
 
+HOST = "pinned_host"
 OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params")}
 
 
@@ -52,8 +53,8 @@ def abstract_state(task, mesh: Mesh) -> TrainState:
     updates its part of them, then all are gathered once a step, where otherwise every layer is gathered each time it is used.
     Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
 
-    The arrays of what task.offload names live in the host's pinned memory, split as they would be on the devices; scalars stay on
-    the devices. A program that computes with them begins with `on_device`.
+    What task.offload names lives in the host's pinned memory between steps, split as it would be on the devices; vectors and
+    scalars stay on the devices. A program that computes with it begins with `on_device`.
 
     task: a `Task`.
     """
@@ -66,8 +67,11 @@ def abstract_state(task, mesh: Mesh) -> TrainState:
 
 
 def in_host_memory(tree):
-    """The same ShapeDtypeStructs, those that are not scalars in pinned host memory."""
-    return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind("pinned_host")) if x.ndim else x, tree)
+    """The same ShapeDtypeStructs, those of two dimensions or more in pinned host memory.
+
+    Vectors would save nothing, and TPUs cannot write a part of one to the host (libtpu 0.0.42, a bias that is updated in parts).
+    """
+    return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind(HOST)) if x.ndim > 1 else x, tree)
 
 
 def on_device(tree):
