@@ -7,5 +7,5 @@
     local     runs them one after another; `scores` then samples each with other samplers
     remote    writes commands for SLURM, GKE and TPU VMs instead
     collect   results of all runs -> rows, JSON, CSV
-    fits, style, figures, curves, report   rows -> numbers, figures, one HTML page
+    points, fits, paper, figures, style, report   rows -> numbers, figures, one HTML page
 """
