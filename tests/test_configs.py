@@ -119,6 +119,7 @@ LAYERS = {  # who may import whom, besides errors, pixels and itself
     "parallel": set(),
     "analysis": {"models", "codecs", "diffusion"},
     "interop": {"models", "codecs", "diffusion", "metrics", "parallel"},
+    "sampling": {"__version__", "cache_folder", "console", "data", "parallel", "training"},  # of training: no loop, no run
 }
 FREE = {"errors", "pixels"}
 

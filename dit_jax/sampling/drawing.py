@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import dit_jax
+from dit_jax import __version__
 from dit_jax.console import Progress, say
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
@@ -55,7 +55,7 @@ def weights_fingerprint(params) -> str:
 
 def made_with(generator: Generator) -> dict:
     """Versions, kind of device and what else the last bits of an image depend on."""
-    found = {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "device": jax.local_devices()[0].device_kind,
+    found = {"dit_jax": __version__, "jax": jax.__version__, "device": jax.local_devices()[0].device_kind,
              "matmul_precision": jax.config.jax_default_matmul_precision, "rows_at_once": generator.rows_at_once}
     if not has_whole_params(generator.mesh):
         found["mesh"] = dict(generator.mesh.shape)
