@@ -34,7 +34,7 @@ AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run o
 GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
 GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
-FORECAST_INTERVAL = flags.DEFINE_integer("forecast_interval", None, "Run the network's blocks at every so many steps only and forecast "
+FORECAST_INTERVAL = flags.DEFINE_integer("forecast_interval", None, "Run the network's blocks at every so many steps; forecast "
                                          "them in between; 1 is off; the config's if not given.")
 FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Of the Taylor series of the forecast; the config's if not given.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
