@@ -103,12 +103,7 @@ def subject():
     from dit_jax.benchmarking import subject
 
     if config_given():
-        try:
-            CONFIG.value.keys()
-        except OSError:  # ml_collections keeps a missing file for the first use
-            name = config_flags.get_config_filename(flags.FLAGS["config"])
-            raise UserError(f"--config={name} does not exist or cannot be read") from None
-        return subject.of_config(CONFIG.value)
+        return subject.of_config(console.given_config(CONFIG))
     return subject.of_model(MODEL.value, RESOLUTION.value, batch_size(8 if on_cpu() else 256), dtype(), REMAT.value,
                             ATTENTION.value, UNROLL.value, FSDP.value, TENSOR.value, SAMPLER.value, NUM_STEPS.value,
                             GUIDANCE_SCALE.value)

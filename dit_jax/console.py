@@ -32,6 +32,22 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
+def given_config(flag):
+    """The value of a config flag, as `config_flags.DEFINE_config_file` returns it.
+
+    Raises:
+        UserError: its file does not exist or cannot be read, which ml_collections only tells at the first use.
+    """
+    try:
+        flag.value.keys()
+    except OSError:
+        from ml_collections import config_flags
+
+        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+        raise UserError(f"--{flag.name}={name} does not exist or cannot be read") from None
+    return flag.value
+
+
 class Progress:
     """Says how far a count has come, at most every few seconds, with rate and time left."""
 
@@ -55,7 +71,9 @@ def _parse_flags(argv):
     except SystemExit:  # --help: absl leaves with 1
         sys.exit(0)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        missing = f"the config has no field {error}" if isinstance(error, KeyError) else ""
+        # ml_collections says nothing but the name of an unknown field, in as many quotes as there were exceptions.
+        bare = str(error).strip("'\"") if isinstance(error, (KeyError, AttributeError)) else ""
+        missing = f"the config has no field {bare!r}" if bare.replace(".", "").isidentifier() else ""
         message = missing or str(error).strip() or type(error).__name__
         if "Traceback (most recent call last)" in message:  # of a config file: what ml_collections says ends with the reason
             message = f"{message.splitlines()[0]} {message.splitlines()[-1].removeprefix('dit_jax.errors.UserError: ')}"

@@ -61,12 +61,7 @@ def job_of_config():
     if given:
         raise UserError(f"--config and --{given[0]} are both given: leave out one; any field of the config is overridden as "
                         "--config.transform.resolution=64")
-    try:
-        CONFIG.value.keys()
-    except OSError:  # ml_collections keeps a missing file for the first use
-        raise UserError(f"--config={config_flags.get_config_filename(flags.FLAGS['config'])} does not exist or cannot be "
-                        "read") from None
-    config, params = codec_weights.settle(CONFIG.value, None)
+    config, params = codec_weights.settle(console.given_config(CONFIG), None)
     if not params:
         raise UserError(f"the config has task.name = {config.task.name!r} and codec.name = {config.codec.name!r}: a config that "
                         "diffuses in the latents of a kl_vae is needed")

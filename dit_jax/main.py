@@ -26,12 +26,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metri
 def chosen_config():
     if CONFIG.value is None:
         raise UserError("give --config=configs/<name>.py and --workdir=<folder>")
-    try:
-        CONFIG.value.keys()
-    except OSError:  # ml_collections keeps a missing file for the first use
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"--config={name} does not exist or cannot be read") from None
-    return CONFIG.value
+    return console.given_config(CONFIG)
 
 
 def main() -> dict:

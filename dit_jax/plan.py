@@ -26,7 +26,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this "
                                "machine if not given.")
 SAMPLER = flags.DEFINE_bool("sampler", True, "Also compile the draw of one batch of samples.")
-RESIDENT_ROWS = flags.DEFINE_integer("resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.")
+RESIDENT_ROWS = flags.DEFINE_integer("resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.",
+                                     lower_bound=0)
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies, batch sizes and microbatches; rank them by images/s.")
 REMATS = flags.DEFINE_list("search_remats", [], "Policies to try; all if empty.")
 BATCH_SIZES = flags.DEFINE_list("search_batch_sizes", [], "Global batch sizes to try; the config's if empty.")
@@ -90,6 +91,8 @@ def whole_numbers(name: str, texts: list[str]) -> list[int]:
 def print_plan(config, topology) -> dict:
     from dit_jax.planning import plan, text
 
+    if SAMPLER.value:
+        plan.check_sampling(config)
     console.say(f"compiling the training step for {topology.name}")
     found = plan.plan_training(config, topology, RESIDENT_ROWS.value)
     for line in text.training(found):
@@ -145,15 +148,11 @@ def main() -> dict:
     if CONFIG.value is None:
         raise UserError("say what to plan: --models prints the table of models, --config=configs/<name>.py and "
                         "--topology=v5p:4x4x4 plan a run")
-    try:
-        CONFIG.value.keys()
-    except OSError:  # ml_collections keeps a missing file for the first use
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"--config={name} does not exist or cannot be read") from None
+    config = console.given_config(CONFIG)
     from dit_jax.analysis import topology
 
     place = topology.find(TOPOLOGY.value)
-    return (print_search if SEARCH.value else print_plan)(CONFIG.value, place)
+    return (print_search if SEARCH.value else print_plan)(config, place)
 
 
 if __name__ == "__main__":

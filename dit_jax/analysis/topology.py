@@ -118,7 +118,8 @@ def _tpus(name: str, kind: str, sides: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _gpus(kind: str, count: int) -> tuple[Any, ...]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    # One after the other: a plugin is not looked for in a package that is not there.
+    if any(importlib.util.find_spec(name) is None for name in ("jax_plugins", "jax_plugins.xla_cuda13")):
         raise UserError(f"--topology={kind}:{count} needs JAX's CUDA plugin, which compiles for GPUs without one: "
                         "pip install 'dit_jax[cuda]'")
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:

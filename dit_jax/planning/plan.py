@@ -135,6 +135,15 @@ def plan_training(config, topology: Topology, resident_rows: int = 0) -> dict[st
     return report
 
 
+def check_sampling(config):
+    """Raises a UserError for what `plan_sampling` would refuse after the training step was compiled."""
+    if config.task.name == "diffusion":
+        build.sampler(config)
+        build.guidance(config)
+        if config.evaluation.batch_size < 1:
+            raise UserError(f"evaluation.batch_size is {config.evaluation.batch_size}; it must be at least 1")
+
+
 def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
     """Compiles the draw of one batch of samples and reports on it; None for a config that draws none.
 
