@@ -4,14 +4,17 @@
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. The same command again resumes.
-Several processes find each other on TPU pods, GKE and SLURM; elsewhere give --coordinator_address --num_processes --process_id.
+The last line of stdout is also in <workdir>/result.json once all is done. Several processes find each other on
+TPU pods, GKE and SLURM; elsewhere give --coordinator_address --num_processes --process_id.
 
 Exit status: 0 when all steps are trained, and 75 when SIGTERM or Ctrl-C stopped the run early with everything saved, so that
 whoever started it (launch/) can tell "start me again" from "done"; 2 for a user's mistake, anything else for a failure.
 """
 
+import json
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -47,6 +50,10 @@ def main() -> dict:
               "workdir": str(workdir), "checkpoint": str(workdir / "checkpoints" / str(step)), "samples": None}
     if not run.stopped:
         result |= shown_by.finish(run, workdir)
+    if not result["stopped"] and jax.process_index() == 0:
+        partial = workdir / ".result.json.partial"
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(workdir / "result.json")
     return result
 
 
