@@ -135,6 +135,9 @@ def test_too_large_gets_remedies(monkeypatch):
     savings = [remedy["saves_bytes"] for remedy in found["remedies"]]
     assert savings == sorted(savings, reverse=True) and savings[-1] > 0
     assert "DOES NOT FIT" in "".join(plan_text.training(found))
+    for share, enough in ((0.90, True), (0.99, False)):  # an estimate that only just suffices is not to be promised
+        usable = found["bytes_per_device"] - int(share * savings[0])
+        assert plan.plan_training(config, eight(usable))["remedies"][0]["enough"] == enough
 
 
 def test_more_than_there_is_does_not_fit():

@@ -7,6 +7,8 @@ from dit_jax.models.dit import DiT
 # Activations of one block that its gradient reads, in units of [B, N, D]: what enters it, then qkv, attention, and both products
 # of the MLP. The compiler keeps more (norms, scores, float32 copies); this is the least.
 ENTERS, INSIDE = 1, 9
+# Of an estimated saving, what is counted on: XL/2 at 512 px with remat=elementwise saved 96 % of its estimate on v5e:4x4.
+RELIABLE = 0.95
 NOTHING_INSIDE = ("full", "offload")  # remat policies that keep no more than a block's input on the device
 
 
@@ -72,4 +74,4 @@ def remedies(config, task, mesh, temporaries: int, state_bytes: dict[str, int], 
         found["--config.model.param_dtype=bfloat16 (Adam's moments too; small updates are lost)"] = (
             2 * parameters + state_bytes["optimizer"]) // 2
     ranked = sorted(((text, saved) for text, saved in found.items() if saved > 0), key=lambda pair: -pair[1])
-    return [{"what": text, "saves_bytes": saved, "enough": saved >= over} for text, saved in ranked]
+    return [{"what": text, "saves_bytes": saved, "enough": RELIABLE * saved >= over} for text, saved in ranked]

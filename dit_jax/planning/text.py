@@ -31,7 +31,7 @@ def training(found: dict[str, Any]) -> Iterable[str]:
         yield f"the compiler: {found['refusal']}"
     for remedy in found["remedies"]:
         yield (f"  helps: {remedy['what']}: about {remedy['saves_bytes'] / GIB:.2f} GiB"
-               f"{', enough alone' if remedy['enough'] else ''}")
+               f"{', probably enough alone' if remedy['enough'] else ''}")
     for kind, row in found["collectives"].items():
         for axes, size in row.items():
             yield f"  {kind:22} {size / 1e6:9.1f} MB sent per device along {axes}"
