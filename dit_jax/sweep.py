@@ -43,9 +43,14 @@ CONFIG_PREFIX = "--config."
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(the arguments without --config.<path>=<value>, those): absl would refuse them, as their config is not known yet."""
-    taken = [text for text in argv if text.startswith(CONFIG_PREFIX) and "=" in text]
-    return [text for text in argv if text not in taken], taken
+    """(the other arguments, those like --config.<path>=<value>): absl would refuse these, as their config is not known yet."""
+    rest, taken, given = [], [], iter(argv)
+    for text in given:
+        if not text.startswith(CONFIG_PREFIX):
+            rest.append(text)
+        else:
+            taken.append(text if "=" in text else f"{text}={next(given, '')}")
+    return rest, taken
 
 
 def check_flags():
@@ -60,6 +65,8 @@ def check_flags():
         raise UserError("--chip, --topology and --benchmarks are three ways to estimate; give one of them")
     if flags.FLAGS["mfu"].present and not CHIP.value:
         raise UserError("--mfu means nothing without --chip")
+    if LAUNCH.value != "local" and (LIST.value or REPORT.value):
+        raise UserError(f"--launch={LAUNCH.value} writes commands, which --list and --report do not; leave one of them out")
     if LAUNCH.value == "local" and (LAUNCH_ARGS.value or REMOTE_WORKDIR.value):
         raise UserError("--launch_args and --remote_workdir are for --launch=slurm, gke or tpu_vm")
 
@@ -89,11 +96,17 @@ def estimate(runs, costs) -> tuple[list, str]:
 def launch_elsewhere(sweep, runs, folder) -> dict:
     from dit_jax.sweeping import remote
 
-    waiting = [run for run in runs if folder.state(run) not in ("done", "trained")]
+    waiting = [run for run in runs if folder.state(run) != "done"]
+    begun = [run.name for run in waiting if folder.state(run) == "begun"]
     script, command = remote.write(LAUNCH.value, sweep.title, waiting, folder.path, REMOTE_WORKDIR.value or str(folder.path),
                                    shlex.split(LAUNCH_ARGS.value))
     console.say(f"{len(waiting)} runs are in {script}. Look at it, then start it from the repository:\n  {command}\n"
-                f"When they are done: the same with --report in place of --launch={LAUNCH.value}")
+                "When they are done, "
+                + (f"copy or mount {REMOTE_WORKDIR.value}/runs as {folder.path / 'runs'}, then " if REMOTE_WORKDIR.value else "")
+                + "the same command with --report in place of the --launch options collects the results")
+    if begun:
+        console.say(f"{len(begun)} of them have begun ({', '.join(begun[:3])}{', ...' * (len(begun) > 3)}): start the script "
+                    "only when none is running any more, as two processes must not train in one folder")
     return {"runs": len(runs), "waiting": len(waiting), "script": str(script), "command": command, "report": None}
 
 

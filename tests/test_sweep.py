@@ -109,6 +109,7 @@ def test_flags_of_all_runs_may_not_fight_the_grid():
     with pytest.raises(UserError, match=r"the sweep itself sets model\.width"):
         grid.expand(sweep, ["--config.model.width=16"])
     assert take_overrides(["sweep", "--config.a=1", "--list"]) == (["sweep", "--list"], ["--config.a=1"])
+    assert take_overrides(["sweep", "--config.a", "1", "--list"]) == (["sweep", "--list"], ["--config.a=1"])
 
 
 def test_every_mistake_is_found_before_the_first_run():
@@ -158,17 +159,15 @@ def finish(folder, run, **result):
 
 
 def test_states_of_runs(tmp_path):
-    """A run that was cut, failed, or trained elsewhere and is taken for finished, or finished and trained again."""
+    """A run that was cut or failed and is taken for finished, or finished and trained again."""
     folder = Folder(tmp_path, "t")
-    done, cut, failed, elsewhere, _ = runs = expand(seeds=[0, 1, 2, 3, 4])
+    done, cut, failed, _ = runs = expand(seeds=[0, 1, 2, 3])
     finish(folder, done)
     finish(folder, cut, step=cut.config.num_steps - 1)
     (folder.of(cut) / "checkpoints").mkdir()
     folder.of(failed).mkdir()
     (folder.of(failed) / "attempts.jsonl").write_text('{"status": 75}\n{"status": 1}\n{"stat')
-    folder.of(elsewhere).mkdir()
-    (folder.of(elsewhere) / "metrics.jsonl").write_text(json.dumps({"step": elsewhere.config.num_steps, "loss": 0.1}) + "\n")
-    assert [folder.state(run) for run in runs] == ["done", "begun", "failed", "trained", "new"]
+    assert [folder.state(run) for run in runs] == ["done", "begun", "failed", "new"]
 
 
 def test_a_folder_belongs_to_one_sweep(tmp_path):
@@ -188,19 +187,19 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
 
 
 MAIN = """
-import json, sys
+import json, pathlib, sys
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--") and "=" in a)
 if flags["config.seed"] == "1":
     print("Traceback\\nRuntimeError: the disk is on fire", file=sys.stderr); sys.exit(1)
 if flags["config.seed"] == "2":
     sys.exit(75)
-print(json.dumps({"step": 1500, "loss": 0.1, "stopped": False}))
+pathlib.Path(flags["workdir"], "result.json").write_text(json.dumps({"step": 1500, "loss": 0.1}))
 """
 
 
 def test_a_failed_run_does_not_end_the_sweep_and_a_stopped_one_does(tmp_path, monkeypatch, capsys):
     """A night lost to the first run that fails; a preemption taken for a failure; a finished run trained again."""
-    monkeypatch.setattr(local, "main_command", lambda run, workdir: ["-c", MAIN, *run.flags])
+    monkeypatch.setattr(local, "main_command", lambda run, workdir: ["-c", MAIN, *run.flags, f"--workdir={workdir}"])
     runs = expand(seeds=[0, 1, 3, 2, 4])
     costs = [cost.count(run) for run in runs]
     folder = Folder(tmp_path, "t")

@@ -33,19 +33,27 @@ def finished(tmp_path_factory):
         where.mkdir(parents=True)
         if k == 7:
             (where / "log.txt").write_text("Traceback\nRuntimeError: <script>alert(1)</script>\n")
-            (where / "attempts.jsonl").write_text('{"status": 1, "seconds": 3.0}\n')
+            (where / "attempts.jsonl").write_text('{"started": "2026-01-02T03:04:05+00:00", "status": 1, "seconds": 3.0}\n')
             continue
         np.savez(where / "x_final.npz", arr_0=np.full((12, 8, 8, 1), 20 * k, np.uint8))
         (where / "samples").mkdir()
         (where / "x_final.npz").rename(where / "samples" / "x_final.npz")
         write_json(where / "result.json", {
             "step": 1500, "loss": 0.1, "stopped": False, "images_per_second": 10.0, "fid": fid, "features": "pixels",
-            "num_samples": 1000, "reference": "digits", "samples": "/elsewhere/samples/x_final.npz",
+            "num_samples": 1000, "reference_sha256": "ab", "samples": "/elsewhere/samples/x_final.npz",
+            "extractor": {"name": "pixels", "weights_sha256": None}, "commit": "c0ffee", "device": "TPU v5", "num_devices": 4,
             "made_by": {"sampler": {"name": "ddpm", "num_steps": 100}, "guidance": {"scale": 1.0}}})
         (where / "metrics.jsonl").write_text("".join(
             json.dumps({"step": step, "loss": "NaN" if step == 200 else 1 / step}) + "\n"
             for step in range(100, 1600, 100)) + '{"st')
-        (where / "attempts.jsonl").write_text('{"status": 75, "seconds": 60.0}\n{"status": 0, "seconds": 30.0}\n')
+        (where / "attempts.jsonl").write_text("".join(
+            json.dumps({"started": "2026-01-02T03:04:05+00:00", "status": status, "seconds": seconds, "machine": "abacus"}) + "\n"
+            for status, seconds in ((75, 60.0), (0, 30.0))))
+        for step, early in ((500, 9.0), (1000, 8.0)):
+            score = {"step": step, "fid": early, "num_samples": 50, "extractor": {"name": "pixels"},
+                     "made_by": {"sampler": {"name": "dpmpp", "num_steps": 16}}}
+            write_json(where / "scores" / f"{step:08d}.json", score)
+        write_json(where / "scores" / "best.json", {"step": 1000, "fid": 8.0})
         for name, steps in SWEEP.samplers:
             score = {"sampler": name, "num_steps": steps, "evaluations": steps, "seconds": 1.0, "fid": fid + 1 / steps}
             write_json(file_of(folder, run, name, steps), score)
@@ -95,8 +103,9 @@ def test_collected(rows):
     assert first.seconds == 90.0 and first.loss_curve[1][0] == 300 and len(first.loss_curve) == 14
     assert first.samples.endswith("samples/x_final.npz") and len(first.samplers) == 2
     assert failed.state == "failed" and failed.fid is None and "alert(1)" in failed.error[-1]
-    assert first.protocol == {"features": "pixels", "num_samples": 1000, "reference": "digits", "sampler": "ddpm",
-                              "sampling_steps": 100, "guidance_scale": 1.0}
+    assert first.protocol == {"features": "pixels", "images": 1000, "reference": "ab", "sampler": "ddpm", "steps": 100,
+                              "guidance": 1.0}
+    assert first.fid_curve == [(500, 9.0), (1000, 8.0)] and first.fid_curve_protocol["images"] == 50
     found = points.ours(rows)
     assert [(point.name, len(point.fids)) for point in found] == [("a/1", 2), ("b/2", 2), ("c/4", 2), ("d/8", 1)]
     assert found[0].fid == pytest.approx(np.mean([rows[0].fid, rows[1].fid]))
@@ -104,12 +113,15 @@ def test_collected(rows):
 
 def test_other_protocols_are_left_out(rows):
     """FIDs of 1,000 and of 50,000 samples, or in pixels and Inception, on one axis."""
-    other = dataclasses.replace(rows[2], protocol={**rows[2].protocol, "num_samples": 50_000})
+    other = dataclasses.replace(rows[2], protocol={**rows[2].protocol, "images": 50_000})
     protocol, others = collect.shared_protocol([*rows[:2], other, *rows[3:]])
-    assert others == [other] and protocol["num_samples"] == 1000
+    assert others == [other] and protocol["images"] == 1000
     assert not points.comparable(protocol)
-    assert points.comparable({"features": "inception", "num_samples": 50_000, "guidance_scale": 1.0})
-    assert not points.comparable({"features": "inception", "num_samples": 50_000, "guidance_scale": 1.5})
+    guided = dataclasses.replace(rows[2], protocol={**rows[2].protocol, "guidance": 1.5})
+    protocol, others = collect.shared_protocol([*rows[:2], guided])
+    assert others == [] and protocol["guidance"] == "1.0 / 1.5"  # a sweep over guidance is one figure, and says so
+    assert points.comparable({"features": "inception", "images": 50_000, "guidance": 1.0})
+    assert not points.comparable({"features": "inception", "images": 50_000, "guidance": "1.0 / 1.5"})
 
 
 def test_panels(rows):
@@ -118,7 +130,7 @@ def test_panels(rows):
     ours = [row for row in rows if row.fid is not None]
     apart = figures.fid_against("gmacs", ours, ours[0].protocol, True)
     assert len(apart.axes) == 2 and "pixels" in apart.axes[0].get_ylabel() and "ImageNet" in apart.axes[1].get_ylabel()
-    together = figures.fid_against("gmacs", ours, {"features": "inception", "num_samples": 50_000}, True)
+    together = figures.fid_against("gmacs", ours, {"features": "inception", "images": 50_000}, True)
     assert len(together.axes) == 1 and together.axes[0].get_ylabel() == "FID-50K"
     assert {"XL/2", "S/8"} <= {text.get_text() for text in apart.axes[1].texts}
     plt.close("all")
@@ -168,7 +180,9 @@ def test_the_page_stands_alone(written):
     assert len(structure.ids) == len(set(structure.ids)) > 20 and set(structure.uses) <= set(structure.ids)
     assert not re.search(r"https?://", page)
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>bold</b> title" not in page
-    assert found.done == 7 and page.count("<figure") == 5
+    assert found.done == 7 and page.count("<figure") == 6
+    assert "commit c0ffee" in page and "from 2026-01-02 03:04" in page and "abacus" in page and "4 x TPU v5" in page
+    assert "50 images, dpmpp with 16 steps" in page
     assert "--sweep=" in page and "jax 0." in page and "prefers-color-scheme: dark" in page and "@media print" in page
     assert style.INK not in page.split("</style>")[1], "ink that would be black on a dark page"
 
@@ -176,7 +190,7 @@ def test_the_page_stands_alone(written):
 def test_the_files(written):
     """A figure that is missing in a format, or a table that does not say what the page says."""
     folder, found, _ = written
-    assert len(found.files["figures"]) == 15 and all((folder / "figures" / name).stat().st_size > 1000 for name in (
+    assert len(found.files["figures"]) == 18 and all((folder / "figures" / name).stat().st_size > 1000 for name in (
         "fid_gflops.png", "fid_gflops.svg", "fid_gflops.pdf", "samples.png", "fid_sampling_compute.svg"))
     assert "<text" not in (folder / "figures" / "fid_gflops.svg").read_text()  # outlines: no font is needed
     table = list(csv.DictReader(Path(found.files["csv"]).read_text().splitlines()))

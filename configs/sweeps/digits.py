@@ -20,7 +20,7 @@ def get_sweep():
         variants={name: {"model.depth": depth, "model.width": width, "model.heads": heads}
                   for name, (depth, width, heads) in MODELS.items()},
         grid={"model.patch_size": [4], "num_steps": [NUM_STEPS], "optimizer.decay_steps": [NUM_STEPS],
-              "preview.every_steps": [0]},
+              "preview.every_steps": [0], "scoring.every_steps": [250], "scoring.num_images": [500]},
         seeds=[0, 1],
         samplers=[("ddim", 5), ("ddim", 10), ("ddim", 25)],
         paper=True,

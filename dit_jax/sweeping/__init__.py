@@ -7,5 +7,6 @@
     local     runs them one after another; `scores` then samples each with other samplers
     remote    writes commands for SLURM, GKE and TPU VMs instead
     collect   results of all runs -> rows, JSON, CSV
-    points, fits, paper, figures, style, report   rows -> numbers, figures, one HTML page
+    points, fits, paper, figures, style   rows -> numbers and figures
+    report, page   all of it, as files and as one HTML page
 """

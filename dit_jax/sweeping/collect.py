@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ import numpy as np
 
 from dit_jax import recipes
 from dit_jax.errors import UserError
+from dit_jax.evaluation import table
 from dit_jax.sweeping.cost import Cost
 from dit_jax.sweeping.folder import Folder, write_json
 from dit_jax.sweeping.grid import Run
 from dit_jax.sweeping.local import last_lines
 from dit_jax.sweeping.scores import file_of
+from dit_jax.training.scoring import FOLDER as SCORES
 
 CURVE_FIELDS = ("run", "step", "loss")
-PROTOCOL = ("features", "extractor_sha256", "num_samples", "num_reference", "reference", "reference_sha256", "sampler",
-            "sampling_steps", "guidance_scale")
+# What a FID depends on besides the model, under the names of `evaluate`'s table.
+PROTOCOL = ("images", "features", "extractor weights", "resize", "precision", "reference", "reference images", "size", "sampler",
+            "steps", "guidance", "guided channels", "guided from", "guided to", "labels")
+
+ORIGIN = ("commit", "device", "num_devices", "versions")
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,12 @@ class Row:
         family: models of one depth and width, by the paper's letter where it is one of its sizes.
         patch: patch size; None for an autoencoder.
         fid_interval: by the bootstrap over the images, which knows nothing of other seeds.
-        protocol: how the FID was measured; FIDs of different protocols are never put on one axis.
-        seconds: of training, sampling and scoring, of all starts together.
-        loss_curve, fid_curve: (step, value).
+        protocol: how the FID was measured, see `PROTOCOL`.
+        seconds: of training, sampling and scoring, of all starts here together; None for a run that was trained elsewhere.
+        starts: the lines of attempts.jsonl.
+        origin: commit, device, num_devices and versions of the process that finished it.
+        loss_curve, fid_curve: (step, value); the FIDs are those of `training.scoring`, cheaper than the final one.
+        fid_curve_protocol: of the latest of them.
         samplers: scores with other samplers, see `scores`.
         error: last lines of a run that failed.
     """
@@ -54,10 +63,13 @@ class Row:
     fid: float | None
     fid_interval: tuple[float, float] | None
     protocol: dict[str, Any]
-    seconds: float
+    seconds: float | None
     images_per_second: float | None
+    starts: list[dict]
+    origin: dict[str, Any]
     loss_curve: list[tuple[int, float]]
     fid_curve: list[tuple[int, float]]
+    fid_curve_protocol: dict[str, Any]
     samplers: list[dict]
     samples: str | None
     error: list[str]
@@ -66,8 +78,8 @@ class Row:
 def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folder: Folder) -> Row:
     """The row of one run, as its folder stands."""
     config, state, result = run.config, folder.state(run), folder.result(run) or {}
-    attempts, metrics = folder.attempts(run), folder.metrics(run)
-    losses, fids = curve(metrics, "loss"), curve(metrics, "fid")
+    starts, losses = folder.attempts(run), curve(folder.metrics(run), "loss")
+    early = [json.loads(file.read_text()) for file in sorted((folder.of(run) / SCORES).glob("[0-9]*.json"))]
     scores = [json.loads(file.read_text()) for file in (file_of(folder, run, *s) for s in samplers) if file.exists()]
     samples = Path(result.get("samples") or "")
     found = folder.of(run) / "samples" / samples.name  # the folder may have moved since
@@ -77,8 +89,11 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
         batch_size=config.batch_size, num_steps=config.num_steps, state=state,
         loss=losses[-1][1] if losses else result.get("loss"), fid=result.get("fid"),
         fid_interval=tuple(result["fid_interval"]) if result.get("fid_interval") else None, protocol=protocol(result),
-        seconds=sum(attempt["seconds"] for attempt in attempts), images_per_second=result.get("images_per_second"),
-        loss_curve=losses, fid_curve=fids, samplers=scores, samples=str(found) if samples.name and found.exists() else None,
+        seconds=sum(start["seconds"] for start in starts) if starts else None,
+        images_per_second=result.get("images_per_second"), starts=starts,
+        origin={key: result[key] for key in ORIGIN if key in result}, loss_curve=losses, fid_curve=curve(early, "fid"),
+        fid_curve_protocol=protocol(early[-1]) if early else {}, samplers=scores,
+        samples=str(found) if samples.name and found.exists() else None,
         error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [])
 
 
@@ -98,24 +113,34 @@ def family(config) -> str:
 
 
 def protocol(result: dict) -> dict[str, Any]:
-    """What a FID depends on besides the model, as far as the result tells."""
+    """What of `PROTOCOL` a result tells."""
     if result.get("fid") is None:
         return {}
-    made_by = result.get("made_by") or {}
-    sampler, guidance = made_by.get("sampler") or {}, made_by.get("guidance") or {}
-    known = {**result, "sampler": sampler.get("name"), "sampling_steps": sampler.get("num_steps"),
-             "guidance_scale": guidance.get("scale"), "extractor_sha256": (result.get("extractor") or {}).get("weights_sha256")}
-    return {key: known[key] for key in PROTOCOL if known.get(key) is not None}
+    found = {name: reduce(lambda inner, key: (inner or {}).get(key), table.PROTOCOL[name], result) for name in PROTOCOL}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def shared_protocol(rows: list[Row]) -> tuple[dict[str, Any], list[Row]]:
-    """(the protocol of most scored rows, the scored rows that have another and cannot be compared with these)."""
-    scored = [row for row in rows if row.fid is not None]
-    texts = [json.dumps(row.protocol, sort_keys=True) for row in scored]
-    if not scored:
+def shared_protocol(rows: list[Row], of: str = "protocol") -> tuple[dict[str, Any], list[Row]]:
+    """(how the FIDs of most scored rows were measured, the scored rows that must not be compared with these).
+
+    What may differ, such as the guidance where the sweep is over it, has its values joined by " / ".
+
+    Args:
+        of: "protocol" or "fid_curve_protocol".
+    """
+    keys = {row.name: json.dumps([getattr(row, of).get(name) for name in table.INCOMPARABLE])
+            for row in rows if getattr(row, of)}
+    if not keys:
         return {}, []
-    most = max(texts, key=texts.count)
-    return json.loads(most), [row for row, text in zip(scored, texts, strict=True) if text != most]
+    most = max(keys.values(), key=list(keys.values()).count)
+    same = [getattr(row, of) for row in rows if keys.get(row.name) == most]
+    protocol = {}
+    for name in PROTOCOL:
+        values = [value for found in same if (value := found.get(name)) is not None]
+        distinct = list({json.dumps(value): value for value in values}.values())
+        if distinct:
+            protocol[name] = distinct[0] if len(distinct) == 1 else " / ".join(map(str, distinct))
+    return protocol, [row for row in rows if row.name in keys and keys[row.name] != most]
 
 
 def write(rows: list[Row], folder: Path) -> dict[str, str]:
@@ -128,7 +153,8 @@ def write(rows: list[Row], folder: Path) -> dict[str, str]:
          "parameters": row.cost.parameters, "gmacs": row.cost.gmacs, "compute_gmacs": row.cost.compute_gmacs,
          "batch_size": row.batch_size, "num_steps": row.num_steps, "state": row.state, "loss": row.loss, "fid": row.fid,
          "fid_low": row.fid_interval and row.fid_interval[0], "fid_high": row.fid_interval and row.fid_interval[1],
-         "seconds": row.seconds, "images_per_second": row.images_per_second}
+         "seconds": row.seconds, "images_per_second": row.images_per_second, "device": row.origin.get("device"),
+         "commit": row.origin.get("commit"), "started": row.starts[0]["started"] if row.starts else None}
         | {f"config.{path}": row.settings.get(path) for path in settings}
         | {f"protocol.{key}": row.protocol.get(key) for key in protocols} for row in rows])
     _write_csv(folder / "curves.csv", [dict(zip(CURVE_FIELDS, (row.name, step, f"{loss:.6g}"), strict=True))

@@ -11,16 +11,16 @@ from dit_jax.sweeping.collect import Row
 from dit_jax.sweeping.points import Point, comparable, fit, groups, labels, of_paper, ours
 
 AXIS = {"gmacs": "GFLOPs of one forward (multiply-adds, as in the paper)",
-        "compute_gmacs": "Training compute in GFLOPs (multiply-adds x batch x steps x 3)"}
+        "compute_gmacs": "Training compute in GFLOPs (multiply-adds \u00d7 batch \u00d7 steps \u00d7 3)"}
 MAX_CURVE_POINTS = 200
 SAMPLES_SHOWN = 10
 
 
 def score_name(protocol: dict) -> str:
     """What the vertical axis is called."""
-    features, count = protocol.get("features", "?"), protocol.get("num_samples")
+    features, count = protocol.get("features", "?"), protocol.get("images")
     if features == paper.FEATURES:
-        return f"FID-{count // 1000}K" if count and count % 1000 == 0 else f"FID ({count} samples)"
+        return f"FID-{count // 1000}K" if count and count % 1000 == 0 else f"FID ({count:,} samples)"
     return f"Fréchet distance in {features}" + (f" ({count:,} samples)" if count else "")
 
 
@@ -42,8 +42,6 @@ def fid_against(by: str, rows: Sequence[Row], protocol: dict, with_paper: bool):
     hues = style.colours([*dict.fromkeys(names), *(p.family for p in theirs)] if shared else names)
     title = "This sweep" + (f", and {paper.CITATION} (hollow)" if shared else "")
     _scatter(axes[0], title, points, by, hues, theirs if shared else [])
-    if by == "compute_gmacs":
-        _checkpoint_curves(axes[0], rows, hues)
     axes[0].set_xlabel(AXIS[by])
     axes[0].set_ylabel(score_name(protocol))
     if len(axes) > 1:
@@ -72,6 +70,7 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
     xs = [getattr(p, by) for p in everything]
     tops = [p.span[1] for p in everything]
     along = [(getattr(p, by), p.fid) for p in hollow]
+    along += [(getattr(p, by), fid) for p in points for fid in (*p.fids, *np.linspace(*p.span, 20))]
     if line is not None:
         ends = np.array([min(getattr(p, by) for p in points), max(getattr(p, by) for p in points)])
         title += "\n" + line.text().replace("-", "\N{MINUS SIGN}").replace("% interval", "%:")
@@ -83,6 +82,7 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
         span = max(xs) / min(xs) if max(xs) > min(xs) else 10.0
         ax.set_xlim(min(xs) / span**0.09, max(xs) * span**0.09)
         ax.set_ylim(min(0.0, min(min(p.fids) for p in everything)), 1.12 * max(tops))
+        style.log_ticks(ax.xaxis)
         style.label_points(ax, [(getattr(p, by), p.fid) for p in points], [p.name for p in points], along)
     if len(shapes) > 1:
         handles = [ax.plot([], [], shape, color=style.INK, markersize=4.5, label=f"patch {patch}")[0]
@@ -90,11 +90,49 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
         ax.legend(handles=handles, loc="best", handletextpad=0.2, borderaxespad=0.1)
 
 
-def _checkpoint_curves(ax, rows: Sequence[Row], hues: dict):
-    for row in rows:
-        if len(row.fid_curve) > 1 and row.family in hues:
+def fid_while_training(rows: Sequence[Row], protocol: dict):
+    """FID of checkpoints against the training compute spent on them, a line per run; None where no run was scored twice.
+
+    protocol: of the scores taken while training, which all rows must share: cheaper than the final ones.
+    """
+    shown, names = groups([row for row in rows if len(row.fid_curve) > 1]), labels(rows)
+    if not shown:
+        return None
+    figure, (ax,) = panels(1)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ends, along, hues = [], [], style.shades(len(shown))
+    for repetitions, hue in zip(shown.values(), hues, strict=True):
+        for row in repetitions:
             steps, fids = np.asarray(row.fid_curve).T
-            ax.plot(row.cost.compute_gmacs * steps / row.num_steps, fids, color=hues[row.family], linewidth=0.8, alpha=0.7)
+            spent = row.cost.compute_gmacs * steps / row.num_steps
+            ax.plot(spent, fids, color=hue, marker="o", markersize=2.5, linewidth=1)
+            along += _between(spent, fids)
+        ends.append((spent[-1], fids[-1]))
+    ax.set_xlabel(AXIS["compute_gmacs"])
+    ax.set_ylabel(score_name(protocol))
+    _finish(ax, ends, [names[group] for group in shown], along, hues)
+    return figure
+
+
+def _between(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+    """Points of a line through positive points of logarithmic axes, which labels keep clear of."""
+    found = []
+    for i in range(len(xs) - 1):
+        found += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*ys[i : i + 2], 40), strict=True)
+    return found
+
+
+def _finish(ax, ends: Sequence, texts: Sequence[str], along: Sequence, hues: Sequence):
+    """Limits and ticks of logarithmic axes, and a label at the end of each line."""
+    ax.margins(x=0.12, y=0.08)
+    ax.autoscale_view()
+    low, high = ax.get_ylim()
+    room = max(1.0, np.sqrt(1.4 * low / high))  # below a range of 40 % noise would fill the axis
+    ax.set_ylim(low / room, high * room)
+    style.log_ticks(ax.xaxis)
+    style.log_ticks(ax.yaxis)
+    style.label_points(ax, ends, texts, along, hues)
 
 
 def sampling_compute(rows: Sequence[Row], protocol: dict):
@@ -121,14 +159,11 @@ def sampling_compute(rows: Sequence[Row], protocol: dict):
         fids = [values[x] for x in xs]
         ax.plot(xs, fids, color=hues[name], linestyle=dashes[sampler], marker="o", markersize=3)
         ends.append((xs[-1], fids[-1]))
-        for i in range(len(xs) - 1):
-            along += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*fids[i : i + 2], 40), strict=True)
-    style.plain_numbers(ax.yaxis)
-    ax.margins(x=0.1)
-    ax.set_xlabel("Compute of drawing one image, GFLOPs (evaluations x forward)")
+        along += _between(xs, fids)
+    ax.set_xlabel("Compute of drawing one image, GFLOPs (evaluations \u00d7 forward)")
     ax.set_ylabel(score_name(protocol))
     texts = [name if len(samplers) == 1 else f"{name}, {sampler}" for name, sampler in lines]
-    style.label_points(ax, ends, texts, along, [hues[name] for name, _ in lines])
+    _finish(ax, ends, texts, along, [hues[name] for name, _ in lines])
     ax.set_title("Samplers: " + ", ".join(samplers))
     return figure
 

@@ -31,8 +31,13 @@ class Fit:
 
     def text(self) -> str:
         """"r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
-        interval = "" if self.low is None else f"{LEVEL:.0%} interval {self.low:.2f} to {self.high:.2f}, ".replace("%", " %")
-        return f"r = {self.correlation:.2f} ({interval}{self.num_points} models)"
+        interval = "" if self.low is None else f"{LEVEL:.0%} interval {_r(self.low)} to {_r(self.high)}, ".replace("%", " %")
+        return f"r = {_r(self.correlation)} ({interval}{self.num_points} models)"
+
+
+def _r(value: float) -> str:
+    """Two digits, and as many more as keep it from looking like 1."""
+    return next(text for digits in range(2, 17) if abs(float(text := f"{value:.{digits}f}")) < 1 or abs(value) == 1)
 
 
 def log_linear(x: Sequence[float], y: Sequence[float]) -> Fit | None:

@@ -2,8 +2,8 @@
 
     sweep.json           which sweep, with the settings of every run
     runs/<name>/         workdir of one run, see `training.workdir`, and besides:
-        result.json      the last line of dit_jax.main: the run is finished
-        attempts.jsonl   one line per start: command, date, seconds, exit status
+        result.json      what dit_jax.main leaves when all is done, here or elsewhere: the run is finished
+        attempts.jsonl   one line per start here: command, date, machine, seconds, exit status
         log.txt          what the run said, of all starts
         samplers/        scores with other samplers
     launch/              scripts for other machines
@@ -21,7 +21,7 @@ from dit_jax.sweeping.grid import Run
 from dit_jax.training.workdir import RESUMABLE_FIELDS, flatten, plain, read_config
 
 # What does not change a run's result, only its speed and what it leaves behind.
-FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview")
+FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring")
 
 
 def write_json(path: Path, value):
@@ -91,7 +91,7 @@ class Folder:
         return self.path / "runs" / run.name
 
     def result(self, run: Run) -> dict | None:
-        """The last line of dit_jax.main of a finished run; None for one that is not finished."""
+        """result.json of a run that is finished; None where it is not, or its steps are fewer than the sweep now asks for."""
         try:
             found = json.loads((self.of(run) / "result.json").read_text())
         except FileNotFoundError:
@@ -99,7 +99,7 @@ class Folder:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it, and the run is finished anew") \
                 from None
-        return None if found.get("stopped") or found["step"] < run.config.num_steps else found
+        return found if found["step"] >= run.config.num_steps else None
 
     def attempts(self, run: Run) -> list[dict]:
         return read_lines(self.of(run) / "attempts.jsonl")
@@ -108,15 +108,12 @@ class Folder:
         return read_lines(self.of(run) / "metrics.jsonl")
 
     def state(self, run: Run) -> str:
-        """"done"; "trained" (all steps, elsewhere, without a result here); "failed"; "begun"; or "new"."""
+        """"done", "failed", "begun" or "new"."""
         if self.result(run) is not None:
             return "done"
         attempts = self.attempts(run)
         if attempts and attempts[-1]["status"] not in (0, STOPPED_STATUS):
             return "failed"
-        started_here = (self.of(run) / "log.txt").exists()
-        if not started_here and any(row["step"] >= run.config.num_steps and "loss" in row for row in self.metrics(run)):
-            return "trained"
         return "begun" if (self.of(run) / "checkpoints").exists() else "new"
 
     def check_configs(self, runs: list[Run]):

@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ def load(path: str) -> Sweep:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_sweep"):
+            raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
         sweep = module.get_sweep()
     except UserError:
         raise
@@ -102,11 +104,7 @@ def load(path: str) -> Sweep:
         raise UserError(f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a "
                         "dit_jax.sweeping.grid.Sweep")
     _check_fields(sweep)
-    return sweep if sweep.base else _with(sweep, base=str(file))
-
-
-def _with(sweep: Sweep, **fields) -> Sweep:
-    return Sweep(**({name: getattr(sweep, name) for name in Sweep.__dataclass_fields__} | fields))
+    return sweep if sweep.base else replace(sweep, base=str(file))
 
 
 def _check_fields(sweep: Sweep):
@@ -205,7 +203,8 @@ def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, A
     except OSError:
         raise UserError(f"the base config {config_file} does not exist below {Path.cwd()}; start where it is found") from None
     except (AttributeError, KeyError) as error:
-        raise UserError(f"{config_file} {' '.join(overrides)}: the config has no field {error.args[0]}") from None
+        hint = " ".join(str(error.args[0]).split())  # its own text breaks the line
+        raise UserError(f"the config {config_file} has no field {hint}; it was given by the sweep file or a flag") from None
     except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{config_file} {' '.join(overrides)}: {text[-1].removeprefix('dit_jax.errors.UserError: ')}") from None

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_jax.benchmarking import machine
 from dit_jax.console import STOPPED_STATUS, duration, say
 from dit_jax.sweeping.cost import Cost
-from dit_jax.sweeping.folder import Folder, write_json
+from dit_jax.sweeping.folder import Folder
 from dit_jax.sweeping.grid import Run
 
 ERROR_LINES = 8
@@ -107,12 +108,13 @@ def train(run: Run, folder: Folder, child: Child) -> str:
 
     command = [sys.executable, *main_command(run, where)]
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    status, last, seconds = child.run(command, log, show)
+    status, _, seconds = child.run(command, log, show)
     with open(where / "attempts.jsonl", "a") as file:
-        file.write(json.dumps({"command": shlex.join(["python", *command[1:]]), "started": started, "seconds": seconds,
-                               "status": STOPPED_STATUS if child.stopping and status else status}) + "\n")
+        file.write(json.dumps({
+            "command": shlex.join(["python", *command[1:]]), "started": started, "seconds": seconds,
+            "machine": f"{machine.cpu_model()}, {machine.cores()} cores",
+            "status": STOPPED_STATUS if child.stopping and status else status}) + "\n")
     if status == 0:
-        write_json(where / "result.json", json.loads(last))
         return "done"
     return "stopped" if child.stopping or status == STOPPED_STATUS else "failed"
 
@@ -122,7 +124,7 @@ def train_all(runs: list[Run], costs: list[Cost], folder: Folder, child: Child) 
 
     A run that fails does not end the sweep; the next start tries it again.
     """
-    waiting = [(run, cost) for run, cost in zip(runs, costs, strict=True) if folder.state(run) not in ("done", "trained")]
+    waiting = [(run, cost) for run, cost in zip(runs, costs, strict=True) if folder.state(run) != "done"]
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished")
     pace, failed = Pace(), []

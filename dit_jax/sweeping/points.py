@@ -72,5 +72,5 @@ def fit(points: Sequence[Point], by: str = "gmacs") -> Fit | None:
 
 def comparable(protocol: dict) -> bool:
     """Whether FIDs of this protocol may share an axis with the paper's."""
-    return (protocol.get("features") == paper.FEATURES and protocol.get("num_samples") == paper.NUM_IMAGES
-            and protocol.get("guidance_scale") in (None, 1.0))
+    return (protocol.get("features") == paper.FEATURES and protocol.get("images") == paper.NUM_IMAGES
+            and protocol.get("guidance") in (None, 1.0))

@@ -84,7 +84,8 @@ def _script(template: Path, title: str, runs: list[Run], commands: list[list[str
 def job_names(title: str, names: list[str]) -> list[str]:
     """Names that Kubernetes and Cloud TPU take: at most 40 lower-case letters, digits and -, different for every run.
 
-    They stay the same when other runs are done or added: those that would be equal get a part of a hash.
+    They stay the same when other runs are done or added. Of a long name the first and last letters are kept, as the seed is at
+    the end, and a hash tells apart what is equal in these.
     """
     def plain(text):
         return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -92,5 +93,7 @@ def job_names(title: str, names: list[str]) -> list[str]:
     found = []
     for name in names:
         code = hashlib.sha256(f"{title}/{name}".encode()).hexdigest()[:6]
-        found.append(f"sweep-{plain(name)[:27].strip('-')}-{code}")
+        text = plain(name)
+        text = text if len(text) <= 27 else f"{text[:12].strip('-')}-{text[-14:].strip('-')}"
+        found.append(f"sweep-{text}-{code}")
     return found

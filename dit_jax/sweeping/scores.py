@@ -28,7 +28,7 @@ def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folde
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(run.group, run)
-    finished = [run for run in first.values() if folder.state(run) in ("done", "trained")]
+    finished = [run for run in first.values() if folder.state(run) == "done"]
     waiting = [(run, *sampler) for run in finished for sampler in samplers if not file_of(folder, run, *sampler).exists()]
     failed = []
     for i, (run, sampler, num_steps) in enumerate(waiting):

@@ -16,10 +16,12 @@ from dit_jax.errors import UserError
 
 INK, GRID, PAGE = "#1c1c1b", "#dededc", "#fefefd"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+RAMP = ("#3d74d6", "#16919b", "#5c9632", "#b5830f", "#cf5a35")  # blue to red, each with a contrast of 3 to white and to black
 MARKERS = {1: "D", 2: "o", 4: "s", 8: "^"}
 OTHER_MARKERS = ("v", "P", "X", "<", ">")
 WIDTH, HEIGHT = 7.0, 2.9  # inches: two columns of text
 FORMATS = ("png", "svg", "pdf")
+PLAIN = 0.99e-4, 1.01e4  # numbers between these are not written as powers of ten
 SETTINGS = {
     "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
@@ -59,9 +61,10 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 def shades(count: int) -> list:
     """Colours from little to much."""
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
 
-    return [colormaps["viridis"](0.15 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
+    ramp = LinearSegmentedColormap.from_list("ramp", RAMP)
+    return [ramp(i / max(count - 1, 1)) for i in range(count)]
 
 
 def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str], others: Sequence = (), hues: Sequence = ()):
@@ -77,7 +80,7 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
     taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in pixels]
     taken += [(x - point, y - point, x + point, y + point) for x, y in (ax.transData.transform(others) if len(others) else [])]
     frame = ax.get_window_extent(renderer)
-    places = [(0, 7), (7, 0), (0, -7), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 15), (15, 0), (0, -15), (-15, 0)]
+    places = [(0, 9), (7, 0), (0, -9), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 16), (15, 0), (0, -16), (-15, 0)]
     for (x, y), text, data, hue in zip(pixels, texts, points, hues or [INK] * len(points), strict=True):
         probe = ax.text(*data, text, fontsize=7)
         size = probe.get_window_extent(renderer)
@@ -124,13 +127,28 @@ def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], co
                     annotation_clip=False)
 
 
-def plain_numbers(axis):
-    """Ticks of a logarithmic axis as 0.5, 1, 2, 5 rather than powers of ten."""
+def log_ticks(axis):
+    """Ticks of a logarithmic axis: powers of ten where it spans two decades, more where less. Set the limits before."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    low, high = sorted(axis.get_view_interval())
+    decades = np.log10(high / low)
+    subs = (1,) if decades > 2 else (1, 2, 5) if decades > 0.5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    if not PLAIN[0] <= low < high <= PLAIN[1] and decades > 0.5:  # longer labels
+        subs = (1,) if decades > 1.5 else (1, 3)
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(_log_label))
     axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _log_label(value: float, _) -> str:
+    """As "0.02", "500" or "10\u2078"."""
+    if PLAIN[0] <= value <= PLAIN[1]:
+        return f"{value:g}"
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    digit = value / 10.0**exponent
+    factor = "" if abs(digit - 1) < 1e-6 else f"{digit:g}\\times "
+    return f"${factor}10^{{{exponent}}}$"
 
 
 def save(figure, folder: Path, name: str) -> list[Path]:
