@@ -115,7 +115,7 @@ def run_here(sweep, runs, costs, folder) -> tuple[list[str], bool]:
     from dit_jax.sweeping.local import Child, train_all
     from dit_jax.sweeping.scores import score_all
 
-    with Child() as child:
+    with Child(folder.lock) as child:
         failed = train_all(runs, costs, folder, child)
         if not child.stopping:
             failed += score_all(runs, sweep.samplers, folder, child)

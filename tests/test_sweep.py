@@ -175,7 +175,7 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
     runs = expand()
     with Folder(tmp_path, "t") as folder:
         folder.record(runs)
-        with pytest.raises(UserError, match="another sweep is at work"), Folder(tmp_path, "t"):
+        with pytest.raises(UserError, match="another sweep, or a run"), Folder(tmp_path, "t"):
             pass
         finish(folder, runs[0])
         folder.check_configs(runs)
@@ -184,6 +184,30 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
         assert folder.strangers([]) == ["run"]
     with pytest.raises(UserError, match="holds the sweep 't', not 'other'"), Folder(tmp_path, "other"):
         pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the child in /proc")
+def test_a_run_left_behind_keeps_the_folder(tmp_path):
+    """A killed sweep, started again, that trains a run a second time beside the one it left."""
+    program = "import sys\nfrom dit_jax.sweeping.folder import Folder\nfrom dit_jax.sweeping.local import Child\n" \
+              "from pathlib import Path\nw = Path(sys.argv[1])\nwith Folder(w, 't') as folder, Child(folder.lock) as child:\n" \
+              "    child.run(['sleep', '60'], w / 'log', lambda: None)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "w")], cwd=ROOT, env=environment)
+    children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children")
+    while not (left := children.read_text().split()):
+        time.sleep(0.05)
+    sweep.kill()
+    sweep.wait()
+    with pytest.raises(UserError, match="left behind"), Folder(tmp_path / "w", "t"):
+        pass
+    os.kill(int(left[0]), signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(UserError), Folder(tmp_path / "w", "t"):
+            return
+        time.sleep(0.05)
+    pytest.fail("the folder is still locked")
 
 
 MAIN = """

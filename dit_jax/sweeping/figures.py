@@ -177,20 +177,21 @@ def loss_curves(rows: Sequence[Row], reference: dict[str, list[tuple[int, float]
     if not shown:
         return None
     figure, (ax,) = panels(1)
-    ends, texts, colours, lowest, highest = [], [], [], [], []
+    ends, texts, colours, late = [], [], [], []
+    longest = max(row.loss_curve[-1][0] for repetitions in shown.values() for row in repetitions)
     for (group, repetitions), colour in zip(shown.items(), style.shades(len(shown)), strict=True):
         for row in repetitions:
             steps, losses = _thinned(row.loss_curve)
             ax.plot(steps, losses, color=colour, linewidth=1)
-            lowest.append(losses.min())
-            highest.append(np.quantile(losses, 0.9))
+            late += losses[steps >= 0.15 * longest].tolist()
             if row.name in reference:
                 ax.plot(*_thinned(reference[row.name]), color=style.INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=3)
-        ends.append((row.loss_curve[-1][0], row.loss_curve[-1][1]))
+        ends.append(max(row.loss_curve[-1] for row in repetitions))
         texts.append(names[group])
         colours.append(colour)
-    ax.set_ylim(min(lowest) - 0.1 * (max(highest) - min(lowest)), max(highest))
-    ax.set_xlim(0, max(x for x, _ in ends))
+    room = 0.05 * (max(late) - min(late)) or 0.1 * abs(max(late)) or 1.0
+    ax.set_ylim(min(late) - 2 * room, max(late) + room)
+    ax.set_xlim(0, longest)
     ax.set_xlabel("Training steps")
     ax.set_ylabel("Training loss, mean since the last record")
     used = any(row.name in reference for row in rows)

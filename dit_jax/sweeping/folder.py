@@ -60,11 +60,17 @@ class Folder:
             self._lock = open(self.path / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another sweep is at work in {self.path}; wait for it or give another --workdir") from None
+            raise UserError(f"another sweep, or a run that a killed one left behind, is at work in {self.path}; wait for it, "
+                            "end it, or give another --workdir") from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
         self.check_title()
         return self
+
+    @property
+    def lock(self) -> int:
+        """Descriptor of the lock, while entered."""
+        return self._lock.fileno()
 
     def __exit__(self, *exc_info):
         self._lock.close()

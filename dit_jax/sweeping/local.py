@@ -28,10 +28,15 @@ class Child:
     """One process at a time; the first SIGINT or SIGTERM is handed to it, which saves and stops, the second kills it.
 
     A context manager; `stopping` says that a signal came.
+
+    Args:
+        lock: descriptor of the folder's lock, which the process holds too: killed, a sweep leaves its run training, and another
+            must not start it again beside that.
     """
 
-    def __init__(self):
+    def __init__(self, lock: int | None = None):
         self.stopping, self._process, self._previous = False, None, {}
+        self._kept = () if lock is None else (lock,)
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,7 +64,7 @@ class Child:
             errors.flush()
             # In a session of its own: the terminal's Ctrl-C would reach it beside ours, and a second signal ends it at once.
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
-                                             start_new_session=True)
+                                             start_new_session=True, pass_fds=self._kept)
             if self.stopping:  # between the last look and the start
                 self._process.send_signal(signal.SIGTERM)
             while True:

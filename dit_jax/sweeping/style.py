@@ -80,7 +80,8 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
     taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in pixels]
     taken += [(x - point, y - point, x + point, y + point) for x, y in (ax.transData.transform(others) if len(others) else [])]
     frame = ax.get_window_extent(renderer)
-    places = [(0, 9), (7, 0), (0, -9), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 16), (15, 0), (0, -16), (-15, 0)]
+    places = [(0, 9), (7, 0), (0, -9), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 16), (15, 0), (0, -16), (-15, 0),
+              (0, 25), (0, -25)]
     for (x, y), text, data, hue in zip(pixels, texts, points, hues or [INK] * len(points), strict=True):
         probe = ax.text(*data, text, fontsize=7)
         size = probe.get_window_extent(renderer)
@@ -133,7 +134,7 @@ def log_ticks(axis):
 
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
-    subs = (1,) if decades > 2 else (1, 2, 5) if decades > 0.5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    subs = (1,) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 2, 3, 5, 7) if decades > 0.25 else range(1, 10)
     if not PLAIN[0] <= low < high <= PLAIN[1] and decades > 0.5:  # longer labels
         subs = (1,) if decades > 1.5 else (1, 3)
     axis.set_major_locator(ticker.LogLocator(subs=subs))
