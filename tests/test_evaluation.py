@@ -181,6 +181,30 @@ def test_npz_piece_by_piece(tmp_path, save):
         assert np.array_equal(np.concatenate(list(found.batches(start, stop, 7))), wanted[start:stop])
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_changed_byte_is_found(tmp_path, save):
+    """An npz that a disk or a copy damaged, scored as if it were whole; a traceback in place of its name."""
+    path = tmp_path / "x.npz"
+    save(path, images(700))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npz is damaged"):
+        list(NpzImages(path).batches(0, 700, 20))
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"replicates": 3}, "at least 100"),
+    ({"replicates": -1}, "at least 100"),
+    ({"level": 1.5}, "between 0 and 1"),
+    ({"kid_subset_size": 1}, "at least 1 of at least 2"),
+])
+def test_options_are_checked_first(changes, text):
+    """A mistake in a flag that is told after hours of taking features: here before the samples are even opened."""
+    with pytest.raises(UserError, match=text):
+        scores.evaluate("not_there.npz", "digits", "pixels", None, scores.Options(**changes))
+
+
 def test_folder_of_samples(tmp_path):
     """Shards read in another order, or an unfinished folder scored as if it were whole."""
     wanted = images(150)

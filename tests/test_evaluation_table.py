@@ -29,6 +29,14 @@ def test_what_differs_is_marked(tmp_path):
     assert "differ in reference: rows with other entries there must not be compared" in table([a, c], "text")
 
 
+def test_fields_of_a_sampler_and_forecasts_are_marked(tmp_path):
+    """Samples with forecast blocks, or with noise, beside others that look alike but for the number."""
+    plain = {"sampler": {"name": "ddim", "num_steps": 50, "eta": 0.0}, "forecast": {"interval": 1, "order": 2}}
+    other = {"sampler": {"name": "ddim", "num_steps": 50, "eta": 1.0}, "forecast": {"interval": 3, "order": 2}}
+    found = table([result(tmp_path, "a", 1.0, made_by=plain), result(tmp_path, "b", 2.0, made_by=other)], "markdown")
+    assert found.splitlines()[0] == "| result | fid | forecast interval* | sampler eta* |"
+
+
 def test_csv_has_everything(tmp_path):
     """A spreadsheet with numbers cut to four digits, or without the protocol."""
     a, b = result(tmp_path, "a", 9.123456789), result(tmp_path, "b", 3.5, sfid=4.25)

@@ -4,10 +4,12 @@ N images of H x W pixels and C channels.
 """
 
 import contextlib
+import functools
 import json
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +24,7 @@ from dit_jax.errors import UserError
 from dit_jax.sampling import shards
 
 ARRAY = "arr_0.npy"
+READ_BYTES = 2**24
 
 
 class Images(Protocol):
@@ -91,14 +94,30 @@ class NpzImages:
         return read(start, stop, size)
 
     def _mapped(self, start, stop, size):
+        images = self._content[self._header_bytes:].reshape(self._count, *self.shape)
+        for first in range(start, stop, size):
+            yield np.array(images[first:min(first + size, stop)])
+
+    @functools.cached_property
+    def _content(self) -> np.ndarray:
+        """The bytes of arr_0 where they are not compressed, mapped into memory; held to their CRC-32 once, before any is used."""
         with open(self.path, "rb") as file:  # the local header's names may be longer than the directory's
             file.seek(self._member.header_offset)
             header = file.read(30)
         name, extra = struct.unpack("<HH", header[26:30])
-        offset = self._member.header_offset + 30 + name + extra + self._header_bytes
-        images = np.memmap(self.path, np.uint8, "r", offset, (self._count, *self.shape))
-        for first in range(start, stop, size):
-            yield np.array(images[first:min(first + size, stop)])
+        offset = self._member.header_offset + 30 + name + extra
+        try:
+            found, crc = np.memmap(self.path, np.uint8, "r", offset, (self._member.file_size,)), 0
+        except ValueError as error:
+            raise self._damaged(error) from None
+        for start in range(0, len(found), READ_BYTES):
+            crc = zlib.crc32(found[start:start + READ_BYTES], crc)
+        if crc != self._member.CRC:
+            raise self._damaged("arr_0 has another CRC-32 than when it was written")
+        return found
+
+    def _damaged(self, why) -> UserError:
+        return UserError(f"{self.path} is damaged ({why}): draw, write or download it again")
 
     def _unpacked(self, start, stop, size):
         row = math.prod(self.shape)
@@ -108,13 +127,23 @@ class NpzImages:
         self._skip((start - self._position) * row)
         for first in range(start, stop, size):
             count = min(size, stop - first)
-            data = self._stream.read(count * row)  # whose end zipfile holds to the CRC-32
+            data = self._read(count * row)
             self._position = first + count
             yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
 
     def _skip(self, count: int):
         while count:
-            count -= len(self._stream.read(min(count, 2**24)))
+            count -= len(self._read(min(count, READ_BYTES)))
+
+    def _read(self, count: int) -> bytes:
+        """The next bytes of a compressed file, whose end zipfile holds to the CRC-32."""
+        try:
+            data = self._stream.read(count)
+        except (zlib.error, zipfile.BadZipFile, EOFError) as error:
+            raise self._damaged(error) from None
+        if len(data) < count:
+            raise self._damaged("arr_0 ends early")
+        return data
 
 
 def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:

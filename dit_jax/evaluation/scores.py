@@ -20,6 +20,8 @@ from dit_jax.evaluation.images import Images, open_images, open_samples
 from dit_jax.evaluation.provenance import provenance
 from dit_jax.evaluation.reference import Reference
 from dit_jax.evaluation.snapshots import Snapshots, remove
+from dit_jax.metrics import bootstrap
+from dit_jax.metrics import kernel_distance as kernels
 from dit_jax.metrics.bootstrap import bootstrap_interval, influences
 from dit_jax.metrics.frechet import Moments, frechet_distance, frechet_gradient
 from dit_jax.metrics.inception_score import PARTITIONS, TENTHS, inception_score
@@ -52,6 +54,13 @@ def check(reference: str, features: str, weights: str | None, shape: tuple[int, 
     open_reference(reference, shape)
 
 
+def check_options(options: Options):
+    """Raises a UserError for a number that is out of range: before the features are taken, which may be hours."""
+    kernels.check(kernels.SUBSETS, options.kid_subset_size)
+    if options.replicates:
+        bootstrap.check(options.replicates, options.level)
+
+
 def open_reference(reference: str, shape: tuple[int, int, int]) -> Reference | Images:
     """Statistics, if `reference` is an npz of them, or images of that shape.
 
@@ -77,6 +86,7 @@ def evaluate(samples: str, reference: str | None, features: str, weights: str | 
         UserError: files that cannot be read, metrics that are not possible, a reference that cannot be compared.
     """
     options = options or Options()
+    check_options(options)
     check_name(features, weights)
     images = open_samples(samples)
     check_shape(features, images.shape)

@@ -23,10 +23,13 @@ PROTOCOL = {
     "size": ("image_shape",),
     "sampler": ("made_by", "sampler", "name"),
     "steps": ("made_by", "sampler", "num_steps"),
+    "forecast interval": ("made_by", "forecast", "interval"),
+    "forecast order": ("made_by", "forecast", "order"),
     "guidance": ("made_by", "guidance", "scale"),
     "guided channels": ("made_by", "guidance", "channels"),
     "guided from": ("made_by", "guidance", "low"),
     "guided to": ("made_by", "guidance", "high"),
+    "autoguidance": ("made_by", "autoguidance_weights"),
     "labels": ("made_by", "labels"),
     "EMA": ("made_by", "ema_decay"),
     "seed": ("made_by", "seed"),
@@ -72,7 +75,7 @@ def table(paths: list[str], form: str) -> str:
     if form not in FORMATS:
         raise UserError(f"--format={form}; it must be one of {', '.join(FORMATS)}")
     results = [read_result(path) for path in paths]
-    fields = {name: [_shown(_found(result, where)) for result in results] for name, where in PROTOCOL.items()}
+    fields = {name: [_shown(_found(result, where)) for result in results] for name, where in _protocol(results).items()}
     fields = {name: values for name, values in fields.items() if any(values)}
     differing = {name: values for name, values in fields.items() if len(set(values)) > 1}
     metrics = {name: [_number(result, name) for result in results] for name in METRICS if any(name in r for r in results)}
@@ -90,6 +93,13 @@ def table(paths: list[str], form: str) -> str:
     if wrong := [name for name in INCOMPARABLE if name in differing]:
         notes.append(f"* These differ in {', '.join(wrong)}: rows with other entries there must not be compared by metrics.")
     return _lines(columns, form) + "\n\n" + "\n".join(notes)
+
+
+def _protocol(results: list[dict]) -> dict[str, tuple[str, ...]]:
+    """PROTOCOL, and whatever else their samplers have: eta, spacing, order."""
+    shown, sampler = set(PROTOCOL.values()), ("made_by", "sampler")
+    more = {key for result in results if isinstance(found := _found(result, sampler), dict) for key in found}
+    return PROTOCOL | {f"sampler {key}": (*sampler, key) for key in sorted(more) if (*sampler, key) not in shown}
 
 
 def _found(result: dict, where: tuple[str, ...]) -> Any:

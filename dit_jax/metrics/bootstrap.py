@@ -48,6 +48,14 @@ def influences(features: np.ndarray, mean: np.ndarray, gradient: Gradient) -> np
     return found
 
 
+def check(replicates: int, level: float):
+    """Raises a UserError if no interval has so many replicates or that level."""
+    if replicates < 100:
+        raise UserError(f"{replicates} bootstrap replicates; at least 100 are needed")
+    if not 0 < level < 1:
+        raise UserError(f"a bootstrap interval of level {level}; it must lie between 0 and 1, as 0.95")
+
+
 def bootstrap_interval(value: float, influence: np.ndarray, replicates: int = 1_000, level: float = 0.95,
                        seed: int = 0) -> Interval:
     """The interval value + quantiles of the mean influence over images drawn with replacement.
@@ -57,15 +65,12 @@ def bootstrap_interval(value: float, influence: np.ndarray, replicates: int = 1_
         replicates: at least 100.
         level: in (0, 1).
     Raises:
-        UserError: fewer than 2 images, replicates or level out of range.
+        UserError: fewer than 2 images; see `check`.
     Source: Davison & Hinkley 1997, section 2.7.4 (bootstrap of the linear approximation).
     """
     if len(influence) < 2:
         raise UserError(f"{len(influence)} images: an interval needs at least 2")
-    if replicates < 100:
-        raise UserError(f"{replicates} bootstrap replicates; at least 100 are needed")
-    if not 0 < level < 1:
-        raise UserError(f"a bootstrap interval of level {level}; it must lie between 0 and 1, as 0.95")
+    check(replicates, level)
     count, centered = len(influence), influence - influence.mean()
     rng = np.random.default_rng(seed)
     means = np.array([centered[rng.integers(0, count, count)].mean() for _ in range(replicates)])

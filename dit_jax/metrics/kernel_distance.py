@@ -7,8 +7,10 @@ import numpy as np
 
 from dit_jax.errors import UserError
 
+SUBSETS = 100
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: int = 100, subset_size: int = 1_000,
+
+def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, subset_size: int = 1_000,
                     seed: int = 2020) -> tuple[float, float]:
     """(mean, standard deviation over subsets) of the unbiased estimate; it may be a little below 0.
 
@@ -25,8 +27,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: int = 
     """
     if features.shape[1] != reference.shape[1]:
         raise ValueError(f"features of {features.shape[1]} and of {reference.shape[1]} numbers cannot be compared")
-    if subsets < 1 or subset_size < 2:
-        raise UserError(f"{subsets} KID subsets of {subset_size} images; at least 1 of at least 2 is needed")
+    check(subsets, subset_size)
     if min(len(features), len(reference)) < subset_size:
         raise UserError(f"KID subsets of {subset_size} images need as many on each side, and there are {len(features)} samples "
                         f"and {len(reference)} reference images: draw more, or take smaller subsets and say so")
@@ -39,6 +40,12 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: int = 
         y = reference[rng.choice(len(reference), subset_size, replace=False)]
         found[i] = unbiased_mmd2(np.asarray(x, np.float32), np.asarray(y, np.float32))
     return float(found.mean()), float(found.std())
+
+
+def check(subsets: int, subset_size: int):
+    """Raises a UserError if there are no such subsets."""
+    if subsets < 1 or subset_size < 2:
+        raise UserError(f"{subsets} KID subsets of {subset_size} images; at least 1 of at least 2 is needed")
 
 
 def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
