@@ -1,4 +1,4 @@
-"""Fréchet distance against GFLOPs on the 8 x 8 digits: six models over two decades, two seeds each; half an hour on two cores.
+"""Fréchet distance against GFLOPs on the 8 x 8 digits: six models over two decades, two seeds each; 40 minutes on two cores.
 
     python -m dit_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/digits_sweep
 
