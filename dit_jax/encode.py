@@ -30,7 +30,8 @@ OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
 MIRROR = flags.DEFINE_boolean("mirror", None, "Encode mirror images too. If not given: yes, or as --config.transform.flip.")
 UPRIGHT = flags.DEFINE_boolean("upright", None, "Turn photographs as their EXIF orientation asks. If not given: no, or as "
                                "--config.transform.upright.")
-BATCH_SIZE = flags.DEFINE_integer("device_batch_size", 16, "Images per device at a time.")
+BATCH_SIZE = flags.DEFINE_integer("device_batch_size", 16, "Images per device at a time: a multiple of 8, on a CPU any "
+                                  "number. The bytes do not depend on it.")
 SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard; if not given, as many as fit in 512 MiB.")
 MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Share of the records that may be unreadable; they are left out.")
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that read and decode images.")

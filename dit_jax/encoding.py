@@ -1,8 +1,9 @@
 """Writing a latent cache: what `python -m dit_jax.encode` does. `data.latents` reads it, `data.latent_files` names its files,
 `cache_folder` is what is settled before the first shard and after the last.
 
-Shard k is records [k * S, (k + 1) * S) of the source, and begins with a batch of its own. A batch has the same shape on every
-device always, so a row's arithmetic depends on its shard alone: not on what ran before, nor on the number of devices and hosts.
+Shard k is records [k * S, (k + 1) * S) of the source, and begins with a batch of its own, in which every device works on chunks
+of `images_at_once`. XLA rounds a row otherwise in a batch of another size, so a row's arithmetic depends on its shard and that
+number alone: not on what ran before, nor on the batch size and the number of devices and hosts.
 """
 
 import contextlib
@@ -37,7 +38,17 @@ from dit_jax.interop.vae import weights_sha256
 from dit_jax.pixels import to_float
 
 SHARD_BYTES = 2**29
+SHARD_MULTIPLE = 8  # of records: whole chunks on every platform
 ROWS_AT_ONCE = 64  # of the statistics, so that their float64 copies stay small
+
+
+def images_at_once() -> int:
+    """Images of a chunk: enough to fill an accelerator; 1 on a CPU.
+
+    Eigen, XLA's matrix library there, splits the sum of a convolution with few output channels over as many threads as the
+    process has, and a process has at least as many as simulated devices; one image is too little work to be split so.
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,12 @@ class Job:
         resolution: side of the square images in pixels.
         mirror: encode every image's mirror image too.
         upright: turn photographs as their EXIF orientation asks.
-        device_batch_size: images per device and call of the codec.
+        device_batch_size: images per device and call, whole chunks of `images_at_once`; no byte depends on it.
         shard_records: S; None takes the most whose moments fit in SHARD_BYTES.
 
     Raises:
-        UserError: a resolution that does not suit the codec; a number below 1; an empty data set.
+        UserError: a resolution that does not suit the codec; a number below 1; a batch that is no multiple of a chunk; an
+            empty data set.
     """
 
     source: Source
@@ -70,6 +82,9 @@ class Job:
         for name in ("device_batch_size", "shard_records"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.device_batch_size % images_at_once():
+            raise UserError(f"device_batch_size is {self.device_batch_size}; on a {jax.default_backend()} it must be a multiple "
+                            f"of {images_at_once()}")
         if not len(self.source):
             raise UserError("the data set is empty: check its path and split")
 
@@ -91,7 +106,7 @@ class Job:
         if self.shard_records is not None:
             return self.shard_records
         fitting = SHARD_BYTES // (2 * self.views * math.prod(self.moments_shape))
-        return max(fitting - fitting % self.device_batch_size, self.device_batch_size)
+        return max(fitting - fitting % SHARD_MULTIPLE, SHARD_MULTIPLE)
 
     @property
     def num_shards(self) -> int:
@@ -113,13 +128,13 @@ class Job:
                 "source": {"fingerprint": source.fingerprint, "records": len(source)},
                 "num_classes": source.num_classes,
                 "class_names": source.class_names,
-                "device_batch_size": self.device_batch_size,
                 "shard_records": self.records_per_shard,
             },
             "scale": codec.scale,  # of the codec as it was given first: the moments do not depend on them
             "shift": codec.shift,
             "made_with": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__,
-                          "pillow": PIL.__version__, "device": jax.local_devices()[0].device_kind,
+                          "images_at_once": images_at_once(), "pillow": PIL.__version__,
+                          "device": jax.local_devices()[0].device_kind,
                           "matmul_precision": jax.config.jax_default_matmul_precision},
         }))
 
@@ -201,15 +216,19 @@ class DeviceEncoder:
         self._rows = NamedSharding(mesh, PartitionSpec("rows"))
         self._params = jax.device_put({"encoder": job.params["encoder"]}, NamedSharding(mesh, PartitionSpec()))
 
-        def moments(params, images):
+        def chunk(params, images):
             images = to_float(images)
             if job.mirror:
                 images = jnp.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
             return job.codec.encode(params, images)
 
+        def moments(params, images):
+            chunks = images.reshape(-1, images_at_once(), *images.shape[1:])
+            return jax.lax.map(lambda x: chunk(params, x), chunks).reshape(-1, *job.moments_shape)
+
         # shard_map, so that the program of a device does not depend on how many there are.
         self._program = jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("rows")),
-                                              out_specs=PartitionSpec("rows")))
+                                              out_specs=PartitionSpec("rows"), check_vma=False))
 
     def start(self, images: np.ndarray) -> jax.Array:
         """uint8 [n, R, R, C], n at most the batch size -> moments that are being computed, rows past n * views padding."""
