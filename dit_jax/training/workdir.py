@@ -20,7 +20,7 @@ from dit_jax.errors import UserError
 
 # May change when a run goes on; every other field makes it another run.
 RESUMABLE = ("num_steps", "mesh", "loader", "checkpoint", "log", "profile", "preview", "evaluation", "sampler",
-             "guidance", "forecast")
+             "guidance", "forecast", "scoring")
 # What changes the speed of a network and not what it computes, and places whose content is compared by its hash.
 RESUMABLE_FIELDS = ("model.attention", "model.remat", "model.unroll", "codec.path", "data.path", "data.verify",
                     "task.perceptual_path")
