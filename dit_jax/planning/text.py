@@ -30,7 +30,7 @@ def training(found: dict[str, Any]) -> Iterable[str]:
     if found["refusal"]:
         yield f"the compiler: {found['refusal']}"
     for remedy in found["remedies"]:
-        yield (f"  helps: {remedy['what']}: about {remedy['saves_bytes'] / GIB:.2f} GiB"
+        yield (f"  helps: {remedy['what']}: saves about {remedy['saves_bytes'] / GIB:.2f} GiB"
                f"{', probably enough alone' if remedy['enough'] else ''}")
     for kind, row in found["collectives"].items():
         for axes, size in row.items():
