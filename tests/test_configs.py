@@ -120,7 +120,7 @@ LAYERS = {  # who may import whom, besides errors, pixels and itself
     "analysis": {"models", "codecs", "diffusion"},
     "interop": {"models", "codecs", "diffusion", "metrics", "parallel"},
     "evaluation": {"cache_folder", "console", "data", "interop", "metrics", "sampling"},
-    "sampling": {"__version__", "cache_folder", "console", "data", "diffusion", "parallel", "training"},  # of training: no loop, no run
+    "sampling": {"__version__", "cache_folder", "console", "data", "diffusion", "parallel", "training"},  # no loop, no run
 }
 FREE = {"__version__", "errors", "pixels"}
 
