@@ -217,9 +217,9 @@ def main() -> dict:
     labels, labels_mode = choose_labels(task.num_classes)
     batch_size = BATCH_SIZE.value if BATCH_SIZE.value is not None else min(config.evaluation.batch_size, NUM_SAMPLES.value)
     sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
-    weak = load_weak(config, mesh)
+    weak, forecast = load_weak(config, mesh), build.forecast(config)
     generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak.task if weak else None,
-                          forecast=build.forecast(config))
+                          forecast=forecast)
     codec = build.constants(config, mesh, None, codec_params)["codec"]
     params, step = load_params(source, task, mesh, chosen_step(source))
     console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
@@ -232,7 +232,8 @@ def main() -> dict:
     # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
     per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None
     return {"out": str(out), "grid": str(drawn.grid), "num_samples": len(labels), "seconds": drawn.seconds,
-            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step, "stopped": drawn.stopped}
+            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step, "stopped": drawn.stopped,
+            **({"steps_with_blocks": forecast.full_steps(sampler.num_steps)} if forecast.active else {})}
 
 
 if __name__ == "__main__":

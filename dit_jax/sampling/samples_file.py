@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dit_jax.errors import UserError
 from dit_jax.sampling.grid import write_image_grid
 
 READ_BYTES = 2**24
@@ -101,27 +100,3 @@ def write_picture(path: Path, picture: np.ndarray) -> Path:
     Image.fromarray(picture).save(partial, format="PNG")
     os.replace(partial, path)
     return path
-
-
-def read(path: Path) -> tuple[np.ndarray, dict | None]:
-    """(uint8 [N, H, W, C], how they were made if the file says so) of an npz, all of it in memory.
-
-    Raises:
-        UserError: not a readable npz, no arr_0, another dtype or shape.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file:
-                raise UserError(f"{path} has no array arr_0 (it has {', '.join(file.files) or 'nothing'}); write it with "
-                                "dit_jax.sample or np.savez(path, images)")
-            images = file["arr_0"]
-            made_by = json.loads(str(file["made_by"])) if "made_by" in file else None
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:
-        raise UserError(f"{path} is not a readable npz of images: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) < 2:
-        raise UserError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}; uint8 [N, H, W, 1 or 3] with N >= 2 is needed")
-    return images, made_by
