@@ -8,12 +8,13 @@ import pytest
 
 from dit_jax.codecs.perceptual import features, lpips, normalize
 from dit_jax.interop import lpips as interop
+from dit_jax.interop.tensors import write_foreign
 
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     path = tmp_path_factory.mktemp("lpips") / "x.safetensors"
-    interop.write(path, interop.from_package(lpips_weights.tensors(), "random"), {})
+    write_foreign(path, interop.from_package(lpips_weights.tensors(), "random"), {})
     return jax.tree.map(jnp.asarray, interop.load(path))
 
 
