@@ -71,9 +71,10 @@ def test_value_and_gradient_are_pytorchs(params, distance, gradient):
 
 def test_equal_images_have_distance_and_gradient_zero(params, distance, gradient):
     """A loss that pulls at a perfect reconstruction."""
-    x, _ = pairs(2, 19, 27, 3)
+    x, y = pairs(2, 19, 27, 3)
     assert not np.any(distance(params, x, x, jnp.float32))
-    assert not np.any(gradient(params, x, x))
+    at_rest, pull = (max(float(jnp.abs(g).max()) for g in gradient(params, x, other)) for other in (x, y))
+    assert at_rest < 1e-6 * pull  # not 0: the two sides of a difference may be fused otherwise
 
 
 def test_channels_are_normalised_in_float32_with_a_finite_gradient():
