@@ -6,6 +6,7 @@
     python -m dit_jax.benchmark --what=vae --preset=sd --resolution=256 --batch_size=16 --dtype=bfloat16
     python -m dit_jax.benchmark --what=images --data=photographs --threads=1,2,4
     python -m dit_jax.benchmark --what=latents
+    python -m dit_jax.benchmark --what=evaluation --resolution=256
     python -m dit_jax.benchmark --what=checkpoint --model=XL/2
     python -m dit_jax.benchmark --what=startup --config=configs/digits.py
 
@@ -27,14 +28,14 @@ try:
 except ImportError:  # a machine with jax, flax and optax only: --model
     config_flags = None
 
-WHAT = flags.DEFINE_enum("what", None, ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup"],
-                         "What to measure.")
+WHAT = flags.DEFINE_enum("what", None, ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup",
+                                          "evaluation"], "What to measure.")
 CONFIG = None if config_flags is None else config_flags.DEFINE_config_file("config", None, "Training config, instead of --model.",
                                                                             lock_config=True)
 MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
 RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images in pixels.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices. If not given: 256 for latents, 32 for "
-                                  "images, 8 for vae; else 256, on a CPU 8.")
+                                  "images, 8 for vae, evaluate's own for evaluation; else 256, on a CPU 8.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "To compute in. If not given: bfloat16, on a CPU float32.")
 REMAT = flags.DEFINE_enum("remat", "none", ["none", "full", "dots", "elementwise", "offload"], "model.remat of --model.")
 ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn"], "model.attention of --model.")
@@ -47,7 +48,8 @@ GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Guidance of --model;
 PRESET = flags.DEFINE_string("preset", "sd", "Sizes of the autoencoder: sd, sd3 or small.")
 CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL or a run, for its sizes, instead of --preset.")
 DATA = flags.DEFINE_string("data", None, "Folder of images; of a latent cache; to save checkpoints in. Made up if not given.")
-RECORDS = flags.DEFINE_integer("records", 8192, "Records of the latent cache that is made up.")
+RECORDS = flags.DEFINE_integer("records", None, "Records of the latent cache that is made up, 8192 if not given; images of "
+                               "evaluation, 8 batches if not given.")
 THREADS = flags.DEFINE_list("threads", None, "Numbers of threads that read images. If not given: 1, 2, 4 .. twice the cores.")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Time to measure for, after warm-up; at least 3 calls.", lower_bound=0.0)
 COMPARE = flags.DEFINE_bool("compare", False, "Measure PyTorch (diffusers' DiT) beside it, in turn; ratio is our time over its.")
@@ -64,6 +66,7 @@ USES = {
     "latents": ("data", "records", "resolution", "batch_size", "seconds"),
     "checkpoint": (*NETWORK, "data"),
     "startup": NETWORK,
+    "evaluation": ("resolution", "batch_size", "records"),
 }
 
 
@@ -169,7 +172,11 @@ def measure() -> dict:
     if WHAT.value == "latents":
         from dit_jax.benchmarking import latents
 
-        return latents.run(DATA.value, RESOLUTION.value, RECORDS.value, batch_size(256), SECONDS.value)
+        return latents.run(DATA.value, RESOLUTION.value, RECORDS.value or 8192, batch_size(256), SECONDS.value)
+    if WHAT.value == "evaluation":
+        from dit_jax.benchmarking import evaluation
+
+        return evaluation.run(RESOLUTION.value, BATCH_SIZE.value, RECORDS.value)
     from dit_jax.benchmarking import checkpoint
 
     it = subject()

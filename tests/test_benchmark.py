@@ -377,3 +377,27 @@ def test_peer_is_refused(torch):
     other = dataclasses.replace(one_device(), sampler=samplers.Ancestral(3))
     with pytest.raises(UserError, match="--sampler=ddim"):
         peer.Peer(other, "eager").sampler()
+
+
+def test_evaluation(monkeypatch):
+    """Compilation or the first batches counted as time of the images that follow; images counted that were not waited for."""
+    from dit_jax.benchmarking import evaluation
+
+    class Slow:
+        name = "slow"
+
+        def __call__(self, params, x):
+            pixels = x.reshape(len(x), -1)[:, :4].astype(np.float32)
+            return {"features": pixels, "spatial": pixels, "probabilities": jax.nn.softmax(pixels)}
+
+    class Weights:
+        def init(self, key, x):
+            return {"params": {}}
+
+    monkeypatch.setattr(evaluation, "Inception", Slow)
+    monkeypatch.setattr(evaluation, "InceptionV3", Weights)
+    result = evaluation.run(4, 8, 48)
+    assert result["images"] == 40 and result["measured_seconds"] < result["total_seconds"]
+    assert result["images_per_second"] == 40 / result["measured_seconds"]
+    with pytest.raises(UserError, match="give at least 32"):
+        evaluation.run(4, 8, 31)
