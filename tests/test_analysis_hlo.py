@@ -222,6 +222,20 @@ def test_flops_of_a_trace():
     assert jaxpr_flops.count(both) == pytest.approx(3 * forward, rel=0.3)  # the gradients' padding is not quite the forward's
 
 
+def test_flops_of_cudnn_attention(monkeypatch):
+    """A fused kernel counted as no work, or without the scores that its gradient computes again; a primitive that JAX renames."""
+    # Tracing asks for cuDNN's version, and there need be none here.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 92000)
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32).sum()
+
+    q, k = jax.ShapeDtypeStruct((2, 16, 4, 72), jnp.bfloat16), jax.ShapeDtypeStruct((2, 24, 4, 72), jnp.bfloat16)
+    product = 2 * 2 * 4 * 16 * 24 * 72
+    assert jaxpr_flops.count(jax.make_jaxpr(attend)(q, k, k)) == 2 * product
+    assert jaxpr_flops.count(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(q, k, k)) == 7 * product
+
+
 @pytest.mark.parametrize("shape, size", [("f32[2,3]{1,0}", 24), ("(bf16[4], pred[3])", 11), ("s4[5]", 3), ("f8e4m3fn[7]", 7),
                                          ("f32[<=4,2]", 32), ("s32[]", 4)])
 def test_sizes(shape, size):
