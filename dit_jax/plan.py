@@ -3,6 +3,7 @@
     python -m dit_jax.plan --models
     python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5p:4x4x4 --config.mesh.fsdp=64
     python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5e:4x4 --search --search_batch_sizes=256,512
+    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=h200:1 --config.data.name=latents --traffic
     python -m dit_jax.plan --table=v5e:4x4,v5p:4x4x4,v6e:4x4
 
 The first prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters,
@@ -26,6 +27,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this "
                                "machine if not given.")
 SAMPLER = flags.DEFINE_bool("sampler", True, "Also compile the draw of one batch of samples.")
+TRAFFIC = flags.DEFINE_bool("traffic", False, "Also list the kernels of the training step and the bytes that they move in HBM, "
+                            "by kind and by module of the network.")
 RESIDENT_ROWS = flags.DEFINE_integer("resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.",
                                      lower_bound=0)
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies, batch sizes and microbatches; rank them by images/s.")
@@ -94,8 +97,8 @@ def print_plan(config, topology) -> dict:
     if SAMPLER.value:
         plan.check_sampling(config)
     console.say(f"compiling the training step for {topology.name}")
-    found = plan.plan_training(config, topology, RESIDENT_ROWS.value)
-    for line in text.training(found):
+    found = plan.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
+    for line in (*text.training(found), *(text.traffic(found["traffic"], topology.chip) if TRAFFIC.value else ())):
         console.say(line)
     found["sampler"] = plan.plan_sampling(config, topology) if SAMPLER.value else None
     if found["sampler"]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dit_jax.analysis import collectives, hlo, jaxpr_flops
+from dit_jax.analysis import collectives, hlo, jaxpr_flops, traffic
 from dit_jax.analysis.traffic import hbm_traffic
 from dit_jax.parallel.mesh import make_mesh
 
@@ -198,6 +198,24 @@ FUSIONS = """\
 def test_hbm_traffic(body, matmul, other):
     """A stack of parameters read whole for each block's slice; what lies in a TPU's VMEM counted as HBM."""
     assert tuple(hbm_traffic(program(body, FUSIONS))) == (matmul, other)
+
+
+@pytest.mark.parametrize("body, kind, place, size", [
+    ('  ROOT %c = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul", '
+     'metadata={op_name="jit(step)/jvp(DiT)/while/body/closed_call/blocks/mlp/in/dot_general"}',
+     "products", "forward blocks/mlp/in", 1024),
+    ('  ROOT %c = (f32[8,16]{1,0}, u8[0]{0}) custom-call(%p), custom_call_target="__cudnn$fmhaSoftmax", '
+     'metadata={op_name="jit(step)/transpose(jvp(DiT))/while/body/closed_call/checkpoint/rematted_computation/blocks/attention/x"}',
+     "attention", "again blocks/attention", 1024),
+    ("  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
+     "  ROOT %f = f32[12,8,16]{2,1,0} fusion(%s, %p, %i), kind=kLoop, calls=%into_stack, "
+     'metadata={op_name="jit(step)/transpose(jvp(DiT))/while/body/jit(update)/dynamic_update_slice"}',
+     "copies", "backward loop", 1028),
+    ('  ROOT %n = f32[8,16]{1,0} negate(%p), metadata={op_name="jit(step)/neg"}', "arithmetic", "step other", 1024),
+])
+def test_kinds_and_places(body, kind, place, size):
+    """A kernel put down to another part of the network, a stack that counts as arithmetic, cuBLAS's workspace as traffic."""
+    assert list(traffic.works(program(body, FUSIONS))) == [(kind, place, size, 1)]
 
 
 def test_flops_of_a_trace():

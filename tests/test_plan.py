@@ -31,7 +31,7 @@ def eight(usable_bytes=2**33):
 @pytest.fixture(scope="module")
 def found():
     """The plan of a small DiT on data=2, fsdp=4."""
-    return plan.plan_training(tiny.config(mesh__fsdp=4), eight())
+    return plan.plan_training(tiny.config(mesh__fsdp=4), eight(), traffic=True)
 
 
 def test_memory_is_what_the_run_allocates(found):
@@ -72,6 +72,17 @@ def test_offloaded_moments_are_not_on_the_device(found):
     compiled, _, _ = compile_step(task, mesh, config.seed, state, {"codec": {}}, batch)
     assert memory.of_program(compiled, held["pinned_host"])["total"] == offloaded["bytes_per_device"]
     assert "in host memory" in "".join(plan_text.training(offloaded))
+
+
+def test_traffic_by_place(found):
+    """Bytes that the table by module loses or counts twice, kernels of a block counted once for all blocks, an empty place."""
+    rows, depth = found["traffic"], tiny.config().model.depth
+    assert sum(row["bytes"] for row in rows) == found["hbm_traffic_bytes"]
+    assert {row["kind"] for row in rows} == {"products", "copies", "arithmetic"}
+    kernels = {row["place"]: row["kernels"] for row in rows if row["kind"] == "products"}
+    assert (kernels["forward blocks/mlp/in"], kernels["backward blocks/mlp/in"]) == (depth, 2 * depth)
+    lines = list(plan_text.traffic(rows, chips.CHIPS["h200"]))
+    assert len(lines) > 5 and "forward blocks/mlp" in "".join(lines)
 
 
 def test_more_fsdp_is_less_memory(found):
@@ -143,7 +154,7 @@ def test_too_large_gets_remedies(monkeypatch):
 def test_more_than_there_is_does_not_fit():
     """A program that compiles, for devices that are too small for it, and is said to fit."""
     sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 100, "code": 0, "host": 0, "total": 100}
-    compiled = plan.Compiled(sizes, None, 1, Traffic(1, 1), [], 0, 1.0)
+    compiled = plan.Compiled(sizes, None, 1, Traffic(1, 1), [], [], 0, 1.0)
     mesh = build.mesh(tiny.config())
     assert plan._report(eight(usable_bytes=100), mesh, compiled)["fits"]
     assert not plan._report(eight(usable_bytes=99), mesh, compiled)["fits"]

@@ -19,6 +19,7 @@ HEADER = re.compile(r"(?:ENTRY\s+)?%?([\w.\-]+)\s*\(")
 RUNS = {"call", "conditional", "async-start"}  # run their computations as often as they run, like a while its body
 MATMULS = {"dot", "convolution", "ragged-dot"}
 MATMUL_CALLS = re.compile(r'custom_call_target="[^"]*(gemm|matmul|fmha|conv|attention|tpu_custom_call)', re.IGNORECASE)
+ATTENTION_CALLS = re.compile(r'custom_call_target="[^"]*(fmha|attention)', re.IGNORECASE)
 
 
 @dataclass(frozen=True)

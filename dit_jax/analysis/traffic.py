@@ -1,9 +1,16 @@
 """Bytes that a compiled program moves between HBM and a chip, loops counted as often as they run."""
 
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from dit_jax.analysis.collectives import KINDS
-from dit_jax.analysis.hlo import FREE, MATMUL_CALLS, MATMULS, Computation, Instruction, Program
+from dit_jax.analysis.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, Computation, Instruction, Program
+
+# Instructions that compute nothing: a fusion of these alone is a copy, whatever else of scalars is in it.
+MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "copy-start", "slice-start", "transpose",
+         "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast", "pad", "convert"}
+STRUCTURE = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation"}
 
 
 class Traffic(NamedTuple):
@@ -13,19 +20,72 @@ class Traffic(NamedTuple):
     other: int
 
 
-def hbm_traffic(program: Program) -> Traffic:
+class Work(NamedTuple):
+    """One instruction that runs: a kernel on a GPU.
+
+    Fields:
+        kind: "products", "attention" (a fused kernel), "copies" (a scan's stacks, slices, fills, casts, layouts), "arithmetic".
+        place: the pass and the module of the network that it comes from, as in "backward blocks/mlp/in"; of a fusion, its result.
+        bytes: read and written in one run.
+        times: how often it runs.
+    """
+
+    kind: str
+    place: str
+    bytes: int
+    times: int
+
+
+def works(program: Program) -> Iterator[Work]:
     """What every instruction reads and writes, arrays in nearer memories left out, slices counted as slices.
 
     An array that stays in a cache between two instructions counts twice, so that this is an upper bound on GPUs.
     """
-    total = {True: 0, False: 0}
     for computation, instruction, times in program.executed():
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith("-done") or opcode == "async-start" or opcode.removesuffix("-start") in KINDS:
             continue
         matmul, moved = _cost(program, computation, instruction)
-        total[matmul] += times * moved
+        yield Work(_kind(program, instruction, matmul), place(instruction), moved, times)
+
+
+def hbm_traffic(program: Program) -> Traffic:
+    """The bytes of `works` as a step's time depends on them."""
+    total = {True: 0, False: 0}
+    for work in works(program):
+        total[work.kind in ("products", "attention")] += work.times * work.bytes
     return Traffic(total[True], total[False])
+
+
+def by_place(program: Program) -> list[dict[str, str | int]]:
+    """{"kind", "place", "kernels", "bytes"} of a whole run, the most bytes first."""
+    rows: dict[tuple[str, str], dict[str, str | int]] = {}
+    for work in works(program):
+        row = rows.setdefault((work.kind, work.place), {"kind": work.kind, "place": work.place, "kernels": 0, "bytes": 0})
+        row["kernels"] += work.times
+        row["bytes"] += work.times * work.bytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def place(instruction: Instruction) -> str:
+    """"forward", "backward", "again" (rematerialised) or "step" (none of them), then the modules that JAX's name for it tells."""
+    found = re.search(r'op_name="([^";]*)', instruction.attributes)
+    *parts, _ = found[1].split("/") if found else [""]
+    name = "/".join(parts)
+    when = ("again" if "rematted_computation" in name else "backward" if "transpose(" in name else
+            "forward" if "jvp(" in name else "step")
+    modules = [part for part in parts if "(" not in part and part not in STRUCTURE]
+    return " ".join([when, "/".join(modules) or ("loop" if "while" in parts else "other")])
+
+
+def _kind(program: Program, instruction: Instruction, matmul: bool) -> str:
+    if instruction.opcode == "custom-call" and ATTENTION_CALLS.search(instruction.attributes):
+        return "attention"
+    if matmul:
+        return "products"
+    inside = program.computations[instruction.called()[0]].values() if instruction.opcode == "fusion" else (instruction,)
+    moves = all(i.opcode in MOVES or all(not a.dims for a in i.arrays) for i in inside)
+    return "copies" if moves else "arithmetic"
 
 
 def _hbm(instruction: Instruction) -> int:
@@ -49,7 +109,10 @@ def _cost(program: Program, computation: Computation, instruction: Instruction) 
         read = sum(min(_hbm(operand), _part_read(program, fused, _parameter(fused, number), _hbm(operand)))
                    for number, operand in enumerate(operands))
         return any(_is_matmul(program, i) for i in fused.values()), read + _written(program, fused, instruction)
-    return _is_matmul(program, instruction), _hbm(instruction) + sum(map(_hbm, operands))
+    written = _hbm(instruction)
+    if instruction.opcode == "custom-call" and len(instruction.arrays) > 1 and instruction.arrays[-1].dtype in ("s8", "u8"):
+        written -= instruction.arrays[-1].bytes  # the workspace of cuBLAS and cuDNN, of which they touch what they need
+    return _is_matmul(program, instruction), written + sum(map(_hbm, operands))
 
 
 def _is_matmul(program: Program, instruction: Instruction) -> bool:

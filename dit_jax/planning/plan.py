@@ -10,7 +10,7 @@ from dit_jax import build
 from dit_jax.analysis import collectives, hlo, jaxpr_flops, memory, roofline
 from dit_jax.analysis.flops import dit_macs
 from dit_jax.analysis.topology import GPUS, Topology
-from dit_jax.analysis.traffic import Traffic, hbm_traffic
+from dit_jax.analysis.traffic import Traffic, by_place, hbm_traffic
 from dit_jax.analysis.vae_flops import gmacs
 from dit_jax.errors import UserError
 from dit_jax.planning import programs
@@ -25,6 +25,7 @@ class Compiled:
         memory: bytes per device by kind, see `memory.of_program`; where the compiler refused, what it said it needs.
         refusal: why the compiler refused, or None.
         executed_flops: of all devices, rematerialisation and frozen networks included.
+        traffic_by_place: see `traffic.by_place`.
         unknown_loops: how many loops count as one pass because their length is not in the program.
     """
 
@@ -32,6 +33,7 @@ class Compiled:
     refusal: str | None
     executed_flops: int
     traffic: Traffic | None
+    traffic_by_place: list[dict[str, Any]]
     collectives: list[collectives.Collective]
     unknown_loops: int
     seconds: float
@@ -70,12 +72,12 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
         total = wanted + given if "temporaries" in what else wanted
         sizes = {"arguments": given, "outputs": 0, "aliased": 0, "temporaries": total - given, "code": 0,
                  "host": memory.bytes_per_device(arguments, in_host=True), "total": total}
-        return Compiled(sizes, str(error).splitlines()[0], flops, None, [], 0, time.monotonic() - start)
+        return Compiled(sizes, str(error).splitlines()[0], flops, None, [], [], 0, time.monotonic() - start)
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
-    return Compiled(sizes, None, flops, hbm_traffic(program), collectives.find(program, mesh.devices.size),
-                    len(program.unknown_loops()), seconds)
+    return Compiled(sizes, None, flops, hbm_traffic(program), by_place(program),
+                    collectives.find(program, mesh.devices.size), len(program.unknown_loops()), seconds)
 
 
 def model_flops(config, task) -> int:
@@ -103,8 +105,8 @@ def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
     return {name: memory.bytes_per_device(part) for name, part in parts.items()}
 
 
-def plan_training(config, topology: Topology, resident_rows: int = 0) -> dict[str, Any]:
-    """Compiles the training step and reports on it; keys as the JSON of `python -m dit_jax.plan`.
+def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: bool = False) -> dict[str, Any]:
+    """Compiles the training step and reports on it; keys as the JSON of `python -m dit_jax.plan`, "traffic" if asked for.
 
     Raises:
         UserError: the config, the mesh and the topology do not fit each other.
@@ -127,6 +129,8 @@ def plan_training(config, topology: Topology, resident_rows: int = 0) -> dict[st
         "offload": task.offload,
         "remat": config.model.remat if "model" in config else None,
     }
+    if traffic:
+        report["traffic"] = compiled.traffic_by_place
     step, peak = report["step_seconds"], topology.chip.peak_flops
     report["mfu"] = flops / (step * mesh.devices.size * peak) if step else None
     report["images_per_second"] = config.batch_size / step if step else None

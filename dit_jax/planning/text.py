@@ -49,6 +49,18 @@ def training(found: dict[str, Any]) -> Iterable[str]:
         yield "no step time: the speed of simulated devices says nothing"
 
 
+def traffic(rows: list[dict[str, Any]], chip: chips.Chip) -> Iterable[str]:
+    """Lines about what moves bytes: each kind of kernel, then the places that have at least a hundredth of all."""
+    total = sum(row["bytes"] for row in rows)
+    kinds = {row["kind"]: [other for other in rows if other["kind"] == row["kind"]] for row in rows}
+    summed = [{"kind": kind, "place": "in all", **{key: sum(row[key] for row in some) for key in ("kernels", "bytes")}}
+              for kind, some in kinds.items()]
+    yield f"{'HBM traffic of a step on one device':50} {'kernels':>8} {'GB':>9} {'ms':>8}"
+    for row in (*summed, *(row for row in rows if row["bytes"] >= total / 100)):
+        seconds = row["bytes"] / (chip.hbm_bandwidth * chips.HBM_EFFICIENCY) if chip.hbm_bandwidth else None
+        yield f"  {row['kind']:11}{row['place']:37} {row['kernels']:8} {row['bytes'] / 1e9:9.3f} {milliseconds(seconds):>8}"
+
+
 def sampling(found: dict[str, Any]) -> str:
     """A line about one draw of samples."""
     rate = f", {found['images_per_second']:.1f} images/s" if found["images_per_second"] else ""
