@@ -15,7 +15,10 @@ CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "elementwise": jax.checkpoint_policies.save_only_these_names(*layers.PRODUCTS),
+    # The statistics of cuDNN's softmax have no name: without its kernel's own outputs the forward kernel would run twice.
+    "elementwise": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(*layers.PRODUCTS),
+        lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=list(layers.PRODUCTS), offload_src="device",
         offload_dst="pinned_host"),
@@ -198,7 +201,8 @@ class DiT(nn.Module):
 
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+            # Written out, XLA would merge what is computed again with what was computed before; a loop keeps them apart.
+            block = nn.remat(Block, prevent_cse=self.unroll, policy=REMAT_POLICIES[self.remat])
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                          in_axes=(nn.broadcast, nn.broadcast), length=self.depth,
                          unroll=self.depth if self.unroll else 1)
