@@ -54,6 +54,15 @@ def test_a_stopped_score_is_finished_by_the_next_start(tmp_path, monkeypatch):
     assert sorted(records(tmp_path)) == [2, 4, 6]
 
 
+def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
+    """A signal that comes just before a score: the score of that step was never taken."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dit_jax.training.signals.StopSignal.requested", lambda self, step: step == 2)
+        assert train(config(num_steps=4), tmp_path).stopped and not (tmp_path / "metrics.jsonl").read_text().count('"fid"')
+    train(config(num_steps=4), tmp_path)
+    assert sorted(records(tmp_path)) == [2, 4]
+
+
 @pytest.mark.parametrize("overrides, text", [
     ({"evaluation__reference": ""}, "evaluation.reference is empty"),
     ({"scoring__num_images": 1}, "at least 1 and 2 are needed"),

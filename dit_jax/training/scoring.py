@@ -70,8 +70,8 @@ class Scorer:
         return bool(self.every_steps) and step > 0 and step % self.every_steps == 0
 
     def unfinished(self, step: int) -> bool:
-        """Whether a score of this step was begun and not finished."""
-        return self.due(step) and self._samples(step).exists() and not self._result(step).exists()
+        """Whether this step is to be scored and was not, because the run was stopped before or while it was."""
+        return self.due(step) and not self._result(step).exists()
 
     def forget_after(self, step: int):
         """Drops the best step if it is a later one than the run goes on from."""
