@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 from jax.extend.core import jaxprs_in_params
 
@@ -124,6 +125,26 @@ def test_frequency_embedding():
     expected = [f(500.5 * 10000 ** (-i / 4)) for f in (math.cos, math.sin) for i in range(4)]
     np.testing.assert_allclose(e[1], expected, atol=1e-4)
     np.testing.assert_allclose(e[0], [1] * 4 + [0] * 4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
+def test_attention_is_softmax(dtype, tolerance):
+    """Heads or tokens mixed up; scale of the wrong width; scores that overflow or a sum that does not match its terms; a
+    gradient through the largest score."""
+    rng, (b, n, m, h, e) = np.random.default_rng(0), (2, 5, 7, 3, 12)
+    q, k, v, dy = (jnp.asarray(rng.normal(size=(b, length, h, e)), dtype) for length in (n, m, m, n))
+    q = q.at[0].multiply(30)  # scores of hundreds: softmax all but picks one
+    exact = [np.asarray(x, np.float64) for x in (q, k, v, dy)]
+    scores = np.einsum("bnhe,bmhe->bhnm", *exact[:2]) / math.sqrt(e)
+    weights = scipy.special.softmax(scores, axis=-1)
+    y, gradients = jax.vjp(lambda *x: layers.dot_product_attention(*x, "xla"), q, k, v)
+    dy_v = np.einsum("bnhe,bmhe->bhnm", exact[3], exact[2])
+    d_scores = weights * (dy_v - (weights * dy_v).sum(-1, keepdims=True)) / math.sqrt(e)
+    expected = [np.einsum("bhnm,bmhe->bnhe", d_scores, exact[1]), np.einsum("bhnm,bnhe->bmhe", d_scores, exact[0]),
+                np.einsum("bhnm,bnhe->bmhe", weights, exact[3])]
+    for ours, other in zip((y, *gradients(dy)), (np.einsum("bhnm,bmhe->bnhe", weights, exact[2]), *expected), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ours, np.float64), other, rtol=tolerance, atol=tolerance * abs(other).max())
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
