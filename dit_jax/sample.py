@@ -10,7 +10,7 @@ of devices and processes and with any --batch_size: to the bit with --fsdp=1, el
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -29,6 +29,9 @@ LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` o
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
 SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What the network computes in, whatever it was trained in; the "
+                          "config's if not given. With bfloat16 its weights take half the memory; its norms and output and the "
+                          "sampler stay float32, and the codec decodes in its own.")
 AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run or .safetensors (smaller, or trained less) to "
                                    "lead away from, in place of the network without labels; needs a scale above 1.")
 GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
@@ -74,6 +77,8 @@ def override(config: ml_collections.ConfigDict):
         except ValueError:
             given = ",".join(GUIDANCE_INTERVAL.value)
             raise UserError(f"--guidance_interval={given}: two times are needed, as in 0.2,0.7") from None
+    if DTYPE.value is not None:
+        config.model.dtype = DTYPE.value
     if CODEC_PATH.value is not None:
         if "path" not in config.codec:
             raise UserError(f"--codec_path={CODEC_PATH.value}: the codec {config.codec.name!r} has no weights; leave it out")
@@ -130,13 +135,6 @@ def chosen_step(workdir: Path) -> int | None:
     return int(STEP.value)
 
 
-class Weak(NamedTuple):
-    """The second network of autoguidance."""
-
-    task: Any
-    params: Any
-
-
 def what_is_predicted(config) -> dict:
     """The part of a config that two networks must share for one to guide the other."""
     training_only = ("min_snr_gamma", "time_distribution", "logit_mean", "logit_std")
@@ -148,14 +146,14 @@ def what_is_predicted(config) -> dict:
     }
 
 
-def load_weak(config, mesh) -> Weak | None:
-    """The network of --autoguidance_workdir.
+def load_weak(config, mesh) -> tuple[Any, Any]:
+    """(task, parameters) of the network of --autoguidance_workdir; (None, None) without it.
 
     Raises:
         UserError: guidance is off, or that network predicts something else.
     """
     if AUTOGUIDANCE.value is None:
-        return None
+        return None, None
     from dit_jax import build
 
     if config.guidance.scale == 1.0:
@@ -168,8 +166,10 @@ def load_weak(config, mesh) -> Weak | None:
             raise UserError(f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
                             f"{value}); both must have the same")
     other.codec = config.codec
+    if DTYPE.value is not None:
+        other.model.dtype = DTYPE.value
     task = build.task(other)
-    return Weak(task, load_params(path, task, mesh)[0])
+    return task, load_params(path, task, mesh)[0]
 
 
 def choose_labels(num_classes: int):
@@ -196,6 +196,7 @@ def main() -> dict:
     from dit_jax import build
     from dit_jax.sampling import drawing, samples_file
     from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
+    from dit_jax.sampling.held_weights import hold, weights_fingerprint
     from dit_jax.training import codec_weights
 
     drawing.check_out(out)
@@ -217,16 +218,19 @@ def main() -> dict:
     labels, labels_mode = choose_labels(task.num_classes)
     batch_size = BATCH_SIZE.value if BATCH_SIZE.value is not None else min(config.evaluation.batch_size, NUM_SAMPLES.value)
     sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
-    weak, forecast = load_weak(config, mesh), build.forecast(config)
-    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak.task if weak else None,
-                          forecast=forecast)
+    (weak_task, weak_params), forecast = load_weak(config, mesh), build.forecast(config)
+    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak_task, forecast=forecast)
     codec = build.constants(config, mesh, None, codec_params)["codec"]
     params, step = load_params(source, task, mesh, chosen_step(source))
     console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
                 f"{config.guidance.scale}")
-    params, codec, weak_params = on_mesh((params, codec, weak.params if weak else None), generator.mesh)
-    made_by = samples_file.describe(config, step, SEED.value) | {"labels": labels_mode} | ({"origin": origin} if origin else {})
-    made_by |= {"autoguidance": AUTOGUIDANCE.value} if weak else {}
+    params, codec, weak_params = on_mesh((params, codec, weak_params), generator.mesh)
+    made_by = samples_file.describe(config, params, step, SEED.value) | {"labels": labels_mode}
+    made_by |= {"origin": origin} if origin else {}
+    params = hold(task, params)  # what it was cast from goes
+    if weak_task is not None:
+        made_by |= {"autoguidance": AUTOGUIDANCE.value, "autoguidance_weights": weights_fingerprint(weak_params)}
+        weak_params = hold(weak_task, weak_params)
     shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
     drawn = drawing.draw(out, generator, params, {"codec": codec}, labels, shape, made_by, weak_params)
     # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.

@@ -17,6 +17,7 @@ from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sampling import drawing, samples_file, shards
 from dit_jax.sampling.drawing import draw
 from dit_jax.sampling.generator import Generator, default_rows_at_once
+from dit_jax.sampling.held_weights import weights_fingerprint
 from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.state import abstract_state
 
@@ -37,7 +38,8 @@ def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
 
 def run(out, made=None, labels=LABELS, **more):
     made = made or generator()
-    return draw(out, made, made.params, {"codec": {}}, labels, (8, 8, 1), {"seed": made.seed}, **more)
+    made_by = {"seed": made.seed, "weights": weights_fingerprint(made.params)}
+    return draw(out, made, made.params, {"codec": {}}, labels, (8, 8, 1), made_by, **more)
 
 
 @pytest.fixture(scope="module")
@@ -225,5 +227,5 @@ def test_rows_at_once():
     def task(side, patch):
         return types.SimpleNamespace(latent_shape=(side, side, 4), network=types.SimpleNamespace(patch_size=patch))
 
-    assert [default_rows_at_once(task(*shape), "tpu") for shape in ((32, 2), (64, 2), (32, 8))] == [32, 8, 64]
+    assert [default_rows_at_once(task(*shape), "tpu") for shape in ((32, 2), (64, 2), (32, 8))] == [64, 16, 64]
     assert default_rows_at_once(task(32, 8), "cpu") == 8

@@ -9,6 +9,7 @@ from dit_jax import build
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import shard_batch
 from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.held_weights import hold
 from dit_jax.training.checkpoint import Checkpointer
 from dit_jax.training.compiled_step import compile_step
 from dit_jax.training.state import abstract_state, create_sharded
@@ -56,7 +57,7 @@ def test_same_numbers_from_host_memory(tmp_path, zero1):
     equal(state, wanted)
     assert kinds(state.opt_state) == {"pinned_host"}
     sampler, guidance = build.sampler(config), build.guidance(config)
-    samples = [Generator(t, mesh, sampler, guidance, 8, 0)(average, {"codec": {}}, BATCH["label"][:8])
+    samples = [Generator(t, mesh, sampler, guidance, 8, 0)(hold(t, average), {"codec": {}}, BATCH["label"][:8])
                for t, average in ((task, state.ema_params), (plain_task, wanted.ema_params))]
     equal(*samples)
 

@@ -10,6 +10,7 @@ from dit_jax.interop import lpips
 from dit_jax.parallel.mesh import batch_sharding, replicated, rows_per_step
 from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
 from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.held_weights import hold
 from dit_jax.training.compiled_step import trace_step
 from dit_jax.training.state import abstract_state
 
@@ -96,7 +97,7 @@ def sampling(config, task, mesh):
     """
     sampler, guidance = build.sampler(config), build.guidance(config)
     generator = Generator(task, mesh, sampler, guidance, config.evaluation.batch_size, config.seed)
-    params = abstract_state(task, mesh).ema_params
+    params = hold(task, abstract_state(task, mesh).ema_params)
     constants = {"codec": abstract_constants(config, task, mesh, 1)["codec"]}
     rows = jax.ShapeDtypeStruct((generator.batch_size,), np.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):

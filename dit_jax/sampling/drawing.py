@@ -4,7 +4,6 @@ Part p of P draws the shards p, p + P, ...: a part is a process, or the processe
 """
 
 import contextlib
-import hashlib
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ from dit_jax.sampling import samples_file, shards
 from dit_jax.sampling.generator import Generator, has_whole_params
 from dit_jax.sampling.grid import write_image_grid
 from dit_jax.sampling.shards import SHARD_IMAGES, Shards
-from dit_jax.training.fingerprint import fingerprints, leaf_names
 from dit_jax.training.signals import StopSignal
 
 
@@ -43,14 +41,6 @@ class Drawn:
     new_images: int
     seconds: float
     stopped: bool
-
-
-def weights_fingerprint(params) -> str:
-    """64 hexadecimal digits that change with any bit, name or shape of the arrays, computed where those live."""
-    arrays = jax.tree.leaves(params)
-    facts = [(name, str(x.dtype), x.shape, found)
-             for name, x, found in zip(leaf_names(params), arrays, fingerprints(arrays), strict=True)]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def made_with(generator: Generator) -> dict:
@@ -92,8 +82,9 @@ def draw(out: Path, generator: Generator, params, constants, labels: np.ndarray,
 
     Args:
         generator: on the `drawing_mesh`, and params, constants, weak_params with it.
+        params, weak_params: of `held_weights.hold`.
         shape: [H, W, C] of an image.
-        made_by: everything else that the images depend on, JSON values.
+        made_by: everything else that the images depend on, the weights' fingerprints too, JSON values.
         replace: samples that were drawn otherwise are replaced, and not refused.
 
     Raises:
@@ -101,9 +92,7 @@ def draw(out: Path, generator: Generator, params, constants, labels: np.ndarray,
     """
     if SHARD_IMAGES % generator.rows_at_once:
         raise UserError(f"rows_at_once is {generator.rows_at_once}; it must divide {SHARD_IMAGES}, the images of a shard")
-    start, made_by = time.monotonic(), {**made_by, "weights": weights_fingerprint(params)}
-    if weak_params is not None:
-        made_by["autoguidance_weights"] = weights_fingerprint(weak_params)
+    start = time.monotonic()
     check_out(out)
     wanted = Shards(folder_of(out), shards.settings_of(labels, shape, made_by, made_with(generator)), labels)
     grid = out.with_suffix(".png") if out.suffix == ".npz" else out / shards.GRID

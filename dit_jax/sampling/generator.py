@@ -1,10 +1,12 @@
 """Many images from one network: image k depends on (params, seed, k, its label) alone.
 
-R rows of a device and call, worked on in chunks of C. XLA rounds a row otherwise in a batch of another size, so C and a row's
-place in its chunk are what its last bits depend on; R, the number of devices and that of processes are not.
+R rows of a device and call, worked on in chunks of C, and decoded in smaller ones. XLA rounds a row otherwise in a batch of
+another size, so C and a row's place in its chunk are what its last bits depend on; R, the number of devices and that of
+processes are not.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,10 +19,10 @@ from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
 from dit_jax.training.diffusion_task import DiffusionTask
-from dit_jax.training.state import on_device
 
 FEWEST_ROWS, MOST_ROWS = 8, 64
-TOKENS_AT_ONCE = 8192  # enough to fill an accelerator's matrix units
+DECODED_AT_ONCE = 8  # a decoder fills a device with a few images, and takes 160 MB for each of 256 px in float32
+TOKENS_AT_ONCE = 16384  # enough to fill an accelerator's matrix units, and to hide launches and the reading of the weights
 
 
 def default_rows_at_once(task: DiffusionTask, platform: str) -> int:
@@ -55,6 +57,19 @@ def on_mesh(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
+def in_chunks(function, rows: int, ways: int, *arrays):
+    """function(*arrays) over chunks of the batch, one after another; chunk i is the i-th `rows` rows of every device.
+
+    ways: over how many devices the rows of the arrays are split.
+    """
+    def split(x):
+        return x.reshape(ways, -1, rows, *x.shape[1:]).swapaxes(0, 1).reshape(-1, ways * rows, *x.shape[1:])
+
+    done = jax.lax.map(lambda chunk: function(*chunk), tuple(map(split, arrays)))
+    done = done.reshape(len(done), ways, rows, *done.shape[2:]).swapaxes(0, 1)
+    return done.reshape(-1, *done.shape[3:])
+
+
 class Place(NamedTuple):
     """One of the parts that draw images, each its own: a process, or the processes that hold the same rows of a batch.
 
@@ -74,7 +89,8 @@ class Generator:
 
     batch_size: images of a call over all devices: the one asked for, rounded up to whole chunks on every device.
     program: jitted (params, {"codec": ...}, int32[batch_size] indices, int32[batch_size] labels, weak_params)
-        -> uint8[batch_size, H, W, C], rows over the mesh.
+        -> uint8[batch_size, H, W, C], rows over the mesh. Parameters are those of `held_weights.hold`: it casts none before its
+        loop, so others would be cast at every step.
 
     Args:
         rows_at_once: C; images of two generators with the same C are equal to the bit on devices of one kind where the
@@ -92,24 +108,19 @@ class Generator:
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // (ways * self.rows_at_once)) * ways * self.rows_at_once
 
-        def chunk(params, constants, weak_params, indices, labels):
-            def weak(x, t, cond):
-                return weak_task.network.apply({"params": weak_params}, x, t, cond)
-
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-            return task.sample(params, constants, keys, labels, sampler, guidance, weak if weak_task else None, forecast)
-
         def rows(params, constants, indices, labels, weak_params, ways):
-            """ways: over how many devices the rows are split; chunk i is the i-th of every device."""
-            def split(x):
-                return x.reshape(ways, -1, self.rows_at_once).swapaxes(0, 1).reshape(-1, ways * self.rows_at_once)
+            def latents(indices, labels):
+                def weak(x, t, cond):
+                    return weak_task.network.apply({"params": weak_params}, x, t, cond)
 
-            images = jax.lax.map(lambda x: chunk(params, constants, weak_params, *x), (split(indices), split(labels)))
-            images = images.reshape(len(images), ways, self.rows_at_once, *images.shape[2:]).swapaxes(0, 1)
-            return images.reshape(-1, *images.shape[3:])
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+                return task.draw_latents(params, keys, labels, sampler, guidance, weak if weak_task else None, forecast)
+
+            drawn = in_chunks(latents, self.rows_at_once, ways, indices, labels)
+            return in_chunks(lambda x: task.decode(constants, x), math.gcd(self.rows_at_once, DECODED_AT_ONCE), ways, drawn)
 
         def draw(params, constants, indices, labels, weak_params):
-            args = on_device(params), constants, indices, labels, weak_params
+            args = params, constants, indices, labels, weak_params
             if not has_whole_params(mesh):
                 return rows(*args, ways)
             whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)

@@ -12,15 +12,19 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.sampling.grid import write_image_grid
+from dit_jax.sampling.held_weights import weights_fingerprint
 
 READ_BYTES = 2**24
 
 
-def describe(config, step: int | None, seed: int) -> dict:
-    """How samples were made, to travel with them."""
+def describe(config, params, step: int | None, seed: int) -> dict:
+    """How samples were made, to travel with them.
+
+    params: as they were trained, in whatever dtype they are then held.
+    """
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
-    return {"step": step, "seed": seed, "ema_decay": config.ema_decay, "codec": codec,
+    return {"step": step, "seed": seed, "weights": weights_fingerprint(params), "ema_decay": config.ema_decay, "codec": codec,
             **{name: config[name].to_dict() for name in sections if name in config}}
 
 

@@ -133,8 +133,8 @@ class DiffusionTask:
             f"latents    {' x '.join(map(str, self.latent_shape))} of {type(self.codec).__name__}",
         ]
 
-    def sample(self, params, constants, keys, labels, sampler, guidance, weak=None, forecast: Forecast | None = None):
-        """Images from the network.
+    def draw_latents(self, params, keys, labels, sampler, guidance, weak=None, forecast: Forecast | None = None):
+        """Latents from the network, for `decode`.
 
         Args:
             params: of the network, usually the moving average.
@@ -144,7 +144,7 @@ class DiffusionTask:
             forecast: at which steps the network's blocks run; None for all.
 
         Returns:
-            uint8[B, H, W, C].
+            float32[B, h, w, c].
         """
         variables, null = {"params": params}, self.condition(jnp.full_like(labels, self.num_classes))
 
@@ -164,5 +164,8 @@ class DiffusionTask:
             denoise = ForecastingDenoise(forecast, run, network, denoise_with)  # `network` can also be given what its blocks add
         noise = noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
-        latents = sampler(self.process, denoise, noise, step_keys)
+        return sampler(self.process, denoise, noise, step_keys)
+
+    def decode(self, constants, latents):
+        """uint8[B, H, W, C] images of latents [B, h, w, c]."""
         return to_uint8(self.codec.decode(constants["codec"], latents))

@@ -14,6 +14,7 @@ from dit_jax.sampling import samples_file
 from dit_jax.sampling.drawing import draw
 from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sampling.grid import write_image_grid
+from dit_jax.sampling.held_weights import hold
 from dit_jax.sampling.labels import spread_labels
 from dit_jax.training import scoring
 
@@ -40,7 +41,7 @@ def make_preview(config, task, mesh, source):
 
     def preview(folder, records, step, state, constants):
         start = time.monotonic()
-        images = generator(state.ema_params, constants, labels)
+        images = generator(hold(task, state.ema_params), constants, labels)
         if hosts.is_first():
             path = folder / f"{step:08d}.png"
             columns = classes if classes <= 20 and count >= classes else None
@@ -62,9 +63,9 @@ def finish(run, workdir: Path) -> dict:
     generator = Generator(run.task, mesh, build.sampler(config), build.guidance(config), batch_size, config.seed,
                           forecast=build.forecast(config))
     params, codec = on_mesh((run.state.ema_params, run.constants["codec"]), mesh)
-    made_by = samples_file.describe(config, int(run.state.step), config.seed) | {"labels": "balanced"}
+    made_by = samples_file.describe(config, params, int(run.state.step), config.seed) | {"labels": "balanced"}
     shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
-    drawn = draw(path, generator, params, {"codec": codec}, labels, shape, made_by, replace=True)
+    drawn = draw(path, generator, hold(run.task, params), {"codec": codec}, labels, shape, made_by, replace=True)
     result = {"samples": str(path), "stopped": drawn.stopped}
     if drawn.stopped:
         return result

@@ -19,6 +19,7 @@ from dit_jax.parallel import hosts
 from dit_jax.sampling import samples_file
 from dit_jax.sampling.drawing import draw
 from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
+from dit_jax.sampling.held_weights import hold
 from dit_jax.sampling.labels import spread_labels
 
 FOLDER, REFERENCE, BEST = "scores", "reference.npz", "best.json"
@@ -86,8 +87,9 @@ class Scorer:
         generator = Generator(self._task, self._mesh, build.sampler(config), build.guidance(config), config.evaluation.batch_size,
                               config.seed, forecast=build.forecast(config))
         params, codec = on_mesh((params, codec), self._mesh)
-        made_by = samples_file.describe(config, step, config.seed) | {"labels": "balanced"}
-        drawn = draw(self._samples(step), generator, params, {"codec": codec}, labels, image_shape(config), made_by, replace=True)
+        made_by = samples_file.describe(config, params, step, config.seed) | {"labels": "balanced"}
+        drawn = draw(self._samples(step), generator, hold(self._task, params), {"codec": codec}, labels, image_shape(config),
+                     made_by, replace=True)
         if drawn.stopped:
             return None
         result = scores.evaluate(str(drawn.samples), self._reference_file(), config.evaluation.features,
