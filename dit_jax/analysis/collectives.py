@@ -65,6 +65,11 @@ def _channel(instruction: Instruction) -> str | None:
     return found and found[1]
 
 
+def channel_in_steps(collective: Instruction) -> str | None:
+    """The channel of a collective that a TPU carries out in steps beside other work; None for others."""
+    return _channel(collective) if "async_collective_fusion_config" in collective.attributes else None
+
+
 def _carried_out_in_steps(program: Program) -> dict[str, int]:
     """{channel: how often it really runs} of collectives that a TPU carries out beside other work.
 
@@ -76,7 +81,7 @@ def _carried_out_in_steps(program: Program) -> dict[str, int]:
         channel = _channel(instruction)
         if channel and instruction.opcode.removesuffix("-start") in KINDS:
             times_of.setdefault(channel, []).append(times)
-            if "async_collective_fusion_config" in instruction.attributes:
+            if channel_in_steps(instruction):
                 in_steps.add(channel)
     return {channel: min(times_of[channel]) for channel in in_steps}
 

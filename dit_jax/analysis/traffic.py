@@ -108,16 +108,17 @@ def _cost(program: Program, computation: Computation, instruction: Instruction) 
         fused = program.computations[instruction.called()[0]]
         read = sum(min(_hbm(operand), _part_read(program, fused, _parameter(fused, number), _hbm(operand)))
                    for number, operand in enumerate(operands))
-        return any(_is_matmul(program, i) for i in fused.values()), read + _written(program, fused, instruction)
+        return any(is_matmul(program, i) for i in fused.values()), read + _written(program, fused, instruction)
     written = _hbm(instruction)
     if instruction.opcode == "custom-call" and len(instruction.arrays) > 1 and instruction.arrays[-1].dtype in ("s8", "u8"):
         written -= instruction.arrays[-1].bytes  # the workspace of cuBLAS and cuDNN, of which they touch what they need
-    return _is_matmul(program, instruction), written + sum(map(_hbm, operands))
+    return is_matmul(program, instruction), written + sum(map(_hbm, operands))
 
 
-def _is_matmul(program: Program, instruction: Instruction) -> bool:
+def is_matmul(program: Program, instruction: Instruction) -> bool:
+    """Whether it is a matrix product or a convolution, or a fusion with one in it."""
     if instruction.opcode == "fusion":
-        return any(_is_matmul(program, i) for name in instruction.called() for i in program.computations[name].values())
+        return any(is_matmul(program, i) for name in instruction.called() for i in program.computations[name].values())
     if instruction.opcode == "custom-call":
         return bool(MATMUL_CALLS.search(instruction.attributes))
     return instruction.opcode in MATMULS

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from dit_jax import build
-from dit_jax.analysis import collectives, hlo, jaxpr_flops, memory, roofline
+from dit_jax.analysis import collectives, hlo, jaxpr_flops, memory, overlap, roofline
 from dit_jax.analysis.flops import dit_macs
 from dit_jax.analysis.topology import GPUS, Topology
 from dit_jax.analysis.traffic import Traffic, by_place, hbm_traffic
@@ -26,6 +26,7 @@ class Compiled:
         refusal: why the compiler refused, or None.
         executed_flops: of all devices, rematerialisation and frozen networks included.
         traffic_by_place: see `traffic.by_place`.
+        hidden_share: see `overlap.hidden_share`.
         unknown_loops: how many loops count as one pass because their length is not in the program.
     """
 
@@ -35,6 +36,7 @@ class Compiled:
     traffic: Traffic | None
     traffic_by_place: list[dict[str, Any]]
     collectives: list[collectives.Collective]
+    hidden_share: float | None
     unknown_loops: int
     seconds: float
 
@@ -72,12 +74,13 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
         total = wanted + given if "temporaries" in what else wanted
         sizes = {"arguments": given, "outputs": 0, "aliased": 0, "temporaries": total - given, "code": 0,
                  "host": memory.bytes_per_device(arguments, in_host=True), "total": total}
-        return Compiled(sizes, str(error).splitlines()[0], flops, None, [], [], 0, time.monotonic() - start)
+        return Compiled(sizes, str(error).splitlines()[0], flops, None, [], [], None, 0, time.monotonic() - start)
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
-    return Compiled(sizes, None, flops, hbm_traffic(program), by_place(program),
-                    collectives.find(program, mesh.devices.size), len(program.unknown_loops()), seconds)
+    found = collectives.find(program, mesh.devices.size)
+    return Compiled(sizes, None, flops, hbm_traffic(program), by_place(program), found, overlap.hidden_share(program, found),
+                    len(program.unknown_loops()), seconds)
 
 
 def model_flops(config, task) -> int:
@@ -183,6 +186,7 @@ def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
         "hbm_traffic_bytes": sum(compiled.traffic) if compiled.traffic else None,
         "collective_bytes": sum(sum(row.values()) for row in table.values()) if compiled.traffic else None,
         "collectives": table,
+        "collectives_hidden": compiled.hidden_share,
         "step_seconds": times.step if times else None,
         "seconds": times.as_dict() if times else None,
         "limit": (times.limit if times else None) if fits else "hbm capacity",
