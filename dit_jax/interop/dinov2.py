@@ -9,12 +9,11 @@ The names in the written file are those of the .pth. The mask token, of training
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 
 from dit_jax.errors import UserError
-from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_converted
 from dit_jax.metrics.dinov2 import HEAD_WIDTH, PATCH_SIZE
 
 PATCH = "patch_embed.proj.weight"
@@ -80,13 +79,7 @@ def load(path) -> dict:
         UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
             have several dtypes; hold NaN or infinity.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the weights of DINOv2 are one .safetensors, made by python -m "
-                        f"dit_jax.convert --download=dinov2-vitl14 --out={path.name}; without a connection see its --help")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=dinov2 --weights={path}")
-    tensors = open_safetensors(path)[0]
+    path, tensors = open_converted(path, "DINOv2", "--download=dinov2-vitl14")
     if "embeddings.cls_token" in tensors:
         raise UserError(f"{path} has the layout of transformers; convert it with python -m dit_jax.convert --from=dinov2 "
                         f"--weights={path}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop.graph_def import read_constants
-from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_converted
 from dit_jax.metrics.inception import BLOCKS, CLASSES, FEATURES, STEM, Conv, names
 
 EPSILON = 1e-3  # of the batch norms, in the graph and in its ports
@@ -119,13 +119,7 @@ def load(path) -> dict:
         UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
             have several dtypes; hold what no network can have.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the weights of Inception-v3 are one .safetensors, made by python -m "
-                        f"dit_jax.convert --download=inception --out={path.name}; without a connection see its --help")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=inception --weights={path}")
-    tensors = open_safetensors(path)[0]
+    path, tensors = open_converted(path, "Inception-v3", "--download=inception")
     _check(tensors, str(path))
     params = {"fc": np.ascontiguousarray(tensors["fc.weight"].load().T, np.float32)}
     for name in CONVOLUTIONS:

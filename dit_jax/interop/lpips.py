@@ -10,13 +10,12 @@ and converted to a .safetensors of 59 MB, for which PyTorch is not needed:
 The names in it stay those of the package.
 """
 
-from pathlib import Path
 
 import numpy as np
 
 from dit_jax.codecs.perceptual import STAGES
 from dit_jax.errors import UserError
-from dit_jax.interop.tensors import Tensors, check, common_dtype, open_safetensors
+from dit_jax.interop.tensors import Tensors, check, common_dtype, open_converted
 
 REMEDY = 'save LPIPS(net="vgg").state_dict() of the lpips package again'
 ALEXNET_FIRST = (64, 3, 11, 11)
@@ -71,13 +70,7 @@ def load(path) -> dict:
         UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
             have several dtypes; hold what LPIPS cannot have.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the weights of LPIPS are one .safetensors, made by "
-                        "python -m dit_jax.convert --from=lpips (see its --help)")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from=lpips --weights={path}")
-    tensors = open_safetensors(path)[0]
+    path, tensors = open_converted(path, "LPIPS", "--from=lpips --weights=lpips_vgg.pt")
     _check(tensors, str(path))
     params = {}
     for name, (keys, shape) in LAYOUT.items():
