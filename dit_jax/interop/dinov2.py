@@ -79,7 +79,7 @@ def load(path) -> dict:
         UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
             have several dtypes; hold NaN or infinity.
     """
-    path, tensors = open_converted(path, "DINOv2", "--download=dinov2-vitl14")
+    path, tensors = open_converted(path, "DINOv2", "dinov2", "--download=dinov2-vitl14")
     if "embeddings.cls_token" in tensors:
         raise UserError(f"{path} has the layout of transformers; convert it with python -m dit_jax.convert --from=dinov2 "
                         f"--weights={path}")

@@ -119,7 +119,7 @@ def load(path) -> dict:
         UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
             have several dtypes; hold what no network can have.
     """
-    path, tensors = open_converted(path, "Inception-v3", "--download=inception")
+    path, tensors = open_converted(path, "Inception-v3", "inception", "--download=inception")
     _check(tensors, str(path))
     params = {"fc": np.ascontiguousarray(tensors["fc.weight"].load().T, np.float32)}
     for name in CONVOLUTIONS:

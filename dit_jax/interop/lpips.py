@@ -70,7 +70,7 @@ def load(path) -> dict:
         UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
             have several dtypes; hold what LPIPS cannot have.
     """
-    path, tensors = open_converted(path, "LPIPS", "--from=lpips --weights=lpips_vgg.pt")
+    path, tensors = open_converted(path, "LPIPS", "lpips", "--from=lpips --weights=lpips_vgg.pt")
     _check(tensors, str(path))
     params = {}
     for name, (keys, shape) in LAYOUT.items():

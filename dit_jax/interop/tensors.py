@@ -104,12 +104,13 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, file.metadata() or {}
 
 
-def open_converted(path, what: str, way: str) -> tuple[Path, dict[str, Tensor]]:
+def open_converted(path, what: str, source: str, way: str) -> tuple[Path, dict[str, Tensor]]:
     """(path, tensors) of a frozen network's weights that `python -m dit_jax.convert` wrote.
 
     Args:
         what: the network, for the message.
-        way: the flag that makes the file where there is none.
+        source: convert's --from for a file that lies here.
+        way: the flags that make the file where there is none.
 
     Raises:
         UserError: there is no such file; it is no .safetensors, or no whole one.
@@ -119,8 +120,7 @@ def open_converted(path, what: str, way: str) -> tuple[Path, dict[str, Tensor]]:
         raise UserError(f"{path} does not exist: the weights of {what} are one .safetensors, made by python -m dit_jax.convert "
                         f"{way} --out={path.name}; without a connection see its --help")
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors: the weights of {what} are one, made by python -m dit_jax.convert (see its "
-                        "--help)")
+        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from={source} --weights={path}")
     return path, open_safetensors(path)[0]
 
 
