@@ -27,7 +27,7 @@ from dit_jax.diffusion.process import Prediction
 from dit_jax.errors import UserError
 from dit_jax.interop import lpips
 from dit_jax.models.dit import DiT
-from dit_jax.parallel.mesh import make_mesh, place, reader_place, replicated, rows_per_step
+from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.diffusion_task import DiffusionTask
@@ -189,6 +189,26 @@ def loader(config, mesh):
     source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip,
                  wanted.upright)
     return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **part)
+
+
+def abstract_batch(config, task, mesh) -> dict:
+    """A global batch as `shard_batch` makes it of the loader's, as ShapeDtypeStructs; nothing is read.
+
+    Raises:
+        UserError: an autoencoder that is to be trained on latents.
+    """
+    rows, side = config.batch_size, config.transform.resolution
+    fields = {"label": ((rows,), jnp.int32)}
+    if config.data.name != "latents":
+        fields["image"] = (rows, side, side, config.transform.channels), jnp.uint8
+    elif config.task.name != "diffusion":
+        raise UserError("data.name is 'latents', and an autoencoder is trained on images; give a data set of images")
+    elif config.loader.get("resident"):
+        fields["row"] = (rows,), jnp.int32
+    else:
+        h, w, c = task.latent_shape
+        fields["moments"] = (rows, h, w, 2 * c), jnp.float16
+    return {name: jax.ShapeDtypeStruct(*field, sharding=batch_sharding(mesh)) for name, field in fields.items()}
 
 
 def transform(config) -> ImageTransform:

@@ -27,22 +27,6 @@ def check_batch(config, mesh):
                         f"{rows_per_step(mesh)} x {config.microbatches} = {ways}")
 
 
-def abstract_batch(config, task, mesh) -> dict:
-    """A global batch as the config's loader gives it."""
-    rows, side = config.batch_size, config.transform.resolution
-    batch = {"label": jax.ShapeDtypeStruct((rows,), jnp.int32)}
-    if config.data.name != "latents":
-        batch["image"] = jax.ShapeDtypeStruct((rows, side, side, config.transform.channels), jnp.uint8)
-    elif config.task.name != "diffusion":
-        raise UserError("data.name is 'latents', and an autoencoder is trained on images; give a data set of images")
-    elif config.loader.get("resident"):
-        batch["row"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    else:
-        *grid, channels = task.latent_shape
-        batch["moments"] = jax.ShapeDtypeStruct((rows, *grid, 2 * channels), jnp.float16)
-    return _shaped(batch, batch_sharding(mesh))
-
-
 def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
     """`build.constants`, from shapes alone.
 
@@ -85,7 +69,7 @@ def train_step(config, task, mesh, resident_rows: int = 0):
     # Outside of the mesh, because `jax.random.key(0)` would be made on its devices, which may not be here.
     state = abstract_state(task, mesh)
     constants = abstract_constants(config, task, mesh, resident_rows)
-    batch = abstract_batch(config, task, mesh)
+    batch = build.abstract_batch(config, task, mesh)
     traced, sums = trace_step(task, mesh, config.seed, state, constants, batch)
     return traced, {"state": state, "sums": sums, "constants": constants, "batch": batch}
 

@@ -76,7 +76,7 @@ def bound(config, topology: Topology, resident_rows: int) -> int:
     programs.check_batch(config, mesh)
     arguments = {"state": programs.abstract_state(task, mesh), "sums": {},
                  "constants": programs.abstract_constants(config, task, mesh, resident_rows),
-                 "batch": programs.abstract_batch(config, task, mesh)}
+                 "batch": build.abstract_batch(config, task, mesh)}
     return least_bytes(config, task, mesh, plan.state_memory(arguments))
 
 

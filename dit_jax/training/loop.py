@@ -1,6 +1,7 @@
 """The training loop: config -> mesh -> data -> step -> records, previews, checkpoints."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ class Run:
     stopped: bool
     loss: float | None
     images_per_second: float | None
+
+
+def in_background(function, *args) -> Future:
+    """function(*args) in a thread of its own; who fails meanwhile says so before it waits for the thread."""
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(function, *args)
+    thread.shutdown(wait=False)
+    return future
 
 
 def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
@@ -105,6 +114,10 @@ def train(config, workdir) -> Run:
           StopSignal() as stop):
         if hosts.is_first() and codec_params:
             codec_weights.keep(folder.path, task.codec, codec_params)
+        program = task, mesh, config.seed, abstract_state(task, mesh), constants, build.abstract_batch(config, task, mesh)
+        begun = checkpointer.latest_step or 0
+        # The step asks for shapes alone: it is compiled while the state is read or created.
+        compiling = in_background(compile_step, *program) if begun < config.num_steps else None
         state = restore_or_create(config, task, mesh, checkpointer, fingerprint)
         done = int(state.step)
         records.rewind(done)
@@ -118,12 +131,13 @@ def train(config, workdir) -> Run:
             say(f"step {done} of {config.num_steps} is reached: nothing to train")
             return Run(config, task, loader.source, mesh, constants, state, False, None, None)
 
+        records.prepare()
         profile.resumed(done)
         with loader.batches(done) as batches, clock, watchdog, profile:
             with clock.spend("data"):
                 batch = shard_batch(mesh, next(batches))
             with clock.spend("compile"):
-                step, zeros, seconds = compile_step(task, mesh, config.seed, state, constants, batch)
+                step, zeros, seconds = compiling.result() if compiling else compile_step(*program)
             say(f"compiled the training step in {seconds:.1f} s")
             records.scalars(done, {"compile_seconds": seconds})
             copy = jax.jit(jnp.copy)  # of a sum, which the step after donates

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, one JSON object a line, TensorBoard events under `tensorboard/`, and W&B if asked for."""
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -31,6 +32,11 @@ class Records:
         self._purge_step = None
         self._wandb = wandb
         self.dropped = {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 0}
+
+    def prepare(self):
+        """Imports what the first scalar needs: two seconds where PyTorch is installed."""
+        if self._enabled:
+            self._attempt("tensorboard", lambda: importlib.import_module("tensorboardX"))
 
     def scalars(self, step, values):
         """Records {name: number or array of one element} at `step`.
@@ -137,7 +143,7 @@ class Records:
 
     def _events(self):
         if self._writer is None:
-            from tensorboardX import SummaryWriter  # two seconds to import where PyTorch is installed
+            from tensorboardX import SummaryWriter
 
             folder, suffix = os.path.join(self._workdir, "tensorboard"), f".{time.time_ns()}"  # one file per opening
             self._writer = SummaryWriter(folder, purge_step=self._purge_step, filename_suffix=suffix)
