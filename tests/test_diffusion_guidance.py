@@ -5,6 +5,8 @@ import pytest
 import tiny
 
 from dit_jax import build
+from dit_jax.diffusion import samplers
+from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.guidance import Guidance, drop_labels
 from dit_jax.errors import UserError
 
@@ -15,6 +17,7 @@ def network(x, t, cond):
     return y + t[:, None, None, None]
 
 
+KEYS = jax.random.split(jax.random.key(1), 1)
 X = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
 COND, NULL = {"label": jnp.array([1.0, 2.0, 3.0])}, {"label": jnp.full(3, 10.0)}
 
@@ -54,6 +57,29 @@ def test_off_runs_the_network_once():
     guided(X, 0.7, 5.0)
     jax.effects_barrier()
     assert batches == [3, 6, 3]
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_runs_both_at_once_and_only_inside(name):
+    """The second forward computed and thrown away outside of the interval, or beside the first instead of with it, at a sampler's
+    later evaluations of a step too."""
+    calls = []
+
+    def counting(x, t, cond):
+        jax.debug.callback(lambda t: calls.append((len(x), float(t))), t[0])
+        return 0.1 * x * cond["label"][:, None, None, None]
+
+    sampler = samplers.CLASSES[name](**samplers.SAMPLERS[name] | ({} if name == "dopri5" else {"num_steps": 10}))
+    cond, null = {"label": jnp.ones(1)}, {"label": jnp.zeros(1)}
+    guided = Guidance(2.0, None, 0.25, 0.75)(counting, cond, null)
+
+    def draw(x):
+        return sampler(Flow(), lambda x, t: Flow().predict(guided(x, t, Flow().network_time(t)), x, t), x, KEYS)
+
+    jax.block_until_ready(jax.jit(draw)(jnp.ones((1, 1, 1, 1))))
+    jax.effects_barrier()
+    assert len(calls) == (sampler.evaluations(Flow()) or len(calls)) >= 10
+    assert {rows for rows, t in calls if 0.25 <= t <= 0.75} == {2} and {rows for rows, t in calls if not 0.25 <= t <= 0.75} == {1}
 
 
 def test_drop_labels_rate():

@@ -176,6 +176,15 @@ def test_sampling():
     assert plan.plan_sampling(tiny.autoencoder(), eight()) is None
 
 
+def test_sampler_holds_bfloat16_weights():
+    """A plan of a sampler that holds float32 weights where it computes in bfloat16."""
+    def held(dtype):
+        config = tiny.config(model__dtype=dtype)
+        return memory.bytes_per_device(programs.sampling(config, build.task(config), build.mesh(config))[1]["params"])
+
+    assert held("float32") == 2 * held("bfloat16") > 0
+
+
 def test_codec_and_resident_cache_are_counted():
     """A frozen encoder, LPIPS or a data set on the devices that the plan forgets; a guess where only the data can tell."""
     config = tiny.digits_latent("")

@@ -22,6 +22,7 @@ DRAWS = {
     "auto": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=weak",
     "by itself": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=strong",
     "interval": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --guidance_interval=0.9,1",
+    "bfloat16": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=weak --dtype=bfloat16",
     "flow": f"--workdir=flow --num_samples=9 {DRAW}",
 }
 MISTAKES = {
@@ -29,6 +30,7 @@ MISTAKES = {
     "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs --guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=flow --guidance_scale=2": "was trained with another process",
     "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not a --workdir",
+    "--workdir=strong --dtype=float16": "value should be one of <float32|bfloat16>",
     "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a network that knows every time",
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
     "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",
@@ -76,6 +78,15 @@ def test_autoguidance_leads_away_from_the_weak_run(found):
     assert json.loads(str(found[1]["auto"]["made_by"]))["autoguidance"] == "weak"
 
 
+def test_dtype_is_the_users(found):
+    """A run that is drawn from in the dtype that it was trained in whatever --dtype says, or does not say how it was drawn."""
+    auto, narrow = (found[1][name] for name in ("auto", "bfloat16"))
+    assert [json.loads(str(file["made_by"]))["model"]["dtype"] for file in (auto, narrow)] == ["float32", "bfloat16"]
+    assert 0 < differ(images(found, "bfloat16"), images(found, "auto")) < 5
+    weights = [json.loads(str(file["made_by"]))[key] for file in (auto, narrow) for key in ("weights", "autoguidance_weights")]
+    assert weights[:2] == weights[2:] and len(set(weights)) == 2  # of the checkpoint, not of what is held
+
+
 def test_random_labels_depend_on_the_seed_alone(found):
     """Labels drawn anew at each call, by the number of images or the run, or from one seed for all."""
     labels = {name: found[1][name]["labels"].tolist() for name in DRAWS}
@@ -88,7 +99,8 @@ def test_evaluations_are_counted(found):
     """Steps reported in place of the network's calls, of which Heun's takes two, and guidance twice as many."""
     counts = {name: json.loads(found[0][name][1].splitlines()[-1])["evaluations"] for name in DRAWS}
     # The last step of a process with timesteps is Euler's.
-    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "interval": None, "flow": 6}
+    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "interval": None,
+                      "bfloat16": 10, "flow": 6}
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
