@@ -16,7 +16,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sampling import drawing, samples_file, shards
 from dit_jax.sampling.drawing import draw
-from dit_jax.sampling.generator import Generator, default_rows_at_once
+from dit_jax.sampling.generator import Generator, default_rows_at_once, in_chunks
 from dit_jax.sampling.held_weights import weights_fingerprint
 from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.state import abstract_state
@@ -220,6 +220,13 @@ def test_large_npz(tmp_path):
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["arr_0"], np.concatenate(blocks))
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_chunks():
+    """A chunk of rows of one device alone, while the others wait, or rows that come back in another order."""
+    x = jax.numpy.arange(12)  # of three devices: 0 to 3, 4 to 7, 8 to 11
+    found = in_chunks(lambda rows: rows + 100 * rows.sum(), 2, 3, x)
+    assert found.tolist() == [i + 100 * (39 if i % 4 > 1 else 27) for i in range(12)]
 
 
 def test_rows_at_once():
