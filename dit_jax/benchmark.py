@@ -9,10 +9,12 @@
     python -m dit_jax.benchmark --what=evaluation --resolution=256
     python -m dit_jax.benchmark --what=checkpoint --model=XL/2
     python -m dit_jax.benchmark --what=startup --config=configs/digits.py
+    python -m dit_jax.benchmark --what=scaling --model=XL/2 --batch_size=256 --axis=fsdp
 
-train_step, forward, sampler and vae need jax, flax and optax only, unless --config is given; with it, neither the data set nor
-the codec's weights are read. Numbers are measured after warm-up over at least --seconds; MFU counts the model's own FLOPs against
-the device's dense bfloat16 peak, whatever the dtype, and is null for a device without a known peak, such as a CPU.
+train_step, forward, sampler, scaling and vae need jax, flax and optax only, unless --config is given; with it, neither the data
+set nor the codec's weights are read. Numbers are measured after warm-up over at least --seconds; MFU counts the model's own FLOPs
+against the device's dense bfloat16 peak, whatever the dtype, and is null for a device without a known peak, such as a CPU.
+scaling takes the training step on 1, 2, 4 .. of the devices of this machine, with the same batch for each; a CPU simulates 8.
 """
 
 import os
@@ -29,7 +31,7 @@ except ImportError:  # a machine with jax, flax and optax only: --model
     config_flags = None
 
 WHAT = flags.DEFINE_enum("what", None, ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup",
-                                          "evaluation"], "What to measure.")
+                                          "evaluation", "scaling"], "What to measure.")
 CONFIG = None if config_flags is None else config_flags.DEFINE_config_file("config", None, "Training config, instead of --model.",
                                                                             lock_config=True)
 MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
@@ -42,6 +44,8 @@ ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn"], "mo
 UNROLL = flags.DEFINE_bool("unroll", False, "model.unroll of --model.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "mesh.fsdp of --model; mesh.data takes the other devices.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "mesh.tensor of --model.")
+AXIS = flags.DEFINE_enum("axis", "data", ["data", "fsdp"], "The axis of the mesh that grows in scaling, where the batch size is "
+                         "that of the fewest devices.")
 SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Sampling steps of --model.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Guidance of --model; 1 is off.")
@@ -56,6 +60,7 @@ COMPARE = flags.DEFINE_bool("compare", False, "Measure PyTorch (diffusers' DiT) 
 PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "Which PyTorch: eager, compiled.")
 TABLE = flags.DEFINE_bool("table", False, "Print the result as a table on stderr too.")
 
+SIMULATED_DEVICES = 8  # of scaling on a CPU, where JAX_NUM_CPU_DEVICES does not say
 NETWORK = ("config", "model", "resolution", "batch_size", "dtype", "remat", "attention", "unroll", "fsdp", "tensor")
 USES = {
     "train_step": (*NETWORK, "seconds", "compare", "peers"),
@@ -66,6 +71,7 @@ USES = {
     "latents": ("data", "records", "resolution", "batch_size", "seconds"),
     "checkpoint": (*NETWORK, "data"),
     "startup": NETWORK,
+    "scaling": (*NETWORK, "axis", "seconds"),
     "evaluation": ("resolution", "batch_size", "records"),
 }
 
@@ -89,6 +95,8 @@ def check_flags():
         if one in given and other in given:
             hint = "; override a field of the config, as in --config.batch_size=64" if one == "config" else ""
             raise UserError(f"--{one} and --{other} are both given: leave out one{hint}")
+    if AXIS.value == "fsdp" and "axis" in given and "fsdp" in given:
+        raise UserError("--axis=fsdp and --fsdp are both given: the axis that grows has no size of its own; leave out one")
     if "peers" in given and not COMPARE.value:
         raise UserError("--peers means nothing without --compare")
 
@@ -101,15 +109,39 @@ def dtype() -> str:
     return DTYPE.value or ("float32" if on_cpu() else "bfloat16")
 
 
-def subject():
-    """What --config or --model names."""
+def subject(devices=None, batches: int = 1, fsdp: int | None = None):
+    """What --config or --model names, on these devices or all.
+
+    batches: how many times the batch size that is asked for; fsdp: in place of --fsdp.
+    """
     from dit_jax.benchmarking import subject
 
     if config_given():
-        return subject.of_config(console.given_config(CONFIG))
-    return subject.of_model(MODEL.value, RESOLUTION.value, batch_size(8 if on_cpu() else 256), dtype(), REMAT.value,
-                            ATTENTION.value, UNROLL.value, FSDP.value, TENSOR.value, SAMPLER.value, NUM_STEPS.value,
-                            GUIDANCE_SCALE.value)
+        return subject.of_config(console.given_config(CONFIG), devices)
+    return subject.of_model(MODEL.value, RESOLUTION.value, batches * batch_size(8 if on_cpu() else 256), dtype(), REMAT.value,
+                            ATTENTION.value, UNROLL.value, fsdp or FSDP.value, TENSOR.value, SAMPLER.value, NUM_STEPS.value,
+                            GUIDANCE_SCALE.value, devices)
+
+
+def measure_scaling() -> dict:
+    """The training step of --config or --model on more and more devices, along --axis.
+
+    Raises:
+        UserError: the config sets the axis that grows.
+    """
+    from dit_jax.benchmarking import scaling
+    from dit_jax.benchmarking import subject as subjects
+
+    if not config_given():
+        group = TENSOR.value * (1 if AXIS.value == "fsdp" else FSDP.value)
+        return scaling.run(lambda ways, devices: subject(devices, ways, ways if AXIS.value == "fsdp" else None), group,
+                           SECONDS.value)
+    config = console.given_config(CONFIG)
+    if config.mesh[AXIS.value] not in (1, -1):
+        raise UserError(f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, and --axis={AXIS.value} lets it grow from 1; leave it "
+                        "out, or let another axis grow")
+    return scaling.run(lambda ways, devices: subjects.of_config(scaling.grown(config, AXIS.value, ways), devices),
+                       scaling.group(config, AXIS.value), SECONDS.value)
 
 
 def batch_size(otherwise: int) -> int:
@@ -160,6 +192,8 @@ def measure() -> dict:
         return measure_network()
     if WHAT.value == "startup":
         return measure_start()
+    if WHAT.value == "scaling":
+        return measure_scaling()
     if WHAT.value == "vae":
         from dit_jax.benchmarking import vae
 
@@ -200,6 +234,8 @@ def main() -> dict:
     check_flags()
     if WHAT.value == "startup":  # the devices are for the process that is timed
         jax.config.update("jax_platforms", "cpu")
+    if WHAT.value == "scaling" and jax.config.jax_num_cpu_devices == -1:
+        jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
     if COMPARE.value:  # leave PyTorch its part of the GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from dit_jax.benchmarking import machine

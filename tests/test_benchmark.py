@@ -13,7 +13,7 @@ import tiny
 from verbs import ROOT, refused, run_verbs, start
 
 from dit_jax import build, recipes
-from dit_jax.benchmarking import checkpoint, images, latents, machine, network, peer, startup, subject, timing
+from dit_jax.benchmarking import checkpoint, images, latents, machine, network, peer, scaling, startup, subject, timing
 from dit_jax.benchmarking.timing import Timing, Work
 from dit_jax.data.latents import LatentCache
 from dit_jax.diffusion import samplers
@@ -202,6 +202,7 @@ MISTAKES = {
     "two subjects": (["--what=forward", "--config=configs/digits.py", "--batch_size=8"], "--config.batch_size=64"),
     "peers": (["--what=forward", "--peers=eager"], "without --compare"),
     "peer": (["--what=forward", "--compare", "--peers=lazy"], "names lazy"),
+    "scaling": (["--what=scaling", "--config=configs/digits.py", "--config.mesh.data=4"], "lets it grow from 1"),
     "threads": (["--what=images", "--threads=1,many"], "whole numbers"),
     "cache": (["--what=latents", "--data=/nowhere"], "not a latent cache"),
     "autoencoder": (["--what=forward", "--config=configs/vae_digits.py"], "trains an autoencoder"),
@@ -231,6 +232,22 @@ def test_a_config(outcomes):
     result = json.loads(stdout)
     check(result, 4)
     assert result["model"]["depth"] == 1 and result["batch_size"] == 4 and result["resolution"] == 8
+
+
+def test_scaling(monkeypatch):
+    """A batch that does not grow with the devices, a mesh over others than were asked for, an efficiency upside down."""
+    assert scaling.counts(8, 1) == [1, 2, 4, 8] and scaling.counts(7, 2) == [1, 2]
+    with pytest.raises(UserError, match="at least 6 devices, and there are 5"):
+        scaling.counts(5, 3)
+    monkeypatch.setattr(scaling, "counts", lambda devices, group: [1, 2])
+    config = tiny.config(model__depth=1, batch_size=4, mesh__tensor=2)
+    found = scaling.run(lambda ways, devices: subject.of_config(scaling.grown(config, "fsdp", ways), devices),
+                        scaling.group(config, "fsdp"), 0.0)
+    first, second = found["by_devices"]
+    assert [(row["devices"], row["batch_size"], row["mesh"]["fsdp"]) for row in (first, second)] == [(2, 4, 1), (4, 8, 2)]
+    assert found["efficiency"] == second["images_per_second"] / first["images_per_second"] and first["efficiency"] == 1
+    axes = [{axis for row in rows["collective_bytes"].values() for axis in row} for rows in (first, second)]
+    assert axes[0] == {"tensor"} and "fsdp" in axes[1]
 
 
 def test_forward():

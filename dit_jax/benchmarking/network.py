@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 
+from dit_jax.analysis import collectives, hlo
 from dit_jax.benchmarking import machine
 from dit_jax.benchmarking.subject import Subject
 from dit_jax.benchmarking.timing import MIN_STEPS, Work, measure, measure_queued, report, warm_up
@@ -15,6 +16,7 @@ from dit_jax.console import say
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import rows_per_step
 from dit_jax.sampling.generator import Generator, default_rows_at_once
+from dit_jax.sampling.held_weights import hold
 from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.compiled_step import compile_step
@@ -47,8 +49,17 @@ def train_step(subject: Subject) -> Work:
     macs = subject.macs()
     return Work(call, subject.batch_size, {"parameters": parameters, "compile_seconds": seconds,
                                            "program_bytes": machine.program_bytes(step),
+                                           "collective_bytes": collective_bytes(step, subject.mesh),
                                            "flops_per_image": None if macs is None else 6 * macs,
                                            "flops_formula": "6 x MACs: a forward and a backward of twice its cost"})
+
+
+def collective_bytes(compiled, mesh) -> dict[str, dict[str, int]]:
+    """{kind: {mesh axes: bytes that one device sends in the program, on rings}}, read from it; {} on one device."""
+    if mesh.devices.size == 1:
+        return {}
+    found = collectives.find(hlo.parse(compiled.as_text()), mesh.devices.size)
+    return collectives.by_kind_and_axis(found, dict(mesh.shape))
 
 
 def forward(subject: Subject) -> Work:
@@ -81,7 +92,7 @@ def sampler(subject: Subject) -> Work:
     task = diffusion_task(subject)
     guidance, draw = subject.guidance, subject.sampler
     task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
-    params = create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params
+    params = hold(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
     labels = spread_labels(subject.batch_size, task.num_classes)
     share, rows = subject.batch_size // rows_per_step(subject.mesh), default_rows_at_once(task, jax.devices()[0].platform)
     generator = Generator(task, subject.mesh, draw, guidance, subject.batch_size, subject.seed,

@@ -99,8 +99,10 @@ class Subject:
 
 def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str = "none", attention: str = "auto",
              unroll: bool = False, fsdp: int = 1, tensor: int = 1, sampler: str = "ddpm", num_steps: int = 250,
-             guidance_scale: float = 1.0) -> Subject:
+             guidance_scale: float = 1.0, devices=None) -> Subject:
     """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
+
+    devices: of the mesh, whose data axis takes what fsdp and tensor leave; all that there are if None.
 
     Raises:
         UserError: no such model or sampler; a resolution, batch or mesh that does not fit.
@@ -113,19 +115,21 @@ def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str
                   remat=remat, unroll=unroll, dtype=DTYPES[dtype])
     network.check(*latent_shape[:2])
     task = DiffusionTask(network, process, codec, adamw(), latent_shape, num_classes=1000)
-    return Subject(task, make_mesh(-1, fsdp, tensor), batch_size, samplers.CLASSES[draw.pop("name")](**draw),
+    return Subject(task, make_mesh(-1, fsdp, tensor, devices), batch_size, samplers.CLASSES[draw.pop("name")](**draw),
                    Guidance(guidance_scale))
 
 
-def of_config(config) -> Subject:
+def of_config(config, devices=None) -> Subject:
     """The training of a config, its data set and its codec's weights aside: neither is read.
+
+    devices: of the mesh; all that there are if None.
 
     Raises:
         UserError: whatever the config is refused for; an autoencoder whose perceptual distance has no weights.
     """
     from dit_jax import build
 
-    task, mesh = build.task(config), build.mesh(config)
+    task, mesh = build.task(config), build.mesh(config, devices)
     if isinstance(task, AutoencoderTask):
         return Subject(task, mesh, config.batch_size, constants=build.constants(config, mesh, None, {}), seed=config.seed)
     constants = {} if isinstance(task.codec, KLVAE) else {"codec": jax.device_put(task.codec.init(jax.random.key(0)),

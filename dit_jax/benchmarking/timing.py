@@ -43,6 +43,10 @@ class Timing:
     cpu_seconds: float
 
     @property
+    def cpu_seconds_per_step(self) -> float:
+        return self.cpu_seconds / len(self.seconds)
+
+    @property
     def images_per_second(self) -> float:
         return self.images * len(self.seconds) / float(self.seconds.sum())
 
@@ -97,7 +101,8 @@ def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps
 
     Returns:
         Ours as of `Timing`, "peers": {name: the same and its facts}, and "ratio": {name: median seconds of our call over
-        the peer's}, below 1 where ours is faster.
+        the peer's}, below 1 where ours is faster. cpu_seconds_per_step are of all threads, and on a machine that others use
+        tell more than wall time.
     """
     works = {"dit_jax": ours, **peers}
     for name, work in works.items():
@@ -111,6 +116,6 @@ def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps
     joined = {name: Timing(np.concatenate([t.seconds for t in parts]), parts[0].images, sum(t.cpu_seconds for t in parts))
               for name, parts in timings.items()}
     medians = {name: t.quantiles()["step_seconds_p50"] for name, t in joined.items()}
-    return {**joined["dit_jax"].rates(), **joined["dit_jax"].quantiles(),
-            "ratio": {name: medians["dit_jax"] / medians[name] for name in peers},
-            "peers": {name: {**joined[name].rates(), **joined[name].quantiles(), **peers[name].facts} for name in peers}}
+    found = {name: {**t.rates(), **t.quantiles(), "cpu_seconds_per_step": t.cpu_seconds_per_step} for name, t in joined.items()}
+    return {**found["dit_jax"], "ratio": {name: medians["dit_jax"] / medians[name] for name in peers},
+            "peers": {name: found[name] | peers[name].facts for name in peers}}
