@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -72,15 +73,16 @@ def test_going_on_after_a_kill(monkeypatch, tmp_path, harm):
         return snapshots.Snapshots(tmp_path, {"key": key}, 0, 1, every_seconds=0.0)
 
     whole = taken(220, batch_size=16)
-    original, seen = extraction._Worker.chunk, []
+    original, seen, enough = extraction._Worker.chunks, [], 3
 
-    def chunk(self, images, number, parts):
-        if len(seen) == 3:
-            raise Killed
-        seen.append(number)
-        return original(self, images, number, parts)
+    def chunks(self, images, numbers, parts):
+        for number, result in original(self, images, numbers, parts):
+            if len(seen) == enough:
+                raise Killed
+            seen.append(number)
+            yield number, result
 
-    monkeypatch.setattr(extraction._Worker, "chunk", chunk)
+    monkeypatch.setattr(extraction._Worker, "chunks", chunks)
     with pytest.raises(Killed):
         taken(220, batch_size=16, snapshots=store())
     if harm:
@@ -89,8 +91,7 @@ def test_going_on_after_a_kill(monkeypatch, tmp_path, harm):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     seen.clear()
-    monkeypatch.setattr(extraction._Worker, "chunk", lambda self, images, number, parts: (
-        seen.append(number), original(self, images, number, parts))[1])
+    enough = None
     found = taken(220, batch_size=16, snapshots=store())
     assert seen == ([0, 1, 2, 3, 4] if harm else [3, 4])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
@@ -100,6 +101,23 @@ def test_going_on_after_a_kill(monkeypatch, tmp_path, harm):
     assert seen == [0, 1, 2, 3, 4]
     snapshots.remove(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_the_devices_do_not_wait_for_sums(monkeypatch):
+    """Devices that stand still at the end of every chunk until its sums are on the host."""
+    take, fetch, begun = extraction._Worker._take, extraction._Worker._fetch, [threading.Event() for _ in range(5)]
+
+    def taking(self, chunk, *args):
+        begun[chunk.number].set()
+        return take(self, chunk, *args)
+
+    def fetching(self, images, chunk):
+        assert chunk.number == 4 or begun[chunk.number + 1].wait(60)
+        return fetch(self, images, chunk)
+
+    monkeypatch.setattr(extraction._Worker, "_take", taking)
+    monkeypatch.setattr(extraction._Worker, "_fetch", fetching)
+    assert taken(220, batch_size=16).count == 220
 
 
 def test_singular_covariance_is_exact():

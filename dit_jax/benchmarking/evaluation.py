@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.benchmarking import machine
+from dit_jax.benchmarking.timing import Timing
 from dit_jax.errors import UserError
 from dit_jax.evaluation.extraction import CHUNK_IMAGES, Wanted, default_batch_size, extract
 from dit_jax.evaluation.images import ArrayImages
@@ -52,8 +53,10 @@ def run(resolution: int, batch_size: int | None, records: int | None) -> dict:
     extract(images, Inception(), params, Wanted(("features", "spatial"), classes=True), batch_size=batch_size, processes=(0, 1))
     end = time.perf_counter()
     begin, done = next((when, done) for when, done in images.asked if done)
+    timing = Timing(np.diff([*(when for when, done in images.asked if done), end]), batch_size, time.process_time() - cpu)
     rate = (records - done) / (end - begin)
-    return {"resolution": resolution, "batch_size": batch_size, "records": records, "images": records - done,
-            "measured_seconds": end - begin, "images_per_second": rate,
-            "images_per_second_per_device": rate / jax.local_device_count(), "total_seconds": end - start,
-            "cpu_seconds": time.process_time() - cpu, "peak_bytes": machine.peak_bytes()}
+    return {"extractor": "Inception-v3", "dtype": "float32", "resolution": resolution, "batch_size": batch_size,
+            "records": records, "images": records - done, "measured_seconds": end - begin, "images_per_second": rate,
+            **timing.quantiles(), "images_per_second_per_device": rate / jax.local_device_count(),
+            "compile_and_first_batches_seconds": begin - start, "total_seconds": end - start,
+            "cpu_seconds": timing.cpu_seconds, "peak_bytes": machine.peak_bytes()}

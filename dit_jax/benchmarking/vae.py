@@ -63,7 +63,7 @@ def run(codec: KLVAE, resolution: int, batch_size: int, seconds: float) -> dict:
             "compile_seconds": compile_seconds, "program_bytes": machine.program_bytes(compiled)}
     return {"codec": {"block_out_channels": codec.block_out_channels, "latent_channels": codec.latent_channels},
             "dtype": jnp.dtype(codec.dtype).name, "resolution": resolution, "batch_size": batch_size, "mesh": dict(mesh.shape),
-            **found, "mfu_formula": machine.MFU_FORMULA, "peak_bytes": machine.peak_bytes()}
+            **found, "mfu_formula": machine.MFU_FORMULA, "flops_formula": "2 x MACs", "peak_bytes": machine.peak_bytes()}
 
 
 def _measured(name: str, work: Work, seconds: float, gmacs: float, mesh) -> dict:

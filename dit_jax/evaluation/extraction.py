@@ -2,16 +2,20 @@
 
 Images are taken in chunks of 1,000 by their number, which fall to the processes in turn; a process works alone on its own
 devices, and results are added up at the end. So a row's features never wait for another host, and sums are grouped by chunk,
-whatever the batch size. Features go into sums of float64 on the device that computed them: sums in float32 leave noise of 1e-7
-in directions that a few thousand images do not span, and the square root in the Frechet distance makes 3e-4 of that.
+whatever the batch size. The devices go from batch to batch and from chunk to chunk without a wait: the next batch is read by one
+thread, and the sums of the chunk before are fetched by another. Features go into sums of float64 on the device that computed
+them: sums in float32 leave noise of 1e-7 in directions that a few thousand images do not span, and the square root in the
+Frechet distance makes 3e-4 of that.
 
 N images, F features, K classes, S parts, D devices of this process, b rows of a batch.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -95,8 +99,7 @@ def extract(images: Images, extractor: Extractor, params: Any, wanted: Wanted, *
         totals, digests, features = snapshots.read(totals)
     progress = Progress(f"features of {what}", sum(_size(images, k) for k in chunks))
     done = sum(_size(images, k) for k in chunks[:len(digests)])
-    for k in chunks[len(digests):]:
-        sums, digest, kept = worker.chunk(images, k, parts)
+    for k, (sums, digest, kept) in worker.chunks(images, chunks[len(digests):], parts):
         totals = jax.tree.map(np.add, totals, sums)
         digests.append(digest)
         features.append(kept)
@@ -167,53 +170,93 @@ class _Worker:
             found["classes"][name] = sums + member.T @ p, negative_entropies + member.T @ entropies
         return found
 
-    def chunk(self, images: Images, number: int, parts: dict[str, np.ndarray]) -> tuple[dict, bytes, np.ndarray | None]:
-        """(sums on the host, SHA-256 of the images, features [n, F] if they are wanted) of one chunk."""
-        start = number * CHUNK_IMAGES
-        stop = start + _size(images, number)
+    def chunks(self, images: Images, numbers: Iterable[int], parts: dict[str, np.ndarray]) -> Iterator[tuple]:
+        """(number, (sums on the host, SHA-256 of the images, features [n, F] if they are wanted)) of each chunk, in order."""
+        running, fetched, before = None, deque(), None
+        with ThreadPoolExecutor(1) as fetcher:
+            for chunk, batch in _ahead(_read(images, numbers, self.batch_size)):
+                if running is not chunk:
+                    if running is not None:
+                        fetched.append((running.number, fetcher.submit(self._fetch, images, running)))
+                    running, chunk.state = chunk, self._new_state()
+                outputs = self._take(chunk, batch, parts)
+                if before is not None:  # at most two batches are on the devices
+                    jax.block_until_ready(before)
+                before = outputs
+                while fetched and (len(fetched) > 1 or fetched[0][1].done()):
+                    number, future = fetched.popleft()
+                    yield number, future.result()
+            if running is not None:
+                fetched.append((running.number, fetcher.submit(self._fetch, images, running)))
+            for number, future in fetched:
+                yield number, future.result()
+
+    def _new_state(self):
         with jax.enable_x64(True):
-            state = jax.tree.map(lambda x: jax.device_put(np.zeros((self._devices, *x.shape)), self._rows), self.zeros())
-        digest, kept, before = hashlib.sha256(), [], None
-        for batch in _ahead(images.batches(start, stop, self.batch_size), digest):
-            rows = np.arange(start, start + len(batch))
-            outputs = self._features(self._params, self._put(batch))
-            with jax.enable_x64(True):
-                state = self._add(state, outputs, self._put(np.ones(len(batch))),
-                                  {name: self._put(part[rows]) for name, part in parts.items()})
-            start += len(batch)
-            if before is not None:  # at most two batches are on the devices
-                kept.append(self._fetched(*before))
-            before = outputs, len(batch)
-        kept.append(self._fetched(*before))
+            return jax.tree.map(lambda x: jax.device_put(np.zeros((self._devices, *x.shape)), self._rows), self.zeros())
+
+    def _take(self, chunk: "_Chunk", batch: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Hands the chunk's next batch to the devices; returns its outputs, which may not be ready."""
+        rows = np.arange(chunk.taken, chunk.taken + len(batch))
+        outputs = self._features(self._params, self._put(batch))
         with jax.enable_x64(True):
-            sums = jax.tree.map(lambda x: np.asarray(x).sum(0), state)
+            chunk.state = self._add(chunk.state, outputs, self._put(np.ones(len(batch))),
+                                    {name: self._put(part[rows]) for name, part in parts.items()})
+        chunk.taken += len(batch)
+        if self.wanted.features:
+            chunk.features.append((outputs["features"], len(batch)))
+        return outputs
+
+    def _fetch(self, images: Images, chunk: "_Chunk") -> tuple[dict, bytes, np.ndarray | None]:
+        """What is known of a chunk whose last batch was handed over, once it is; runs in a thread."""
+        with jax.enable_x64(True):
+            sums = jax.tree.map(lambda x: np.asarray(x).sum(0), chunk.state)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(sums)):
-            raise UserError(f"features of the images {number * CHUNK_IMAGES} to {stop - 1} of {images.name} hold NaN or "
-                            "infinity: the extractor's weights are broken")
-        return sums, digest.digest(), np.concatenate(kept) if self.wanted.features else None
+            raise UserError(f"features of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} hold "
+                            "NaN or infinity: the extractor's weights are broken")
+        kept = np.concatenate([np.asarray(x)[:count] for x, count in chunk.features]) if self.wanted.features else None
+        return sums, chunk.digest.digest(), kept
 
     def _put(self, x: np.ndarray) -> jax.Array:
         """[n, ...] padded with zeros to the one size that programs are compiled for, split over the devices."""
         return jax.device_put(np.pad(x, [(0, self.padded - len(x))] + [(0, 0)] * (x.ndim - 1)), self._rows)
 
-    def _fetched(self, outputs: dict[str, jax.Array], count: int) -> np.ndarray | None:
-        jax.block_until_ready(outputs)
-        return np.asarray(outputs["features"])[:count] if self.wanted.features else None
+
+@dataclass(eq=False)
+class _Chunk:
+    """A chunk of images at work.
+
+    Fields:
+        taken: number of the first image that was not handed to the devices.
+        digest: SHA-256 of the images that were read.
+        state: sums on the devices.
+        features: (outputs of a batch, rows that are not padding), where features are wanted.
+    """
+
+    number: int
+    taken: int
+    digest: Any = field(default_factory=hashlib.sha256)
+    state: Any = None
+    features: list[tuple[jax.Array, int]] = field(default_factory=list)
 
 
-def _ahead(batches: Iterator[np.ndarray], digest) -> Iterator[np.ndarray]:
-    """The batches, the next one read and hashed by a thread while one is at work."""
-    def read():
-        batch = next(batches, None)
-        if batch is not None:
-            digest.update(np.ascontiguousarray(batch))
-        return batch
+def _read(images: Images, numbers: Iterable[int], batch_size: int) -> Iterator[tuple[_Chunk, np.ndarray]]:
+    """The batches of chunks, each with its chunk, whose digest counts them."""
+    for number in numbers:
+        start = number * CHUNK_IMAGES
+        chunk = _Chunk(number, start)
+        for batch in images.batches(start, start + _size(images, number), batch_size):
+            chunk.digest.update(np.ascontiguousarray(batch))
+            yield chunk, batch
 
+
+def _ahead(items: Iterator) -> Iterator:
+    """The items, the next one made by a thread while one is at work."""
     with ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(read)
-        while (batch := waiting.result()) is not None:
-            waiting = reader.submit(read)
-            yield batch
+        waiting = reader.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = reader.submit(next, items, None)
+            yield item
 
 
 def _all_processes(x: np.ndarray) -> np.ndarray:
