@@ -2,7 +2,7 @@ import textwrap
 
 import pytest
 
-from dit_jax.analysis import collectives, hlo, overlap
+from dit_jax.analysis import collectives, hlo, overlap, traffic
 
 GROUPS = "replica_groups=[1,8]<=[8]"
 STEP = f'channel_id=7, dimensions={{0}}, {GROUPS}, backend_config={{"async_collective_fusion_config":1}}'
@@ -79,15 +79,26 @@ def test_what_hides_a_pair(between, hidden):
     assert share(PAIR.format(groups=GROUPS, between=between), OTHERS.replace("WORK", "multiply")) == hidden
 
 
-def test_share_is_of_bytes():
+@pytest.mark.parametrize("start, end", [("async-start(%p), calls=%wrapped", "async-done"),
+                                        ('call-start(%p), async_execution_thread="sparsecore", to_apply=%wrapped', "call-done")])
+def test_share_is_of_bytes(start, end):
     """A share of the number of collectives, one that does not wait for its end, a wrapped one that is not seen."""
     body = f"""\
-%s = ((f32[8,16]{{1,0}}), f32[1,16]{{1,0}}) async-start(%p), calls=%wrapped
+%s = ((f32[8,16]{{1,0}}), f32[1,16]{{1,0}}) {start}
 %n = f32[8,16]{{1,0}} negate(%p)
-%e = f32[1,16]{{1,0}} async-done(%s)
+%e = f32[1,16]{{1,0}} {end}(%s)
 ROOT %g = f32[8,16]{{1,0}} all-reduce(%p), {GROUPS}, to_apply=%add"""
     assert share(body) == pytest.approx(1 / 3)  # 7/8 of the array once for the scatter, twice for the all-reduce
     assert share("ROOT %n = f32[8,16]{1,0} negate(%p)") is None
+
+
+def test_the_start_of_a_collective_moves_no_bytes_of_its_own():
+    """What a TPU's fusions that begin and end a collective read and write, counted as arithmetic in HBM too."""
+    text = OTHERS.replace("WORK", "multiply")
+    program = hlo.parse(f"{text}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
+                        "  %s = f32[64,16]{1,0} fusion(%p), kind=kCustom, calls=%begin\n"
+                        "  ROOT %f = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%square\n}\n")
+    assert tuple(traffic.hbm_traffic(program)) == (0, 2 * 512)
 
 
 @pytest.mark.parametrize("work, hidden", [("multiply", 1), ("copy", 0)])

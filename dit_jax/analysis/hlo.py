@@ -16,7 +16,7 @@ CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|tru
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "while",
         "conditional", "call", "opt-barrier", "domain", "add-dependency"}
 HEADER = re.compile(r"(?:ENTRY\s+)?%?([\w.\-]+)\s*\(")
-RUNS = {"call", "conditional", "async-start"}  # run their computations as often as they run, like a while its body
+RUNS = {"call", "conditional", "async-start", "call-start"}  # run their computations as often as they run, like a while its body
 MATMULS = {"dot", "convolution", "ragged-dot"}
 MATMUL_CALLS = re.compile(r'custom_call_target="[^"]*(gemm|matmul|fmha|conv|attention|tpu_custom_call)', re.IGNORECASE)
 ATTENTION_CALLS = re.compile(r'custom_call_target="[^"]*(fmha|attention)', re.IGNORECASE)

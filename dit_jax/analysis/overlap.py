@@ -1,10 +1,10 @@
 """Which collectives of a compiled program run beside other work: its schedule, read for what stands between start and end."""
 
 from dit_jax.analysis.collectives import KINDS, Collective, channel_in_steps
-from dit_jax.analysis.hlo import FREE, Computation, Instruction, Program
+from dit_jax.analysis.hlo import FREE, RUNS, Computation, Instruction, Program
 from dit_jax.analysis.traffic import MOVES, is_matmul
 
-STRUCTURE = {"fusion", "while", "call", "conditional", "async-start"}  # what they do is what their computations do
+STRUCTURE = RUNS | {"fusion", "while"}  # what they do is what their computations do
 NO_WORK = MOVES | FREE | set(KINDS) | {"custom-call"}  # of custom calls, those with products in them are asked for before
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dit_jax.analysis.collectives import KINDS
-from dit_jax.analysis.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, Computation, Instruction, Program
+from dit_jax.analysis.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, RUNS, Computation, Instruction, Program
 
 # Instructions that compute nothing: a fusion of these alone is a copy, whatever else of scalars is in it.
 MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "copy-start", "slice-start", "transpose",
@@ -42,11 +42,18 @@ def works(program: Program) -> Iterator[Work]:
     An array that stays in a cache between two instructions counts twice, so that this is an upper bound on GPUs.
     """
     for computation, instruction, times in program.executed():
-        opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith("-done") or opcode == "async-start" or opcode.removesuffix("-start") in KINDS:
+        if instruction.opcode in FREE | RUNS or instruction.opcode.endswith("-done") or only_communicates(program, instruction):
             continue
         matmul, moved = _cost(program, computation, instruction)
         yield Work(_kind(program, instruction, matmul), place(instruction), moved, times)
+
+
+def only_communicates(program: Program, instruction: Instruction) -> bool:
+    """Whether it is a collective, the start of one, or a fusion of nothing else, as TPUs write them."""
+    if instruction.opcode == "fusion":
+        inside = [i for i in program.computations[instruction.called()[0]].values() if i.opcode not in MOVES | {"custom-call"}]
+        return bool(inside) and all(only_communicates(program, i) for i in inside)
+    return instruction.opcode.removesuffix("-start") in KINDS
 
 
 def hbm_traffic(program: Program) -> Traffic:
