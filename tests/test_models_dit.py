@@ -147,6 +147,23 @@ def test_attention_is_softmax(dtype, tolerance):
         np.testing.assert_allclose(np.asarray(ours, np.float64), other, rtol=tolerance, atol=tolerance * abs(other).max())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_projections_apart_or_together(dtype, tolerance):
+    """A GPU that computes other q, k and v than a CPU, or learns another kernel: the products apart run with cuDNN only."""
+    together, apart = (layers.Projections(3, 3, flag, dtype=dtype) for flag in (False, True))
+    x, dy = jax.random.normal(jax.random.key(0), (2, 5, 12)), jax.random.normal(jax.random.key(1), (3, 2, 5, 3, 4))
+    params = tiny.random_params(together.init(jax.random.key(2), x))
+
+    def outcome(layer):
+        y, vjp = jax.vjp(lambda params, x: layer.apply(params, x), params, x)
+        return y, vjp([part.astype(dtype) for part in dy])
+
+    for one, other in zip(jax.tree.leaves(outcome(together)), jax.tree.leaves(outcome(apart)), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (one, other)), rtol=tolerance,
+                                   atol=tolerance * float(abs(one).max()))
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_forms_agree(conditioning):
     """Scanned, unrolled and rematerialised forms that compute different things, forward or backward."""
