@@ -17,7 +17,7 @@ from dit_jax.parallel.mesh import shard_batch
 from dit_jax.planning import plan, programs, search
 from dit_jax.planning import text as plan_text
 from dit_jax.planning.remedies import least_bytes
-from dit_jax.training.loop import compile_step
+from dit_jax.training.compiled_step import compile_step
 from dit_jax.training.state import abstract_state, create_sharded
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -10,7 +10,7 @@ from dit_jax.diffusion.samplers import DDIM, Ancestral
 from dit_jax.parallel.mesh import make_mesh, shard_batch
 from dit_jax.sampling.generator import Generator
 from dit_jax.sampling.labels import spread_labels
-from dit_jax.training.loop import compile_step
+from dit_jax.training.compiled_step import compile_step
 from dit_jax.training.state import abstract_state, create_sharded
 
 MESHES = [(2, 2, 2), (1, 4, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (4, 2, 1), (1, 1, 8)))]

@@ -47,18 +47,18 @@ def test_six_steps_are_three_and_three(whole, tmp_path):
 
 def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
     """A step that is compiled only once the state is there, so that a start takes the sum of both times."""
-    compiled, compile_step, create = threading.Event(), loop.compile_step, loop.restore_or_create
+    compiled, background, create = threading.Event(), loop.compile_in_background, loop.restore_or_create
 
     def compiling(*args):
-        program = compile_step(*args)
-        compiled.set()
+        program = background(*args)
+        program.add_done_callback(lambda _: compiled.set())
         return program
 
     def creating(*args):
         assert compiled.wait(120)
         return create(*args)
 
-    monkeypatch.setattr(loop, "compile_step", compiling)
+    monkeypatch.setattr(loop, "compile_in_background", compiling)
     monkeypatch.setattr(loop, "restore_or_create", creating)
     assert int(train(tiny.config(num_steps=1), tmp_path / "run").state.step) == 1
 
@@ -66,7 +66,7 @@ def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
 def test_nothing_to_train_compiles_nothing(whole, monkeypatch):
     """A finished run that compiles its step again at every start."""
     compiled = []
-    monkeypatch.setattr(loop, "compile_step", lambda *args: compiled.append(args))
+    monkeypatch.setattr(loop, "compile_in_background", lambda *args: compiled.append(args))
     assert int(train(tiny.config(num_steps=6), whole[1]).state.step) == 6 and not compiled
 
 

@@ -19,8 +19,8 @@ from dit_jax.sampling.generator import Generator, default_rows_at_once
 from dit_jax.sampling.held_weights import hold
 from dit_jax.sampling.labels import spread_labels
 from dit_jax.training.autoencoder_task import AutoencoderTask
-from dit_jax.training.compiled_step import compile_step
-from dit_jax.training.state import count_parameters, create_sharded
+from dit_jax.training.compiled_step import compile_in_background
+from dit_jax.training.state import abstract_state, count_parameters, create_sharded
 
 WARM_UP_STEPS = 3
 FIRST_STEP = "first step finished"  # `startup` waits for this line
@@ -28,11 +28,11 @@ FIRST_STEP = "first step finished"  # `startup` waits for this line
 
 def train_step(subject: Subject) -> Work:
     """The step of the training loop on one batch that stays on the devices: no data set, no autoencoder."""
-    task = subject.task
-    state = create_sharded(task, jax.random.key(subject.seed), subject.mesh)
-    batch = subject.batch()
+    task, mesh, batch = subject.task, subject.mesh, subject.batch()
+    compiling = compile_in_background(task, mesh, subject.seed, abstract_state(task, mesh), subject.constants, batch)
+    state = create_sharded(task, jax.random.key(subject.seed), mesh)
     parameters = count_parameters(state.params)
-    step, zeros, seconds = compile_step(subject.task, subject.mesh, subject.seed, state, subject.constants, batch)
+    step, zeros, seconds = compiling.result()
     say(f"compiled the training step in {seconds:.1f} s")
     sums = zeros()
 
@@ -49,7 +49,7 @@ def train_step(subject: Subject) -> Work:
     macs = subject.macs()
     return Work(call, subject.batch_size, {"parameters": parameters, "compile_seconds": seconds,
                                            "program_bytes": machine.program_bytes(step),
-                                           "collective_bytes": collective_bytes(step, subject.mesh),
+                                           "collective_bytes": collective_bytes(step, mesh),
                                            "flops_per_image": None if macs is None else 6 * macs,
                                            "flops_formula": "6 x MACs: a forward and a backward of twice its cost"})
 

@@ -1,6 +1,7 @@
 """The program of one training step, as the loop runs it, the benchmark times it and the plan compiles it; needs only JAX."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +43,14 @@ def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
         zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), out_shardings=replicated(mesh))
         compiled = traced.lower().compile()
     return compiled, zeros, time.monotonic() - start
+
+
+def compile_in_background(*args) -> Future:
+    """`compile_step` in a thread of its own: it asks for the state's shapes alone, which may be created or read meanwhile.
+
+    Who fails meanwhile says so before the thread is waited for.
+    """
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(compile_step, *args)
+    thread.shutdown(wait=False)
+    return future

@@ -1,7 +1,6 @@
 """The training loop: config -> mesh -> data -> step -> records, previews, checkpoints."""
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import shard_batch
 from dit_jax.training import codec_weights, reconstructions, samples, summary
 from dit_jax.training.checkpoint import Checkpointer
-from dit_jax.training.compiled_step import compile_step
+from dit_jax.training.compiled_step import compile_in_background
 from dit_jax.training.meter import Meter
 from dit_jax.training.profile import Profile
 from dit_jax.training.records import Records
@@ -47,14 +46,6 @@ class Run:
     stopped: bool
     loss: float | None
     images_per_second: float | None
-
-
-def in_background(function, *args) -> Future:
-    """function(*args) in a thread of its own; who fails meanwhile says so before it waits for the thread."""
-    thread = ThreadPoolExecutor(1)
-    future = thread.submit(function, *args)
-    thread.shutdown(wait=False)
-    return future
 
 
 def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
@@ -116,8 +107,7 @@ def train(config, workdir) -> Run:
             codec_weights.keep(folder.path, task.codec, codec_params)
         program = task, mesh, config.seed, abstract_state(task, mesh), constants, build.abstract_batch(config, task, mesh)
         begun = checkpointer.latest_step or 0
-        # The step asks for shapes alone: it is compiled while the state is read or created.
-        compiling = in_background(compile_step, *program) if begun < config.num_steps else None
+        compiling = compile_in_background(*program) if begun < config.num_steps else None
         state = restore_or_create(config, task, mesh, checkpointer, fingerprint)
         done = int(state.step)
         records.rewind(done)
@@ -137,7 +127,7 @@ def train(config, workdir) -> Run:
             with clock.spend("data"):
                 batch = shard_batch(mesh, next(batches))
             with clock.spend("compile"):
-                step, zeros, seconds = compiling.result() if compiling else compile_step(*program)
+                step, zeros, seconds = (compiling or compile_in_background(*program)).result()
             say(f"compiled the training step in {seconds:.1f} s")
             records.scalars(done, {"compile_seconds": seconds})
             copy = jax.jit(jnp.copy)  # of a sum, which the step after donates
