@@ -1,18 +1,17 @@
-"""Which collectives of a compiled program run beside other work: its schedule, read for what stands between start and end."""
+"""Which collectives of a compiled program run beside matrix products: its schedule, read for what is between start and end."""
 
 from dit_jax.analysis.collectives import KINDS, Collective, channel_in_steps
-from dit_jax.analysis.hlo import FREE, RUNS, Computation, Instruction, Program
-from dit_jax.analysis.traffic import MOVES, is_matmul
+from dit_jax.analysis.hlo import RUNS, Computation, Instruction, Program
+from dit_jax.analysis.traffic import is_matmul
 
 STRUCTURE = RUNS | {"fusion", "while"}  # what they do is what their computations do
-NO_WORK = MOVES | FREE | set(KINDS) | {"custom-call"}  # of custom calls, those with products in them are asked for before
 
 
 def hidden_share(program: Program, found: list[Collective]) -> float | None:
-    """Of the bytes that `found` sends, the part that travels while the device computes; None where nothing is sent.
+    """Of the bytes that `found` sends, the part that travels beside matrix products; None where nothing is sent.
 
-    A collective counts whole if anything that computes is scheduled between its start and its end, be it shorter than the
-    transfer: an upper bound.
+    A collective counts whole if a product is scheduled between its start and its end, be it shorter than the transfer: an upper
+    bound. Other work does not count: an optimizer's update is over long before a gradient's sum.
     """
     sent = sum(c.times * c.sent_bytes for c in found)
     names = hidden(program)
@@ -20,7 +19,7 @@ def hidden_share(program: Program, found: list[Collective]) -> float | None:
 
 
 def hidden(program: Program) -> set[str]:
-    """Names of the collectives with work between their start and their end.
+    """Names of the collectives with a matrix product between their start and their end.
 
     Two forms: a pair X-start, X-done; and a TPU's collective in steps, which stands under one channel in a fusion that begins it,
     in those that it runs beside, also in loops, and in one that ends it.
@@ -38,10 +37,10 @@ def hidden(program: Program) -> set[str]:
                     steps.setdefault(channel, []).append(index)
             if instruction.opcode.endswith("-done") and instruction.operands[0] in place:
                 start = place[instruction.operands[0]]
-                if any(_computes(program, i) for i in order[start + 1:index]):
+                if any(_multiplies(program, i) for i in order[start + 1:index]):
                     found |= {name for name, _ in _of(order[start], held)}
         overlapped |= {channel for channel, (first, *_, last) in ((c, p) for c, p in steps.items() if len(p) > 1)
-                       if any(_computes(program, i) for i in order[first + 1:last])}
+                       if any(_multiplies(program, i) for i in order[first + 1:last])}
     return found | {name for pairs in held.values() for name, channel in pairs if channel in overlapped}
 
 
@@ -67,11 +66,8 @@ def _communicates(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in KINDS
 
 
-def _computes(program: Program, instruction: Instruction) -> bool:
-    """Whether it calculates with arrays, rather than moves, waits or communicates."""
-    if instruction.opcode in STRUCTURE:
-        return any(_computes(program, i) for name in instruction.called() for i in program.computations[name].values())
-    if is_matmul(program, instruction):
-        return True
-    waits = instruction.opcode in NO_WORK or instruction.opcode.endswith(("-start", "-update", "-done"))
-    return not waits and any(array.dims for array in instruction.arrays)
+def _multiplies(program: Program, instruction: Instruction) -> bool:
+    """Whether it is or runs a matrix product: what lasts as long as a transfer does."""
+    if instruction.opcode in STRUCTURE - {"fusion"}:
+        return any(_multiplies(program, i) for name in instruction.called() for i in program.computations[name].values())
+    return is_matmul(program, instruction)

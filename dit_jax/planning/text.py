@@ -36,7 +36,7 @@ def training(found: dict[str, Any]) -> Iterable[str]:
         for axes, size in row.items():
             yield f"  {kind:22} {size / 1e6:9.1f} MB sent per device along {axes}"
     if found["collectives_hidden"] is not None:
-        yield f"  of these bytes {found['collectives_hidden']:.0%} travel while the device computes, as the program is scheduled"
+        yield f"  of these bytes {found['collectives_hidden']:.0%} travel beside matrix products, as the program is scheduled"
     yield (f"FLOPs per step {found['flops_per_step']:.4g} of the model (3 forwards), {found['executed_flops']:.4g} executed; "
            f"compiled in {found['compile_seconds']:.1f} s")
     if found["unknown_loops"]:
