@@ -102,6 +102,8 @@ def test_plan_says_what_a_script_asks(found):
     assert found["fits"] and found["hbm_bytes"] > 0 and found["collective_bytes"] > 0 and found["step_seconds"] is None
     assert found["mesh"]["data"] == 2 and found["mesh"]["fsdp"] == 4 and found["unknown_loops"] == 0
     assert "fsdp" in found["collectives"]["all-gather"]
+    assert found["collectives_hidden"] == 0  # simulated devices wait for every collective
+    assert "0% travel beside matrix products" in "".join(plan_text.training(found))
     json.dumps(found)
 
 
@@ -154,7 +156,7 @@ def test_too_large_gets_remedies(monkeypatch):
 def test_more_than_there_is_does_not_fit():
     """A program that compiles, for devices that are too small for it, and is said to fit."""
     sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 100, "code": 0, "host": 0, "total": 100}
-    compiled = plan.Compiled(sizes, None, 1, Traffic(1, 1), [], [], 0, 1.0)
+    compiled = plan.Compiled(sizes, None, 1, Traffic(1, 1), [], [], None, 0, 1.0)
     mesh = build.mesh(tiny.config())
     assert plan._report(eight(usable_bytes=100), mesh, compiled)["fits"]
     assert not plan._report(eight(usable_bytes=99), mesh, compiled)["fits"]
