@@ -39,9 +39,9 @@ RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images in pixe
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices. If not given: 256 for latents, 32 for "
                                   "images, 8 for vae, evaluate's own for evaluation; else 256, on a CPU 8.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "To compute in. If not given: bfloat16, on a CPU float32.")
-REMAT = flags.DEFINE_enum("remat", "none", ["none", "full", "dots", "elementwise", "offload"], "model.remat of --model.")
+REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "none", "full", "dots", "elementwise", "offload"], "model.remat of --model.")
 ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn"], "model.attention of --model.")
-UNROLL = flags.DEFINE_bool("unroll", False, "model.unroll of --model.")
+UNROLL = flags.DEFINE_bool("unroll", None, "model.unroll of --model.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "mesh.fsdp of --model; mesh.data takes the other devices.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "mesh.tensor of --model.")
 AXIS = flags.DEFINE_enum("axis", "data", ["data", "fsdp"], "The axis of the mesh that grows in scaling, where the batch size is "

@@ -27,7 +27,7 @@ def model(size: str) -> dict:
         UserError: no such size or patch.
     """
     return {"name": "dit", **sizes.fields(size), "mlp_ratio": 4.0, "conditioning": "adaln_zero", "attention": "auto",
-            "remat": "none", "unroll": False, "dtype": "float32", "param_dtype": "float32"}
+            "remat": "auto", "unroll": config_dict.placeholder(bool), "dtype": "float32", "param_dtype": "float32"}
 
 
 def training() -> ml_collections.ConfigDict:

@@ -173,10 +173,26 @@ def test_forms_agree(conditioning):
     def value(net):
         return jax.jit(jax.value_and_grad(lambda p: jnp.square(net.apply(p, x, t, cond)).sum()))(params)
 
-    plain = value(tiny.dit(conditioning))
+    plain = value(tiny.dit(conditioning, remat="none"))
     named = ("elementwise", "offload") if conditioning == "cross_attention" else ()  # it has every tensor that they name
     for fields in ({"unroll": True}, {"remat": "full"}, {"remat": "dots"}, *({"remat": policy} for policy in named)):
         assert tiny.distance(value(tiny.dit(conditioning, **fields)), plain) < 2e-5
+
+
+@pytest.mark.parametrize("platform, form", [("gpu", (True, "none")), ("cpu", (False, "elementwise"))])
+def test_form_left_to_the_platform(platform, form, monkeypatch):
+    """A network that ignores what was decided for its platform, or a user's choice that is overruled."""
+    x, t, cond = inputs()
+
+    def gradient(**fields):
+        net = tiny.dit(**fields)
+        params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
+        return str(jax.make_jaxpr(jax.grad(lambda p: net.apply(p, x, t, cond).sum()))(params))
+
+    assert dit.form_of_loop(None, "auto", platform) == form
+    assert dit.form_of_loop(False, "full", platform) == (False, "full")
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert gradient() == gradient(unroll=form[0], remat=form[1])
 
 
 def test_remat_saves_memory():
@@ -259,7 +275,7 @@ def test_bfloat16_is_close():
     ({"heads": 5}, "does not divide"),
     ({"patch_size": 3}, "not a multiple of model.patch_size = 3"),
     ({"conditioning": "film"}, "must be one of adaln_zero"),
-    ({"remat": "some"}, "must be one of none"),
+    ({"remat": "some"}, "must be one of auto, none"),
     ({"depth": 0}, "at least 1"),
 ])
 def test_bad_fields(fields, text):

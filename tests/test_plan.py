@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -135,7 +136,7 @@ class Refused:
 
 def test_too_large_gets_remedies(monkeypatch):
     """A program that the compiler refuses taken for a crash, or no word of what would help."""
-    config = tiny.config()
+    config = tiny.config(model__remat="none")
     state = abstract_state(build.task(config), build.mesh(config))
     monkeypatch.setattr(programs, "train_step", lambda *_: (Refused, {"state": state, "constants": {}, "batch": {}, "sums": {}}))
     found = plan.plan_training(config, eight())
@@ -374,3 +375,12 @@ def test_tpu_that_is_too_small():
     config.batch_size = 64
     found = plan.plan_training(config.lock(), topology.find("v5e:2x2"))
     assert not found["fits"] and found["bytes_per_device"] > found["usable_bytes"] and found["remedies"]
+
+
+def test_a_gpu_gets_its_own_program():
+    """The plan of a GPU made of the program that this machine, which has none, would run; a user's choice that is overruled."""
+    h200 = SimpleNamespace(name="h200:1", devices=[SimpleNamespace(platform="cuda")])
+    model = plan.for_topology(tiny.config(model__dtype="bfloat16"), h200).model
+    assert (model.unroll, model.remat, model.attention) == (True, "none", "cudnn")
+    model = plan.for_topology(tiny.config(model__unroll=False), h200).model
+    assert (model.unroll, model.remat, model.attention) == (False, "elementwise", "auto")

@@ -20,7 +20,7 @@ from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
-from dit_jax.models.dit import DiT
+from dit_jax.models.dit import DiT, form_of_loop
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
 from dit_jax.training.autoencoder_task import AutoencoderTask
 from dit_jax.training.diffusion_task import DiffusionTask
@@ -90,15 +90,17 @@ class Subject:
         task = self.task
         macs = self.macs()
         net = task.network if isinstance(task, DiffusionTask) else task.codec
-        fields = {name: getattr(net, name) for name in ("depth", "width", "heads", "patch_size", "conditioning", "attention",
-                                                        "remat", "unroll") if hasattr(net, name)}
+        fields = {name: getattr(net, name) for name in ("depth", "width", "heads", "patch_size", "conditioning", "attention")
+                  if hasattr(net, name)}
+        if isinstance(net, DiT):
+            fields["unroll"], fields["remat"] = form_of_loop(net.unroll, net.remat, jax.default_backend())
         return {"model": {"name": type(net).__name__, **fields}, "dtype": jnp.dtype(net.dtype).name,
                 "param_dtype": jnp.dtype(net.param_dtype).name, "resolution": self.resolution, "batch_size": self.batch_size,
                 "microbatches": task.microbatches, "mesh": dict(self.mesh.shape), "gmacs": None if macs is None else macs / 1e9}
 
 
-def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str = "none", attention: str = "auto",
-             unroll: bool = False, fsdp: int = 1, tensor: int = 1, sampler: str = "ddpm", num_steps: int = 250,
+def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str = "auto", attention: str = "auto",
+             unroll: bool | None = None, fsdp: int = 1, tensor: int = 1, sampler: str = "ddpm", num_steps: int = 250,
              guidance_scale: float = 1.0, devices=None) -> Subject:
     """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
 

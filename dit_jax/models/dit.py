@@ -25,6 +25,16 @@ REMAT_POLICIES = {
 }
 
 
+def form_of_loop(unroll: bool | None, remat: str, platform: str) -> tuple[bool, str]:
+    """(unroll, remat) where they are left to the platform ("cpu", "gpu", "tpu"): None and "auto".
+
+    A GPU's matrix products cannot write into the stacks in which a scan keeps what the gradient needs, so blocks are written out
+    there, and store everything. Elsewhere they are scanned, and store what is costly to compute.
+    """
+    unroll = platform == "gpu" if unroll is None else unroll
+    return unroll, ("none" if unroll else "elementwise") if remat == "auto" else remat
+
+
 def patchify(x, p: int):
     """[B, H, W, C] -> [B, (H/p) (W/p), p p C], patches in row-major order, channels last inside a patch."""
     b, h, w, c = x.shape
@@ -131,12 +141,13 @@ class DiT(nn.Module):
         conditioning: one of CONDITIONINGS.
         attention: see `layers.dot_product_attention`.
         remat: what a block stores for its gradient, beside its input; the rest is computed again.
+            "auto": see `form_of_loop`.
             "none": everything.
             "elementwise": what linear layers and attention return; norms, modulation, GELU and the softmax are repeated.
             "dots": what linear layers return, the modulation's among them; attention is repeated too.
             "full": nothing.
             "offload": as "elementwise", kept in the host's memory until the gradient asks for it.
-        unroll: False scans over the blocks (compile time flat in depth); True writes them out.
+        unroll: False scans over the blocks (compile time flat in depth); True writes them out; None: see `form_of_loop`.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
     """
 
@@ -149,8 +160,8 @@ class DiT(nn.Module):
     mlp_ratio: float = 4.0
     conditioning: str = "adaln_zero"
     attention: str = "auto"
-    remat: str = "none"
-    unroll: bool = False
+    remat: str = "auto"
+    unroll: bool | None = None
     dtype: layers.Dtype = jnp.float32
     param_dtype: layers.Dtype = jnp.float32
 
@@ -162,8 +173,8 @@ class DiT(nn.Module):
         """Raises a UserError if the fields do not fit each other or an input of height x width."""
         if self.conditioning not in CONDITIONINGS:
             raise UserError(f"model.conditioning is {self.conditioning!r}; it must be one of {', '.join(CONDITIONINGS)}")
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise UserError(f"model.remat is {self.remat!r}; it must be one of none, {', '.join(REMAT_POLICIES)}")
+        if self.remat not in ("auto", "none", *REMAT_POLICIES):
+            raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, none, {', '.join(REMAT_POLICIES)}")
         if self.attention not in ("auto", "xla", "cudnn"):
             raise UserError(f"model.attention is {self.attention!r}; it must be one of auto, xla, cudnn")
         for name in ("patch_size", "depth", "width", "heads"):
@@ -199,13 +210,13 @@ class DiT(nn.Module):
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
 
-        block = Block
-        if self.remat != "none":
+        block, (unroll, remat) = Block, form_of_loop(self.unroll, self.remat, jax.default_backend())
+        if remat != "none":
             # Written out, XLA would merge what is computed again with what was computed before; a loop keeps them apart.
-            block = nn.remat(Block, prevent_cse=self.unroll, policy=REMAT_POLICIES[self.remat])
+            block = nn.remat(Block, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                          in_axes=(nn.broadcast, nn.broadcast), length=self.depth,
-                         unroll=self.depth if self.unroll else 1)
+                         unroll=self.depth if unroll else 1)
         x = start = constrain_batch(x, tokens=True)
         if residual is None:
             x, _ = blocks(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes, name="blocks")(x, c, tokens)

@@ -13,6 +13,7 @@ from dit_jax.analysis.topology import GPUS, Topology
 from dit_jax.analysis.traffic import Traffic, by_place, hbm_traffic
 from dit_jax.analysis.vae_flops import gmacs
 from dit_jax.errors import UserError
+from dit_jax.models.dit import form_of_loop
 from dit_jax.planning import programs
 from dit_jax.planning.remedies import remedies
 
@@ -92,10 +93,14 @@ def model_flops(config, task) -> int:
 
 
 def for_topology(config, topology: Topology):
-    """The config with what the chip itself decides: fused attention on a GPU, which `auto` would see there."""
+    """The config with what the network would see of the chip: the form of its loop, and on a GPU fused attention."""
     config = config.copy_and_resolve_references()
-    if topology.name.partition(":")[0] in GPUS and config.model.attention == "auto" and config.model.dtype != "float32":
-        with config.unlocked():
+    if "model" not in config:
+        return config
+    platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
+    with config.unlocked():
+        config.model.unroll, config.model.remat = form_of_loop(config.model.unroll, config.model.remat, platform)
+        if platform == "gpu" and config.model.attention == "auto" and config.model.dtype != "float32":
             config.model.attention = "cudnn"
     return config
 

@@ -26,7 +26,7 @@ def simplest_that_fits(config, topology: Topology) -> dict[str, Any]:
         with c.unlocked():
             if way.get("fsdp"):
                 c.mesh.update({"data": 1, "fsdp": len(topology.devices)})
-            c.model.remat = way.get("remat", "none")
+            c.model.remat = way.get("remat", c.model.remat)
         found = plan.plan_training(c, topology)
         if found["fits"]:
             break
