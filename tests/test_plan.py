@@ -277,11 +277,13 @@ def test_estimate_by_hand():
     place = topology.Topology("slice", (), chips.CHIPS["v5e"], (4, 4))
     flops, traffic = 16 * 0.8 * 197e12, Traffic(int(0.45 * 0.819e12), int(0.9 * 0.819e12 * 2))
     gather = Collective("all-gather", "g", np.arange(16).reshape(4, 4), 0.4e9, 10)
-    found = roofline.estimate(place, Slice, flops, traffic, [gather])
+    found = roofline.estimate(place, Slice, flops, traffic, [gather], 0.75)
     assert (found.compute, found.matmul_hbm, found.collectives) == pytest.approx((1, 0.5, 0.1))
-    assert found.step == pytest.approx(3) and found.limit == "hbm" and found.without_overlap == pytest.approx(3.6)
+    assert found.step == pytest.approx(3.025) and found.limit == "hbm" and found.without_overlap == pytest.approx(3.6)
     slow = dataclasses.replace(found, collectives=5.0)
-    assert slow.step == 5 and slow.limit == "collectives"
+    assert slow.step == pytest.approx(5) and slow.limit == "collectives"
+    exposed = dataclasses.replace(slow, exposed=4.0)
+    assert exposed.step == pytest.approx(7) and exposed.limit == "collectives"
 
 
 @pytest.mark.parametrize("name, text", [

@@ -5,7 +5,8 @@ The assumptions, which the estimate is worth as much as:
   HBM           at HBM_EFFICIENCY; a matrix product hides the traffic of its own operands behind its arithmetic, while elementwise
                 work reads and writes on its own
   collectives   rings over the links that a group of devices spans, at LINK_EFFICIENCY; a side of a slice that does not close to a
-                ring has half. They overlap with all the rest: the step is the longer of the two
+                ring has half. What the schedule puts beside matrix products overlaps with all that the chip does; the rest,
+                `exposed`, comes on top
   not counted   launches, waiting for data, padding of the matrix units' tiles (head width 72 is 128 to a TPU), moving what
                 `mesh.offload` and `model.remat=offload` keep in host memory
 """
@@ -27,6 +28,7 @@ class Times:
     matmul_hbm: float
     elementwise_hbm: float
     collectives: float
+    exposed: float
 
     @property
     def on_chip(self) -> float:
@@ -34,7 +36,7 @@ class Times:
 
     @property
     def step(self) -> float:
-        return max(self.on_chip, self.collectives)
+        return max(self.on_chip, self.collectives - self.exposed) + self.exposed
 
     @property
     def without_overlap(self) -> float:
@@ -51,21 +53,24 @@ class Times:
         return asdict(self) | {"without_overlap": self.without_overlap}
 
 
-def estimate(topology: Topology, mesh, flops: float, traffic: Traffic, found: list[collectives.Collective]) -> Times | None:
+def estimate(topology: Topology, mesh, flops: float, traffic: Traffic, found: list[collectives.Collective],
+             hidden_share: float | None) -> Times | None:
     """Times of a program on a topology; None for simulated devices, whose speed means nothing.
 
     Args:
         mesh: whose order of devices the collectives' groups index.
         flops: of all devices together.
+        hidden_share: of the bytes that the collectives send, see `overlap.hidden_share`.
     """
     chip = topology.chip
     if chip.peak_flops is None:
         return None
     hbm = chip.hbm_bandwidth * chips.HBM_EFFICIENCY
+    sending = sum(c.times * c.sent_bytes / (bandwidth(topology, mesh, c) * chips.LINK_EFFICIENCY) for c in found)
     return Times(
         compute=flops / mesh.devices.size / (chip.peak_flops * chips.MATMUL_EFFICIENCY),
         matmul_hbm=traffic.matmul / hbm, elementwise_hbm=traffic.other / hbm,
-        collectives=sum(c.times * c.sent_bytes / (bandwidth(topology, mesh, c) * chips.LINK_EFFICIENCY) for c in found))
+        collectives=sending, exposed=sending * (1 - (hidden_share or 0)))
 
 
 def bandwidth(topology: Topology, mesh, collective: collectives.Collective) -> float:

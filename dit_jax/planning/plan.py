@@ -178,7 +178,8 @@ def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
 
 def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
     fits = compiled.refusal is None and compiled.memory["total"] <= topology.chip.usable_bytes
-    times = roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives) if fits else None
+    times = roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives,
+                              compiled.hidden_share) if fits else None
     table = collectives.by_kind_and_axis(compiled.collectives, dict(mesh.shape))
     return {
         "topology": topology.name, "chip": topology.chip.name, "devices": mesh.devices.size, "mesh": dict(mesh.shape),

@@ -43,7 +43,8 @@ def training(found: dict[str, Any]) -> Iterable[str]:
         yield f"{found['unknown_loops']} loops of unknown length count as one pass: bytes and collectives are too low"
     if seconds := found["seconds"]:
         yield (f"ms: compute {milliseconds(seconds['compute'])}, HBM {milliseconds(seconds['matmul_hbm'])} under products + "
-               f"{milliseconds(seconds['elementwise_hbm'])} elementwise, collectives {milliseconds(seconds['collectives'])}")
+               f"{milliseconds(seconds['elementwise_hbm'])} elementwise, collectives {milliseconds(seconds['collectives'])}, "
+               f"of which {milliseconds(seconds['exposed'])} beside no product")
         yield (f"step {milliseconds(found['step_seconds'])} ms ({milliseconds(seconds['without_overlap'])} without any overlap), "
                f"{found['images_per_second']:.0f} images/s, MFU {found['mfu']:.1%}, limit {found['limit']}")
         yield ASSUMPTIONS
