@@ -10,7 +10,6 @@ and converted to a .safetensors of 59 MB, for which PyTorch is not needed:
 The names in it stay those of the package.
 """
 
-
 import numpy as np
 
 from dit_jax.codecs.perceptual import STAGES

@@ -24,6 +24,9 @@ PRODUCTS = ("qkv", "attention", "attention_out", "mlp_in", "mlp_out")
 def gelu(x):
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); its gradient stores x alone, as cheap to compute again as to read.
 
+    Args:
+        x: any shape, any float dtype; the result has both.
+
     Source: Hendrycks & Gimpel 2016, section 2.
     """
     return nn.gelu(x, approximate=True)
