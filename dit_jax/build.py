@@ -16,7 +16,7 @@ from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import TFDS, Digits, ImageFolder
-from dit_jax.data.tars import TarShards
+from dit_jax.data.sources.tars import TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow
@@ -29,9 +29,9 @@ from dit_jax.interop import lpips
 from dit_jax.models.dit import DiT
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
-from dit_jax.training.autoencoder_task import AutoencoderTask
-from dit_jax.training.diffusion_task import DiffusionTask
-from dit_jax.training.optimizer import adamw
+from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.tasks.diffusion import DiffusionTask
+from dit_jax.tasks.optimizer import adamw
 
 TABLES = {
     "task": {"diffusion": DiffusionTask, "autoencoder": AutoencoderTask},

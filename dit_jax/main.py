@@ -18,8 +18,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dit_jax import console, processes
 from dit_jax.errors import UserError
+from dit_jax.runtime import console, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; after a colon its argument: configs/imagenet.py:B/4,256.",
                                          lock_config=True)

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-STOPPED_STATUS = 75  # dit_jax.console.STOPPED_STATUS; not imported, so that this starts at once and runs any command
+STOPPED_STATUS = 75  # dit_jax.runtime.console.STOPPED_STATUS; not imported, so that this starts at once and runs any command
 LINES_SHOWN = 15
 
 

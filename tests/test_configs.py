@@ -1,25 +1,17 @@
 import ast
-import importlib.util
-from pathlib import Path
 
 import jax
 import pytest
+from paths import ROOT
+from runs import load_config
 
 from dit_jax import build, recipes
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.rules import TRANSFORMER_RULES, shardings, spec_of
-from dit_jax.training.state import abstract_state, count_parameters
+from dit_jax.tasks.state import abstract_state, count_parameters
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-
-
-def load(name, *args):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*args)
 
 
 def state_of(config, mesh):
@@ -30,7 +22,7 @@ def state_of(config, mesh):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
     """A config that names what does not exist, or a parameter that no sharding rule (or more than one) covers."""
-    config = load(name)
+    config = load_config(name)
     state = state_of(config, make_mesh(2, 2, 2))
     if config.task.name == "diffusion":
         build.sampler(config)
@@ -43,7 +35,7 @@ def test_every_config_builds(name):
 @pytest.mark.parametrize("resolution", [256, 512])
 def test_all_sizes(size, resolution):
     """One of the twelve sizes at 256 or 512 that does not build."""
-    config = load("imagenet", f"{size},{resolution}")
+    config = load_config("imagenet", f"{size},{resolution}")
     assert build.latent_shape(config) == (resolution // 8, resolution // 8, 4)
     assert build.network(config).patch_size == int(size[-1])
 
@@ -52,7 +44,7 @@ def test_all_sizes(size, resolution):
 def test_bad_imagenet_argument(arg, text):
     """A mistyped size that silently becomes another."""
     with pytest.raises(UserError, match=text):
-        load("imagenet", arg)
+        load_config("imagenet", arg)
 
 
 @pytest.mark.parametrize("changes, text", [
@@ -69,7 +61,7 @@ def test_bad_imagenet_argument(arg, text):
 ])
 def test_bad_values(changes, text):
     """A mistake that is only found when the first batch reaches the network, or never."""
-    config = load("s2_imagenet256")
+    config = load_config("s2_imagenet256")
     for path, value in changes.items():
         section, _, field = path.rpartition(".")
         (config[section] if section else config)[field] = value
@@ -79,7 +71,7 @@ def test_bad_values(changes, text):
 
 def test_unknown_field_is_named():
     """A field that the constructor does not have, silently dropped."""
-    config = load("digits")
+    config = load_config("digits")
     config.process.temperature = 1.0
     with pytest.raises(UserError, match="'gaussian' has no field temperature"):
         build.task(config)
@@ -94,7 +86,7 @@ def test_unmatched_rule():
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln", "cross_attention", "in_context"])
 def test_rules_cover_every_block(conditioning):
     """A parameter of one block kind that no rule, or more than one, covers; heads that do not divide must stay whole."""
-    config = load("imagenet", "B/2,256")
+    config = load_config("imagenet", "B/2,256")
     config.model.conditioning = conditioning
     state = state_of(config, make_mesh(1, 1, 8))  # 12 heads over 8 devices
     specs = jax.tree.map(lambda s: s.spec, shardings(state, make_mesh(1, 1, 8)))

@@ -3,20 +3,20 @@ import inspect
 import jax
 import numpy as np
 import pytest
-from test_configs import load
+from runs import load_config
 
 from dit_jax import build, recipes
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.sampling.generator import Generator
-from dit_jax.sampling.labels import spread_labels
+from dit_jax.sample.generator import Generator
+from dit_jax.sample.labels import spread_labels
 
 
 @pytest.mark.parametrize("name", recipes.SAMPLERS)
 @pytest.mark.parametrize("process", recipes.PROCESSES)
 def test_every_process_with_every_sampler(process, name):
     """A pair that fails at the first preview instead of at the start, or a recipe without one of a sampler's fields."""
-    config = load("digits", f"process={process},sampler={name}")
+    config = load_config("digits", f"process={process},sampler={name}")
     fields = set(inspect.signature(build.TABLES["sampler"][name]).parameters)
     assert set(config.sampler) == fields | {"name"}
     if process == "gaussian" and name in ("dopri5", "sde"):
@@ -28,10 +28,10 @@ def test_every_process_with_every_sampler(process, name):
 
 def test_digits_argument():
     """A choice that does not arrive."""
-    config = load("digits", "process=flow,conditioning=in_context,sampler=heun")
+    config = load_config("digits", "process=flow,conditioning=in_context,sampler=heun")
     assert (config.process.name, config.model.conditioning, config.sampler.name) == ("flow", "in_context", "heun")
-    assert load("digits", "process=flow").sampler.to_dict() == {"name": "heun", "num_steps": 25}
-    assert load("digits").sampler.to_dict() == {"name": "ddpm", "num_steps": 100, "spacing": "even"}
+    assert load_config("digits", "process=flow").sampler.to_dict() == {"name": "heun", "num_steps": 25}
+    assert load_config("digits").sampler.to_dict() == {"name": "ddpm", "num_steps": 100, "spacing": "even"}
 
 
 @pytest.mark.parametrize("arg, text", [
@@ -40,12 +40,12 @@ def test_digits_argument():
 def test_bad_digits_argument(arg, text):
     """A mistyped choice that is ignored."""
     with pytest.raises(UserError, match=text):
-        load("digits", arg)
+        load_config("digits", arg)
 
 
 def test_too_many_steps_fail_at_once():
     """More steps than timesteps, seen only when the first samples are drawn."""
-    config = load("digits")
+    config = load_config("digits")
     config.sampler.num_steps = 2000
     with pytest.raises(UserError, match="1 to 1000"):
         build.sampler(config)
@@ -53,9 +53,9 @@ def test_too_many_steps_fail_at_once():
 
 def test_sit_keeps_dits_network():
     """A SiT whose final layer SiT's weights do not fit: 8 output channels of which 4 are read."""
-    config = load("sit_xl2_imagenet256")
+    config = load_config("sit_xl2_imagenet256")
     assert build.network(config).out_channels == 8
-    assert config.model == load("xl2_imagenet256").model
+    assert config.model == load_config("xl2_imagenet256").model
 
 
 def test_flow_through_the_task():

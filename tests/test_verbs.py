@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from verbs import ROOT, refused, run_verbs, start
 
-from dit_jax.console import duration
+from dit_jax.runtime.console import duration
 
 TINY = [f"--config.{field}" for field in (
     "num_steps=4", "batch_size=8", "model.depth=1", "model.width=32", "preview.every_steps=0", "sampler.num_steps=3",

@@ -6,7 +6,7 @@ Depth and width grow together at patch 4, that is 4 tokens. With 1,000 steps sma
 patch 2: 4.1, at patch 4: 1.1), so that GFLOPs spent on tokens do not pay here as they do in the paper.
 """
 
-from dit_jax.sweeping.grid import Sweep
+from dit_jax.sweep.grid import Sweep
 
 MODELS = {"2x32": (2, 32, 2), "2x48": (2, 48, 3), "3x64": (3, 64, 4), "4x96": (4, 96, 4), "5x128": (5, 128, 4),
           "7x192": (7, 192, 6)}  # depth, width, heads

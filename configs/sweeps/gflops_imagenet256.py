@@ -7,7 +7,7 @@ Expect FID 153.6 (S/8) to 19.5 (XL/2), and a correlation of -0.93 between log GF
 """
 
 from dit_jax import recipes
-from dit_jax.sweeping.grid import Sweep
+from dit_jax.sweep.grid import Sweep
 
 
 def get_sweep():

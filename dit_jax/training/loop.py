@@ -11,24 +11,25 @@ import ml_collections
 from jax.sharding import Mesh
 
 from dit_jax import build
-from dit_jax.console import say
 from dit_jax.errors import UserError
+from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import shard_batch
-from dit_jax.training import codec_weights, reconstructions, samples, summary
-from dit_jax.training.checkpoint import Checkpointer
-from dit_jax.training.compiled_step import compile_in_background
+from dit_jax.runtime.console import say
+from dit_jax.runtime.profile import Profile
+from dit_jax.runtime.signals import StopSignal
+from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
+from dit_jax.runtime.watchdog import Watchdog
+from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.run_folder import Workdir, plain
+from dit_jax.tasks.compiled_step import compile_in_background
+from dit_jax.tasks.state import TrainState, abstract_state, create_sharded
+from dit_jax.tasks.task import Task
+from dit_jax.training import reconstructions, samples, summary
 from dit_jax.training.meter import Meter
-from dit_jax.training.profile import Profile
 from dit_jax.training.records import Records
 from dit_jax.training.scoring import Scorer
-from dit_jax.training.signals import StopSignal
-from dit_jax.training.state import TrainState, abstract_state, create_sharded
-from dit_jax.training.step_clock import IN_FLIGHT, StepClock
-from dit_jax.training.task import Task
 from dit_jax.training.wandb_writer import WandbWriter
-from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.workdir import Workdir, plain
 
 SHOWN_BY = {"diffusion": samples, "autoencoder": reconstructions}  # previews and final images of each task
 
@@ -88,7 +89,7 @@ def train(config, workdir) -> Run:
     workdir = Path(workdir).expanduser().absolute()
     mesh = build.mesh(config)
     build.task(config)
-    config, codec_params = codec_weights.settle(config, workdir)
+    config, codec_params = codec_folder.settle(config, workdir)
     task = build.task(config)
     loader = build.loader(config, mesh)
     constants = build.constants(config, mesh, loader, codec_params)
@@ -104,7 +105,7 @@ def train(config, workdir) -> Run:
           Records(folder.path, hosts.is_first(), wandb) as records,
           StopSignal() as stop):
         if hosts.is_first() and codec_params:
-            codec_weights.keep(folder.path, task.codec, codec_params)
+            codec_folder.keep(folder.path, task.codec, codec_params)
         program = task, mesh, config.seed, abstract_state(task, mesh), constants, build.abstract_batch(config, task, mesh)
         begun = checkpointer.latest_step or 0
         compiling = compile_in_background(*program) if begun < config.num_steps else None

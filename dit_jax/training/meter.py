@@ -4,15 +4,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.analysis import chips
-from dit_jax.analysis.flops import dit_macs
-from dit_jax.analysis.vae_flops import gmacs
-from dit_jax.console import duration, say
+from dit_jax.codecs.macs import gmacs
 from dit_jax.errors import UserError
-from dit_jax.training.autoencoder_task import AutoencoderTask
+from dit_jax.models.macs import dit_macs
+from dit_jax.programs import chips
+from dit_jax.runtime.console import duration, say
+from dit_jax.runtime.step_clock import KINDS, StepClock
+from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.tasks.task import Task
 from dit_jax.training.records import Records
-from dit_jax.training.step_clock import KINDS, StepClock
-from dit_jax.training.task import Task
 
 MAX_SKIPPED_STEPS = 10
 

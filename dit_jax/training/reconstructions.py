@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import build
-from dit_jax.analysis.latent_plane import PALETTE, plane_picture
 from dit_jax.codecs.kl_vae import normalised, split_moments
-from dit_jax.console import say
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
-from dit_jax.evaluation import extractors, scores
+from dit_jax.evaluate import extractors, scores
+from dit_jax.interop import codec_folder
 from dit_jax.metrics.reconstruction import psnr, ssim
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.pixels import to_float, to_uint8
-from dit_jax.sampling import samples_file
-from dit_jax.sampling.grid import write_image_grid
-from dit_jax.training import codec_weights
-from dit_jax.training.state import on_device
+from dit_jax.runtime.console import say
+from dit_jax.sample import samples_file
+from dit_jax.sample.grid import write_image_grid
+from dit_jax.tasks.state import on_device
+from dit_jax.training.latent_plane import PALETTE, plane_picture
 
 STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
 
@@ -160,10 +160,10 @@ def finish(run, workdir: Path) -> dict:
     axes = (0, 1, 2) if config.evaluation.normalize == "channel" else None
     std = np.sqrt(means.var(axes) + variances.mean(axes))
     codec = normalised(codec, means.mean(axes) if config.evaluation.normalize == "channel" else 0.0, std)
-    folder = workdir / codec_weights.FOLDER
+    folder = workdir / codec_folder.FOLDER
     result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
     if hosts.is_first():
-        codec_weights.replace(folder, codec, params)
+        codec_folder.replace(folder, codec, params)
         say(f"the codec is in {folder}: give that folder, or {workdir}, as codec.path")
     if is_plane(codec, config.transform.resolution) and hosts.is_first():
         picture = draw_plane(run.task.codec, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)

@@ -6,16 +6,16 @@ from pathlib import Path
 import jax
 
 from dit_jax import build
-from dit_jax.console import say
 from dit_jax.errors import UserError
-from dit_jax.evaluation import scores
+from dit_jax.evaluate import scores
 from dit_jax.parallel import hosts
-from dit_jax.sampling import samples_file
-from dit_jax.sampling.drawing import draw
-from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
-from dit_jax.sampling.grid import write_image_grid
-from dit_jax.sampling.held_weights import hold
-from dit_jax.sampling.labels import spread_labels
+from dit_jax.runtime.console import say
+from dit_jax.sample import samples_file
+from dit_jax.sample.drawing import draw
+from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
+from dit_jax.sample.grid import write_image_grid
+from dit_jax.sample.labels import spread_labels
+from dit_jax.sample.weights import hold
 from dit_jax.training import scoring
 
 

@@ -10,17 +10,17 @@ import ml_collections
 from absl import logging
 
 from dit_jax import build
-from dit_jax.console import say
 from dit_jax.errors import UserError
-from dit_jax.evaluation import reference as references
-from dit_jax.evaluation import scores
-from dit_jax.evaluation.extractors import load
+from dit_jax.evaluate import reference as references
+from dit_jax.evaluate import scores
+from dit_jax.evaluate.extractors import load
 from dit_jax.parallel import hosts
-from dit_jax.sampling import samples_file
-from dit_jax.sampling.drawing import draw
-from dit_jax.sampling.generator import Generator, drawing_mesh, on_mesh
-from dit_jax.sampling.held_weights import hold
-from dit_jax.sampling.labels import spread_labels
+from dit_jax.runtime.console import say
+from dit_jax.sample import samples_file
+from dit_jax.sample.drawing import draw
+from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
+from dit_jax.sample.labels import spread_labels
+from dit_jax.sample.weights import hold
 
 FOLDER, REFERENCE, BEST = "scores", "reference.npz", "best.json"
 

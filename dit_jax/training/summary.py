@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from dit_jax.parallel import rules
-from dit_jax.training.task import Task
+from dit_jax.tasks.task import Task
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -1,0 +1,258 @@
+"""How fast it is: each part of training and sampling by itself, on noise where that does.
+
+    python -m dit_jax.benchmark --what=train_step --model=XL/2 --batch_size=256 --dtype=bfloat16
+    python -m dit_jax.benchmark --what=train_step --config=configs/xl2_imagenet256.py --config.mesh.fsdp=8
+    python -m dit_jax.benchmark --what=sampler --model=S/2 --sampler=ddim --num_steps=50 --guidance_scale=1.5 --compare
+    python -m dit_jax.benchmark --what=vae --preset=sd --resolution=256 --batch_size=16 --dtype=bfloat16
+    python -m dit_jax.benchmark --what=images --data=photographs --threads=1,2,4
+    python -m dit_jax.benchmark --what=latents
+    python -m dit_jax.benchmark --what=evaluation --resolution=256
+    python -m dit_jax.benchmark --what=checkpoint --model=XL/2
+    python -m dit_jax.benchmark --what=startup --config=configs/digits.py
+    python -m dit_jax.benchmark --what=scaling --model=XL/2 --batch_size=256 --axis=fsdp
+
+train_step, forward, sampler, scaling and vae need jax, flax and optax only, unless --config is given; with it, neither the data
+set nor the codec's weights are read. Numbers are measured after warm-up over at least --seconds; MFU counts the model's own FLOPs
+against the device's dense bfloat16 peak, whatever the dtype, and is null for a device without a known peak, such as a CPU.
+scaling takes the training step on 1, 2, 4 .. of the devices of this machine, with the same batch for each; a CPU simulates 8.
+"""
+
+import os
+
+import jax
+from absl import flags
+
+from dit_jax.errors import UserError
+from dit_jax.runtime import console
+
+try:
+    from ml_collections import config_flags
+except ImportError:  # a machine with jax, flax and optax only: --model
+    config_flags = None
+
+WHAT = flags.DEFINE_enum("what", None, ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup",
+                                          "evaluation", "scaling"], "What to measure.")
+CONFIG = None if config_flags is None else config_flags.DEFINE_config_file("config", None, "Training config, instead of --model.",
+                                                                            lock_config=True)
+MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
+RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images in pixels.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices. If not given: 256 for latents, 32 for "
+                                  "images, 8 for vae, evaluate's own for evaluation; else 256, on a CPU 8.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "To compute in. If not given: bfloat16, on a CPU float32.")
+REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "none", "full", "dots", "elementwise", "offload"], "model.remat of --model.")
+ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn"], "model.attention of --model.")
+UNROLL = flags.DEFINE_bool("unroll", None, "model.unroll of --model.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "mesh.fsdp of --model; mesh.data takes the other devices.")
+TENSOR = flags.DEFINE_integer("tensor", 1, "mesh.tensor of --model.")
+AXIS = flags.DEFINE_enum("axis", "data", ["data", "fsdp"], "The axis of the mesh that grows in scaling, where the batch size is "
+                         "that of the fewest devices.")
+SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Sampling steps of --model.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Guidance of --model; 1 is off.")
+PRESET = flags.DEFINE_string("preset", "sd", "Sizes of the autoencoder: sd, sd3 or small.")
+CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL or a run, for its sizes, instead of --preset.")
+DATA = flags.DEFINE_string("data", None, "Folder of images; of a latent cache; to save checkpoints in. Made up if not given.")
+RECORDS = flags.DEFINE_integer("records", None, "Records of the latent cache that is made up, 8192 if not given; images of "
+                               "evaluation, 8 batches if not given.")
+THREADS = flags.DEFINE_list("threads", None, "Numbers of threads that read images. If not given: 1, 2, 4 .. twice the cores.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Time to measure for, after warm-up; at least 3 calls.", lower_bound=0.0)
+COMPARE = flags.DEFINE_bool("compare", False, "Measure PyTorch (diffusers' DiT) beside it, in turn; ratio is our time over its.")
+PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "Which PyTorch: eager, compiled.")
+TABLE = flags.DEFINE_bool("table", False, "Print the result as a table on stderr too.")
+
+SIMULATED_DEVICES = 8  # of scaling on a CPU, where JAX_NUM_CPU_DEVICES does not say
+NETWORK = ("config", "model", "resolution", "batch_size", "dtype", "remat", "attention", "unroll", "fsdp", "tensor")
+USES = {
+    "train_step": (*NETWORK, "seconds", "compare", "peers"),
+    "forward": (*NETWORK, "seconds", "compare", "peers"),
+    "sampler": (*NETWORK, "sampler", "num_steps", "guidance_scale", "seconds", "compare", "peers"),
+    "vae": ("preset", "codec", "resolution", "batch_size", "dtype", "seconds"),
+    "images": ("data", "resolution", "batch_size", "threads", "seconds"),
+    "latents": ("data", "records", "resolution", "batch_size", "seconds"),
+    "checkpoint": (*NETWORK, "data"),
+    "startup": NETWORK,
+    "scaling": (*NETWORK, "axis", "seconds"),
+    "evaluation": ("resolution", "batch_size", "records"),
+}
+
+
+def config_given() -> bool:
+    return CONFIG is not None and CONFIG.value is not None
+
+
+def check_flags():
+    """Raises a UserError for a flag that would change nothing."""
+    if WHAT.value is None:
+        raise UserError(f"say what to measure: --what={'|'.join(USES)}")
+    known = {name for uses in USES.values() for name in uses if name in flags.FLAGS}
+    given = [name for name in known if flags.FLAGS[name].present]
+    pairs = [("config", name) for name in (*NETWORK[1:], "sampler", "num_steps", "guidance_scale")] if config_given() else []
+    pairs += [("codec", "preset"), ("data", "records"), *([("data", "resolution")] if WHAT.value == "latents" else [])]
+    for name in sorted(given):
+        if name not in USES[WHAT.value]:
+            raise UserError(f"--{name} means nothing with --what={WHAT.value}; leave it out")
+    for one, other in pairs:
+        if one in given and other in given:
+            hint = "; override a field of the config, as in --config.batch_size=64" if one == "config" else ""
+            raise UserError(f"--{one} and --{other} are both given: leave out one{hint}")
+    if AXIS.value == "fsdp" and "axis" in given and "fsdp" in given:
+        raise UserError("--axis=fsdp and --fsdp are both given: the axis that grows has no size of its own; leave out one")
+    if "peers" in given and not COMPARE.value:
+        raise UserError("--peers means nothing without --compare")
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def dtype() -> str:
+    return DTYPE.value or ("float32" if on_cpu() else "bfloat16")
+
+
+def subject(devices=None, batches: int = 1, fsdp: int | None = None):
+    """What --config or --model names, on these devices or all.
+
+    batches: how many times the batch size that is asked for; fsdp: in place of --fsdp.
+    """
+    from dit_jax.benchmark import subject
+
+    if config_given():
+        return subject.of_config(console.given_config(CONFIG), devices)
+    return subject.of_model(MODEL.value, RESOLUTION.value, batches * batch_size(8 if on_cpu() else 256), dtype(), REMAT.value,
+                            ATTENTION.value, UNROLL.value, fsdp or FSDP.value, TENSOR.value, SAMPLER.value, NUM_STEPS.value,
+                            GUIDANCE_SCALE.value, devices)
+
+
+def measure_scaling() -> dict:
+    """The training step of --config or --model on more and more devices, along --axis.
+
+    Raises:
+        UserError: the config sets the axis that grows.
+    """
+    from dit_jax.benchmark import scaling
+    from dit_jax.benchmark import subject as subjects
+
+    if not config_given():
+        group = TENSOR.value * (1 if AXIS.value == "fsdp" else FSDP.value)
+        return scaling.run(lambda ways, devices: subject(devices, ways, ways if AXIS.value == "fsdp" else None), group,
+                           SECONDS.value)
+    config = console.given_config(CONFIG)
+    if config.mesh[AXIS.value] not in (1, -1):
+        raise UserError(f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, and --axis={AXIS.value} lets it grow from 1; leave it "
+                        "out, or let another axis grow")
+    return scaling.run(lambda ways, devices: subjects.of_config(scaling.grown(config, AXIS.value, ways), devices),
+                       scaling.group(config, AXIS.value), SECONDS.value)
+
+
+def batch_size(otherwise: int) -> int:
+    return otherwise if BATCH_SIZE.value is None else BATCH_SIZE.value
+
+
+def threads(cores: int) -> list[int]:
+    """Raises a UserError for --threads that are not positive whole numbers."""
+    if THREADS.value is None:
+        return [2**i for i in range((2 * cores).bit_length()) if 2**i <= 2 * cores]
+    try:
+        found = [int(text) for text in THREADS.value]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise UserError(f"--threads={','.join(THREADS.value)}: whole numbers of at least 1 are needed, as in 1,2,4")
+    return found
+
+
+def measure_network() -> dict:
+    """train_step, forward or sampler, alone or beside PyTorch."""
+    from dit_jax.benchmark import network, peer, timing
+
+    if unknown := [kind for kind in PEERS.value if kind not in peer.KINDS] or (not PEERS.value and ["nothing"]):
+        raise UserError(f"--peers names {', '.join(unknown)}; choose from {', '.join(peer.KINDS)}")
+    it = subject()
+    console.say(f"{WHAT.value}: {it.describe()}")
+    peers = peer.works(WHAT.value, it, PEERS.value) if COMPARE.value else {}
+    work = getattr(network, WHAT.value)(it)
+    if not peers:
+        return {**it.describe(), **network.run(it, work, SECONDS.value, queue=WHAT.value != "sampler")}
+    found = timing.compare(work, peers, SECONDS.value, network.WARM_UP_STEPS)
+    return {**it.describe(), **found, **work.facts, **network.efficiency(it, work, found["images_per_second"])}
+
+
+def measure_start() -> dict:
+    from dit_jax.benchmark import startup
+
+    if config_given():
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        return startup.run(config_flags.get_config_filename(flags.FLAGS["config"]), overrides, [])
+    names = [name for name in NETWORK[1:] if flags.FLAGS[name].present]
+    return startup.run(None, {}, [f"--{name}={flags.FLAGS[name].value}" for name in names])
+
+
+def measure() -> dict:
+    if WHAT.value in ("train_step", "forward", "sampler"):
+        return measure_network()
+    if WHAT.value == "startup":
+        return measure_start()
+    if WHAT.value == "scaling":
+        return measure_scaling()
+    if WHAT.value == "vae":
+        from dit_jax.benchmark import vae
+
+        codec = vae.of_folder(CODEC.value, dtype()) if CODEC.value else vae.of_preset(PRESET.value, dtype())
+        return vae.run(codec, RESOLUTION.value, batch_size(8), SECONDS.value)
+    if WHAT.value == "images":
+        from dit_jax.benchmark import images, machine
+
+        return images.run(DATA.value, RESOLUTION.value, batch_size(32), SECONDS.value, threads(machine.cores()))
+    if WHAT.value == "latents":
+        from dit_jax.benchmark import latents
+
+        return latents.run(DATA.value, RESOLUTION.value, RECORDS.value or 8192, batch_size(256), SECONDS.value)
+    if WHAT.value == "evaluation":
+        from dit_jax.benchmark import evaluation
+
+        return evaluation.run(RESOLUTION.value, BATCH_SIZE.value, RECORDS.value)
+    from dit_jax.benchmark import checkpoint
+
+    it = subject()
+    return {**it.describe(), **checkpoint.run(it, DATA.value)}
+
+
+def rows(result: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """("encode.gmacs", "136.4"), ...: one row for each number or text, however deep."""
+    found = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            found += rows(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            found += [row for i, item in enumerate(value) for row in rows(item, f"{prefix}{name}[{i}].")]
+        else:
+            found.append((prefix + name, f"{value:,.6g}" if isinstance(value, float) else str(value)))
+    return found
+
+
+def main() -> dict:
+    check_flags()
+    if WHAT.value == "startup":  # the devices are for the process that is timed
+        jax.config.update("jax_platforms", "cpu")
+    if WHAT.value == "scaling" and jax.config.jax_num_cpu_devices == -1:
+        jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
+    if COMPARE.value:  # leave PyTorch its part of the GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from dit_jax.benchmark import machine
+
+    described = machine.describe()
+    if described["load"] is not None and described["load"] > 0.5 * described["cores"] and (on_cpu() or WHAT.value == "images"):
+        console.say(f"the load is {described['load']:.1f} on {described['cores']} cores: others are at work, and these numbers "
+                    "are not the machine's")
+    if WHAT.value == "startup":
+        described |= {"device": None, "platform": None, "num_devices": None}
+    result = {"what": WHAT.value, **measure(), **described}
+    if TABLE.value:
+        width = max(len(name) for name, _ in rows(result))
+        for name, text in rows(result):
+            console.say(f"{name:{width}}  {text}")
+    return result
+
+
+if __name__ == "__main__":
+    console.run(main)

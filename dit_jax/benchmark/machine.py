@@ -1,0 +1,75 @@
+"""What a number was measured on: devices, their peak, memory, versions, load."""
+
+import importlib.metadata
+import os
+import platform
+
+import jax
+
+import dit_jax
+from dit_jax.programs import chips
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+MFU_FORMULA = "images/s x FLOPs per image / (devices x peak bfloat16 FLOP/s)"
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a kind of device; None where `chips` does not know it, as for a CPU."""
+    chip = chips.of_kind(device_kind)
+    return None if chip is None else chip.peak_flops
+
+
+def utilization(images_per_second: float, flops_per_image: float, devices: list) -> float | None:
+    """MFU: the share of the devices' peak that the model's own FLOPs take, whatever else is computed; None without a peak."""
+    peak = peak_flops(devices[0].device_kind)
+    return None if peak is None else images_per_second * flops_per_image / (len(devices) * peak)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def describe() -> dict:
+    """Devices, cores, the load before the measurement (1-minute average, None where the system has none), versions.
+
+    compilation_cache: whether a compile may have been a read.
+    """
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "platform": device.platform, "num_devices": jax.device_count(),
+            "compilation_cache": jax.config.jax_compilation_cache_dir is not None,
+            "cpu": cpu_model(), "cores": cores(), "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "versions": {"dit_jax": dit_jax.__version__, "python": platform.python_version(), **found}}
+
+
+def cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_bytes() -> int | None:
+    """The most memory that any device of this process has held since it started; None where the device does not tell (CPU)."""
+    peaks = [stats["peak_bytes_in_use"] for d in jax.local_devices() if "peak_bytes_in_use" in (stats := d.memory_stats() or {})]
+    return max(peaks, default=None)
+
+
+def program_bytes(compiled) -> dict | None:
+    """Bytes per device that a compiled program needs, as XLA planned them; None where the backend does not tell.
+
+    "peak" counts arguments, outputs that do not take over a donated argument, and temporaries.
+    """
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    parts = {"arguments": plan.argument_size_in_bytes, "outputs": plan.output_size_in_bytes,
+             "donated": plan.alias_size_in_bytes, "temporaries": plan.temp_size_in_bytes}
+    return {**parts, "peak": parts["arguments"] + parts["outputs"] - parts["donated"] + parts["temporaries"]}

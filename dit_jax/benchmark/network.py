@@ -1,0 +1,147 @@
+"""The network at work: a training step, a forward, a draw of samples."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+
+from dit_jax.benchmark import machine
+from dit_jax.benchmark.subject import Subject
+from dit_jax.benchmark.timing import MIN_STEPS, Work, measure, measure_queued, report, warm_up
+from dit_jax.codecs.pixels import Pixels
+from dit_jax.errors import UserError
+from dit_jax.parallel.mesh import rows_per_step
+from dit_jax.programs import collectives, hlo
+from dit_jax.runtime.console import say
+from dit_jax.sample.generator import Generator, default_rows_at_once
+from dit_jax.sample.labels import spread_labels
+from dit_jax.sample.weights import hold
+from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.tasks.compiled_step import compile_in_background
+from dit_jax.tasks.state import abstract_state, count_parameters, create_sharded
+
+WARM_UP_STEPS = 3
+FIRST_STEP = "first step finished"  # `startup` waits for this line
+
+
+def train_step(subject: Subject) -> Work:
+    """The step of the training loop on one batch that stays on the devices: no data set, no autoencoder."""
+    task, mesh, batch = subject.task, subject.mesh, subject.batch()
+    compiling = compile_in_background(task, mesh, subject.seed, abstract_state(task, mesh), subject.constants, batch)
+    state = create_sharded(task, jax.random.key(subject.seed), mesh)
+    parameters = count_parameters(state.params)
+    step, zeros, seconds = compiling.result()
+    say(f"compiled the training step in {seconds:.1f} s")
+    sums = zeros()
+
+    def call():
+        nonlocal state, sums
+        state, sums = step(state, sums, subject.constants, batch)
+        return sums
+
+    done = jax.device_get(call())
+    say(FIRST_STEP)
+    if done["skipped"][0] or not np.isfinite(done["loss"]).all():
+        raise UserError(f"the loss of the first step is not finite in {subject.describe()['dtype']}: a speed of skipped steps "
+                        "would be no speed; use another dtype or config")
+    macs = subject.macs()
+    return Work(call, subject.batch_size, {"parameters": parameters, "compile_seconds": seconds,
+                                           "program_bytes": machine.program_bytes(step),
+                                           "collective_bytes": collective_bytes(step, mesh),
+                                           "flops_per_image": None if macs is None else 6 * macs,
+                                           "flops_formula": "6 x MACs: a forward and a backward of twice its cost"})
+
+
+def collective_bytes(compiled, mesh) -> dict[str, dict[str, int]]:
+    """{kind: {mesh axes: bytes that one device sends in the program, on rings}}, read from it; {} on one device."""
+    if mesh.devices.size == 1:
+        return {}
+    found = collectives.find(hlo.parse(compiled.as_text()), mesh.devices.size)
+    return collectives.by_kind_and_axis(found, dict(mesh.shape))
+
+
+def forward(subject: Subject) -> Work:
+    """The network alone, once, on noise."""
+    task, mesh = diffusion_task(subject), subject.mesh
+    params = create_sharded(task, jax.random.key(subject.seed), mesh).params
+    labels = subject.batch()["label"]
+
+    def apply(params, x, t, labels):
+        return task.network.apply({"params": params}, x, t, task.condition(labels))
+
+    def inputs(key):
+        return (jax.random.normal(key, (subject.batch_size, *task.latent_shape)),
+                jax.random.uniform(key, (subject.batch_size,), maxval=999))
+
+    x, t = jax.jit(inputs, out_shardings=labels.sharding)(jax.random.key(subject.seed))
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(apply, out_shardings=labels.sharding).lower(params, x, t, labels).compile()
+    seconds = time.monotonic() - start
+    say(f"compiled the forward in {seconds:.1f} s")
+    return Work(lambda: compiled(params, x, t, labels), subject.batch_size,
+                {"parameters": count_parameters(params), "compile_seconds": seconds,
+                 "program_bytes": machine.program_bytes(compiled), "flops_per_image": 2 * subject.macs(),
+                 "flops_formula": "2 x MACs"})
+
+
+def sampler(subject: Subject) -> Work:
+    """One batch of samples as `sample` draws it, guidance included, to uint8 on the host; latents are not decoded."""
+    task = diffusion_task(subject)
+    guidance, draw = subject.guidance, subject.sampler
+    task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
+    params = hold(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
+    labels = spread_labels(subject.batch_size, task.num_classes)
+    share, rows = subject.batch_size // rows_per_step(subject.mesh), default_rows_at_once(task, jax.devices()[0].platform)
+    generator = Generator(task, subject.mesh, draw, guidance, subject.batch_size, subject.seed,
+                          rows_at_once=share if share % rows else rows)  # not more rows than are reported
+
+    def call():
+        return generator(params, {"codec": {}}, labels)
+
+    start = time.monotonic()
+    call()
+    seconds = time.monotonic() - start
+    say(f"compiled the sampler and drew the first batch in {seconds:.1f} s")
+    steps = draw.evaluations(task.process)
+    whole = (guidance.low, guidance.high) == (0.0, 1.0)
+    evaluations = steps * (2 if guidance.active else 1) if steps and whole else None
+    return Work(call, subject.batch_size,
+                {"parameters": count_parameters(params), "compile_and_first_batch_seconds": seconds,
+                 "sampler": {"name": type(draw).__name__, **dataclasses.asdict(draw)},
+                 "guidance": dataclasses.asdict(guidance), "evaluations": evaluations, "decoded": False,
+                 "flops_per_image": evaluations and 2 * subject.macs() * evaluations,
+                 "flops_formula": "2 x MACs x evaluations of the network"})
+
+
+def diffusion_task(subject: Subject):
+    if isinstance(subject.task, AutoencoderTask):
+        raise UserError("the config trains an autoencoder, which has no forward in time and no sampler: measure it with "
+                        "--what=train_step or --what=vae")
+    return subject.task
+
+
+def run(subject: Subject, work: Work, seconds: float, queue: bool) -> dict:
+    """Measures a Work: percentiles with the host waiting for every call.
+
+    queue: take images/s from as many calls again of which only the last is waited for, as in training.
+    """
+    warm_up(work, WARM_UP_STEPS)
+    timing = single = measure(work, seconds)
+    report("one call at a time", single)
+    if queue:
+        timing = measure_queued(work, max(MIN_STEPS, math.ceil(seconds / float(np.median(single.seconds)))))
+        report("queued", timing)
+    return {**timing.rates(), **single.quantiles(), **work.facts, **efficiency(subject, work, timing.images_per_second)}
+
+
+def efficiency(subject: Subject, work: Work, rate: float) -> dict:
+    """What images per second mean for the devices."""
+    devices = list(subject.mesh.devices.flat)
+    flops = work.facts["flops_per_image"]
+    return {"images_per_second_per_device": rate / len(devices),
+            "tflops_per_second_per_device": flops and rate * flops / len(devices) / 1e12,
+            "mfu": flops and machine.utilization(rate, flops, devices), "mfu_formula": machine.MFU_FORMULA,
+            "peak_flops": machine.peak_flops(devices[0].device_kind), "peak_bytes": machine.peak_bytes()}

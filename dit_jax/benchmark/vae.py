@@ -1,0 +1,76 @@
+"""The autoencoder: images to moments, latents to images."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.benchmark import machine
+from dit_jax.benchmark.timing import Work, measure, report, warm_up
+from dit_jax.codecs import macs
+from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.errors import UserError
+from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
+from dit_jax.runtime.console import say
+
+PRESETS = {
+    "sd": {},  # Stable Diffusion 1 and 2, 4 channels
+    "sd3": {"latent_channels": 16, "scale": 1.5305, "shift": 0.0609, "use_quant_conv": False},
+    "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_groups": 16},  # recipes.FOLDER_CODEC
+}
+WARM_UP_STEPS = 3
+
+
+def of_preset(name: str, dtype: str) -> KLVAE:
+    """Raises a UserError for a name that is not in PRESETS."""
+    if name not in PRESETS:
+        raise UserError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return KLVAE(**PRESETS[name], dtype=dtype)
+
+
+def of_folder(path: str, dtype: str) -> KLVAE:
+    """The sizes of a diffusers AutoencoderKL or of the codec of a run; its weights do not change the speed and are not read."""
+    from dit_jax.interop import vae
+
+    return vae.read_codec(vae.find(path), dtype)
+
+
+def run(codec: KLVAE, resolution: int, batch_size: int, seconds: float) -> dict:
+    """Encode and decode with random weights on one batch that stays on the devices.
+
+    Raises:
+        UserError: a resolution or batch size that does not fit.
+    """
+    mesh = make_mesh()
+    if batch_size < 1 or batch_size % rows_per_step(mesh):
+        raise UserError(f"batch size {batch_size} is not a positive multiple of the {rows_per_step(mesh)} devices")
+    latent_shape = codec.latent_shape(resolution)
+    rows = batch_sharding(mesh)
+    params = jax.device_put(codec.init(jax.random.key(0)), replicated(mesh))
+    inputs = jax.jit(lambda key: (
+        jax.random.uniform(key, (batch_size, resolution, resolution, codec.image_channels), minval=-1),
+        jax.random.normal(key, (batch_size, *latent_shape))), out_shardings=(rows, rows))
+    images, latents = inputs(jax.random.key(1))
+    found = {}
+    for name, function, x, gmacs in zip(("encode", "decode"), (codec.encode, codec.decode), (images, latents),
+                                        macs.gmacs(codec, resolution), strict=True):
+        start = time.monotonic()
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(function, out_shardings=rows).lower(params, x).compile()
+        compile_seconds = time.monotonic() - start
+        say(f"compiled {name} in {compile_seconds:.1f} s")
+        found[name] = _measured(name, Work(lambda f=compiled, x=x: f(params, x), batch_size), seconds, gmacs, mesh) | {
+            "compile_seconds": compile_seconds, "program_bytes": machine.program_bytes(compiled)}
+    return {"codec": {"block_out_channels": codec.block_out_channels, "latent_channels": codec.latent_channels},
+            "dtype": jnp.dtype(codec.dtype).name, "resolution": resolution, "batch_size": batch_size, "mesh": dict(mesh.shape),
+            **found, "mfu_formula": machine.MFU_FORMULA, "flops_formula": "2 x MACs", "peak_bytes": machine.peak_bytes()}
+
+
+def _measured(name: str, work: Work, seconds: float, gmacs: float, mesh) -> dict:
+    warm_up(work, WARM_UP_STEPS)
+    timing = measure(work, seconds)
+    report(name, timing)
+    devices = list(mesh.devices.flat)
+    return {**timing.rates(), **timing.quantiles(), "gmacs": gmacs,
+            "images_per_second_per_device": timing.images_per_second / len(devices),
+            "mfu": machine.utilization(timing.images_per_second, 2e9 * gmacs, devices)}

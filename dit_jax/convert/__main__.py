@@ -1,0 +1,87 @@
+"""Weights in and out: the paper's .pt, SiT's .pt, diffusers' folders, our runs and our weights files.
+
+    python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --out=dit.safetensors
+    python -m dit_jax.convert --download=dit-xl2-256 --out=dit.safetensors
+    python -m dit_jax.convert --from=workdir --weights=runs/b4 --to=official --out=b4.pt
+    python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
+    python -m dit_jax.convert --download=inception --out=inception.safetensors
+    python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
+    python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
+
+Then: python -m dit_jax.sample --weights=dit.safetensors --codec_path=<the VAE's weights> --labels=207,360 --guidance_scale=4
+
+lpips_vgg.pt, the perceptual loss of autoencoders, is made with PyTorch and `pip install lpips`:
+    import lpips, torch
+    torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.pt")
+
+The networks of the metrics: Inception-v3 of 2015 as pytorch-fid and torch-fidelity publish it, or as the frozen TensorFlow graph
+in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; DINOv2 as its .pth, or as transformers saves it.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from dit_jax.errors import UserError
+from dit_jax.runtime import console
+
+FROM = flags.DEFINE_string("from", None, "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), "
+                           "dit_jax, lpips, inception, inception_tf or dinov2. --download tells it.")
+TO = flags.DEFINE_string("to", "dit_jax", "Layout of --out: dit_jax (a .safetensors), official (.pt or .safetensors) or "
+                         "diffusers (a folder).")
+WEIGHTS = flags.DEFINE_string("weights", None, "File or folder to convert; with --download, where the file goes.")
+OUT = flags.DEFINE_string("out", None, "File or folder to write; with --download it can be left out.")
+DOWNLOAD = flags.DEFINE_string("download", None, "Fetch dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14 first.")
+HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where neither the layout nor the paper's table tells.")
+LIKE = flags.DEFINE_string("like", None, "A run's folder or a file of ours with the config of these weights; without it, "
+                           "foreign weights get the paper's process, VAE and sampler.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest good one if not given.")
+
+
+def byte_progress(name: str):
+    """(bytes done, bytes in all) -> lines on stderr, now and then."""
+    progress = None
+
+    def update(done: int, total: int):
+        nonlocal progress
+        progress = progress or console.Progress(f"{name}: bytes", total)
+        progress.update(done)
+
+    return update
+
+
+def main() -> dict:
+    from dit_jax.convert import formats
+    from dit_jax.interop.download import PUBLISHED, download
+
+    layout, path, result = FROM.value, WEIGHTS.value, {}
+    if DOWNLOAD.value is not None:
+        if DOWNLOAD.value not in PUBLISHED:
+            raise UserError(f"--download={DOWNLOAD.value}: one of {', '.join(PUBLISHED)} is needed")
+        published = PUBLISHED[DOWNLOAD.value]
+        if layout not in (None, published.layout):
+            raise UserError(f"--from={layout}: {DOWNLOAD.value} has the layout {published.layout}; leave out --from")
+        layout, path = published.layout, path or published.file_name
+        console.say(f"{DOWNLOAD.value}: {published.url} -> {path}")
+        sha256 = download(published, Path(path).expanduser(), byte_progress(DOWNLOAD.value))
+        result["downloaded"] = {"path": path, "sha256": sha256}
+        if OUT.value is None:
+            return result
+    if layout is None or path is None or OUT.value is None:
+        raise UserError("give --from, --weights and --out, or --download")
+    if TO.value not in formats.TARGETS:
+        raise UserError(f"--to={TO.value}: one of {', '.join(formats.TARGETS)} is needed")
+    if layout == TO.value:
+        raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
+    out = Path(OUT.value).expanduser()
+    like = Path(LIKE.value).expanduser() if LIKE.value is not None else None
+    found = formats.read(formats.Source(layout, Path(path).expanduser(), HEADS.value, like, STEP.value))
+    written = formats.write(found, TO.value, out)
+    console.say(f"{written['parameters']:,} parameters of {path} written to {out}")
+    return result | written | {"origin": found.origin}
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and an accelerator may be in use
+    console.run(main)

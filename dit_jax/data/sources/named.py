@@ -1,0 +1,29 @@
+"""Data sets by a name that fits on a command line."""
+
+from dit_jax.data.sources import TFDS, Digits, ImageFolder, Source
+from dit_jax.data.sources.tars import TarShards
+from dit_jax.errors import UserError
+
+
+def named_source(data: str, split: str | None = None) -> Source:
+    """The data set that --data and --split name: digits, folder:PATH or PATH, tfds:NAME:PATH, tars:PATTERN.
+
+    Raises:
+        UserError: no such kind of data set, or whatever the data set refuses.
+    """
+    kind, colon, place = data.partition(":")
+    if data == "digits":
+        return Digits(split=split or "all")
+    if not colon or kind not in ("folder", "tfds", "tars"):
+        return ImageFolder(data, split or "")
+    if kind == "folder":
+        return ImageFolder(place, split or "")
+    if kind == "tfds":
+        name, _, path = place.partition(":")
+        if not name or not path or not split:
+            raise UserError(f"--data={data}: write tfds:NAME:PATH, as in tfds:imagenet2012:/data/tfds, and give --split")
+        source = TFDS(name, path, split)
+        return TFDS(name, path, split, caption_key="caption") if "caption" in source.text_features else source
+    if split:
+        raise UserError(f"--split={split} means nothing with --data={data}; leave it out, and name the files of the split")
+    return TarShards(place)

@@ -1,0 +1,277 @@
+"""Images inside tar files by random access: shards in the WebDataset layout, and what every tar source shares."""
+
+import collections
+import functools
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dit_jax.data.sources import Example, fingerprint, tar_index
+from dit_jax.data.sources.tar_headers import Member, TarScan, opened
+from dit_jax.data.sources.tar_index import Row, TarIndex
+from dit_jax.errors import UserError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
+CAPTIONS = ("txt", "caption", "json")  # the first that a sample has
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+OPEN_FILES = 256
+TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # what is read while indexing, at most
+
+
+class _File:
+    """A file descriptor that closes when the last thread that reads from it lets it go."""
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class TarSource:
+    """Samples of an index, read with pread: from many threads at once, files opened on first use, at most 256 at a time.
+
+    Args:
+        files: the tars that the index numbers.
+        index: where the samples lie; its labels are all -1 or all in [0, num_classes).
+        num_classes: 0 if there are no labels; then every example has label 0.
+        class_names: one per class.
+        layout: what the source is called in its fingerprint.
+
+    Raises (from source[i]):
+        UserError: a tar is gone or was shortened; a caption is not what it was.
+    """
+
+    def __init__(self, files: Sequence[Path], index: TarIndex, num_classes: int, class_names: Sequence[str], layout: str):
+        self.files, self.index = tuple(files), index
+        self.num_classes, self.class_names = num_classes, tuple(class_names)
+        self.has_captions = bool((index.caption_size >= 0).any())
+        self.fingerprint = fingerprint(
+            name=layout,
+            class_names=self.class_names,
+            files=[[file.name, file.stat().st_size] for file in self.files],
+            index=index.sha256(),
+        )
+        self._open = functools.lru_cache(OPEN_FILES)(_File)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _open=functools.lru_cache(OPEN_FILES)(_File))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Example:
+        """Example with the bytes of the image, its label, its name "<tar>:<key>", and "caption" where there is one."""
+        index = self.index
+        file, name = self.files[index.tar[i]], self._name(int(i))
+        image = self._read(file, index.offset[i], index.size[i], name)
+        example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
+        if index.caption_size[i] >= 0:
+            data = self._read(file, index.caption_offset[i], index.caption_size[i], name)
+            try:
+                example["caption"] = _caption_field(json.loads(data)) if index.caption_is_json[i] else data.decode()
+            except ValueError as error:
+                raise UserError(f"the caption of {name} cannot be read ({error}): write it as UTF-8") from None
+        return example
+
+    def _name(self, i: int) -> str:
+        return f"{self.files[self.index.tar[i]].name}:{self.index.name(i)}"
+
+    def _read(self, file: Path, offset: int, size: int, name: str) -> bytes:
+        try:
+            tar = self._open(file)
+            data = os.pread(tar.fd, int(size), int(offset))
+            while len(data) < size and (more := os.pread(tar.fd, int(size) - len(data), int(offset) + len(data))):
+                data += more  # network file systems may answer in pieces, and one read ends at 2 GiB
+        except OSError as error:
+            raise UserError(
+                f"{name} in {file}: {error.strerror}; the tars changed after they were indexed, restore them"
+            ) from None
+        if len(data) < size:
+            raise UserError(f"{file} ends within {name}: it became shorter after it was indexed, restore it")
+        return data
+
+
+class TarShards(TarSource):
+    """Tar files in the WebDataset layout: members that share the path up to the first dot of the base name are one sample.
+
+    A sample has one image (.jpg .jpeg .png .webp .ppm .gif .bmp .tif .tiff), and may have a label, from .cls (an integer in
+    ASCII) or .json (field "label" or "cls"), and a caption, from .txt, .caption or .json (field "caption" or "text"), the
+    first of these that it has. Members of other suffixes, those whose name begins with a dot, and those without a suffix
+    are not part of the data set, as in WebDataset. Members of a sample need not be neighbours. Samples are numbered by tar,
+    then by their first member.
+
+    The first opening reads all headers and labels, and keeps an index beside the tars (see `tar_index.cached`).
+
+    Args:
+        path: a folder of .tar files, a glob, or a brace pattern as `train-{0000..0099}.tar`.
+        num_classes: classes; None is one more than the largest label, or 0 where no sample has one.
+        class_names_file: a text file with one class name per line; without it, the classes are called 0, 1, ...
+        cache_index: false neither reads nor writes the index file.
+
+    Raises:
+        UserError: no such files; a tar is compressed or damaged; a sample without an image, with two, or with an unreadable
+            or contradictory label; a label for some samples only, or outside the classes; class names that do not fit.
+    """
+
+    def __init__(self, path: str, num_classes: int | None = None, class_names_file: str = "", cache_index: bool = True):
+        files = tar_files(path)
+        index = tar_index.cached(files, "webdataset", lambda: tar_index.scanned(
+            functools.partial(_samples, file, number) for number, file in enumerate(files)), cache_index)
+        if not len(index):
+            raise UserError(f"{path}: {len(files)} tars hold no samples")
+        class_names = _class_names(class_names_file) if class_names_file else None
+        if num_classes is None:
+            num_classes = len(class_names) if class_names is not None else int(index.label.max()) + 1
+        class_names = [str(i) for i in range(num_classes)] if class_names is None else class_names
+        if len(class_names) != num_classes:
+            raise UserError(f"{class_names_file} names {len(class_names)} classes, but num_classes={num_classes}: drop one")
+        super().__init__(files, index, num_classes, class_names, "tar_shards")
+        if num_classes and (index.label < 0).all():
+            raise UserError(f"{path}: num_classes={num_classes}, but no sample has a label (.cls, or \"label\" in .json): pass 0")
+        if (index.label >= 0).any():
+            tar_index.reject(index, index.label < 0, lambda i: f"{self._name(i)} has no label, and others have: complete them")
+        tar_index.reject(index, index.label >= num_classes, lambda i: (
+            f"{self._name(i)} has label {index.label[i]}, outside [0, {num_classes}): correct it, or the number of classes"))
+
+
+def tar_files(path: str) -> list[Path]:
+    """The files of a folder (its *.tar, sorted), a glob (sorted), a brace pattern (in its order), or one tar.
+
+    Raises:
+        UserError: nothing there, a file missing or named twice, or a compressed tar.
+    """
+    if not str(path):
+        raise UserError("data.path is empty; give a folder of .tar files or a pattern as train-{0000..0099}.tar")
+    whole = Path(path).expanduser()
+    if whole.is_dir():
+        visible = (file for file in whole.iterdir() if not file.name.startswith("."))
+        found = sorted(file for file in visible if file.name.endswith((".tar", *PACKED)))
+    elif whole.exists():
+        found = [whole]
+    else:
+        found = []
+        for name in _braces(str(whole)):
+            matches = [name] if os.path.exists(name) else sorted(glob.glob(name))
+            if not matches:
+                raise UserError(f"{name} does not exist (from the pattern {path!r}); tars are read from a file system only")
+            found += map(Path, matches)
+    if not found:
+        raise UserError(f"the folder {path} holds no .tar files")
+    packed = [file for file in found if file.name.endswith(PACKED)]
+    if packed:
+        raise UserError(f"{len(packed)} of {len(found)} files are compressed, such as {packed[0]}: unpack them to .tar first")
+    twice = [file for file, times in collections.Counter(found).items() if times > 1]
+    if twice:
+        raise UserError(f"{path!r} names {twice[0]} twice")
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """The names of a shell's brace pattern: {0000..0099} counts with its width, {a,b} lists."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        yield pattern
+        return
+    first, dots, last = found[1].partition("..")
+    if dots:
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+            raise UserError(f"{{{found[1]}}} in {pattern!r} must count up between two numbers, as {{0000..0099}}")
+        choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = found[1].split(",")
+    for choice in choices:
+        yield from _braces(pattern[: found.start()] + choice + pattern[found.end() :])
+
+
+def _class_names(file: str) -> list[str]:
+    try:
+        names = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"class_names_file={file} cannot be read ({error}): give a UTF-8 text file, one name per line") from None
+    twice = [name for name, times in collections.Counter(names).items() if times > 1 or not name.strip()]
+    if twice or not names:
+        found = f"an empty or repeated line, {twice[0]!r}" if twice else "no line"
+        raise UserError(f"class_names_file={file} has {found}: write one name per class")
+    return names
+
+
+class _Part(NamedTuple):
+    """A member of a sample; labels and caption are what the .cls and .json say."""
+
+    member: Member
+    labels: tuple = ()
+    has_caption: bool = False
+
+
+def _samples(file: Path, number: int) -> list[Row]:
+    """The samples of one tar, in the order of their first members."""
+    samples: dict[str, dict[str, _Part]] = {}
+    with opened(file) as fd:
+        scan = TarScan(fd, str(file))
+        for member in scan:
+            folder, slash, base = member.name.rpartition("/")
+            stem, dot, suffix = base.partition(".")
+            suffix = suffix.lower()
+            if not stem or not dot:
+                continue
+            parts = samples.setdefault(folder + slash + stem, {})
+            if suffix in parts:
+                raise UserError(f"{file}: two members are called {folder + slash + stem}.{suffix}; rename one sample")
+            parts[suffix] = _part(scan, member, suffix)
+    return [_row(f"{file}:{key}", key, number, parts) for key, parts in samples.items()]
+
+
+def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
+    """The member with what it says, if it is a label or a description."""
+    what = f"{scan.what}:{member.name}"
+    limit = TEXT_BYTES.get(suffix)
+    if limit is None:
+        return _Part(member, has_caption=suffix in CAPTIONS)
+    if member.size > limit:
+        raise UserError(f"{what} has {member.size:,} bytes, and a .{suffix} may have {limit:,}; was something else meant?")
+    data = scan.read(member.offset, member.size)
+    if suffix == "cls":
+        text = data.strip()
+        return _Part(member, (int(text) if text.isdigit() else text.decode(errors="backslashreplace"),))
+    try:
+        fields = json.loads(data)
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds {type(fields).__name__}, not an object")
+        caption = _caption_field(fields)
+    except ValueError as error:
+        raise UserError(f"{what} cannot be read ({error}): correct it, or pack the tar without it") from None
+    return _Part(member, tuple(fields[name] for name in ("label", "cls") if fields.get(name) is not None), caption is not None)
+
+
+def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
+    images = [part.member for suffix, part in parts.items() if suffix in IMAGES]
+    if len(images) != 1:
+        raise UserError(f"{what} has {len(images)} images among its members ({', '.join('.' + suffix for suffix in parts)}), but "
+                        f"a sample has one; its name ends at the first dot (suffixes: {', '.join(IMAGES)})")
+    labels = [label for part in parts.values() for label in part.labels]
+    for label in labels:
+        if type(label) is not int or not 0 <= label < 2**31:
+            raise UserError(f"{what} has the label {label!r}, but a label is an integer from 0 on: number the classes")
+    if len(set(labels)) > 1:
+        raise UserError(f"{what} has several labels, {', '.join(map(str, labels))}: leave one")
+    caption = next((suffix for suffix in CAPTIONS if suffix in parts and parts[suffix].has_caption), None)
+    image, text = images[0], parts[caption].member if caption else Member("", 0, -1)
+    label = labels[0] if labels else -1
+    return Row(key, number, image.offset, image.size, label, text.offset, text.size, caption == "json")
+
+
+def _caption_field(fields: dict) -> str | None:
+    """The caption in a sample's .json. Raises ValueError if it is no text."""
+    caption = next((fields[name] for name in ("caption", "text") if fields.get(name) is not None), None)
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"its caption is {caption!r}, not a text")
+    return caption

@@ -1,0 +1,330 @@
+"""Writing a latent cache: what `python -m dit_jax.encode` does. `data.latents` reads it, `data.latent_files` names its files,
+`cache_folder` is what is settled before the first shard and after the last.
+
+Shard k is records [k * S, (k + 1) * S) of the source, and begins with a batch of its own, in which every device works on chunks
+of `images_at_once`. XLA rounds a row otherwise in a batch of another size, so a row's arithmetic depends on its shard and that
+number alone: not on what ran before, nor on the batch size and the number of devices and hosts.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import dit_jax
+from dit_jax.codecs.kl_vae import KLVAE, LOG_VARIANCE_RANGE
+from dit_jax.data.latent_files import FORMAT, MANIFEST, digest, npy, sealed, shard_file, write
+from dit_jax.data.latents import codec_fields
+from dit_jax.data.loader import read_in_order
+from dit_jax.data.sources import Source
+from dit_jax.data.transforms import ImageTransform
+from dit_jax.encode.cache_folder import check_bad, claimed, differences, finish, sound_shards
+from dit_jax.errors import UserError
+from dit_jax.interop.vae import weights_sha256
+from dit_jax.pixels import to_float
+from dit_jax.runtime.console import Progress, say
+
+SHARD_BYTES = 2**29
+SHARD_MULTIPLE = 8  # of records: whole chunks on every platform
+ROWS_AT_ONCE = 64  # of the statistics, so that their float64 copies stay small
+
+
+def images_at_once() -> int:
+    """Images of a chunk: enough to fill an accelerator; 1 on a CPU.
+
+    Eigen, XLA's matrix library there, splits the sum of a convolution with few output channels over as many threads as the
+    process has, and a process has at least as many as simulated devices; one image is too little work to be split so.
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to encode, and all that decides the bytes of the cache.
+
+    Fields:
+        params: of the codec.
+        resolution: side of the square images in pixels.
+        mirror: encode every image's mirror image too.
+        upright: turn photographs as their EXIF orientation asks.
+        device_batch_size: images per device and call, whole chunks of `images_at_once`; no byte depends on it.
+        shard_records: S; None takes the most whose moments fit in SHARD_BYTES.
+
+    Raises:
+        UserError: a resolution that does not suit the codec; a number below 1; a batch that is no multiple of a chunk; an
+            empty data set.
+    """
+
+    source: Source
+    codec: KLVAE
+    params: Any
+    resolution: int
+    mirror: bool = True
+    upright: bool = False
+    device_batch_size: int = 16
+    shard_records: int | None = None
+
+    def __post_init__(self):
+        self.codec.latent_shape(self.resolution)
+        for name in ("device_batch_size", "shard_records"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.device_batch_size % images_at_once():
+            raise UserError(f"device_batch_size is {self.device_batch_size}; on a {jax.default_backend()} it must be a multiple "
+                            f"of {images_at_once()}")
+        if not len(self.source):
+            raise UserError("the data set is empty: check its path and split")
+
+    @property
+    def transform(self) -> ImageTransform:
+        return ImageTransform(self.resolution, self.codec.image_channels, flip=False, upright=self.upright)
+
+    @property
+    def views(self) -> int:
+        return 2 if self.mirror else 1
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        h, w, c = self.codec.latent_shape(self.resolution)
+        return h, w, 2 * c
+
+    @property
+    def records_per_shard(self) -> int:
+        if self.shard_records is not None:
+            return self.shard_records
+        fitting = SHARD_BYTES // (2 * self.views * math.prod(self.moments_shape))
+        return max(fitting - fitting % SHARD_MULTIPLE, SHARD_MULTIPLE)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.source) // self.records_per_shard)
+
+    @functools.cached_property
+    def settings(self) -> dict:
+        """What `settings.json` pins. "encoding" must be the same when going on; "made_with" too while shards are missing."""
+        source, codec = self.source, self.codec
+        return json.loads(json.dumps({
+            "format": FORMAT,
+            "encoding": {
+                "codec": {**codec_fields(codec), "dtype": jnp.dtype(codec.dtype).name,
+                          "weights_sha256": weights_sha256(self.params)},
+                "transform": {"resolution": self.resolution, "channels": codec.image_channels, "upright": self.upright,
+                              "crop": "adm_center"},
+                "views": self.views,
+                "moments": {"shape": self.moments_shape, "dtype": "float16"},
+                "source": {"fingerprint": source.fingerprint, "records": len(source)},
+                "num_classes": source.num_classes,
+                "class_names": source.class_names,
+                "shard_records": self.records_per_shard,
+            },
+            "scale": codec.scale,  # of the codec as it was given first: the moments do not depend on them
+            "shift": codec.shift,
+            "made_with": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__,
+                          "images_at_once": images_at_once(), "pillow": PIL.__version__,
+                          "device": jax.local_devices()[0].device_kind,
+                          "matmul_precision": jax.config.jax_default_matmul_precision},
+        }))
+
+
+def encode(job: Job, folder: Path, max_bad_share: float = 0.001, num_threads: int = 16) -> tuple[dict, float | None]:
+    """Makes the latent cache of a job, or goes on where the folder stands; returns its manifest and images/s of this process.
+
+    Finished shards are held to their hashes; a damaged one is encoded again. With several processes each encodes its shards
+    and all must see the same folder.
+
+    Args:
+        max_bad_share: unreadable records are left out and listed; more than this share of the data set is an error.
+        num_threads: that read and decode images.
+
+    Raises:
+        UserError: the folder holds a cache of another job, or is being written; too many bad records; moments that float16
+            does not hold.
+    """
+    if not 0 <= max_bad_share < 1:
+        raise UserError(f"max_bad_share is {max_bad_share}; it must lie in [0, 1)")
+    rate = encode_shards(job, folder, max_bad_share, num_threads, jax.process_index(), jax.process_count())
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("latent cache: every shard is written")
+    return finish(folder, max_bad_share, jax.process_index() == 0), rate
+
+
+def encode_shards(job: Job, folder: Path, max_bad_share: float, num_threads: int, process_index: int,
+                  process_count: int) -> float | None:
+    """Encodes the shards k with k % process_count == process_index that are missing or damaged; returns images/s."""
+    with claimed(folder, job.settings, process_index) as settings:
+        mine = range(process_index, job.num_shards, process_count)
+        facts = sound_shards(folder, mine, job.num_shards, digest(settings))
+        missing = [k for k in mine if k not in facts]
+        if not missing:
+            say(f"{folder}: all {len(mine)} shards of this process are there, and every hash holds")
+            return None
+        if lines := differences(settings["made_with"], job.settings["made_with"]):
+            raise UserError(f"{folder} was begun with other versions, which may give other bits: go on with those, or encode "
+                            "into another folder:\n  " + "\n  ".join(lines))
+        if facts:
+            say(f"{folder}: {len(facts)} of {len(mine)} shards of this process are there and whole; going on with the others")
+        (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is a whole cache
+
+        size = job.records_per_shard
+        images = sum(min(len(job.source), (k + 1) * size) - k * size for k in missing)
+        encoder, progress, start = DeviceEncoder(job), Progress("images", images), time.monotonic()
+        bad = [record for k in facts for record in facts[k]["bad_records"]]
+        done, writing = 0, None
+        with ThreadPoolExecutor(1) as writer:  # hashes and writes a shard while the next is encoded
+            for k in missing:
+                shard = Shard(job, k)
+                for seen in shard.encode(encoder, num_threads):
+                    progress.update(done + seen)
+                    check_bad([*bad, *shard.bad_records], len(job.source), max_bad_share)
+                bad += shard.bad_records
+                check_bad(bad, len(job.source), max_bad_share)
+                done += shard.stop - shard.start
+                settled(writing)
+                writing = writer.submit(shard.write, folder, digest(settings))
+            settled(writing)
+        return round(images / (time.monotonic() - start), 2)
+
+
+def settled(writing: Future | None):
+    if writing is not None:
+        writing.result()
+
+
+class DeviceEncoder:
+    """Images of any number to moments, in calls of one shape on all devices of this process."""
+
+    def __init__(self, job: Job):
+        self.views = job.views
+        devices = jax.local_devices()
+        self.batch_size = len(devices) * job.device_batch_size
+        mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
+        self._rows = NamedSharding(mesh, PartitionSpec("rows"))
+        self._params = jax.device_put({"encoder": job.params["encoder"]}, NamedSharding(mesh, PartitionSpec()))
+
+        def chunk(params, images):
+            images = to_float(images)
+            if job.mirror:
+                images = jnp.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
+            return job.codec.encode(params, images)
+
+        def moments(params, images):
+            chunks = images.reshape(-1, images_at_once(), *images.shape[1:])
+            return jax.lax.map(lambda x: chunk(params, x), chunks).reshape(-1, *job.moments_shape)
+
+        # shard_map, so that the program of a device does not depend on how many there are.
+        self._program = jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("rows")),
+                                              out_specs=PartitionSpec("rows"), check_vma=False))
+
+    def start(self, images: np.ndarray) -> jax.Array:
+        """uint8 [n, R, R, C], n at most the batch size -> moments that are being computed, rows past n * views padding."""
+        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * 3
+        return self._program(self._params, jax.device_put(np.pad(images, padding), self._rows))
+
+    def __call__(self, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
+        """(batch, float32 [n * views, h, w, 2c]) per batch; the next is at work on the devices while one is handed out."""
+        previous = None
+        for batch in batches:
+            started = batch, self.start(batch["image"])
+            if previous is not None:
+                yield self._fetched(*previous)
+            previous = started
+        if previous is not None:
+            yield self._fetched(*previous)
+
+    def _fetched(self, batch: dict, moments: jax.Array) -> tuple[dict, np.ndarray]:
+        return batch, np.asarray(moments)[:self.views * len(batch["index"])]
+
+
+@dataclass
+class Shard:
+    """One shard of a job in memory: encoded, then written."""
+
+    job: Job
+    number: int
+
+    def __post_init__(self):
+        job, size = self.job, self.job.records_per_shard
+        self.start, self.stop = self.number * size, min((self.number + 1) * size, len(job.source))
+        self.count, self.bad_records = 0, []
+        self.moments = np.empty(((self.stop - self.start) * job.views, *job.moments_shape), np.float16)
+        self.labels = np.empty(self.stop - self.start, np.int32)
+        self.index = np.empty(self.stop - self.start, np.int64)
+        self.captions: list[str | None] = []
+
+    def encode(self, encoder: DeviceEncoder, num_threads: int) -> Iterator[int]:
+        """Fills the arrays; yields how many records of the shard are behind it, now and then."""
+        batches = read_in_order(self.job.source, self.job.transform, encoder.batch_size, start=self.start, stop=self.stop,
+                                num_threads=num_threads, bad_records=self.bad_records)
+        with contextlib.closing(batches):
+            for batch, moments in encoder(batches):
+                self._add(batch, moments)
+                yield int(batch["index"][-1]) + 1 - self.start
+
+    def _add(self, batch: dict, moments: np.ndarray):
+        rows = slice(self.count, self.count + len(batch["index"]))
+        views = self.job.views
+        with np.errstate(over="ignore"):  # becomes infinity, and is told so below
+            half = moments.astype(np.float16)
+        lost = np.flatnonzero(~np.isfinite(half).all(axis=(1, 2, 3)))
+        if lost.size:
+            worst, record = moments[lost[0]], int(batch["index"][lost[0] // views])
+            raise UserError(f"{record_name(self.job.source, record)} has moments from {worst.min():.4g} to {worst.max():.4g}, "
+                            "which float16 does not hold: are these the right weights? If they are, encode with --dtype=float32")
+        self.moments[rows.start * views:rows.stop * views] = half
+        self.labels[rows], self.index[rows] = batch["label"], batch["index"]
+        self.captions += batch.get("caption", [None] * len(batch["index"]))
+        self.count = rows.stop
+
+    def write(self, folder: Path, settings_digest: str):
+        """Writes the files, the facts last."""
+        moments, labels, index = self.moments[:self.count * self.job.views], self.labels[:self.count], self.index[:self.count]
+        parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
+        if any(caption is not None for caption in self.captions):
+            parts["captions"] = [json.dumps(self.captions).encode()]
+
+        def path(kind: str) -> Path:
+            return folder / shard_file(self.number, self.job.num_shards, kind)
+
+        path("facts").unlink(missing_ok=True)  # of a damaged shard: what it says is not true while its files are replaced
+        files = {kind: write(path(kind), content) for kind, content in parts.items()}
+        write(path("facts"), [sealed({
+            "settings": settings_digest,
+            "count": self.count,
+            # An error of Pillow names the address of an object, which is another in every process.
+            "bad_records": [(index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)],
+            "captions": sum(caption is not None for caption in self.captions),
+            "sums": sums(moments),
+            "files": files,
+        })])
+
+
+def record_name(source: Source, index: int) -> str:
+    return f"record {index} ({source[index].get('name', 'without a name')})"
+
+
+def sums(moments: np.ndarray) -> dict[str, list[float]]:
+    """Per channel over all rows and pixels, float64: of the posterior mean, its square, and the posterior variance.
+
+    moments: float16 [rows, h, w, 2c].
+    """
+    total = np.zeros((3, moments.shape[-1] // 2))
+    for start in range(0, len(moments), ROWS_AT_ONCE):
+        mean, log_variance = np.split(moments[start:start + ROWS_AT_ONCE].astype(np.float64), 2, axis=-1)
+        parts = (mean, mean**2, np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)))
+        total += [part.sum(axis=(0, 1, 2)) for part in parts]
+    return dict(zip(("mean", "square", "variance"), total.tolist(), strict=True))

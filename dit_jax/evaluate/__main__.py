@@ -1,0 +1,149 @@
+"""Scores samples against a reference, with everything that the numbers depend on; makes references; compares results.
+
+    python -m dit_jax.evaluate --samples=x.npz --reference=digits --features=pixels
+    python -m dit_jax.evaluate --samples=x.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception --weights=inception.safetensors
+    python -m dit_jax.evaluate --make_reference=ref.npz --data=photographs --resolution=256 --features=inception --weights=inception.safetensors
+    python -m dit_jax.evaluate --table=a.json,b.json --format=markdown
+
+Metrics: fid (the Frechet distance in the features named, with a bootstrap interval), sfid, is, precision, recall, kid. The result
+also goes to a file. A reference that cannot be compared with the samples is refused. Interrupted, the same command goes on. Several
+processes share the images out.
+"""  # noqa: E501
+
+import json
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from dit_jax.errors import UserError
+from dit_jax.runtime import console, processes
+
+SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C], or a folder of samples of dit_jax.sample.")
+REFERENCE = flags.DEFINE_string("reference", None, "npz of statistics (ours, ADM's, pytorch-fid's) or of images; or a data set "
+                                "as in --data, cropped to the samples' size. Needless for --metrics=is.")
+FEATURES = flags.DEFINE_string("features", "pixels", "pixels (for tiny images), inception, or dinov2 (fid is then FD-DINOv2).")
+WEIGHTS = flags.DEFINE_string("weights", None, ".safetensors of the extractor, written by dit_jax.convert.")
+METRIC_NAMES = flags.DEFINE_list("metrics", None, "Of fid,sfid,is,precision,recall,kid; all that are possible if not given.")
+OUT = flags.DEFINE_string("out", None, "The result file; <samples>.<features>.json if not given.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time of one process.")
+KID_SUBSET_SIZE = flags.DEFINE_integer("kid_subset_size", 1_000, "Images in each of the 100 subsets of KID.")
+REPLICATES = flags.DEFINE_integer("replicates", 1_000, "Of the bootstrap interval of fid; 0 for none, which keeps no features.")
+LEVEL = flags.DEFINE_float("level", 0.95, "Of the bootstrap interval.")
+MAKE_REFERENCE = flags.DEFINE_string("make_reference", None, "Write the statistics of --data to this npz.")
+DATA = flags.DEFINE_string("data", None, "digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
+RESOLUTION = flags.DEFINE_integer("resolution", None, "Side in pixels that --data is cropped to.")
+CHANNELS = flags.DEFINE_integer("channels", 3, "Of --data: 3, or 1 for grey.")
+KEEP_FEATURES = flags.DEFINE_boolean("keep_features", None, "Store the features too, which precision, recall and KID need. If "
+                                     "not given: up to 50,000 images.")
+TABLE = flags.DEFINE_list("table", None, "Result files to compare.")
+FORMAT = flags.DEFINE_string("format", "text", "Of the table: text, csv or markdown.")
+
+KEPT_IMAGES = 50_000
+
+
+def make_table() -> dict:
+    from dit_jax.evaluate.table import table
+
+    text = table(TABLE.value, FORMAT.value)
+    if OUT.value is None:
+        print(text, flush=True)
+        return {"results": len(TABLE.value)}
+    path = result_path(OUT.value)
+    path.write_text(text + "\n")
+    return {"results": len(TABLE.value), "out": str(path)}
+
+
+def options():
+    from dit_jax.evaluate.scores import Options
+
+    metrics = None if METRIC_NAMES.value is None else tuple(METRIC_NAMES.value)
+    return Options(metrics, KID_SUBSET_SIZE.value, REPLICATES.value, LEVEL.value, BATCH_SIZE.value)
+
+
+def result_path(name: str) -> Path:
+    """The path, after a check on the first process that it can be written: before the work, not after it."""
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    if jax.process_index() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe = path.with_name(f".{path.name}.partial")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None
+    return path
+
+
+def partial_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def make_reference() -> dict:
+    from dit_jax.evaluate import reference, snapshots
+    from dit_jax.evaluate.extractors import load
+    from dit_jax.evaluate.images import NpzImages, open_images
+    from dit_jax.evaluate.scores import make_reference
+
+    if DATA.value is None:
+        raise UserError("give --data=<digits, an npz, a folder, tfds:NAME:PATH or tars:PATTERN> for --make_reference")
+    if not MAKE_REFERENCE.value.endswith(".npz"):
+        raise UserError(f"--make_reference={MAKE_REFERENCE.value} must end in .npz")
+    path = result_path(MAKE_REFERENCE.value)
+    if DATA.value.endswith(".npz"):
+        images = NpzImages(Path(DATA.value).expanduser())
+    elif RESOLUTION.value is None and DATA.value != "digits":
+        raise UserError(f"give --resolution=<side in pixels> for --data={DATA.value}")
+    else:
+        shape = (8, 8, 1) if DATA.value == "digits" else (RESOLUTION.value, RESOLUTION.value, CHANNELS.value)
+        images = open_images(DATA.value, shape, SPLIT.value)
+    keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
+    made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), partial_folder(path))
+    if jax.process_index() == 0:
+        reference.write(path, made)
+        snapshots.remove(partial_folder(path))
+    console.say(f"statistics of {len(images)} images in {path}, {'with' if keep else 'without'} their features")
+    return {"out": str(path), "num_reference": len(images), "reference_sha256": made.sha256, "keeps_features": keep,
+            "outputs": list(made.moments), "extractor": made.recipe["extractor"]}
+
+
+def score() -> dict:
+    if SAMPLES.value is None or (REFERENCE.value is None and METRIC_NAMES.value != ["is"]):
+        raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
+    from dit_jax.evaluate.scores import METRICS, evaluate
+
+    samples = Path(SAMPLES.value).expanduser()
+    stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
+    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
+    result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(),
+                      folder=path and partial_folder(path))
+    result["out"] = str(path)
+    if jax.process_index() == 0:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
+    for remark in result["remarks"]:
+        console.say(remark)
+    numbers = ", ".join(f"{name} {result[name]:.6g}" for name in METRICS if name in result)
+    if "fid_interval" in result:
+        low, high = result["fid_interval"]
+        numbers = numbers.replace(",", f" ({LEVEL.value:.0%}: {low:.6g} to {high:.6g}),", 1)
+    console.say(f"{numbers}: {result['num_samples']} samples in {FEATURES.value} features, {path}")
+    return result
+
+
+def main() -> dict:
+    asked = [name for name, flag in (("samples", SAMPLES), ("make_reference", MAKE_REFERENCE), ("table", TABLE)) if flag.value]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
+    if TABLE.value:
+        return make_table()
+    processes.join()
+    return make_reference() if MAKE_REFERENCE.value else score()
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,228 @@
+"""Sets of uint8 images to take features of, read piece by piece: an npz, or a data source behind its transform.
+
+N images of H x W pixels and C channels.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dit_jax.data.loader import read_in_order
+from dit_jax.data.sources import Source
+from dit_jax.data.sources.named import named_source
+from dit_jax.data.transforms import ImageTransform
+from dit_jax.errors import UserError
+from dit_jax.sample import shards
+
+ARRAY = "arr_0.npy"
+READ_BYTES = 2**24
+
+
+class Images(Protocol):
+    """Images with what is known of them.
+
+    Fields:
+        name: what results call them.
+        made_by: how they were made, if their file says so.
+        identity: what can be known without reading all of them; extraction that goes on compares it.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    made_by: dict | None
+    identity: dict
+
+    def __len__(self) -> int: ...
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """Images start..stop-1 in order, uint8 [n, H, W, C], n = size but for the last."""
+        ...
+
+
+class NpzImages:
+    """The images of an npz file, arr_0 uint8 [N, H, W, C]; never all in memory, if it was written by np.savez or
+    np.savez_compressed.
+
+    Raises:
+        UserError: not a readable npz, no arr_0, another dtype or shape, a pickle, fewer bytes than the shape says.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, str(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                if ARRAY not in archive.namelist():
+                    raise UserError(f"{path} has no array arr_0 (it has {', '.join(names) or 'nothing'}); write it with "
+                                    "dit_jax.sample or np.savez(path, images)")
+                self._member = archive.getinfo(ARRAY)
+                with archive.open(ARRAY) as file:
+                    shape, fortran, dtype = _header(file)
+                    self._header_bytes = file.tell()
+            self.made_by = _made_by(path) if "made_by" in names else None
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except Exception as error:
+            raise UserError(f"{path} is not a readable npz of images: {error}") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
+            raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; uint8 "
+                            "[N, H, W, 1 or 3] with N >= 2 is needed")
+        if self._member.file_size != self._header_bytes + math.prod(shape):
+            raise UserError(f"{path} is not a readable npz of images: arr_0 says {list(shape)} and has "
+                            f"{self._member.file_size - self._header_bytes} bytes")
+        self._count, self.shape = shape[0], tuple(shape[1:])
+        self._stream, self._position = None, 0  # of a compressed file, which can only be read forwards
+        self.identity = {"npz": str(path.absolute()), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns,
+                         "crc32": self._member.CRC, "shape": list(shape)}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        read = self._mapped if self._member.compress_type == zipfile.ZIP_STORED else self._unpacked
+        return read(start, stop, size)
+
+    def _mapped(self, start, stop, size):
+        images = self._content[self._header_bytes:].reshape(self._count, *self.shape)
+        for first in range(start, stop, size):
+            yield np.array(images[first:min(first + size, stop)])
+
+    @functools.cached_property
+    def _content(self) -> np.ndarray:
+        """The bytes of arr_0 where they are not compressed, mapped into memory; held to their CRC-32 once, before any is used."""
+        with open(self.path, "rb") as file:  # the local header's names may be longer than the directory's
+            file.seek(self._member.header_offset)
+            header = file.read(30)
+        name, extra = struct.unpack("<HH", header[26:30])
+        offset = self._member.header_offset + 30 + name + extra
+        try:
+            found, crc = np.memmap(self.path, np.uint8, "r", offset, (self._member.file_size,)), 0
+        except ValueError as error:
+            raise self._damaged(error) from None
+        for start in range(0, len(found), READ_BYTES):
+            crc = zlib.crc32(found[start:start + READ_BYTES], crc)
+        if crc != self._member.CRC:
+            raise self._damaged("arr_0 has another CRC-32 than when it was written")
+        return found
+
+    def _damaged(self, why) -> UserError:
+        return UserError(f"{self.path} is damaged ({why}): draw, write or download it again")
+
+    def _unpacked(self, start, stop, size):
+        row = math.prod(self.shape)
+        if self._stream is None or self._position > start:
+            self._stream, self._position = zipfile.ZipFile(self.path).open(ARRAY), 0  # noqa: SIM115
+            self._skip(self._header_bytes)
+        self._skip((start - self._position) * row)
+        for first in range(start, stop, size):
+            count = min(size, stop - first)
+            data = self._read(count * row)
+            self._position = first + count
+            yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
+
+    def _skip(self, count: int):
+        while count:
+            count -= len(self._read(min(count, READ_BYTES)))
+
+    def _read(self, count: int) -> bytes:
+        """The next bytes of a compressed file, whose end zipfile holds to the CRC-32."""
+        try:
+            data = self._stream.read(count)
+        except (zlib.error, zipfile.BadZipFile, EOFError) as error:
+            raise self._damaged(error) from None
+        if len(data) < count:
+            raise self._damaged("arr_0 ends early")
+        return data
+
+
+def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"arr_0 has .npy version {version}")
+    return read[version](file)
+
+
+def _made_by(path: Path) -> dict:
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file["made_by"]))
+
+
+class SourceImages:
+    """The images of a data source, decoded and cropped, never mirrored; an unreadable one is an error that names it.
+
+    Args:
+        name: what results call it.
+    """
+
+    def __init__(self, source: Source, transform: ImageTransform, name: str):
+        self.source, self._transform, self.name, self.made_by = source, transform, name, None
+        self.shape = (transform.resolution, transform.resolution, transform.channels)
+        self.transform = {"resolution": transform.resolution, "channels": transform.channels, "upright": transform.upright,
+                          "crop": "adm_center"}
+        self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        with contextlib.closing(read_in_order(self.source, self._transform, size, start=start, stop=stop)) as batches:
+            for batch in batches:
+                yield batch["image"]
+
+
+class ArrayImages:
+    """Images that are in memory, uint8 [N, H, W, C]."""
+
+    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 1 or 3] is needed")
+        self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
+        self.identity = {"array": list(images.shape)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        for first in range(start, stop, size):
+            yield self.images[first:min(first + size, stop)]
+
+
+def open_samples(path: str) -> Images:
+    """The images of an npz, or of a folder that `dit_jax.sample` has finished.
+
+    Raises:
+        UserError: it does not exist, or holds no images; see `NpzImages` and `sampling.shards.read`.
+    """
+    found = Path(path).expanduser()
+    return shards.read(found) if found.is_dir() else NpzImages(found)
+
+
+def open_images(data: str, shape: tuple[int, int, int], split: str | None = None) -> Images:
+    """The images that a name on the command line stands for: an npz, or a data set as in `named_source`, centre-cropped.
+
+    Args:
+        shape: H, W, C of the images that they will be compared with; the digits are 8 x 8 x 1 always.
+    Raises:
+        UserError: no such data set; images of another shape.
+    """
+    if data.endswith(".npz"):
+        images = NpzImages(Path(data).expanduser())
+    else:
+        resolution, channels = (8, 1) if data == "digits" else (shape[0], shape[2])
+        images = SourceImages(named_source(data, split), ImageTransform(resolution, channels, flip=False), data)
+    if images.shape != tuple(shape):
+        raise UserError(f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "
+                        f"{' x '.join(map(str, images.shape))}; they must be equal")
+    return images

@@ -1,0 +1,169 @@
+"""What samples are compared with: moments of the reference's features, the features if they are kept, and how both were made.
+
+Our file is an npz with mu float64 [F] and sigma [F, F] under the names that ADM's evaluator and pytorch-fid read, mu_s and
+sigma_s of the spatial features if the extractor has them, features float32 [M, F] if they are kept, `recipe`, a JSON text, and
+`seal`, the SHA-256 of all of these.
+"""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import dit_jax
+from dit_jax.errors import UserError
+from dit_jax.evaluate.extractors import Loaded
+from dit_jax.evaluate.images import ARRAY, Images, NpzImages, SourceImages
+from dit_jax.evaluate.statistics import Extracted
+from dit_jax.metrics.frechet import Moments
+
+FORMAT = 1
+KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+TENSORFLOW_WIDTHS = {"features": 2_048, "spatial": 2_023}  # of the graph that published statistics come from
+
+
+class Reference(NamedTuple):
+    """Moments by output, features float32 [M, F] or None, and the recipe.
+
+    `images` holds those of the file, from which features can still be taken: ADM's files have 10,000 beside the moments.
+    """
+
+    moments: dict[str, Moments]
+    features: np.ndarray | None
+    recipe: dict
+    images: Images | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the images, see `Extracted`; of the moments where the images are not known."""
+        return self.recipe.get("images_sha256") or _sha256(_arrays(self.moments, None), "")
+
+    @property
+    def published(self) -> bool:
+        """Whether the statistics came without a recipe of ours."""
+        return bool(self.recipe["extractor"].get("published"))
+
+
+def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
+    """How reference statistics were made: whatever decides their numbers."""
+    return {"source": images.name, "count": extracted.count, "image_shape": list(images.shape),
+            "transform": images.transform if isinstance(images, SourceImages) else None,
+            "images_sha256": extracted.sha256, "made_by": images.made_by,
+            "extractor": loaded.describe(),
+            "versions": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+            "device": jax.local_devices()[0].device_kind}
+
+
+def of_images(images: Images, extracted: Extracted, loaded: Loaded) -> Reference:
+    """A reference of images whose features were just taken."""
+    return Reference(extracted.moments, extracted.features, json.loads(json.dumps(recipe_of(images, extracted, loaded))))
+
+
+def write(path: Path, reference: Reference):
+    """Writes our file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    arrays = _arrays(reference.moments, reference.features)
+    partial = path.with_name(f".{path.name}.partial.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recipe = json.dumps(reference.recipe)
+        np.savez(partial, **arrays, recipe=np.array(recipe), seal=np.array(_sha256(arrays, recipe)), format=np.array(FORMAT))
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
+
+
+def _arrays(moments: dict[str, Moments], features: np.ndarray | None) -> dict[str, np.ndarray]:
+    arrays = {}
+    for output, (mean, covariance) in KEYS.items():
+        if output in moments:
+            arrays |= {mean: moments[output].mean, covariance: moments[output].covariance}
+    return arrays | ({} if features is None else {"features": features})
+
+
+def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
+    found = hashlib.sha256(recipe.encode())
+    for name in sorted(arrays):
+        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        found.update(np.ascontiguousarray(arrays[name]))
+    return found.hexdigest()
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether an npz holds moments; if not, it is one of images.
+
+    Raises:
+        UserError: it is no npz.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a readable npz: {error}") from None
+
+
+def read(path: Path) -> Reference:
+    """Statistics of our own file, ADM's or pytorch-fid's; no pickle is opened.
+
+    Of the latter two only the numbers are known: their recipe says "published", and their count None.
+
+    Raises:
+        UserError: not such a file, a dtype or shape that does not fit, a value that is not finite, other bytes than its seal
+            says, a format that this version does not know.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*sum(KEYS.values(), ()), "features") if name in file}
+            recipe, seal = (str(file[name]) if name in file else None for name in ("recipe", "seal"))
+            version = int(file["format"]) if "format" in file else None
+    except Exception as error:  # of a hostile file NumPy raises what it likes
+        raise UserError(f"{path} is not a readable npz of statistics: {error}") from None
+    if recipe is None:
+        return _published(path, arrays)
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version} and this dit_jax reads {FORMAT}: make it again with --make_reference")
+    if _sha256(arrays, recipe) != seal:
+        raise UserError(f"{path} is damaged: its content does not fit its seal. Make it again with --make_reference")
+    recipe = json.loads(recipe)
+    return Reference(_moments(path, arrays, recipe["count"]), arrays.get("features"), recipe)
+
+
+def _published(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
+    moments = _moments(path, arrays, None)
+    for output, found in moments.items():
+        if len(found.mean) != TENSORFLOW_WIDTHS[output]:
+            raise UserError(f"{path} has statistics of {len(found.mean)} {output} and no recipe; published ones, of Inception, "
+                            f"have {TENSORFLOW_WIDTHS[output]}. Make your own with --make_reference")
+    images = None
+    with zipfile.ZipFile(path) as archive:
+        if ARRAY in archive.namelist():
+            images = NpzImages(path)
+    recipe = {"source": str(path), "count": None, "image_shape": list(images.shape) if images else None,
+              "extractor": {"name": "inception", "published": True}}
+    return Reference(moments, None, recipe, images)
+
+
+def _moments(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> dict[str, Moments]:
+    found = {}
+    for output, names in KEYS.items():
+        if not all(name in arrays for name in names):
+            continue
+        mean, covariance = (arrays[name] for name in names)
+        if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
+            raise UserError(f"{path}: {names[0]} is {mean.dtype} {list(mean.shape)} and {names[1]} {covariance.dtype} "
+                            f"{list(covariance.shape)}; floats [F] and [F, F] are needed")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise UserError(f"{path}: {names[0]} or {names[1]} holds NaN or infinity")
+        found[output] = Moments(count, mean.astype(np.float64), covariance.astype(np.float64))
+    if "features" not in found:
+        raise UserError(f"{path} has no mu and sigma (it has {', '.join(arrays) or 'nothing of use'})")
+    return found

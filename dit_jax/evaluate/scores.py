@@ -1,0 +1,258 @@
+"""Samples against a reference: which metrics are possible, what must fit, the numbers, and everything that they depend on.
+
+N samples, M reference images, F features.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+import dit_jax
+from dit_jax.encode.cache_folder import differences
+from dit_jax.errors import UserError
+from dit_jax.evaluate import reference as references
+from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
+from dit_jax.evaluate.images import Images, open_images, open_samples
+from dit_jax.evaluate.provenance import provenance
+from dit_jax.evaluate.reference import Reference
+from dit_jax.evaluate.snapshots import Snapshots, remove
+from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
+from dit_jax.metrics import bootstrap
+from dit_jax.metrics import kernel_distance as kernels
+from dit_jax.metrics.bootstrap import bootstrap_interval, influences
+from dit_jax.metrics.frechet import Moments, frechet_distance, frechet_gradient
+from dit_jax.metrics.inception_score import PARTITIONS, TENTHS, inception_score
+from dit_jax.metrics.kernel_distance import kernel_distance
+from dit_jax.metrics.precision_recall import precision_recall
+from dit_jax.runtime.console import say
+
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
+OF_FEATURES = ("precision", "recall", "kid")  # those that need the reference's features, not their moments alone
+NEIGHBOURS = 3
+
+
+class Options(NamedTuple):
+    """metrics None: all that are possible. replicates 0: no interval, and FID keeps no features.
+
+    batch_size: images at a time of a process; None chooses by the device. every_seconds: between snapshots.
+    """
+
+    metrics: tuple[str, ...] | None = None
+    kid_subset_size: int = 1_000
+    replicates: int = 1_000
+    level: float = 0.95
+    batch_size: int | None = None
+    every_seconds: float = 30.0
+
+
+def check(reference: str, features: str, weights: str | None, shape: tuple[int, int, int]):
+    """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
+    check_name(features, weights)
+    check_shape(features, shape)
+    open_reference(reference, shape)
+
+
+def check_options(options: Options):
+    """Raises a UserError for a number that is out of range: before the features are taken, which may be hours."""
+    kernels.check(kernels.SUBSETS, options.kid_subset_size)
+    if options.replicates:
+        bootstrap.check(options.replicates, options.level)
+
+
+def open_reference(reference: str, shape: tuple[int, int, int]) -> Reference | Images:
+    """Statistics, if `reference` is an npz of them, or images of that shape.
+
+    Raises:
+        UserError: it cannot be read, or its images have another shape.
+    """
+    if reference.endswith(".npz") and references.holds_statistics(Path(reference).expanduser()):
+        return references.read(Path(reference).expanduser())
+    return open_images(reference, shape)
+
+
+def evaluate(samples: str, reference: str | None, features: str, weights: str | None = None, options: Options | None = None, *,
+             folder: Path | None = None, processes: tuple[int, int] | None = None) -> dict:
+    """The metrics of the images in a file, with everything that they depend on, as an object of JSON.
+
+    Args:
+        samples: npz of images, or a folder of `dit_jax.sample`.
+        reference: npz of statistics or images, or a data set as in `named_source`; None for the Inception Score alone.
+        features, weights: name and weights file of the extractor.
+        folder: where work is kept in case of a kill, and gone on with; deleted at the end. None keeps nothing.
+        processes: see `extract`; with several, all must call, and all get the result.
+    Raises:
+        UserError: files that cannot be read, metrics that are not possible, a reference that cannot be compared.
+    """
+    options = options or Options()
+    check_options(options)
+    check_name(features, weights)
+    images = open_samples(samples)
+    check_shape(features, images.shape)
+    against = None if reference is None else open_reference(reference, images.shape)
+    loaded = load(features, weights)
+    if isinstance(against, Reference):
+        check_comparable(against, reference, loaded, images)
+    metrics, remarks = choose_metrics(images, against, loaded, options)
+
+    def take(taken: Images, wanted: Wanted, what: str) -> Extracted:
+        return take_features(taken, loaded, wanted, options, what, folder, processes)
+
+    found = take(images, wanted_of_samples(metrics, options), "samples")
+    if against is not None and not isinstance(against, Reference):
+        others = take(against, wanted_of_reference(metrics), "the reference")
+        against = references.of_images(against, others, loaded)
+    elif against is not None and against.features is None and against.images is not None and set(OF_FEATURES) & set(metrics):
+        others = take(against.images, Wanted((), True), "the reference")
+        against = against._replace(features=others.features,
+                                   recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256})
+    result, more = compute(metrics, found, against, options)
+    if folder is not None and (processes or (jax.process_index(), 0))[0] == 0:
+        remove(folder)
+    return {**result, "features": features, "samples": samples, "num_samples": found.count, "samples_sha256": found.sha256,
+            "image_shape": list(images.shape), "reference": reference,
+            **({} if against is None else {"num_reference": against.recipe["count"], "reference_sha256": against.sha256,
+                                           "reference_recipe": against.recipe}), "extractor": loaded.describe(),
+            "extraction": {"batch_size": options.batch_size or default_batch_size(), "sums": "float64"},
+            "made_by": images.made_by, "remarks": remarks + more, **provenance()}
+
+
+def make_reference(images: Images, loaded: Loaded, keep_features: bool, options: Options | None = None,
+                   folder: Path | None = None) -> Reference:
+    """Statistics of all outputs of the extractor for these images, to be written with `reference.write`."""
+    check_shape(loaded.extractor.name, images.shape)
+    widths = output_shapes(loaded.extractor, loaded.params, images.shape)
+    wanted = Wanted(tuple(name for name in references.KEYS if name in widths), keep_features)
+    found = take_features(images, loaded, wanted, options or Options(), "the reference", folder, None)
+    return references.of_images(images, found, loaded)
+
+
+def take_features(images: Images, loaded: Loaded, wanted: Wanted, options: Options, what: str, folder: Path | None,
+                  processes: tuple[int, int] | None) -> Extracted:
+    """`extract`, with snapshots in the folder if there is one."""
+    index, total = processes or (jax.process_index(), jax.process_count())
+    snapshots = None
+    if folder is not None:
+        key = {"images": images.identity, "extractor": loaded.describe(), "wanted": list(wanted), "chunk_images": CHUNK_IMAGES,
+               "batch_size": options.batch_size or default_batch_size(), "devices": jax.local_device_count(),
+               "device": jax.local_devices()[0].device_kind, "jax": jax.__version__, "dit_jax": dit_jax.__version__}
+        snapshots = Snapshots(folder, key, index, total, options.every_seconds)
+    if wanted.features:
+        width = output_shapes(loaded.extractor, loaded.params, images.shape)["features"]
+        if (size := 4 * width * len(images)) > 2**27:
+            say(f"features of {what}: {size / 2**20:.0f} MiB are kept in memory")
+    return extract(images, loaded.extractor, loaded.params, wanted, batch_size=options.batch_size, snapshots=snapshots,
+                   processes=(index, total), what=what)
+
+
+def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Images):
+    """Raises a UserError if the reference's features are not those of this extractor, or its images have another shape."""
+    ours = json.loads(json.dumps(loaded.describe()))
+    if reference.published and ours["name"] != "inception":
+        raise UserError(f"{name} has published statistics, of Inception, and the samples' features are to be {ours['name']}: "
+                        f"take --features=inception, or make a reference with --make_reference --features={ours['name']}")
+    if not reference.published and (lines := differences(reference.recipe["extractor"], ours)):
+        raise UserError(f"{name} was made with another extractor than the samples' features are to be taken with; make it again "
+                        "with --make_reference, or take its extractor. Different:\n  " + "\n  ".join(lines))
+    shape = reference.recipe["image_shape"]
+    if shape is not None and list(shape) != list(images.shape):
+        raise UserError(f"the samples are {' x '.join(map(str, images.shape))} and the reference {name} was made of "
+                        f"{' x '.join(map(str, shape))} images; they must be equal: make a reference with "
+                        f"--resolution={images.shape[0]}")
+
+
+def choose_metrics(images: Images, reference: Reference | Images | None, loaded: Loaded, options: Options):
+    """(metrics, remarks about those left out): all that are possible, or those asked for.
+
+    Raises:
+        UserError: an unknown metric, or one that is asked for and not possible, with the reason.
+    """
+    for name in options.metrics or ():
+        if name not in METRICS:
+            raise UserError(f"no metric {name!r}; they are {', '.join(METRICS)}")
+    outputs = output_shapes(loaded.extractor, loaded.params, images.shape)
+    reasons = {name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options)
+               for name in options.metrics or METRICS}
+    missing = {name: reason for name, reason in reasons.items() if reason}
+    if options.metrics and missing:
+        raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
+    if len(missing) == len(reasons):
+        raise UserError(f"no metric is possible: {missing['fid']}")
+    return tuple(name for name in reasons if name not in missing), [f"no {name}: {why}" for name, why in missing.items()]
+
+
+def _obstacle(metric: str, images: Images, reference: Reference | Images | None, extractor: str, outputs: dict[str, int],
+              options: Options) -> str | None:
+    if reference is None and metric != "is":
+        return "it needs a reference"
+    statistics = isinstance(reference, Reference)
+    if metric == "sfid":
+        if "spatial" not in outputs:
+            return f"the extractor {extractor} has no spatial features"
+        if statistics and "spatial" not in reference.moments:
+            return "the reference has no spatial statistics (mu_s, sigma_s)"
+    if metric == "is":
+        if "probabilities" not in outputs:
+            return f"the extractor {extractor} has no class probabilities"
+        if len(images) < TENTHS:
+            return f"{len(images)} samples are fewer than its {TENTHS} parts"
+    if metric in OF_FEATURES:
+        if statistics and reference.features is None and reference.images is None:
+            return "the reference has statistics and neither features nor images; make it with --keep_features"
+        others = len(reference if not statistics else reference.images if reference.features is None else reference.features)
+        fewest = options.kid_subset_size if metric == "kid" else NEIGHBOURS + 1
+        if min(len(images), others) < fewest:
+            remedy = ", or a smaller --kid_subset_size" if metric == "kid" else ""
+            return f"it needs {fewest} images on each side, and there are {len(images)} samples and {others} reference images: " \
+                   f"draw more{remedy}"
+    return None
+
+
+def wanted_of_samples(metrics: tuple[str, ...], options: Options) -> Wanted:
+    moments = tuple(output for output, metric in (("features", "fid"), ("spatial", "sfid")) if metric in metrics)
+    keep = bool(set(OF_FEATURES) & set(metrics)) or ("fid" in metrics and options.replicates > 0)
+    return Wanted(moments, keep, "is" in metrics)
+
+
+def wanted_of_reference(metrics: tuple[str, ...]) -> Wanted:
+    """The moments of the features always: they are the reference's identity."""
+    return Wanted(("features", "spatial") if "sfid" in metrics else ("features",), bool(set(OF_FEATURES) & set(metrics)))
+
+
+def compute(metrics: tuple[str, ...], samples: Extracted, reference: Reference | None,
+            options: Options) -> tuple[dict, list[str]]:
+    """({metric and what belongs to it: number}, remarks)."""
+    result, remarks = {}, []
+    if "fid" in metrics:
+        result |= _fid(samples, reference.moments["features"], options)
+        width = len(samples.moments["features"].mean)
+        if min(samples.count, reference.recipe["count"] or width + 1) <= width:
+            remarks.append(f"fid: {samples.count} samples and {reference.recipe['count']} reference images for {width} features: "
+                           "a covariance is singular and the value depends on these counts more than on the images; compare "
+                           "it at equal counts only")
+    if "sfid" in metrics:
+        result["sfid"] = frechet_distance(samples.moments["spatial"], reference.moments["spatial"])
+    if "is" in metrics:
+        scores = {name: inception_score(samples.class_sums[name]) for name in PARTITIONS}
+        result |= {"is": scores["tenths"][0], "is_std": scores["tenths"][1], "is_parts_of_5000": scores["fives"][0],
+                   "is_shuffled": scores["shuffled"][0], "is_shuffled_std": scores["shuffled"][1]}
+    if "precision" in metrics or "recall" in metrics:
+        precision, recall = precision_recall(samples.features, reference.features, NEIGHBOURS)
+        result |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in metrics}
+        result["neighbours"] = NEIGHBOURS
+    if "kid" in metrics:
+        mean, std = kernel_distance(samples.features, reference.features, subset_size=options.kid_subset_size)
+        result |= {"kid": mean, "kid_std": std, "kid_subset_size": options.kid_subset_size}
+    return result, remarks
+
+
+def _fid(samples: Extracted, reference: Moments, options: Options) -> dict:
+    mine = samples.moments["features"]
+    if not options.replicates:
+        return {"fid": frechet_distance(mine, reference)}
+    gradient = frechet_gradient(mine, reference)
+    found = bootstrap_interval(gradient.distance, influences(samples.features, mine.mean, gradient), options.replicates,
+                               options.level)
+    return {"fid": gradient.distance, "fid_interval": [found.low, found.high], "fid_interval_level": found.level,
+            "fid_standard_error": found.standard_error, "fid_replicates": found.replicates}

@@ -1,0 +1,92 @@
+"""What an extraction has done so far, on disk, so that after a kill it goes on to the same bits.
+
+    <folder>/<key>/0-of-2.npz                  of one process: its sums so far and the SHA-256 of each chunk of images
+    <folder>/<key>/0-of-2.features-00003.npz   features of its 4th chunk, where they are wanted
+
+The key is a digest of everything that decides the bits. Each file is written whole or not at all, and carries zip's CRC-32; a
+damaged one means to begin again.
+"""
+
+import io
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dit_jax.data.latent_files import digest, write
+from dit_jax.errors import UserError
+from dit_jax.runtime.console import say
+
+
+class Snapshots:
+    """The work of one process in a folder.
+
+    Args:
+        key: JSON object of everything that decides the bits: images, extractor, what is wanted, batch size, versions.
+        every_seconds: at most so much work is lost; a short extraction leaves no file.
+    """
+
+    def __init__(self, folder: Path, key: dict, index: int, total: int, every_seconds: float = 30.0):
+        self.folder, self.name, self.every_seconds = folder / digest(key)[:16], f"{index}-of-{total}", every_seconds
+        self._last, self._written = time.monotonic(), 0
+
+    def read(self, zeros: dict) -> tuple[dict, list[bytes], list]:
+        """(sums, SHA-256 of each chunk done, its features or None) of what is there; `zeros` and nothing where there is none."""
+        path = self.folder / f"{self.name}.npz"
+        if not path.exists():
+            return zeros, [], []
+        leaves, structure = jax.tree.flatten(zeros)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                sums = [file[f"sum_{i}"] for i in range(len(leaves))]
+                digests = [row.tobytes() for row in file["digests"]]
+                keeps = bool(file["features"])
+            features = [self._features(k) if keeps else None for k in range(len(digests))]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            say(f"{path} is damaged ({error}); features are taken from the start")
+            return zeros, [], []
+        self._written = len(digests)
+        say(f"going on after {len(digests)} chunks of images whose features are in {self.folder}")
+        return jax.tree.unflatten(structure, sums), digests, features
+
+    def _features(self, chunk: int) -> np.ndarray:
+        with np.load(self._features_path(chunk), allow_pickle=False) as file:
+            return file["features"]
+
+    def _features_path(self, chunk: int) -> Path:
+        return self.folder / f"{self.name}.features-{chunk:05d}.npz"
+
+    def write(self, sums: dict, digests: list[bytes], features: list):
+        """Keeps the work after a chunk, unless the last time was a moment ago."""
+        if time.monotonic() - self._last < self.every_seconds:
+            return
+        try:
+            self._write(sums, digests, features)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}): free some space, or give another "
+                            "--out") from None
+        self._written, self._last = len(digests), time.monotonic()
+
+    def _write(self, sums, digests, features):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keeps = features[0] is not None
+        if keeps:
+            for k in range(self._written, len(features)):
+                _write_npz(self._features_path(k), {"features": features[k]})
+        arrays = {f"sum_{i}": x for i, x in enumerate(jax.tree.leaves(sums))}
+        _write_npz(self.folder / f"{self.name}.npz", {**arrays, "features": np.array(keeps),
+                                                      "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)})
+
+
+def remove(folder: Path):
+    """Deletes the folder of finished work, with what was left there by other keys."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]):
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write(path, [content.getvalue()])

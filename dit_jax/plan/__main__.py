@@ -1,0 +1,162 @@
+"""What models cost, and what a run would need on devices that need not be here.
+
+    python -m dit_jax.plan --models
+    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5p:4x4x4 --config.mesh.fsdp=64
+    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5e:4x4 --search --search_batch_sizes=256,512
+    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=h200:1 --config.data.name=latents --traffic
+    python -m dit_jax.plan --table=v5e:4x4,v5p:4x4x4,v6e:4x4
+
+The first prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters,
+GMACs (multiply-adds of one forward of one image, which the paper prints as Gflops), and FLOPs of training on one image.
+
+The second compiles the config's training step and sampler ahead of time for a TPU slice (pip install 'dit_jax[plan]'), for GPUs
+(h200:8), for simulated devices (cpu:8), or, without --topology, for the devices of this machine. It says what fills a device,
+whether that fits, what is computed and communicated, and about how long a step takes. No weights and no data are read: with
+--config.data.name=latents the step begins at a latent cache, else with the codec's encoder where there is one.
+"""
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from dit_jax.errors import UserError
+from dit_jax.runtime import console
+
+MODELS = flags.DEFINE_bool("models", False, "The table of models.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run to plan.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this "
+                               "machine if not given.")
+SAMPLER = flags.DEFINE_bool("sampler", True, "Also compile the draw of one batch of samples.")
+TRAFFIC = flags.DEFINE_bool("traffic", False, "Also list the kernels of the training step and the bytes that they move in HBM, "
+                            "by kind and by module of the network.")
+RESIDENT_ROWS = flags.DEFINE_integer("resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.",
+                                     lower_bound=0)
+SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies, batch sizes and microbatches; rank them by images/s.")
+REMATS = flags.DEFINE_list("search_remats", [], "Policies to try; all if empty.")
+BATCH_SIZES = flags.DEFINE_list("search_batch_sizes", [], "Global batch sizes to try; the config's if empty.")
+MICROBATCHES = flags.DEFINE_list("search_microbatches", [], "Numbers of microbatches to try; the config's if empty.")
+MAX_COMPILES = flags.DEFINE_integer("search_max_compiles", 24, "Compile at most so many, of those that may fit.")
+TABLE = flags.DEFINE_list("table", [], "Topologies: a Markdown table of the twelve sizes on each, 256 px, latent cache, with the "
+                          "first of data, fsdp, and fsdp with remat=full that fits.")
+SIZES = flags.DEFINE_list("table_sizes", [], "Models of the table, as in S/2,XL/2; all twelve if empty.")
+TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size of the table.")
+
+
+def cost(config) -> dict:
+    """Counts of one config's network: from its shapes and architecture, no arrays are made."""
+    from dit_jax import build
+    from dit_jax.models.macs import dit_macs
+    from dit_jax.tasks.state import count_parameters
+
+    task = build.task(config)
+    macs = dit_macs(task.network, task.latent_shape)
+    return {
+        "tokens": (task.latent_shape[0] // config.model.patch_size) * (task.latent_shape[1] // config.model.patch_size),
+        "params": count_parameters(jax.eval_shape(task.init, jax.random.key(0)).params),
+        "gmacs": macs / 1e9,
+        "train_flops_per_image": 6 * macs,
+    }
+
+
+def model_table() -> dict[str, dict]:
+    """{"XL/2@256": counts, ..., "XL/2@256 adaln": counts, ...}."""
+    from dit_jax import recipes
+    from dit_jax.models.dit import CONDITIONINGS
+
+    table = {f"{size}@{resolution}": cost(recipes.dit(size, resolution))
+             for resolution in (256, 512) for size in recipes.MODELS}
+    for conditioning in CONDITIONINGS[1:]:
+        config = recipes.dit("XL/2", 256)
+        config.model.conditioning = conditioning
+        table[f"XL/2@256 {conditioning}"] = cost(config)
+    return table
+
+
+def print_models() -> dict:
+    table = model_table()
+    console.say(f"{'model':26} {'tokens':>6} {'parameters':>12} {'GMACs':>8} {'training GFLOPs/image':>22}")
+    for name, row in table.items():
+        console.say(f"{name:26} {row['tokens']:6} {row['params']:12,} {row['gmacs']:8.2f} "
+                    f"{row['train_flops_per_image'] / 1e9:22.1f}")
+    return {"models": table}
+
+
+def whole_numbers(name: str, texts: list[str]) -> list[int]:
+    try:
+        numbers = [int(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(texts) or any(number < 1 for number in numbers):
+        raise UserError(f"--{name}={','.join(texts)}: positive whole numbers with commas between them are needed")
+    return numbers
+
+
+def print_plan(config, topology) -> dict:
+    from dit_jax.plan import estimate, text
+
+    if SAMPLER.value:
+        estimate.check_sampling(config)
+    console.say(f"compiling the training step for {topology.name}")
+    found = estimate.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
+    for line in (*text.training(found), *(text.traffic(found["traffic"], topology.chip) if TRAFFIC.value else ())):
+        console.say(line)
+    found["sampler"] = estimate.plan_sampling(config, topology) if SAMPLER.value else None
+    if found["sampler"]:
+        console.say(text.sampling(found["sampler"]))
+    return found
+
+
+def print_search(config, topology) -> dict:
+    from dit_jax.models.dit import REMAT_POLICIES
+    from dit_jax.plan import search, text
+
+    known = ("none", *REMAT_POLICIES)
+    remats = REMATS.value or (list(known) if "model" in config else ["none"])
+    if unknown := set(remats) - set(known):
+        raise UserError(f"--search_remats={','.join(remats)}: no policy {', '.join(unknown)}; known are {', '.join(known)}")
+    if MAX_COMPILES.value < 1:
+        raise UserError(f"--search_max_compiles={MAX_COMPILES.value}; it must be at least 1")
+    found = search.search(config, topology, remats, whole_numbers("search_batch_sizes", BATCH_SIZES.value) or [config.batch_size],
+                          whole_numbers("search_microbatches", MICROBATCHES.value) or [config.microbatches],
+                          MAX_COMPILES.value, console.say, RESIDENT_ROWS.value)
+    for line in text.markdown(text.row(f"batch {plan['batch_size']} / {plan['microbatches']}", plan) for plan in found["ranked"]):
+        console.say(line)
+    if not found["ranked"]:
+        console.say("nothing that was tried fits: try a larger slice, more --search_microbatches, or a smaller batch")
+    return found
+
+
+def print_table() -> dict:
+    from dit_jax import recipes
+    from dit_jax.plan import table, text
+    from dit_jax.programs import topology
+
+    places = [topology.find(name) for name in TABLE.value]
+    configs = {size: table.config(size, TABLE_BATCH.value) for size in SIZES.value or recipes.MODELS}
+    plans = {}
+    for place in places:
+        for size, config in configs.items():
+            plans[f"{size} {place.name}"] = found = table.simplest_that_fits(config, place)
+            console.say(" | ".join(text.row(size, found)))
+    for line in text.markdown(text.row(name.split()[0], found) for name, found in plans.items()):
+        console.say(line)
+    return {"plans": plans}
+
+
+def main() -> dict:
+    if MODELS.value:
+        return print_models()
+    if TABLE.value:
+        return print_table()
+    if CONFIG.value is None:
+        raise UserError("say what to plan: --models prints the table of models, --config=configs/<name>.py and "
+                        "--topology=v5p:4x4x4 plan a run")
+    config = console.given_config(CONFIG)
+    from dit_jax.programs import topology
+
+    place = topology.find(TOPOLOGY.value)
+    return (print_search if SEARCH.value else print_plan)(config, place)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,202 @@
+"""One config on one topology: does it fit, how long does a step take, and what holds it back."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dit_jax import build
+from dit_jax.codecs.macs import gmacs
+from dit_jax.errors import UserError
+from dit_jax.models.dit import form_of_loop
+from dit_jax.models.macs import dit_macs
+from dit_jax.plan import lowering
+from dit_jax.plan.remedies import remedies
+from dit_jax.programs import collectives, hlo, jaxpr_flops, memory, overlap, roofline
+from dit_jax.programs.topology import GPUS, Topology
+from dit_jax.programs.traffic import Traffic, by_place, hbm_traffic
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program.
+
+    Fields:
+        memory: bytes per device by kind, see `memory.of_program`; where the compiler refused, what it said it needs.
+        refusal: why the compiler refused, or None.
+        executed_flops: of all devices, rematerialisation and frozen networks included.
+        traffic_by_place: see `traffic.by_place`.
+        hidden_share: see `overlap.hidden_share`.
+        unknown_loops: how many loops count as one pass because their length is not in the program.
+    """
+
+    memory: dict[str, int]
+    refusal: str | None
+    executed_flops: int
+    traffic: Traffic | None
+    traffic_by_place: list[dict[str, Any]]
+    collectives: list[collectives.Collective]
+    hidden_share: float | None
+    unknown_loops: int
+    seconds: float
+
+
+def mesh_of(config, topology: Topology):
+    """The config's mesh over the topology's devices.
+
+    Raises:
+        UserError: the axes do not multiply to the devices, or cannot be laid on the slice.
+    """
+    try:
+        return build.mesh(config, topology.devices)
+    except NotImplementedError:
+        axes = " x ".join(f"{name}={size}" for name, size in config.mesh.items())
+        raise UserError(f"the mesh {axes} cannot be laid on {topology.name}: on a torus each axis must be a product of whole "
+                        "sides; choose axes that are") from None
+
+
+def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
+    """Compiles and reads the result; a program that is too large for the chip is an answer, not an error.
+
+    Raises:
+        UserError: the compiler refuses for another reason.
+    """
+    flops, start = jaxpr_flops.count(traced.jaxpr), time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = memory.asked_for(str(error))
+        if found is None:
+            raise UserError(f"the compiler refuses this program: {str(error).splitlines()[0]}") from error
+        what, wanted, _ = found
+        given = memory.bytes_per_device(arguments)
+        total = wanted + given if "temporaries" in what else wanted
+        sizes = {"arguments": given, "outputs": 0, "aliased": 0, "temporaries": total - given, "code": 0,
+                 "host": memory.bytes_per_device(arguments, in_host=True), "total": total}
+        return Compiled(sizes, str(error).splitlines()[0], flops, None, [], [], None, 0, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    program = hlo.parse(compiled.as_text())
+    sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
+    found = collectives.find(program, mesh.devices.size)
+    return Compiled(sizes, None, flops, hbm_traffic(program), by_place(program), found, overlap.hidden_share(program, found),
+                    len(program.unknown_loops()), seconds)
+
+
+def model_flops(config, task) -> int:
+    """FLOPs that training on one batch needs: three forwards of the trained network, 2 per multiply-add; no rematerialisation,
+    no frozen network."""
+    if config.task.name == "autoencoder":
+        return round(6e9 * sum(gmacs(task.codec, task.resolution))) * config.batch_size
+    return 6 * dit_macs(task.network, task.latent_shape) * config.batch_size
+
+
+def for_topology(config, topology: Topology):
+    """The config with what the network would see of the chip: the form of its loop, and on a GPU fused attention."""
+    config = config.copy_and_resolve_references()
+    if "model" not in config:
+        return config
+    platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
+    with config.unlocked():
+        config.model.unroll, config.model.remat = form_of_loop(config.model.unroll, config.model.remat, platform)
+        if platform == "gpu" and config.model.attention == "auto" and config.model.dtype != "float32":
+            config.model.attention = "cudnn"
+    return config
+
+
+def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
+    """Bytes of one device by what they are for, from shapes and shardings; without what lives in host memory."""
+    state = arguments["state"]
+    parts = {"parameters": state.params, "moving_average": state.ema_params, "optimizer": (state.opt_state, state.step),
+             "frozen": arguments["constants"], "batch": (arguments["batch"], arguments["sums"])}
+    return {name: memory.bytes_per_device(part) for name, part in parts.items()}
+
+
+def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: bool = False) -> dict[str, Any]:
+    """Compiles the training step and reports on it; keys as the JSON of `python -m dit_jax.plan`, "traffic" if asked for.
+
+    Raises:
+        UserError: the config, the mesh and the topology do not fit each other.
+    """
+    config = for_topology(config, topology)
+    mesh = mesh_of(config, topology)
+    task = build.task(config)
+    lowering.check_batch(config, mesh)
+    traced, arguments = lowering.train_step(config, task, mesh, resident_rows)
+    compiled = compile_program(traced, arguments, mesh)
+    by_kind = state_memory(arguments)
+    padding = max(0, compiled.memory["arguments"] - sum(by_kind.values()))
+    flops = model_flops(config, task)
+    report = _report(topology, mesh, compiled) | {
+        "flops_per_step": flops,
+        "memory": by_kind | {"padding": padding} | {k: compiled.memory[k] for k in ("outputs", "aliased", "temporaries", "code")},
+        "batch_size": config.batch_size,
+        "microbatches": config.microbatches,
+        "zero1": task.zero1,
+        "offload": task.offload,
+        "remat": config.model.remat if "model" in config else None,
+    }
+    if traffic:
+        report["traffic"] = compiled.traffic_by_place
+    step, peak = report["step_seconds"], topology.chip.peak_flops
+    report["mfu"] = flops / (step * mesh.devices.size * peak) if step else None
+    report["images_per_second"] = config.batch_size / step if step else None
+    over = compiled.memory["total"] - topology.chip.usable_bytes
+    report["remedies"] = [] if report["fits"] else remedies(config, task, mesh, compiled.memory["temporaries"], by_kind, over)
+    return report
+
+
+def check_sampling(config):
+    """Raises a UserError for what `plan_sampling` would refuse after the training step was compiled."""
+    if config.task.name == "diffusion":
+        build.sampler(config)
+        build.guidance(config)
+        if config.evaluation.batch_size < 1:
+            raise UserError(f"evaluation.batch_size is {config.evaluation.batch_size}; it must be at least 1")
+
+
+def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
+    """Compiles the draw of one batch of samples and reports on it; None for a config that draws none.
+
+    The seconds are None too where a sampler chooses its own number of steps.
+    """
+    if config.task.name != "diffusion":
+        return None
+    config = for_topology(config, topology)
+    mesh, task = mesh_of(config, topology), build.task(config)
+    traced, arguments, batch_size, evaluations = lowering.sampling(config, task, mesh)
+    compiled = compile_program(traced, arguments, mesh)
+    report = _report(topology, mesh, compiled)
+    seconds = report["step_seconds"] if evaluations is not None else None
+    kept = ("fits", "bytes_per_device", "executed_flops", "collective_bytes", "limit", "refusal", "compile_seconds")
+    return {k: report[k] for k in kept} | {
+        "sampler": config.sampler.name, "evaluations": evaluations, "batch_size": batch_size, "batch_seconds": seconds,
+        "images_per_second": batch_size / seconds if seconds else None,
+    }
+
+
+def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
+    fits = compiled.refusal is None and compiled.memory["total"] <= topology.chip.usable_bytes
+    times = roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives,
+                              compiled.hidden_share) if fits else None
+    table = collectives.by_kind_and_axis(compiled.collectives, dict(mesh.shape))
+    return {
+        "topology": topology.name, "chip": topology.chip.name, "devices": mesh.devices.size, "mesh": dict(mesh.shape),
+        "fits": fits,
+        "bytes_per_device": compiled.memory["total"],
+        "host_bytes_per_device": compiled.memory["host"],
+        "hbm_bytes": topology.chip.hbm_bytes,
+        "usable_bytes": topology.chip.usable_bytes,
+        "executed_flops": compiled.executed_flops,
+        "hbm_traffic_bytes": sum(compiled.traffic) if compiled.traffic else None,
+        "collective_bytes": sum(sum(row.values()) for row in table.values()) if compiled.traffic else None,
+        "collectives": table,
+        "collectives_hidden": compiled.hidden_share,
+        "step_seconds": times.step if times else None,
+        "seconds": times.as_dict() if times else None,
+        "limit": (times.limit if times else None) if fits else "hbm capacity",
+        "unknown_loops": compiled.unknown_loops,
+        "refusal": compiled.refusal,
+        "compile_seconds": compiled.seconds,
+    }

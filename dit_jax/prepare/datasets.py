@@ -1,0 +1,407 @@
+"""From images as they come to a TFDS data set: what `python -m dit_jax.prepare` does.
+
+`<out>/<dataset>/1.0.0/` holds the shards, the metadata of TFDS, bad_records.txt if there are any, and preparation.json: what
+was asked for and, per finished shard, its records, bytes and bad records. Which images a shard holds, and in what order, is a
+function of (source, seed), so a shard can be written at any time, and always with the same bytes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder, Source
+from dit_jax.data.sources.tar_headers import TarScan, opened
+from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
+from dit_jax.data.transforms import FORMATS, center_crop, decode
+from dit_jax.errors import UserError
+from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
+from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
+from dit_jax.runtime import console
+
+FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
+PNG_LEVEL = 4  # as small as Pillow's default of 6 within 1 %, in half the time
+SIZED = 512  # records whose mean size gives the number of shards
+MAX_SHARDS = 99_999  # what the five digits of a shard's name can count
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write, and how.
+
+    Fields:
+        out: TFDS data_dir, the folder that gets a folder called `dataset`.
+        dataset: name in TFDS, lower case, digits and _; none of TFDS's own.
+        seed: of the order of the records, at least 0.
+        shard_bytes: about the size of a shard, at least 1.
+        resolution: 0 keeps the files bit for bit; R stores the centre crop R x R, RGB, as PNG.
+        num_threads: that read and crop; changes the speed only.
+        max_bad_share: of the images of a split that may be unreadable and left out, in [0, 1).
+
+    Raises:
+        UserError: a value out of range, or a name that TFDS has or does not take.
+    """
+
+    out: Path
+    dataset: str
+    seed: int = 0
+    shard_bytes: int = 256 << 20
+    resolution: int = 0
+    num_threads: int = 16
+    max_bad_share: float = 0.001
+
+    def __post_init__(self):
+        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("resolution", 0), ("num_threads", 1)):
+            if getattr(self, name) < lowest:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        if not 0 <= self.max_bad_share < 1:
+            raise UserError(f"max_bad_share={self.max_bad_share} must lie in [0, 1)")
+        if not NAME.fullmatch(self.dataset):
+            raise UserError(f"dataset={self.dataset!r} must be lower-case letters, digits and _, a letter first: my_imagenet")
+        import tensorflow_datasets as tfds
+
+        with contextlib.suppress(tfds.core.DatasetNotFoundError):
+            tfds.builder_cls(self.dataset)
+            raise UserError(f"dataset={self.dataset}: TFDS has code for a data set of this name, and would not read this one: "
+                            f"choose another name, my_{self.dataset} for instance")
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.dataset / VERSION
+
+    def shards(self, plan: dict, split: str) -> list[tuple[Path, dict | None]]:
+        """Every shard of a split: its file, and its facts in the plan, None before it is written."""
+        facts = plan["splits"][split]["shards"]
+        return [(shard_path(self.folder, self.dataset, split, i, len(facts)), shard) for i, shard in enumerate(facts)]
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """An image that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> ImageFolder | TarSource:
+    """What lies at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
+
+    Args:
+        path: a folder (of images, class folders, or tars), a tar, a glob or a brace pattern.
+        class_names_file: for WebDataset tars, as in TarShards.
+        class_names: the classes that the data set has already; None takes the source's own.
+
+    Raises:
+        UserError: nothing there, tars beside folders or images, or other classes.
+    """
+    given, first = Path(path).expanduser(), None
+    if given.is_file():
+        with opened(given) as fd:
+            first = next(iter(TarScan(fd, str(given))), None)
+    inside = sorted(entry for entry in given.iterdir() if not entry.name.startswith(".")) if given.is_dir() else []
+    tars = [entry.name for entry in inside if entry.name.endswith((".tar", *PACKED))]
+    others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    if tars and others:
+        raise UserError(f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for "
+                        "the tars")
+    if given.is_dir() and not tars:
+        source = ImageFolder(path)
+    elif first and CLASS_TAR.fullmatch(first.name):
+        source = IlsvrcTrain(path)
+    elif first and VALIDATION_IMAGE.fullmatch(first.name):
+        source = IlsvrcValidation(path, class_names=class_names)
+    else:
+        source = TarShards(path, None if class_names is None else len(class_names), class_names_file)
+    if class_names_file and not isinstance(source, TarShards):
+        raise UserError(f"class_names_file={class_names_file} is for WebDataset tars; the classes of {path} have names")
+    if class_names is not None and source.class_names != class_names:
+        theirs, ours = set(source.class_names) - set(class_names), set(class_names) - set(source.class_names)
+        raise UserError(f"{path} has {source.num_classes} classes and the data set has {len(class_names)}; only here: "
+                        f"{_some(theirs)}; only there: {_some(ours)}. Every split needs the same classes in the same order")
+    return source
+
+
+def prepare(request: Request, paths: dict[str, str], class_names_file: str = "") -> dict:
+    """Writes splits of a data set, or goes on where an earlier call stopped, and verifies what lies there.
+
+    Memory: about 100 bytes per image for where it lies, and 2 num_threads images.
+
+    Args:
+        request: what to write.
+        paths: {split: source, as open_source takes it}. The first gives the classes, unless the data set has some already.
+        class_names_file: names of the classes of WebDataset tars.
+
+    Returns:
+        {"out", "dataset", "splits": {name: {"records", "shards", "bytes"}}, "classes", "bad_records": [{"split", "name",
+        "reason"}]} of the whole data set.
+
+    Raises:
+        UserError: a source cannot be read; the folder holds something else, or was begun with other settings; another
+            process writes there; too many bad records; the disk is full. Finished shards stay, and the same call goes on.
+    """
+    for split in paths:
+        if not NAME.fullmatch(split) or split == "all":
+            raise UserError(f"split={split!r} must be lower-case letters, digits and _, a letter first, and not 'all': train")
+    with _locked(request.folder):
+        plan = _read_plan(request.folder)
+        class_names = tuple(plan["class_names"]) if plan else None
+        sources = {}
+        for split, path in paths.items():
+            sources[split] = open_source(path, class_names_file, class_names)
+            class_names = sources[split].class_names
+            console.say(f"{split}: {len(sources[split]):,} images of {len(class_names) or 'no'} classes in {path}")
+        plan = _planned(request, plan, sources)
+        missing = {split: _missing(request, plan, split) for split in sources}
+        if plan["complete"] and not any(missing.values()):
+            console.say(f"{request.folder} is complete already; verifying it")
+        else:
+            _check_space(request, plan, missing)
+            _save(request.folder, plan)
+            for split, source in sources.items():
+                _write_split(request, plan, split, source, missing[split])
+            _finish(request, plan)
+        return _verified(request, plan)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / ".lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}; wait for it, or give another --dataset or --out") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written or locked ({error.strerror}); give another --out") from None
+        yield
+
+
+def _read_plan(folder: Path) -> dict | None:
+    file = folder / PLAN
+    try:
+        plan = json.loads(file.read_text())
+        if plan["format"] != FORMAT:
+            raise ValueError(f"format {plan['format']}, not {FORMAT}")
+        return plan
+    except FileNotFoundError:
+        strange = [entry.name for entry in folder.iterdir() if entry.name not in (".lock", f"{PLAN}.partial")]
+        if strange:
+            raise UserError(f"{folder} holds {_some(strange)} and no {PLAN}: it was not written by this command; give another "
+                            "--dataset") from None
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): remove {folder} and start again") from None
+
+
+def _save(folder: Path, plan: dict) -> None:
+    partial = folder / f"{PLAN}.partial"
+    with writing(folder):
+        with open(partial, "w") as out:
+            out.write(json.dumps(plan, indent=1) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, folder / PLAN)
+
+
+def _order(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)
+
+
+def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) -> dict:
+    """The plan with every asked-for split.
+
+    Raises:
+        UserError: it was begun with other settings, or another split of it is unfinished.
+    """
+    captions = any(source.has_captions for source in sources.values())
+    plan = plan or {"format": FORMAT, "resolution": request.resolution, "captions": captions,
+                    "class_names": next(iter(sources.values())).class_names, "splits": {}, "complete": False}
+    # A split without captions beside one with them has empty ones.
+    _compare(request, "", plan, {"resolution": request.resolution, "captions": captions or plan["captions"]})
+    for split, facts in plan["splits"].items():
+        if split not in sources and None in facts["shards"]:
+            raise UserError(f"split {split} of {request.folder} is unfinished: first give the command that began it again")
+    for split, source in sources.items():
+        order = _order(request.seed, len(source))
+        pinned = {"source": source.fingerprint, "images": len(source), "seed": request.seed, "shard_bytes": request.shard_bytes,
+                  "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16]}  # NumPy does not promise it for ever
+        if split in plan["splits"]:
+            _compare(request, f"split {split}: ", plan["splits"][split], pinned)
+            continue
+        records = (_record(source[i], request, plan) for i in order[:SIZED].tolist())
+        mean = np.mean([len(record) if isinstance(record, bytes) else 0 for record in records])
+        count = min(max(-(-round(mean * len(source)) // request.shard_bytes), 1), len(source))
+        if count > MAX_SHARDS:
+            raise UserError(f"{len(source):,} images of {mean:,.0f} bytes in shards of {request.shard_bytes:,} bytes would be "
+                            f"{count:,} files, more than {MAX_SHARDS:,}: raise --shard_mib")
+        plan["splits"][split] = {**pinned, "mean_bytes": round(mean), "shards": [None] * count}
+        plan["complete"] = False
+    return plan
+
+
+def _compare(request: Request, where: str, there: dict, asked: dict) -> None:
+    lines = [f"{where}{key}: {there[key]!r} there, {value!r} asked for" for key, value in asked.items() if there[key] != value]
+    if lines:
+        raise UserError(f"{request.folder} was begun with other settings or another source; go on with those, or give another "
+                        "--dataset. Different:\n  " + "\n  ".join(lines))
+
+
+def _missing(request: Request, plan: dict, split: str) -> list[int]:
+    """Numbers of the shards that are not there as the plan has them."""
+    missing = []
+    for number, (file, facts) in enumerate(request.shards(plan, split)):
+        size = file.stat().st_size if file.exists() else None
+        if facts is None or size != facts["bytes"]:
+            missing.append(number)
+            if facts and size is not None:
+                console.say(f"{file.name} has {size:,} bytes instead of {facts['bytes']:,}: it is written again")
+    return missing
+
+
+def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) -> None:
+    for stale in request.folder.glob("*.partial"):
+        stale.unlink()
+    needed = 0
+    for split, numbers in missing.items():
+        facts = plan["splits"][split]
+        needed += facts["mean_bytes"] * facts["images"] * len(numbers) // len(facts["shards"])
+    free = shutil.disk_usage(request.folder).free
+    if needed > free:
+        raise UserError(f"about {needed / 2**20:,.0f} MiB are still to be written, and {request.out} has {free / 2**20:,.0f} MiB "
+                        "free: free space or give another --out")
+
+
+def _write_split(request: Request, plan: dict, split: str, source: Source, missing: list[int]) -> None:
+    facts = plan["splits"][split]
+    images, order, shards = facts["images"], _order(request.seed, facts["images"]), request.shards(plan, split)
+    ends = [images * number // len(shards) for number in range(len(shards) + 1)]
+    bad = [BadRecord(*one) for i, (_, shard) in enumerate(shards) if i not in missing for one in shard["bad"]]
+    progress = console.Progress(f"{request.dataset} {split}: images", sum(ends[i + 1] - ends[i] for i in missing))
+    done = 0
+
+    def good(records: Iterable[bytes | BadRecord]) -> Iterator[bytes]:
+        nonlocal done
+        for record in records:
+            done += 1
+            progress.update(done)
+            if isinstance(record, bytes):
+                yield record
+                continue
+            bad.append(record)
+            if len(bad) > request.max_bad_share * images:
+                examples = "; ".join(f"{one.name}: {one.reason}" for one in bad[:3])
+                raise UserError(f"{len(bad)} images of split {split} are bad so far, which is more than the share of "
+                                f"{request.max_bad_share} of {images:,} ({examples}): restore them, or raise --max_bad_share")
+
+    with ThreadPoolExecutor(request.num_threads) as pool:
+        for number in missing:
+            file, known = shards[number][0], len(bad)
+            partial = file.with_name(f"{file.name}.partial")
+            records = _in_threads(pool, request, plan, source, order[ends[number] : ends[number + 1]].tolist())
+            count, size = write_shard(partial, good(records))
+            facts["shards"][number] = {"records": count, "bytes": size, "bad": [[one.name, one.reason] for one in bad[known:]]}
+            _save(request.folder, plan)
+            with writing(file):
+                os.replace(partial, file)
+
+
+def _in_threads(pool: ThreadPoolExecutor, request: Request, plan: dict, source: Source,
+                numbers: list[int]) -> Iterator[bytes | BadRecord]:
+    """The records of some examples in their order, a few ahead of the one asked for."""
+    waiting = deque()
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(lambda number=number: _record(source[number], request, plan)))
+            if len(waiting) >= 2 * request.num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
+    """The example as a record, or why its image cannot be one."""
+    image, name = example["image"], example["name"]
+    if not image:
+        return BadRecord(name, "zero bytes")
+    try:
+        Image.open(io.BytesIO(image), formats=FORMATS)
+    except Image.DecompressionBombError:
+        pass  # an image, if a huge one: what is done with it is for whoever decodes it
+    except Exception:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
+        return BadRecord(name, f"none of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
+    if request.resolution:
+        try:
+            picture = center_crop(decode(image, 3, name), request.resolution)
+        except UserError as error:
+            return BadRecord(name, str(error))
+        file = io.BytesIO()
+        picture.save(file, "PNG", compress_level=PNG_LEVEL)
+        image = file.getvalue()
+    fields = {"image": image}
+    if plan["class_names"]:
+        fields["label"] = example["label"]
+    if plan["captions"]:
+        fields["caption"] = example.get("caption", "").encode()
+    return tf_example(fields)
+
+
+def _finish(request: Request, plan: dict) -> None:
+    """Writes the list of bad records and TFDS's metadata, and marks the plan as complete."""
+    bad = _bad_records(plan)
+    if bad:
+        with writing(request.folder / BAD_LIST):
+            (request.folder / BAD_LIST).write_text("".join(f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad))
+    splits = {split: [(shard["records"], shard["bytes"]) for shard in facts["shards"]] for split, facts in plan["splits"].items()}
+    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.resolution)
+    plan["complete"] = True
+    _save(request.folder, plan)
+
+
+def _bad_records(plan: dict) -> list[dict]:
+    return [{"split": split, "name": name, "reason": reason} for split, facts in sorted(plan["splits"].items())
+            for shard in facts["shards"] for name, reason in shard["bad"]]
+
+
+def _verified(request: Request, plan: dict) -> dict:
+    """The result, once every shard has its bytes and records and TFDS counts the same."""
+    result = {}
+    for split in plan["splits"]:
+        shards = request.shards(plan, split)
+        for file, facts in shards:
+            try:
+                found = measure(file)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{file} cannot be read ({error}): remove it and give the command again") from None
+            if found != (facts["records"], facts["bytes"]):
+                raise UserError(f"{file} has {found[0]} records in {found[1]:,} bytes instead of {facts['records']} in "
+                                f"{facts['bytes']:,}: remove it and give the command again")
+        records = sum(facts["records"] for _, facts in shards)
+        counted = len(TFDS(request.dataset, str(request.out), split, label_key="label" if plan["class_names"] else None))
+        if counted != records:
+            raise UserError(f"TFDS counts {counted} records in split {split} of {request.folder}, and {records} were written: "
+                            f"remove that folder and give the command again")
+        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for _, facts in shards)}
+    return {"out": str(request.out), "dataset": request.dataset, "splits": result, "classes": len(plan["class_names"]),
+            "bad_records": _bad_records(plan)}
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "") or "none"

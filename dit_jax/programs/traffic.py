@@ -1,0 +1,173 @@
+"""Bytes that a compiled program moves between HBM and a chip, loops counted as often as they run."""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dit_jax.programs.collectives import KINDS
+from dit_jax.programs.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, RUNS, Computation, Instruction, Program
+
+# Instructions that compute nothing: a fusion of these alone is a copy, whatever else of scalars is in it.
+MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "copy-start", "slice-start", "transpose",
+         "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast", "pad", "convert"}
+STRUCTURE = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation"}
+
+
+class Traffic(NamedTuple):
+    """Bytes on one device: of instructions with a matrix product or convolution in them, and of all others."""
+
+    matmul: int
+    other: int
+
+
+class Work(NamedTuple):
+    """One instruction that runs: a kernel on a GPU.
+
+    Fields:
+        kind: "products", "attention" (a fused kernel), "copies" (a scan's stacks, slices, fills, casts, layouts), "arithmetic".
+        place: the pass and the module of the network that it comes from, as in "backward blocks/mlp/in"; of a fusion, its result.
+        bytes: read and written in one run.
+        times: how often it runs.
+    """
+
+    kind: str
+    place: str
+    bytes: int
+    times: int
+
+
+def works(program: Program) -> Iterator[Work]:
+    """What every instruction reads and writes, arrays in nearer memories left out, slices counted as slices.
+
+    An array that stays in a cache between two instructions counts twice, so that this is an upper bound on GPUs.
+    """
+    for computation, instruction, times in program.executed():
+        if instruction.opcode in FREE | RUNS or instruction.opcode.endswith("-done") or only_communicates(program, instruction):
+            continue
+        matmul, moved = _cost(program, computation, instruction)
+        yield Work(_kind(program, instruction, matmul), place(instruction), moved, times)
+
+
+def only_communicates(program: Program, instruction: Instruction) -> bool:
+    """Whether it is a collective, the start of one, or a fusion of nothing else, as TPUs write them."""
+    if instruction.opcode == "fusion":
+        inside = [i for i in program.computations[instruction.called()[0]].values() if i.opcode not in MOVES | {"custom-call"}]
+        return bool(inside) and all(only_communicates(program, i) for i in inside)
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def hbm_traffic(program: Program) -> Traffic:
+    """The bytes of `works` as a step's time depends on them."""
+    total = {True: 0, False: 0}
+    for work in works(program):
+        total[work.kind in ("products", "attention")] += work.times * work.bytes
+    return Traffic(total[True], total[False])
+
+
+def by_place(program: Program) -> list[dict[str, str | int]]:
+    """{"kind", "place", "kernels", "bytes"} of a whole run, the most bytes first."""
+    rows: dict[tuple[str, str], dict[str, str | int]] = {}
+    for work in works(program):
+        row = rows.setdefault((work.kind, work.place), {"kind": work.kind, "place": work.place, "kernels": 0, "bytes": 0})
+        row["kernels"] += work.times
+        row["bytes"] += work.times * work.bytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def place(instruction: Instruction) -> str:
+    """"forward", "backward", "again" (rematerialised) or "step" (none of them), then the modules that JAX's name for it tells."""
+    found = re.search(r'op_name="([^";]*)', instruction.attributes)
+    *parts, _ = found[1].split("/") if found else [""]
+    name = "/".join(parts)
+    when = ("again" if "rematted_computation" in name else "backward" if "transpose(" in name else
+            "forward" if "jvp(" in name else "step")
+    modules = [part for part in parts if "(" not in part and part not in STRUCTURE]
+    return " ".join([when, "/".join(modules) or ("loop" if "while" in parts else "other")])
+
+
+def _kind(program: Program, instruction: Instruction, matmul: bool) -> str:
+    if instruction.opcode == "custom-call" and ATTENTION_CALLS.search(instruction.attributes):
+        return "attention"
+    if matmul:
+        return "products"
+    inside = program.computations[instruction.called()[0]].values() if instruction.opcode == "fusion" else (instruction,)
+    moves = all(i.opcode in MOVES or all(not a.dims for a in i.arrays) for i in inside)
+    return "copies" if moves else "arithmetic"
+
+
+def _hbm(instruction: Instruction) -> int:
+    return sum(array.bytes for array in instruction.arrays if not array.on_chip)
+
+
+def _cost(program: Program, computation: Computation, instruction: Instruction) -> tuple[bool, int]:
+    """(whether it holds a matrix product, bytes)."""
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if instruction.opcode in ("copy-start", "slice-start"):  # (to, from, ...) and (from, to, ...)
+        to, source = instruction.arrays[:2][:: 1 if instruction.opcode == "copy-start" else -1]
+        return False, to.bytes * ((not to.on_chip) + (not source.on_chip))
+    if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+        return False, 0
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        return False, 2 * _hbm(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return False, 2 * _hbm(operands[1])
+    if instruction.opcode == "fusion":
+        fused = program.computations[instruction.called()[0]]
+        read = sum(min(_hbm(operand), _part_read(program, fused, _parameter(fused, number), _hbm(operand)))
+                   for number, operand in enumerate(operands))
+        return any(is_matmul(program, i) for i in fused.values()), read + _written(program, fused, instruction)
+    written = _hbm(instruction)
+    if instruction.opcode == "custom-call" and len(instruction.arrays) > 1 and instruction.arrays[-1].dtype in ("s8", "u8"):
+        written -= instruction.arrays[-1].bytes  # the workspace of cuBLAS and cuDNN, of which they touch what they need
+    return is_matmul(program, instruction), written + sum(map(_hbm, operands))
+
+
+def is_matmul(program: Program, instruction: Instruction) -> bool:
+    """Whether it is a matrix product or a convolution, or a fusion with one in it."""
+    if instruction.opcode == "fusion":
+        return any(is_matmul(program, i) for name in instruction.called() for i in program.computations[name].values())
+    if instruction.opcode == "custom-call":
+        return bool(MATMUL_CALLS.search(instruction.attributes))
+    return instruction.opcode in MATMULS
+
+
+def _parameter(computation: Computation, number: int) -> str:
+    return next(i.name for i in computation.values() if i.opcode == "parameter" and i.text.strip() == str(number))
+
+
+def _part_read(program: Program, computation: Computation, name: str, whole: int) -> int:
+    """Bytes of the value `name` that a fused computation reads: of one that it only slices or overwrites in part, that part."""
+    parts = 0
+    for user in computation.values():
+        for place, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.opcode == "bitcast":
+                parts += _part_read(program, computation, user.name, whole)
+            elif user.opcode == "fusion":
+                inner = program.computations[user.called()[0]]
+                parts += _part_read(program, inner, _parameter(inner, place), whole)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                parts += sum(array.bytes for array in user.arrays)
+            elif user.opcode != "dynamic-update-slice" or place:
+                return whole
+    return parts
+
+
+def _written(program: Program, fused: Computation, instruction: Instruction) -> int:
+    """Bytes that a fusion writes: of a result that it updates in place, the update."""
+    return sum(min(array.bytes, _update(program, fused, index, array.bytes))
+               for index, array in enumerate(instruction.arrays) if not array.on_chip)
+
+
+def _update(program: Program, fused: Computation, index: int, whole: int) -> int:
+    result = next(i for i in fused.values() if i.root)
+    if result.opcode == "tuple":
+        result, index = fused[result.operands[index]], 0
+    while result.opcode == "bitcast" and result.operands[0] in fused:
+        result = fused[result.operands[0]]
+    if result.opcode == "fusion":
+        return _update(program, program.computations[result.called()[0]], index, whole)
+    if result.opcode == "dynamic-update-slice":
+        return sum(array.bytes for array in fused[result.operands[1]].arrays)
+    return whole

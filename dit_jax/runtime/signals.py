@@ -1,0 +1,66 @@
+"""SIGTERM and SIGINT as a request to save and stop, which all processes grant at the same step."""
+
+import os
+import signal
+
+import jax
+from absl import logging
+
+from dit_jax.parallel.hosts import SharedFlag
+from dit_jax.runtime.step_clock import IN_FLIGHT
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """A context manager during which the first SIGTERM or SIGINT is a request and the second ends the process at once.
+
+    The second signal has the effect it had before: a handler installed by other code is called; Python's own
+    KeyboardInterrupt is replaced by the system's default, because it would wait for open saves. A signal that was
+    ignored (nohup) stays ignored. Enter it on the main thread.
+
+    With several processes a request to one stops them all. A cluster signals its hosts seconds apart: a process that stops
+    because another was asked is still to get its own first signal, and lives through it, after the context too.
+    """
+
+    def __init__(self):
+        self._asked = self._stopping = False
+        self._previous = {}
+        self._agreement = None
+
+    def __enter__(self):
+        if jax.process_count() > 1:
+            self._agreement = SharedFlag(delay=IN_FLIGHT)
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._stopping and not self._asked:
+            return
+        for number, handler in self._previous.items():
+            # None stands for a handler installed by C code, which cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def requested(self, step):
+        """True from the step on at which to save and stop, the same on all processes, which call this after every step.
+
+        Args:
+            step: steps completed; several processes stop IN_FLIGHT steps after the request.
+        """
+        if self._agreement is None:
+            self._stopping = self._asked
+        elif not self._stopping and self._agreement.seen(self._asked):
+            self._stopping = True
+            logging.warning("Stopping at step %d, as agreed by all processes.", step)
+        return self._stopping
+
+    def _handle(self, number, frame):
+        for other, handler in self._previous.items():
+            foreign = callable(handler) and handler is not signal.default_int_handler
+            signal.signal(other, handler if foreign else signal.SIG_DFL)
+        self._asked = True
+        # No logging here: the signal may have interrupted the logger while it held its lock.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saving and stopping; a second signal ends the process at once\n".encode())

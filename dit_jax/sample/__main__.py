@@ -1,0 +1,245 @@
+"""Draws images from the moving-average weights of a trained run, which needs only its folder, or from a weights file.
+
+    python -m dit_jax.sample --workdir=runs/digits --num_samples=100 --labels=3,5 --guidance_scale=1.5 --out=x.npz
+    python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
+
+Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100. The images come in
+shards in x.shards beside it, which go when the npz is whole; with --out=<folder> they stay there, and there is no npz. Killed
+or stopped (SIGTERM, exit status 75), the same command goes on; with other flags it is refused. Image k is the same on any number
+of devices and processes and with any --batch_size: to the bit with --fsdp=1, else to rounding.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+
+from dit_jax import recipes
+from dit_jax.errors import UserError
+from dit_jax.runtime import console, processes
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
+STEP = flags.DEFINE_string("step", None, "Checkpoint to use; `best` is that of the best score while training. The newest good "
+                           "one if not given.")
+WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
+CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of the same latents; the run's own if not given.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
+LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; `balanced`, all in turn, if not given.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
+SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What the network computes in, whatever it was trained in; the "
+                          "config's if not given. With bfloat16 its weights take half the memory; its norms and output and the "
+                          "sampler stay float32, and the codec decodes in its own.")
+AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run or .safetensors (smaller, or trained less) to "
+                                   "lead away from, in place of the network without labels; needs a scale above 1.")
+GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
+GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
+SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
+FORECAST_INTERVAL = flags.DEFINE_integer("forecast_interval", None, "Run the network's blocks at every so many steps; forecast "
+                                         "them in between; 1 is off; the config's if not given.")
+FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Of the Taylor series of the forecast; the config's if not given.")
+SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images handed to the devices at a time, rounded up to whole "
+                                  "chunks on each; the config's if not given.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
+OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or a folder of shards.")
+
+
+def override(config: ml_collections.ConfigDict):
+    """Puts the flags' choices into the config's sampler, guidance and codec."""
+    if SAMPLER.value is not None and SAMPLER.value != config.sampler.name:
+        config.sampler = ml_collections.ConfigDict(recipes.default_sampler(SAMPLER.value))
+    if NUM_STEPS.value is not None:
+        if "num_steps" not in config.sampler:
+            raise UserError(f"--num_steps={NUM_STEPS.value}: the sampler {config.sampler.name!r} chooses its own; leave it out")
+        config.sampler.num_steps = NUM_STEPS.value
+    for text in SAMPLER_FIELDS.value:
+        key, _, value = text.partition("=")
+        if key not in config.sampler or key == "name":
+            fields = ", ".join(field for field in config.sampler if field != "name")
+            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {fields}")
+        try:
+            config.sampler[key] = type(config.sampler[key])(value)
+        except ValueError:
+            raise UserError(f"--sampler_fields={text}: {key} is a {type(config.sampler[key]).__name__}") from None
+    for key, flag in (("interval", FORECAST_INTERVAL), ("order", FORECAST_ORDER)):
+        if flag.value is not None:
+            config.forecast = {**config.get("forecast", {}), key: flag.value}
+    if GUIDANCE_SCALE.value is not None:
+        config.guidance.scale = GUIDANCE_SCALE.value
+    if GUIDANCE_CHANNELS.value is not None:
+        config.guidance.channels = GUIDANCE_CHANNELS.value
+    if GUIDANCE_INTERVAL.value:
+        try:
+            config.guidance.low, config.guidance.high = map(float, GUIDANCE_INTERVAL.value)
+        except ValueError:
+            given = ",".join(GUIDANCE_INTERVAL.value)
+            raise UserError(f"--guidance_interval={given}: two times are needed, as in 0.2,0.7") from None
+    if DTYPE.value is not None:
+        config.model.dtype = DTYPE.value
+    if CODEC_PATH.value is not None:
+        if "path" not in config.codec:
+            raise UserError(f"--codec_path={CODEC_PATH.value}: the codec {config.codec.name!r} has no weights; leave it out")
+        config.codec.path, config.codec.sha256 = CODEC_PATH.value, ""
+
+
+def read_source(path: Path) -> tuple[ml_collections.ConfigDict, dict | None]:
+    """The config of a run or of a weights file, and where the file's weights came from (None for a run)."""
+    if path.suffix == ".safetensors":
+        from dit_jax.convert.formats import config_of
+        from dit_jax.interop import weights
+
+        found = weights.read(path)
+        return config_of(found.sections), found.origin
+    from dit_jax.storage.run_folder import read_config
+
+    return ml_collections.ConfigDict(read_config(path)), None
+
+
+def load_params(path: Path, task, mesh, step: int | None = None):
+    """(moving-average parameters on the mesh, their step or None) of a run or a weights file.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    from dit_jax.interop import weights
+    from dit_jax.parallel.mesh import place
+    from dit_jax.storage.checkpoints import restore_subtree
+    from dit_jax.tasks.state import abstract_state
+
+    abstract = abstract_state(task, mesh).ema_params
+    if path.suffix == ".safetensors":
+        return place(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
+    try:
+        restored, _, step = restore_subtree(path / "checkpoints", {"ema_params": abstract}, step)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
+    return restored["ema_params"], step
+
+
+def chosen_step(workdir: Path) -> int | None:
+    """The checkpoint that --step names; None for the newest."""
+    if STEP.value is None:
+        return None
+    if STEP.value == "best":
+        from dit_jax.training.scoring import read_best
+
+        best = read_best(workdir)
+        if best is None:
+            raise UserError(f"--step=best: {workdir} has no scores; train with --config.scoring.every_steps, or give a number")
+        return best["step"]
+    if not STEP.value.isdigit():
+        raise UserError(f"--step={STEP.value} must be the number of a checkpoint, or best")
+    return int(STEP.value)
+
+
+def what_is_predicted(config) -> dict:
+    """The part of a config that two networks must share for one to guide the other."""
+    training_only = ("min_snr_gamma", "time_distribution", "logit_mean", "logit_std")
+    return {
+        "process": {k: v for k, v in config.process.items() if k not in training_only},
+        "codec": {k: v for k, v in config.codec.items() if k not in ("path", "sha256", "dtype")},
+        "resolution": config.transform.resolution,
+        "number of classes": config.model.num_classes,
+    }
+
+
+def load_weak(config, mesh) -> tuple[Any, Any]:
+    """(task, parameters) of the network of --autoguidance_workdir; (None, None) without it.
+
+    Raises:
+        UserError: guidance is off, or that network predicts something else.
+    """
+    if AUTOGUIDANCE.value is None:
+        return None, None
+    from dit_jax import build
+
+    if config.guidance.scale == 1.0:
+        raise UserError("--autoguidance_workdir needs --guidance_scale above 1; at 1 guidance is off")
+    path = Path(AUTOGUIDANCE.value).expanduser().absolute()
+    other, _ = read_source(path)
+    mine, others = what_is_predicted(config), what_is_predicted(other)
+    for name, value in mine.items():
+        if others[name] != value:
+            raise UserError(f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
+                            f"{value}); both must have the same")
+    other.codec = config.codec
+    if DTYPE.value is not None:
+        other.model.dtype = DTYPE.value
+    task = build.task(other)
+    return task, load_params(path, task, mesh)[0]
+
+
+def choose_labels(num_classes: int):
+    """(int32[num_samples] as --labels says, what it is called in the samples' description)."""
+    from dit_jax.sample.labels import null_labels, random_labels, spread_labels
+
+    if LABELS.value == ["none"]:
+        return null_labels(NUM_SAMPLES.value, num_classes), "none"
+    if LABELS.value == ["random"]:
+        return random_labels(NUM_SAMPLES.value, num_classes, SEED.value), "random"
+    try:
+        chosen = tuple(int(text) for text in LABELS.value if LABELS.value != ["balanced"])
+    except ValueError:
+        raise UserError(f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
+                        "`balanced`, `random` or `none`") from None
+    return spread_labels(NUM_SAMPLES.value, num_classes, chosen), "given" if chosen else "balanced"
+
+
+def main() -> dict:
+    if (WORKDIR.value is None) == (WEIGHTS.value is None):
+        raise UserError("give --workdir=<folder of a run of dit_jax.main> or --weights=<file of dit_jax.convert>, one of them")
+    out = Path(OUT.value).expanduser().absolute()
+    processes.join()
+    from dit_jax import build
+    from dit_jax.interop import codec_folder
+    from dit_jax.sample import drawing, samples_file
+    from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
+    from dit_jax.sample.weights import hold, weights_fingerprint
+
+    drawing.check_out(out)
+    source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
+    if WEIGHTS.value is not None and source.suffix != ".safetensors":
+        raise UserError(f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; a run is given by --workdir")
+    if WEIGHTS.value is not None and STEP.value is not None:
+        raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
+    config, origin = read_source(source)
+    if config.task.name != "diffusion":
+        raise UserError(f"{source} is the run of an autoencoder, which draws nothing by itself: give {source} as codec.path to a "
+                        "diffusion run")
+    override(config)
+    config.mesh = {"data": -1, "fsdp": FSDP.value}  # the devices at hand now, whatever trained it
+    mesh = build.mesh(config)
+    own_codec = WORKDIR.value is not None and CODEC_PATH.value is None
+    config, codec_params = codec_folder.settle(config, source if own_codec else None)
+    task = build.task(config)
+    labels, labels_mode = choose_labels(task.num_classes)
+    batch_size = BATCH_SIZE.value if BATCH_SIZE.value is not None else min(config.evaluation.batch_size, NUM_SAMPLES.value)
+    sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
+    (weak_task, weak_params), forecast = load_weak(config, mesh), build.forecast(config)
+    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak_task, forecast=forecast)
+    codec = build.constants(config, mesh, None, codec_params)["codec"]
+    params, step = load_params(source, task, mesh, chosen_step(source))
+    console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
+                f"{config.guidance.scale}")
+    params, codec, weak_params = on_mesh((params, codec, weak_params), generator.mesh)
+    made_by = samples_file.describe(config, params, step, SEED.value) | {"labels": labels_mode}
+    made_by |= {"origin": origin} if origin else {}
+    params = hold(task, params)  # what it was cast from goes
+    if weak_task is not None:
+        made_by |= {"autoguidance": AUTOGUIDANCE.value, "autoguidance_weights": weights_fingerprint(weak_params)}
+        weak_params = hold(weak_task, weak_params)
+    shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
+    drawn = drawing.draw(out, generator, params, {"codec": codec}, labels, shape, made_by, weak_params)
+    # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
+    per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None
+    return {"out": str(out), "grid": str(drawn.grid), "num_samples": len(labels), "seconds": drawn.seconds,
+            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step, "stopped": drawn.stopped,
+            **({"steps_with_blocks": forecast.full_steps(sampler.num_steps)} if forecast.active else {})}
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,106 @@
+"""The file that samples travel in: npz with arr_0 uint8 [N, H, W, C], labels int32 [N], and made_by, a JSON text."""
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dit_jax.sample.grid import write_image_grid
+from dit_jax.sample.weights import weights_fingerprint
+
+READ_BYTES = 2**24
+
+
+def describe(config, params, step: int | None, seed: int) -> dict:
+    """How samples were made, to travel with them.
+
+    params: as they were trained, in whatever dtype they are then held.
+    """
+    sections = ("sampler", "guidance", "forecast", "model", "process")
+    codec = {key: value for key, value in config.codec.items() if key != "path"}
+    return {"step": step, "seed": seed, "weights": weights_fingerprint(params), "ema_decay": config.ema_decay, "codec": codec,
+            **{name: config[name].to_dict() for name in sections if name in config}}
+
+
+def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):
+    """Writes the npz, atomically, and a grid of the first 100 images beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_stream(path, images.shape, [images], labels, made_by)
+    write_image_grid(path.with_suffix(".png"), images[:100], columns=10 if len(images) >= 10 else None)
+
+
+def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict):
+    """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
+
+    Args:
+        shape: [N, H, W, C] of all blocks together.
+        made_by: to which "images_sha256" is added, of the bytes of all images.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    sha256 = hashlib.sha256()
+    try:
+        with open(partial, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                with _member(archive, "arr_0") as member:
+                    np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+                    for block in blocks:
+                        data = np.ascontiguousarray(block).reshape(-1).data
+                        sha256.update(data)
+                        member.write(data)
+                text = json.dumps({**made_by, "images_sha256": sha256.hexdigest()})
+                for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text))):
+                    with _member(archive, name) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _member(archive: zipfile.ZipFile, name: str):
+    """A file in the archive to write to; its date is that of no day, so that equal samples make equal files."""
+    return archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
+
+
+def made_by_of(path: Path) -> dict | None:
+    """What an npz says of how its images were made; None where it says nothing or cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = json.loads(str(file["made_by"]))
+    except Exception:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_sound(path: Path, made_by: dict) -> bool:
+    """Whether an npz of `write_stream` holds the bytes that were written, all of which are read."""
+    sha256 = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in ("labels.npy", "made_by.npy"):
+                archive.read(name)
+            with archive.open("arr_0.npy") as member:
+                np.lib.format.read_magic(member)
+                np.lib.format.read_array_header_1_0(member)
+                while block := member.read(READ_BYTES):
+                    sha256.update(block)
+    except Exception:
+        return False
+    return sha256.hexdigest() == made_by.get("images_sha256")
+
+
+def write_picture(path: Path, picture: np.ndarray) -> Path:
+    """Writes uint8 [H, W, 3] as PNG, atomically; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    Image.fromarray(picture).save(partial, format="PNG")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,302 @@
+"""A folder of samples: what they depend on, and the images in shards that are written, or not, each as a whole.
+
+    manifest.json                    settings: everything that the images depend on, sealed; written first
+    labels.npy                       int32 [N]
+    shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on
+    shards/00007-of-00782.json       size and SHA-256 of that file, and the digest of the settings, sealed
+    samples.png                      a grid of the first 100
+
+What a file is called follows from its number alone: nothing that is read from the folder is used as a path.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import math
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.data.latent_files import digest, npy, read_sealed, sealed, sha256_of, write
+from dit_jax.encode.cache_folder import differences
+from dit_jax.errors import UserError
+from dit_jax.runtime.console import say
+
+FORMAT = 1
+SHARD_IMAGES = 64  # a multiple of every power of two that a device may work on at once
+MANIFEST, LABELS, SHARDS, GRID, LOCK = "manifest.json", "labels.npy", "shards", "samples.png", ".lock"
+# Where things lay and where weights came from: what was drawn is told by their hashes.
+NOT_COMPARED = ("origin", "autoguidance", "images_sha256")
+
+
+class Shards:
+    """A folder of samples, whole or not.
+
+    Fields:
+        settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C], "labels_sha256", "made_by" (how the
+            images were made) and "made_with" (versions and the kind of device, which the last bits depend on).
+        labels: int32[N].
+    """
+
+    def __init__(self, path: Path, settings: dict, labels: np.ndarray):
+        self.path, self.settings, self.labels = path, settings, labels
+        self.name, self.shape = str(path), tuple(settings["shape"])
+        self.total = -(-len(self) // SHARD_IMAGES)
+
+    def __len__(self) -> int:
+        return self.settings["num_images"]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return digest(self.settings)
+
+    @property
+    def made_by(self) -> dict:
+        """How the images were made, and under "drawn" the rest of the settings: what an npz says of them."""
+        return {**self.settings["made_by"], "drawn": {k: v for k, v in self.settings.items() if k != "made_by"}}
+
+    @property
+    def identity(self) -> dict:
+        """What can be known of the images without reading them."""
+        return {"samples": self.digest}
+
+    def file(self, shard: int, suffix: str = ".npy") -> Path:
+        return self.path / SHARDS / f"{shard:05d}-of-{self.total:05d}{suffix}"
+
+    def count(self, shard: int) -> int:
+        """How many images a shard has."""
+        return min(SHARD_IMAGES, len(self) - shard * SHARD_IMAGES)
+
+    def write(self, shard: int, images: np.ndarray):
+        """Writes a shard, its facts last.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        facts = self.file(shard, ".json")
+        try:
+            facts.unlink(missing_ok=True)  # of a damaged shard: not true while its file is replaced
+            found = write(self.file(shard), npy(np.ascontiguousarray(images)))
+            write(facts, [sealed({"settings": self.digest, "bytes": found["bytes"], "sha256": found["sha256"]})])
+        except OSError as error:
+            raise unwritable(self.file(shard), error) from None
+
+    def problem(self, shard: int) -> str | None:
+        """What is wrong with a shard, after reading all of it; "" if it is not there."""
+        file, facts = self.file(shard), self.file(shard, ".json")
+        try:
+            known = read_sealed(facts)
+            if known.get("settings") != self.digest:
+                return f"{facts} belongs to other settings than {MANIFEST}"
+            if file.stat().st_size != known.get("bytes") or sha256_of(file) != known.get("sha256"):
+                return f"{file} has other bytes than when it was written"
+        except FileNotFoundError:
+            return ""
+        except (OSError, UserError) as error:
+            return str(error)
+        return None
+
+    def missing(self, shards: range) -> list[int]:
+        """The shards of these that are not there, or damaged, which it says."""
+        with ThreadPoolExecutor() as pool:
+            problems = list(pool.map(self.problem, shards))
+        for problem in filter(None, problems):
+            say(f"{problem}: drawn again")
+        return [shard for shard, problem in zip(shards, problems, strict=True) if problem is not None]
+
+    def read(self, shard: int) -> np.ndarray:
+        """uint8 [n, H, W, C] of a shard, held to its hash.
+
+        Raises:
+            UserError: it is not there or damaged.
+        """
+        try:
+            known, data = read_sealed(self.file(shard, ".json")), self.file(shard).read_bytes()
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; {GO_ON}") from None
+        if known.get("settings") != self.digest or hashlib.sha256(data).hexdigest() != known.get("sha256"):
+            raise UserError(f"{self.file(shard)} is damaged; {GO_ON}")
+        try:
+            images = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{self.file(shard)} cannot be read: {error}") from None
+        if images.dtype != np.uint8 or images.shape != (self.count(shard), *self.shape):
+            raise UserError(f"{self.file(shard)} is {images.dtype} {list(images.shape)}; {GO_ON}")
+        return images
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """Images start..stop-1 in order, uint8 [n, H, W, C], n = size but for the last; one shard and one batch in memory."""
+        first, kept = start // SHARD_IMAGES, []
+        for shard in range(first, -(-stop // SHARD_IMAGES)):
+            begin = shard * SHARD_IMAGES
+            kept.append(self.read(shard)[max(start - begin, 0):stop - begin])
+            while sum(map(len, kept)) >= size:
+                images = np.concatenate(kept)
+                yield images[:size]
+                kept = [images[size:]]
+        if sum(map(len, kept)):
+            yield np.concatenate(kept)
+
+    def rows(self, size: int = SHARD_IMAGES) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(index of the first, uint8 images [n, H, W, C], int32 labels [n]) over all images in order."""
+        start = 0
+        for images in self.batches(0, len(self), size):
+            yield start, images, self.labels[start:start + len(images)]
+            start += len(images)
+
+
+GO_ON = "the dit_jax.sample that drew these images mends it if it is started again with the same flags"
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to tell of a file that could not be written; what was half written is removed."""
+    with contextlib.suppress(OSError):
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+    return UserError(f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
+                     "keeps the finished shards")
+
+
+def settings_of(labels: np.ndarray, shape: tuple[int, int, int], made_by: dict, made_with: dict) -> dict:
+    """The settings of a folder of samples: see `Shards`."""
+    return {"format": FORMAT, "num_images": len(labels), "shape": list(shape),
+            "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(), "made_by": made_by,
+            "made_with": made_with}
+
+
+def settings_in(made_by: dict) -> dict | None:
+    """The settings that `Shards.made_by` tells of; None where it is of another program."""
+    found = dict(made_by)
+    drawn = found.pop("drawn", None)
+    return {**drawn, "made_by": found} if isinstance(drawn, dict) else None
+
+
+def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]:
+    """Lines "field: there, now" of what two sets of settings differ in and images may depend on.
+
+    same_versions: compare "made_with" too.
+    """
+    left_out = NOT_COMPARED if same_versions else (*NOT_COMPARED, "made_with")
+
+    def compared(settings):
+        return {key: value for key, value in settings.items() if key not in left_out}
+
+    return differences(*(compared({**each, "made_by": compared(each["made_by"])}) for each in (stored, wanted)))
+
+
+def read(path: Path) -> Shards:
+    """The samples in a folder, all of whose shards are there.
+
+    Raises:
+        UserError: no folder of samples; an unfinished one; a manifest or labels that are damaged.
+    """
+    found = opened(path)
+    if found is None:
+        raise UserError(f"{path} has no {MANIFEST}: it is no folder of dit_jax.sample")
+    missing = [k for k in range(found.total) if not (found.file(k).is_file() and found.file(k, ".json").is_file())]
+    if missing:
+        raise UserError(f"{path} has {found.total - len(missing)} of {found.total} shards; {GO_ON}")
+    return found
+
+
+def opened(path: Path) -> Shards | None:
+    """The samples in a folder, finished or not; None where there is no manifest.
+
+    Raises:
+        UserError: a manifest or labels that are damaged or of another format.
+    """
+    try:
+        settings = read_sealed(path / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{path / MANIFEST} has format {settings.get('format')!r} and this dit_jax reads {FORMAT}; give another "
+                        "folder")
+    if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
+        raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
+    shape, count = settings.get("shape"), settings.get("num_images")
+    whole = [count, *shape] if isinstance(shape, list) and len(shape) == 3 else [0]
+    if not all(isinstance(size, int) and size > 0 for size in whole) or math.prod(whole) >= 2**63:
+        raise UserError(f"{path / MANIFEST} says {count!r} images of {shape!r}, which no samples have; give another folder")
+    try:
+        labels = np.load(path / LABELS, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path / LABELS} cannot be read ({error}); remove {path} and draw again") from None
+    same = settings_of(labels.astype(np.int32), shape, {}, {}) if labels.ndim == 1 else {}
+    if any(same.get(key) != settings.get(key) for key in ("num_images", "labels_sha256")):
+        raise UserError(f"{path / LABELS} holds not the labels that {MANIFEST} names; remove {path} and draw again")
+    return Shards(path, settings, labels.astype(np.int32))
+
+
+@contextlib.contextmanager
+def claimed(wanted: Shards, replace: bool = False):
+    """Makes the folder that of the wanted samples, or goes on with one that is, and locks it while the block runs.
+
+    Of several processes the first does this, and the others come after.
+
+    replace: a folder of other samples is emptied.
+
+    Raises:
+        UserError: the folder holds something else, or other samples, with the differences; another command is at work in it;
+            it cannot be written.
+    """
+    path = wanted.path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{path} cannot be locked ({error.strerror}): is another command drawing into it? Wait for it, or "
+                            "give another --out") from None
+        try:
+            _prepare(wanted, replace)
+        except OSError as error:
+            raise unwritable(path / MANIFEST, error) from None
+        yield
+
+
+def _prepare(wanted: Shards, replace: bool):
+    path = wanted.path
+    own = (MANIFEST, LABELS, SHARDS, GRID, LOCK)
+    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.endswith(".partial"))
+    if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
+        raise UserError(f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
+                        "one that does not exist")
+    try:
+        found = opened(path)
+    except UserError as error:
+        if any((path / SHARDS).glob("*")):
+            raise
+        say(f"{error}: written again")
+        found = None
+    if found is not None:
+        finished = all(found.file(k, ".json").exists() for k in range(found.total))
+        lines = changes(found.settings, wanted.settings, same_versions=not finished)
+        if lines and not replace:
+            raise UserError(f"{path} holds samples that were drawn otherwise; give another --out, or go on with those. Different:"
+                            "\n  " + "\n  ".join(lines))
+        if lines:
+            say(f"{path} holds samples that were drawn otherwise; they are replaced. Different:\n  " + "\n  ".join(lines))
+            clear(path)
+            found = None
+    (path / SHARDS).mkdir(exist_ok=True)
+    for leftover in (path / SHARDS).glob("*.partial"):  # of a command that was killed
+        leftover.unlink()
+    if found is None:
+        write(path / LABELS, npy(wanted.labels))
+        write(path / MANIFEST, [sealed(wanted.settings)])
+
+
+def clear(path: Path):
+    """Removes what `claimed` and `Shards.write` made, the manifest last."""
+    shutil.rmtree(path / SHARDS, ignore_errors=True)
+    for name in (LABELS, GRID, MANIFEST, LOCK):
+        (path / name).unlink(missing_ok=True)

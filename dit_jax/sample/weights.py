@@ -1,0 +1,86 @@
+"""The parameters of a network as samples are drawn with them, and the digest that tells them from others.
+
+A sampler evaluates one network with the same parameters hundreds of times. What the network casts before every use is cast
+once: in bfloat16 half the memory, and no cast of every layer's weights at every step.
+"""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.storage.fingerprint import fingerprints, leaf_names
+from dit_jax.tasks.state import HOST, on_device
+
+LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose", "broadcast_in_dim", "copy"}
+
+
+def weights_fingerprint(params) -> str:
+    """64 hexadecimal digits that change with any bit, name or shape of the arrays, computed where those live."""
+    arrays = jax.tree.leaves(params)
+    facts = [(name, str(x.dtype), x.shape, found)
+             for name, x, found in zip(leaf_names(params), arrays, fingerprints(arrays), strict=True)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def hold(task, params):
+    """The parameters on the devices, each in the narrowest dtype that leaves every bit of the network's output as it is.
+
+    A parameter is cast where the network uses it in that one, narrower dtype only; a norm's scale, which works in float32 beside
+    bfloat16 layers, stays. Arrays that need no cast are returned as they are, those in host memory are brought to the devices.
+
+    Args:
+        task: a `DiffusionTask`, whose network is traced.
+        params: of its network, arrays or (then the result too) ShapeDtypeStructs, with their shardings.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    wanted = [x if x.dtype == dtype and x.sharding.memory_kind != HOST else
+              jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding.with_memory_kind(None))
+              for x, dtype in zip(leaves, used_dtypes(task, params), strict=True)]
+    changed = [i for i, (x, other) in enumerate(zip(leaves, wanted, strict=True)) if x is not other]
+    if changed and isinstance(leaves[0], jax.Array):
+        for i, x in zip(changed, _cast([leaves[i] for i in changed], tuple(wanted[i].dtype for i in changed)), strict=True):
+            wanted[i] = x
+    return jax.tree.unflatten(tree, wanted)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(arrays, dtypes):
+    return [on_device(x).astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+
+
+def used_dtypes(task, params) -> list[jnp.dtype]:
+    """For each leaf the one, narrower dtype that the network casts it to before any arithmetic; else the leaf's own."""
+    def network(params, x, t, labels):
+        return task.network.apply({"params": params}, x, t, task.condition(labels))
+
+    x, t, labels = jnp.zeros((1, *task.latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    jaxpr = jax.make_jaxpr(network)(shapes, *jax.eval_shape(lambda: (x, t, labels))).jaxpr
+    found = []
+    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # after them x, t and the labels
+        dtypes = _uses(jaxpr, var)
+        narrower = len(dtypes) == 1 and min(dtypes).itemsize < leaf.dtype.itemsize
+        found.append(dtypes.pop() if narrower else leaf.dtype)
+    return found
+
+
+def _uses(jaxpr, var) -> set[jnp.dtype]:
+    """The dtypes that a value is computed with, inside of loops and calls too; its own where that cannot be followed."""
+    found = {var.aval.dtype} if any(out is var for out in jaxpr.outvars) else set()
+    for eqn in jaxpr.eqns:
+        for place, operand in enumerate(eqn.invars):
+            if operand is not var:
+                continue
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            inner = getattr(inner, "jaxpr", inner)
+            if eqn.primitive.name == "convert_element_type":
+                found.add(jnp.dtype(eqn.params["new_dtype"]))
+            elif eqn.primitive.name in LAYOUT and place == 0:
+                found |= _uses(jaxpr, eqn.outvars[0])
+            elif inner is not None and len(inner.invars) == len(eqn.invars):
+                found |= _uses(inner, inner.invars[place])
+            else:
+                found.add(var.aval.dtype)
+    return found

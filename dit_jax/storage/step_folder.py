@@ -1,0 +1,236 @@
+"""One saved step on disk: reading it, and proving that what was read is what was saved.
+
+`<root>/<step>/state` is an orbax PyTree checkpoint (typed PRNG keys as uint32 key data); `<root>/<step>/meta` is JSON:
+{"meta": what the caller passed, "fingerprints": {leaf name: [dtype, shape, uint32]}, "checksum": CRC-32 of these two}.
+Orbax returns garbage for a flipped byte without an error and casts dtypes without a word (0.12.8), hence both checks
+here. Nothing in this module writes to disk.
+"""
+
+import json
+import math
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dit_jax.errors import UserError
+from dit_jax.storage.fingerprint import fingerprints, host_fingerprint, is_key, leaf_names
+
+_STEP_NAME = re.compile(r"^(0|[1-9]\d*)$")
+READ_BACK_BYTES = 256 * 2**20  # of host memory while a step is verified
+# Failures of the machine rather than of the files: they say nothing about the step, so they are raised as they are.
+_MACHINE_FAULTS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+class BadStep(Exception):
+    """A step folder does not hold what was saved; the message is the reason."""
+
+
+def steps_in(root):
+    """Sorted step numbers of the folders under `root` whose whole name is a number; [] if `root` does not exist."""
+    if not root.exists():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if _STEP_NAME.match(path.name) and path.is_dir())
+
+
+def without_keys(state):
+    """`state` with typed PRNG keys replaced by their uint32 key data."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
+
+
+def record(state, meta):
+    """The JSON object stored beside `state`: meta, fingerprints and the checksum of both.
+
+    Raises: ValueError if meta is not a dict of JSON values.
+    """
+    names, leaves = leaf_names(state), jax.tree.leaves(state)
+    stored = {
+        name: [str(leaf.dtype), list(leaf.shape), value]
+        for name, leaf, value in zip(names, leaves, fingerprints(leaves), strict=True)
+    }
+    try:
+        body = json.loads(json.dumps({"meta": dict(meta), "fingerprints": stored}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"meta must be a dict of str, int, float, bool, None, list and dict: {error}") from error
+    return {**body, "checksum": _checksum(body)}
+
+
+def read_record(path):
+    """(meta, {leaf name: [dtype, shape, fingerprint]}) of the step folder `path`. Raises: BadStep."""
+    reader = ocp.Checkpointer(
+        ocp.JsonCheckpointHandler(multiprocessing_options=_alone()), multiprocessing_options=_alone()
+    )
+    try:
+        body = reader.restore(path / "meta", args=ocp.args.JsonRestore())
+    except Exception as error:
+        _raise_machine_fault(error)
+        raise BadStep(f"its meta cannot be read ({_brief(error)})") from error
+    checksum = body.pop("checksum", None) if isinstance(body, dict) else None
+    if checksum is None or checksum != _checksum(body):
+        raise BadStep(f"its meta does not match its checksum {checksum!r}")
+    return body["meta"], body["fingerprints"]
+
+
+def read_step(path, abstract, partial=False):
+    """(tree, meta): the saved leaves that `abstract` names, placed as it says, with every fingerprint verified.
+
+    Args:
+        path: step folder.
+        abstract: pytree whose leaves have shape, dtype and sharding (jax.ShapeDtypeStruct or jax.Array).
+        partial: `abstract` may leave out leaves that were saved.
+    Raises:
+        BadStep: the folder does not hold what was saved.
+        UserError: it does, but `abstract` has other leaves, shapes or dtypes; names them.
+    """
+    meta, stored = read_record(path)
+    names, leaves = leaf_names(abstract), jax.tree.leaves(abstract)
+    _check_structure(path, dict(zip(names, leaves, strict=True)), stored, partial)
+    raw = jax.tree.map(_raw_struct, abstract)
+    try:
+        tree = _reader().restore(
+            path / "state", args=_restore_args(raw, ocp.checkpoint_utils.construct_restore_args(raw), partial)
+        )
+    except Exception as error:
+        _raise_machine_fault(error)
+        raise BadStep(f"orbax cannot restore it ({_brief(error)})") from error
+    tree = jax.tree.map(_typed, tree, abstract)
+    found = fingerprints(jax.tree.leaves(tree))
+    wrong = [name for name, value in zip(names, found, strict=True) if value != stored[name][2]]
+    if wrong:
+        raise BadStep(f"{len(wrong)} of {len(names)} arrays differ from what was saved: {', '.join(wrong[:3])}")
+    return tree, meta
+
+
+def damage(path, abstract, partial=False):
+    """The reason why `read_step` would raise BadStep for this process's share, or ""; nothing is communicated.
+
+    Raises: UserError as `read_step`.
+    """
+    try:
+        _, stored = read_record(path)
+    except BadStep as reason:
+        return str(reason)
+    names, leaves = leaf_names(abstract), jax.tree.leaves(abstract)
+    _check_structure(path, dict(zip(names, leaves, strict=True)), stored, partial)
+    return read_back(path, jax.tree.structure(abstract), names, stored, partial)
+
+
+def read_back(path, treedef, names, stored, partial=False):
+    """The reason why this process's share of the arrays on disk is not what was saved, or "" if it is.
+
+    The arrays are shared out round robin over the processes and read into host memory a few at a time (each reading parses
+    the whole step's metadata); nothing is communicated, so this may run on a background thread and fail on one process alone.
+
+    Args:
+        path: step folder.
+        treedef, names: of the tree that was saved (or, with `partial`, of a part of it).
+        stored: {leaf name: [dtype, shape, fingerprint]}.
+    """
+    args = treedef.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(names))
+    mine = range(jax.process_index(), len(names), jax.process_count())
+    for positions in _by_size(mine, [_stored_bytes(stored[name]) for name in names], READ_BACK_BYTES):
+        item = [0 if position in positions else ocp.PLACEHOLDER for position in range(len(names))]
+        try:
+            tree = _reader(_alone()).restore(path / "state", args=_restore_args(treedef.unflatten(item), args, partial))
+            leaves = treedef.flatten_up_to(tree)
+            values = [host_fingerprint(leaves[position]) for position in positions]
+        except Exception as error:
+            _raise_machine_fault(error)
+            return f"{names[positions[0]]} (or one of the {len(positions)} read with it) cannot be read ({_brief(error)})"
+        for position, value in zip(positions, values, strict=True):
+            saved = stored[names[position]][2]
+            if value != saved:
+                return f"{names[position]} differs from what was saved (read {value:#010x}, saved {saved:#010x})"
+    return ""
+
+
+def _stored_bytes(facts):
+    dtype, shape, _ = facts
+    return math.prod(shape) * (jnp.dtype(dtype).itemsize if "key" not in dtype else 8)
+
+
+def _by_size(positions, sizes, limit):
+    """Consecutive positions in lists of at most `limit` bytes, or of a single larger array."""
+    lists, total = [], limit
+    for position in positions:
+        total += sizes[position]
+        if total > limit:
+            lists.append([])
+            total = sizes[position]
+        lists[-1].append(position)
+    return lists
+
+
+def _check_structure(path, wanted, stored, partial):
+    homeless = [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]
+    if homeless:
+        raise ValueError(
+            f"leaf {homeless[0]} has no sharding: pass jax.ShapeDtypeStruct(shape, dtype, sharding=...) for every leaf"
+        )
+    differences = [f"{name} is not in the checkpoint" for name in wanted if name not in stored]
+    if not partial:
+        differences += [f"{name} is only in the checkpoint" for name in stored if name not in wanted]
+    for name in wanted:
+        if name not in stored:
+            continue
+        dtype, shape, _ = stored[name]
+        if list(wanted[name].shape) != shape:
+            differences.append(f"{name} has shape {tuple(wanted[name].shape)}, the checkpoint {tuple(shape)}")
+        if str(wanted[name].dtype) != dtype:
+            differences.append(f"{name} has dtype {wanted[name].dtype}, the checkpoint {dtype}")
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(
+            f"the checkpoint {path} was made by another model or optimizer: {'; '.join(differences[:5])}{more}. "
+            "Use the config it was trained with, or another workdir."
+        )
+
+
+def _raw_struct(leaf):
+    if not is_key(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def _typed(array, abstract):
+    if not is_key(abstract):
+        return array
+    impl = []  # jax.random.key_impl takes arrays and tracers only, hence the trace
+    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), abstract.dtype))
+    return jax.random.wrap_key_data(array, impl=impl[0])
+
+
+def _reader(options=None):
+    options = options or ocp.options.MultiprocessingOptions()
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
+    )
+
+
+def _alone():
+    """Options of a reader that waits for no other process."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone_{me}"
+    )
+
+
+def _restore_args(item, restore_args, partial):
+    return ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=partial)
+
+
+def _checksum(body):
+    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+
+
+def _raise_machine_fault(error):
+    if isinstance(error, (MemoryError, PermissionError)) or any(code in str(error) for code in _MACHINE_FAULTS):
+        raise error
+
+
+def _brief(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,174 @@
+"""Trains a grid of models and reports on them: quality against GFLOPs, training compute and sampling compute.
+
+    python -m dit_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/sweep
+    python -m dit_jax.sweep --sweep=configs/sweeps/gflops_imagenet256.py --list --chip=v5p --mfu=0.4
+    python -m dit_jax.sweep --sweep=configs/sweeps/gflops_imagenet256.py --workdir=runs/twelve --config.data.path=/gcs/tfds ... \\
+        --launch=gke --remote_workdir=/gcs/twelve --launch_args='--image=I --bucket=B --accelerator=tpu-v6e-slice --topology=4x4'
+    python -m dit_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/sweep --report
+
+The sweep file names the config, its variants, the grid and the seeds (`dit_jax/sweep/grid.py`). --config.<path>=<value> sets a
+field of all runs. The runs and what they cost are shown, and all of them are checked, before the first starts. They then run here
+one after another, each in <workdir>/runs/<name>, or --launch=slurm|gke|tpu_vm writes the commands that run them elsewhere.
+The same command again goes on: finished runs are kept, stopped and failed ones resume. Ctrl-C saves and stops.
+At the end, or with --report at any time: results.json, results.csv, report.html and figures/ in the workdir.
+
+Exit status: 0 when all runs are done, 1 when some failed, 75 when stopped early with everything saved, 2 for a user's mistake.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+
+import jax
+from absl import flags
+
+from dit_jax.errors import UserError
+from dit_jax.runtime import console
+
+SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/digits.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
+LIST = flags.DEFINE_bool("list", False, "Show and check the runs, start nothing.")
+REPORT = flags.DEFINE_bool("report", False, "Collect what is there and write the report, start nothing.")
+LAUNCH = flags.DEFINE_enum("launch", "local", ["local", "slurm", "gke", "tpu_vm"],
+                           "Run here, or write the commands that run elsewhere.")
+LAUNCH_ARGS = flags.DEFINE_string("launch_args", "", "Options of sbatch, launch/gke.sh or launch/tpu_vm.sh for every run.")
+REMOTE_WORKDIR = flags.DEFINE_string("remote_workdir", None, "--workdir as the launched machines see it, if by another path.")
+CHIP = flags.DEFINE_string("chip", None, "Estimate device hours on this chip (v4, v5e, v5p, v6e, h100, h200) at --mfu.")
+MFU = flags.DEFINE_float("mfu", 0.4, "Assumed share of the chip's dense bfloat16 peak; small models reach less.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Estimate device hours by the roofline of dit_jax.plan, as in v5p:4x4x4; "
+                               "compiles every run's step.")
+BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Estimate device hours from results of dit_jax.benchmark --what=train_step.")
+CONFIG_PREFIX = "--config."
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, those like --config.<path>=<value>): absl would refuse these, as their config is not known yet."""
+    rest, taken, given = [], [], iter(argv)
+    for text in given:
+        if not text.startswith(CONFIG_PREFIX):
+            rest.append(text)
+        else:
+            taken.append(text if "=" in text else f"{text}={next(given, '')}")
+    return rest, taken
+
+
+def check_flags():
+    """Raises a UserError for flags that are missing, or that would change nothing."""
+    if SWEEP.value is None:
+        raise UserError("give --sweep=<file>, such as configs/sweeps/digits.py, and --workdir=<folder>")
+    if WORKDIR.value is None and not LIST.value:
+        raise UserError("give --workdir=<folder of the sweep>; only --list needs none")
+    if LIST.value and REPORT.value:
+        raise UserError("--list and --report are both given; each is a command of its own")
+    if sum(map(bool, (CHIP.value, TOPOLOGY.value, BENCHMARKS.value))) > 1:
+        raise UserError("--chip, --topology and --benchmarks are three ways to estimate; give one of them")
+    if flags.FLAGS["mfu"].present and not CHIP.value:
+        raise UserError("--mfu means nothing without --chip")
+    if LAUNCH.value != "local" and (LIST.value or REPORT.value):
+        raise UserError(f"--launch={LAUNCH.value} writes commands, which --list and --report do not; leave one of them out")
+    if LAUNCH.value == "local" and (LAUNCH_ARGS.value or REMOTE_WORKDIR.value):
+        raise UserError("--launch_args and --remote_workdir are for --launch=slurm, gke or tpu_vm")
+
+
+def estimate(runs, costs) -> tuple[list, str]:
+    """(costs with device hours, what these assume)."""
+    from dit_jax.programs import topology
+    from dit_jax.sweep import cost
+
+    if CHIP.value:
+        hours = [cost.assumed_hours(c, CHIP.value, MFU.value) for c in costs]
+        text = f"{CHIP.value} at an assumed MFU of {MFU.value:.0%} of the dense bfloat16 peak"
+    elif TOPOLOGY.value:
+        place = topology.find(TOPOLOGY.value)
+        hours = [cost.planned_hours(run, place) for run in runs]
+        text = f"{place.name}, step time of the compiled program by the roofline of dit_jax.plan (an estimate, no measurement)"
+    elif BENCHMARKS.value:
+        measured = cost.read_benchmarks(BENCHMARKS.value)
+        hours = [cost.measured_hours(run, c, measured) for run, c in zip(runs, costs, strict=True)]
+        devices = ", ".join(sorted({str(x.get("device", "unknown device")) for x in measured}))
+        text = f"measured images/s of the same network and batch size on {devices}, from {', '.join(BENCHMARKS.value)}"
+    else:
+        return costs, ""
+    return [dataclasses.replace(c, device_hours=h) for c, h in zip(costs, hours, strict=True)], text
+
+
+def launch_elsewhere(sweep, runs, folder) -> dict:
+    from dit_jax.sweep import remote
+
+    waiting = [run for run in runs if folder.state(run) != "done"]
+    begun = [run.name for run in waiting if folder.state(run) == "begun"]
+    script, command = remote.write(LAUNCH.value, sweep.title, waiting, folder.path, REMOTE_WORKDIR.value or str(folder.path),
+                                   shlex.split(LAUNCH_ARGS.value))
+    console.say(f"{len(waiting)} runs are in {script}. Look at it, then start it from the repository:\n  {command}\n"
+                "When they are done, "
+                + (f"copy or mount {REMOTE_WORKDIR.value}/runs as {folder.path / 'runs'}, then " if REMOTE_WORKDIR.value else "")
+                + "the same command with --report in place of the --launch options collects the results")
+    if begun:
+        console.say(f"{len(begun)} of them have begun ({', '.join(begun[:3])}{', ...' * (len(begun) > 3)}): start the script "
+                    "only when none is running any more, as two processes must not train in one folder")
+    return {"runs": len(runs), "waiting": len(waiting), "script": str(script), "command": command, "report": None}
+
+
+def run_here(sweep, runs, costs, folder) -> tuple[list[str], bool]:
+    """(names of what failed, whether it was stopped early)."""
+    from dit_jax.sweep.local import Child, train_all
+    from dit_jax.sweep.scores import score_all
+
+    with Child(folder.lock) as child:
+        failed = train_all(runs, costs, folder, child)
+        if not child.stopping:
+            failed += score_all(runs, sweep.samplers, folder, child)
+    return failed, child.stopping
+
+
+def main() -> dict:
+    check_flags()
+    # The runs need the accelerator; this process, which only counts and waits, must not hold it.
+    jax.config.update("jax_platforms", "cpu")
+    from dit_jax.sweep import checks, cost, grid, report
+    from dit_jax.sweep.folder import Folder
+
+    sweep = grid.load(SWEEP.value)
+    runs = grid.expand(sweep, OVERRIDES)
+    starts_here = LAUNCH.value == "local" and not (LIST.value or REPORT.value)
+    if not LIST.value:
+        report.check_possible(sweep, SWEEP.value)
+    if not REPORT.value:
+        checks.check(runs, sweep.samplers, "list" if LIST.value else "local" if starts_here else "remote")
+    costs, assumption = estimate(runs, [cost.count(run) for run in runs])
+    folder = Folder(WORKDIR.value, sweep.title) if WORKDIR.value else None
+    if LIST.value:
+        states = [folder.state(run) if folder else "new" for run in runs]
+        for line in cost.table(runs, costs, states, assumption):
+            console.say(line)
+        rows = [{"name": run.name, "state": state, **dataclasses.asdict(c), "command": ["dit_jax.main", *run.flags]}
+                for run, c, state in zip(runs, costs, states, strict=True)]
+        return {"runs": rows, "compute_gmacs": sum(c.compute_gmacs for c in costs), "device_hours_assume": assumption or None}
+
+    with folder:
+        folder.check_configs(runs)
+        if others := folder.strangers(runs):
+            console.say(f"{len(others)} runs in {folder.path} are not of this grid and are left out: {', '.join(others[:8])}")
+        folder.record(runs)
+        for line in cost.table(runs, costs, [folder.state(run) for run in runs], assumption):
+            console.say(line)
+        if LAUNCH.value != "local" and not REPORT.value:
+            return launch_elsewhere(sweep, runs, folder)
+        failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder)
+        command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:], *OVERRIDES])
+        written = report.write(sweep, SWEEP.value, runs, costs, folder, command)
+        result = {"runs": len(runs), "done": written.done, "failed": failed, "stopped": stopped, "workdir": str(folder.path),
+                  **written.files}
+    if failed and not stopped:
+        console.say(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again")
+        print(json.dumps(result), flush=True)
+        sys.exit(1)
+    return result
+
+
+OVERRIDES: list[str] = []
+
+if __name__ == "__main__":
+    sys.argv, OVERRIDES = take_overrides(sys.argv)
+    console.run(main)

@@ -1,0 +1,118 @@
+"""Everything that is wrong with any run of a sweep, found before the first one starts."""
+
+import json
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+
+from dit_jax import build, recipes
+from dit_jax.errors import UserError
+from dit_jax.interop import codec_folder
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.sweep.grid import Run
+from dit_jax.training.loop import SHOWN_BY
+
+LINES_SHOWN = 12
+
+
+def check(runs: list[Run], samplers: Sequence[tuple[str, int | None]], where: str):
+    """Builds what every run would build, without arrays.
+
+    Args:
+        where: "local", the runs start on this machine: also opens each data set, reads each codec's weights, and looks for
+            references; "remote", elsewhere: their paths must be given; "list": nowhere yet.
+
+    Raises:
+        UserError: with all that was found, each with the runs that it concerns.
+    """
+    found: dict[str, list[str]] = {}
+    steps: list[Callable] = [_objects, lambda config: _samplers(config, samplers)]
+    steps += {"local": [_shown, _once(_files)], "remote": [_paths_given], "list": []}[where]
+    for run in runs:
+        try:
+            for step in steps:
+                step(run.config)
+        except (UserError, ValueError, TypeError) as error:
+            found.setdefault(str(error), []).append(run.name)
+    if found:
+        lines = [f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {message}"
+                 for message, names in found.items()]
+        more = [f"and {len(lines) - LINES_SHOWN} more"] if len(lines) > LINES_SHOWN else []
+        wrong = sum(map(len, found.values()))
+        text = "\n  ".join(lines[:LINES_SHOWN] + more)
+        raise UserError(f"{wrong} of {len(runs)} runs cannot start, so nothing was started:\n  {text}")
+
+
+def _objects(config):
+    task = build.task(config)
+    jax.eval_shape(task.init, jax.random.key(0))
+    if config.task.name == "diffusion":
+        build.sampler(config)
+        build.guidance(config)
+
+
+def with_sampler(config, name: str, num_steps: int | None) -> ml_collections.ConfigDict:
+    """The config with another sampler, which gets its default fields unless it is the config's own.
+
+    Raises:
+        UserError: no such sampler, or the steps do not suit it.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if name != config.sampler.name:
+            config.sampler = ml_collections.ConfigDict(recipes.default_sampler(name))
+        if (num_steps is None) != ("num_steps" not in config.sampler):
+            raise UserError(f"samplers has ({name!r}, {num_steps}); " + ("give its steps" if num_steps is None else
+                            f"{name} chooses its own steps: write ({name!r}, None)"))
+        if num_steps is not None:
+            config.sampler.num_steps = num_steps
+    return config
+
+
+def _samplers(config, samplers):
+    if not samplers:
+        return
+    if config.task.name != "diffusion":
+        raise UserError("samplers are asked for and an autoencoder draws nothing; leave samplers empty")
+    if not config.evaluation.num_images or not config.evaluation.reference:
+        raise UserError("samplers are asked for and the config does not say what to score: set evaluation.num_images and "
+                        "evaluation.reference, or leave samplers empty")
+    for name, num_steps in samplers:
+        build.sampler(with_sampler(config, name, num_steps))
+
+
+def _shown(config):
+    SHOWN_BY[config.task.name].check(config)
+
+
+def _files(config):
+    config, _ = codec_folder.settle(config, None)
+    build.loader(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+
+
+def _paths_given(config):
+    for section, name in (("data", "the data set"), ("codec", "the codec's weights")):
+        needs = config[section].name in ("folder", "tfds", "tars", "latents") if section == "data" else "path" in config.codec
+        if needs and not config[section].path:
+            raise UserError(f"{section}.path is empty; pass --config.{section}.path=<where the machines find {name}>")
+
+
+def _once(step: Callable) -> Callable:
+    """The step, for one of the configs that are alike to it: opening a data set takes time."""
+    outcomes: dict[str, str | None] = {}
+
+    def run(config):
+        sections = {key: config[key].to_dict() for key in ("task", "data", "transform", "loader", "codec")}
+        key = json.dumps([sections, config.batch_size, config.microbatches, config.get("model", {}).get("num_classes")],
+                         sort_keys=True, default=str)
+        if key not in outcomes:
+            try:
+                step(config)
+                outcomes[key] = None
+            except UserError as error:
+                outcomes[key] = str(error)
+        if outcomes[key]:
+            raise UserError(outcomes[key])
+
+    return run

@@ -1,0 +1,190 @@
+"""Results of all runs of a sweep, read from their folders: rows, results.json, results.csv, curves.csv."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax import recipes
+from dit_jax.errors import UserError
+from dit_jax.evaluate import table
+from dit_jax.sweep.cost import Cost
+from dit_jax.sweep.folder import Folder, write_json
+from dit_jax.sweep.grid import Run
+from dit_jax.sweep.local import last_lines
+from dit_jax.sweep.scores import file_of
+from dit_jax.training.scoring import FOLDER as SCORES
+
+CURVE_FIELDS = ("run", "step", "loss")
+# What a FID depends on besides the model, under the names of `evaluate`'s table.
+PROTOCOL = ("images", "features", "extractor weights", "resize", "precision", "reference", "reference images", "size", "sampler",
+            "steps", "guidance", "guided channels", "guided from", "guided to", "labels")
+
+ORIGIN = ("commit", "device", "num_devices", "versions")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run and what is known of it; what is not yet, is None or empty.
+
+    Fields:
+        family: models of one depth and width, by the paper's letter where it is one of its sizes.
+        patch: patch size; None for an autoencoder.
+        fid_interval: by the bootstrap over the images, which knows nothing of other seeds.
+        protocol: how the FID was measured, see `PROTOCOL`.
+        seconds: of training, sampling and scoring, of all starts here together; None for a run that was trained elsewhere.
+        starts: the lines of attempts.jsonl.
+        origin: commit, device, num_devices and versions of the process that finished it.
+        loss_curve, fid_curve: (step, value); the FIDs are those of `training.scoring`, cheaper than the final one.
+        fid_curve_protocol: of the latest of them.
+        samplers: scores with other samplers, see `scores`.
+        error: last lines of a run that failed.
+    """
+
+    name: str
+    group: str
+    variant: str
+    seed: int
+    family: str
+    patch: int | None
+    settings: dict[str, Any]
+    cost: Cost
+    batch_size: int
+    num_steps: int
+    state: str
+    loss: float | None
+    fid: float | None
+    fid_interval: tuple[float, float] | None
+    protocol: dict[str, Any]
+    seconds: float | None
+    images_per_second: float | None
+    starts: list[dict]
+    origin: dict[str, Any]
+    loss_curve: list[tuple[int, float]]
+    fid_curve: list[tuple[int, float]]
+    fid_curve_protocol: dict[str, Any]
+    samplers: list[dict]
+    samples: str | None
+    error: list[str]
+
+
+def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folder: Folder) -> Row:
+    """The row of one run, as its folder stands."""
+    config, state, result = run.config, folder.state(run), folder.result(run) or {}
+    starts, losses = folder.attempts(run), curve(folder.metrics(run), "loss")
+    early = [json.loads(file.read_text()) for file in sorted((folder.of(run) / SCORES).glob("[0-9]*.json"))]
+    scores = [json.loads(file.read_text()) for file in (file_of(folder, run, *s) for s in samplers) if file.exists()]
+    samples = Path(result.get("samples") or "")
+    found = folder.of(run) / "samples" / samples.name  # the folder may have moved since
+    return Row(
+        name=run.name, group=run.group, variant=run.variant, seed=config.seed, family=family(config),
+        patch=config.model.patch_size if "model" in config else None, settings=dict(run.settings), cost=cost,
+        batch_size=config.batch_size, num_steps=config.num_steps, state=state,
+        loss=losses[-1][1] if losses else result.get("loss"), fid=result.get("fid"),
+        fid_interval=tuple(result["fid_interval"]) if result.get("fid_interval") else None, protocol=protocol(result),
+        seconds=sum(start["seconds"] for start in starts) if starts else None,
+        images_per_second=result.get("images_per_second"), starts=starts,
+        origin={key: result[key] for key in ORIGIN if key in result}, loss_curve=losses, fid_curve=curve(early, "fid"),
+        fid_curve_protocol=protocol(early[-1]) if early else {}, samplers=scores,
+        samples=str(found) if samples.name and found.exists() else None,
+        error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [])
+
+
+def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
+    """[(step, value)] of a metric, in order, without what is not finite."""
+    found = {row["step"]: float(row[name]) for row in metrics if name in row}
+    return sorted((step, value) for step, value in found.items() if np.isfinite(value))
+
+
+def family(config) -> str:
+    """"XL" for the paper's sizes, "4 x 128" (depth x width) for others, "autoencoder"."""
+    if "model" not in config:
+        return "autoencoder"
+    sizes = {(size.depth, size.width): name for name, size in recipes.SIZES.items()}
+    shape = config.model.depth, config.model.width
+    return sizes.get(shape) or f"{shape[0]} x {shape[1]}"
+
+
+def protocol(result: dict) -> dict[str, Any]:
+    """What of `PROTOCOL` a result tells."""
+    if result.get("fid") is None:
+        return {}
+    found = {name: reduce(lambda inner, key: (inner or {}).get(key), table.PROTOCOL[name], result) for name in PROTOCOL}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def shared_protocol(rows: list[Row], of: str = "protocol") -> tuple[dict[str, Any], list[Row]]:
+    """(how the FIDs of most scored rows were measured, the scored rows that must not be compared with these).
+
+    What may differ, such as the guidance where the sweep is over it, has its values joined by " / ".
+
+    Args:
+        of: "protocol" or "fid_curve_protocol".
+    """
+    keys = {row.name: json.dumps([getattr(row, of).get(name) for name in table.INCOMPARABLE])
+            for row in rows if getattr(row, of)}
+    if not keys:
+        return {}, []
+    most = max(keys.values(), key=list(keys.values()).count)
+    same = [getattr(row, of) for row in rows if keys.get(row.name) == most]
+    protocol = {}
+    for name in PROTOCOL:
+        values = [value for found in same if (value := found.get(name)) is not None]
+        distinct = list({json.dumps(value): value for value in values}.values())
+        if distinct:
+            protocol[name] = distinct[0] if len(distinct) == 1 else " / ".join(map(str, distinct))
+    return protocol, [row for row in rows if row.name in keys and keys[row.name] != most]
+
+
+def write(rows: list[Row], folder: Path) -> dict[str, str]:
+    """Writes results.json, results.csv and curves.csv; returns {name: path}."""
+    write_json(folder / "results.json", {"runs": [asdict(row) for row in rows]})
+    settings = list(dict.fromkeys(path for row in rows for path in row.settings))
+    protocols = list(dict.fromkeys(key for row in rows for key in row.protocol))
+    _write_csv(folder / "results.csv", [
+        {"run": row.name, "variant": row.variant, "seed": row.seed, "family": row.family, "patch_size": row.patch,
+         "parameters": row.cost.parameters, "gmacs": row.cost.gmacs, "compute_gmacs": row.cost.compute_gmacs,
+         "batch_size": row.batch_size, "num_steps": row.num_steps, "state": row.state, "loss": row.loss, "fid": row.fid,
+         "fid_low": row.fid_interval and row.fid_interval[0], "fid_high": row.fid_interval and row.fid_interval[1],
+         "seconds": row.seconds, "images_per_second": row.images_per_second, "device": row.origin.get("device"),
+         "commit": row.origin.get("commit"), "started": row.starts[0]["started"] if row.starts else None}
+        | {f"config.{path}": row.settings.get(path) for path in settings}
+        | {f"protocol.{key}": row.protocol.get(key) for key in protocols} for row in rows])
+    _write_csv(folder / "curves.csv", [dict(zip(CURVE_FIELDS, (row.name, step, f"{loss:.6g}"), strict=True))
+                                       for row in rows for step, loss in row.loss_curve], CURVE_FIELDS)
+    return {"results": str(folder / "results.json"), "csv": str(folder / "results.csv")}
+
+
+def _write_csv(path: Path, rows: list[dict], names: Sequence[str] = ()):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text.getvalue())
+    os.replace(partial, path)
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """{run: [(step, loss)]} of a curves.csv.
+
+    Raises:
+        UserError: it does not exist, or is not one.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        found: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            found.setdefault(row["run"], []).append((int(row["step"]), float(row["loss"])))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"reference_curves {path} cannot be read ({error!r}); it must be the curves.csv of a report, with the "
+                        f"columns {', '.join(CURVE_FIELDS)}") from None
+    return found

@@ -1,0 +1,153 @@
+"""The folder of a sweep and how far each of its runs has come.
+
+    sweep.json           which sweep, with the settings of every run
+    runs/<name>/         workdir of one run, see `training.workdir`, and besides:
+        result.json      what dit_jax.main leaves when all is done, here or elsewhere: the run is finished
+        attempts.jsonl   one line per start here: command, date, machine, seconds, exit status
+        log.txt          what the run said, of all starts
+        samplers/        scores with other samplers
+    launch/              scripts for other machines
+    results.json, results.csv, curves.csv, report.html, figures/
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from dit_jax.errors import UserError
+from dit_jax.runtime.console import STOPPED_STATUS
+from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, plain, read_config
+from dit_jax.sweep.grid import Run
+
+# What does not change a run's result, only its speed and what it leaves behind.
+FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring")
+
+
+def write_json(path: Path, value):
+    """Writes atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON lines of a file, without those that a kill cut; none where there is no file."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+class Folder:
+    """A sweep's folder; entered, it is locked against a second sweep and knows its runs.
+
+    Raises on entry:
+        UserError: it cannot be written; another sweep is at work in it, or was.
+    """
+
+    def __init__(self, path, title: str):
+        self.path, self.title = Path(path).expanduser().absolute(), title
+        self._lock = None
+
+    def __enter__(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another sweep, or a run that a killed one left behind, is at work in {self.path}; wait for it, "
+                            "end it, or give another --workdir") from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
+        self.check_title()
+        return self
+
+    @property
+    def lock(self) -> int:
+        """Descriptor of the lock, while entered."""
+        return self._lock.fileno()
+
+    def __exit__(self, *exc_info):
+        self._lock.close()
+
+    def check_title(self):
+        """Raises a UserError if the folder holds another sweep, or something else."""
+        file = self.path / "sweep.json"
+        try:
+            before = json.loads(file.read_text())["title"]
+        except FileNotFoundError:
+            if (self.path / "checkpoints").exists():
+                raise UserError(f"{self.path} is the folder of a single run; give another --workdir") from None
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}); restore it or give another --workdir") from None
+        if before != self.title:
+            raise UserError(f"{self.path} holds the sweep {before!r}, not {self.title!r}; give another --workdir")
+
+    def record(self, runs: list[Run]):
+        """Notes which runs belong here."""
+        write_json(self.path / "sweep.json", {"title": self.title, "runs": {run.name: run.flags for run in runs}})
+
+    def of(self, run: Run) -> Path:
+        return self.path / "runs" / run.name
+
+    def result(self, run: Run) -> dict | None:
+        """result.json of a run that is finished; None where it is not, or its steps are fewer than the sweep now asks for."""
+        try:
+            found = json.loads((self.of(run) / "result.json").read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it, and the run is finished anew") \
+                from None
+        return found if found["step"] >= run.config.num_steps else None
+
+    def attempts(self, run: Run) -> list[dict]:
+        return read_lines(self.of(run) / "attempts.jsonl")
+
+    def metrics(self, run: Run) -> list[dict]:
+        return read_lines(self.of(run) / "metrics.jsonl")
+
+    def state(self, run: Run) -> str:
+        """"done", "failed", "begun" or "new"."""
+        if self.result(run) is not None:
+            return "done"
+        attempts = self.attempts(run)
+        if attempts and attempts[-1]["status"] not in (0, STOPPED_STATUS):
+            return "failed"
+        return "begun" if (self.of(run) / "checkpoints").exists() else "new"
+
+    def check_configs(self, runs: list[Run]):
+        """Raises a UserError if a run that has begun here has another config than the sweep now asks for."""
+        for run in runs:
+            if not (self.of(run) / "config.json").exists():
+                continue
+            lines = differences(read_config(self.of(run)), plain(run.config))
+            bound = (self.of(run) / "checkpoints").exists() or (self.of(run) / "result.json").exists()
+            if lines and bound:
+                raise UserError(f"{self.of(run)} was begun with another config than the sweep asks for; give another --workdir, "
+                                "or delete that folder to train it anew. Different:\n  " + "\n  ".join(lines))
+
+    def strangers(self, runs: list[Run]) -> list[str]:
+        """Folders of runs that are not among these."""
+        names = {run.name for run in runs}
+        folder = self.path / "runs"
+        return sorted(x.name for x in folder.iterdir() if x.name not in names) if folder.exists() else []
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Lines "field: old -> new" of the fields that change a run's result."""
+    old, new = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        settled = key.startswith("codec.") and new.get(key) in (None, "")  # the run read it from the codec's weights
+        if key.split(".")[0] in FREE_SECTIONS or key in RESUMABLE_FIELDS or settled:
+            continue
+        if old.get(key) != new.get(key):
+            lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return lines

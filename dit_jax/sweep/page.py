@@ -1,0 +1,143 @@
+"""The HTML page of a sweep's report: figures, a table of the runs, and how each number was made."""
+
+import base64
+import datetime
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_jax.benchmark import machine
+from dit_jax.runtime.console import duration
+from dit_jax.sweep import paper, points, style
+from dit_jax.sweep.collect import Row
+from dit_jax.sweep.grid import Sweep
+from dit_jax.training.summary import versions
+
+CSS = """
+:root { --page: #fefefd; --ink: #1c1c1b; --soft: #5d5d5a; --grid: #dededc; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --page: #191a1b; --ink: #e6e6e3; --soft: #a4a4a0; --grid: #3c3d3e; } }
+body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; } p { overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.lead { font-size: 1.05rem; } .soft, figcaption { color: var(--soft); } figcaption { font-size: .9rem; }
+figure { margin: 1rem 0 2rem; } figure svg, figure img { width: 100%; height: auto; } figure.narrow { max-width: 38rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; width: 100%; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; } th { font-weight: 600; vertical-align: bottom; }
+code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; }
+a { color: inherit; }
+@media print { :root { --page: #fff; --ink: #000; --soft: #444; --grid: #ccc; }
+  body { margin: 0; max-width: none; font-size: 10pt; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def figure(number: int, name: str, drawn, caption: str, folder: Path) -> str:
+    """A <figure> of one drawing, with links to its files in <folder>/figures."""
+    if name == "samples":
+        data = base64.b64encode((folder / "figures" / f"{name}.png").read_bytes()).decode()
+        picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+    else:
+        picture = style.inline_svg(drawn, name.replace("_", "-"), html.escape(caption, quote=True))
+    narrow = ' class="narrow"' if drawn.get_size_inches()[0] < 0.8 * style.WIDTH else ""
+    links = " ".join(f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>' for suffix in style.FORMATS)
+    return (f"<figure{narrow}>{picture}<figcaption><b>Figure {number}.</b> {html.escape(caption)} {links}</figcaption></figure>")
+
+
+def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, commands: Sequence[str], parts: Sequence[str]) -> str:
+    """The page.
+
+    Args:
+        others: those of the rows that are in no figure of scores.
+        protocol: how the scores of the rest were made.
+        commands: of the report, then of every run.
+        parts: its figures.
+    """
+    title = html.escape(sweep.title)
+    notes = ""
+    if others:
+        names = html.escape(", ".join(row.name for row in others))
+        notes += f"<p>* Scored by another protocol than the rest, and in none of the figures of scores: {names}.</p>"
+    for row in rows:
+        if row.error:
+            text = html.escape("\n".join(row.error))
+            notes += f"<h3>{html.escape(row.name)} failed</h3><pre>{text}</pre>"
+    credit = html.escape(f"The paper's points: {paper.CITATION}, Scalable Diffusion Models with Transformers, arXiv 2212.09748.")
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{CSS}</style></head><body>
+<h1>{title}</h1>
+<p class="lead">{_lead(sweep, rows, others)}</p>
+{"".join(parts)}
+<h2>Runs</h2>
+{_table(rows, others)}{notes}
+<p class="soft">The same as <a href="results.json">JSON</a> and <a href="results.csv">CSV</a>; all loss curves as
+<a href="curves.csv">CSV</a>.</p>
+<h2>Method</h2>
+{_method(sweep, rows, protocol)}
+<pre>{html.escape(commands[0])}</pre>
+<details><summary>Commands of the runs</summary><pre>{html.escape(chr(10).join(commands[1:]))}</pre></details>
+{f'<p class="soft">{credit}</p>' if sweep.paper else ""}
+</body></html>
+"""
+
+
+def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
+    done = sum(row.state == "done" for row in rows)
+    text = f"{done} of {len(rows)} runs are finished."
+    if line := points.fit(points.ours([row for row in rows if row not in others])):
+        text += (f" Log GFLOPs and the Fréchet distance correlate with {line.text()}; tenfold GFLOPs "
+                 f"{'lower' if line.slope < 0 else 'raise'} it by {abs(line.slope):.3g}.")
+    if sweep.paper:
+        text += f" In the paper: {points.fit(points.of_paper()).text()}."
+    return html.escape(text.replace(" -", " \N{MINUS SIGN}"))
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _table(rows: list[Row], others: list[Row]) -> str:
+    head = ("run", "parameters", "GMACs", "training compute, GMACs", "loss", "Fréchet distance", "95 % interval", "time", "state")
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.cost.gmacs, row.name)):
+        fid = _cell(row.fid) + "*" * (row in others)
+        interval = " to ".join(f"{bound:.3g}" for bound in row.fid_interval or ()) or "-"
+        numbers = (row.name, row.cost.parameters, row.cost.gmacs, row.cost.compute_gmacs, row.loss)
+        cells = [*map(_cell, numbers), fid, interval, duration(row.seconds) if row.seconds else "-", row.state]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return ('<div class="wide"><table><thead><tr>' + "".join(f"<th>{name}</th>" for name in head) + "</tr></thead><tbody>"
+            + "".join(lines) + "</tbody></table></div>")
+
+
+def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
+    made = "; ".join(f"{key} {' x '.join(map(str, value)) if isinstance(value, list) else value}"
+                     for key, value in protocol.items()) or "nothing is scored yet"
+    steps = sorted({(row.num_steps, row.batch_size) for row in rows})
+    work = "; ".join(f"{count:,} steps at batch {batch}" for count, batch in steps[:4])
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return "".join(f"<p>{html.escape(text)}</p>" for text in (
+        f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
+        f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
+        f"Scores: {made}. The interval of the table is a bootstrap over the images of one run and knows nothing of other seeds.",
+        "GMACs are multiply-adds of one forward of one image, counted from the architecture; the paper prints them as Gflops. "
+        "Time is training, sampling and scoring of a run, whatever else the machine did.",
+        _origin(rows),
+        f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} cores, "
+        f"with {software}."))
+
+
+def _origin(rows: list[Row]) -> str:
+    """When, on what and by which code the runs were made, as far as their folders tell."""
+    def distinct(values):
+        return ", ".join(sorted({str(value) for value in values if value}))
+
+    starts = [start for row in rows for start in row.starts]
+    dates = sorted(start["started"][:16].replace("T", " ") for start in starts)
+    when = f"started here from {dates[0]} to {dates[-1]} UTC" if dates else "trained elsewhere"
+    devices = distinct(f"{row.origin['num_devices']} x {row.origin['device']}" for row in rows if "device" in row.origin)
+    found = {"on": distinct(start.get("machine") for start in starts), "JAX devices": devices,
+             "commit": distinct(row.origin.get("commit") for row in rows),
+             "jax": distinct(row.origin.get("versions", {}).get("jax") for row in rows)}
+    return "; ".join([f"Runs: {when}", *(f"{name} {text}" for name, text in found.items() if text)]) + "."

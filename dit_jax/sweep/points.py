@@ -1,0 +1,76 @@
+"""Rows of a sweep as the points of its figures: repetitions with other seeds together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_jax.sweep import paper
+from dit_jax.sweep.collect import Row
+from dit_jax.sweep.fits import Fit, log_linear
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model.
+
+    Fields:
+        gmacs, compute_gmacs: see `cost.Cost`.
+        fids: one per seed.
+        interval: of the FID of a lone seed, by the bootstrap over its images, if it was taken.
+    """
+
+    name: str
+    family: str
+    patch: int | None
+    gmacs: float
+    compute_gmacs: float
+    fids: tuple[float, ...]
+    interval: tuple[float, float] | None = None
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return self.interval if len(self.fids) == 1 and self.interval else (min(self.fids), max(self.fids))
+
+    @property
+    def fid(self) -> float:
+        return float(np.mean(self.fids))
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Repetitions of each model, models by GMACs."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.cost.gmacs, row.cost.compute_gmacs)):
+        found.setdefault(row.group, []).append(row)
+    return found
+
+
+def labels(rows: Sequence[Row]) -> dict[str, str]:
+    """{group: what figures call it}: the variant where that tells all groups apart."""
+    variants = {row.group: row.variant for row in rows}
+    return variants if len(set(variants.values())) == len(variants) else {group: group for group in variants}
+
+
+def ours(rows: Sequence[Row]) -> list[Point]:
+    """A point for every model with a FID."""
+    names = labels(rows)
+    scored = groups([row for row in rows if row.fid is not None])
+    return [Point(names[group], found[0].family, found[0].patch, found[0].cost.gmacs, found[0].cost.compute_gmacs,
+                  tuple(row.fid for row in found), found[0].fid_interval) for group, found in scored.items()]
+
+
+def of_paper() -> list[Point]:
+    compute = paper.BATCH_SIZE * paper.NUM_STEPS * 3
+    return [Point(name, name.split("/")[0], int(name.split("/")[1]), gmacs, gmacs * compute, (fid,))
+            for name, (gmacs, fid) in paper.FIDS.items()]
+
+
+def fit(points: Sequence[Point], by: str = "gmacs") -> Fit | None:
+    """Mean FID of each model against its GMACs or training compute."""
+    return log_linear([getattr(point, by) for point in points], [point.fid for point in points])
+
+
+def comparable(protocol: dict) -> bool:
+    """Whether FIDs of this protocol may share an axis with the paper's."""
+    return (protocol.get("features") == paper.FEATURES and protocol.get("images") == paper.NUM_IMAGES
+            and protocol.get("guidance") in (None, 1.0))

@@ -1,0 +1,97 @@
+"""The report of a sweep: tables as files, the figures as files of their own, and one HTML page that needs none of them."""
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit_jax.runtime.console import say
+from dit_jax.sweep import collect, figures, page, points, style
+from dit_jax.sweep.collect import Row
+from dit_jax.sweep.cost import Cost
+from dit_jax.sweep.folder import Folder
+from dit_jax.sweep.grid import Run, Sweep
+from dit_jax.sweep.local import main_command
+
+
+@dataclass(frozen=True)
+class Written:
+    """done: how many runs have a result.  files: {"report", "results", "csv": path, "figures": paths}."""
+
+    done: int
+    files: dict
+
+
+def check_possible(sweep: Sweep, sweep_file: str):
+    """Raises a UserError for what would keep the report from being written: before hours of training."""
+    style.pyplot()
+    reference(sweep, sweep_file)
+
+
+def reference(sweep: Sweep, sweep_file: str) -> dict[str, list[tuple[int, float]]]:
+    if not sweep.reference_curves:
+        return {}
+    return collect.read_curves(Path(sweep_file).expanduser().parent / sweep.reference_curves)
+
+
+def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], folder: Folder, command: str) -> Written:
+    """Collects what there is and writes results.json, results.csv, curves.csv, figures/ and report.html.
+
+    Runs that are not finished are in the table and not in the figures of scores.
+    """
+    rows = [collect.read(run, cost, sweep.samplers, folder) for run, cost in zip(runs, costs, strict=True)]
+    files = collect.write(rows, folder.path)
+    protocol, others = collect.shared_protocol(rows)
+    compared = [row for row in rows if row not in others]
+    plt = style.pyplot()
+    with plt.rc_context(style.SETTINGS):
+        drawn = draw(sweep, rows, compared, protocol, reference(sweep, sweep_file))
+        parts, paths = [], []
+        for number, (name, (figure, caption)) in enumerate(drawn.items(), 1):
+            paths += style.save(figure, folder.path / "figures", name)
+            parts.append(page.figure(number, name, figure, caption, folder.path))
+            plt.close(figure)
+    commands = [command, *(shlex.join(["python", *main_command(run, folder.of(run))]) for run in runs)]
+    text = page.write(sweep, rows, others, protocol, commands, parts)
+    file = folder.path / "report.html"
+    partial = file.with_name(".report.html.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+    done = sum(row.state == "done" for row in rows)
+    say(f"{done} of {len(rows)} runs are in the report: {file}")
+    return Written(done, {"report": str(file), **files, "figures": [str(path) for path in paths]})
+
+
+def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, curves: dict) -> dict:
+    """{name: (figure, caption)} of what there is to show."""
+    found = {}
+    beside = "the paper's own models are " + ("hollow." if points.comparable(protocol) else
+                                              "on axes of their own: another metric.") if sweep.paper else ""
+    if any(row.fid is not None for row in compared):
+        several = len({row.seed for row in rows}) > 1
+        seeds = "A marker is the mean over seeds, the line through it spans them. " if several else (
+            "The line through a marker is the 95 % bootstrap interval over its images. " if any(
+                row.fid_interval for row in compared) else "")
+        found["fid_gflops"] = figures.fid_against("gmacs", compared, protocol, sweep.paper), (
+            f"Quality against the compute of one forward. {seeds}Dashed: least squares in log GFLOPs; r is Pearson's "
+            f"correlation, its interval by Fisher's z. {beside.capitalize()}")
+        found["fid_training_compute"] = figures.fid_against("compute_gmacs", compared, protocol, sweep.paper), (
+            "Quality of the finished models against their total training compute: GMACs x batch size x steps x 3.")
+    early, odd = collect.shared_protocol(rows, "fid_curve_protocol")
+    if figure := figures.fid_while_training([row for row in rows if row not in odd], early):
+        found["fid_while_training"] = figure, (
+            "Quality of the moving average while it trains against the compute spent until then, a line per run. These scores "
+            f"are cheaper than the final ones and not to be compared with them: {early.get('images', 0):,} images, "
+            f"{early.get('sampler')} with {early.get('steps')} steps.")
+    if figure := figures.sampling_compute(compared, protocol):
+        found["fid_sampling_compute"] = figure, (
+            "Quality against the compute of drawing one image: the finished models, sampled with other numbers of steps.")
+    if figure := figures.loss_curves(rows, curves):
+        found["loss"] = figure, (
+            "Training loss; what lies above the axis is cut off. Models with other patch sizes or targets have losses of their "
+            "own.")
+    if figure := figures.sample_grid(rows):
+        found["samples"] = figure, (
+            "Samples from the moving-average weights, not chosen: the first of each model's final samples. A column has one seed "
+            "and one label; rows from the smallest to the largest model.")
+    return found

@@ -1,0 +1,171 @@
+"""An autoencoder's training step: L1, KL, perceptual distance and a patch discriminator, as pure functions of arrays.
+
+B batch, H x W x C images, h x w x c latents, n = H W C.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dit_jax.codecs.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
+from dit_jax.codecs.kl_vae import KLVAE, split_moments
+from dit_jax.codecs.macs import gmacs
+from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
+from dit_jax.errors import UserError
+from dit_jax.parallel.rules import AUTOENCODER_RULES
+from dit_jax.pixels import to_float
+from dit_jax.tasks.state import TrainState, check_offload, count_parameters
+from dit_jax.tasks.task import accumulate, moving_average, named_key, only_if, step_sums
+
+
+@dataclass(frozen=True)
+class AutoencoderTask:
+    """Trains a KL autoencoder, alone or against a patch discriminator.
+
+    The loss of an image is  mean |x - y| + perceptual_weight LPIPS(x, y) + kl_weight KL / n + lambda discriminator_weight g(y),
+    with y decoded from one posterior sample, g the generator's loss, and lambda the ratio of the gradient norms of the first
+    two terms and of g at the decoder's last layer. The weights are those of latent diffusion's code: its loss is this one
+    times n. The discriminator learns by the hinge loss from the same images and y, in the same step; it starts, for both
+    sides, at discriminator_start_step, and until then costs nothing.
+
+    constants: {"perceptual": weights of LPIPS} where perceptual_weight is not zero.
+    batch: {"image": uint8[B, H, W, C]}.
+    State: params {"codec": ..., "discriminator": ...}, the moving average of the codec alone, opt_state as params.
+
+    Source: Rombach et al. 2022, appendix G; Esser et al. 2021 (VQGAN), equations 6 and 7.
+
+    Raises:
+        UserError: a weight or step out of range.
+    """
+
+    codec: KLVAE
+    optimizer: optax.GradientTransformation
+    resolution: int
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 0.0
+    discriminator: PatchDiscriminator | None = None
+    discriminator_weight: float = 0.0
+    discriminator_start_step: int = 0
+    ema_decay: float = 0.999
+    microbatches: int = 1
+    zero1: bool = False
+    offload: str = "none"
+
+    rules = AUTOENCODER_RULES
+
+    def __post_init__(self):
+        for name in ("kl_weight", "perceptual_weight", "discriminator_weight", "discriminator_start_step"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"task.{name} is {getattr(self, name)}; it must be at least 0 (0 turns it off)")
+        check_offload(self.offload)
+        self.codec.latent_shape(self.resolution)
+        if self.perceptual_weight and self.resolution < SMALLEST_SIDE:
+            raise UserError(f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "
+                            f"{SMALLEST_SIDE} pixels, not {self.resolution}; set it to 0")
+        if self.discriminator is not None and self.resolution < self.discriminator.smallest_side:
+            raise UserError(f"task.discriminator.num_layers is {self.discriminator.num_layers}, which needs images of at least "
+                            f"{self.discriminator.smallest_side} pixels, not {self.resolution}; lower it, or set "
+                            "task.discriminator_weight to 0")
+
+    def init(self, key) -> TrainState:
+        params = {"codec": self.codec.init(named_key(key, "codec"))}
+        if self.discriminator is not None:
+            side, channels = self.resolution, self.codec.image_channels
+            images = jnp.zeros((1, side, side, channels))
+            params["discriminator"] = self.discriminator.init(named_key(key, "discriminator"), images)["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params={"codec": jax.tree.map(lambda x: x.astype(jnp.float32), params["codec"])},
+            opt_state={name: self.optimizer.init(part) for name, part in params.items()},
+        )
+
+    def encode(self, codec_params, images, noise):
+        """(the posterior sample that the noise picks, as latents; KL [B] of the posterior to N(0, 1), summed)."""
+        mean, log_variance = split_moments(self.codec.encode(codec_params, images))
+        sample = mean + jnp.exp(0.5 * log_variance) * noise
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum((1, 2, 3))
+        return (sample - self.codec.shift) * self.codec.scale, kl
+
+    def fidelity(self, constants, images, decoded):
+        """(mean over the batch of L1 plus the weighted perceptual distance, both per image)."""
+        parts = {"l1": jnp.abs(images - decoded).mean((1, 2, 3))}
+        total = parts["l1"]
+        if self.perceptual_weight:
+            parts["perceptual"] = lpips(constants["perceptual"], images, decoded, self.codec.dtype)
+            total = total + self.perceptual_weight * parts["perceptual"]
+        return total.mean(), parts
+
+    def adversarial(self, params, images, decoded, fidelity_gradient, to_last_layer):
+        """One turn of the game: (gradient at the decoded images, of the discriminator's parameters, numbers to report).
+
+        fidelity_gradient: [B, H, W, C]; to_last_layer turns such a gradient into that of the decoder's last kernel.
+        """
+        def judge(discriminator_params, x):
+            return self.discriminator.apply({"params": discriminator_params}, x)
+
+        def discriminator_loss(discriminator_params):
+            real, fake = judge(discriminator_params, images), judge(discriminator_params, decoded)
+            return hinge_discriminator_loss(real, fake), (real.mean(), fake.mean())
+
+        (loss, (real, fake)), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(params)
+        fooling, gradient = jax.value_and_grad(lambda x: generator_loss(judge(params, x)))(decoded)
+        weight = self.discriminator_weight * adaptive_weight(to_last_layer(fidelity_gradient), to_last_layer(gradient))
+        return weight * gradient, grads, {"generator": fooling, "discriminator": loss, "adversarial_weight": weight,
+                                          "logit_real": real, "logit_fake": fake}
+
+    def gradients(self, params, constants, images, noise, playing):
+        """(gradients of params, values [B]); playing: whether the discriminator has started, bool scalar."""
+        (latents, kl), to_encoder = jax.vjp(lambda p: self.encode(p, images, noise), params["codec"])
+        decoded, to_decoder = jax.vjp(self.codec.decode, params["codec"], latents)
+        (_, parts), gradient = jax.value_and_grad(lambda y: self.fidelity(constants, images, y), has_aux=True)(decoded)
+        grads, kl_weight = {}, self.kl_weight / images[0].size
+        values = {"loss": parts["l1"] + self.perceptual_weight * parts.get("perceptual", 0.0) + kl_weight * kl, **parts, "kl": kl}
+        if self.discriminator is not None:
+            def with_last(kernel):
+                decoder = params["codec"]["decoder"]
+                decoder = decoder | {"conv_out": decoder["conv_out"] | {"kernel": kernel}}
+                return self.codec.decode({"decoder": decoder}, latents)
+
+            _, to_last_layer = jax.vjp(with_last, params["codec"]["decoder"]["conv_out"]["kernel"])
+
+            def play():
+                return self.adversarial(params["discriminator"], images, decoded, gradient, lambda g: to_last_layer(g)[0])
+
+            def wait():
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(play))
+
+            push, grads["discriminator"], numbers = jax.lax.cond(playing, play, wait)
+            gradient = gradient + push
+            values |= {name: jnp.broadcast_to(x, kl.shape) for name, x in numbers.items()}
+        decoder_grads, latent_gradient = to_decoder(gradient)
+        encoder_grads, = to_encoder((latent_gradient, jnp.full_like(kl, kl_weight / len(kl))))
+        grads["codec"] = jax.tree.map(jnp.add, decoder_grads, encoder_grads)
+        return grads, values
+
+    def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
+        images = to_float(batch["image"])
+        latent_shape = self.codec.latent_shape(self.resolution)
+        inputs = {"images": images, "noise": jax.random.normal(named_key(key, "posterior"), (len(images), *latent_shape))}
+        playing = state.step >= self.discriminator_start_step
+        grads, values = accumulate(lambda part: self.gradients(state.params, constants, **part, playing=playing), inputs,
+                                   self.microbatches)
+        grad_norm = optax.tree.norm(grads["codec"])
+        finite = jnp.isfinite(sum(x.mean() for x in values.values())) & jnp.isfinite(optax.tree.norm(grads))
+        params, opt_state = {}, {}
+        for name, part in state.params.items():
+            updates, opt_state[name] = self.optimizer.update(grads[name], state.opt_state[name], part)
+            params[name] = optax.apply_updates(part, updates)
+        ema_params = {"codec": moving_average(state.ema_params["codec"], params["codec"], self.ema_decay)}
+        new = TrainState(state.step + 1, params, ema_params, opt_state)
+        return only_if(finite, new, state), step_sums(values, {"grad_norm": grad_norm}, finite)
+
+    def description(self) -> list[str]:
+        params = jax.eval_shape(self.init, jax.random.key(0)).params
+        sizes = ", ".join(f"{name} {count_parameters(part) / 1e6:.2f} M" for name, part in params.items())
+        encode, decode = gmacs(self.codec, self.resolution)
+        latent = " x ".join(map(str, self.codec.latent_shape(self.resolution)))
+        return [f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; "
+                f"{encode:.3f} GMACs to encode an image, {decode:.3f} to decode"]

@@ -1,0 +1,56 @@
+"""The program of one training step, as the loop runs it, the benchmark times it and the plan compiles it; needs only JAX."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dit_jax.parallel.mesh import replicated
+from dit_jax.tasks.state import on_device
+from dit_jax.tasks.task import Task
+
+
+def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+    """(traced step, sums as ShapeDtypeStructs): (state, sums, constants, batch) -> (state, sums), its first two donated.
+
+    The new state lives where the old one does, in device or in host memory.
+
+    Args:
+        state, constants, batch: arrays, or ShapeDtypeStructs with shardings.
+    """
+    def step(state, sums, constants, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        state, new = task.step(on_device(state), constants, batch, key)
+        return state, jax.tree.map(jnp.add, sums, new)
+
+    def new_sums(state, constants, batch):
+        return task.step(on_device(state), constants, batch, jax.random.key(0))[1]
+
+    with jax.set_mesh(mesh):
+        whole = replicated(mesh)
+        sums = jax.tree.map(lambda x: x.update(sharding=whole), jax.eval_shape(new_sums, state, constants, batch))
+        out = (jax.tree.map(lambda x: x.sharding, state), whole)
+        return jax.jit(step, donate_argnums=(0, 1), out_shardings=out).trace(state, sums, constants, batch), sums
+
+
+def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+    """(compiled step, zero sums, seconds); arguments as `trace_step`."""
+    start = time.monotonic()
+    traced, sums = trace_step(task, mesh, seed, state, constants, batch)
+    with jax.set_mesh(mesh):
+        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), out_shardings=replicated(mesh))
+        compiled = traced.lower().compile()
+    return compiled, zeros, time.monotonic() - start
+
+
+def compile_in_background(*args) -> Future:
+    """`compile_step` in a thread of its own: it asks for the state's shapes alone, which may be created or read meanwhile.
+
+    Who fails meanwhile says so before the thread is waited for.
+    """
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(compile_step, *args)
+    thread.shutdown(wait=False)
+    return future

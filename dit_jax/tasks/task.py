@@ -1,0 +1,102 @@
+"""What the loop trains: the protocol, and what every task shares.
+
+B is the global batch size.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.parallel.rules import Rules
+from dit_jax.tasks.state import TrainState
+
+Sums = dict[str, jax.Array]
+
+
+class Task(Protocol):
+    """One training step as a pure function of arrays; diffusion and autoencoder are two of them.
+
+    `constants` is what a step reads and does not change (weights of a frozen network, a data set that lives on the devices):
+    it travels as an argument, so that it can live sharded on the mesh.
+    """
+
+    @property
+    def rules(self) -> Rules:
+        """How the state is split over the mesh."""
+        ...
+
+    @property
+    def zero1(self) -> bool:
+        """Whether parameters are whole over the fsdp axis and only what is beside them is split."""
+        ...
+
+    @property
+    def offload(self) -> str:
+        """What of the state lives in host memory between steps, a key of `state.OFFLOADS`."""
+        ...
+
+    def init(self, key) -> TrainState: ...
+
+    def step(self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array],
+             key) -> tuple[TrainState, Sums]:
+        """The new state, and sums for averaging: {name: f32[2] (sum, count)}, "loss" and "skipped" among them.
+
+        A step whose loss or gradient is not finite changes nothing but the step count.
+        """
+        ...
+
+    def description(self) -> list[str]:
+        """Lines "name  facts" for the summary that a run begins with."""
+        ...
+
+
+def named_key(key, name: str):
+    """A key that depends on the name alone, not on the order of calls."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def accumulate(gradient: Callable, inputs, parts: int):
+    """(gradients averaged over the parts, per-example values [B]), the parts of the batch one after another.
+
+    Args:
+        gradient: part of the inputs -> (gradients of its mean loss, values [B / parts]).
+        inputs: pytree of [B, ...].
+    """
+    if parts == 1:
+        return gradient(inputs)
+    # Strided parts: a batch split over devices stays where it is.
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), inputs)
+
+    def add(total, part):
+        grads, values = gradient(part)
+        return jax.tree.map(lambda a, b: a + b / parts, total, grads), values
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split))[0]
+    grads, values = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), split)
+    return grads, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1), values)
+
+
+def moving_average(ema_params, params, decay: float):
+    """decay * ema + (1 - decay) * params in float32."""
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema_params, params)
+
+
+def only_if(finite, new: TrainState, old: TrainState) -> TrainState:
+    """The new state, or the old one with the new step count where `finite` is false."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old.replace(step=new.step))
+
+
+def mean_of(values, where):
+    """f32[2]: sum and count of values [B] over where [B]."""
+    return jnp.stack([jnp.where(where, values, 0).sum(), where.sum().astype(jnp.float32)])
+
+
+def step_sums(values: Mapping[str, jax.Array], numbers: Mapping[str, jax.Array], finite) -> Sums:
+    """Sums of per-example values [B] and of one number a step; a skipped step counts only in "skipped"."""
+    sums = {name: mean_of(x, jnp.broadcast_to(finite, x.shape)) for name, x in values.items()}
+    sums |= {name: mean_of(x[None], finite[None]) for name, x in numbers.items()}
+    sums["skipped"] = jnp.stack([1 - finite.astype(jnp.float32), jnp.float32(1)])
+    return sums

@@ -1,0 +1,67 @@
+"""compilation_cache.py: on by default, never in the way."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+# A program that takes long enough to be kept, its first argument donated as in training; prints a result to the last bit.
+PROGRAM = """
+import sys
+from dit_jax import compilation_cache
+compilation_cache.use()
+import jax, jax.numpy as jnp
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+
+def step(x, y):
+    for _ in range(20):
+        x = jnp.tanh(x @ y) + x
+    return x, x.sum()
+
+x = jax.random.normal(jax.random.key(0), (32, 32))
+x, total = jax.jit(step, donate_argnums=0)(x, x * 0.1)
+print(len(hits), float(total).hex())
+"""
+
+
+def start(home, **environment):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    process = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                             env=kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu", **environment})
+    assert process.returncode == 0, process.stderr
+    hits, total = process.stdout.split()
+    return int(hits), total, process.stderr
+
+
+KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def test_second_start_reads_what_the_first_compiled(tmp_path):
+    """A cache that is never hit, gives other numbers, or ends the program over a broken entry."""
+    hits, total, _ = start(tmp_path, **KEEP_ALL)
+    (folder,) = (tmp_path / ".cache" / "dit_jax" / "xla").iterdir()
+    assert hits == 0 and list(folder.glob("jit_step*"))
+    assert start(tmp_path, **KEEP_ALL)[:2] == (len(list(folder.glob("*-cache"))), total)
+    for entry in folder.iterdir():
+        entry.write_bytes(b"garbage")
+    hits, again, _ = start(tmp_path, **KEEP_ALL)
+    assert hits == 0 and again == total
+
+
+@pytest.mark.parametrize("kind", ["small programs", "off", "elsewhere", "unwritable"])
+def test_where_nothing_is_kept(tmp_path, kind):
+    """A home flooded with tiny programs; a switch that does nothing; a start that fails because a folder cannot be written."""
+    environment = {"small programs": {}, "off": {**KEEP_ALL, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+                   "elsewhere": {**KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")}, "unwritable": KEEP_ALL}[kind]
+    home = tmp_path / "home"
+    if kind == "unwritable":
+        home.touch()
+    hits, _, stderr = start(home, **environment)
+    assert hits == 0 and not [path for path in (home / ".cache").rglob("*") if path.is_file()]
+    assert any((tmp_path / "other").glob("jit_step*")) == (kind == "elsewhere")
+    assert ("cannot be written" in stderr) == (kind == "unwritable")
+    if kind == "unwritable":
+        assert len(stderr.splitlines()) == 1

@@ -1,0 +1,28 @@
+"""Run folders as a training leaves them, made without training; configs read from their files."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from paths import ROOT
+
+from dit_jax.convert import formats
+from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.run_folder import Workdir
+
+
+def save_run(folder, config, seed):
+    """A run's folder with a checkpoint whose moving average is random, as if trained."""
+    rng = np.random.default_rng(seed)
+    average = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), formats.network_params(config))
+    with Workdir(folder, config), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
+        checkpointer.save(1, {"ema_params": average, "params": {"unused": jnp.zeros(1)}}, {})
+
+
+def load_config(name, *args):
+    """The config of configs/<name>.py, called with its argument."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)

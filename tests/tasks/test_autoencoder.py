@@ -1,0 +1,145 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dit_jax import build
+from dit_jax.codecs.kl_vae import split_moments
+from dit_jax.errors import UserError
+from dit_jax.parallel.mesh import make_mesh, shard_batch
+from dit_jax.pixels import to_float
+from dit_jax.tasks.compiled_step import compile_step
+from dit_jax.tasks.state import abstract_state
+from dit_jax.tasks.task import named_key
+
+MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((8, 1, 1), (1, 4, 2)))]
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
+BATCH = {"image": IMAGES, "label": np.zeros(16, np.int32)}
+# The discriminator plays from step 1 on. Compiling is nearly all of the time: the tests share their programs.
+FIELDS = {"task__kl_weight": 0.1, "task__discriminator_start_step": 1}
+
+
+@functools.cache
+def task_of(**fields):
+    return build.task(tiny.autoencoder(**FIELDS | fields))
+
+
+@functools.cache
+def program(shape=(1, 1, 1), **fields):
+    """state, on the host -> (state, sums) after the step that the training loop takes with seed 0, on a mesh of that shape."""
+    task, mesh = task_of(**fields), make_mesh(*shape, jax.devices()[: math.prod(shape)])
+    like, batch = abstract_state(task, mesh), shard_batch(mesh, BATCH)
+    step, zeros, _ = compile_step(task, mesh, 0, like, {}, batch)
+
+    def run(state):
+        placed = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x, s.dtype), s.sharding), state, like)
+        return jax.device_get(step(placed, zeros(), {}, batch))
+    return run
+
+
+@functools.cache
+def gradients():
+    return jax.jit(task_of().gradients)
+
+
+def randomized(step=1, **fields):
+    """A state whose weights are not those of an initialisation; without a discriminator, the codec's are the same."""
+    like = jax.eval_shape(task_of(**fields).init, jax.random.key(0))
+    rng = np.random.default_rng(7)
+    params = jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype), like.params)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    average = {"codec": jax.tree.map(lambda x: x + 0.01, params["codec"])}
+    return zeros.replace(step=np.asarray(step, like.step.dtype), params=params, ema_params=average)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_one_device_is_every_mesh(shape):
+    """A split of the convolutions under which XLA gives other numbers; a batch norm or mean taken per device."""
+    state, sums = program()(randomized())
+    sharded, sharded_sums = program(shape)(randomized())
+    # Adam's moments are the gradient. Biases before a norm have none: what they hold is rounding.
+    assert tiny.distance(sharded.opt_state, state.opt_state, floor=1e-4) < 1e-4
+    assert tiny.distance(sharded.ema_params, state.ema_params) < 1e-5
+    assert tiny.distance(sharded_sums, sums) < 1e-4
+
+
+def test_gradient_is_that_of_the_stated_loss():
+    """A term that is dropped, doubled or divided by the wrong count on its way through the hand-made backward pass."""
+    task, params = task_of(), randomized().params
+    images, noise = to_float(IMAGES), jax.random.normal(jax.random.key(3), (16, 4, 4, 2))
+
+    def terms(codec_params):
+        mean, log_variance = split_moments(task.codec.encode(codec_params, images))
+        decoded = task.codec.decode(codec_params, mean + jnp.exp(log_variance / 2) * noise)
+        kl = (0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance)).sum() / images.size
+        fooled = -task.discriminator.apply({"params": params["discriminator"]}, decoded).mean()
+        return jnp.stack([jnp.abs(images - decoded).mean(), kl, fooled])
+
+    def last(gradient):
+        return float(jnp.linalg.norm(gradient["decoder"]["conv_out"]["kernel"]))
+
+    (found_l1, found_kl, _), each = jax.jit(lambda p: (terms(p), jax.jacrev(terms)(p)))(params["codec"])
+    l1, kl, fooled = (jax.tree.map(lambda x, i=i: x[i], each) for i in range(3))
+    weight = 0.5 * last(l1) / (last(fooled) + 1e-4)
+    wanted = jax.tree.map(lambda a, b, c: a + 0.1 * b + weight * c, l1, kl, fooled)
+    found, values = gradients()(params, {}, images, noise, True)
+    assert tiny.distance(found["codec"], wanted, floor=1e-4) < 1e-4
+    np.testing.assert_allclose(values["adversarial_weight"][0], weight, rtol=1e-4)
+    np.testing.assert_allclose(values["loss"].mean(), found_l1 + 0.1 * found_kl, rtol=1e-5)
+
+
+def test_discriminator_waits_for_its_step():
+    """A game that begins at once, where the autoencoder's first blurred images would win it for the discriminator."""
+    state, none = randomized(step=0), {"task__discriminator_weight": 0.0}
+    first, sums = program()(state)
+    assert tiny.distance(first.params["discriminator"], state.params["discriminator"]) == 0
+    assert sums["adversarial_weight"][0] == 0
+    expected, _ = program(**none)(randomized(step=0, **none).replace(params={"codec": state.params["codec"]}))
+    assert tiny.distance(first.params["codec"], expected.params["codec"]) < 1e-5
+    second, sums = program()(first)
+    assert tiny.distance(second.params["discriminator"], first.params["discriminator"]) > 0
+    assert sums["adversarial_weight"][0] > 0
+
+
+def test_microbatches_change_nothing():
+    """Gradients that are summed instead of averaged, or other noise per part."""
+    none = {"task__discriminator_weight": 0.0}
+    (whole, sums), (parts, part_sums) = (program(**none, **more)(randomized(**none)) for more in ({}, {"microbatches": 4}))
+    assert tiny.distance(parts.opt_state, whole.opt_state, floor=1e-4) < 1e-4
+    assert tiny.distance(part_sums, sums) < 1e-5
+
+
+def test_skips_a_step_that_is_not_finite():
+    """A NaN of the discriminator alone that reaches the moments, or the autoencoder through its push."""
+    state = randomized()
+    state.params["discriminator"]["conv_out"]["bias"] += np.nan
+    new, sums = program()(state)
+    assert new.step == state.step + 1 and sums["skipped"][0] == 1 and sums["loss"][1] == 0
+    assert tiny.distance(new.params["codec"], state.params["codec"]) == 0
+    assert tiny.distance(new.opt_state, state.opt_state) == 0
+
+
+def test_posterior_is_sampled_anew():
+    """Training on the posterior's mean, or with one noise for all steps: the decoder would never meet the noise it must bear."""
+    losses = [float(program()(randomized(step))[1]["l1"][0]) for step in (1, 2)]
+    noise = jax.random.normal(named_key(jax.random.fold_in(jax.random.key(0), 1), "posterior"), (16, 4, 4, 2))
+    _, values = gradients()(randomized().params, {}, to_float(IMAGES), noise, True)
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(values["l1"].sum(), losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"task__kl_weight": -1.0}, "kl_weight is -1.0"),
+    ({"task__perceptual_weight": 1.0}, "LPIPS needs images of at least 16"),
+    ({"task__discriminator": {"base_features": 8, "num_layers": 3, "norm_groups": 4}}, "num_layers is 3"),
+    ({"transform__channels": 3}, "must be equal"),
+    ({"transform__resolution": 9}, "not a positive multiple"),
+])
+def test_bad_values(changes, text):
+    """A mistake that is only found when the first batch reaches the network, or never."""
+    with pytest.raises(UserError, match=text):
+        build.task(tiny.autoencoder(**changes))

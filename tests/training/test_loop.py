@@ -1,0 +1,199 @@
+import json
+import logging as python_logging
+import threading
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from dit_jax.errors import UserError
+from dit_jax.storage.run_folder import Workdir
+from dit_jax.tasks.diffusion import DiffusionTask
+from dit_jax.training import loop
+from dit_jax.training.loop import train
+from dit_jax.training.meter import Diverged
+
+python_logging.getLogger("absl").setLevel(python_logging.ERROR)
+
+
+def leaves(run):
+    return [np.asarray(x) for x in jax.tree.leaves(run.state)]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps without a break."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return train(tiny.config(num_steps=6), workdir), workdir
+
+
+def test_six_steps_are_three_and_three(whole, tmp_path):
+    """State that a checkpoint forgets, a batch or key that depends on how often the run was started; bit for bit."""
+    first = train(tiny.config(num_steps=3), tmp_path / "run")
+    assert int(first.state.step) == 3 and not first.stopped
+    second = train(tiny.config(num_steps=6), tmp_path / "run")
+    for a, b in zip(leaves(second), leaves(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(tmp_path / "run")[-1] == losses(whole[1])[-1]
+    steps = [step for step, _ in losses(tmp_path / "run")]
+    assert steps == sorted(set(steps))
+
+
+def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
+    """A step that is compiled only once the state is there, so that a start takes the sum of both times."""
+    compiled, background, create = threading.Event(), loop.compile_in_background, loop.restore_or_create
+
+    def compiling(*args):
+        program = background(*args)
+        program.add_done_callback(lambda _: compiled.set())
+        return program
+
+    def creating(*args):
+        assert compiled.wait(120)
+        return create(*args)
+
+    monkeypatch.setattr(loop, "compile_in_background", compiling)
+    monkeypatch.setattr(loop, "restore_or_create", creating)
+    assert int(train(tiny.config(num_steps=1), tmp_path / "run").state.step) == 1
+
+
+def test_nothing_to_train_compiles_nothing(whole, monkeypatch):
+    """A finished run that compiles its step again at every start."""
+    compiled = []
+    monkeypatch.setattr(loop, "compile_in_background", lambda *args: compiled.append(args))
+    assert int(train(tiny.config(num_steps=6), whole[1]).state.step) == 6 and not compiled
+
+
+def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
+    """Records of lost steps that stay in the curve; a crash that leaves the folder locked or unusable."""
+    real, calls = loop.shard_batch, []
+
+    def crash(mesh, batch):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("power cut")
+        return real(mesh, batch)
+
+    monkeypatch.setattr(loop, "shard_batch", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tiny.config(num_steps=6, log__every_steps=1), tmp_path / "run")
+    run = train(tiny.config(num_steps=6, log__every_steps=1), tmp_path / "run")
+    for a, b in zip(leaves(run), leaves(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_goes_on_on_another_mesh(whole, tmp_path):
+    """A checkpoint that can only be restored onto the mesh that wrote it."""
+    train(tiny.config(num_steps=3, mesh__fsdp=4, mesh__tensor=2), tmp_path / "run")
+    run = train(tiny.config(num_steps=6, mesh__fsdp=2), tmp_path / "run")
+    assert tiny.distance(run.state.ema_params, whole[0].state.ema_params) < 1e-3
+
+
+def test_stop_signal_saves(tmp_path, monkeypatch):
+    """SIGTERM that loses steps: the state must be saved at the step that was reached, and the run must say it stopped."""
+    monkeypatch.setattr(loop.StopSignal, "requested", lambda self, step: step == 2)
+    run = train(tiny.config(num_steps=6), tmp_path / "run")
+    assert run.stopped and (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    monkeypatch.undo()
+    assert int(train(tiny.config(num_steps=4), tmp_path / "run").state.step) == 4
+
+
+def test_finished_run_trains_no_more(whole):
+    """A second call of a finished run that trains on, or fails."""
+    run = train(tiny.config(num_steps=6), whole[1])
+    for a, b in zip(leaves(run), leaves(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_diverged_run_stops(tmp_path, monkeypatch):
+    """A run that goes on with NaN for days, or one bad step that ends it."""
+    monkeypatch.setattr(DiffusionTask, "loss", nan_loss(DiffusionTask.loss))
+    with pytest.raises(Diverged, match=r"not finite for the last 1\d steps"):
+        train(tiny.config(num_steps=30), tmp_path / "run")
+
+
+def nan_loss(real):
+    def loss(self, params, x0, noise, t, cond):
+        value, parts = real(self, params, x0, noise, t, cond)
+        return value * np.nan, {name: part * np.nan for name, part in parts.items()}
+    return loss
+
+
+def test_other_config_is_refused(whole):
+    """A folder that silently goes on with another model, data set or seed."""
+    with pytest.raises(UserError, match=r"model.width: 32 -> 64(.|\n)*seed: 0 -> 1"):
+        train(tiny.config(model__width=64, seed=1), whole[1])
+
+
+def test_other_data_is_refused(whole, monkeypatch):
+    """A data set that changed under the run."""
+    monkeypatch.setattr("dit_jax.data.sources.fingerprint", lambda **facts: "another")
+    with pytest.raises(UserError, match="data set has changed"):
+        train(tiny.config(num_steps=8), whole[1])
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Two processes that write checkpoints into one folder."""
+    with (Workdir(tmp_path / "run", tiny.config()), pytest.raises(UserError, match="another process is training"),
+          Workdir(tmp_path / "run", tiny.config())):
+        pass
+
+
+@pytest.mark.parametrize("overrides, text", [
+    ({"batch_size": 12}, "not a multiple of mesh.data x mesh.fsdp"),
+    ({"mesh__data": 16}, "there are 8"),
+    ({"model__num_classes": 9}, "--config.model.num_classes=10"),
+    ({"data__name": "folder", "data__path": "/nowhere"}, "does not exist"),
+    ({"data__name": "folder", "data__path": "", "data__split": ""}, "data.path is empty"),
+    ({"data__split": "val"}, "no split"),
+    ({"preview__every_steps": 5, "preview__num_images": 0}, "preview.num_images is 0"),
+    ({"log__every_steps": 0}, "log.every_steps is 0"),
+    ({"log__watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
+    ({"profile__num_steps": 9}, "does not lie within 0 to num_steps = 6"),
+    ({"seed": -1}, "seed is -1"),
+    ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
+    ({"loader__num_threads": 0}, "num_threads=0"),
+])
+def test_refused_before_any_work(tmp_path, overrides, text):
+    """A mistake that leaves a half-made workdir behind."""
+    with pytest.raises(UserError, match=text):
+        train(tiny.config(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_binds_nobody(tmp_path):
+    """A folder that refuses the corrected config because a start failed before its first checkpoint."""
+    with Workdir(tmp_path / "run", tiny.config(seed=5)):
+        pass
+    with Workdir(tmp_path / "run", tiny.config()) as folder:
+        assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A stack trace for a mistyped --workdir."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), Workdir(tmp_path / "file" / "run", tiny.config()):
+        pass
+
+
+def test_preview_and_records(tmp_path):
+    """A preview that is not written, is not from the step it names, or is missing from the TensorBoard events."""
+    train(tiny.config(num_steps=2, preview__every_steps=2, preview__num_images=20), tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "00000002.png").is_file()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["width"] == 32
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "loss" in row]
+    assert {"loss", "mse", "vb", "grad_norm", "images_per_second", "skipped", "loss_t0.00", "data_wait_seconds",
+            "checkpoint_seconds"} <= row.keys()
+    assert 0 < row["step_seconds_p50"] <= row["step_seconds_p99"]
+    compiled, _, shown, last = rows
+    assert compiled["compile_seconds"] > 0 and shown["preview_seconds"] > 0
+    assert 0 < last["goodput"] < 1 and last["idle_preview_seconds"] > 0.5 * shown["preview_seconds"]
