@@ -38,8 +38,7 @@ TABLES = {
     "model": {"dit": DiT},
     "process": {"gaussian": Gaussian, "flow": Flow},
     "codec": {"pixels": Pixels, "kl_vae": KLVAE},
-    "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS, "tars": TarShards,
-             "latents": LatentCache},
+    "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS, "tars": TarShards, "latents": LatentCache},
     "transform": {"image": ImageTransform},
     "optimizer": {"adamw": adamw},
     "sampler": samplers.CLASSES,
@@ -68,8 +67,11 @@ def construct(section: str, fields: Mapping, **more):
     unknown = [key for key in fields if key not in parameters]
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in fields]
     if unknown or missing:
-        raise UserError(f"{section} {name!r} has no field {', '.join(unknown)}" if unknown else
-                        f"{section} {name!r} needs the field {', '.join(missing)}")
+        raise UserError(
+            f"{section} {name!r} has no field {', '.join(unknown)}"
+            if unknown
+            else f"{section} {name!r} needs the field {', '.join(missing)}"
+        )
     return table[name](**fields)
 
 
@@ -92,11 +94,14 @@ def latent_shape(config) -> tuple[int, int, int]:
     """
     c, resolution, patch = codec(config), config.transform.resolution, config.model.patch_size
     if c.image_channels != config.transform.channels:
-        raise UserError(f"transform.channels = {config.transform.channels} and the codec's image_channels = "
-                        f"{c.image_channels} must be equal")
+        raise UserError(
+            f"transform.channels = {config.transform.channels} and the codec's image_channels = {c.image_channels} must be equal"
+        )
     if patch < 1 or resolution < 1 or resolution % (c.downsample * patch):
-        raise UserError(f"resolution {resolution} is not a multiple of codec {c.downsample} x patch {patch} = "
-                        f"{c.downsample * patch}; change transform.resolution or model.patch_size")
+        raise UserError(
+            f"resolution {resolution} is not a multiple of codec {c.downsample} x patch {patch} = "
+            f"{c.downsample * patch}; change transform.resolution or model.patch_size"
+        )
     return resolution // c.downsample, resolution // c.downsample, c.latent_channels
 
 
@@ -124,14 +129,26 @@ def check_numbers(config):
 def task(config):
     """The training task; checks all that can be checked without data or devices."""
     check_numbers(config)
-    shared = {"codec": codec(config), "optimizer": construct("optimizer", config.optimizer), "ema_decay": config.ema_decay,
-              "microbatches": config.microbatches, "zero1": config.mesh.get("zero1", False),
-              "offload": config.mesh.get("offload", "none")}
+    shared = {
+        "codec": codec(config),
+        "optimizer": construct("optimizer", config.optimizer),
+        "ema_decay": config.ema_decay,
+        "microbatches": config.microbatches,
+        "zero1": config.mesh.get("zero1", False),
+        "offload": config.mesh.get("offload", "none"),
+    }
     if config.task.name == "autoencoder":
         fields = {k: v for k, v in config.task.items() if k != "perceptual_path"} | {"discriminator": discriminator(config)}
         return construct("task", fields, **shared, resolution=config.transform.resolution)
-    return construct("task", config.task, **shared, network=network(config), process=construct("process", config.process),
-                     latent_shape=latent_shape(config), num_classes=config.model.num_classes)
+    return construct(
+        "task",
+        config.task,
+        **shared,
+        network=network(config),
+        process=construct("process", config.process),
+        latent_shape=latent_shape(config),
+        num_classes=config.model.num_classes,
+    )
 
 
 def discriminator(config) -> PatchDiscriminator | None:
@@ -143,8 +160,10 @@ def discriminator(config) -> PatchDiscriminator | None:
     if config.codec.name == "pixels":
         raise UserError("codec.name is 'pixels', which has nothing to train; name an autoencoder, such as kl_vae")
     if config.codec.image_channels != config.transform.channels:
-        raise UserError(f"transform.channels = {config.transform.channels} and codec.image_channels = "
-                        f"{config.codec.image_channels} must be equal")
+        raise UserError(
+            f"transform.channels = {config.transform.channels} and codec.image_channels = "
+            f"{config.codec.image_channels} must be equal"
+        )
     return PatchDiscriminator(**config.task.discriminator) if config.task.discriminator_weight else None
 
 
@@ -160,8 +179,10 @@ def constants(config, mesh, loader, codec_params) -> dict:
         if not config.task.perceptual_weight:
             return {}
         if not config.task.perceptual_path:
-            raise UserError("task.perceptual_weight is not 0 and task.perceptual_path is empty: give LPIPS's weights as "
-                            "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0")
+            raise UserError(
+                "task.perceptual_weight is not 0 and task.perceptual_path is empty: give LPIPS's weights as "
+                "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0"
+            )
         return {"perceptual": place(lpips.load(config.task.perceptual_path), replicated(mesh))}
     found = {"codec": place(codec_params, shardings(codec_params, mesh, AUTOENCODER_RULES))}
     if isinstance(loader, LatentLoader) and loader.resident:
@@ -173,21 +194,24 @@ def loader(config, mesh):
     """This host's training batches; checks the data set against the model and the batch against the mesh."""
     ways = rows_per_step(mesh) * config.microbatches
     if config.batch_size % ways:
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x microbatches = "
-                        f"{rows_per_step(mesh)} x {config.microbatches} = {ways}")
+        raise UserError(
+            f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x microbatches = "
+            f"{rows_per_step(mesh)} x {config.microbatches} = {ways}"
+        )
     source = construct("data", config.data)
     if config.task.name == "diffusion" and config.model.num_classes and source.num_classes != config.model.num_classes:
-        raise UserError(f"the data set has {source.num_classes} classes and model.num_classes is "
-                        f"{config.model.num_classes}; pass --config.model.num_classes={source.num_classes}, or 0 to train "
-                        "without labels")
+        raise UserError(
+            f"the data set has {source.num_classes} classes and model.num_classes is "
+            f"{config.model.num_classes}; pass --config.model.num_classes={source.num_classes}, or 0 to train "
+            "without labels"
+        )
     part = dict(zip(("process_index", "process_count"), reader_place(mesh), strict=True))
     if config.data.name != "latents":
         return Loader(source, transform(config), config.batch_size, config.seed, **config.loader, **part)
     if config.task.name == "autoencoder":
         raise UserError("data.name is 'latents', and an autoencoder is trained on images; give the data set that was encoded")
     wanted = config.transform
-    source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip,
-                 wanted.upright)
+    source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip, wanted.upright)
     return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **part)
 
 
@@ -238,11 +262,15 @@ def forecast(config) -> Forecast:
         return found
     name = config.sampler.name
     if name in ("heun", "dopri5") or (name == "ab" and config.sampler.order > 2):
-        raise UserError(f"forecast.interval is {found.interval} and the sampler {name!r} evaluates the network several times a "
-                        "step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or interval 1")
+        raise UserError(
+            f"forecast.interval is {found.interval} and the sampler {name!r} evaluates the network several times a "
+            "step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or interval 1"
+        )
     if config.guidance.scale != 1.0 and (config.guidance.low, config.guidance.high) != (0.0, 1.0):
-        raise UserError(f"forecast.interval is {found.interval} and guidance acts on an interval of t, outside of which half of "
-                        "what would be forecast from is not computed; set guidance.low = 0 and high = 1, or interval 1")
+        raise UserError(
+            f"forecast.interval is {found.interval} and guidance acts on an interval of t, outside of which half of "
+            "what would be forecast from is not computed; set guidance.low = 0 and high = 1, or interval 1"
+        )
     return found
 
 
@@ -255,8 +283,9 @@ def guidance(config, weak: bool = False):
     found = construct("guidance", config.guidance)
     channels = latent_shape(config)[-1]
     if found.channels is not None and found.channels > channels:
-        raise UserError(f"guidance.channels is {found.channels} and the data has {channels}; ask for at most {channels}, or None "
-                        "for all")
+        raise UserError(
+            f"guidance.channels is {found.channels} and the data has {channels}; ask for at most {channels}, or None for all"
+        )
     if found.active and not config.model.num_classes and not weak:
         raise UserError(f"guidance.scale is {found.scale} and the network has no classes to be guided by; set it to 1")
     return found

@@ -21,8 +21,9 @@ from ml_collections import config_flags
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; after a colon its argument: configs/imagenet.py:B/4,256.",
-                                         lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; after a colon its argument: configs/imagenet.py:B/4,256.", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
 
 
@@ -46,8 +47,15 @@ def main() -> dict:
     shown_by.check(config)
     run = train(config, workdir)
     step = int(run.state.step)
-    result = {"step": step, "loss": run.loss, "images_per_second": run.images_per_second, "stopped": run.stopped,
-              "workdir": str(workdir), "checkpoint": str(workdir / "checkpoints" / str(step)), "samples": None}
+    result = {
+        "step": step,
+        "loss": run.loss,
+        "images_per_second": run.images_per_second,
+        "stopped": run.stopped,
+        "workdir": str(workdir),
+        "checkpoint": str(workdir / "checkpoints" / str(step)),
+        "samples": None,
+    }
     if not run.stopped:
         result |= shown_by.finish(run, workdir)
     if not result["stopped"] and jax.process_index() == 0:

@@ -26,29 +26,48 @@ def model(size: str) -> dict:
     Raises:
         UserError: no such size or patch.
     """
-    return {"name": "dit", **sizes.fields(size), "mlp_ratio": 4.0, "conditioning": "adaln_zero", "attention": "auto",
-            "remat": "auto", "unroll": config_dict.placeholder(bool), "dtype": "float32", "param_dtype": "float32"}
+    return {
+        "name": "dit",
+        **sizes.fields(size),
+        "mlp_ratio": 4.0,
+        "conditioning": "adaln_zero",
+        "attention": "auto",
+        "remat": "auto",
+        "unroll": config_dict.placeholder(bool),
+        "dtype": "float32",
+        "param_dtype": "float32",
+    }
 
 
 def training() -> ml_collections.ConfigDict:
     """The fields that every config has, with the paper's optimisation (section 4)."""
-    return ml_collections.ConfigDict({
-        "seed": 0,
-        "num_steps": 400_000,
-        "batch_size": 256,
-        "microbatches": 1,
-        "ema_decay": 0.9999,
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "zero1": False, "offload": "none"},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
-                      "warmup_steps": 0, "decay_steps": config_dict.placeholder(int),
-                      "clip_norm": config_dict.placeholder(float)},
-        "loader": {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001},
-        "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
-        "log": {"every_steps": 100, "wandb": "", "watchdog_seconds": 1800.0},
-        "profile": {"start_step": 0, "num_steps": 0},
-        "preview": {"every_steps": 10_000, "num_images": 64},
-        "evaluation": {"num_images": 0, "batch_size": 128, "features": "pixels", "weights": ""},
-    })
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "num_steps": 400_000,
+            "batch_size": 256,
+            "microbatches": 1,
+            "ema_decay": 0.9999,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "zero1": False, "offload": "none"},
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-4,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "warmup_steps": 0,
+                "decay_steps": config_dict.placeholder(int),
+                "clip_norm": config_dict.placeholder(float),
+            },
+            "loader": {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001},
+            "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
+            "log": {"every_steps": 100, "wandb": "", "watchdog_seconds": 1800.0},
+            "profile": {"start_step": 0, "num_steps": 0},
+            "preview": {"every_steps": 10_000, "num_images": 64},
+            "evaluation": {"num_images": 0, "batch_size": 128, "features": "pixels", "weights": ""},
+        }
+    )
 
 
 def diffusion() -> ml_collections.ConfigDict:
@@ -64,21 +83,34 @@ def diffusion() -> ml_collections.ConfigDict:
 
 def gaussian() -> dict:
     """The paper's process: linear betas, noise prediction, learned-range variance."""
-    return {"name": "gaussian", "schedule": "linear", "num_timesteps": 1000, "prediction": "noise",
-            "variance": "learned_range", "min_snr_gamma": config_dict.placeholder(float)}
+    return {
+        "name": "gaussian",
+        "schedule": "linear",
+        "num_timesteps": 1000,
+        "prediction": "noise",
+        "variance": "learned_range",
+        "min_snr_gamma": config_dict.placeholder(float),
+    }
 
 
 def flow() -> dict:
     """SiT's process: linear interpolant, velocity, uniform times."""
-    return {"name": "flow", "interpolant": "linear", "time_distribution": "uniform", "logit_mean": 0.0, "logit_std": 1.0,
-            "shift": 1.0, "spare_channels": False}
+    return {
+        "name": "flow",
+        "interpolant": "linear",
+        "time_distribution": "uniform",
+        "logit_mean": 0.0,
+        "logit_std": 1.0,
+        "shift": 1.0,
+        "spare_channels": False,
+    }
 
 
 PROCESSES = {"gaussian": gaussian, "flow": flow}
 
 
 def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
-    """"key=value,key=value" -> dict, for the text after the colon of --config=file.py:text.
+    """ "key=value,key=value" -> dict, for the text after the colon of --config=file.py:text.
 
     Raises:
         UserError: a key that is not among names or comes twice, or a part that is not key=value.
@@ -101,8 +133,13 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
     c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
     c.process = gaussian()
     c.codec = {"name": "kl_vae", "path": "", "sha256": "", "scale": 0.18215}
-    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train",
-              "caption_key": config_dict.placeholder(str)}
+    c.data = {
+        "name": "tfds",
+        "dataset": "imagenet2012",
+        "path": "",
+        "split": "train",
+        "caption_key": config_dict.placeholder(str),
+    }
     c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
@@ -133,8 +170,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     return c
 
 
-def digits(process: str = "gaussian", conditioning: str = "adaln_zero",
-           sampler: str | None = None) -> ml_collections.ConfigDict:
+def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler: str | None = None) -> ml_collections.ConfigDict:
     """A small class-conditional DiT on scikit-learn's 8 x 8 digits: minutes on two CPU cores.
 
     Raises:
@@ -161,9 +197,15 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero",
 def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDict:
     """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are switched off."""
     c = training()
-    c.task = {"name": "autoencoder", "kl_weight": kl_weight, "perceptual_weight": 0.0, "perceptual_path": "",
-              "discriminator_weight": 0.0, "discriminator_start_step": 0,
-              "discriminator": {"base_features": 64, "num_layers": 3, "norm_groups": 32}}
+    c.task = {
+        "name": "autoencoder",
+        "kl_weight": kl_weight,
+        "perceptual_weight": 0.0,
+        "perceptual_path": "",
+        "discriminator_weight": 0.0,
+        "discriminator_start_step": 0,
+        "discriminator": {"base_features": 64, "num_layers": 3, "norm_groups": 32},
+    }
     c.codec = {"name": "kl_vae", "use_quant_conv": True, "scale": 1.0, "dtype": "float32", **codec}
     c.ema_decay = 0.999
     c.evaluation.update({"split": config_dict.placeholder(str), "normalize": "scale"})
@@ -171,11 +213,21 @@ def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDi
 
 
 # Sizes of the autoencoders trained here; the configs that diffuse in their latents name the same.
-DIGITS_CODEC = {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 2, "image_channels": 1,
-                "norm_groups": 8}
+DIGITS_CODEC = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "latent_channels": 2,
+    "image_channels": 1,
+    "norm_groups": 8,
+}
 PLANE_CODEC = {**DIGITS_CODEC, "block_out_channels": (32, 64, 64, 64)}
-FOLDER_CODEC = {"block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 4, "image_channels": 3,
-                "norm_groups": 8}
+FOLDER_CODEC = {
+    "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "image_channels": 3,
+    "norm_groups": 8,
+}
 
 
 def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
@@ -183,14 +235,25 @@ def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
 
     Set `data.path` to the folder of a TFDS ImageNet and `task.perceptual_path` to LPIPS's weights.
     """
-    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "image_channels": 3,
-             "norm_groups": 32, "dtype": "bfloat16"}
+    sizes = {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "image_channels": 3,
+        "norm_groups": 32,
+        "dtype": "bfloat16",
+    }
     c = autoencoder(sizes)
     c.task.update({"perceptual_weight": 1.0, "discriminator_weight": 0.5, "discriminator_start_step": 50_001})
     c.num_steps, c.batch_size, c.ema_decay = 400_000, 96, 0.9999
     c.optimizer.update({"learning_rate": 1e-4, "b1": 0.5, "b2": 0.9})
-    c.data = {"name": "tfds", "dataset": "imagenet2012", "path": "", "split": "train",
-              "caption_key": config_dict.placeholder(str)}
+    c.data = {
+        "name": "tfds",
+        "dataset": "imagenet2012",
+        "path": "",
+        "split": "train",
+        "caption_key": config_dict.placeholder(str),
+    }
     c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
     c.evaluation.update({"num_images": 10_000, "split": "validation", "features": ""})
     return c
@@ -237,8 +300,15 @@ def in_latents(c: ml_collections.ConfigDict, codec: dict) -> ml_collections.Conf
 
     The scale and shift of the latents are those that its run measured.
     """
-    c.codec = {"name": "kl_vae", "path": "", "sha256": "", "use_quant_conv": True, **codec,
-               "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
+    c.codec = {
+        "name": "kl_vae",
+        "path": "",
+        "sha256": "",
+        "use_quant_conv": True,
+        **codec,
+        "scale": config_dict.placeholder(object),
+        "shift": config_dict.placeholder(object),
+    }
     return c
 
 

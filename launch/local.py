@@ -55,8 +55,9 @@ def start(options, processes: list):
         flags = [f"--coordinator_address={address}", f"--num_processes={options.processes}", f"--process_id={i}"]
         output = None if i == 0 else open(log_file(options, i), "wb")  # noqa: SIM115
         # In sessions of their own: the terminal's Ctrl-C would reach them beside ours, and a second signal ends them at once.
-        processes.append(subprocess.Popen([*options.command, *flags], env=environment, stdout=output, stderr=output,
-                                          start_new_session=True))
+        processes.append(
+            subprocess.Popen([*options.command, *flags], env=environment, stdout=output, stderr=output, start_new_session=True)
+        )
 
 
 def log_file(options, i: int) -> Path:

@@ -47,18 +47,21 @@ def test_bad_imagenet_argument(arg, text):
         load_config("imagenet", arg)
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"transform.resolution": 250}, r"resolution 250 is not a multiple of codec 8 x patch 2 = 16"),
-    ({"model.heads": 7}, "does not divide model.width"),
-    ({"model.dtype": "float64"}, "must be one of float32"),
-    ({"model.name": "unet"}, "must be one of dit"),
-    ({"process.schedule": "exponential"}, "must be one of linear"),
-    ({"task.label_dropout": 1.5}, r"must lie in \[0, 1\)"),
-    ({"optimizer.learning_rate": -1.0}, "must be positive"),
-    ({"num_steps": 0}, "at least 1"),
-    ({"model.num_classes": -1}, "at least 0"),
-    ({"transform.channels": 1}, "must be equal"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"transform.resolution": 250}, r"resolution 250 is not a multiple of codec 8 x patch 2 = 16"),
+        ({"model.heads": 7}, "does not divide model.width"),
+        ({"model.dtype": "float64"}, "must be one of float32"),
+        ({"model.name": "unet"}, "must be one of dit"),
+        ({"process.schedule": "exponential"}, "must be one of linear"),
+        ({"task.label_dropout": 1.5}, r"must lie in \[0, 1\)"),
+        ({"optimizer.learning_rate": -1.0}, "must be positive"),
+        ({"num_steps": 0}, "at least 1"),
+        ({"model.num_classes": -1}, "at least 0"),
+        ({"transform.channels": 1}, "must be equal"),
+    ],
+)
 def test_bad_values(changes, text):
     """A mistake that is only found when the first batch reaches the network, or never."""
     config = load_config("s2_imagenet256")

@@ -34,9 +34,16 @@ def test_digits_argument():
     assert load_config("digits").sampler.to_dict() == {"name": "ddpm", "num_steps": 100, "spacing": "even"}
 
 
-@pytest.mark.parametrize("arg, text", [
-    ("process=vp", "gaussian, flow"), ("sampler=rk4", "dopri5"), ("size=S", "process, conditioning, sampler"),
-    ("flow", "process, conditioning, sampler"), ("process=flow,process=flow", "at most once")])
+@pytest.mark.parametrize(
+    "arg, text",
+    [
+        ("process=vp", "gaussian, flow"),
+        ("sampler=rk4", "dopri5"),
+        ("size=S", "process, conditioning, sampler"),
+        ("flow", "process, conditioning, sampler"),
+        ("process=flow,process=flow", "at most once"),
+    ],
+)
 def test_bad_digits_argument(arg, text):
     """A mistyped choice that is ignored."""
     with pytest.raises(UserError, match=text):

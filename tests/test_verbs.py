@@ -10,9 +10,20 @@ from verbs import ROOT, refused, run_verbs, start
 
 from dit_jax.runtime.console import duration
 
-TINY = [f"--config.{field}" for field in (
-    "num_steps=4", "batch_size=8", "model.depth=1", "model.width=32", "preview.every_steps=0", "sampler.num_steps=3",
-    "evaluation.num_images=20", "evaluation.batch_size=20")]
+TINY = [
+    f"--config.{field}"
+    for field in (
+        "num_steps=4",
+        "batch_size=8",
+        "model.depth=1",
+        "model.width=32",
+        "preview.every_steps=0",
+        "sampler.num_steps=3",
+        "evaluation.num_images=20",
+        "evaluation.batch_size=20",
+    )
+]
+
 
 def verb(name, *args):
     return start(["-m", f"dit_jax.{name}", *args], ROOT)
@@ -37,8 +48,19 @@ def test_sample_and_evaluate(workdir, tmp_path):
     moved = tmp_path / "elsewhere"
     workdir.rename(moved)
     out = tmp_path / "x.npz"
-    done = result(verb("sample", f"--workdir={moved}", "--num_samples=6", "--labels=3,5", "--guidance_scale=1.5",
-                       "--sampler=ddim", "--num_steps=2", "--seed=4", f"--out={out}"))
+    done = result(
+        verb(
+            "sample",
+            f"--workdir={moved}",
+            "--num_samples=6",
+            "--labels=3,5",
+            "--guidance_scale=1.5",
+            "--sampler=ddim",
+            "--num_steps=2",
+            "--seed=4",
+            f"--out={out}",
+        )
+    )
     moved.rename(workdir)
     assert done["num_samples"] == 6 and done["evaluations"] == 4 and done["step"] == 4
     with np.load(out) as file:

@@ -8,8 +8,14 @@ patch 2: 4.1, at patch 4: 1.1), so that GFLOPs spent on tokens do not pay here a
 
 from dit_jax.sweep.grid import Sweep
 
-MODELS = {"2x32": (2, 32, 2), "2x48": (2, 48, 3), "3x64": (3, 64, 4), "4x96": (4, 96, 4), "5x128": (5, 128, 4),
-          "7x192": (7, 192, 6)}  # depth, width, heads
+MODELS = {
+    "2x32": (2, 32, 2),
+    "2x48": (2, 48, 3),
+    "3x64": (3, 64, 4),
+    "4x96": (4, 96, 4),
+    "5x128": (5, 128, 4),
+    "7x192": (7, 192, 6),
+}  # depth, width, heads
 NUM_STEPS = 1_000
 
 
@@ -17,10 +23,18 @@ def get_sweep():
     return Sweep(
         title="DiT on the 8 x 8 digits: quality against GFLOPs",
         base="configs/digits.py",
-        variants={name: {"model.depth": depth, "model.width": width, "model.heads": heads}
-                  for name, (depth, width, heads) in MODELS.items()},
-        grid={"model.patch_size": [4], "num_steps": [NUM_STEPS], "optimizer.decay_steps": [NUM_STEPS],
-              "preview.every_steps": [0], "scoring.every_steps": [250], "scoring.num_images": [500]},
+        variants={
+            name: {"model.depth": depth, "model.width": width, "model.heads": heads}
+            for name, (depth, width, heads) in MODELS.items()
+        },
+        grid={
+            "model.patch_size": [4],
+            "num_steps": [NUM_STEPS],
+            "optimizer.decay_steps": [NUM_STEPS],
+            "preview.every_steps": [0],
+            "scoring.every_steps": [250],
+            "scoring.num_images": [500],
+        },
         seeds=[0, 1],
         samplers=[("ddim", 5), ("ddim", 10), ("ddim", 25)],
         paper=True,

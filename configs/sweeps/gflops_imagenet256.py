@@ -15,7 +15,11 @@ def get_sweep():
         title="DiT on ImageNet 256: FID against GFLOPs",
         base="configs/imagenet.py",
         variants={model: f"{model},256" for model in recipes.MODELS},
-        grid={"evaluation.num_images": [50_000], "evaluation.features": ["inception"], "scoring.every_steps": [50_000],
-              "scoring.num_images": [10_000]},
+        grid={
+            "evaluation.num_images": [50_000],
+            "evaluation.features": ["inception"],
+            "scoring.every_steps": [50_000],
+            "scoring.num_images": [10_000],
+        },
         paper=True,
     )

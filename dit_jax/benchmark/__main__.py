@@ -30,30 +30,48 @@ try:
 except ImportError:  # a machine with jax, flax and optax only: --model
     config_flags = None
 
-WHAT = flags.DEFINE_enum("what", None, ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup",
-                                          "evaluation", "scaling"], "What to measure.")
-CONFIG = None if config_flags is None else config_flags.DEFINE_config_file("config", None, "Training config, instead of --model.",
-                                                                            lock_config=True)
+WHAT = flags.DEFINE_enum(
+    "what",
+    None,
+    ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup", "evaluation", "scaling"],
+    "What to measure.",
+)
+CONFIG = (
+    None
+    if config_flags is None
+    else config_flags.DEFINE_config_file("config", None, "Training config, instead of --model.", lock_config=True)
+)
 MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
 RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images in pixels.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices. If not given: 256 for latents, 32 for "
-                                  "images, 8 for vae, evaluate's own for evaluation; else 256, on a CPU 8.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Images at a time, over all devices. If not given: 256 for latents, 32 for "
+    "images, 8 for vae, evaluate's own for evaluation; else 256, on a CPU 8.",
+)
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "To compute in. If not given: bfloat16, on a CPU float32.")
 REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "none", "full", "dots", "elementwise", "offload"], "model.remat of --model.")
 ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn"], "model.attention of --model.")
 UNROLL = flags.DEFINE_bool("unroll", None, "model.unroll of --model.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "mesh.fsdp of --model; mesh.data takes the other devices.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "mesh.tensor of --model.")
-AXIS = flags.DEFINE_enum("axis", "data", ["data", "fsdp"], "The axis of the mesh that grows in scaling, where the batch size is "
-                         "that of the fewest devices.")
+AXIS = flags.DEFINE_enum(
+    "axis",
+    "data",
+    ["data", "fsdp"],
+    "The axis of the mesh that grows in scaling, where the batch size is that of the fewest devices.",
+)
 SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Sampling steps of --model.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Guidance of --model; 1 is off.")
 PRESET = flags.DEFINE_string("preset", "sd", "Sizes of the autoencoder: sd, sd3 or small.")
 CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL or a run, for its sizes, instead of --preset.")
 DATA = flags.DEFINE_string("data", None, "Folder of images; of a latent cache; to save checkpoints in. Made up if not given.")
-RECORDS = flags.DEFINE_integer("records", None, "Records of the latent cache that is made up, 8192 if not given; images of "
-                               "evaluation, 8 batches if not given.")
+RECORDS = flags.DEFINE_integer(
+    "records",
+    None,
+    "Records of the latent cache that is made up, 8192 if not given; images of evaluation, 8 batches if not given.",
+)
 THREADS = flags.DEFINE_list("threads", None, "Numbers of threads that read images. If not given: 1, 2, 4 .. twice the cores.")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Time to measure for, after warm-up; at least 3 calls.", lower_bound=0.0)
 COMPARE = flags.DEFINE_bool("compare", False, "Measure PyTorch (diffusers' DiT) beside it, in turn; ratio is our time over its.")
@@ -118,9 +136,21 @@ def subject(devices=None, batches: int = 1, fsdp: int | None = None):
 
     if config_given():
         return subject.of_config(console.given_config(CONFIG), devices)
-    return subject.of_model(MODEL.value, RESOLUTION.value, batches * batch_size(8 if on_cpu() else 256), dtype(), REMAT.value,
-                            ATTENTION.value, UNROLL.value, fsdp or FSDP.value, TENSOR.value, SAMPLER.value, NUM_STEPS.value,
-                            GUIDANCE_SCALE.value, devices)
+    return subject.of_model(
+        MODEL.value,
+        RESOLUTION.value,
+        batches * batch_size(8 if on_cpu() else 256),
+        dtype(),
+        REMAT.value,
+        ATTENTION.value,
+        UNROLL.value,
+        fsdp or FSDP.value,
+        TENSOR.value,
+        SAMPLER.value,
+        NUM_STEPS.value,
+        GUIDANCE_SCALE.value,
+        devices,
+    )
 
 
 def measure_scaling() -> dict:
@@ -134,14 +164,20 @@ def measure_scaling() -> dict:
 
     if not config_given():
         group = TENSOR.value * (1 if AXIS.value == "fsdp" else FSDP.value)
-        return scaling.run(lambda ways, devices: subject(devices, ways, ways if AXIS.value == "fsdp" else None), group,
-                           SECONDS.value)
+        return scaling.run(
+            lambda ways, devices: subject(devices, ways, ways if AXIS.value == "fsdp" else None), group, SECONDS.value
+        )
     config = console.given_config(CONFIG)
     if config.mesh[AXIS.value] not in (1, -1):
-        raise UserError(f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, and --axis={AXIS.value} lets it grow from 1; leave it "
-                        "out, or let another axis grow")
-    return scaling.run(lambda ways, devices: subjects.of_config(scaling.grown(config, AXIS.value, ways), devices),
-                       scaling.group(config, AXIS.value), SECONDS.value)
+        raise UserError(
+            f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, and --axis={AXIS.value} lets it grow from 1; leave it "
+            "out, or let another axis grow"
+        )
+    return scaling.run(
+        lambda ways, devices: subjects.of_config(scaling.grown(config, AXIS.value, ways), devices),
+        scaling.group(config, AXIS.value),
+        SECONDS.value,
+    )
 
 
 def batch_size(otherwise: int) -> int:
@@ -242,8 +278,10 @@ def main() -> dict:
 
     described = machine.describe()
     if described["load"] is not None and described["load"] > 0.5 * described["cores"] and (on_cpu() or WHAT.value == "images"):
-        console.say(f"the load is {described['load']:.1f} on {described['cores']} cores: others are at work, and these numbers "
-                    "are not the machine's")
+        console.say(
+            f"the load is {described['load']:.1f} on {described['cores']} cores: others are at work, and these numbers "
+            "are not the machine's"
+        )
     if WHAT.value == "startup":
         described |= {"device": None, "platform": None, "num_devices": None}
     result = {"what": WHAT.value, **measure(), **described}

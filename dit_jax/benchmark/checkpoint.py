@@ -43,17 +43,23 @@ def run(subject: Subject, folder: str | None) -> dict:
             say("  ".join(f"{name} {seconds:.2f}" for name, seconds in rows[-1].items()))
         written = sum(p.stat().st_size for p in (Path(root) / str(REPEATS)).rglob("*") if p.is_file())
     medians = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
-    return {**medians, "repeats": REPEATS, "state_bytes": size, "written_bytes": written,
-            "save_megabytes_per_second": size / 1e6 / medians["durable_seconds"],
-            "restore_megabytes_per_second": size / 1e6 / medians["restore_seconds"]}
+    return {
+        **medians,
+        "repeats": REPEATS,
+        "state_bytes": size,
+        "written_bytes": written,
+        "save_megabytes_per_second": size / 1e6 / medians["durable_seconds"],
+        "restore_megabytes_per_second": size / 1e6 / medians["restore_seconds"],
+    }
 
 
 def trained_state(abstract, seed: int):
     """A state whose numbers are normal numbers: the zeros that a new one is half made of would be compressed to nothing."""
+
     def make(key):
         # One draw for all leaves: each is compressed by itself, and a draw per leaf would take long to compile.
         numbers = jax.random.normal(key, (max(x.size for x in jax.tree.leaves(abstract)),))
-        return jax.tree.map(lambda x: numbers[:x.size].reshape(x.shape).astype(x.dtype), abstract)
+        return jax.tree.map(lambda x: numbers[: x.size].reshape(x.shape).astype(x.dtype), abstract)
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(jax.random.key(seed))
 
@@ -69,5 +75,9 @@ def _save_and_restore(root: str, step: int, state, abstract) -> dict[str, float]
     start = time.perf_counter()
     with Checkpointer(root, every_steps=1) as checkpointer:
         jax.block_until_ready(checkpointer.restore(abstract)[0])
-    return {"blocking_seconds": blocking, "durable_seconds": durable, "verified_seconds": verified,
-            "restore_seconds": time.perf_counter() - start}
+    return {
+        "blocking_seconds": blocking,
+        "durable_seconds": durable,
+        "verified_seconds": verified,
+        "restore_seconds": time.perf_counter() - start,
+    }

@@ -27,9 +27,15 @@ def verb(name: str, *args) -> dict:
 
 def train(workdir: Path, process: str, conditioning: str, num_steps: int) -> Path:
     run = workdir / f"{process}_{conditioning}"
-    verb("main", f"--config=configs/digits.py:process={process},conditioning={conditioning}", f"--workdir={run}",
-         f"--config.num_steps={num_steps}", f"--config.optimizer.decay_steps={num_steps}", "--config.preview.every_steps=0",
-         "--config.evaluation.num_images=0")
+    verb(
+        "main",
+        f"--config=configs/digits.py:process={process},conditioning={conditioning}",
+        f"--workdir={run}",
+        f"--config.num_steps={num_steps}",
+        f"--config.optimizer.decay_steps={num_steps}",
+        "--config.preview.every_steps=0",
+        "--config.evaluation.num_images=0",
+    )
     return run
 
 

@@ -55,8 +55,19 @@ def run(resolution: int, batch_size: int | None, records: int | None) -> dict:
     begin, done = next((when, done) for when, done in images.asked if done)
     timing = Timing(np.diff([*(when for when, done in images.asked if done), end]), batch_size, time.process_time() - cpu)
     rate = (records - done) / (end - begin)
-    return {"extractor": "Inception-v3", "dtype": "float32", "resolution": resolution, "batch_size": batch_size,
-            "records": records, "images": records - done, "measured_seconds": end - begin, "images_per_second": rate,
-            **timing.quantiles(), "images_per_second_per_device": rate / jax.local_device_count(),
-            "compile_and_first_batches_seconds": begin - start, "total_seconds": end - start,
-            "cpu_seconds": timing.cpu_seconds, "peak_bytes": machine.peak_bytes()}
+    return {
+        "extractor": "Inception-v3",
+        "dtype": "float32",
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "records": records,
+        "images": records - done,
+        "measured_seconds": end - begin,
+        "images_per_second": rate,
+        **timing.quantiles(),
+        "images_per_second_per_device": rate / jax.local_device_count(),
+        "compile_and_first_batches_seconds": begin - start,
+        "total_seconds": end - start,
+        "cpu_seconds": timing.cpu_seconds,
+        "peak_bytes": machine.peak_bytes(),
+    }

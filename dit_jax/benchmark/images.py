@@ -53,9 +53,23 @@ def _measured(source: ImageFolder, resolution: int, batch_size: int, seconds: fl
             warm_up(work, WARM_UP_BATCHES)
             timing = measure(work, seconds)
         report(f"{count} threads", timing)
-        rows.append({"threads": count, **timing.rates(), **timing.quantiles(), "cpu_seconds": timing.cpu_seconds,
-                     "images_per_cpu_second": timing.images * len(timing.seconds) / timing.cpu_seconds})
+        rows.append(
+            {
+                "threads": count,
+                **timing.rates(),
+                **timing.quantiles(),
+                "cpu_seconds": timing.cpu_seconds,
+                "images_per_cpu_second": timing.images * len(timing.seconds) / timing.cpu_seconds,
+            }
+        )
     best = max(rows, key=lambda row: row["images_per_second"])
     files = [Path(source[i]["name"]).stat().st_size for i in range(min(len(source), 64))]
-    return {"num_images": len(source), "mean_file_bytes": float(np.mean(files)), "resolution": resolution,
-            "batch_size": batch_size, "cores": machine.cores(), **best, "by_threads": rows}
+    return {
+        "num_images": len(source),
+        "mean_file_bytes": float(np.mean(files)),
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "cores": machine.cores(),
+        **best,
+        "by_threads": rows,
+    }

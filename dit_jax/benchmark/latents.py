@@ -72,8 +72,16 @@ def _measured(folder: str, batch_size: int, seconds: float) -> dict:
         timing = measure(work, seconds)
     report("latents", timing)
     row = 2 * int(np.prod(cache.moments_shape))
-    return {"records": len(cache), "views": cache.views, "flip": flip, "moments_shape": cache.moments_shape,
-            "cache_bytes": row * cache.views * len(cache), "batch_size": batch_size, **timing.rates(), **timing.quantiles(),
-            "cpu_seconds": timing.cpu_seconds,
-            "images_per_cpu_second": timing.images * len(timing.seconds) / timing.cpu_seconds,
-            "bytes_per_second": row * timing.images_per_second}
+    return {
+        "records": len(cache),
+        "views": cache.views,
+        "flip": flip,
+        "moments_shape": cache.moments_shape,
+        "cache_bytes": row * cache.views * len(cache),
+        "batch_size": batch_size,
+        **timing.rates(),
+        **timing.quantiles(),
+        "cpu_seconds": timing.cpu_seconds,
+        "images_per_cpu_second": timing.images * len(timing.seconds) / timing.cpu_seconds,
+        "bytes_per_second": row * timing.images_per_second,
+    }

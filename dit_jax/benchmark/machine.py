@@ -42,10 +42,16 @@ def describe() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     device = jax.devices()[0]
-    return {"device": device.device_kind, "platform": device.platform, "num_devices": jax.device_count(),
-            "compilation_cache": jax.config.jax_compilation_cache_dir is not None,
-            "cpu": cpu_model(), "cores": cores(), "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-            "versions": {"dit_jax": dit_jax.__version__, "python": platform.python_version(), **found}}
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "num_devices": jax.device_count(),
+        "compilation_cache": jax.config.jax_compilation_cache_dir is not None,
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": {"dit_jax": dit_jax.__version__, "python": platform.python_version(), **found},
+    }
 
 
 def cpu_model() -> str:
@@ -70,6 +76,10 @@ def program_bytes(compiled) -> dict | None:
     plan = compiled.memory_analysis()
     if plan is None:
         return None
-    parts = {"arguments": plan.argument_size_in_bytes, "outputs": plan.output_size_in_bytes,
-             "donated": plan.alias_size_in_bytes, "temporaries": plan.temp_size_in_bytes}
+    parts = {
+        "arguments": plan.argument_size_in_bytes,
+        "outputs": plan.output_size_in_bytes,
+        "donated": plan.alias_size_in_bytes,
+        "temporaries": plan.temp_size_in_bytes,
+    }
     return {**parts, "peak": parts["arguments"] + parts["outputs"] - parts["donated"] + parts["temporaries"]}

@@ -44,14 +44,23 @@ def train_step(subject: Subject) -> Work:
     done = jax.device_get(call())
     say(FIRST_STEP)
     if done["skipped"][0] or not np.isfinite(done["loss"]).all():
-        raise UserError(f"the loss of the first step is not finite in {subject.describe()['dtype']}: a speed of skipped steps "
-                        "would be no speed; use another dtype or config")
+        raise UserError(
+            f"the loss of the first step is not finite in {subject.describe()['dtype']}: a speed of skipped steps "
+            "would be no speed; use another dtype or config"
+        )
     macs = subject.macs()
-    return Work(call, subject.batch_size, {"parameters": parameters, "compile_seconds": seconds,
-                                           "program_bytes": machine.program_bytes(step),
-                                           "collective_bytes": collective_bytes(step, mesh),
-                                           "flops_per_image": None if macs is None else 6 * macs,
-                                           "flops_formula": "6 x MACs: a forward and a backward of twice its cost"})
+    return Work(
+        call,
+        subject.batch_size,
+        {
+            "parameters": parameters,
+            "compile_seconds": seconds,
+            "program_bytes": machine.program_bytes(step),
+            "collective_bytes": collective_bytes(step, mesh),
+            "flops_per_image": None if macs is None else 6 * macs,
+            "flops_formula": "6 x MACs: a forward and a backward of twice its cost",
+        },
+    )
 
 
 def collective_bytes(compiled, mesh) -> dict[str, dict[str, int]]:
@@ -72,8 +81,10 @@ def forward(subject: Subject) -> Work:
         return task.network.apply({"params": params}, x, t, task.condition(labels))
 
     def inputs(key):
-        return (jax.random.normal(key, (subject.batch_size, *task.latent_shape)),
-                jax.random.uniform(key, (subject.batch_size,), maxval=999))
+        return (
+            jax.random.normal(key, (subject.batch_size, *task.latent_shape)),
+            jax.random.uniform(key, (subject.batch_size,), maxval=999),
+        )
 
     x, t = jax.jit(inputs, out_shardings=labels.sharding)(jax.random.key(subject.seed))
     start = time.monotonic()
@@ -81,10 +92,17 @@ def forward(subject: Subject) -> Work:
         compiled = jax.jit(apply, out_shardings=labels.sharding).lower(params, x, t, labels).compile()
     seconds = time.monotonic() - start
     say(f"compiled the forward in {seconds:.1f} s")
-    return Work(lambda: compiled(params, x, t, labels), subject.batch_size,
-                {"parameters": count_parameters(params), "compile_seconds": seconds,
-                 "program_bytes": machine.program_bytes(compiled), "flops_per_image": 2 * subject.macs(),
-                 "flops_formula": "2 x MACs"})
+    return Work(
+        lambda: compiled(params, x, t, labels),
+        subject.batch_size,
+        {
+            "parameters": count_parameters(params),
+            "compile_seconds": seconds,
+            "program_bytes": machine.program_bytes(compiled),
+            "flops_per_image": 2 * subject.macs(),
+            "flops_formula": "2 x MACs",
+        },
+    )
 
 
 def sampler(subject: Subject) -> Work:
@@ -95,8 +113,9 @@ def sampler(subject: Subject) -> Work:
     params = hold(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
     labels = spread_labels(subject.batch_size, task.num_classes)
     share, rows = subject.batch_size // rows_per_step(subject.mesh), default_rows_at_once(task, jax.devices()[0].platform)
-    generator = Generator(task, subject.mesh, draw, guidance, subject.batch_size, subject.seed,
-                          rows_at_once=share if share % rows else rows)  # not more rows than are reported
+    generator = Generator(
+        task, subject.mesh, draw, guidance, subject.batch_size, subject.seed, rows_at_once=share if share % rows else rows
+    )  # not more rows than are reported
 
     def call():
         return generator(params, {"codec": {}}, labels)
@@ -108,18 +127,28 @@ def sampler(subject: Subject) -> Work:
     steps = draw.evaluations(task.process)
     whole = (guidance.low, guidance.high) == (0.0, 1.0)
     evaluations = steps * (2 if guidance.active else 1) if steps and whole else None
-    return Work(call, subject.batch_size,
-                {"parameters": count_parameters(params), "compile_and_first_batch_seconds": seconds,
-                 "sampler": {"name": type(draw).__name__, **dataclasses.asdict(draw)},
-                 "guidance": dataclasses.asdict(guidance), "evaluations": evaluations, "decoded": False,
-                 "flops_per_image": evaluations and 2 * subject.macs() * evaluations,
-                 "flops_formula": "2 x MACs x evaluations of the network"})
+    return Work(
+        call,
+        subject.batch_size,
+        {
+            "parameters": count_parameters(params),
+            "compile_and_first_batch_seconds": seconds,
+            "sampler": {"name": type(draw).__name__, **dataclasses.asdict(draw)},
+            "guidance": dataclasses.asdict(guidance),
+            "evaluations": evaluations,
+            "decoded": False,
+            "flops_per_image": evaluations and 2 * subject.macs() * evaluations,
+            "flops_formula": "2 x MACs x evaluations of the network",
+        },
+    )
 
 
 def diffusion_task(subject: Subject):
     if isinstance(subject.task, AutoencoderTask):
-        raise UserError("the config trains an autoencoder, which has no forward in time and no sampler: measure it with "
-                        "--what=train_step or --what=vae")
+        raise UserError(
+            "the config trains an autoencoder, which has no forward in time and no sampler: measure it with "
+            "--what=train_step or --what=vae"
+        )
     return subject.task
 
 
@@ -141,7 +170,11 @@ def efficiency(subject: Subject, work: Work, rate: float) -> dict:
     """What images per second mean for the devices."""
     devices = list(subject.mesh.devices.flat)
     flops = work.facts["flops_per_image"]
-    return {"images_per_second_per_device": rate / len(devices),
-            "tflops_per_second_per_device": flops and rate * flops / len(devices) / 1e12,
-            "mfu": flops and machine.utilization(rate, flops, devices), "mfu_formula": machine.MFU_FORMULA,
-            "peak_flops": machine.peak_flops(devices[0].device_kind), "peak_bytes": machine.peak_bytes()}
+    return {
+        "images_per_second_per_device": rate / len(devices),
+        "tflops_per_second_per_device": flops and rate * flops / len(devices) / 1e12,
+        "mfu": flops and machine.utilization(rate, flops, devices),
+        "mfu_formula": machine.MFU_FORMULA,
+        "peak_flops": machine.peak_flops(devices[0].device_kind),
+        "peak_bytes": machine.peak_bytes(),
+    }

@@ -49,8 +49,10 @@ class Peer:
         net = self.task.network
         same = (net.conditioning, net.mlp_ratio, net.param_dtype) == ("adaln_zero", 4.0, jnp.float32)
         if not same or not net.num_classes or not isinstance(self.task.process, Gaussian):
-            raise UserError("--compare: diffusers has DiT with adaLN-Zero, classes, an MLP of 4 x width and float32 weights "
-                            "only, and the peer's process is Gaussian; choose such a config")
+            raise UserError(
+                "--compare: diffusers has DiT with adaLN-Zero, classes, an MLP of 4 x width and float32 weights "
+                "only, and the peer's process is Gaussian; choose such a config"
+            )
         self.autocast = jnp.dtype(net.dtype) == jnp.bfloat16
         torch.set_num_threads(machine.cores())
         if self.device == "cuda":
@@ -58,20 +60,33 @@ class Peer:
         torch.manual_seed(0)
         h, _, self.channels = self.task.latent_shape
         self.model = DiTTransformer2DModel(
-            num_attention_heads=net.heads, attention_head_dim=net.width // net.heads, in_channels=self.channels,
-            out_channels=net.out_channels, num_layers=net.depth, sample_size=h, patch_size=net.patch_size,
-            num_embeds_ada_norm=net.num_classes, norm_eps=1e-6).to(self.device)
+            num_attention_heads=net.heads,
+            attention_head_dim=net.width // net.heads,
+            in_channels=self.channels,
+            out_channels=net.out_channels,
+            num_layers=net.depth,
+            sample_size=h,
+            patch_size=net.patch_size,
+            num_embeds_ada_norm=net.num_classes,
+            norm_eps=1e-6,
+        ).to(self.device)
         first, *others = self.model.transformer_blocks
         for block in others:  # each has a copy of the time and label embedding; the paper's network has one
             block.norm1.emb = first.norm1.emb
         self.network = torch.compile(self.model) if kind == "compiled" else self.model
-        self.facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "torch_device": self.device,
-                      "parameters": sum(p.numel() for p in self.model.parameters())}
+        self.facts = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "torch_device": self.device,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
 
     def _device(self) -> str:
         if self.subject.mesh.devices.size != 1:
-            raise UserError(f"--compare measures one device beside one, and the mesh has {self.subject.mesh.devices.size}: hide "
-                            "the others (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES=1)")
+            raise UserError(
+                f"--compare measures one device beside one, and the mesh has {self.subject.mesh.devices.size}: hide "
+                "the others (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES=1)"
+            )
         platform = self.subject.mesh.devices.flat[0].platform
         if platform == "cpu":
             return "cpu"
@@ -90,8 +105,11 @@ class Peer:
         """(latents [B, C, h, w], timesteps [B], labels [B])."""
         torch, size, (h, w, c) = self.torch, self.subject.batch_size, self.task.latent_shape
         place = {"device": self.device}
-        return (torch.randn(size, c, h, w, **place), torch.randint(0, 1000, (size,), **place),
-                torch.randint(0, self.task.num_classes, (size,), **place))
+        return (
+            torch.randn(size, c, h, w, **place),
+            torch.randint(0, 1000, (size,), **place),
+            torch.randint(0, self.task.num_classes, (size,), **place),
+        )
 
     def train_step(self) -> Work:
         torch = self.torch
@@ -136,8 +154,10 @@ class Peer:
         """
         torch, guidance, draw = self.torch, self.subject.guidance, self.subject.sampler
         if not isinstance(draw, DDIM) or draw.eta or guidance != Guidance(guidance.scale):
-            raise UserError("--compare with --what=sampler: diffusers' DDIM is the peer, so give --sampler=ddim, eta 0 and "
-                            "guidance of all channels for all t")
+            raise UserError(
+                "--compare with --what=sampler: diffusers' DDIM is the peer, so give --sampler=ddim, eta 0 and "
+                "guidance of all channels for all t"
+            )
         from diffusers import DDIMScheduler
 
         self.model.eval()

@@ -21,9 +21,11 @@ def counts(devices: int, group: int) -> list[int]:
     """
     most = devices // group
     if most < 2:
-        raise UserError(f"--what=scaling needs at least {2 * group} devices, and there are {devices}: on a CPU they are "
-                        "simulated, as many as JAX_NUM_CPU_DEVICES says; elsewhere use a larger machine, or smaller other axes "
-                        "of the mesh")
+        raise UserError(
+            f"--what=scaling needs at least {2 * group} devices, and there are {devices}: on a CPU they are "
+            "simulated, as many as JAX_NUM_CPU_DEVICES says; elsewhere use a larger machine, or smaller other axes "
+            "of the mesh"
+        )
     return [2**i for i in range(most.bit_length())]
 
 
@@ -59,7 +61,7 @@ def run(subject_of: Callable[[int, list], Subject], group: int, seconds: float) 
     """
     devices, rows = jax.devices(), []
     for ways in counts(len(devices), group):
-        rows.append(_measured(subject_of(ways, devices[:ways * group]), seconds))
+        rows.append(_measured(subject_of(ways, devices[: ways * group]), seconds))
         first, row = rows[0], rows[-1]
         gain = row["images_per_second"] / first["images_per_second"]
         row["efficiency"] = gain if devices[0].platform == "cpu" else gain * first["devices"] / row["devices"]

@@ -35,8 +35,12 @@ def run(config: str | None, overrides: dict, model_flags: list[str]) -> dict:
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="dit_jax_startup_") as folder:
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"),
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
         for name in ("cold", "cached"):
             command = child(config, overrides, model_flags, Path(folder) / name)
             found[f"{name}_seconds"] = _seconds_to_first_step(command, environment)
@@ -53,6 +57,8 @@ def _seconds_to_first_step(command: list[str], environment: dict) -> float:
             if first is None and FIRST_STEP.search(line):
                 first = time.perf_counter() - start
     if first is None or process.returncode:
-        raise UserError(f"the process that was to be timed ended with status {process.returncode}: "
-                        f"{''.join(lines[-3:]).strip().removeprefix('error: ')}")
+        raise UserError(
+            f"the process that was to be timed ended with status {process.returncode}: "
+            f"{''.join(lines[-3:]).strip().removeprefix('error: ')}"
+        )
     return first

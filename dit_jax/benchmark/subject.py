@@ -50,8 +50,10 @@ class Subject:
     def __post_init__(self):
         ways = rows_per_step(self.mesh) * self.task.microbatches
         if self.batch_size < 1 or self.batch_size % ways:
-            raise UserError(f"batch size {self.batch_size} is not a positive multiple of mesh.data x mesh.fsdp x microbatches = "
-                            f"{rows_per_step(self.mesh)} x {self.task.microbatches} = {ways}")
+            raise UserError(
+                f"batch size {self.batch_size} is not a positive multiple of mesh.data x mesh.fsdp x microbatches = "
+                f"{rows_per_step(self.mesh)} x {self.task.microbatches} = {ways}"
+            )
 
     @property
     def resolution(self) -> int:
@@ -90,18 +92,40 @@ class Subject:
         task = self.task
         macs = self.macs()
         net = task.network if isinstance(task, DiffusionTask) else task.codec
-        fields = {name: getattr(net, name) for name in ("depth", "width", "heads", "patch_size", "conditioning", "attention")
-                  if hasattr(net, name)}
+        fields = {
+            name: getattr(net, name)
+            for name in ("depth", "width", "heads", "patch_size", "conditioning", "attention")
+            if hasattr(net, name)
+        }
         if isinstance(net, DiT):
             fields["unroll"], fields["remat"] = form_of_loop(net.unroll, net.remat, jax.default_backend())
-        return {"model": {"name": type(net).__name__, **fields}, "dtype": jnp.dtype(net.dtype).name,
-                "param_dtype": jnp.dtype(net.param_dtype).name, "resolution": self.resolution, "batch_size": self.batch_size,
-                "microbatches": task.microbatches, "mesh": dict(self.mesh.shape), "gmacs": None if macs is None else macs / 1e9}
+        return {
+            "model": {"name": type(net).__name__, **fields},
+            "dtype": jnp.dtype(net.dtype).name,
+            "param_dtype": jnp.dtype(net.param_dtype).name,
+            "resolution": self.resolution,
+            "batch_size": self.batch_size,
+            "microbatches": task.microbatches,
+            "mesh": dict(self.mesh.shape),
+            "gmacs": None if macs is None else macs / 1e9,
+        }
 
 
-def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str = "auto", attention: str = "auto",
-             unroll: bool | None = None, fsdp: int = 1, tensor: int = 1, sampler: str = "ddpm", num_steps: int = 250,
-             guidance_scale: float = 1.0, devices=None) -> Subject:
+def of_model(
+    name: str,
+    resolution: int,
+    batch_size: int,
+    dtype: str,
+    remat: str = "auto",
+    attention: str = "auto",
+    unroll: bool | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sampler: str = "ddpm",
+    num_steps: int = 250,
+    guidance_scale: float = 1.0,
+    devices=None,
+) -> Subject:
     """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
 
     devices: of the mesh, whose data axis takes what fsdp and tensor leave; all that there are if None.
@@ -113,12 +137,24 @@ def of_model(name: str, resolution: int, batch_size: int, dtype: str, remat: str
     draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
     codec, process = KLVAE(), Gaussian()
     latent_shape = codec.latent_shape(resolution)
-    network = DiT(**size, num_classes=1000, out_channels=process.output_channels(latent_shape[-1]), attention=attention,
-                  remat=remat, unroll=unroll, dtype=DTYPES[dtype])
+    network = DiT(
+        **size,
+        num_classes=1000,
+        out_channels=process.output_channels(latent_shape[-1]),
+        attention=attention,
+        remat=remat,
+        unroll=unroll,
+        dtype=DTYPES[dtype],
+    )
     network.check(*latent_shape[:2])
     task = DiffusionTask(network, process, codec, adamw(), latent_shape, num_classes=1000)
-    return Subject(task, make_mesh(-1, fsdp, tensor, devices), batch_size, samplers.CLASSES[draw.pop("name")](**draw),
-                   Guidance(guidance_scale))
+    return Subject(
+        task,
+        make_mesh(-1, fsdp, tensor, devices),
+        batch_size,
+        samplers.CLASSES[draw.pop("name")](**draw),
+        Guidance(guidance_scale),
+    )
 
 
 def of_config(config, devices=None) -> Subject:
@@ -134,6 +170,7 @@ def of_config(config, devices=None) -> Subject:
     task, mesh = build.task(config), build.mesh(config, devices)
     if isinstance(task, AutoencoderTask):
         return Subject(task, mesh, config.batch_size, constants=build.constants(config, mesh, None, {}), seed=config.seed)
-    constants = {} if isinstance(task.codec, KLVAE) else {"codec": jax.device_put(task.codec.init(jax.random.key(0)),
-                                                                                  replicated(mesh))}
+    constants = (
+        {} if isinstance(task.codec, KLVAE) else {"codec": jax.device_put(task.codec.init(jax.random.key(0)), replicated(mesh))}
+    )
     return Subject(task, mesh, config.batch_size, build.sampler(config), build.guidance(config), constants, config.seed)

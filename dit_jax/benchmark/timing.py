@@ -52,8 +52,12 @@ class Timing:
 
     def rates(self) -> dict:
         """Counts, seconds and images per second; images = images_per_second x measured_seconds."""
-        return {"images_per_second": self.images_per_second, "images": self.images * len(self.seconds),
-                "measured_seconds": float(self.seconds.sum()), "steps": len(self.seconds)}
+        return {
+            "images_per_second": self.images_per_second,
+            "images": self.images * len(self.seconds),
+            "measured_seconds": float(self.seconds.sum()),
+            "steps": len(self.seconds),
+        }
 
     def quantiles(self) -> dict:
         """Median and 99th percentile of a call, interpolated between the two nearest calls."""
@@ -90,8 +94,10 @@ def measure_queued(work: Work, steps: int) -> Timing:
 
 
 def report(name: str, timing: Timing):
-    say(f"{name}: {timing.images_per_second:,.1f} images/s, {timing.seconds.mean() * 1e3:,.2f} ms a call, {len(timing.seconds)} "
-        "calls")
+    say(
+        f"{name}: {timing.images_per_second:,.1f} images/s, {timing.seconds.mean() * 1e3:,.2f} ms a call, {len(timing.seconds)} "
+        "calls"
+    )
 
 
 def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps: int, rounds: int = 2) -> dict:
@@ -113,9 +119,14 @@ def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps
         for name, work in works.items():
             timings[name].append(measure(work, seconds / rounds))
             report(f"round {turn + 1}, {name}", timings[name][-1])
-    joined = {name: Timing(np.concatenate([t.seconds for t in parts]), parts[0].images, sum(t.cpu_seconds for t in parts))
-              for name, parts in timings.items()}
+    joined = {
+        name: Timing(np.concatenate([t.seconds for t in parts]), parts[0].images, sum(t.cpu_seconds for t in parts))
+        for name, parts in timings.items()
+    }
     medians = {name: t.quantiles()["step_seconds_p50"] for name, t in joined.items()}
     found = {name: {**t.rates(), **t.quantiles(), "cpu_seconds_per_step": t.cpu_seconds_per_step} for name, t in joined.items()}
-    return {**found["dit_jax"], "ratio": {name: medians["dit_jax"] / medians[name] for name in peers},
-            "peers": {name: found[name] | peers[name].facts for name in peers}}
+    return {
+        **found["dit_jax"],
+        "ratio": {name: medians["dit_jax"] / medians[name] for name in peers},
+        "peers": {name: found[name] | peers[name].facts for name in peers},
+    }

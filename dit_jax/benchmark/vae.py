@@ -47,23 +47,38 @@ def run(codec: KLVAE, resolution: int, batch_size: int, seconds: float) -> dict:
     latent_shape = codec.latent_shape(resolution)
     rows = batch_sharding(mesh)
     params = jax.device_put(codec.init(jax.random.key(0)), replicated(mesh))
-    inputs = jax.jit(lambda key: (
-        jax.random.uniform(key, (batch_size, resolution, resolution, codec.image_channels), minval=-1),
-        jax.random.normal(key, (batch_size, *latent_shape))), out_shardings=(rows, rows))
+    inputs = jax.jit(
+        lambda key: (
+            jax.random.uniform(key, (batch_size, resolution, resolution, codec.image_channels), minval=-1),
+            jax.random.normal(key, (batch_size, *latent_shape)),
+        ),
+        out_shardings=(rows, rows),
+    )
     images, latents = inputs(jax.random.key(1))
     found = {}
-    for name, function, x, gmacs in zip(("encode", "decode"), (codec.encode, codec.decode), (images, latents),
-                                        macs.gmacs(codec, resolution), strict=True):
+    for name, function, x, gmacs in zip(
+        ("encode", "decode"), (codec.encode, codec.decode), (images, latents), macs.gmacs(codec, resolution), strict=True
+    ):
         start = time.monotonic()
         with jax.set_mesh(mesh):
             compiled = jax.jit(function, out_shardings=rows).lower(params, x).compile()
         compile_seconds = time.monotonic() - start
         say(f"compiled {name} in {compile_seconds:.1f} s")
         found[name] = _measured(name, Work(lambda f=compiled, x=x: f(params, x), batch_size), seconds, gmacs, mesh) | {
-            "compile_seconds": compile_seconds, "program_bytes": machine.program_bytes(compiled)}
-    return {"codec": {"block_out_channels": codec.block_out_channels, "latent_channels": codec.latent_channels},
-            "dtype": jnp.dtype(codec.dtype).name, "resolution": resolution, "batch_size": batch_size, "mesh": dict(mesh.shape),
-            **found, "mfu_formula": machine.MFU_FORMULA, "flops_formula": "2 x MACs", "peak_bytes": machine.peak_bytes()}
+            "compile_seconds": compile_seconds,
+            "program_bytes": machine.program_bytes(compiled),
+        }
+    return {
+        "codec": {"block_out_channels": codec.block_out_channels, "latent_channels": codec.latent_channels},
+        "dtype": jnp.dtype(codec.dtype).name,
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "mesh": dict(mesh.shape),
+        **found,
+        "mfu_formula": machine.MFU_FORMULA,
+        "flops_formula": "2 x MACs",
+        "peak_bytes": machine.peak_bytes(),
+    }
 
 
 def _measured(name: str, work: Work, seconds: float, gmacs: float, mesh) -> dict:
@@ -71,6 +86,10 @@ def _measured(name: str, work: Work, seconds: float, gmacs: float, mesh) -> dict
     timing = measure(work, seconds)
     report(name, timing)
     devices = list(mesh.devices.flat)
-    return {**timing.rates(), **timing.quantiles(), "gmacs": gmacs,
-            "images_per_second_per_device": timing.images_per_second / len(devices),
-            "mfu": machine.utilization(timing.images_per_second, 2e9 * gmacs, devices)}
+    return {
+        **timing.rates(),
+        **timing.quantiles(),
+        "gmacs": gmacs,
+        "images_per_second_per_device": timing.images_per_second / len(devices),
+        "mfu": machine.utilization(timing.images_per_second, 2e9 * gmacs, devices),
+    }

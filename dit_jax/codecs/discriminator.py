@@ -50,8 +50,10 @@ class PatchDiscriminator(nn.Module):
                 raise UserError(f"discriminator.{name} is {getattr(self, name)}; it must be at least {least}")
         for width in self._widths()[1:]:
             if self.norm_groups and width % self.norm_groups:
-                raise UserError(f"discriminator.norm_groups {self.norm_groups} does not divide the width {width}: choose one "
-                                f"that divides 2 * base_features = {2 * self.base_features}, or 0 for no norms")
+                raise UserError(
+                    f"discriminator.norm_groups {self.norm_groups} does not divide the width {width}: choose one "
+                    f"that divides 2 * base_features = {2 * self.base_features}, or 0 for no norms"
+                )
         super().__post_init__()
 
     def _widths(self):
@@ -71,14 +73,28 @@ class PatchDiscriminator(nn.Module):
             x = self._conv(width, 2 if layer < self.num_layers else 1, f"conv_{layer}")(x)
             if layer and self.norm_groups:
                 # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits where the mean is large against the deviation.
-                x = nn.GroupNorm(self.norm_groups, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype,
-                                 param_dtype=self.param_dtype, name=f"norm_{layer}")(x)
+                x = nn.GroupNorm(
+                    self.norm_groups,
+                    epsilon=1e-6,
+                    use_fast_variance=False,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    name=f"norm_{layer}",
+                )(x)
             x = nn.leaky_relu(x, 0.2)
         return self._conv(1, 1, "conv_out")(x).astype(jnp.float32)
 
     def _conv(self, features, stride, name):
-        return nn.Conv(features, (4, 4), (stride, stride), padding=((1, 1), (1, 1)), dtype=self.dtype,
-                       param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+        return nn.Conv(
+            features,
+            (4, 4),
+            (stride, stride),
+            padding=((1, 1), (1, 1)),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(0.02),
+            name=name,
+        )
 
     def _check(self, images):
         if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -89,8 +105,10 @@ class PatchDiscriminator(nn.Module):
         if side < self.smallest_side:
             fitting = max((n for n in range(1, self.num_layers) if 3 * 2**n <= side), default=None)
             remedy = f"set num_layers to at most {fitting}" if fitting else "even one layer needs 6 pixels: enlarge the images"
-            raise UserError(f"images of {images.shape[1]} x {images.shape[2]} are too small for a discriminator with num_layers "
-                            f"{self.num_layers}, which needs {self.smallest_side} pixels: {remedy}")
+            raise UserError(
+                f"images of {images.shape[1]} x {images.shape[2]} are too small for a discriminator with num_layers "
+                f"{self.num_layers}, which needs {self.smallest_side} pixels: {remedy}"
+            )
 
 
 def hinge_discriminator_loss(real_logits, fake_logits):
@@ -121,6 +139,8 @@ def adaptive_weight(nll_grad, gan_grad, max_weight=1e4):
         gan_grad: the same of `generator_loss`.
     Source: Esser et al. 2021, equation 7.
     """
-    nll_norm, gan_norm = (jnp.sqrt(sum(jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(grad)))
-                          for grad in (nll_grad, gan_grad))
+    nll_norm, gan_norm = (
+        jnp.sqrt(sum(jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(grad)))
+        for grad in (nll_grad, gan_grad)
+    )
     return lax.stop_gradient(jnp.clip(nll_norm / (gan_norm + DELTA), 0.0, max_weight))

@@ -110,9 +110,7 @@ class AttentionBlock(Layer):
         batch, height, width, channels = x.shape
 
         def linear(name):
-            return nn.Dense(
-                channels, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_uniform, name=name
-            )
+            return nn.Dense(channels, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_uniform, name=name)
 
         tokens = self.norm("norm")(x).reshape(batch, height * width, channels)
         tokens = spatial_attention(linear("query")(tokens), linear("key")(tokens), linear("value")(tokens))
@@ -263,8 +261,10 @@ class KLVAE:
             value = tuple(float(x) for x in value)
             object.__setattr__(self, name, value)
             if len(value) != self.latent_channels:
-                raise UserError(f"{name} {value} has {len(value)} numbers for {self.latent_channels} latent channels: give one, "
-                                "or one per channel")
+                raise UserError(
+                    f"{name} {value} has {len(value)} numbers for {self.latent_channels} latent channels: give one, "
+                    "or one per channel"
+                )
         if not np.all(np.isfinite(value)) or (name == "scale" and not np.all(np.greater(value, 0))):
             raise UserError(f"{name} {value} must be {'positive and finite' if name == 'scale' else 'finite'}")
 
@@ -329,8 +329,10 @@ class KLVAE:
         if images.ndim != 4 or images.shape[-1] != self.image_channels:
             raise ValueError(f"images have shape {images.shape}, not [B, H, W, {self.image_channels}]")
         if 0 in images.shape or min(images.shape[1:3]) < self.downsample:
-            raise ValueError(f"images have shape {images.shape}: height and width must be at least {self.downsample}, one latent "
-                             "pixel; enlarge them first")
+            raise ValueError(
+                f"images have shape {images.shape}: height and width must be at least {self.downsample}, one latent "
+                "pixel; enlarge them first"
+            )
         return self.encoder.apply({"params": params["encoder"]}, images)
 
     def sample_latent(self, key, moments):

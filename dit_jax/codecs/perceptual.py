@@ -61,8 +61,10 @@ def _check(images):
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images have shape {images.shape}, not [B, H, W, 3] or [B, H, W, 1]")
     if min(images.shape[1:3]) < SMALLEST_SIDE:
-        raise ValueError(f"images are {images.shape[1]} x {images.shape[2]}, and LPIPS needs at least {SMALLEST_SIDE} x "
-                         f"{SMALLEST_SIDE}: enlarge them first, or train without a perceptual loss")
+        raise ValueError(
+            f"images are {images.shape[1]} x {images.shape[2]}, and LPIPS needs at least {SMALLEST_SIDE} x "
+            f"{SMALLEST_SIDE}: enlarge them first, or train without a perceptual loss"
+        )
 
 
 def _convolve(x, layer):

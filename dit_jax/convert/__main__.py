@@ -26,16 +26,25 @@ from absl import flags
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
-FROM = flags.DEFINE_string("from", None, "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), "
-                           "dit_jax, lpips, inception, inception_tf or dinov2. --download tells it.")
-TO = flags.DEFINE_string("to", "dit_jax", "Layout of --out: dit_jax (a .safetensors), official (.pt or .safetensors) or "
-                         "diffusers (a folder).")
+FROM = flags.DEFINE_string(
+    "from",
+    None,
+    "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), "
+    "dit_jax, lpips, inception, inception_tf or dinov2. --download tells it.",
+)
+TO = flags.DEFINE_string(
+    "to", "dit_jax", "Layout of --out: dit_jax (a .safetensors), official (.pt or .safetensors) or diffusers (a folder)."
+)
 WEIGHTS = flags.DEFINE_string("weights", None, "File or folder to convert; with --download, where the file goes.")
 OUT = flags.DEFINE_string("out", None, "File or folder to write; with --download it can be left out.")
 DOWNLOAD = flags.DEFINE_string("download", None, "Fetch dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14 first.")
 HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where neither the layout nor the paper's table tells.")
-LIKE = flags.DEFINE_string("like", None, "A run's folder or a file of ours with the config of these weights; without it, "
-                           "foreign weights get the paper's process, VAE and sampler.")
+LIKE = flags.DEFINE_string(
+    "like",
+    None,
+    "A run's folder or a file of ours with the config of these weights; without it, "
+    "foreign weights get the paper's process, VAE and sampler.",
+)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest good one if not given.")
 
 

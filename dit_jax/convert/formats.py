@@ -61,8 +61,11 @@ class Source:
         if self.layout not in SOURCES:
             raise UserError(f"--from={self.layout}: one of {', '.join(SOURCES)} is needed")
         foreign = self.layout in ("official", "sit", "diffusers")
-        for name, value, wanted in (("heads", self.heads, foreign), ("like", self.like, foreign),
-                                    ("step", self.step, self.layout == "workdir")):
+        for name, value, wanted in (
+            ("heads", self.heads, foreign),
+            ("like", self.like, foreign),
+            ("step", self.step, self.layout == "workdir"),
+        ):
             if value is not None and not wanted:
                 raise UserError(f"--{name} means nothing with --from={self.layout}; leave it out")
         if self.like and self.heads is not None:
@@ -147,12 +150,16 @@ def _shapes(sections) -> dict[str, tuple[int, ...]]:
 def _read_workdir(source: Source) -> Weights:
     config = ml_collections.ConfigDict(read_config(source.path))
     if config.task.name != "diffusion":
-        raise UserError(f"{source.path} is the run of an autoencoder: its weights are in {source.path}/codec, as diffusers reads "
-                        "them, when it has finished")
+        raise UserError(
+            f"{source.path} is the run of an autoencoder: its weights are in {source.path}/codec, as diffusers reads "
+            "them, when it has finished"
+        )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     init = build.task(config).init
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                          jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)))
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
+    )
     try:
         restored, _, step = restore_subtree(source.path.absolute() / "checkpoints", {"ema_params": wanted}, source.step)
     except FileNotFoundError as error:
@@ -172,8 +179,10 @@ def _open(path: Path) -> tuple[Tensors, list[Path]]:
         return open_sharded(path)
     if not pt_reader.is_pt(path):
         if path.suffix != ".safetensors":
-            raise UserError(f"{path} is no PyTorch file (a zip archive, or the stream written before 1.6), and its name does not "
-                            "end in .safetensors; is it whole, and is it the right file?")
+            raise UserError(
+                f"{path} is no PyTorch file (a zip archive, or the stream written before 1.6), and its name does not "
+                "end in .safetensors; is it whole, and is it the right file?"
+            )
         return open_safetensors(path)[0], [path]
     content = pt_reader.read(path)
     for key in NESTED:
@@ -182,12 +191,15 @@ def _open(path: Path) -> tuple[Tensors, list[Path]]:
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} holds {type(content).__name__}, not a dict of tensors, bare or under "
-                        f"{' or '.join(map(repr, NESTED))}")
+        raise UserError(
+            f"{path} holds {type(content).__name__}, not a dict of tensors, bare or under {' or '.join(map(repr, NESTED))}"
+        )
     strange = [repr(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if strange:
-        raise UserError(f"{path} holds what is no tensor: {', '.join(strange[:10])}; a state_dict is needed, bare or under "
-                        f"{' or '.join(map(repr, NESTED))}")
+        raise UserError(
+            f"{path} holds what is no tensor: {', '.join(strange[:10])}; a state_dict is needed, bare or under "
+            f"{' or '.join(map(repr, NESTED))}"
+        )
     return content, [path]
 
 
@@ -215,14 +227,18 @@ def _read_diffusers(source: Source) -> Weights:
     config = diffusers_dit.read_config(path)
     diffusers_dit.check_config(config, found, str(path.parent / "config.json"))
     if source.heads not in (None, config["num_attention_heads"]):
-        raise UserError(f"--heads={source.heads}, and config.json has num_attention_heads = {config['num_attention_heads']}; "
-                        "leave out --heads")
+        raise UserError(
+            f"--heads={source.heads}, and config.json has num_attention_heads = {config['num_attention_heads']}; "
+            "leave out --heads"
+        )
     sections = _sections(source, found, config["sample_size"], config["num_attention_heads"])
     shapes = _shapes(sections)
     theirs = official.expected(shapes, sections["model"]["patch_size"], _tokens_per_side(sections))
     check(tensors, diffusers_dit.expected(theirs, found.depth), what)
-    console.say("note: weights trained with diffusers' own module, rather than renamed from the paper's as the published ones "
-                "are, had slightly other time frequencies than ours (spaced by 1/127, not 1/128)")
+    console.say(
+        "note: weights trained with diffusers' own module, rather than renamed from the paper's as the published ones "
+        "are, had slightly other time frequencies than ours (spaced by 1/127, not 1/128)"
+    )
     return Weights(official.to_ours(diffusers_dit.to_official(tensors, found.depth), shapes), sections, _origin(source, files))
 
 
@@ -248,16 +264,29 @@ def _sections(source: Source, found: official.Architecture, input_size: int, hea
         return sections
     heads = heads or source.heads or next((size.heads for size in recipes.SIZES.values() if size.width == found.width), None)
     if heads is None:
-        raise UserError(f"{source.path}: width {found.width} is none of the paper's ({_widths()}), and the tensors do not tell "
-                        "the number of attention heads: pass --heads")
+        raise UserError(
+            f"{source.path}: width {found.width} is none of the paper's ({_widths()}), and the tensors do not tell "
+            "the number of attention heads: pass --heads"
+        )
     if found.in_channels != LATENT_CHANNELS:
-        raise UserError(f"{source.path}: the network takes {found.in_channels} channels, and the paper's take {LATENT_CHANNELS}, "
-                        "latents of a VAE: say what they mean with --like=<a run's folder, or a file of ours>")
+        raise UserError(
+            f"{source.path}: the network takes {found.in_channels} channels, and the paper's take {LATENT_CHANNELS}, "
+            "latents of a VAE: say what they mean with --like=<a run's folder, or a file of ours>"
+        )
     learned = found.out_channels == 2 * found.in_channels
     config = (recipes.sit if source.layout == "sit" else recipes.dit)("XL/2", input_size * 8)
-    config.model.update({"patch_size": found.patch_size, "depth": found.depth, "width": found.width, "heads": heads,
-                         "mlp_ratio": found.mlp_width / found.width, "num_classes": found.num_classes,
-                         "dtype": "float32", "param_dtype": found.dtype.name})
+    config.model.update(
+        {
+            "patch_size": found.patch_size,
+            "depth": found.depth,
+            "width": found.width,
+            "heads": heads,
+            "mlp_ratio": found.mlp_width / found.width,
+            "num_classes": found.num_classes,
+            "dtype": "float32",
+            "param_dtype": found.dtype.name,
+        }
+    )
     if source.layout == "sit":
         config.process.spare_channels = learned
     elif not learned:

@@ -25,8 +25,13 @@ from dit_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-SUFFIXES = {"moments": ".moments.npy", "labels": ".labels.npy", "index": ".index.npy", "captions": ".captions.json",
-            "facts": ".json"}
+SUFFIXES = {
+    "moments": ".moments.npy",
+    "labels": ".labels.npy",
+    "index": ".index.npy",
+    "captions": ".captions.json",
+    "facts": ".json",
+}
 
 
 def shard_file(shard: int, shards: int, kind: str) -> str:
@@ -98,6 +103,7 @@ def damage(folder: Path, files: list[dict], hashes: bool) -> dict[str, str]:
 
     Hashing runs in as many threads as there are cores.
     """
+
     def problem(file: dict) -> str | None:
         path = folder / file["name"]
         try:

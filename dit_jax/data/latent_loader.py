@@ -41,8 +41,16 @@ class LatentLoader:
         ValueError: seed or process_index out of range.
     """
 
-    def __init__(self, cache: LatentCache, batch_size: int, seed: int, flip: bool, process_index: int = 0,
-                 process_count: int = 1, resident: bool = False):
+    def __init__(
+        self,
+        cache: LatentCache,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        process_index: int = 0,
+        process_count: int = 1,
+        resident: bool = False,
+    ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be in [0, process_count={process_count})")
         if batch_size < 1 or batch_size % process_count:
@@ -50,8 +58,10 @@ class LatentLoader:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} must be in [0, 2**32)")
         if flip and cache.views == 1:
-            raise UserError(f"{cache.path} has no mirror images (it was encoded with --nomirror): set flip to False, or encode "
-                            "again with --mirror")
+            raise UserError(
+                f"{cache.path} has no mirror images (it was encoded with --nomirror): set flip to False, or encode "
+                "again with --mirror"
+            )
         if resident and cache.views * len(cache) >= 2**31:
             raise UserError(f"{cache.path} has {cache.views * len(cache)} rows, more than int32 counts: set resident to False")
         self.source, self.batch_size, self.seed, self.flip = cache, batch_size, seed, flip
@@ -167,16 +177,18 @@ def resident_moments(cache: LatentCache, mesh: Mesh) -> jax.Array:
         stats = device.memory_stats() or {}
         free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         if "bytes_limit" in stats and size > free:
-            raise UserError(f"{cache.path}: the moments take {size / 2**30:.1f} GiB on each of {ways} devices, and {device} has "
-                            f"{free / 2**30:.1f} GiB free: use more devices on mesh.data or mesh.fsdp, or set loader.resident to "
-                            "False")
+            raise UserError(
+                f"{cache.path}: the moments take {size / 2**30:.1f} GiB on each of {ways} devices, and {device} has "
+                f"{free / 2**30:.1f} GiB free: use more devices on mesh.data or mesh.fsdp, or set loader.resident to "
+                "False"
+            )
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         found = np.zeros((stop - start, *cache.moments_shape), np.float16)
         if start < rows:
             stored = cache.slice(start, min(stop, rows))
-            found[:len(stored)] = stored
+            found[: len(stored)] = stored
         return found
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(axes)), part)

@@ -53,9 +53,11 @@ class LatentCache:
         m = self.manifest
         files = [m["settings"], *(file for shard in m["shards"] for file in shard["files"].values())]
         if problems := damage(self.path, files, verify):
-            raise UserError(f"{self.path} is damaged, {len(problems)} of {len(files)} files: "
-                            f"{_shortened([*problems.values()])}. Run the encode command that made it again: it encodes "
-                            "damaged shards anew")
+            raise UserError(
+                f"{self.path} is damaged, {len(problems)} of {len(files)} files: "
+                f"{_shortened([*problems.values()])}. Run the encode command that made it again: it encodes "
+                "damaged shards anew"
+            )
         self.moments_shape, self.views = tuple(m["moments"]["shape"]), m["views"]
         self.num_classes, self.class_names = m["num_classes"], tuple(m["class_names"])
         self.fingerprint = digest(m)[:16]
@@ -68,15 +70,17 @@ class LatentCache:
         if len(self.labels) != m["count"]:
             raise UserError(f"{self.path}: the shards hold {len(self.labels)} records and the manifest says {m['count']}")
         if not 0 <= self.labels.min() <= self.labels.max() < max(self.num_classes, 1):
-            raise UserError(f"{self.path}: labels run from {self.labels.min()} to {self.labels.max()}, outside the "
-                            f"{self.num_classes} classes")
+            raise UserError(
+                f"{self.path}: labels run from {self.labels.min()} to {self.labels.max()}, outside the {self.num_classes} classes"
+            )
 
     def _open(self, shard: int, kind: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         name = self.manifest["shards"][shard]["files"][kind]["name"]
         array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         if array.dtype != dtype or array.shape != shape:
-            raise UserError(f"{self.path / name} holds {array.dtype}{list(array.shape)}, and the manifest says "
-                            f"{np.dtype(dtype)}{list(shape)}")
+            raise UserError(
+                f"{self.path / name} holds {array.dtype}{list(array.shape)}, and the manifest says {np.dtype(dtype)}{list(shape)}"
+            )
         return array.view(np.ndarray)
 
     def __len__(self) -> int:
@@ -129,10 +133,9 @@ class LatentCache:
         """Moments of rows start..stop-1 in order, copied."""
         starts = self.views * self._starts
         first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
-        return np.concatenate([self._moments[k][max(start - starts[k], 0):stop - starts[k]] for k in range(first, last + 1)])
+        return np.concatenate([self._moments[k][max(start - starts[k], 0) : stop - starts[k]] for k in range(first, last + 1)])
 
-    def check(self, codec: Any, weights_sha256: str, resolution: int, channels: int, flip: bool,
-              upright: bool = False) -> None:
+    def check(self, codec: Any, weights_sha256: str, resolution: int, channels: int, flip: bool, upright: bool = False) -> None:
         """Nothing, if training with these would have encoded the same moments.
 
         The codec's scale and shift are not compared, moments are stored unscaled; nor is its dtype, the precision of the
@@ -145,17 +148,29 @@ class LatentCache:
         Raises:
             UserError: a list of the fields that differ.
         """
-        stored = {**{f"codec.{k}": v for k, v in self.manifest["codec"].items()},
-                  **{f"transform.{k}": v for k, v in self.manifest["transform"].items()}}
-        wanted = {**{f"codec.{k}": v for k, v in codec_fields(codec).items()}, "codec.weights_sha256": weights_sha256,
-                  "transform.resolution": resolution, "transform.channels": channels, "transform.upright": upright}
-        lines = [f"{key}: {stored.get(key)!r} in the cache, {value!r} wanted" for key, value in wanted.items()
-                 if stored.get(key) != value]
+        stored = {
+            **{f"codec.{k}": v for k, v in self.manifest["codec"].items()},
+            **{f"transform.{k}": v for k, v in self.manifest["transform"].items()},
+        }
+        wanted = {
+            **{f"codec.{k}": v for k, v in codec_fields(codec).items()},
+            "codec.weights_sha256": weights_sha256,
+            "transform.resolution": resolution,
+            "transform.channels": channels,
+            "transform.upright": upright,
+        }
+        lines = [
+            f"{key}: {stored.get(key)!r} in the cache, {value!r} wanted"
+            for key, value in wanted.items()
+            if stored.get(key) != value
+        ]
         if flip and self.views == 1:
             lines.append("transform.flip: the cache has no mirror images (--nomirror), True wanted")
         if lines:
-            raise UserError(f"{self.path} was encoded otherwise; change the config to match, or encode again into another "
-                            "folder:\n  " + "\n  ".join(lines))
+            raise UserError(
+                f"{self.path} was encoded otherwise; change the config to match, or encode again into another "
+                "folder:\n  " + "\n  ".join(lines)
+            )
 
     def _check_range(self, values: np.ndarray, size: int, what: str) -> None:
         if values.ndim != 1 or values.dtype.kind not in "iu":
@@ -177,16 +192,19 @@ def read_manifest(folder: Path) -> dict:
     except OSError as error:
         if (folder / SETTINGS).exists():
             raise UserError(f"the latent cache {folder} is not finished: run its encode command again, it goes on") from None
-        raise UserError(f"{folder / MANIFEST}: {error.strerror}; {folder} is not a latent cache (python -m dit_jax.encode makes "
-                        "one)") from None
+        raise UserError(
+            f"{folder / MANIFEST}: {error.strerror}; {folder} is not a latent cache (python -m dit_jax.encode makes one)"
+        ) from None
     if manifest["format"] != FORMAT:
         raise UserError(f"{folder} has cache format {manifest['format']} and this dit_jax reads {FORMAT}: encode again")
     shards = manifest["shards"]
     for k, shard in enumerate(shards):
         for kind, file in shard["files"].items():
             if file["name"] != shard_file(k, len(shards), kind):  # also what keeps reading inside the folder
-                raise UserError(f"{folder / MANIFEST} names {file['name']!r} where {shard_file(k, len(shards), kind)!r} belongs: "
-                                "it was edited; encode again")
+                raise UserError(
+                    f"{folder / MANIFEST} names {file['name']!r} where {shard_file(k, len(shards), kind)!r} belongs: "
+                    "it was edited; encode again"
+                )
     if manifest["settings"]["name"] != SETTINGS:
         raise UserError(f"{folder / MANIFEST} names {manifest['settings']['name']!r} where {SETTINGS!r} belongs: encode again")
     return manifest

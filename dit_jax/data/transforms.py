@@ -142,8 +142,10 @@ def _load(image: bytes, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(image), formats=FORMATS)
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not a readable image (none of {', '.join(FORMATS)}; it begins with {image[:16]!r}): "
-                        "restore it, or save it in one of these formats") from None
+        raise UserError(
+            f"{name} is not a readable image (none of {', '.join(FORMATS)}; it begins with {image[:16]!r}): "
+            "restore it, or save it in one of these formats"
+        ) from None
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from None
     if picture.width * picture.height > MAX_PIXELS:

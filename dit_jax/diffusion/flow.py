@@ -53,8 +53,7 @@ def score_of(noise, c: Coefficients):
 def from_velocity(velocity, x_t, c: Coefficients):
     """velocity -> (x0, noise), at every t: solves x_t = alpha x0 + sigma noise together with `velocity_of`."""
     determinant = c.alpha * c.sigma_rate - c.sigma * c.alpha_rate
-    return ((c.sigma_rate * x_t + c.sigma * velocity) / determinant,
-            -(c.alpha * velocity + c.alpha_rate * x_t) / determinant)
+    return ((c.sigma_rate * x_t + c.sigma * velocity) / determinant, -(c.alpha * velocity + c.alpha_rate * x_t) / determinant)
 
 
 def from_noise(noise, x_t, c: Coefficients):
@@ -109,8 +108,10 @@ class Flow:
             if getattr(self, name) <= 0:
                 raise UserError(f"process.{name} is {getattr(self, name)}; it must be positive")
         if self.time_distribution == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
-            raise UserError(f"process.logit_mean = {self.logit_mean} and logit_std = {self.logit_std} have no effect on uniform "
-                            "times; set process.time_distribution to logit_normal, or leave them at 0 and 1")
+            raise UserError(
+                f"process.logit_mean = {self.logit_mean} and logit_std = {self.logit_std} have no effect on uniform "
+                "times; set process.time_distribution to logit_normal, or leave them at 0 and 1"
+            )
 
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.spare_channels else channels
@@ -138,7 +139,7 @@ class Flow:
         return c.alpha * x0 + c.sigma * noise
 
     def predict(self, output, x_t, t):
-        return Prediction(*from_velocity(output[..., :x_t.shape[-1]], x_t, self.expanded(t, x_t)), 0.0)
+        return Prediction(*from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t)), 0.0)
 
     def loss(self, output, x0, noise, t):
         """Mean squared error of the velocity.
@@ -149,7 +150,7 @@ class Flow:
         Source: Ma et al. 2024 (SiT), section 2.
         """
         target = velocity_of(x0, noise, self.expanded(t, x0))
-        mse = mean_over_example(jnp.square(target - output[..., :x0.shape[-1]]))
+        mse = mean_over_example(jnp.square(target - output[..., : x0.shape[-1]]))
         return mse, {"mse": mse}
 
     def grid(self, num_steps, spacing="even"):

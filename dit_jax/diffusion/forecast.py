@@ -131,8 +131,10 @@ class OneStep:
 
     def __call__(self, x, t):
         if self._called:
-            raise UserError("forecast.interval is above 1 and the sampler evaluates the network several times a step; choose one "
-                            "evaluation a step, as ddim, ddpm or dpmpp, or set the interval to 1")
+            raise UserError(
+                "forecast.interval is above 1 and the sampler evaluates the network several times a step; choose one "
+                "evaluation a step, as ddim, ddpm or dpmpp, or set the interval to 1"
+            )
         self._called = True
         forecast, before = self._denoise.forecast, self.memory
 

@@ -51,8 +51,13 @@ def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
     """KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise."""
-    return 0.5 * (log_variance_2 - log_variance_1 - 1 + jnp.exp(log_variance_1 - log_variance_2)
-                  + jnp.square(mean_1 - mean_2) * jnp.exp(-log_variance_2))
+    return 0.5 * (
+        log_variance_2
+        - log_variance_1
+        - 1
+        + jnp.exp(log_variance_1 - log_variance_2)
+        + jnp.square(mean_1 - mean_2) * jnp.exp(-log_variance_2)
+    )
 
 
 def discretized_log_likelihood(x, mean, log_scale):
@@ -61,6 +66,7 @@ def discretized_log_likelihood(x, mean, log_scale):
     Uses the tanh approximation of the normal cdf, as the paper's code does.
     Source: Ho et al. 2020, equation 13.
     """
+
     def cdf(z):
         u = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
         # XLA's float32 tanh is off by up to 4 units in the last place, which 1 + tanh magnifies in the tails.
@@ -100,8 +106,10 @@ class Gaussian:
         if self.num_timesteps < 2:
             raise UserError(f"process.num_timesteps is {self.num_timesteps}; it must be at least 2")
         if self.schedule == "linear" and self.num_timesteps <= 20:
-            raise UserError(f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T and stay "
-                            "below 1 only from 21 on: take more timesteps, or process.schedule = cosine")
+            raise UserError(
+                f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T and stay "
+                "below 1 only from 21 on: take more timesteps, or process.schedule = cosine"
+            )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
 
@@ -211,8 +219,7 @@ class Gaussian:
 
         Source: Ho et al. 2020, equation 5; the decoder is equation 13.
         """
-        c = {name: expand(jnp.asarray(table, jnp.float32)[self.index(t)], x0)
-             for name, table in self.posterior_tables.items()}
+        c = {name: expand(jnp.asarray(table, jnp.float32)[self.index(t)], x0) for name, table in self.posterior_tables.items()}
         prediction = self.predict(output, x_t, t)
         fraction = prediction.variance_fraction
         log_variance = fraction * c["log_large"] + (1 - fraction) * c["log_small"]
@@ -247,8 +254,9 @@ class Gaussian:
         else:
             stride = next((k for k in range(1, T + 1) if len(range(0, T, k)) == num_steps), None)
             if stride is None:
-                raise UserError(f"no integer stride over {T} timesteps gives {num_steps} steps; ask for another number, or "
-                                "use spacing 'even'")
+                raise UserError(
+                    f"no integer stride over {T} timesteps gives {num_steps} steps; ask for another number, or use spacing 'even'"
+                )
             kept = list(range(0, T, stride))
         return np.array([*((i + 1) / T for i in reversed(kept)), 0.0])
 

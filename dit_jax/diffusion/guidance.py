@@ -74,6 +74,7 @@ class Guidance:
         Returns:
             (x, t, network_time; both scalars or f32[B]) -> the guided output, shaped as the network's.
         """
+
         def unguided(x, time):
             return network(x, time, cond)
 
@@ -95,8 +96,9 @@ class Guidance:
     def lead(self, strong, weak, inside, channels: int):
         """strong [B, ..., C or more] with its first channels led away from weak's where `inside` (bool or bool[B])."""
         if self.channels is not None and self.channels > channels:
-            raise UserError(f"guidance.channels is {self.channels} and the data has {channels}; ask for at most {channels}, or "
-                            "None for all")
+            raise UserError(
+                f"guidance.channels is {self.channels} and the data has {channels}; ask for at most {channels}, or None for all"
+            )
         count = self.channels or channels
         led = weak[..., :count] + self.scale * (strong[..., :count] - weak[..., :count])
         led = jnp.where(expand(inside, led), led, strong[..., :count])

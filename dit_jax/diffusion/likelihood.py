@@ -34,6 +34,7 @@ def bits_per_dimension(process: Gaussian, network, x0, keys) -> VariationalBound
 
     Source: Ho et al. 2020, equation 5; Nichol & Dhariwal 2021, equations 4 to 7.
     """
+
     def term(index):
         t = jnp.full(len(x0), index / process.num_timesteps, jnp.float32)
         x_t = process.perturb(x0, noise_like(keys, x0.shape[1:], index), t)

@@ -19,8 +19,12 @@ from ml_collections import config_flags
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Training config whose data, transform and codec are taken, in place of "
-                                         "--data, --split, --codec and --resolution.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution.",
+    lock_config=True,
+)
 DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
 CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL, or --workdir of a run that trained one.")
@@ -28,10 +32,12 @@ RESOLUTION = flags.DEFINE_integer("resolution", None, "Side of the square images
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What --codec computes in; float32 if not given.")
 OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
 MIRROR = flags.DEFINE_boolean("mirror", None, "Encode mirror images too. If not given: yes, or as --config.transform.flip.")
-UPRIGHT = flags.DEFINE_boolean("upright", None, "Turn photographs as their EXIF orientation asks. If not given: no, or as "
-                               "--config.transform.upright.")
-BATCH_SIZE = flags.DEFINE_integer("device_batch_size", 16, "Images per device at a time: a multiple of 8, on a CPU any "
-                                  "number. The bytes do not depend on it.")
+UPRIGHT = flags.DEFINE_boolean(
+    "upright", None, "Turn photographs as their EXIF orientation asks. If not given: no, or as --config.transform.upright."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "device_batch_size", 16, "Images per device at a time: a multiple of 8, on a CPU any number. The bytes do not depend on it."
+)
 SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard; if not given, as many as fit in 512 MiB.")
 MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Share of the records that may be unreadable; they are left out.")
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that read and decode images.")
@@ -48,8 +54,16 @@ def job_of_flags():
         raise UserError(f"give --{', --'.join(missing)}; or --config=configs/<name>.py, which has them")
     path = vae.find(CODEC.value)
     codec = vae.read_codec(path, DTYPE.value or "float32")
-    return Job(named_source(DATA.value, SPLIT.value), codec, vae.load_diffusers(path, codec), RESOLUTION.value,
-               MIRROR.value is not False, bool(UPRIGHT.value), BATCH_SIZE.value, SHARD_RECORDS.value)
+    return Job(
+        named_source(DATA.value, SPLIT.value),
+        codec,
+        vae.load_diffusers(path, codec),
+        RESOLUTION.value,
+        MIRROR.value is not False,
+        bool(UPRIGHT.value),
+        BATCH_SIZE.value,
+        SHARD_RECORDS.value,
+    )
 
 
 def job_of_config():
@@ -60,19 +74,25 @@ def job_of_config():
 
     given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
     if given:
-        raise UserError(f"--config and --{given[0]} are both given: leave out one; any field of the config is overridden as "
-                        "--config.transform.resolution=64")
+        raise UserError(
+            f"--config and --{given[0]} are both given: leave out one; any field of the config is overridden as "
+            "--config.transform.resolution=64"
+        )
     config, params = codec_folder.settle(console.given_config(CONFIG), None)
     if not params:
-        raise UserError(f"the config has task.name = {config.task.name!r} and codec.name = {config.codec.name!r}: a config that "
-                        "diffuses in the latents of a kl_vae is needed")
+        raise UserError(
+            f"the config has task.name = {config.task.name!r} and codec.name = {config.codec.name!r}: a config that "
+            "diffuses in the latents of a kl_vae is needed"
+        )
     source, codec, transform = build.construct("data", config.data), build.codec(config), config.transform
     if isinstance(source, LatentCache):
-        raise UserError("the config's data.name is 'latents', encoded already: give the images with --data, --codec and "
-                        "--resolution")
+        raise UserError(
+            "the config's data.name is 'latents', encoded already: give the images with --data, --codec and --resolution"
+        )
     if transform.channels != codec.image_channels:
-        raise UserError(f"transform.channels = {transform.channels} and codec.image_channels = {codec.image_channels} must be "
-                        "equal")
+        raise UserError(
+            f"transform.channels = {transform.channels} and codec.image_channels = {codec.image_channels} must be equal"
+        )
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
     upright = transform.get("upright", False) if UPRIGHT.value is None else UPRIGHT.value
     return Job(source, codec, params, transform.resolution, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
@@ -85,14 +105,22 @@ def said_of(manifest: dict) -> dict:
     latents, (h, w, channels) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]
     center = sum(mean) / len(mean)
-    scale = (sum(s**2 + (m - center)**2 for m, s in zip(mean, std, strict=True)) / len(std)) ** -0.5
-    console.say(f"latents before scaling, per channel: mean {[round(x, 4) for x in mean]}, std {[round(x, 4) for x in std]}; the "
-                f"codec's scale is {manifest['codec']['scale']}, and {scale:.5f} would make the variance 1")
+    scale = (sum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(std)) ** -0.5
+    console.say(
+        f"latents before scaling, per channel: mean {[round(x, 4) for x in mean]}, std {[round(x, 4) for x in std]}; the "
+        f"codec's scale is {manifest['codec']['scale']}, and {scale:.5f} would make the variance 1"
+    )
     if manifest["bad_records"]["count"]:
         console.say(f"{manifest['bad_records']['count']} unreadable records are left out; manifest.json lists them")
-    return {"images": manifest["count"], "shards": len(manifest["shards"]), "bad_records": manifest["bad_records"]["count"],
-            "latent_shape": [h, w, channels // 2], "views": manifest["views"], "unit_scale": scale,
-            "manifest_sha256": hashlib.sha256(sealed(manifest)).hexdigest()}
+    return {
+        "images": manifest["count"],
+        "shards": len(manifest["shards"]),
+        "bad_records": manifest["bad_records"]["count"],
+        "latent_shape": [h, w, channels // 2],
+        "views": manifest["views"],
+        "unit_scale": scale,
+        "manifest_sha256": hashlib.sha256(sealed(manifest)).hexdigest(),
+    }
 
 
 def main() -> dict:
@@ -109,8 +137,10 @@ def main() -> dict:
     from dit_jax.encode.writer import encode
 
     job = job_of_flags() if CONFIG.value is None else job_of_config()
-    console.say(f"{len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on {jax.device_count()} "
-                f"devices of {jax.process_count()} processes")
+    console.say(
+        f"{len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on {jax.device_count()} "
+        f"devices of {jax.process_count()} processes"
+    )
     manifest, rate = encode(job, out, MAX_BAD_SHARE.value, NUM_THREADS.value)
     return {"out": str(out), **said_of(manifest), "images_per_second": rate}
 

@@ -58,8 +58,9 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
         if (folder / SETTINGS).exists():  # by now
             return stored_settings(folder, wanted)
         if strange:
-            raise UserError(f"--out={folder} holds {strange[0]} and no {SETTINGS}: give an empty folder, or one that does not "
-                            "exist") from None
+            raise UserError(
+                f"--out={folder} holds {strange[0]} and no {SETTINGS}: give an empty folder, or one that does not exist"
+            ) from None
         return None
     except UserError as error:
         say(f"{error}; written again")
@@ -67,8 +68,10 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
     if settings["format"] != FORMAT:
         raise UserError(f"{folder} has cache format {settings['format']} and this dit_jax writes {FORMAT}: give another --out")
     if lines := differences(settings["encoding"], wanted["encoding"]):
-        raise UserError(f"{folder} holds a cache of something else; give another --out, or go on with that one. Different:\n  "
-                        + "\n  ".join(lines))
+        raise UserError(
+            f"{folder} holds a cache of something else; give another --out, or go on with that one. Different:\n  "
+            + "\n  ".join(lines)
+        )
     return settings
 
 
@@ -126,8 +129,10 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: all processes need the same --out, in a file system they share") from None
     if strangers := [k for k, shard in enumerate(facts) if shard["settings"] != digest(settings)]:
-        raise UserError(f"shards {strangers} in {folder} were encoded with other settings than {SETTINGS} has: did the "
-                        "processes get the same flags and data? Give another --out")
+        raise UserError(
+            f"shards {strangers} in {folder} were encoded with other settings than {SETTINGS} has: did the "
+            "processes get the same flags and data? Give another --out"
+        )
     bad = [record for shard in facts for record in shard["bad_records"]]
     check_bad(bad, records, max_bad_share)
     manifest = manifest_of(settings, facts, bad)
@@ -145,8 +150,10 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
 def check_bad(bad: list, records: int, max_bad_share: float):
     if len(bad) / records > max_bad_share:
         first = "; ".join(f"record {index}: {reason}" for index, reason in bad[:3])
-        raise UserError(f"at least {len(bad)} of {records} records cannot be read ({len(bad) / records:.2%}, and "
-                        f"--max_bad_share allows {max_bad_share:.2%}): restore them, or allow more. {first}")
+        raise UserError(
+            f"at least {len(bad)} of {records} records cannot be read ({len(bad) / records:.2%}, and "
+            f"--max_bad_share allows {max_bad_share:.2%}): restore them, or allow more. {first}"
+        )
 
 
 def manifest_of(settings: dict, facts: list[dict], bad: list) -> dict:

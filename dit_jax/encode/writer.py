@@ -83,8 +83,10 @@ class Job:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.device_batch_size % images_at_once():
-            raise UserError(f"device_batch_size is {self.device_batch_size}; on a {jax.default_backend()} it must be a multiple "
-                            f"of {images_at_once()}")
+            raise UserError(
+                f"device_batch_size is {self.device_batch_size}; on a {jax.default_backend()} it must be a multiple "
+                f"of {images_at_once()}"
+            )
         if not len(self.source):
             raise UserError("the data set is empty: check its path and split")
 
@@ -116,27 +118,43 @@ class Job:
     def settings(self) -> dict:
         """What `settings.json` pins. "encoding" must be the same when going on; "made_with" too while shards are missing."""
         source, codec = self.source, self.codec
-        return json.loads(json.dumps({
-            "format": FORMAT,
-            "encoding": {
-                "codec": {**codec_fields(codec), "dtype": jnp.dtype(codec.dtype).name,
-                          "weights_sha256": weights_sha256(self.params)},
-                "transform": {"resolution": self.resolution, "channels": codec.image_channels, "upright": self.upright,
-                              "crop": "adm_center"},
-                "views": self.views,
-                "moments": {"shape": self.moments_shape, "dtype": "float16"},
-                "source": {"fingerprint": source.fingerprint, "records": len(source)},
-                "num_classes": source.num_classes,
-                "class_names": source.class_names,
-                "shard_records": self.records_per_shard,
-            },
-            "scale": codec.scale,  # of the codec as it was given first: the moments do not depend on them
-            "shift": codec.shift,
-            "made_with": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__,
-                          "images_at_once": images_at_once(), "pillow": PIL.__version__,
-                          "device": jax.local_devices()[0].device_kind,
-                          "matmul_precision": jax.config.jax_default_matmul_precision},
-        }))
+        return json.loads(
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "encoding": {
+                        "codec": {
+                            **codec_fields(codec),
+                            "dtype": jnp.dtype(codec.dtype).name,
+                            "weights_sha256": weights_sha256(self.params),
+                        },
+                        "transform": {
+                            "resolution": self.resolution,
+                            "channels": codec.image_channels,
+                            "upright": self.upright,
+                            "crop": "adm_center",
+                        },
+                        "views": self.views,
+                        "moments": {"shape": self.moments_shape, "dtype": "float16"},
+                        "source": {"fingerprint": source.fingerprint, "records": len(source)},
+                        "num_classes": source.num_classes,
+                        "class_names": source.class_names,
+                        "shard_records": self.records_per_shard,
+                    },
+                    "scale": codec.scale,  # of the codec as it was given first: the moments do not depend on them
+                    "shift": codec.shift,
+                    "made_with": {
+                        "dit_jax": dit_jax.__version__,
+                        "jax": jax.__version__,
+                        "numpy": np.__version__,
+                        "images_at_once": images_at_once(),
+                        "pillow": PIL.__version__,
+                        "device": jax.local_devices()[0].device_kind,
+                        "matmul_precision": jax.config.jax_default_matmul_precision,
+                    },
+                }
+            )
+        )
 
 
 def encode(job: Job, folder: Path, max_bad_share: float = 0.001, num_threads: int = 16) -> tuple[dict, float | None]:
@@ -163,8 +181,9 @@ def encode(job: Job, folder: Path, max_bad_share: float = 0.001, num_threads: in
     return finish(folder, max_bad_share, jax.process_index() == 0), rate
 
 
-def encode_shards(job: Job, folder: Path, max_bad_share: float, num_threads: int, process_index: int,
-                  process_count: int) -> float | None:
+def encode_shards(
+    job: Job, folder: Path, max_bad_share: float, num_threads: int, process_index: int, process_count: int
+) -> float | None:
     """Encodes the shards k with k % process_count == process_index that are missing or damaged; returns images/s."""
     with claimed(folder, job.settings, process_index) as settings:
         mine = range(process_index, job.num_shards, process_count)
@@ -174,8 +193,10 @@ def encode_shards(job: Job, folder: Path, max_bad_share: float, num_threads: int
             say(f"{folder}: all {len(mine)} shards of this process are there, and every hash holds")
             return None
         if lines := differences(settings["made_with"], job.settings["made_with"]):
-            raise UserError(f"{folder} was begun with other versions, which may give other bits: go on with those, or encode "
-                            "into another folder:\n  " + "\n  ".join(lines))
+            raise UserError(
+                f"{folder} was begun with other versions, which may give other bits: go on with those, or encode "
+                "into another folder:\n  " + "\n  ".join(lines)
+            )
         if facts:
             say(f"{folder}: {len(facts)} of {len(mine)} shards of this process are there and whole; going on with the others")
         (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is a whole cache
@@ -227,8 +248,15 @@ class DeviceEncoder:
             return jax.lax.map(lambda x: chunk(params, x), chunks).reshape(-1, *job.moments_shape)
 
         # shard_map, so that the program of a device does not depend on how many there are.
-        self._program = jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("rows")),
-                                              out_specs=PartitionSpec("rows"), check_vma=False))
+        self._program = jax.jit(
+            jax.shard_map(
+                moments,
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec("rows")),
+                out_specs=PartitionSpec("rows"),
+                check_vma=False,
+            )
+        )
 
     def start(self, images: np.ndarray) -> jax.Array:
         """uint8 [n, R, R, C], n at most the batch size -> moments that are being computed, rows past n * views padding."""
@@ -247,7 +275,7 @@ class DeviceEncoder:
             yield self._fetched(*previous)
 
     def _fetched(self, batch: dict, moments: jax.Array) -> tuple[dict, np.ndarray]:
-        return batch, np.asarray(moments)[:self.views * len(batch["index"])]
+        return batch, np.asarray(moments)[: self.views * len(batch["index"])]
 
 
 @dataclass
@@ -268,8 +296,15 @@ class Shard:
 
     def encode(self, encoder: DeviceEncoder, num_threads: int) -> Iterator[int]:
         """Fills the arrays; yields how many records of the shard are behind it, now and then."""
-        batches = read_in_order(self.job.source, self.job.transform, encoder.batch_size, start=self.start, stop=self.stop,
-                                num_threads=num_threads, bad_records=self.bad_records)
+        batches = read_in_order(
+            self.job.source,
+            self.job.transform,
+            encoder.batch_size,
+            start=self.start,
+            stop=self.stop,
+            num_threads=num_threads,
+            bad_records=self.bad_records,
+        )
         with contextlib.closing(batches):
             for batch, moments in encoder(batches):
                 self._add(batch, moments)
@@ -283,16 +318,18 @@ class Shard:
         lost = np.flatnonzero(~np.isfinite(half).all(axis=(1, 2, 3)))
         if lost.size:
             worst, record = moments[lost[0]], int(batch["index"][lost[0] // views])
-            raise UserError(f"{record_name(self.job.source, record)} has moments from {worst.min():.4g} to {worst.max():.4g}, "
-                            "which float16 does not hold: are these the right weights? If they are, encode with --dtype=float32")
-        self.moments[rows.start * views:rows.stop * views] = half
+            raise UserError(
+                f"{record_name(self.job.source, record)} has moments from {worst.min():.4g} to {worst.max():.4g}, "
+                "which float16 does not hold: are these the right weights? If they are, encode with --dtype=float32"
+            )
+        self.moments[rows.start * views : rows.stop * views] = half
         self.labels[rows], self.index[rows] = batch["label"], batch["index"]
         self.captions += batch.get("caption", [None] * len(batch["index"]))
         self.count = rows.stop
 
     def write(self, folder: Path, settings_digest: str):
         """Writes the files, the facts last."""
-        moments, labels, index = self.moments[:self.count * self.job.views], self.labels[:self.count], self.index[:self.count]
+        moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
         if any(caption is not None for caption in self.captions):
             parts["captions"] = [json.dumps(self.captions).encode()]
@@ -302,15 +339,24 @@ class Shard:
 
         path("facts").unlink(missing_ok=True)  # of a damaged shard: what it says is not true while its files are replaced
         files = {kind: write(path(kind), content) for kind, content in parts.items()}
-        write(path("facts"), [sealed({
-            "settings": settings_digest,
-            "count": self.count,
-            # An error of Pillow names the address of an object, which is another in every process.
-            "bad_records": [(index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)],
-            "captions": sum(caption is not None for caption in self.captions),
-            "sums": sums(moments),
-            "files": files,
-        })])
+        write(
+            path("facts"),
+            [
+                sealed(
+                    {
+                        "settings": settings_digest,
+                        "count": self.count,
+                        # An error of Pillow names the address of an object, which is another in every process.
+                        "bad_records": [
+                            (index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)
+                        ],
+                        "captions": sum(caption is not None for caption in self.captions),
+                        "sums": sums(moments),
+                        "files": files,
+                    }
+                )
+            ],
+        )
 
 
 def record_name(source: Source, index: int) -> str:
@@ -324,7 +370,7 @@ def sums(moments: np.ndarray) -> dict[str, list[float]]:
     """
     total = np.zeros((3, moments.shape[-1] // 2))
     for start in range(0, len(moments), ROWS_AT_ONCE):
-        mean, log_variance = np.split(moments[start:start + ROWS_AT_ONCE].astype(np.float64), 2, axis=-1)
+        mean, log_variance = np.split(moments[start : start + ROWS_AT_ONCE].astype(np.float64), 2, axis=-1)
         parts = (mean, mean**2, np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)))
         total += [part.sum(axis=(0, 1, 2)) for part in parts]
     return dict(zip(("mean", "square", "variance"), total.tolist(), strict=True))

@@ -20,8 +20,12 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
 SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C], or a folder of samples of dit_jax.sample.")
-REFERENCE = flags.DEFINE_string("reference", None, "npz of statistics (ours, ADM's, pytorch-fid's) or of images; or a data set "
-                                "as in --data, cropped to the samples' size. Needless for --metrics=is.")
+REFERENCE = flags.DEFINE_string(
+    "reference",
+    None,
+    "npz of statistics (ours, ADM's, pytorch-fid's) or of images; or a data set "
+    "as in --data, cropped to the samples' size. Needless for --metrics=is.",
+)
 FEATURES = flags.DEFINE_string("features", "pixels", "pixels (for tiny images), inception, or dinov2 (fid is then FD-DINOv2).")
 WEIGHTS = flags.DEFINE_string("weights", None, ".safetensors of the extractor, written by dit_jax.convert.")
 METRIC_NAMES = flags.DEFINE_list("metrics", None, "Of fid,sfid,is,precision,recall,kid; all that are possible if not given.")
@@ -35,8 +39,9 @@ DATA = flags.DEFINE_string("data", None, "digits, an npz, folder:PATH (or PATH a
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Side in pixels that --data is cropped to.")
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of --data: 3, or 1 for grey.")
-KEEP_FEATURES = flags.DEFINE_boolean("keep_features", None, "Store the features too, which precision, recall and KID need. If "
-                                     "not given: up to 50,000 images.")
+KEEP_FEATURES = flags.DEFINE_boolean(
+    "keep_features", None, "Store the features too, which precision, recall and KID need. If not given: up to 50,000 images."
+)
 TABLE = flags.DEFINE_list("table", None, "Result files to compare.")
 FORMAT = flags.DEFINE_string("format", "text", "Of the table: text, csv or markdown.")
 
@@ -106,8 +111,14 @@ def make_reference() -> dict:
         reference.write(path, made)
         snapshots.remove(partial_folder(path))
     console.say(f"statistics of {len(images)} images in {path}, {'with' if keep else 'without'} their features")
-    return {"out": str(path), "num_reference": len(images), "reference_sha256": made.sha256, "keeps_features": keep,
-            "outputs": list(made.moments), "extractor": made.recipe["extractor"]}
+    return {
+        "out": str(path),
+        "num_reference": len(images),
+        "reference_sha256": made.sha256,
+        "keeps_features": keep,
+        "outputs": list(made.moments),
+        "extractor": made.recipe["extractor"],
+    }
 
 
 def score() -> dict:
@@ -118,8 +129,9 @@ def score() -> dict:
     samples = Path(SAMPLES.value).expanduser()
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
     path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
-    result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(),
-                      folder=path and partial_folder(path))
+    result = evaluate(
+        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=path and partial_folder(path)
+    )
     result["out"] = str(path)
     if jax.process_index() == 0:
         partial = path.with_name(f".{path.name}.partial")

@@ -40,9 +40,11 @@ def check_name(name: str, weights: str | None):
 def check_shape(name: str, shape: tuple[int, int, int]):
     """Raises a UserError if the covariance of the pixels of such images would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
-        raise UserError(f"features 'pixels' of {' x '.join(map(str, shape))} images are {np.prod(shape)} numbers, whose "
-                        f"covariance takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as "
-                        "32 x 32 x 3")
+        raise UserError(
+            f"features 'pixels' of {' x '.join(map(str, shape))} images are {np.prod(shape)} numbers, whose "
+            f"covariance takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as "
+            "32 x 32 x 3"
+        )
 
 
 def load(name: str, weights: str | None = None) -> Loaded:

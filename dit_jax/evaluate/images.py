@@ -62,8 +62,10 @@ class NpzImages:
             with zipfile.ZipFile(path) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
                 if ARRAY not in archive.namelist():
-                    raise UserError(f"{path} has no array arr_0 (it has {', '.join(names) or 'nothing'}); write it with "
-                                    "dit_jax.sample or np.savez(path, images)")
+                    raise UserError(
+                        f"{path} has no array arr_0 (it has {', '.join(names) or 'nothing'}); write it with "
+                        "dit_jax.sample or np.savez(path, images)"
+                    )
                 self._member = archive.getinfo(ARRAY)
                 with archive.open(ARRAY) as file:
                     shape, fortran, dtype = _header(file)
@@ -76,15 +78,24 @@ class NpzImages:
         except Exception as error:
             raise UserError(f"{path} is not a readable npz of images: {error}") from None
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
-            raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; uint8 "
-                            "[N, H, W, 1 or 3] with N >= 2 is needed")
+            raise UserError(
+                f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; uint8 "
+                "[N, H, W, 1 or 3] with N >= 2 is needed"
+            )
         if self._member.file_size != self._header_bytes + math.prod(shape):
-            raise UserError(f"{path} is not a readable npz of images: arr_0 says {list(shape)} and has "
-                            f"{self._member.file_size - self._header_bytes} bytes")
+            raise UserError(
+                f"{path} is not a readable npz of images: arr_0 says {list(shape)} and has "
+                f"{self._member.file_size - self._header_bytes} bytes"
+            )
         self._count, self.shape = shape[0], tuple(shape[1:])
         self._stream, self._position = None, 0  # of a compressed file, which can only be read forwards
-        self.identity = {"npz": str(path.absolute()), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns,
-                         "crc32": self._member.CRC, "shape": list(shape)}
+        self.identity = {
+            "npz": str(path.absolute()),
+            "bytes": path.stat().st_size,
+            "mtime_ns": path.stat().st_mtime_ns,
+            "crc32": self._member.CRC,
+            "shape": list(shape),
+        }
 
     def __len__(self) -> int:
         return self._count
@@ -94,9 +105,9 @@ class NpzImages:
         return read(start, stop, size)
 
     def _mapped(self, start, stop, size):
-        images = self._content[self._header_bytes:].reshape(self._count, *self.shape)
+        images = self._content[self._header_bytes :].reshape(self._count, *self.shape)
         for first in range(start, stop, size):
-            yield np.array(images[first:min(first + size, stop)])
+            yield np.array(images[first : min(first + size, stop)])
 
     @functools.cached_property
     def _content(self) -> np.ndarray:
@@ -111,7 +122,7 @@ class NpzImages:
         except ValueError as error:
             raise self._damaged(error) from None
         for start in range(0, len(found), READ_BYTES):
-            crc = zlib.crc32(found[start:start + READ_BYTES], crc)
+            crc = zlib.crc32(found[start : start + READ_BYTES], crc)
         if crc != self._member.CRC:
             raise self._damaged("arr_0 has another CRC-32 than when it was written")
         return found
@@ -169,8 +180,12 @@ class SourceImages:
     def __init__(self, source: Source, transform: ImageTransform, name: str):
         self.source, self._transform, self.name, self.made_by = source, transform, name, None
         self.shape = (transform.resolution, transform.resolution, transform.channels)
-        self.transform = {"resolution": transform.resolution, "channels": transform.channels, "upright": transform.upright,
-                          "crop": "adm_center"}
+        self.transform = {
+            "resolution": transform.resolution,
+            "channels": transform.channels,
+            "upright": transform.upright,
+            "crop": "adm_center",
+        }
         self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
 
     def __len__(self) -> int:
@@ -196,7 +211,7 @@ class ArrayImages:
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         for first in range(start, stop, size):
-            yield self.images[first:min(first + size, stop)]
+            yield self.images[first : min(first + size, stop)]
 
 
 def open_samples(path: str) -> Images:
@@ -223,6 +238,8 @@ def open_images(data: str, shape: tuple[int, int, int], split: str | None = None
         resolution, channels = (8, 1) if data == "digits" else (shape[0], shape[2])
         images = SourceImages(named_source(data, split), ImageTransform(resolution, channels, flip=False), data)
     if images.shape != tuple(shape):
-        raise UserError(f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "
-                        f"{' x '.join(map(str, images.shape))}; they must be equal")
+        raise UserError(
+            f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "
+            f"{' x '.join(map(str, images.shape))}; they must be equal"
+        )
     return images

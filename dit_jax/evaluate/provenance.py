@@ -12,9 +12,17 @@ import dit_jax
 
 def provenance() -> dict:
     """{"versions", "commit", "device"} of this process; commit is None where the code is not a git checkout."""
-    return {"versions": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-                         "numpy": np.__version__},
-            "commit": commit(), "device": jax.local_devices()[0].device_kind, "num_devices": jax.device_count()}
+    return {
+        "versions": {
+            "dit_jax": dit_jax.__version__,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "numpy": np.__version__,
+        },
+        "commit": commit(),
+        "device": jax.local_devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+    }
 
 
 def commit() -> str | None:

@@ -50,12 +50,17 @@ class Reference(NamedTuple):
 
 def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
     """How reference statistics were made: whatever decides their numbers."""
-    return {"source": images.name, "count": extracted.count, "image_shape": list(images.shape),
-            "transform": images.transform if isinstance(images, SourceImages) else None,
-            "images_sha256": extracted.sha256, "made_by": images.made_by,
-            "extractor": loaded.describe(),
-            "versions": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
-            "device": jax.local_devices()[0].device_kind}
+    return {
+        "source": images.name,
+        "count": extracted.count,
+        "image_shape": list(images.shape),
+        "transform": images.transform if isinstance(images, SourceImages) else None,
+        "images_sha256": extracted.sha256,
+        "made_by": images.made_by,
+        "extractor": loaded.describe(),
+        "versions": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "device": jax.local_devices()[0].device_kind,
+    }
 
 
 def of_images(images: Images, extracted: Extracted, loaded: Loaded) -> Reference:
@@ -141,14 +146,20 @@ def _published(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     moments = _moments(path, arrays, None)
     for output, found in moments.items():
         if len(found.mean) != TENSORFLOW_WIDTHS[output]:
-            raise UserError(f"{path} has statistics of {len(found.mean)} {output} and no recipe; published ones, of Inception, "
-                            f"have {TENSORFLOW_WIDTHS[output]}. Make your own with --make_reference")
+            raise UserError(
+                f"{path} has statistics of {len(found.mean)} {output} and no recipe; published ones, of Inception, "
+                f"have {TENSORFLOW_WIDTHS[output]}. Make your own with --make_reference"
+            )
     images = None
     with zipfile.ZipFile(path) as archive:
         if ARRAY in archive.namelist():
             images = NpzImages(path)
-    recipe = {"source": str(path), "count": None, "image_shape": list(images.shape) if images else None,
-              "extractor": {"name": "inception", "published": True}}
+    recipe = {
+        "source": str(path),
+        "count": None,
+        "image_shape": list(images.shape) if images else None,
+        "extractor": {"name": "inception", "published": True},
+    }
     return Reference(moments, None, recipe, images)
 
 
@@ -159,8 +170,10 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> di
             continue
         mean, covariance = (arrays[name] for name in names)
         if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
-            raise UserError(f"{path}: {names[0]} is {mean.dtype} {list(mean.shape)} and {names[1]} {covariance.dtype} "
-                            f"{list(covariance.shape)}; floats [F] and [F, F] are needed")
+            raise UserError(
+                f"{path}: {names[0]} is {mean.dtype} {list(mean.shape)} and {names[1]} {covariance.dtype} "
+                f"{list(covariance.shape)}; floats [F] and [F, F] are needed"
+            )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise UserError(f"{path}: {names[0]} or {names[1]} holds NaN or infinity")
         found[output] = Moments(count, mean.astype(np.float64), covariance.astype(np.float64))

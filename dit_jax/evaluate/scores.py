@@ -72,8 +72,16 @@ def open_reference(reference: str, shape: tuple[int, int, int]) -> Reference | I
     return open_images(reference, shape)
 
 
-def evaluate(samples: str, reference: str | None, features: str, weights: str | None = None, options: Options | None = None, *,
-             folder: Path | None = None, processes: tuple[int, int] | None = None) -> dict:
+def evaluate(
+    samples: str,
+    reference: str | None,
+    features: str,
+    weights: str | None = None,
+    options: Options | None = None,
+    *,
+    folder: Path | None = None,
+    processes: tuple[int, int] | None = None,
+) -> dict:
     """The metrics of the images in a file, with everything that they depend on, as an object of JSON.
 
     Args:
@@ -105,21 +113,40 @@ def evaluate(samples: str, reference: str | None, features: str, weights: str | 
         against = references.of_images(against, others, loaded)
     elif against is not None and against.features is None and against.images is not None and set(OF_FEATURES) & set(metrics):
         others = take(against.images, Wanted((), True), "the reference")
-        against = against._replace(features=others.features,
-                                   recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256})
+        against = against._replace(
+            features=others.features, recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256}
+        )
     result, more = compute(metrics, found, against, options)
     if folder is not None and (processes or (jax.process_index(), 0))[0] == 0:
         remove(folder)
-    return {**result, "features": features, "samples": samples, "num_samples": found.count, "samples_sha256": found.sha256,
-            "image_shape": list(images.shape), "reference": reference,
-            **({} if against is None else {"num_reference": against.recipe["count"], "reference_sha256": against.sha256,
-                                           "reference_recipe": against.recipe}), "extractor": loaded.describe(),
-            "extraction": {"batch_size": options.batch_size or default_batch_size(), "sums": "float64"},
-            "made_by": images.made_by, "remarks": remarks + more, **provenance()}
+    return {
+        **result,
+        "features": features,
+        "samples": samples,
+        "num_samples": found.count,
+        "samples_sha256": found.sha256,
+        "image_shape": list(images.shape),
+        "reference": reference,
+        **(
+            {}
+            if against is None
+            else {
+                "num_reference": against.recipe["count"],
+                "reference_sha256": against.sha256,
+                "reference_recipe": against.recipe,
+            }
+        ),
+        "extractor": loaded.describe(),
+        "extraction": {"batch_size": options.batch_size or default_batch_size(), "sums": "float64"},
+        "made_by": images.made_by,
+        "remarks": remarks + more,
+        **provenance(),
+    }
 
 
-def make_reference(images: Images, loaded: Loaded, keep_features: bool, options: Options | None = None,
-                   folder: Path | None = None) -> Reference:
+def make_reference(
+    images: Images, loaded: Loaded, keep_features: bool, options: Options | None = None, folder: Path | None = None
+) -> Reference:
     """Statistics of all outputs of the extractor for these images, to be written with `reference.write`."""
     check_shape(loaded.extractor.name, images.shape)
     widths = output_shapes(loaded.extractor, loaded.params, images.shape)
@@ -128,38 +155,67 @@ def make_reference(images: Images, loaded: Loaded, keep_features: bool, options:
     return references.of_images(images, found, loaded)
 
 
-def take_features(images: Images, loaded: Loaded, wanted: Wanted, options: Options, what: str, folder: Path | None,
-                  processes: tuple[int, int] | None) -> Extracted:
+def take_features(
+    images: Images,
+    loaded: Loaded,
+    wanted: Wanted,
+    options: Options,
+    what: str,
+    folder: Path | None,
+    processes: tuple[int, int] | None,
+) -> Extracted:
     """`extract`, with snapshots in the folder if there is one."""
     index, total = processes or (jax.process_index(), jax.process_count())
     snapshots = None
     if folder is not None:
-        key = {"images": images.identity, "extractor": loaded.describe(), "wanted": list(wanted), "chunk_images": CHUNK_IMAGES,
-               "batch_size": options.batch_size or default_batch_size(), "devices": jax.local_device_count(),
-               "device": jax.local_devices()[0].device_kind, "jax": jax.__version__, "dit_jax": dit_jax.__version__}
+        key = {
+            "images": images.identity,
+            "extractor": loaded.describe(),
+            "wanted": list(wanted),
+            "chunk_images": CHUNK_IMAGES,
+            "batch_size": options.batch_size or default_batch_size(),
+            "devices": jax.local_device_count(),
+            "device": jax.local_devices()[0].device_kind,
+            "jax": jax.__version__,
+            "dit_jax": dit_jax.__version__,
+        }
         snapshots = Snapshots(folder, key, index, total, options.every_seconds)
     if wanted.features:
         width = output_shapes(loaded.extractor, loaded.params, images.shape)["features"]
         if (size := 4 * width * len(images)) > 2**27:
             say(f"features of {what}: {size / 2**20:.0f} MiB are kept in memory")
-    return extract(images, loaded.extractor, loaded.params, wanted, batch_size=options.batch_size, snapshots=snapshots,
-                   processes=(index, total), what=what)
+    return extract(
+        images,
+        loaded.extractor,
+        loaded.params,
+        wanted,
+        batch_size=options.batch_size,
+        snapshots=snapshots,
+        processes=(index, total),
+        what=what,
+    )
 
 
 def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Images):
     """Raises a UserError if the reference's features are not those of this extractor, or its images have another shape."""
     ours = json.loads(json.dumps(loaded.describe()))
     if reference.published and ours["name"] != "inception":
-        raise UserError(f"{name} has published statistics, of Inception, and the samples' features are to be {ours['name']}: "
-                        f"take --features=inception, or make a reference with --make_reference --features={ours['name']}")
+        raise UserError(
+            f"{name} has published statistics, of Inception, and the samples' features are to be {ours['name']}: "
+            f"take --features=inception, or make a reference with --make_reference --features={ours['name']}"
+        )
     if not reference.published and (lines := differences(reference.recipe["extractor"], ours)):
-        raise UserError(f"{name} was made with another extractor than the samples' features are to be taken with; make it again "
-                        "with --make_reference, or take its extractor. Different:\n  " + "\n  ".join(lines))
+        raise UserError(
+            f"{name} was made with another extractor than the samples' features are to be taken with; make it again "
+            "with --make_reference, or take its extractor. Different:\n  " + "\n  ".join(lines)
+        )
     shape = reference.recipe["image_shape"]
     if shape is not None and list(shape) != list(images.shape):
-        raise UserError(f"the samples are {' x '.join(map(str, images.shape))} and the reference {name} was made of "
-                        f"{' x '.join(map(str, shape))} images; they must be equal: make a reference with "
-                        f"--resolution={images.shape[0]}")
+        raise UserError(
+            f"the samples are {' x '.join(map(str, images.shape))} and the reference {name} was made of "
+            f"{' x '.join(map(str, shape))} images; they must be equal: make a reference with "
+            f"--resolution={images.shape[0]}"
+        )
 
 
 def choose_metrics(images: Images, reference: Reference | Images | None, loaded: Loaded, options: Options):
@@ -172,8 +228,9 @@ def choose_metrics(images: Images, reference: Reference | Images | None, loaded:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}; they are {', '.join(METRICS)}")
     outputs = output_shapes(loaded.extractor, loaded.params, images.shape)
-    reasons = {name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options)
-               for name in options.metrics or METRICS}
+    reasons = {
+        name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options) for name in options.metrics or METRICS
+    }
     missing = {name: reason for name, reason in reasons.items() if reason}
     if options.metrics and missing:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
@@ -182,8 +239,9 @@ def choose_metrics(images: Images, reference: Reference | Images | None, loaded:
     return tuple(name for name in reasons if name not in missing), [f"no {name}: {why}" for name, why in missing.items()]
 
 
-def _obstacle(metric: str, images: Images, reference: Reference | Images | None, extractor: str, outputs: dict[str, int],
-              options: Options) -> str | None:
+def _obstacle(
+    metric: str, images: Images, reference: Reference | Images | None, extractor: str, outputs: dict[str, int], options: Options
+) -> str | None:
     if reference is None and metric != "is":
         return "it needs a reference"
     statistics = isinstance(reference, Reference)
@@ -204,8 +262,10 @@ def _obstacle(metric: str, images: Images, reference: Reference | Images | None,
         fewest = options.kid_subset_size if metric == "kid" else NEIGHBOURS + 1
         if min(len(images), others) < fewest:
             remedy = ", or a smaller --kid_subset_size" if metric == "kid" else ""
-            return f"it needs {fewest} images on each side, and there are {len(images)} samples and {others} reference images: " \
-                   f"draw more{remedy}"
+            return (
+                f"it needs {fewest} images on each side, and there are {len(images)} samples and {others} reference images: "
+                f"draw more{remedy}"
+            )
     return None
 
 
@@ -220,23 +280,31 @@ def wanted_of_reference(metrics: tuple[str, ...]) -> Wanted:
     return Wanted(("features", "spatial") if "sfid" in metrics else ("features",), bool(set(OF_FEATURES) & set(metrics)))
 
 
-def compute(metrics: tuple[str, ...], samples: Extracted, reference: Reference | None,
-            options: Options) -> tuple[dict, list[str]]:
+def compute(
+    metrics: tuple[str, ...], samples: Extracted, reference: Reference | None, options: Options
+) -> tuple[dict, list[str]]:
     """({metric and what belongs to it: number}, remarks)."""
     result, remarks = {}, []
     if "fid" in metrics:
         result |= _fid(samples, reference.moments["features"], options)
         width = len(samples.moments["features"].mean)
         if min(samples.count, reference.recipe["count"] or width + 1) <= width:
-            remarks.append(f"fid: {samples.count} samples and {reference.recipe['count']} reference images for {width} features: "
-                           "a covariance is singular and the value depends on these counts more than on the images; compare "
-                           "it at equal counts only")
+            remarks.append(
+                f"fid: {samples.count} samples and {reference.recipe['count']} reference images for {width} features: "
+                "a covariance is singular and the value depends on these counts more than on the images; compare "
+                "it at equal counts only"
+            )
     if "sfid" in metrics:
         result["sfid"] = frechet_distance(samples.moments["spatial"], reference.moments["spatial"])
     if "is" in metrics:
         scores = {name: inception_score(samples.class_sums[name]) for name in PARTITIONS}
-        result |= {"is": scores["tenths"][0], "is_std": scores["tenths"][1], "is_parts_of_5000": scores["fives"][0],
-                   "is_shuffled": scores["shuffled"][0], "is_shuffled_std": scores["shuffled"][1]}
+        result |= {
+            "is": scores["tenths"][0],
+            "is_std": scores["tenths"][1],
+            "is_parts_of_5000": scores["fives"][0],
+            "is_shuffled": scores["shuffled"][0],
+            "is_shuffled_std": scores["shuffled"][1],
+        }
     if "precision" in metrics or "recall" in metrics:
         precision, recall = precision_recall(samples.features, reference.features, NEIGHBOURS)
         result |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in metrics}
@@ -252,7 +320,13 @@ def _fid(samples: Extracted, reference: Moments, options: Options) -> dict:
     if not options.replicates:
         return {"fid": frechet_distance(mine, reference)}
     gradient = frechet_gradient(mine, reference)
-    found = bootstrap_interval(gradient.distance, influences(samples.features, mine.mean, gradient), options.replicates,
-                               options.level)
-    return {"fid": gradient.distance, "fid_interval": [found.low, found.high], "fid_interval_level": found.level,
-            "fid_standard_error": found.standard_error, "fid_replicates": found.replicates}
+    found = bootstrap_interval(
+        gradient.distance, influences(samples.features, mine.mean, gradient), options.replicates, options.level
+    )
+    return {
+        "fid": gradient.distance,
+        "fid_interval": [found.low, found.high],
+        "fid_interval_level": found.level,
+        "fid_standard_error": found.standard_error,
+        "fid_replicates": found.replicates,
+    }

@@ -66,8 +66,9 @@ class Snapshots:
         try:
             self._write(sums, digests, features)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}): free some space, or give another "
-                            "--out") from None
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}): free some space, or give another --out"
+            ) from None
         self._written, self._last = len(digests), time.monotonic()
 
     def _write(self, sums, digests, features):
@@ -77,8 +78,10 @@ class Snapshots:
             for k in range(self._written, len(features)):
                 _write_npz(self._features_path(k), {"features": features[k]})
         arrays = {f"sum_{i}": x for i, x in enumerate(jax.tree.leaves(sums))}
-        _write_npz(self.folder / f"{self.name}.npz", {**arrays, "features": np.array(keeps),
-                                                      "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)})
+        _write_npz(
+            self.folder / f"{self.name}.npz",
+            {**arrays, "features": np.array(keeps), "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)},
+        )
 
 
 def remove(folder: Path):

@@ -68,8 +68,17 @@ def output_shapes(extractor: Extractor, params, shape: tuple[int, int, int]) -> 
     return {name: x.shape[1] for name, x in jax.eval_shape(extractor, params, image).items()}
 
 
-def extract(images: Images, extractor: Extractor, params: Any, wanted: Wanted, *, batch_size: int | None = None,
-            snapshots: Snapshots | None = None, processes: tuple[int, int] | None = None, what: str = "images") -> Extracted:
+def extract(
+    images: Images,
+    extractor: Extractor,
+    params: Any,
+    wanted: Wanted,
+    *,
+    batch_size: int | None = None,
+    snapshots: Snapshots | None = None,
+    processes: tuple[int, int] | None = None,
+    what: str = "images",
+) -> Extracted:
     """Takes the features of all images, and of them what is wanted, whole on every process.
 
     Args:
@@ -91,15 +100,21 @@ def extract(images: Images, extractor: Extractor, params: Any, wanted: Wanted, *
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
     parts = {name: partition(name, len(images)) for name in PARTITIONS} if wanted.classes else {}
-    worker = _Worker(extractor, params, wanted, {name: int(p.max()) + 1 for name, p in parts.items()}, widths,
-                     batch_size or default_batch_size())
+    worker = _Worker(
+        extractor,
+        params,
+        wanted,
+        {name: int(p.max()) + 1 for name, p in parts.items()},
+        widths,
+        batch_size or default_batch_size(),
+    )
     chunks = range(index, -(-len(images) // CHUNK_IMAGES), total)
     totals, digests, features = worker.zeros(), [], []
     if snapshots is not None:
         totals, digests, features = snapshots.read(totals)
     progress = Progress(f"features of {what}", sum(_size(images, k) for k in chunks))
-    done = sum(_size(images, k) for k in chunks[:len(digests)])
-    for k, (sums, digest, kept) in worker.chunks(images, chunks[len(digests):], parts):
+    done = sum(_size(images, k) for k in chunks[: len(digests)])
+    for k, (sums, digest, kept) in worker.chunks(images, chunks[len(digests) :], parts):
         totals = jax.tree.map(np.add, totals, sums)
         digests.append(digest)
         features.append(kept)
@@ -127,8 +142,9 @@ def _size(images: Images, chunk: int) -> int:
 class _Worker:
     """The programs of one process: features of a batch on its devices, and their sums there."""
 
-    def __init__(self, extractor: Extractor, params, wanted: Wanted, parts: dict[str, int], widths: dict[str, int],
-                 batch_size: int):
+    def __init__(
+        self, extractor: Extractor, params, wanted: Wanted, parts: dict[str, int], widths: dict[str, int], batch_size: int
+    ):
         devices = jax.local_devices()
         mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
         self._rows, self._whole = NamedSharding(mesh, ROWS), NamedSharding(mesh, WHOLE)
@@ -147,14 +163,17 @@ class _Worker:
 
     def zeros(self) -> dict:
         """The sums of no images, on the host."""
+
         def moments(width):
             return np.zeros(width), np.zeros((width, width))
 
         def classes(count):
             return np.zeros((count, self._widths["probabilities"])), np.zeros(count)
 
-        return {"moments": {name: moments(self._widths[name]) for name in self.wanted.moments},
-                "classes": {name: classes(count) for name, count in self._parts.items()}}
+        return {
+            "moments": {name: moments(self._widths[name]) for name in self.wanted.moments},
+            "classes": {name: classes(count) for name, count in self._parts.items()},
+        }
 
     def _sums(self, state, outputs, real, parts):
         """The state [1, ...] of one device with its rows added; real [b] is 0 for padding. Traced in float64."""
@@ -200,8 +219,12 @@ class _Worker:
         rows = np.arange(chunk.taken, chunk.taken + len(batch))
         outputs = self._features(self._params, self._put(batch))
         with jax.enable_x64(True):
-            chunk.state = self._add(chunk.state, outputs, self._put(np.ones(len(batch))),
-                                    {name: self._put(part[rows]) for name, part in parts.items()})
+            chunk.state = self._add(
+                chunk.state,
+                outputs,
+                self._put(np.ones(len(batch))),
+                {name: self._put(part[rows]) for name, part in parts.items()},
+            )
         chunk.taken += len(batch)
         if self.wanted.features:
             chunk.features.append((outputs["features"], len(batch)))
@@ -212,8 +235,10 @@ class _Worker:
         with jax.enable_x64(True):
             sums = jax.tree.map(lambda x: np.asarray(x).sum(0), chunk.state)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(sums)):
-            raise UserError(f"features of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} hold "
-                            "NaN or infinity: the extractor's weights are broken")
+            raise UserError(
+                f"features of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} hold "
+                "NaN or infinity: the extractor's weights are broken"
+            )
         kept = np.concatenate([np.asarray(x)[:count] for x, count in chunk.features]) if self.wanted.features else None
         return sums, chunk.digest.digest(), kept
 
@@ -279,6 +304,6 @@ def _in_turn(images: Images, digests: list[bytes], features: list, width: int | 
     rows = np.zeros((most * CHUNK_IMAGES, width), np.float32)
     if features:
         mine = np.concatenate(features)
-        rows[:len(mine)] = mine
+        rows[: len(mine)] = mine
     rows = _all_processes(rows).reshape(total, most, CHUNK_IMAGES, width)
-    return ordered, [rows[k % total, k // total, :_size(images, k)] for k in range(chunks)]
+    return ordered, [rows[k % total, k // total, : _size(images, k)] for k in range(chunks)]

@@ -82,8 +82,10 @@ def table(paths: list[str], form: str) -> str:
     if form == "csv":
         columns = {"result": paths} | {name: [r.get(name, "") for r in results] for name in metrics}
         if any("fid_interval" in r for r in results):
-            columns |= {f"fid_{side}": [r["fid_interval"][i] if "fid_interval" in r else "" for r in results]
-                        for i, side in enumerate(("low", "high"))}
+            columns |= {
+                f"fid_{side}": [r["fid_interval"][i] if "fid_interval" in r else "" for r in results]
+                for i, side in enumerate(("low", "high"))
+            }
         return _csv(columns | fields)
     columns = {"result": _short(paths)} | metrics | {f"{name}*": values for name, values in differing.items()}
     same = "; ".join(f"{name} {values[0]}" for name, values in fields.items() if name not in differing)

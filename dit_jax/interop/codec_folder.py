@@ -1,6 +1,6 @@
 """Where a run finds its frozen codec: given by the config, kept in the run's own folder, so that sampling needs nothing else.
 
-    <workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, as diffusers writes an AutoencoderKL
+<workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, as diffusers writes an AutoencoderKL
 """
 
 import os
@@ -37,8 +37,10 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
     elif config.codec.path:
         path = vae.find(config.codec.path)
     else:
-        raise UserError("codec.path is empty; give the folder or .safetensors file of the VAE's weights, or the --workdir of a "
-                        "run that trained one (--config.codec.path=... or, to sample, --codec_path=...)")
+        raise UserError(
+            "codec.path is empty; give the folder or .safetensors file of the VAE's weights, or the --workdir of a "
+            "run that trained one (--config.codec.path=... or, to sample, --codec_path=...)"
+        )
     config = ml_collections.ConfigDict(config.to_dict())
     if path.is_dir():
         stored = vae.read_codec(path)
@@ -49,13 +51,17 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
             elif getattr(build.codec(config), field) != found and path != own:
                 say(f"codec.{field} {chosen} of the config is used, not {found} of {path}")
     elif config.codec.get("scale") is None:
-        raise UserError(f"codec.path {path} is a lone file, which does not tell the scale of its latents; give codec.scale, or "
-                        "the folder with config.json")
+        raise UserError(
+            f"codec.path {path} is a lone file, which does not tell the scale of its latents; give codec.scale, or "
+            "the folder with config.json"
+        )
     params = vae.load_diffusers(path, build.codec(config))
     found, wanted = vae.weights_sha256(params), config.codec.get("sha256")
     if wanted and found != wanted:
-        raise UserError(f"the weights in {path} have the SHA-256 {found} and codec.sha256 asks for {wanted}; give those weights, "
-                        "or leave codec.sha256 empty")
+        raise UserError(
+            f"the weights in {path} have the SHA-256 {found} and codec.sha256 asks for {wanted}; give those weights, "
+            "or leave codec.sha256 empty"
+        )
     config.codec.sha256 = found
     return config.lock(), params
 

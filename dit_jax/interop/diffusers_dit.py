@@ -40,9 +40,19 @@ BLOCK_NAMES = {  # official, under blocks.i.: theirs, under transformer_blocks.i
     "mlp.fc2": ("ff.net.2",),
 }
 CONFIG_DEFAULTS = {  # of DiTTransformer2DModel, for fields that config.json lacks
-    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": None, "num_layers": 28,
-    "attention_bias": True, "sample_size": 32, "patch_size": 2, "activation_fn": "gelu-approximate",
-    "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "norm_eps": 1e-5,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "attention_bias": True,
+    "sample_size": 32,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-5,
 }
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is how the published DiT-XL-2 calls itself
 
@@ -101,8 +111,10 @@ def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int
         sample_size: side of the network's input.
     """
     if architecture.mlp_width != 4 * architecture.width:
-        raise UserError(f"the MLP is {architecture.mlp_width} wide, and diffusers' module has 4 x width = "
-                        f"{4 * architecture.width} only; write --to=official instead")
+        raise UserError(
+            f"the MLP is {architecture.mlp_width} wide, and diffusers' module has 4 x width = "
+            f"{4 * architecture.width} only; write --to=official instead"
+        )
     write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
     # The paper's code has 1e-6 in every norm.
     config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
@@ -135,8 +147,10 @@ def read_config(weights: Path) -> dict:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; it tells the number of heads and the resolution, so copy it from where "
-                        f"{weights.name} came from") from None
+        raise UserError(
+            f"{path} does not exist; it tells the number of heads and the resolution, so copy it from where "
+            f"{weights.name} came from"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); download it again") from None
     name = config.get("_class_name") if isinstance(config, dict) else None
@@ -157,8 +171,11 @@ def check_config(config: Mapping, architecture: Architecture, what: str):
     wanted = _config(architecture, sizes[0], sizes[2])
     found = {"out_channels": config.get("in_channels")} if config.get("out_channels") is None else {}
     found = dict(config) | found
-    problems = [f"{name} is {found.get(name)!r}, and the tensors need {value!r}" for name, value in wanted.items()
-                if found.get(name) != value]
+    problems = [
+        f"{name} is {found.get(name)!r}, and the tensors need {value!r}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
     if found.get("norm_eps") not in (1e-5, 1e-6):
         problems.append(f"norm_eps is {found.get('norm_eps')!r}; it must be 1e-5 (diffusers' default) or 1e-6 (the paper's code)")
     if problems:
@@ -168,10 +185,20 @@ def check_config(config: Mapping, architecture: Architecture, what: str):
 def _config(architecture: Architecture, heads: int, sample_size: int) -> dict:
     """The fields that matter to the computation, norm_eps aside."""
     a = architecture
-    return {"num_attention_heads": heads, "attention_head_dim": a.width // heads, "in_channels": a.in_channels,
-            "out_channels": a.out_channels, "num_layers": a.depth, "sample_size": sample_size, "patch_size": a.patch_size,
-            "num_embeds_ada_norm": a.num_classes, "attention_bias": True, "activation_fn": "gelu-approximate",
-            "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": a.width // heads,
+        "in_channels": a.in_channels,
+        "out_channels": a.out_channels,
+        "num_layers": a.depth,
+        "sample_size": sample_size,
+        "patch_size": a.patch_size,
+        "num_embeds_ada_norm": a.num_classes,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+    }
 
 
 def _third(tensor: Tensor, i: int) -> Tensor:
@@ -185,8 +212,7 @@ def _stacked(parts: list[tuple[str, Tensor]]) -> Tensor:
     rows, *rest = tensors[0].shape
     if len(tensors) == 1:
         return tensors[0]
-    return Tensor((len(tensors) * rows, *rest), tensors[0].dtype,
-                  lambda: np.concatenate([tensor.load() for tensor in tensors]))
+    return Tensor((len(tensors) * rows, *rest), tensors[0].dtype, lambda: np.concatenate([tensor.load() for tensor in tensors]))
 
 
 def _same(parts: list[tuple[str, Tensor]]) -> Tensor:

@@ -81,8 +81,9 @@ def load(path) -> dict:
     """
     path, tensors = open_converted(path, "DINOv2", "dinov2", "--download=dinov2-vitl14")
     if "embeddings.cls_token" in tensors:
-        raise UserError(f"{path} has the layout of transformers; convert it with python -m dit_jax.convert --from=dinov2 "
-                        f"--weights={path}")
+        raise UserError(
+            f"{path} has the layout of transformers; convert it with python -m dit_jax.convert --from=dinov2 --weights={path}"
+        )
     _check(tensors, str(path))
 
     depth = _depth(tensors)
@@ -114,9 +115,16 @@ def load(path) -> dict:
         "patch_embed": {"kernel": get(PATCH).transpose(2, 3, 1, 0).reshape(-1, width), "bias": get("patch_embed.proj.bias")},
         "pos_embed": position[1:].reshape(grid, grid, width),
         "tokens": np.concatenate(first),
-        "blocks": {"norm1": norm("blocks.i.norm1"), "qkv": qkv, "ls1": get("blocks.i.ls1.gamma"),
-                   "proj": linear("blocks.i.attn.proj", heads, HEAD_WIDTH, width), "norm2": norm("blocks.i.norm2"),
-                   "in": linear(f"blocks.i.mlp.{into}"), "out": linear(f"blocks.i.mlp.{out}"), "ls2": get("blocks.i.ls2.gamma")},
+        "blocks": {
+            "norm1": norm("blocks.i.norm1"),
+            "qkv": qkv,
+            "ls1": get("blocks.i.ls1.gamma"),
+            "proj": linear("blocks.i.attn.proj", heads, HEAD_WIDTH, width),
+            "norm2": norm("blocks.i.norm2"),
+            "in": linear(f"blocks.i.mlp.{into}"),
+            "out": linear(f"blocks.i.mlp.{out}"),
+            "ls2": get("blocks.i.ls2.gamma"),
+        },
         "norm": norm("norm"),
     }
 
@@ -149,20 +157,33 @@ def _layout(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
         ranks["register_tokens"] = 3
     missing = [name for name, rank in ranks.items() if name not in tensors or len(tensors[name].shape) != rank]
     if missing:
-        raise UserError(f"{what} is not DINOv2: {', '.join(missing)} is missing or has another rank. It must be the published "
-                        ".pth, or the model.safetensors of transformers' Dinov2Model")
+        raise UserError(
+            f"{what} is not DINOv2: {', '.join(missing)} is missing or has another rank. It must be the published "
+            ".pth, or the model.safetensors of transformers' Dinov2Model"
+        )
     width, channels, patch, _ = tensors[PATCH].shape
     positions, hidden = tensors["pos_embed"].shape[1], tensors[f"blocks.0.mlp.{out}.weight"].shape[1]
     grid = math.isqrt(max(positions - 1, 0))
-    for name, value, wanted in (("a patch size", patch, PATCH_SIZE), ("image channels", channels, 3),
-                                ("a width in heads of 64 of", width, width // HEAD_WIDTH * HEAD_WIDTH),
-                                ("a number of positions", positions, grid * grid + 1)):
+    for name, value, wanted in (
+        ("a patch size", patch, PATCH_SIZE),
+        ("image channels", channels, 3),
+        ("a width in heads of 64 of", width, width // HEAD_WIDTH * HEAD_WIDTH),
+        ("a number of positions", positions, grid * grid + 1),
+    ):
         if value != wanted:
             raise UserError(f"{what} has {name} {value}, not {wanted}: not a network of DINOv2")
-    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width),
-               f"mlp.{into}": (hidden * (2 if into == "w12" else 1), width), f"mlp.{out}": (width, hidden)}
-    found = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width), PATCH: (width, 3, PATCH_SIZE, PATCH_SIZE),
-             "patch_embed.proj.bias": (width,)}
+    linears = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        f"mlp.{into}": (hidden * (2 if into == "w12" else 1), width),
+        f"mlp.{out}": (width, hidden),
+    }
+    found = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, positions, width),
+        PATCH: (width, 3, PATCH_SIZE, PATCH_SIZE),
+        "patch_embed.proj.bias": (width,),
+    }
     if "register_tokens" in tensors:
         found["register_tokens"] = 1, tensors["register_tokens"].shape[1], width
     for i in range(_depth(tensors)):

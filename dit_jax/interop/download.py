@@ -37,13 +37,20 @@ class Published(NamedTuple):
 PUBLISHED = {
     "dit-xl2-256": Published("https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt", "official"),
     "dit-xl2-512": Published("https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt", "DiT-XL-2-512x512.pt", "official"),
-    "sit-xl2-256": Published("https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
-                             "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0", "SiT-XL-2-256x256.pt", "sit"),
-    "inception": Published("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                           "pt_inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth", "inception",
-                           "6726825d"),
-    "dinov2-vitl14": Published("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-                               "dinov2_vitl14_pretrain.pth", "dinov2"),
+    "sit-xl2-256": Published(
+        "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
+        "SiT-XL-2-256x256.pt",
+        "sit",
+    ),
+    "inception": Published(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "pt_inception-2015-12-05-6726825d.pth",
+        "inception",
+        "6726825d",
+    ),
+    "dinov2-vitl14": Published(
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", "dinov2_vitl14_pretrain.pth", "dinov2"
+    ),
 }
 
 
@@ -71,8 +78,10 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
         _fetch(published.url, partial, progress)
         if not is_pt(partial):
             partial.unlink()
-            raise UserError(f"{published.url} sent something that is not a PyTorch file; it may have moved. Give the file with "
-                            "--weights instead")
+            raise UserError(
+                f"{published.url} sent something that is not a PyTorch file; it may have moved. Give the file with "
+                "--weights instead"
+            )
         found = _check(published, partial, path)
         partial.rename(path)
         partial.with_name(partial.name + ".json").unlink(missing_ok=True)
@@ -93,8 +102,10 @@ def _check(published: Published, file: Path, path: Path) -> str:
     if wanted is None and _record(path).exists():
         wanted, source = _record(path).read_text().split(maxsplit=1)[0], f"the one recorded in {_record(path)}"
     if wanted is not None and not found.startswith(wanted):
-        raise UserError(f"{file} has the SHA-256 {found}, and {source} is {wanted}: the file is damaged or was replaced. Delete "
-                        "it and run the command again (and the record too, if you trust the new file)")
+        raise UserError(
+            f"{file} has the SHA-256 {found}, and {source} is {wanted}: the file is damaged or was replaced. Delete "
+            "it and run the command again (and the record too, if you trust the new file)"
+        )
     return found
 
 
@@ -124,15 +135,17 @@ def _fetch(url: str, partial: Path, progress):
         if error.code == 416:  # the part is longer than the file
             partial.unlink()
             raise UserError(f"{partial} does not fit {url} any more and was removed; run the command again") from None
-        raise UserError(f"{url}: the server answered {error.code} {error.reason}. Try later, or give the file with "
-                        "--weights") from None
+        raise UserError(
+            f"{url}: the server answered {error.code} {error.reason}. Try later, or give the file with --weights"
+        ) from None
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise UserError(f"cannot write {partial}: {error}") from None
         reason = getattr(error, "reason", error)
         kept = f" {partial.stat().st_size} bytes are kept; the same command goes on from there." if partial.exists() else ""
-        raise UserError(f"cannot download {url}: {reason}.{kept} Without a connection, fetch the file elsewhere and give it "
-                        "with --weights") from None
+        raise UserError(
+            f"cannot download {url}: {reason}.{kept} Without a connection, fetch the file elsewhere and give it with --weights"
+        ) from None
     if done != total:
         raise UserError(f"{url}: the connection ended after {done} of {total} bytes; the same command goes on from there")
 
@@ -141,13 +154,17 @@ def _total(response, have: int) -> int:
     """Size of the whole file as the server tells it."""
     length = response.headers.get("Content-Length")
     if length is None:
-        raise UserError(f"{response.url}: the server does not tell the size, so nothing could be checked; fetch the file "
-                        "elsewhere and give it with --weights")
+        raise UserError(
+            f"{response.url}: the server does not tell the size, so nothing could be checked; fetch the file "
+            "elsewhere and give it with --weights"
+        )
     if have:
         start = response.headers.get("Content-Range", "")
         if not start.startswith(f"bytes {have}-"):
-            raise UserError(f"{response.url}: asked for bytes from {have} on, the server sent {start!r}; delete the .partial "
-                            "file and run the command again")
+            raise UserError(
+                f"{response.url}: asked for bytes from {have} on, the server sent {start!r}; delete the .partial "
+                "file and run the command again"
+            )
     return have + int(length)
 
 

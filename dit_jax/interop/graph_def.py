@@ -38,8 +38,10 @@ def read_constants(path: Path) -> dict[str, Tensor]:
                 if tensor is not None:
                     found[name] = tensor
     except (ValueError, IndexError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole frozen TensorFlow graph ({error}); give classify_image_graph_def.pb, unpacked, "
-                        "or download it again") from None
+        raise UserError(
+            f"{path} is not a whole frozen TensorFlow graph ({error}); give classify_image_graph_def.pb, unpacked, "
+            "or download it again"
+        ) from None
     if not found:
         raise UserError(f"{path} is no frozen TensorFlow graph with constants; give classify_image_graph_def.pb, unpacked")
     return found

@@ -76,8 +76,10 @@ def from_port(tensors: Tensors, what: str) -> Tensors:
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bn.num_batches_tracked")}
     if kept.get("fc.weight", Tensor((), None, None)).shape == (1000, FEATURES):
-        raise UserError(f"{what} is torchvision's Inception-v3, with 1000 classes: FID needs the network of 2015 with {CLASSES}; "
-                        "python -m dit_jax.convert --download=inception fetches it")
+        raise UserError(
+            f"{what} is torchvision's Inception-v3, with 1000 classes: FID needs the network of 2015 with {CLASSES}; "
+            "python -m dit_jax.convert --download=inception fetches it"
+        )
     _check(kept, what)
     return {name: kept[name] for name in LAYOUT}
 
@@ -97,8 +99,11 @@ def from_graph(path: Path) -> Tensors:
     found["fc.bias"] = constants.pop("softmax/biases", None), (0,)
     # Scalars, of the input's range and the like, are no weights.
     extra = {name: tensor for name, tensor in constants.items() if tensor.shape}
-    kept = {name: _transposed(tensor, order) for name, (tensor, order) in found.items()
-            if tensor is not None and len(tensor.shape) == len(order)}
+    kept = {
+        name: _transposed(tensor, order)
+        for name, (tensor, order) in found.items()
+        if tensor is not None and len(tensor.shape) == len(order)
+    }
     _check(kept | extra, str(path))
     return kept
 
@@ -126,15 +131,18 @@ def load(path) -> dict:
         node = params
         for key in name.split("."):
             node = node.setdefault(key, {})
-        node |= _folded(*(tensors[f"{name}.{part}"].load().astype(np.float64)
-                          for part in ("conv.weight", *(f"bn.{part}" for part in NORM))))
+        node |= _folded(
+            *(tensors[f"{name}.{part}"].load().astype(np.float64) for part in ("conv.weight", *(f"bn.{part}" for part in NORM)))
+        )
     return params
 
 
 def _folded(kernel, gamma, beta, mean, variance) -> dict[str, np.ndarray]:
     scale = gamma / np.sqrt(variance + EPSILON)
-    return {"kernel": np.ascontiguousarray((kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0), np.float32),
-            "bias": (beta - mean * scale).astype(np.float32)}
+    return {
+        "kernel": np.ascontiguousarray((kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0), np.float32),
+        "bias": (beta - mean * scale).astype(np.float32),
+    }
 
 
 def _check(tensors: Tensors, what: str):

@@ -48,7 +48,7 @@ def from_package(tensors: Tensors, what: str) -> Tensors:
     """
     first = tensors.get("net.slice1.0.weight")
     if first is not None and first.shape == ALEXNET_FIRST:
-        raise UserError(f'{what} is LPIPS with AlexNet, the default of the package; {REMEDY}')
+        raise UserError(f"{what} is LPIPS with AlexNet, the default of the package; {REMEDY}")
     kept = {}
     for name, tensor in tensors.items():
         original = tensors.get(name.replace("lins.", "lin", 1))

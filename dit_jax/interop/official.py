@@ -70,20 +70,26 @@ def infer(tensors: Tensors, what: str, rename: Callable[[str], str] = str, block
     Raises:
         UserError: those tensors are missing or misshapen, the dtypes differ, or the sizes fit no DiT.
     """
-    ranks = {rename(name): rank for name, rank in
-             {PATCH: 4, TABLE: 2, "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2}.items()}
+    ranks = {
+        rename(name): rank
+        for name, rank in {PATCH: 4, TABLE: 2, "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2}.items()
+    }
     bad = [name for name, rank in ranks.items() if name not in tensors or len(tensors[name].shape) != rank]
     if bad:
-        raise UserError(f"{what} is no DiT in this layout: {', '.join(bad)} missing or of another rank. It has "
-                        f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}, ...")
+        raise UserError(
+            f"{what} is no DiT in this layout: {', '.join(bad)} missing or of another rank. It has "
+            f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}, ..."
+        )
     (width, channels, patch, patch_2), (rows, _), (mlp_width, _), (features, _) = (tensors[name].shape for name in ranks)
     block = re.compile(re.escape(block_prefix) + r"\.(\d+)\.")
     depth = 1 + max(int(match[1]) for match in map(block.match, tensors) if match)
     out_channels, rest = divmod(features, patch * patch)
     if patch != patch_2 or rest or out_channels not in (channels, 2 * channels) or rows < 2 or depth > len(tensors):
-        raise UserError(f"{what} is no DiT: patches {patch} x {patch_2}, {channels} channels in, {features} features out, "
-                        f"{rows} rows in the label table, {depth} blocks; square patches, out = p p C or 2 p p C, 2 rows or "
-                        "more, and all the blocks are needed")
+        raise UserError(
+            f"{what} is no DiT: patches {patch} x {patch_2}, {channels} channels in, {features} features out, "
+            f"{rows} rows in the label table, {depth} blocks; square patches, out = p p C or 2 p p C, 2 rows or "
+            "more, and all the blocks are needed"
+        )
     return Architecture(patch, depth, width, mlp_width, rows - 1, channels, out_channels, common_dtype(tensors, what))
 
 
@@ -110,8 +116,10 @@ def check_position(tensor: Tensor, what: str):
     side = math.isqrt(tokens)
     error = float(np.abs(tensor.load()[0].astype(np.float32) - sincos_2d(width, side, side)).max())
     if not error <= max(1e-5, float(jnp.finfo(tensor.dtype).eps)):
-        raise UserError(f"{what}: {POSITION} differs by {error:.3g} from the sine-cosine table of a {side} x {side} grid; "
-                        "this network has no other positions")
+        raise UserError(
+            f"{what}: {POSITION} differs by {error:.3g} from the sine-cosine table of a {side} x {side} grid; "
+            "this network has no other positions"
+        )
 
 
 def check_kind(shapes: Shapes):
@@ -123,8 +131,10 @@ def check_kind(shapes: Shapes):
     known = NAMES.keys() | {f"blocks/{name}" for name in BLOCK_NAMES}
     if shapes.keys() != known or shapes["blocks/modulation/linear/bias"][1] != 6:
         differ = ", ".join(sorted(shapes.keys() ^ known)) or "4 modulation vectors instead of 6"
-        raise UserError("the layouts of the paper's code and of diffusers hold class-conditional networks with "
-                        f"model.conditioning = adaln_zero only, and this one differs: {differ}")
+        raise UserError(
+            "the layouts of the paper's code and of diffusers hold class-conditional networks with "
+            f"model.conditioning = adaln_zero only, and this one differs: {differ}"
+        )
 
 
 def expected(shapes: Shapes, patch_size: int, side: int) -> dict[str, tuple[int, ...]]:

@@ -21,9 +21,18 @@ import numpy as np
 from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor
 
-STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16, "DoubleStorage": np.float64,
-            "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
-            "ByteStorage": np.uint8, "BoolStorage": np.bool_}
+STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # that number, pickled
@@ -90,8 +99,9 @@ def read(path: Path):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle or archive raises almost anything
-        raise UserError(f"{path} is not a whole PyTorch file ({type(error).__name__}: {error}); download or write it "
-                        "again") from error
+        raise UserError(
+            f"{path} is not a whole PyTorch file ({type(error).__name__}: {error}); download or write it again"
+        ) from error
 
 
 def _read_zip(path: Path):
@@ -101,6 +111,7 @@ def _read_zip(path: Path):
     if len(roots) != 1:
         raise UserError(f"a zip archive with {len(roots)} members */data.pkl; PyTorch writes exactly one")
     root = roots[0]
+
     def member(name) -> zipfile.ZipInfo:
         if name not in members:
             raise UserError(f"{name} is missing from the archive")
@@ -152,8 +163,10 @@ def _read_legacy(path: Path):
         stored = int.from_bytes(content.read(8), "little")
         start, end = content.tell(), content.tell() + size * dtype.itemsize
         if stored != size or end > len(content):
-            raise UserError(f"storage {key} has {stored} numbers in a file of {len(content)} bytes, and {size} x {dtype} from "
-                            f"byte {start} on are needed")
+            raise UserError(
+                f"storage {key} has {stored} numbers in a file of {len(content)} bytes, and {size} x {dtype} from "
+                f"byte {start} on are needed"
+            )
         places[key] = slice(start, end)
         content.seek(end)
     if places.keys() != storages.keys():
@@ -186,8 +199,10 @@ class _Unpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in STORAGES:
             return StorageType(np.dtype(STORAGES[name]))
         if (module, name) not in GLOBALS:
-            raise UserError(f"asks for {module}.{name}, which is refused: a weights file needs tensors, plain containers and "
-                            "argparse.Namespace only. If you trust its origin, load it in PyTorch and save its state_dict")
+            raise UserError(
+                f"asks for {module}.{name}, which is refused: a weights file needs tensors, plain containers and "
+                "argparse.Namespace only. If you trust its origin, load it in PyTorch and save its state_dict"
+            )
         return GLOBALS[module, name]
 
     def persistent_load(self, reference):
@@ -215,8 +230,10 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if numbers else 0
     # A view may repeat numbers (stride 0); a tensor larger than its storage is no weight and could be of any size.
     if numbers > storage.size or last >= max(storage.size, 1):
-        raise UserError(f"has a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} over a storage of "
-                        f"{storage.size} numbers")
+        raise UserError(
+            f"has a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} over a storage of "
+            f"{storage.size} numbers"
+        )
     dtype, size = storage.dtype, storage.dtype.itemsize
     strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))  # never taken, and may be absurd
 

@@ -54,8 +54,26 @@ def _tensor(number: int, tensor: Tensor) -> bytes:
     for n in reversed(tensor.shape):
         strides.insert(0, size)
         size *= n
-    storage = (pickle.MARK + _atom("storage") + _global("torch", STORAGE_NAMES[tensor.dtype]) + _atom(str(number))
-               + _atom("cpu") + _atom(size) + pickle.TUPLE + pickle.BINPERSID)
+    storage = (
+        pickle.MARK
+        + _atom("storage")
+        + _global("torch", STORAGE_NAMES[tensor.dtype])
+        + _atom(str(number))
+        + _atom("cpu")
+        + _atom(size)
+        + pickle.TUPLE
+        + pickle.BINPERSID
+    )
     hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-    return (_global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + storage + _atom(0) + _atom(tensor.shape)
-            + _atom(tuple(strides)) + _atom(False) + hooks + pickle.TUPLE + pickle.REDUCE)
+    return (
+        _global("torch._utils", "_rebuild_tensor_v2")
+        + pickle.MARK
+        + storage
+        + _atom(0)
+        + _atom(tensor.shape)
+        + _atom(tuple(strides))
+        + _atom(False)
+        + hooks
+        + pickle.TUPLE
+        + pickle.REDUCE
+    )

@@ -19,9 +19,21 @@ from safetensors import SafetensorError, safe_open
 
 from dit_jax.errors import UserError
 
-DTYPES = {np.dtype(name): code for name, code in (
-    (np.float64, "F64"), (np.float32, "F32"), (np.float16, "F16"), (jnp.bfloat16, "BF16"), (np.int64, "I64"),
-    (np.int32, "I32"), (np.int16, "I16"), (np.int8, "I8"), (np.uint8, "U8"), (np.bool_, "BOOL"))}
+DTYPES = {
+    np.dtype(name): code
+    for name, code in (
+        (np.float64, "F64"),
+        (np.float32, "F32"),
+        (np.float16, "F16"),
+        (jnp.bfloat16, "BF16"),
+        (np.int64, "I64"),
+        (np.int32, "I32"),
+        (np.int16, "I16"),
+        (np.int8, "I8"),
+        (np.uint8, "U8"),
+        (np.bool_, "BOOL"),
+    )
+}
 CODES = {code: dtype for dtype, code in DTYPES.items()}
 WEIGHT_DTYPES = tuple(np.dtype(name) for name in (np.float32, np.float16, jnp.bfloat16))
 
@@ -58,8 +70,10 @@ def check(found: Tensors, expected: Mapping[str, tuple[int, ...]], what: str):
         elif tensor.shape != expected[name]:
             problems.append(f"misshapen {name}: {list(tensor.shape)} instead of {list(expected[name])}")
     if problems:
-        raise UserError(f"{what} does not fit the model. Of {len(expected)} tensors, {len(problems)} differences:\n  "
-                        + "\n  ".join(_gather(problems)))
+        raise UserError(
+            f"{what} does not fit the model. Of {len(expected)} tensors, {len(problems)} differences:\n  "
+            + "\n  ".join(_gather(problems))
+        )
 
 
 def _gather(lines: list[str]) -> list[str]:
@@ -68,8 +82,10 @@ def _gather(lines: list[str]) -> list[str]:
     for line in lines:
         number = re.search(r"\.(\d+)\.", line)
         groups[re.sub(r"\.\d+\.", ".[].", line, count=1)].append(number[1] if number else "")
-    return sorted(line.replace("[].", f"[{','.join(numbers)}]." if len(numbers) > 1 else f"{numbers[0]}.", 1)
-                  for line, numbers in groups.items())
+    return sorted(
+        line.replace("[].", f"[{','.join(numbers)}]." if len(numbers) > 1 else f"{numbers[0]}.", 1)
+        for line, numbers in groups.items()
+    )
 
 
 def common_dtype(tensors: Tensors, what: str) -> np.dtype:
@@ -80,8 +96,10 @@ def common_dtype(tensors: Tensors, what: str) -> np.dtype:
     """
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes <= set(WEIGHT_DTYPES):
-        raise UserError(f"{what} holds {', '.join(sorted(d.name for d in dtypes)) or 'no tensors'}; all tensors must have one "
-                        f"dtype, and it must be {', '.join(d.name for d in WEIGHT_DTYPES)}: cast them where they were made")
+        raise UserError(
+            f"{what} holds {', '.join(sorted(d.name for d in dtypes)) or 'no tensors'}; all tensors must have one "
+            f"dtype, and it must be {', '.join(d.name for d in WEIGHT_DTYPES)}: cast them where they were made"
+        )
     return dtypes.pop()
 
 
@@ -117,8 +135,10 @@ def open_converted(path, what: str, source: str, way: str) -> tuple[Path, dict[s
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"{path} does not exist: the weights of {what} are one .safetensors, made by python -m dit_jax.convert "
-                        f"{way} --out={path.name}; without a connection see its --help")
+        raise UserError(
+            f"{path} does not exist: the weights of {what} are one .safetensors, made by python -m dit_jax.convert "
+            f"{way} --out={path.name}; without a connection see its --help"
+        )
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from={source} --weights={path}")
     return path, open_safetensors(path)[0]

@@ -78,8 +78,10 @@ def read_codec(path, dtype=jnp.float32) -> KLVAE:
         problem = f"{path} does not exist"
         if path.parent.is_file():
             problem = f"{path.parent} is a lone file, which does not tell the codec's sizes, scale and shift"
-        raise UserError(f"{problem}: give the folder that holds config.json and {WEIGHTS_NAME}, or the --workdir of a run that "
-                        "trained an autoencoder")
+        raise UserError(
+            f"{problem}: give the folder that holds config.json and {WEIGHTS_NAME}, or the --workdir of a run that "
+            "trained an autoencoder"
+        )
     stored = _read_config(path)
     codec = KLVAE(
         block_out_channels=stored["block_out_channels"],
@@ -227,9 +229,7 @@ def _find(path):
 def _rename_old_attention(tensors, path):
     renamed = {}
     for name, tensor in tensors.items():
-        new = re.sub(
-            r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD_ATTENTION[m[2]], name
-        )
+        new = re.sub(r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD_ATTENTION[m[2]], name)
         if new in renamed:
             raise UserError(f"{path} holds {new} under its old name and its new one: remove one of them from the file")
         renamed[new] = tensor
@@ -284,8 +284,10 @@ def _read_config(path):
     mean, std = stored["latents_mean"], stored["latents_std"]
     if mean is not None or std is not None:
         if mean is None or std is None or shift is not None:
-            raise UserError(f"{path} has latents_mean {mean}, latents_std {std} and shift_factor {shift}: both lists are needed, "
-                            "or shift_factor and none of them")
+            raise UserError(
+                f"{path} has latents_mean {mean}, latents_std {std} and shift_factor {shift}: both lists are needed, "
+                "or shift_factor and none of them"
+            )
         if not all(x > 0 for x in std):
             raise UserError(f"{path} has latents_std {std}: every number must be positive")
         stored |= {"latents_std": [x / stored["scaling_factor"] for x in std], "scaling_factor": 1.0}

@@ -45,8 +45,9 @@ def write(path: Path, weights: Weights):
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
-    write_safetensors(path, weights.tensors, {"dit_jax": VERSION, "config": json.dumps(weights.sections),
-                                              "origin": json.dumps(weights.origin)})
+    write_safetensors(
+        path, weights.tensors, {"dit_jax": VERSION, "config": json.dumps(weights.sections), "origin": json.dumps(weights.origin)}
+    )
 
 
 def read(path: Path) -> Weights:
@@ -61,8 +62,10 @@ def read(path: Path) -> Weights:
         raise UserError(f"{path} is not a .safetensors file; make one of it with python -m dit_jax.convert")
     tensors, metadata = open_safetensors(path)
     if metadata.get("dit_jax") != VERSION:
-        raise UserError(f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); make a file "
-                        "of ours from it with python -m dit_jax.convert --from=official, sit or diffusers")
+        raise UserError(
+            f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); make a file "
+            "of ours from it with python -m dit_jax.convert --from=official, sit or diffusers"
+        )
     try:
         sections, origin = json.loads(metadata["config"]), json.loads(metadata["origin"])
     except (KeyError, ValueError) as error:

@@ -42,9 +42,9 @@ def influences(features: np.ndarray, mean: np.ndarray, gradient: Gradient) -> np
     """
     found = np.empty(len(features))
     for start in range(0, len(features), ROWS_AT_ONCE):
-        centered = features[start:start + ROWS_AT_ONCE].astype(np.float64) - mean
+        centered = features[start : start + ROWS_AT_ONCE].astype(np.float64) - mean
         curved = np.einsum("nf,nf->n", centered @ gradient.by_covariance, centered)
-        found[start:start + ROWS_AT_ONCE] = centered @ gradient.by_mean + curved
+        found[start : start + ROWS_AT_ONCE] = centered @ gradient.by_mean + curved
     return found
 
 
@@ -56,8 +56,9 @@ def check(replicates: int, level: float):
         raise UserError(f"a bootstrap interval of level {level}; it must lie between 0 and 1, as 0.95")
 
 
-def bootstrap_interval(value: float, influence: np.ndarray, replicates: int = 1_000, level: float = 0.95,
-                       seed: int = 0) -> Interval:
+def bootstrap_interval(
+    value: float, influence: np.ndarray, replicates: int = 1_000, level: float = 0.95, seed: int = 0
+) -> Interval:
     """The interval value + quantiles of the mean influence over images drawn with replacement.
 
     Args:

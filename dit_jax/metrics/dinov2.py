@@ -104,8 +104,9 @@ def network(params) -> VisionTransformer:
     """The transformer that params belong to, by their shapes."""
     depth, width, _, heads, _ = params["blocks"]["qkv"]["kernel"].shape
     hidden_width, double = params["blocks"]["out"]["kernel"].shape[1], params["blocks"]["in"]["kernel"].shape[2]
-    return VisionTransformer(width, depth, heads, hidden_width, double == 2 * hidden_width, len(params["tokens"]) - 1,
-                             len(params["pos_embed"]))
+    return VisionTransformer(
+        width, depth, heads, hidden_width, double == 2 * hidden_width, len(params["tokens"]) - 1, len(params["pos_embed"])
+    )
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,14 @@ class DINOv2:
 
     def recipe(self) -> dict:
         """How images become features, for the result file."""
-        return {"network": "DINOv2, class token", "input_size": INPUT_SIZE,
-                "resize": "bicubic of Pillow: antialiased, horizontally first, rounded to uint8",
-                "range": f"(x / 255 - {list(MEAN)}) / {list(DEVIATION)}", "grey": "repeated to R, G, B", "precision": "float32"}
+        return {
+            "network": "DINOv2, class token",
+            "input_size": INPUT_SIZE,
+            "resize": "bicubic of Pillow: antialiased, horizontally first, rounded to uint8",
+            "range": f"(x / 255 - {list(MEAN)}) / {list(DEVIATION)}",
+            "grey": "repeated to R, G, B",
+            "precision": "float32",
+        }
 
     def __call__(self, params, images) -> dict[str, jax.Array]:
         """{"features": float32 [N, D]}.

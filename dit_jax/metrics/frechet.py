@@ -88,5 +88,6 @@ def frechet_gradient(samples: Moments, reference: Moments) -> Gradient:
     values, vectors = np.linalg.eigh(root @ samples.covariance @ root)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     outer = root @ (vectors[:, kept] / values[kept] ** 0.25)
-    return Gradient(_distance(samples, reference, values), 2 * (samples.mean - reference.mean),
-                    np.eye(len(root)) - outer @ outer.T)
+    return Gradient(
+        _distance(samples, reference, values), 2 * (samples.mean - reference.mean), np.eye(len(root)) - outer @ outer.T
+    )

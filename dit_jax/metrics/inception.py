@@ -53,26 +53,41 @@ def _chain(*sizes) -> tuple[tuple[Conv, ...], ...]:
 
 
 def _block_35(pool_features: int) -> Block:
-    return Block({"branch1x1": _chain((64, 1, 1)),
-                  "branch5x5": _chain((48, 1, 1), (64, 5, 5)),
-                  "branch3x3dbl": _chain((64, 1, 1), (96, 3, 3), (96, 3, 3)),
-                  "branch_pool": _chain((pool_features, 1, 1))}, "average")
+    return Block(
+        {
+            "branch1x1": _chain((64, 1, 1)),
+            "branch5x5": _chain((48, 1, 1), (64, 5, 5)),
+            "branch3x3dbl": _chain((64, 1, 1), (96, 3, 3), (96, 3, 3)),
+            "branch_pool": _chain((pool_features, 1, 1)),
+        },
+        "average",
+    )
 
 
 def _block_17(width: int) -> Block:
     row, column = (width, 1, 7), (width, 7, 1)
-    return Block({"branch1x1": _chain((192, 1, 1)),
-                  "branch7x7": _chain((width, 1, 1), row, (192, 7, 1)),
-                  "branch7x7dbl": _chain((width, 1, 1), column, row, column, (192, 1, 7)),
-                  "branch_pool": _chain((192, 1, 1))}, "average")
+    return Block(
+        {
+            "branch1x1": _chain((192, 1, 1)),
+            "branch7x7": _chain((width, 1, 1), row, (192, 7, 1)),
+            "branch7x7dbl": _chain((width, 1, 1), column, row, column, (192, 1, 7)),
+            "branch_pool": _chain((192, 1, 1)),
+        },
+        "average",
+    )
 
 
 def _block_8(pool: str) -> Block:
     row_and_column = Conv(384, 1, 3), Conv(384, 3, 1)
-    return Block({"branch1x1": _chain((320, 1, 1)),
-                  "branch3x3": (*_chain((384, 1, 1)), row_and_column),
-                  "branch3x3dbl": (*_chain((448, 1, 1), (384, 3, 3)), row_and_column),
-                  "branch_pool": _chain((192, 1, 1))}, pool)
+    return Block(
+        {
+            "branch1x1": _chain((320, 1, 1)),
+            "branch3x3": (*_chain((384, 1, 1)), row_and_column),
+            "branch3x3dbl": (*_chain((448, 1, 1), (384, 3, 3)), row_and_column),
+            "branch_pool": _chain((192, 1, 1)),
+        },
+        pool,
+    )
 
 
 STEM: dict[str, Conv | None] = {  # None: 3 x 3 maximum with stride 2
@@ -88,16 +103,26 @@ BLOCKS = {
     "Mixed_5b": _block_35(32),
     "Mixed_5c": _block_35(64),
     "Mixed_5d": _block_35(64),
-    "Mixed_6a": Block({"branch3x3": _chain((384, 3, 3, 2, "VALID")),
-                       "branch3x3dbl": _chain((64, 1, 1), (96, 3, 3), (96, 3, 3, 2, "VALID")),
-                       "branch_pool": ()}, "reduce"),
+    "Mixed_6a": Block(
+        {
+            "branch3x3": _chain((384, 3, 3, 2, "VALID")),
+            "branch3x3dbl": _chain((64, 1, 1), (96, 3, 3), (96, 3, 3, 2, "VALID")),
+            "branch_pool": (),
+        },
+        "reduce",
+    ),
     "Mixed_6b": _block_17(128),
     "Mixed_6c": _block_17(160),
     "Mixed_6d": _block_17(160),
     "Mixed_6e": _block_17(192),
-    "Mixed_7a": Block({"branch3x3": _chain((192, 1, 1), (320, 3, 3, 2, "VALID")),
-                       "branch7x7x3": _chain((192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2, "VALID")),
-                       "branch_pool": ()}, "reduce"),
+    "Mixed_7a": Block(
+        {
+            "branch3x3": _chain((192, 1, 1), (320, 3, 3, 2, "VALID")),
+            "branch7x7x3": _chain((192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2, "VALID")),
+            "branch_pool": (),
+        },
+        "reduce",
+    ),
     "Mixed_7b": _block_8("average"),
     "Mixed_7c": _block_8("max"),
 }
@@ -107,8 +132,9 @@ def names(branch: str, chain) -> list[list[str]]:
     """The port's names of each link: "branch1x1" alone, else numbered, "branch5x5_1"; two side by side, "_2a" and "_2b"."""
     if len(chain) == 1:
         return [[branch]]
-    return [[f"{branch}_{number}{letter}" for letter in ("ab" if len(link) == 2 else ("",))]
-            for number, link in enumerate(chain, 1)]
+    return [
+        [f"{branch}_{number}{letter}" for letter in ("ab" if len(link) == 2 else ("",))] for number, link in enumerate(chain, 1)
+    ]
 
 
 class Convolution(nn.Module):
@@ -127,8 +153,14 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), (conv.height, conv.width, x.shape[-1], conv.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (conv.features,))
         # HIGHEST: a TPU would otherwise round float32 to bfloat16, and a GPU to TF32, which moves the distances.
-        y = lax.conv_general_dilated(x, kernel, (conv.stride, conv.stride), conv.padding, precision=lax.Precision.HIGHEST,
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            (conv.stride, conv.stride),
+            conv.padding,
+            precision=lax.Precision.HIGHEST,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
         return nn.relu((_mean_3x3(y) if self.pooled else y) + bias)
 
 
@@ -145,8 +177,9 @@ class Mixed(nn.Module):
             parts = [_max_3x3(x, same=pool == "max") if pool in ("max", "reduce") else x]
             for link, link_names in zip(chain, names(branch, chain), strict=True):
                 before = parts[0]
-                parts = [Convolution(conv, pool == "average", name=name)(before)
-                         for conv, name in zip(link, link_names, strict=True)]
+                parts = [
+                    Convolution(conv, pool == "average", name=name)(before) for conv, name in zip(link, link_names, strict=True)
+                ]
             found += parts
         return jnp.concatenate(found, axis=-1)
 
@@ -193,10 +226,15 @@ class Inception:
 
     def recipe(self) -> dict:
         """How images become features, for the result file."""
-        return {"network": "inception-v3, TensorFlow graph of 2015-12-05", "input_size": INPUT_SIZE,
-                "resize": "bilinear of TensorFlow 1: corners not aligned, half pixels not centred, no antialiasing, not rounded",
-                "range": "(x - 128) / 128", "grey": "repeated to R, G, B", "precision": "float32",
-                "logits": "without the classifier's bias"}
+        return {
+            "network": "inception-v3, TensorFlow graph of 2015-12-05",
+            "input_size": INPUT_SIZE,
+            "resize": "bilinear of TensorFlow 1: corners not aligned, half pixels not centred, no antialiasing, not rounded",
+            "range": "(x - 128) / 128",
+            "grey": "repeated to R, G, B",
+            "precision": "float32",
+            "logits": "without the classifier's bias",
+        }
 
     def __call__(self, params, images) -> dict[str, jax.Array]:
         """{"features": [N, 2048], "spatial": [N, 2023], "probabilities": [N, 1008]}, each float32.

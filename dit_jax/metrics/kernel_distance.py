@@ -10,8 +10,9 @@ from dit_jax.errors import UserError
 SUBSETS = 100
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, subset_size: int = 1_000,
-                    seed: int = 2020) -> tuple[float, float]:
+def kernel_distance(
+    features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, subset_size: int = 1_000, seed: int = 2020
+) -> tuple[float, float]:
     """(mean, standard deviation over subsets) of the unbiased estimate; it may be a little below 0.
 
     The subsets are those of torch-fidelity: m of the N and m of the M drawn without replacement by NumPy's RandomState(seed), in
@@ -29,8 +30,10 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, subsets: int = 
         raise ValueError(f"features of {features.shape[1]} and of {reference.shape[1]} numbers cannot be compared")
     check(subsets, subset_size)
     if min(len(features), len(reference)) < subset_size:
-        raise UserError(f"KID subsets of {subset_size} images need as many on each side, and there are {len(features)} samples "
-                        f"and {len(reference)} reference images: draw more, or take smaller subsets and say so")
+        raise UserError(
+            f"KID subsets of {subset_size} images need as many on each side, and there are {len(features)} samples "
+            f"and {len(reference)} reference images: draw more, or take smaller subsets and say so"
+        )
     if not (np.isfinite(features).all() and np.isfinite(reference).all()):
         raise UserError("features hold NaN or infinity; the images or the extractor's weights are broken")
     rng = np.random.RandomState(seed)
@@ -52,8 +55,11 @@ def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased estimate of the squared discrepancy of x [m, F] and y [n, F]: pairs of an image with itself left out."""
     m, n = len(x), len(y)
     among_x, among_y = _kernel(x, x), _kernel(y, y)
-    return float((among_x.sum() - np.trace(among_x)) / (m * (m - 1)) + (among_y.sum() - np.trace(among_y)) / (n * (n - 1))
-                 - 2 * _kernel(x, y).mean())
+    return float(
+        (among_x.sum() - np.trace(among_x)) / (m * (m - 1))
+        + (among_y.sum() - np.trace(among_y)) / (n * (n - 1))
+        - 2 * _kernel(x, y).mean()
+    )
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:

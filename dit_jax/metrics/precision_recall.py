@@ -33,8 +33,10 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) ->
     if features.shape[1] != reference.shape[1]:
         raise ValueError(f"features of {features.shape[1]} and of {reference.shape[1]} numbers cannot be compared")
     if not 1 <= k < min(len(features), len(reference)):
-        raise UserError(f"precision and recall with k = {k} neighbours need more than {max(k, 1)} images on each side; there are "
-                        f"{len(features)} samples and {len(reference)} reference images")
+        raise UserError(
+            f"precision and recall with k = {k} neighbours need more than {max(k, 1)} images on each side; there are "
+            f"{len(features)} samples and {len(reference)} reference images"
+        )
     center = reference.mean(0, dtype=np.float64)
     samples, others = (_Blocks((x - center).astype(np.float32)) for x in (features, reference))
     if not (np.isfinite(samples.rows).all() and np.isfinite(others.rows).all()):
@@ -61,7 +63,7 @@ def _radii(x: _Blocks, k: int) -> jax.Array:
 
 def _share_inside(x: _Blocks, manifold: _Blocks, radii: jax.Array) -> float:
     inside = [np.asarray(_inside(block, manifold.blocks, radii)) for block in x.blocks]
-    return float(np.concatenate(inside)[:x.count].mean())
+    return float(np.concatenate(inside)[: x.count].mean())
 
 
 def _squared_distances(x, y):
@@ -73,6 +75,7 @@ def _squared_distances(x, y):
 @functools.partial(jax.jit, static_argnames="k")
 def _kth_neighbours(x, blocks, valid, k):
     """Squared distance to the k-th neighbour, the image itself being the 0-th: [b]."""
+
     def nearest(best, block):
         y, real = block
         distances = jnp.where(real, _squared_distances(x, y), jnp.inf)
@@ -86,6 +89,7 @@ def _kth_neighbours(x, blocks, valid, k):
 @jax.jit
 def _inside(x, blocks, radii):
     """Whether each x lies in any ball: bool [b]."""
+
     def any_of(found, block):
         y, radius = block
         return found | (_squared_distances(x, y) <= radius).any(-1), None

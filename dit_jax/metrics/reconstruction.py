@@ -53,8 +53,10 @@ def ssim(images, reconstructions, window=11):
     if window < 1 or window % 2 == 0:
         raise UserError(f"an SSIM window of {window} pixels: an odd number, 1 at least, is needed")
     if window > side:
-        raise UserError(f"images of {images.shape[1]} x {images.shape[2]} are smaller than the SSIM window of {window} x "
-                        f"{window}: pass window={side - 1 + side % 2}, and say so beside the number")
+        raise UserError(
+            f"images of {images.shape[1]} x {images.shape[2]} are smaller than the SSIM window of {window} x "
+            f"{window}: pass window={side - 1 + side % 2}, and say so beside the number"
+        )
     taps = np.exp(-0.5 * np.square((np.arange(window) - window // 2) / SIGMA))
     taps /= taps.sum()
     return np.array([_ssim(x, y, taps) for x, y in _pairs(images, reconstructions)])
@@ -85,7 +87,9 @@ def _pairs(images, reconstructions):
 def _check(images, reconstructions):
     for name, array in (("images", images), ("reconstructions", reconstructions)):
         if array.dtype != np.uint8 or array.ndim != 4 or 0 in array.shape:
-            raise ValueError(f"{name} are {array.dtype}{list(array.shape)}: uint8 [N >= 1, H, W, C] is needed, which "
-                             "dit_jax.pixels.to_uint8 makes of [-1, 1]")
+            raise ValueError(
+                f"{name} are {array.dtype}{list(array.shape)}: uint8 [N >= 1, H, W, C] is needed, which "
+                "dit_jax.pixels.to_uint8 makes of [-1, 1]"
+            )
     if images.shape != reconstructions.shape:
         raise ValueError(f"images {list(images.shape)} and reconstructions {list(reconstructions.shape)} are no pairs")

@@ -20,8 +20,10 @@ def to_rgb(images):
         ValueError: images of another dtype, rank or channel count, or without pixels.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
-        raise ValueError(f"images are {images.dtype}{list(images.shape)}: uint8 [N, H, W, 1 or 3] is needed, which "
-                         "dit_jax.pixels.to_uint8 makes of [-1, 1]")
+        raise ValueError(
+            f"images are {images.dtype}{list(images.shape)}: uint8 [N, H, W, 1 or 3] is needed, which "
+            "dit_jax.pixels.to_uint8 makes of [-1, 1]"
+        )
     return jnp.broadcast_to(images, (*images.shape[:3], 3))
 
 
@@ -79,8 +81,10 @@ def _pillow_pass(spec: str, x, length: int, size: int):
 def _pillow_coefficients(length: int, size: int) -> np.ndarray:
     """int32 [size, length]: `cubic_antialiased` times 2^22, rounded half away from zero."""
     if length >= size * LARGEST_TAPS // 4:
-        raise ValueError(f"images have a side of {length}, too large to be resized to {size} exactly: less than "
-                         f"{size * LARGEST_TAPS // 4} is needed; shrink them first")
+        raise ValueError(
+            f"images have a side of {length}, too large to be resized to {size} exactly: less than "
+            f"{size * LARGEST_TAPS // 4} is needed; shrink them first"
+        )
     weights = cubic_antialiased(length, size)
     return np.trunc(weights * (1 << FIXED_BITS) + np.copysign(0.5, weights)).astype(np.int32)
 

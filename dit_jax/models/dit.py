@@ -18,10 +18,14 @@ REMAT_POLICIES = {
     # The statistics of cuDNN's softmax have no name: without its kernel's own outputs the forward kernel would run twice.
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(*layers.PRODUCTS),
-        lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"),
+        lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
+    ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=list(layers.PRODUCTS), offload_src="device",
-        offload_dst="pinned_host"),
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(layers.PRODUCTS),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -58,8 +62,9 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, c):
-        linear = nn.DenseGeneral((self.count, c.shape[-1]), kernel_init=layers.zeros, dtype=self.dtype,
-                                 param_dtype=self.param_dtype, name="linear")
+        linear = nn.DenseGeneral(
+            (self.count, c.shape[-1]), kernel_init=layers.zeros, dtype=self.dtype, param_dtype=self.param_dtype, name="linear"
+        )
         # Replicated over fsdp and tensor on purpose: see `parallel.rules`.
         return constrain_batch(linear(nn.silu(c)))
 
@@ -98,6 +103,7 @@ class Block(nn.Module):
             x = x + gate_1 * attention(layers.modulate(layers.normalize(x), shift_1, scale_1).astype(self.dtype))
             x = x + gate_2 * mlp(layers.modulate(layers.normalize(x), shift_2, scale_2).astype(self.dtype))
         else:
+
             def norm(name):
                 return nn.LayerNorm(layers.NORM_EPSILON, **dtypes, name=name)
 
@@ -183,13 +189,17 @@ class DiT(nn.Module):
         if self.mlp_ratio <= 0:
             raise UserError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
         if self.width % self.heads:
-            raise UserError(f"model.heads = {self.heads} does not divide model.width = {self.width}; "
-                            f"choose a width that is a multiple of {self.heads}")
+            raise UserError(
+                f"model.heads = {self.heads} does not divide model.width = {self.width}; "
+                f"choose a width that is a multiple of {self.heads}"
+            )
         if self.width % 4:
             raise UserError(f"model.width = {self.width} is not a multiple of 4, which the position table needs")
         if height % self.patch_size or width % self.patch_size:
-            raise UserError(f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
-                            f"{self.patch_size}; change the resolution or the patch size")
+            raise UserError(
+                f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
+                f"{self.patch_size}; change the resolution or the patch size"
+            )
 
     @nn.compact
     def __call__(self, x_t, t, cond, residual=None):
@@ -203,8 +213,11 @@ class DiT(nn.Module):
         x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
         tokens = [layers.TimeEmbedding(self.width, **dtypes, name="time_embedding")(t)]
         if self.num_classes:
-            tokens.append(nn.Embed(self.num_classes + 1, self.width, embedding_init=layers.normal_002, **dtypes,
-                                   name="label_embedding")(cond["label"]))
+            tokens.append(
+                nn.Embed(self.num_classes + 1, self.width, embedding_init=layers.normal_002, **dtypes, name="label_embedding")(
+                    cond["label"]
+                )
+            )
         c = sum(tokens)  # [B, D]
         tokens = jnp.stack(tokens, axis=1)  # [B, M, D]
         if self.conditioning == "in_context":
@@ -214,9 +227,14 @@ class DiT(nn.Module):
         if remat != "none":
             # Written out, XLA would merge what is computed again with what was computed before; a loop keeps them apart.
             block = nn.remat(Block, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
-        blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                         in_axes=(nn.broadcast, nn.broadcast), length=self.depth,
-                         unroll=self.depth if unroll else 1)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.depth,
+            unroll=self.depth if unroll else 1,
+        )
         x = start = constrain_batch(x, tokens=True)
         if residual is None:
             x, _ = blocks(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes, name="blocks")(x, c, tokens)

@@ -76,7 +76,7 @@ def frequency_embedding(t, width: int = 256, max_period: float = 10000.0):
 
 
 def attention_kernel(implementation: str, dtype) -> str:
-    """"xla" or "cudnn" (GPU, 16-bit, E a multiple of 8); "auto" is cudnn on a GPU in 16 bits, else xla."""
+    """ "xla" or "cudnn" (GPU, 16-bit, E a multiple of 8); "auto" is cudnn on a GPU in 16 bits, else xla."""
     if implementation != "auto":
         return implementation
     return "cudnn" if jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 else "xla"
@@ -176,8 +176,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         def linear(features, name):
-            return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype,
-                            name=name)
+            return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
         hidden = checkpoint_name(linear(self.hidden_width, "in")(x), "mlp_in")
         return checkpoint_name(linear(x.shape[-1], "out")(gelu(hidden)), "mlp_out")
@@ -193,7 +192,6 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t):
         def linear(name):
-            return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, param_dtype=self.param_dtype,
-                            name=name)
+            return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
         return linear("out")(nn.silu(linear("in")(frequency_embedding(t).astype(self.dtype))))

@@ -27,8 +27,10 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
-        raise UserError(f"--{' and --'.join(missing)} must be given too: --coordinator_address, --num_processes and --process_id "
-                        "go together; give none of them where the cluster is detected")
+        raise UserError(
+            f"--{' and --'.join(missing)} must be given too: --coordinator_address, --num_processes and --process_id "
+            "go together; give none of them where the cluster is detected"
+        )
     if not missing and not (num_processes >= 1 and 0 <= process_id < num_processes):
         raise UserError(f"--process_id={process_id} with --num_processes={num_processes}: it must lie in 0 to num_processes - 1")
     if not missing and not coordinator_address.rpartition(":")[2].isdigit():
@@ -48,8 +50,10 @@ def missing_steps(environment) -> str:
     """What says that this process is one of several although JAX sees no cluster; "" where nothing does."""
     tasks = environment.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_NODELIST" not in environment and tasks.isdigit() and int(tasks) > 1:
-        return (f"SLURM gave this job {tasks} tasks and this process is none of them: start it with srun, or without tasks "
-                "(env -u SLURM_NTASKS) to use this machine alone.")
+        return (
+            f"SLURM gave this job {tasks} tasks and this process is none of them: start it with srun, or without tasks "
+            "(env -u SLURM_NTASKS) to use this machine alone."
+        )
     return ""
 
 
@@ -88,8 +92,10 @@ class SharedFlag:
     def __init__(self, delay: int):
         mesh = Mesh(np.array(jax.devices()), ("device",))
         split = NamedSharding(mesh, PartitionSpec("device"))
-        self._values = [jax.make_array_from_callback((mesh.size,), split, lambda _, raised=raised: np.array([raised], np.int32))
-                        for raised in (0, 1)]
+        self._values = [
+            jax.make_array_from_callback((mesh.size,), split, lambda _, raised=raised: np.array([raised], np.int32))
+            for raised in (0, 1)
+        ]
         self._greatest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._delay, self._pending = delay, deque()
 

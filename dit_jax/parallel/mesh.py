@@ -33,9 +33,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, s
         raise UserError(f"mesh.data is {data}; it must be at least 1, or -1 for all remaining devices")
     sizes = (data, fsdp, tensor, sequence)
     if np.prod(sizes) != len(devices):
-        raise UserError(f"the mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} = {np.prod(sizes)} needs as many devices, "
-                        f"and there are {len(devices)} ({devices[0].platform}); set mesh.data = -1 to use them all, and choose "
-                        "the other axes so that their product divides that number")
+        raise UserError(
+            f"the mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} = {np.prod(sizes)} needs as many devices, "
+            f"and there are {len(devices)} ({devices[0].platform}); set mesh.data = -1 to use them all, and choose "
+            "the other axes so that their product divides that number"
+        )
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -52,8 +54,10 @@ def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
     slices = [getattr(device, "slice_index", 0) for device in devices]
     count = len(set(slices))
     if len({slices.count(index) for index in set(slices)}) > 1:
-        raise UserError(f"the {len(devices)} devices lie in {count} slices (TPU slices, or hosts with GPUs) of unequal size: "
-                        f"{ {index: slices.count(index) for index in sorted(set(slices))} }; start the run on equal ones")
+        raise UserError(
+            f"the {len(devices)} devices lie in {count} slices (TPU slices, or hosts with GPUs) of unequal size: "
+            f"{ {index: slices.count(index) for index in sorted(set(slices))} }; start the run on equal ones"
+        )
     outer = []
     for size in sizes:
         outer.append(math.gcd(size, count // math.prod(outer)))
@@ -92,8 +96,10 @@ def reader_place(mesh: Mesh) -> tuple[int, int]:
         held.setdefault(device.process_index, set()).add(int(row))
     parts = sorted({tuple(sorted(mine)) for mine in held.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != rows_per_step(mesh):
-        raise UserError(f"on the mesh {dict(mesh.shape)} the rows of a batch do not fall to whole processes, of which there are "
-                        f"{len(held)}: choose mesh.tensor x mesh.sequence as a divisor or a multiple of the devices of a process")
+        raise UserError(
+            f"on the mesh {dict(mesh.shape)} the rows of a batch do not fall to whole processes, of which there are "
+            f"{len(held)}: choose mesh.tensor x mesh.sequence as a divisor or a multiple of the devices of a process"
+        )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
@@ -113,6 +119,7 @@ def place(tree, shardings):
 
     tree: pytree of NumPy arrays; shardings: a pytree alike, or one sharding for all.
     """
+
     def one(x, sharding):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

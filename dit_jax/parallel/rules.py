@@ -36,8 +36,10 @@ TRANSFORMER_RULES: Rules = (
 # Convolutions [k, k, in, out], linears [in, out], and the vectors beside them. Convolutions never over tensor: split over fsdp
 # and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
 AUTOENCODER_RULES: Rules = (
-    (r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
-     (None, None, "fsdp", None)),
+    (
+        r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
+        (None, None, "fsdp", None),
+    ),
     (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
     (r"\w+/(bias|scale)", ()),
 )
@@ -60,8 +62,9 @@ def rule_of(name: str, shape: tuple[int, ...], rules: Rules) -> tuple[str | None
         return ()
     found = [spec for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} sharding rules match {name} {shape}, and exactly one must: mend the table in "
-                         "dit_jax/parallel/rules.py")
+        raise ValueError(
+            f"{len(found)} sharding rules match {name} {shape}, and exactly one must: mend the table in dit_jax/parallel/rules.py"
+        )
     return found[0]
 
 
@@ -80,8 +83,9 @@ def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> Part
     wanted = (None,) * stacked + rule
     axes = [axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
     if "fsdp" in wanted and "fsdp" not in axes:
-        free = [i for i, size in enumerate(shape)
-                if (axes[i] is None or mesh_shape[axes[i]] == 1) and size % mesh_shape["fsdp"] == 0]
+        free = [
+            i for i, size in enumerate(shape) if (axes[i] is None or mesh_shape[axes[i]] == 1) and size % mesh_shape["fsdp"] == 0
+        ]
         if free:
             axes[max(free, key=lambda i: (i >= stacked, shape[i]))] = "fsdp"
     return PartitionSpec(*axes)
@@ -90,7 +94,8 @@ def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> Part
 def shardings(tree, mesh: Mesh, rules: Rules = TRANSFORMER_RULES):
     """A NamedSharding for each leaf of a pytree of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree)
+        lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree
+    )
 
 
 def whole_over_fsdp(tree):
@@ -128,6 +133,8 @@ def warnings(tree, mesh: Mesh, rules: Rules) -> list[str]:
                 other = left_whole(tree, {**mesh.shape, axis: size, "data": devices // size}, axis, rules)
                 better += [str(size)] if other[1] <= TOO_MUCH * other[0] else []
         remedy = f"mesh.{axis} of {', '.join(better)} splits them" if better else f"no mesh.{axis} of these devices splits them"
-        found.append(f"mesh.{axis}={mesh.shape[axis]} does not divide the arrays, the largest {name}: {whole / 2**20:.0f} of "
-                     f"{held / 2**20:.0f} MiB of state on each device are not split over {axis}; {remedy}, the rest as mesh.data")
+        found.append(
+            f"mesh.{axis}={mesh.shape[axis]} does not divide the arrays, the largest {name}: {whole / 2**20:.0f} of "
+            f"{held / 2**20:.0f} MiB of state on each device are not split over {axis}; {remedy}, the rest as mesh.data"
+        )
     return found

@@ -24,20 +24,29 @@ from dit_jax.runtime import console
 
 MODELS = flags.DEFINE_bool("models", False, "The table of models.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run to plan.", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this "
-                               "machine if not given.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this machine if not given."
+)
 SAMPLER = flags.DEFINE_bool("sampler", True, "Also compile the draw of one batch of samples.")
-TRAFFIC = flags.DEFINE_bool("traffic", False, "Also list the kernels of the training step and the bytes that they move in HBM, "
-                            "by kind and by module of the network.")
-RESIDENT_ROWS = flags.DEFINE_integer("resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.",
-                                     lower_bound=0)
+TRAFFIC = flags.DEFINE_bool(
+    "traffic",
+    False,
+    "Also list the kernels of the training step and the bytes that they move in HBM, by kind and by module of the network.",
+)
+RESIDENT_ROWS = flags.DEFINE_integer(
+    "resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.", lower_bound=0
+)
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies, batch sizes and microbatches; rank them by images/s.")
 REMATS = flags.DEFINE_list("search_remats", [], "Policies to try; all if empty.")
 BATCH_SIZES = flags.DEFINE_list("search_batch_sizes", [], "Global batch sizes to try; the config's if empty.")
 MICROBATCHES = flags.DEFINE_list("search_microbatches", [], "Numbers of microbatches to try; the config's if empty.")
 MAX_COMPILES = flags.DEFINE_integer("search_max_compiles", 24, "Compile at most so many, of those that may fit.")
-TABLE = flags.DEFINE_list("table", [], "Topologies: a Markdown table of the twelve sizes on each, 256 px, latent cache, with the "
-                          "first of data, fsdp, and fsdp with remat=full that fits.")
+TABLE = flags.DEFINE_list(
+    "table",
+    [],
+    "Topologies: a Markdown table of the twelve sizes on each, 256 px, latent cache, with the "
+    "first of data, fsdp, and fsdp with remat=full that fits.",
+)
 SIZES = flags.DEFINE_list("table_sizes", [], "Models of the table, as in S/2,XL/2; all twelve if empty.")
 TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size of the table.")
 
@@ -63,8 +72,7 @@ def model_table() -> dict[str, dict]:
     from dit_jax import recipes
     from dit_jax.models.dit import CONDITIONINGS
 
-    table = {f"{size}@{resolution}": cost(recipes.dit(size, resolution))
-             for resolution in (256, 512) for size in recipes.MODELS}
+    table = {f"{size}@{resolution}": cost(recipes.dit(size, resolution)) for resolution in (256, 512) for size in recipes.MODELS}
     for conditioning in CONDITIONINGS[1:]:
         config = recipes.dit("XL/2", 256)
         config.model.conditioning = conditioning
@@ -76,8 +84,9 @@ def print_models() -> dict:
     table = model_table()
     console.say(f"{'model':26} {'tokens':>6} {'parameters':>12} {'GMACs':>8} {'training GFLOPs/image':>22}")
     for name, row in table.items():
-        console.say(f"{name:26} {row['tokens']:6} {row['params']:12,} {row['gmacs']:8.2f} "
-                    f"{row['train_flops_per_image'] / 1e9:22.1f}")
+        console.say(
+            f"{name:26} {row['tokens']:6} {row['params']:12,} {row['gmacs']:8.2f} {row['train_flops_per_image'] / 1e9:22.1f}"
+        )
     return {"models": table}
 
 
@@ -116,9 +125,16 @@ def print_search(config, topology) -> dict:
         raise UserError(f"--search_remats={','.join(remats)}: no policy {', '.join(unknown)}; known are {', '.join(known)}")
     if MAX_COMPILES.value < 1:
         raise UserError(f"--search_max_compiles={MAX_COMPILES.value}; it must be at least 1")
-    found = search.search(config, topology, remats, whole_numbers("search_batch_sizes", BATCH_SIZES.value) or [config.batch_size],
-                          whole_numbers("search_microbatches", MICROBATCHES.value) or [config.microbatches],
-                          MAX_COMPILES.value, console.say, RESIDENT_ROWS.value)
+    found = search.search(
+        config,
+        topology,
+        remats,
+        whole_numbers("search_batch_sizes", BATCH_SIZES.value) or [config.batch_size],
+        whole_numbers("search_microbatches", MICROBATCHES.value) or [config.microbatches],
+        MAX_COMPILES.value,
+        console.say,
+        RESIDENT_ROWS.value,
+    )
     for line in text.markdown(text.row(f"batch {plan['batch_size']} / {plan['microbatches']}", plan) for plan in found["ranked"]):
         console.say(line)
     if not found["ranked"]:
@@ -149,8 +165,10 @@ def main() -> dict:
     if TABLE.value:
         return print_table()
     if CONFIG.value is None:
-        raise UserError("say what to plan: --models prints the table of models, --config=configs/<name>.py and "
-                        "--topology=v5p:4x4x4 plan a run")
+        raise UserError(
+            "say what to plan: --models prints the table of models, --config=configs/<name>.py and "
+            "--topology=v5p:4x4x4 plan a run"
+        )
     config = console.given_config(CONFIG)
     from dit_jax.programs import topology
 

@@ -52,8 +52,10 @@ def mesh_of(config, topology: Topology):
         return build.mesh(config, topology.devices)
     except NotImplementedError:
         axes = " x ".join(f"{name}={size}" for name, size in config.mesh.items())
-        raise UserError(f"the mesh {axes} cannot be laid on {topology.name}: on a torus each axis must be a product of whole "
-                        "sides; choose axes that are") from None
+        raise UserError(
+            f"the mesh {axes} cannot be laid on {topology.name}: on a torus each axis must be a product of whole "
+            "sides; choose axes that are"
+        ) from None
 
 
 def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
@@ -73,15 +75,31 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
         what, wanted, _ = found
         given = memory.bytes_per_device(arguments)
         total = wanted + given if "temporaries" in what else wanted
-        sizes = {"arguments": given, "outputs": 0, "aliased": 0, "temporaries": total - given, "code": 0,
-                 "host": memory.bytes_per_device(arguments, in_host=True), "total": total}
+        sizes = {
+            "arguments": given,
+            "outputs": 0,
+            "aliased": 0,
+            "temporaries": total - given,
+            "code": 0,
+            "host": memory.bytes_per_device(arguments, in_host=True),
+            "total": total,
+        }
         return Compiled(sizes, str(error).splitlines()[0], flops, None, [], [], None, 0, time.monotonic() - start)
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
     found = collectives.find(program, mesh.devices.size)
-    return Compiled(sizes, None, flops, hbm_traffic(program), by_place(program), found, overlap.hidden_share(program, found),
-                    len(program.unknown_loops()), seconds)
+    return Compiled(
+        sizes,
+        None,
+        flops,
+        hbm_traffic(program),
+        by_place(program),
+        found,
+        overlap.hidden_share(program, found),
+        len(program.unknown_loops()),
+        seconds,
+    )
 
 
 def model_flops(config, task) -> int:
@@ -108,8 +126,13 @@ def for_topology(config, topology: Topology):
 def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
     """Bytes of one device by what they are for, from shapes and shardings; without what lives in host memory."""
     state = arguments["state"]
-    parts = {"parameters": state.params, "moving_average": state.ema_params, "optimizer": (state.opt_state, state.step),
-             "frozen": arguments["constants"], "batch": (arguments["batch"], arguments["sums"])}
+    parts = {
+        "parameters": state.params,
+        "moving_average": state.ema_params,
+        "optimizer": (state.opt_state, state.step),
+        "frozen": arguments["constants"],
+        "batch": (arguments["batch"], arguments["sums"]),
+    }
     return {name: memory.bytes_per_device(part) for name, part in parts.items()}
 
 
@@ -171,18 +194,27 @@ def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
     seconds = report["step_seconds"] if evaluations is not None else None
     kept = ("fits", "bytes_per_device", "executed_flops", "collective_bytes", "limit", "refusal", "compile_seconds")
     return {k: report[k] for k in kept} | {
-        "sampler": config.sampler.name, "evaluations": evaluations, "batch_size": batch_size, "batch_seconds": seconds,
+        "sampler": config.sampler.name,
+        "evaluations": evaluations,
+        "batch_size": batch_size,
+        "batch_seconds": seconds,
         "images_per_second": batch_size / seconds if seconds else None,
     }
 
 
 def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
     fits = compiled.refusal is None and compiled.memory["total"] <= topology.chip.usable_bytes
-    times = roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives,
-                              compiled.hidden_share) if fits else None
+    times = (
+        roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives, compiled.hidden_share)
+        if fits
+        else None
+    )
     table = collectives.by_kind_and_axis(compiled.collectives, dict(mesh.shape))
     return {
-        "topology": topology.name, "chip": topology.chip.name, "devices": mesh.devices.size, "mesh": dict(mesh.shape),
+        "topology": topology.name,
+        "chip": topology.chip.name,
+        "devices": mesh.devices.size,
+        "mesh": dict(mesh.shape),
         "fits": fits,
         "bytes_per_device": compiled.memory["total"],
         "host_bytes_per_device": compiled.memory["host"],

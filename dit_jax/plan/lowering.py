@@ -23,8 +23,10 @@ def check_batch(config, mesh):
     """Raises a UserError where the batch cannot be split over the mesh."""
     ways = rows_per_step(mesh) * config.microbatches
     if config.batch_size % ways:
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x microbatches = "
-                        f"{rows_per_step(mesh)} x {config.microbatches} = {ways}")
+        raise UserError(
+            f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x microbatches = "
+            f"{rows_per_step(mesh)} x {config.microbatches} = {ways}"
+        )
 
 
 def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
@@ -49,8 +51,10 @@ def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
     constants = {"codec": jax.tree.map(_shaped, codec, shardings(codec, mesh, AUTOENCODER_RULES))}
     if config.data.name == "latents" and config.loader.get("resident"):
         if resident_rows < 1:
-            raise UserError("loader.resident keeps the latent cache on the devices, and only the data tells its size: give "
-                            "--resident_rows=<images, twice as many where it holds mirror images>")
+            raise UserError(
+                "loader.resident keeps the latent cache on the devices, and only the data tells its size: give "
+                "--resident_rows=<images, twice as many where it holds mirror images>"
+            )
         ways, (*grid, channels) = rows_per_step(mesh), task.latent_shape
         shape = (-(-resident_rows // ways) * ways, *grid, 2 * channels)
         constants["moments"] = jax.ShapeDtypeStruct(shape, jnp.float16, sharding=batch_sharding(mesh))

@@ -59,10 +59,12 @@ def remedies(config, task, mesh, temporaries: int, state_bytes: dict[str, int], 
     # While the optimizer runs, what was in the host is on the device, in place of the activations.
     if task.offload == "none":
         found["--config.mesh.offload=optimizer (Adam's moments to the host and back in every step)"] = min(
-            state_bytes["optimizer"], activations)
+            state_bytes["optimizer"], activations
+        )
     if task.offload != "optimizer_and_ema":
         found["--config.mesh.offload=optimizer_and_ema (the moving average too)"] = min(
-            state_bytes["optimizer"] + state_bytes["moving_average"], activations)
+            state_bytes["optimizer"] + state_bytes["moving_average"], activations
+        )
     if data > 1:
         found[f"--config.mesh.data=1 --config.mesh.fsdp={fsdp * data} (gathers parameters when used)"] = split - split // data
     if task.zero1 and fsdp > 1:
@@ -72,6 +74,7 @@ def remedies(config, task, mesh, temporaries: int, state_bytes: dict[str, int], 
         found[f"--config.batch_size={config.batch_size // 2} (another optimisation)"] = activations // 2
     if "model" in config and config.model.param_dtype == "float32":
         found["--config.model.param_dtype=bfloat16 (Adam's moments too; small updates are lost)"] = (
-            2 * parameters + state_bytes["optimizer"]) // 2
+            2 * parameters + state_bytes["optimizer"]
+        ) // 2
     ranked = sorted(((text, saved) for text, saved in found.items() if saved > 0), key=lambda pair: -pair[1])
     return [{"what": text, "saves_bytes": saved, "enough": RELIABLE * saved >= over} for text, saved in ranked]

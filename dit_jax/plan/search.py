@@ -35,8 +35,10 @@ class Choice(NamedTuple):
         return config
 
     def __str__(self) -> str:
-        return (f"data {self.data} fsdp {self.fsdp}{' (ZeRO-1)' * self.zero1} tensor {self.tensor}, remat {self.remat}, batch "
-                f"{self.batch_size}, microbatches {self.microbatches}")
+        return (
+            f"data {self.data} fsdp {self.fsdp}{' (ZeRO-1)' * self.zero1} tensor {self.tensor}, remat {self.remat}, batch "
+            f"{self.batch_size}, microbatches {self.microbatches}"
+        )
 
 
 def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
@@ -46,8 +48,9 @@ def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
             yield devices // (fsdp * tensor), fsdp, tensor
 
 
-def choices(config, devices: int, remats: Iterable[str], batch_sizes: Iterable[int],
-            microbatches: Iterable[int]) -> tuple[list[Choice], int]:
+def choices(
+    config, devices: int, remats: Iterable[str], batch_sizes: Iterable[int], microbatches: Iterable[int]
+) -> tuple[list[Choice], int]:
     """(the choices that make sense, how many were left out); the sequence axis stays as the config has it.
 
     Left out: ZeRO-1 without fsdp; a batch that does not split over data x fsdp x microbatches; a tensor axis that does not divide
@@ -55,8 +58,9 @@ def choices(config, devices: int, remats: Iterable[str], batch_sizes: Iterable[i
     """
     found, left_out = [], 0
     sizes = meshes(devices // config.mesh.sequence)
-    for (data, fsdp, tensor), zero1, remat, batch_size, parts in itertools.product(sizes, (False, True), remats, batch_sizes,
-                                                                                 microbatches):
+    for (data, fsdp, tensor), zero1, remat, batch_size, parts in itertools.product(
+        sizes, (False, True), remats, batch_sizes, microbatches
+    ):
         splits = batch_size % (data * fsdp * parts) == 0 and (fsdp > 1 or not zero1)
         heads = "model" not in config or (config.model.heads % tensor == 0 and config.model.width % tensor == 0)
         if splits and heads:
@@ -74,14 +78,25 @@ def bound(config, topology: Topology, resident_rows: int) -> int:
     """
     mesh, task = estimate.mesh_of(config, topology), build.task(config)
     lowering.check_batch(config, mesh)
-    arguments = {"state": lowering.abstract_state(task, mesh), "sums": {},
-                 "constants": lowering.abstract_constants(config, task, mesh, resident_rows),
-                 "batch": build.abstract_batch(config, task, mesh)}
+    arguments = {
+        "state": lowering.abstract_state(task, mesh),
+        "sums": {},
+        "constants": lowering.abstract_constants(config, task, mesh, resident_rows),
+        "batch": build.abstract_batch(config, task, mesh),
+    }
     return least_bytes(config, task, mesh, estimate.state_memory(arguments))
 
 
-def search(config, topology: Topology, remats: Iterable[str], batch_sizes: Iterable[int], microbatches: Iterable[int],
-           max_compiles: int, say: Callable[[str], None], resident_rows: int = 0) -> dict[str, Any]:
+def search(
+    config,
+    topology: Topology,
+    remats: Iterable[str],
+    batch_sizes: Iterable[int],
+    microbatches: Iterable[int],
+    max_compiles: int,
+    say: Callable[[str], None],
+    resident_rows: int = 0,
+) -> dict[str, Any]:
     """Compiles the choices that may fit, those that recompute and communicate least first, and ranks what it found.
 
     Returns:
@@ -93,8 +108,10 @@ def search(config, topology: Topology, remats: Iterable[str], batch_sizes: Itera
     """
     wanted, left_out = choices(config, len(topology.devices), remats, batch_sizes, microbatches)
     if not wanted:
-        raise UserError(f"none of {left_out} choices splits its batch over {len(topology.devices)} devices; give "
-                        "--search_batch_sizes that are multiples of them, or fewer --search_microbatches")
+        raise UserError(
+            f"none of {left_out} choices splits its batch over {len(topology.devices)} devices; give "
+            "--search_batch_sizes that are multiples of them, or fewer --search_microbatches"
+        )
     possible, impossible, pruned = [], [], 0
     for choice in wanted:
         try:
@@ -112,12 +129,20 @@ def search(config, topology: Topology, remats: Iterable[str], batch_sizes: Itera
     order = {name: place for place, name in enumerate(remats)}
     possible.sort(key=lambda c: (c.microbatches, order[c.remat], c.tensor, c.fsdp, not c.zero1, -c.batch_size))
     tried, rest = possible[:max_compiles], possible[max_compiles:]
-    say(f"{len(wanted)} choices: {pruned} cannot fit, {len(impossible)} cannot be laid on {topology.name}, {len(tried)} to "
-        f"compile, {len(rest)} beyond --search_max_compiles")
+    say(
+        f"{len(wanted)} choices: {pruned} cannot fit, {len(impossible)} cannot be laid on {topology.name}, {len(tried)} to "
+        f"compile, {len(rest)} beyond --search_max_compiles"
+    )
     ranked, too_large = _compile_all(config, topology, tried, say, resident_rows)
     ranked.sort(key=lambda found: -(found["images_per_second"] or 0))
-    return {"ranked": ranked, "too_large": too_large, "impossible": impossible, "not_tried": list(map(str, rest)),
-            "pruned": pruned, "left_out": left_out}
+    return {
+        "ranked": ranked,
+        "too_large": too_large,
+        "impossible": impossible,
+        "not_tried": list(map(str, rest)),
+        "pruned": pruned,
+        "left_out": left_out,
+    }
 
 
 def _compile_all(config, topology, tried: list[Choice], say, resident_rows) -> tuple[list[dict], list[str]]:

@@ -19,24 +19,35 @@ from absl import flags
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
-SOURCE = flags.DEFINE_string("source", None, "Folder of class folders, or of images; ILSVRC2012_img_train.tar or _val.tar as "
-                             "they are; or tars in the WebDataset layout: a folder of them, a glob, or train-{0000..0099}.tar.")
+SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Folder of class folders, or of images; ILSVRC2012_img_train.tar or _val.tar as "
+    "they are; or tars in the WebDataset layout: a folder of them, a glob, or train-{0000..0099}.tar.",
+)
 VALIDATION = flags.DEFINE_string("validation_source", None, "The same, for a split called validation.")
 OUT = flags.DEFINE_string("out", None, "TFDS data_dir: gets a folder <dataset>/1.0.0.")
 DATASET = flags.DEFINE_string("dataset", None, "Name of the data set: lower case, digits, _; none of TFDS's own.")
 SPLIT = flags.DEFINE_string("split", "train", "Name of the split that --source becomes.")
-CLASS_NAMES = flags.DEFINE_string("class_names_file", "", "Names of the classes of WebDataset tars, one per line; without it "
-                                  "they are called 0, 1, ...")
+CLASS_NAMES = flags.DEFINE_string(
+    "class_names_file", "", "Names of the classes of WebDataset tars, one per line; without it they are called 0, 1, ..."
+)
 SHARD_MIB = flags.DEFINE_float("shard_mib", 256, "About the size of a shard, in MiB.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the order of the records.")
 RESOLUTION = flags.DEFINE_integer(
-    "resolution", 0, "0 keeps every file bit for bit. R stores the R x R centre crop that training takes (the paper's), RGB, as "
+    "resolution",
+    0,
+    "0 keeps every file bit for bit. R stores the R x R centre crop that training takes (the paper's), RGB, as "
     "PNG, without loss. Worth it for large photographs: to read and crop to 256 takes 1.1 times as long from a JPEG of 400x350 "
     "as from its stored crop of 110 KB, 4 times from 1024x768, 13 times from 2048x1536 (one core). It fixes the resolution, "
-    "and leaves out truncated files, which 0 keeps.")
+    "and leaves out truncated files, which 0 keeps.",
+)
 THREADS = flags.DEFINE_integer("num_threads", max(4, os.cpu_count() or 1), "Threads that read and crop.")
-MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Of the images of a split that may be empty, or no images, and are "
-                                   "then left out and listed; more are an error.")
+MAX_BAD_SHARE = flags.DEFINE_float(
+    "max_bad_share",
+    0.001,
+    "Of the images of a split that may be empty, or no images, and are then left out and listed; more are an error.",
+)
 
 
 def main() -> dict:
@@ -53,9 +64,14 @@ def main() -> dict:
     if not SHARD_MIB.value > 0:
         raise UserError(f"--shard_mib={SHARD_MIB.value} must be above 0")
     request = datasets.Request(
-        out=Path(OUT.value).expanduser(), dataset=DATASET.value, seed=SEED.value,
-        shard_bytes=max(round(SHARD_MIB.value * 2**20), 1), resolution=RESOLUTION.value, num_threads=THREADS.value,
-        max_bad_share=MAX_BAD_SHARE.value)
+        out=Path(OUT.value).expanduser(),
+        dataset=DATASET.value,
+        seed=SEED.value,
+        shard_bytes=max(round(SHARD_MIB.value * 2**20), 1),
+        resolution=RESOLUTION.value,
+        num_threads=THREADS.value,
+        max_bad_share=MAX_BAD_SHARE.value,
+    )
     result = datasets.prepare(request, paths, CLASS_NAMES.value)
     for split, facts in result["splits"].items():
         console.say(f"{split}: {facts['records']:,} records in {facts['shards']} shards, {facts['bytes'] / 2**30:.2f} GiB")

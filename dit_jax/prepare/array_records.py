@@ -16,8 +16,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be written ({error}): free space there, or make it writable, and give the same command "
-                        "again; finished shards stay") from None
+        raise UserError(
+            f"{path} cannot be written ({error}): free space there, or make it writable, and give the same command "
+            "again; finished shards stay"
+        ) from None
 
 
 def shard_path(folder: Path, dataset: str, split: str, number: int, count: int) -> Path:
@@ -94,8 +96,14 @@ def measure(file: Path) -> tuple[int, int]:
     return count, size
 
 
-def write_metadata(folder: Path, dataset: str, splits: dict[str, list[tuple[int, int]]], class_names: Sequence[str],
-                   captions: bool, resolution: int) -> None:
+def write_metadata(
+    folder: Path,
+    dataset: str,
+    splits: dict[str, list[tuple[int, int]]],
+    class_names: Sequence[str],
+    captions: bool,
+    resolution: int,
+) -> None:
     """Writes what TFDS needs beside the shards of <data_dir>/<dataset>/<version>, over what an earlier call wrote.
 
     Features: "image"; "label" if there are class names; "caption" (Text) if asked for.
@@ -112,11 +120,22 @@ def write_metadata(folder: Path, dataset: str, splits: dict[str, list[tuple[int,
         features["label"] = tfds.features.ClassLabel(names=list(class_names))
     if captions:
         features["caption"] = tfds.features.Text()
-    template = tfds.core.ShardedFileTemplate(template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", dataset_name=dataset,
-                                             data_dir=str(folder), filetype_suffix="array_record")
-    infos = [tfds.core.SplitInfo(name=name, shard_lengths=[records for records, _ in shards],
-                                 num_bytes=sum(size for _, size in shards), filename_template=template)
-             for name, shards in sorted(splits.items())]
+    template = tfds.core.ShardedFileTemplate(
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        dataset_name=dataset,
+        data_dir=str(folder),
+        filetype_suffix="array_record",
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[records for records, _ in shards],
+            num_bytes=sum(size for _, size in shards),
+            filename_template=template,
+        )
+        for name, shards in sorted(splits.items())
+    ]
     with writing(folder):
-        tfds.folder_dataset.write_metadata(data_dir=str(folder), features=tfds.features.FeaturesDict(features), split_infos=infos,
-                                           check_data=False)  # the check reads with TensorFlow
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(folder), features=tfds.features.FeaturesDict(features), split_infos=infos, check_data=False
+        )  # the check reads with TensorFlow

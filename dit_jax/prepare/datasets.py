@@ -75,8 +75,10 @@ class Request:
 
         with contextlib.suppress(tfds.core.DatasetNotFoundError):
             tfds.builder_cls(self.dataset)
-            raise UserError(f"dataset={self.dataset}: TFDS has code for a data set of this name, and would not read this one: "
-                            f"choose another name, my_{self.dataset} for instance")
+            raise UserError(
+                f"dataset={self.dataset}: TFDS has code for a data set of this name, and would not read this one: "
+                f"choose another name, my_{self.dataset} for instance"
+            )
 
     @property
     def folder(self) -> Path:
@@ -115,8 +117,9 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
     tars = [entry.name for entry in inside if entry.name.endswith((".tar", *PACKED))]
     others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if tars and others:
-        raise UserError(f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for "
-                        "the tars")
+        raise UserError(
+            f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for the tars"
+        )
     if given.is_dir() and not tars:
         source = ImageFolder(path)
     elif first and CLASS_TAR.fullmatch(first.name):
@@ -129,8 +132,10 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         raise UserError(f"class_names_file={class_names_file} is for WebDataset tars; the classes of {path} have names")
     if class_names is not None and source.class_names != class_names:
         theirs, ours = set(source.class_names) - set(class_names), set(class_names) - set(source.class_names)
-        raise UserError(f"{path} has {source.num_classes} classes and the data set has {len(class_names)}; only here: "
-                        f"{_some(theirs)}; only there: {_some(ours)}. Every split needs the same classes in the same order")
+        raise UserError(
+            f"{path} has {source.num_classes} classes and the data set has {len(class_names)}; only here: "
+            f"{_some(theirs)}; only there: {_some(ours)}. Every split needs the same classes in the same order"
+        )
     return source
 
 
@@ -200,8 +205,9 @@ def _read_plan(folder: Path) -> dict | None:
     except FileNotFoundError:
         strange = [entry.name for entry in folder.iterdir() if entry.name not in (".lock", f"{PLAN}.partial")]
         if strange:
-            raise UserError(f"{folder} holds {_some(strange)} and no {PLAN}: it was not written by this command; give another "
-                            "--dataset") from None
+            raise UserError(
+                f"{folder} holds {_some(strange)} and no {PLAN}: it was not written by this command; give another --dataset"
+            ) from None
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}): remove {folder} and start again") from None
@@ -228,8 +234,14 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
         UserError: it was begun with other settings, or another split of it is unfinished.
     """
     captions = any(source.has_captions for source in sources.values())
-    plan = plan or {"format": FORMAT, "resolution": request.resolution, "captions": captions,
-                    "class_names": next(iter(sources.values())).class_names, "splits": {}, "complete": False}
+    plan = plan or {
+        "format": FORMAT,
+        "resolution": request.resolution,
+        "captions": captions,
+        "class_names": next(iter(sources.values())).class_names,
+        "splits": {},
+        "complete": False,
+    }
     # A split without captions beside one with them has empty ones.
     _compare(request, "", plan, {"resolution": request.resolution, "captions": captions or plan["captions"]})
     for split, facts in plan["splits"].items():
@@ -237,8 +249,13 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
             raise UserError(f"split {split} of {request.folder} is unfinished: first give the command that began it again")
     for split, source in sources.items():
         order = _order(request.seed, len(source))
-        pinned = {"source": source.fingerprint, "images": len(source), "seed": request.seed, "shard_bytes": request.shard_bytes,
-                  "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16]}  # NumPy does not promise it for ever
+        pinned = {
+            "source": source.fingerprint,
+            "images": len(source),
+            "seed": request.seed,
+            "shard_bytes": request.shard_bytes,
+            "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16],
+        }  # NumPy does not promise it for ever
         if split in plan["splits"]:
             _compare(request, f"split {split}: ", plan["splits"][split], pinned)
             continue
@@ -246,8 +263,10 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
         mean = np.mean([len(record) if isinstance(record, bytes) else 0 for record in records])
         count = min(max(-(-round(mean * len(source)) // request.shard_bytes), 1), len(source))
         if count > MAX_SHARDS:
-            raise UserError(f"{len(source):,} images of {mean:,.0f} bytes in shards of {request.shard_bytes:,} bytes would be "
-                            f"{count:,} files, more than {MAX_SHARDS:,}: raise --shard_mib")
+            raise UserError(
+                f"{len(source):,} images of {mean:,.0f} bytes in shards of {request.shard_bytes:,} bytes would be "
+                f"{count:,} files, more than {MAX_SHARDS:,}: raise --shard_mib"
+            )
         plan["splits"][split] = {**pinned, "mean_bytes": round(mean), "shards": [None] * count}
         plan["complete"] = False
     return plan
@@ -256,8 +275,10 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) ->
 def _compare(request: Request, where: str, there: dict, asked: dict) -> None:
     lines = [f"{where}{key}: {there[key]!r} there, {value!r} asked for" for key, value in asked.items() if there[key] != value]
     if lines:
-        raise UserError(f"{request.folder} was begun with other settings or another source; go on with those, or give another "
-                        "--dataset. Different:\n  " + "\n  ".join(lines))
+        raise UserError(
+            f"{request.folder} was begun with other settings or another source; go on with those, or give another "
+            "--dataset. Different:\n  " + "\n  ".join(lines)
+        )
 
 
 def _missing(request: Request, plan: dict, split: str) -> list[int]:
@@ -281,8 +302,10 @@ def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) ->
         needed += facts["mean_bytes"] * facts["images"] * len(numbers) // len(facts["shards"])
     free = shutil.disk_usage(request.folder).free
     if needed > free:
-        raise UserError(f"about {needed / 2**20:,.0f} MiB are still to be written, and {request.out} has {free / 2**20:,.0f} MiB "
-                        "free: free space or give another --out")
+        raise UserError(
+            f"about {needed / 2**20:,.0f} MiB are still to be written, and {request.out} has {free / 2**20:,.0f} MiB "
+            "free: free space or give another --out"
+        )
 
 
 def _write_split(request: Request, plan: dict, split: str, source: Source, missing: list[int]) -> None:
@@ -304,8 +327,10 @@ def _write_split(request: Request, plan: dict, split: str, source: Source, missi
             bad.append(record)
             if len(bad) > request.max_bad_share * images:
                 examples = "; ".join(f"{one.name}: {one.reason}" for one in bad[:3])
-                raise UserError(f"{len(bad)} images of split {split} are bad so far, which is more than the share of "
-                                f"{request.max_bad_share} of {images:,} ({examples}): restore them, or raise --max_bad_share")
+                raise UserError(
+                    f"{len(bad)} images of split {split} are bad so far, which is more than the share of "
+                    f"{request.max_bad_share} of {images:,} ({examples}): restore them, or raise --max_bad_share"
+                )
 
     with ThreadPoolExecutor(request.num_threads) as pool:
         for number in missing:
@@ -319,8 +344,9 @@ def _write_split(request: Request, plan: dict, split: str, source: Source, missi
                 os.replace(partial, file)
 
 
-def _in_threads(pool: ThreadPoolExecutor, request: Request, plan: dict, source: Source,
-                numbers: list[int]) -> Iterator[bytes | BadRecord]:
+def _in_threads(
+    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Source, numbers: list[int]
+) -> Iterator[bytes | BadRecord]:
     """The records of some examples in their order, a few ahead of the one asked for."""
     waiting = deque()
     try:
@@ -375,8 +401,12 @@ def _finish(request: Request, plan: dict) -> None:
 
 
 def _bad_records(plan: dict) -> list[dict]:
-    return [{"split": split, "name": name, "reason": reason} for split, facts in sorted(plan["splits"].items())
-            for shard in facts["shards"] for name, reason in shard["bad"]]
+    return [
+        {"split": split, "name": name, "reason": reason}
+        for split, facts in sorted(plan["splits"].items())
+        for shard in facts["shards"]
+        for name, reason in shard["bad"]
+    ]
 
 
 def _verified(request: Request, plan: dict) -> dict:
@@ -390,16 +420,25 @@ def _verified(request: Request, plan: dict) -> dict:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{file} cannot be read ({error}): remove it and give the command again") from None
             if found != (facts["records"], facts["bytes"]):
-                raise UserError(f"{file} has {found[0]} records in {found[1]:,} bytes instead of {facts['records']} in "
-                                f"{facts['bytes']:,}: remove it and give the command again")
+                raise UserError(
+                    f"{file} has {found[0]} records in {found[1]:,} bytes instead of {facts['records']} in "
+                    f"{facts['bytes']:,}: remove it and give the command again"
+                )
         records = sum(facts["records"] for _, facts in shards)
         counted = len(TFDS(request.dataset, str(request.out), split, label_key="label" if plan["class_names"] else None))
         if counted != records:
-            raise UserError(f"TFDS counts {counted} records in split {split} of {request.folder}, and {records} were written: "
-                            f"remove that folder and give the command again")
+            raise UserError(
+                f"TFDS counts {counted} records in split {split} of {request.folder}, and {records} were written: "
+                f"remove that folder and give the command again"
+            )
         result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for _, facts in shards)}
-    return {"out": str(request.out), "dataset": request.dataset, "splits": result, "classes": len(plan["class_names"]),
-            "bad_records": _bad_records(plan)}
+    return {
+        "out": str(request.out),
+        "dataset": request.dataset,
+        "splits": result,
+        "classes": len(plan["class_names"]),
+        "bad_records": _bad_records(plan),
+    }
 
 
 def _some(names: Iterable[str]) -> str:

@@ -58,15 +58,18 @@ class IlsvrcValidation(TarSource):
         UserError: damaged, members of other names, images missing or twice, a label that is no class, no list from TFDS.
     """
 
-    def __init__(self, path: str, labels: Sequence[str] | None = None, class_names: Sequence[str] | None = None,
-                 cache_index: bool = True):
+    def __init__(
+        self, path: str, labels: Sequence[str] | None = None, class_names: Sequence[str] | None = None, cache_index: bool = True
+    ):
         file = Path(path).expanduser()
         labels = _tfds_list("validation_labels.txt") if labels is None else list(labels)
         class_names = _tfds_list("labels.txt") if class_names is None else list(class_names)
         unknown = sorted(set(labels) - set(class_names))
         if unknown:
-            raise UserError(f"{file}: the labels of {len(unknown)} classes, such as {unknown[0]}, are none of the "
-                            f"{len(class_names)} classes of the data set ({', '.join(class_names[:3])}, ...)")
+            raise UserError(
+                f"{file}: the labels of {len(unknown)} classes, such as {unknown[0]}, are none of the "
+                f"{len(class_names)} classes of the data set ({', '.join(class_names[:3])}, ...)"
+            )
         with opened(file):
             index = tar_index.cached([file], "ilsvrc_validation", functools.partial(_index_validation, file), cache_index)
         numbers = np.sort(index.label)  # what the index has for labels
@@ -89,7 +92,8 @@ def _index_train(file: Path) -> TarIndex:
                 raise UserError(f"{file}: member {member.name} is not nXXXXXXXX.tar, or is twice; is this ImageNet's train tar?")
             found[name[1]] = member
         return tar_index.scanned(
-            functools.partial(_class_rows, fd, file, found[wnid], wnid, label) for label, wnid in enumerate(sorted(found)))
+            functools.partial(_class_rows, fd, file, found[wnid], wnid, label) for label, wnid in enumerate(sorted(found))
+        )
 
 
 def _class_rows(fd: int, file: Path, tar: Member, wnid: str, label: int) -> list[Row]:
@@ -107,8 +111,10 @@ def _index_validation(file: Path) -> TarIndex:
         for member in TarScan(fd, str(file)):
             name = VALIDATION_IMAGE.fullmatch(member.name)
             if not name or int(name[1]) < 1:
-                raise UserError(f"{file}: member {member.name} is not ILSVRC2012_val_<8 digits from 1>.JPEG; is this ImageNet's "
-                                "validation tar?")
+                raise UserError(
+                    f"{file}: member {member.name} is not ILSVRC2012_val_<8 digits from 1>.JPEG; is this ImageNet's "
+                    "validation tar?"
+                )
             rows.append(Row(member.name, 0, member.offset, member.size, int(name[1]) - 1))
     return tar_index.of_rows(rows)
 

@@ -59,10 +59,20 @@ CHIPS = {
 }
 # How JAX names a device: the first prefix decides.
 KINDS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6": "v6e",
-    "NVIDIA H100 PCIe": "h100_pcie", "NVIDIA H100 NVL": "h100_nvl", "NVIDIA H100": "h100",
-    "NVIDIA H200 NVL": "h200_nvl", "NVIDIA H200": "h200",
-    "NVIDIA A100-SXM4-40GB": "a100_40gb", "NVIDIA A100-PCIE-40GB": "a100_40gb", "NVIDIA A100": "a100",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "NVIDIA H100 PCIe": "h100_pcie",
+    "NVIDIA H100 NVL": "h100_nvl",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200 NVL": "h200_nvl",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-40GB": "a100_40gb",
+    "NVIDIA A100-PCIE-40GB": "a100_40gb",
+    "NVIDIA A100": "a100",
 }
 
 
@@ -81,8 +91,10 @@ def of_device(device) -> Chip | None:
         return None
     chip = of_kind(device.device_kind)
     if chip is None:
-        raise UserError(f"no figures for the device {device.device_kind!r}; known are {', '.join(CHIPS)}: add it to "
-                        "dit_jax/programs/chips.py, or give one of the topologies of --help with --topology")
+        raise UserError(
+            f"no figures for the device {device.device_kind!r}; known are {', '.join(CHIPS)}: add it to "
+            "dit_jax/programs/chips.py, or give one of the topologies of --help with --topology"
+        )
     return chip
 
 

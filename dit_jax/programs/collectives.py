@@ -9,8 +9,15 @@ import numpy as np
 
 from dit_jax.programs.hlo import Computation, Instruction, Program
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast",
-         "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 MANY_AXES = "not along mesh axes"
 
 
@@ -96,8 +103,13 @@ def _only_a_part_is_kept(computation: Computation, instruction: Instruction) -> 
 def _sent(kind: str, computation: Computation, instruction: Instruction, members: int) -> float:
     operands = sum(array.bytes for name in instruction.operands if name in computation for array in computation[name].arrays)
     share = (members - 1) / members
-    return {"all-gather": operands * (members - 1), "reduce-scatter": operands * share, "all-reduce": 2 * operands * share,
-            "all-to-all": operands * share, "ragged-all-to-all": operands * share}.get(kind, operands)
+    return {
+        "all-gather": operands * (members - 1),
+        "reduce-scatter": operands * share,
+        "all-reduce": 2 * operands * share,
+        "all-to-all": operands * share,
+        "ragged-all-to-all": operands * share,
+    }.get(kind, operands)
 
 
 def _numbers(text: str) -> list[int]:
@@ -163,7 +175,7 @@ def _pairs(attributes: str) -> np.ndarray:
 
 
 def axes_of(groups: np.ndarray, mesh_shape: dict[str, int]) -> str:
-    """"fsdp", "data+fsdp", ...: the smallest set of mesh axes that holds every group."""
+    """ "fsdp", "data+fsdp", ...: the smallest set of mesh axes that holds every group."""
     names = [name for name, size in mesh_shape.items() if size > 1]
     sizes = tuple(mesh_shape.values())
     coordinates = dict(zip(mesh_shape, np.unravel_index(np.arange(np.prod(sizes)), sizes), strict=True))

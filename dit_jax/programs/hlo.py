@@ -8,13 +8,47 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-              "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0}
+ITEM_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+    "token": 0,
+}
 ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
-CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation|"
-                    r"called_computations)=(\{[^{}]*\}|%?[\w.\-]+)")
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "while",
-        "conditional", "call", "opt-barrier", "domain", "add-dependency"}
+CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation|"
+    r"called_computations)=(\{[^{}]*\}|%?[\w.\-]+)"
+)
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+    "domain",
+    "add-dependency",
+}
 HEADER = re.compile(r"(?:ENTRY\s+)?%?([\w.\-]+)\s*\(")
 RUNS = {"call", "conditional", "async-start", "call-start"}  # run their computations as often as they run, like a while its body
 MATMULS = {"dot", "convolution", "ragged-dot"}
@@ -59,8 +93,12 @@ class Instruction:
 
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it runs."""
-        return tuple(name.strip().lstrip("%") for group in CALLED.findall(self.attributes)
-                     for name in group.strip("{}").split(",") if name.strip())
+        return tuple(
+            name.strip().lstrip("%")
+            for group in CALLED.findall(self.attributes)
+            for name in group.strip("{}").split(",")
+            if name.strip()
+        )
 
 
 Computation = dict[str, Instruction]
@@ -186,13 +224,21 @@ def _instruction(line: str) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
-    text = rest[opening + 1:closing]
+    text = rest[opening + 1 : closing]
     return Instruction(
-        name.removeprefix("ROOT ").lstrip("%"), arrays(shape), rest[:opening].strip(),
-        tuple(re.findall(r"%([\w.\-]+)", text)), text, rest[closing + 1:], name.startswith("ROOT "))
+        name.removeprefix("ROOT ").lstrip("%"),
+        arrays(shape),
+        rest[:opening].strip(),
+        tuple(re.findall(r"%([\w.\-]+)", text)),
+        text,
+        rest[closing + 1 :],
+        name.startswith("ROOT "),
+    )
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
     """The leaves of a printed shape: "(f32[2,3]{1,0}, s32[])" -> two arrays."""
-    return tuple(Array(dtype, tuple(int(n) for n in re.sub(r"[<=]", "", dims).split(",") if n), "S(" in (layout or ""))
-                 for dtype, dims, layout in ARRAY.findall(shape))
+    return tuple(
+        Array(dtype, tuple(int(n) for n in re.sub(r"[<=]", "", dims).split(",") if n), "S(" in (layout or ""))
+        for dtype, dims, layout in ARRAY.findall(shape)
+    )

@@ -18,8 +18,11 @@ def bytes_per_device(tree: Any, in_host: bool = False) -> int:
 
     in_host: count what lives in host memory, instead of what lives on the device.
     """
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree) if (x.sharding.memory_kind in HOST_KINDS) == in_host)
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if (x.sharding.memory_kind in HOST_KINDS) == in_host
+    )
 
 
 def of_program(compiled, in_host: int = 0) -> dict[str, int]:
@@ -32,12 +35,21 @@ def of_program(compiled, in_host: int = 0) -> dict[str, int]:
         and they are taken out again here.
     """
     stats = compiled.memory_analysis()
-    host = (stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
-            + stats.host_temp_size_in_bytes)
+    host = (
+        stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes
+    )
     mixed = 0 if host else in_host
-    found = {"arguments": stats.argument_size_in_bytes - mixed, "outputs": stats.output_size_in_bytes - mixed,
-             "aliased": stats.alias_size_in_bytes - mixed, "temporaries": stats.temp_size_in_bytes,
-             "code": stats.generated_code_size_in_bytes, "host": host or in_host}
+    found = {
+        "arguments": stats.argument_size_in_bytes - mixed,
+        "outputs": stats.output_size_in_bytes - mixed,
+        "aliased": stats.alias_size_in_bytes - mixed,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+        "host": host or in_host,
+    }
     found["total"] = found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"] + found["code"]
     return found
 

@@ -37,10 +37,13 @@ def hidden(program: Program) -> set[str]:
                     steps.setdefault(channel, []).append(index)
             if instruction.opcode.endswith("-done") and instruction.operands[0] in place:
                 start = place[instruction.operands[0]]
-                if any(_multiplies(program, i) for i in order[start + 1:index]):
+                if any(_multiplies(program, i) for i in order[start + 1 : index]):
                     found |= {name for name, _ in _of(order[start], held)}
-        overlapped |= {channel for channel, (first, *_, last) in ((c, p) for c, p in steps.items() if len(p) > 1)
-                       if any(_multiplies(program, i) for i in order[first + 1:last])}
+        overlapped |= {
+            channel
+            for channel, (first, *_, last) in ((c, p) for c, p in steps.items() if len(p) > 1)
+            if any(_multiplies(program, i) for i in order[first + 1 : last])
+        }
     return found | {name for pairs in held.values() for name, channel in pairs if channel in overlapped}
 
 

@@ -44,7 +44,7 @@ class Times:
 
     @property
     def limit(self) -> str:
-        """"compute", "hbm" or "collectives": the one that takes longest."""
+        """ "compute", "hbm" or "collectives": the one that takes longest."""
         if self.collectives > self.on_chip:
             return "collectives"
         return "compute" if self.compute >= max(self.matmul_hbm, self.elementwise_hbm) else "hbm"
@@ -53,8 +53,9 @@ class Times:
         return asdict(self) | {"without_overlap": self.without_overlap}
 
 
-def estimate(topology: Topology, mesh, flops: float, traffic: Traffic, found: list[collectives.Collective],
-             hidden_share: float | None) -> Times | None:
+def estimate(
+    topology: Topology, mesh, flops: float, traffic: Traffic, found: list[collectives.Collective], hidden_share: float | None
+) -> Times | None:
     """Times of a program on a topology; None for simulated devices, whose speed means nothing.
 
     Args:
@@ -69,8 +70,11 @@ def estimate(topology: Topology, mesh, flops: float, traffic: Traffic, found: li
     sending = sum(c.times * c.sent_bytes / (bandwidth(topology, mesh, c) * chips.LINK_EFFICIENCY) for c in found)
     return Times(
         compute=flops / mesh.devices.size / (chip.peak_flops * chips.MATMUL_EFFICIENCY),
-        matmul_hbm=traffic.matmul / hbm, elementwise_hbm=traffic.other / hbm,
-        collectives=sending, exposed=sending * (1 - (hidden_share or 0)))
+        matmul_hbm=traffic.matmul / hbm,
+        elementwise_hbm=traffic.other / hbm,
+        collectives=sending,
+        exposed=sending * (1 - (hidden_share or 0)),
+    )
 
 
 def bandwidth(topology: Topology, mesh, collective: collectives.Collective) -> float:

@@ -1,8 +1,8 @@
 """The devices that a plan is made for: a slice that is not here, simulated ones, or those that are here.
 
-    v5p:4x4x4    a TPU slice by its sides: libtpu compiles for it on any Linux machine
-    h200:8       GPUs, eight to a host: the CUDA plugin of JAX compiles for them without one
-    cpu:8        simulated devices on this host
+v5p:4x4x4    a TPU slice by its sides: libtpu compiles for it on any Linux machine
+h200:8       GPUs, eight to a host: the CUDA plugin of JAX compiles for them without one
+cpu:8        simulated devices on this host
 """
 
 import importlib.util
@@ -21,11 +21,17 @@ SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 GPUS = ("h100", "h200")
 GPUS_PER_HOST = 8
 REMEDY = "pip install 'dit_jax[plan]' (Linux only; no TPU is needed), or leave --topology out to plan for the devices here"
-KNOWN = (f"{', '.join(f'{name}:' + 'x'.join('4' * sides) for name, sides in SIDES.items())}, h100:8, h200:8, cpu:8, each with "
-         "other sizes too")
+KNOWN = (
+    f"{', '.join(f'{name}:' + 'x'.join('4' * sides) for name, sides in SIDES.items())}, h100:8, h200:8, cpu:8, each with "
+    "other sizes too"
+)
 # libtpu otherwise asks a metadata server which TPU this machine has, and refuses to be loaded by two processes at a time.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # XLA's description of the device to compile for; an H100 by its memory, which is all that differs.
 GPU_TARGET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
@@ -70,8 +76,10 @@ def find(name: str | None) -> Topology:
     kind = match[1]
     wanted = SIDES.get(kind, 1)
     if len(sides) != wanted:
-        raise UserError(f"topology {name!r} has {len(sides)} sides and {kind} has {wanted}, as in "
-                        f"{kind}:{'x'.join('4' * wanted) if kind in SIDES else '8'}")
+        raise UserError(
+            f"topology {name!r} has {len(sides)} sides and {kind} has {wanted}, as in "
+            f"{kind}:{'x'.join('4' * wanted) if kind in SIDES else '8'}"
+        )
     if kind == "cpu":
         return _cpu(name, sides[0])
     # The devices here are not asked for: a plan on a TPU machine must not take its chips.
@@ -93,8 +101,10 @@ def _cpu(name: str, count: int) -> Topology:
         pass
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise UserError(f"topology {name!r} needs {count} simulated devices and this process has {len(devices)}; ask for them "
-                        "before JAX's devices are used")
+        raise UserError(
+            f"topology {name!r} needs {count} simulated devices and this process has {len(devices)}; ask for them "
+            "before JAX's devices are used"
+        )
     return Topology(name, tuple(devices[:count]), _simulated(count))
 
 
@@ -120,8 +130,9 @@ def _tpus(name: str, kind: str, sides: tuple[int, ...]) -> tuple[Any, ...]:
 def _gpus(kind: str, count: int) -> tuple[Any, ...]:
     # One after the other: a plugin is not looked for in a package that is not there.
     if any(importlib.util.find_spec(name) is None for name in ("jax_plugins", "jax_plugins.xla_cuda13")):
-        raise UserError(f"--topology={kind}:{count} needs JAX's CUDA plugin, which compiles for GPUs without one: "
-                        "pip install 'dit_jax[cuda]'")
+        raise UserError(
+            f"--topology={kind}:{count} needs JAX's CUDA plugin, which compiles for GPUs without one: pip install 'dit_jax[cuda]'"
+        )
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise UserError(f"topology {kind}:{count}: {GPUS_PER_HOST} GPUs make a host, so more than that must be a multiple of it")
     # There is nothing to try kernels on, and without trying XLA picks Triton tiles that do not exist: cuBLAS has its own choice.

@@ -8,8 +8,25 @@ from dit_jax.programs.collectives import KINDS
 from dit_jax.programs.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, RUNS, Computation, Instruction, Program
 
 # Instructions that compute nothing: a fusion of these alone is a copy, whatever else of scalars is in it.
-MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "copy-start", "slice-start", "transpose",
-         "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast", "pad", "convert"}
+MOVES = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "copy",
+    "copy-start",
+    "slice-start",
+    "transpose",
+    "reshape",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "concatenate",
+    "broadcast",
+    "pad",
+    "convert",
+}
 STRUCTURE = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation"}
 
 
@@ -75,12 +92,19 @@ def by_place(program: Program) -> list[dict[str, str | int]]:
 
 
 def place(instruction: Instruction) -> str:
-    """"forward", "backward", "again" (rematerialised) or "step" (none of them), then the modules that JAX's name for it tells."""
+    """Pass and module: "forward", "backward", "again" (rematerialised) or "step" (none of them), then the path of modules."""
     found = re.search(r'op_name="([^";]*)', instruction.attributes)
     *parts, _ = found[1].split("/") if found else [""]
     name = "/".join(parts)
-    when = ("again" if "rematted_computation" in name else "backward" if "transpose(" in name else
-            "forward" if "jvp(" in name else "step")
+    when = (
+        "again"
+        if "rematted_computation" in name
+        else "backward"
+        if "transpose(" in name
+        else "forward"
+        if "jvp(" in name
+        else "step"
+    )
     modules = [part for part in parts if "(" not in part and part not in STRUCTURE]
     return " ".join([when, "/".join(modules) or ("loop" if "while" in parts else "other")])
 
@@ -113,8 +137,10 @@ def _cost(program: Program, computation: Computation, instruction: Instruction) 
         return False, 2 * _hbm(operands[1])
     if instruction.opcode == "fusion":
         fused = program.computations[instruction.called()[0]]
-        read = sum(min(_hbm(operand), _part_read(program, fused, _parameter(fused, number), _hbm(operand)))
-                   for number, operand in enumerate(operands))
+        read = sum(
+            min(_hbm(operand), _part_read(program, fused, _parameter(fused, number), _hbm(operand)))
+            for number, operand in enumerate(operands)
+        )
         return any(is_matmul(program, i) for i in fused.values()), read + _written(program, fused, instruction)
     written = _hbm(instruction)
     if instruction.opcode == "custom-call" and len(instruction.arrays) > 1 and instruction.arrays[-1].dtype in ("s8", "u8"):
@@ -156,8 +182,11 @@ def _part_read(program: Program, computation: Computation, name: str, whole: int
 
 def _written(program: Program, fused: Computation, instruction: Instruction) -> int:
     """Bytes that a fusion writes: of a result that it updates in place, the update."""
-    return sum(min(array.bytes, _update(program, fused, index, array.bytes))
-               for index, array in enumerate(instruction.arrays) if not array.on_chip)
+    return sum(
+        min(array.bytes, _update(program, fused, index, array.bytes))
+        for index, array in enumerate(instruction.arrays)
+        if not array.on_chip
+    )
 
 
 def _update(program: Program, fused: Computation, index: int, whole: int) -> int:

@@ -25,8 +25,12 @@ def use():
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            print(f"compiled programs are not kept: {folder} cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR "
-                  "to another folder, or JAX_ENABLE_COMPILATION_CACHE=false", file=sys.stderr, flush=True)
+            print(
+                f"compiled programs are not kept: {folder} cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR "
+                "to another folder, or JAX_ENABLE_COMPILATION_CACHE=false",
+                file=sys.stderr,
+                flush=True,
+            )
             jax.config.update("jax_enable_compilation_cache", False)
             return
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -90,7 +90,7 @@ def _parse_flags(argv):
 
 
 def _which() -> str:
-    """"process 1 of 4: "; "" for one alone."""
+    """ "process 1 of 4: "; "" for one alone."""
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""
 
@@ -113,6 +113,7 @@ def run(main):
     without a stack trace; of several processes it says which. JAX ends the others: at once where the first failed, which they
     all talk to, else within 100 s.
     """
+
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
         try:

@@ -27,9 +27,11 @@ class Profile:
 
     def __init__(self, start_step: int, num_steps: int, *, last_step: int, folder: Path, enabled: bool = True):
         if start_step < 0 or num_steps < 0 or (num_steps and start_step + num_steps > last_step):
-            raise UserError(f"profile.start_step = {start_step} and profile.num_steps = {num_steps}: a trace of so many steps "
-                            f"after that step does not lie within 0 to num_steps = {last_step}; profile.num_steps = 0 turns it "
-                            "off")
+            raise UserError(
+                f"profile.start_step = {start_step} and profile.num_steps = {num_steps}: a trace of so many steps "
+                f"after that step does not lie within 0 to num_steps = {last_step}; profile.num_steps = 0 turns it "
+                "off"
+            )
         self.start_step, self.stop_step = start_step, start_step + num_steps
         self.folder, self.enabled, self.running = folder, enabled and num_steps > 0, False
 

@@ -98,7 +98,7 @@ class StepClock:
         self.wait(step)
         with self._changed:
             taken = [x for x in self._finished if x.step <= step]
-            self._finished = self._finished[len(taken):]
+            self._finished = self._finished[len(taken) :]
         return taken
 
     def summary(self) -> dict[str, float]:

@@ -52,9 +52,12 @@ class Watchdog:
 
     def _end(self):
         try:
-            print(f"watchdog: no step has finished for {self.seconds:g} s (log.watchdog_seconds); ending with status "
-                  f"{STOPPED_STATUS}, start again to go on from the last checkpoint. Stacks of all threads, also in {self.file}:",
-                  file=sys.stderr, flush=True)
+            print(
+                f"watchdog: no step has finished for {self.seconds:g} s (log.watchdog_seconds); ending with status "
+                f"{STOPPED_STATUS}, start again to go on from the last checkpoint. Stacks of all threads, also in {self.file}:",
+                file=sys.stderr,
+                flush=True,
+            )
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
             with open(self.file, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

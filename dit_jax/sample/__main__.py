@@ -21,8 +21,9 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
-STEP = flags.DEFINE_string("step", None, "Checkpoint to use; `best` is that of the best score while training. The newest good "
-                           "one if not given.")
+STEP = flags.DEFINE_string(
+    "step", None, "Checkpoint to use; `best` is that of the best score while training. The newest good one if not given."
+)
 WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of the same latents; the run's own if not given.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
@@ -30,20 +31,33 @@ LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` o
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
 SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What the network computes in, whatever it was trained in; the "
-                          "config's if not given. With bfloat16 its weights take half the memory; its norms and output and the "
-                          "sampler stay float32, and the codec decodes in its own.")
-AUTOGUIDANCE = flags.DEFINE_string("autoguidance_workdir", None, "A weaker run or .safetensors (smaller, or trained less) to "
-                                   "lead away from, in place of the network without labels; needs a scale above 1.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "What the network computes in, whatever it was trained in; the "
+    "config's if not given. With bfloat16 its weights take half the memory; its norms and output and the "
+    "sampler stay float32, and the codec decodes in its own.",
+)
+AUTOGUIDANCE = flags.DEFINE_string(
+    "autoguidance_workdir",
+    None,
+    "A weaker run or .safetensors (smaller, or trained less) to "
+    "lead away from, in place of the network without labels; needs a scale above 1.",
+)
 GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
 GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
-FORECAST_INTERVAL = flags.DEFINE_integer("forecast_interval", None, "Run the network's blocks at every so many steps; forecast "
-                                         "them in between; 1 is off; the config's if not given.")
+FORECAST_INTERVAL = flags.DEFINE_integer(
+    "forecast_interval",
+    None,
+    "Run the network's blocks at every so many steps; forecast them in between; 1 is off; the config's if not given.",
+)
 FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Of the Taylor series of the forecast; the config's if not given.")
 SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images handed to the devices at a time, rounded up to whole "
-                                  "chunks on each; the config's if not given.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Images handed to the devices at a time, rounded up to whole chunks on each; the config's if not given."
+)
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or a folder of shards.")
 
@@ -164,8 +178,10 @@ def load_weak(config, mesh) -> tuple[Any, Any]:
     mine, others = what_is_predicted(config), what_is_predicted(other)
     for name, value in mine.items():
         if others[name] != value:
-            raise UserError(f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
-                            f"{value}); both must have the same")
+            raise UserError(
+                f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
+                f"{value}); both must have the same"
+            )
     other.codec = config.codec
     if DTYPE.value is not None:
         other.model.dtype = DTYPE.value
@@ -184,8 +200,10 @@ def choose_labels(num_classes: int):
     try:
         chosen = tuple(int(text) for text in LABELS.value if LABELS.value != ["balanced"])
     except ValueError:
-        raise UserError(f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
-                        "`balanced`, `random` or `none`") from None
+        raise UserError(
+            f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
+            "`balanced`, `random` or `none`"
+        ) from None
     return spread_labels(NUM_SAMPLES.value, num_classes, chosen), "given" if chosen else "balanced"
 
 
@@ -208,8 +226,10 @@ def main() -> dict:
         raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
     config, origin = read_source(source)
     if config.task.name != "diffusion":
-        raise UserError(f"{source} is the run of an autoencoder, which draws nothing by itself: give {source} as codec.path to a "
-                        "diffusion run")
+        raise UserError(
+            f"{source} is the run of an autoencoder, which draws nothing by itself: give {source} as codec.path to a "
+            "diffusion run"
+        )
     override(config)
     config.mesh = {"data": -1, "fsdp": FSDP.value}  # the devices at hand now, whatever trained it
     mesh = build.mesh(config)
@@ -223,8 +243,10 @@ def main() -> dict:
     generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak_task, forecast=forecast)
     codec = build.constants(config, mesh, None, codec_params)["codec"]
     params, step = load_params(source, task, mesh, chosen_step(source))
-    console.say(f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
-                f"{config.guidance.scale}")
+    console.say(
+        f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
+        f"{config.guidance.scale}"
+    )
     params, codec, weak_params = on_mesh((params, codec, weak_params), generator.mesh)
     made_by = samples_file.describe(config, params, step, SEED.value) | {"labels": labels_mode}
     made_by |= {"origin": origin} if origin else {}
@@ -236,9 +258,16 @@ def main() -> dict:
     drawn = drawing.draw(out, generator, params, {"codec": codec}, labels, shape, made_by, weak_params)
     # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
     per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None
-    return {"out": str(out), "grid": str(drawn.grid), "num_samples": len(labels), "seconds": drawn.seconds,
-            "evaluations": per_image and per_image * (2 if guidance.active else 1), "step": step, "stopped": drawn.stopped,
-            **({"steps_with_blocks": forecast.full_steps(sampler.num_steps)} if forecast.active else {})}
+    return {
+        "out": str(out),
+        "grid": str(drawn.grid),
+        "num_samples": len(labels),
+        "seconds": drawn.seconds,
+        "evaluations": per_image and per_image * (2 if guidance.active else 1),
+        "step": step,
+        "stopped": drawn.stopped,
+        **({"steps_with_blocks": forecast.full_steps(sampler.num_steps)} if forecast.active else {}),
+    }
 
 
 if __name__ == "__main__":

@@ -45,8 +45,13 @@ class Drawn:
 
 def made_with(generator: Generator) -> dict:
     """Versions, kind of device and what else the last bits of an image depend on."""
-    found = {"dit_jax": __version__, "jax": jax.__version__, "device": jax.local_devices()[0].device_kind,
-             "matmul_precision": jax.config.jax_default_matmul_precision, "rows_at_once": generator.rows_at_once}
+    found = {
+        "dit_jax": __version__,
+        "jax": jax.__version__,
+        "device": jax.local_devices()[0].device_kind,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "rows_at_once": generator.rows_at_once,
+    }
     if not has_whole_params(generator.mesh):
         found["mesh"] = dict(generator.mesh.shape)
     return found
@@ -74,8 +79,17 @@ def check_out(out: Path):
         raise UserError(f"{out} cannot be written ({error.strerror}); give another place") from None
 
 
-def draw(out: Path, generator: Generator, params, constants, labels: np.ndarray, shape: tuple[int, int, int], made_by: dict,
-         weak_params=None, replace: bool = False) -> Drawn:
+def draw(
+    out: Path,
+    generator: Generator,
+    params,
+    constants,
+    labels: np.ndarray,
+    shape: tuple[int, int, int],
+    made_by: dict,
+    weak_params=None,
+    replace: bool = False,
+) -> Drawn:
     """Image k for labels[k], k = 0, 1, ..., into an npz or a folder of shards; what is there and whole is not drawn again.
 
     All processes call this alike, and see the same files. Killed at any time and called again it goes on.
@@ -119,8 +133,10 @@ def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
         raise UserError(f"{out} exists and does not say how its images were drawn; give another --out, or remove it")
     lines = shards.changes(settings, wanted.settings, same_versions=False) if settings else ["all"]
     if lines and not replace:
-        raise UserError(f"{out} holds samples that were drawn otherwise; give another --out, or remove it. Different:\n  "
-                        + "\n  ".join(lines))
+        raise UserError(
+            f"{out} holds samples that were drawn otherwise; give another --out, or remove it. Different:\n  "
+            + "\n  ".join(lines)
+        )
     if lines or not samples_file.is_sound(out, found):
         say(f"{out} {'holds samples that were drawn otherwise' if lines else 'is damaged'}: drawn again")
         return False
@@ -227,8 +243,10 @@ class ShardWriter:
     def indices(self, rows_at_once: int) -> np.ndarray:
         """int32 indices of the images to draw; each shard is filled up to whole chunks, so that those begin alike always."""
         self._rows = {k: -(-self.shards.count(k) // rows_at_once) * rows_at_once for k in self._missing}
-        return np.concatenate([np.arange(k * SHARD_IMAGES, k * SHARD_IMAGES + rows, dtype=np.int32)
-                               for k, rows in self._rows.items()] or [np.zeros(0, np.int32)])
+        return np.concatenate(
+            [np.arange(k * SHARD_IMAGES, k * SHARD_IMAGES + rows, dtype=np.int32) for k, rows in self._rows.items()]
+            or [np.zeros(0, np.int32)]
+        )
 
     def add(self, images: np.ndarray):
         """Takes the next images, uint8 [n, H, W, C]; those after the last that is waited for are left."""
@@ -242,7 +260,7 @@ class ShardWriter:
                 self._write(self._missing.popleft())
 
     def _write(self, shard: int):
-        images = np.concatenate(self._images)[:self.shards.count(shard)]
+        images = np.concatenate(self._images)[: self.shards.count(shard)]
         self._images = []
         self._settle()
         if self.writes:
@@ -260,8 +278,9 @@ def _finish(out: Path, grid: Path, found: Shards):
     first = next(found.batches(0, min(len(found), 100), 100))
     try:
         if out.suffix == ".npz":
-            samples_file.write_stream(out, (len(found), *found.shape), (images for _, images, _ in found.rows()), found.labels,
-                                      found.made_by)
+            samples_file.write_stream(
+                out, (len(found), *found.shape), (images for _, images, _ in found.rows()), found.labels, found.made_by
+            )
         write_image_grid(grid, first, columns=10 if len(first) >= 10 else None)
     except OSError as error:
         raise shards.unwritable(out, error) from None

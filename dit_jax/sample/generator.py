@@ -49,6 +49,7 @@ def drawing_mesh(mesh: Mesh) -> Mesh:
 
 def on_mesh(tree, mesh: Mesh):
     """Arrays that every device holds whole, as arrays of the `drawing_mesh`; nothing is copied."""
+
     def one(x):
         if x.sharding.device_set == set(mesh.devices.flat):
             return x
@@ -62,6 +63,7 @@ def in_chunks(function, rows: int, ways: int, *arrays):
 
     ways: over how many devices the rows of the arrays are split.
     """
+
     def split(x):
         return x.reshape(ways, -1, rows, *x.shape[1:]).swapaxes(0, 1).reshape(-1, ways * rows, *x.shape[1:])
 
@@ -97,8 +99,18 @@ class Generator:
             parameters are whole on each (`has_whole_params`), and else to rounding.
     """
 
-    def __init__(self, task: DiffusionTask, mesh: Mesh, sampler, guidance, batch_size: int, seed: int,
-                 weak_task: DiffusionTask | None = None, rows_at_once: int | None = None, forecast: Forecast | None = None):
+    def __init__(
+        self,
+        task: DiffusionTask,
+        mesh: Mesh,
+        sampler,
+        guidance,
+        batch_size: int,
+        seed: int,
+        weak_task: DiffusionTask | None = None,
+        rows_at_once: int | None = None,
+        forecast: Forecast | None = None,
+    ):
         if batch_size < 1:
             raise UserError(f"sampling batch_size {batch_size}: it must be at least 1")
         if not 0 <= seed < 2**32:
@@ -124,8 +136,13 @@ class Generator:
             if not has_whole_params(mesh):
                 return rows(*args, ways)
             whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
-            return jax.shard_map(lambda *args: rows(*args, 1), mesh=mesh, in_specs=(whole, whole, split, split, whole),
-                                 out_specs=split, check_vma=False)(*args)
+            return jax.shard_map(
+                lambda *args: rows(*args, 1),
+                mesh=mesh,
+                in_specs=(whole, whole, split, split, whole),
+                out_specs=split,
+                check_vma=False,
+            )(*args)
 
         self.program = jax.jit(draw, out_shardings=batch_sharding(mesh))
 

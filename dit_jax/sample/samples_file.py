@@ -24,8 +24,14 @@ def describe(config, params, step: int | None, seed: int) -> dict:
     """
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
-    return {"step": step, "seed": seed, "weights": weights_fingerprint(params), "ema_decay": config.ema_decay, "codec": codec,
-            **{name: config[name].to_dict() for name in sections if name in config}}
+    return {
+        "step": step,
+        "seed": seed,
+        "weights": weights_fingerprint(params),
+        "ema_decay": config.ema_decay,
+        "codec": codec,
+        **{name: config[name].to_dict() for name in sections if name in config},
+    }
 
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):

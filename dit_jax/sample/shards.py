@@ -134,7 +134,7 @@ class Shards:
         first, kept = start // SHARD_IMAGES, []
         for shard in range(first, -(-stop // SHARD_IMAGES)):
             begin = shard * SHARD_IMAGES
-            kept.append(self.read(shard)[max(start - begin, 0):stop - begin])
+            kept.append(self.read(shard)[max(start - begin, 0) : stop - begin])
             while sum(map(len, kept)) >= size:
                 images = np.concatenate(kept)
                 yield images[:size]
@@ -146,7 +146,7 @@ class Shards:
         """(index of the first, uint8 images [n, H, W, C], int32 labels [n]) over all images in order."""
         start = 0
         for images in self.batches(0, len(self), size):
-            yield start, images, self.labels[start:start + len(images)]
+            yield start, images, self.labels[start : start + len(images)]
             start += len(images)
 
 
@@ -157,15 +157,22 @@ def unwritable(path: Path, error: OSError) -> UserError:
     """What to tell of a file that could not be written; what was half written is removed."""
     with contextlib.suppress(OSError):
         path.with_name(path.name + ".partial").unlink(missing_ok=True)
-    return UserError(f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
-                     "keeps the finished shards")
+    return UserError(
+        f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
+        "keeps the finished shards"
+    )
 
 
 def settings_of(labels: np.ndarray, shape: tuple[int, int, int], made_by: dict, made_with: dict) -> dict:
     """The settings of a folder of samples: see `Shards`."""
-    return {"format": FORMAT, "num_images": len(labels), "shape": list(shape),
-            "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(), "made_by": made_by,
-            "made_with": made_with}
+    return {
+        "format": FORMAT,
+        "num_images": len(labels),
+        "shape": list(shape),
+        "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
+        "made_by": made_by,
+        "made_with": made_with,
+    }
 
 
 def settings_in(made_by: dict) -> dict | None:
@@ -214,8 +221,9 @@ def opened(path: Path) -> Shards | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     if settings.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST} has format {settings.get('format')!r} and this dit_jax reads {FORMAT}; give another "
-                        "folder")
+        raise UserError(
+            f"{path / MANIFEST} has format {settings.get('format')!r} and this dit_jax reads {FORMAT}; give another folder"
+        )
     if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
         raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
     shape, count = settings.get("shape"), settings.get("num_images")
@@ -254,8 +262,10 @@ def claimed(wanted: Shards, replace: bool = False):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{path} cannot be locked ({error.strerror}): is another command drawing into it? Wait for it, or "
-                            "give another --out") from None
+            raise UserError(
+                f"{path} cannot be locked ({error.strerror}): is another command drawing into it? Wait for it, or "
+                "give another --out"
+            ) from None
         try:
             _prepare(wanted, replace)
         except OSError as error:
@@ -268,8 +278,10 @@ def _prepare(wanted: Shards, replace: bool):
     own = (MANIFEST, LABELS, SHARDS, GRID, LOCK)
     strange = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.endswith(".partial"))
     if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
-        raise UserError(f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
-                        "one that does not exist")
+        raise UserError(
+            f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
+            "one that does not exist"
+        )
     try:
         found = opened(path)
     except UserError as error:
@@ -281,8 +293,10 @@ def _prepare(wanted: Shards, replace: bool):
         finished = all(found.file(k, ".json").exists() for k in range(found.total))
         lines = changes(found.settings, wanted.settings, same_versions=not finished)
         if lines and not replace:
-            raise UserError(f"{path} holds samples that were drawn otherwise; give another --out, or go on with those. Different:"
-                            "\n  " + "\n  ".join(lines))
+            raise UserError(
+                f"{path} holds samples that were drawn otherwise; give another --out, or go on with those. Different:"
+                "\n  " + "\n  ".join(lines)
+            )
         if lines:
             say(f"{path} holds samples that were drawn otherwise; they are replaced. Different:\n  " + "\n  ".join(lines))
             clear(path)

@@ -19,8 +19,10 @@ LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose",
 def weights_fingerprint(params) -> str:
     """64 hexadecimal digits that change with any bit, name or shape of the arrays, computed where those live."""
     arrays = jax.tree.leaves(params)
-    facts = [(name, str(x.dtype), x.shape, found)
-             for name, x, found in zip(leaf_names(params), arrays, fingerprints(arrays), strict=True)]
+    facts = [
+        (name, str(x.dtype), x.shape, found)
+        for name, x, found in zip(leaf_names(params), arrays, fingerprints(arrays), strict=True)
+    ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -35,9 +37,12 @@ def hold(task, params):
         params: of its network, arrays or (then the result too) ShapeDtypeStructs, with their shardings.
     """
     leaves, tree = jax.tree.flatten(params)
-    wanted = [x if x.dtype == dtype and x.sharding.memory_kind != HOST else
-              jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding.with_memory_kind(None))
-              for x, dtype in zip(leaves, used_dtypes(task, params), strict=True)]
+    wanted = [
+        x
+        if x.dtype == dtype and x.sharding.memory_kind != HOST
+        else jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding.with_memory_kind(None))
+        for x, dtype in zip(leaves, used_dtypes(task, params), strict=True)
+    ]
     changed = [i for i, (x, other) in enumerate(zip(leaves, wanted, strict=True)) if x is not other]
     if changed and isinstance(leaves[0], jax.Array):
         for i, x in zip(changed, _cast([leaves[i] for i in changed], tuple(wanted[i].dtype for i in changed)), strict=True):
@@ -52,6 +57,7 @@ def _cast(arrays, dtypes):
 
 def used_dtypes(task, params) -> list[jnp.dtype]:
     """For each leaf the one, narrower dtype that the network casts it to before any arithmetic; else the leaf's own."""
+
     def network(params, x, t, labels):
         return task.network.apply({"params": params}, x, t, task.condition(labels))
 

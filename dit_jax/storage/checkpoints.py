@@ -125,9 +125,7 @@ class Checkpointer:
         self._settle()
         newest = self._agreed_latest_step()
         if step <= newest:
-            raise ValueError(
-                f"cannot save step {step} in {self._root}: step {newest} is there. Restore it, or move it."
-            )
+            raise ValueError(f"cannot save step {step} in {self._root}: step {newest} is there. Restore it, or move it.")
         names = leaf_names(state)
         for name, leaf in zip(names, jax.tree.leaves(state), strict=True):
             if not isinstance(leaf, jax.Array):
@@ -164,9 +162,7 @@ class Checkpointer:
         if found is None:
             corrupt = sorted(path.name for path in self._root.glob("*.corrupt*")) if self._root.exists() else []
             if corrupt:
-                raise UserError(
-                    f"{self._root} has only damaged checkpoints {corrupt}: remove them to start from scratch"
-                )
+                raise UserError(f"{self._root} has only damaged checkpoints {corrupt}: remove them to start from scratch")
             return None
         state, meta, number = found
         for damaged, reason in bad.items():
@@ -189,9 +185,7 @@ class Checkpointer:
         self._settle()
         if self._last_save_failed:
             newest = self.latest_step
-            raise SaveError(
-                f"the last checkpoint was not written to {self._root} (see the log); the newest is {newest}"
-            )
+            raise SaveError(f"the last checkpoint was not written to {self._root} (see the log); the newest is {newest}")
 
     def close(self):
         """Commits and verifies what is in flight, applies retention, frees the threads. Raises: SaveError as `wait`."""
@@ -348,7 +342,5 @@ def _newest_good(root, abstract, only_step, partial):
         bad[step] = reason or "another process found it damaged"
     if bad:
         damage = "; ".join(f"step {step}: {reason}" for step, reason in bad.items())
-        raise UserError(
-            f"no good checkpoint in {root}, nothing was changed there: {damage}. Use another step or folder."
-        )
+        raise UserError(f"no good checkpoint in {root}, nothing was changed there: {damage}. Use another step or folder.")
     return None, bad

@@ -27,9 +27,7 @@ def leaf_names(tree):
 
     Raises: ValueError if two leaves get the same name (a dict key that contains a slash).
     """
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if len(set(names)) < len(names):
         repeated = sorted(name for name, count in collections.Counter(names).items() if count > 1)
         raise ValueError(f"leaves with the same path {repeated[:3]}: no key of a state may contain '/'")

@@ -1,12 +1,12 @@
 """The folder of a run: its config, who is using it, and where things lie in it.
 
-    config.json   the resolved config
-    checkpoints/  see `checkpoint`
-    metrics.jsonl, tensorboard/   see `records`
-    samples/      grids of images by step
-    profile/      see `profile`
-    stacks.txt    see `watchdog`
-    codec/        the frozen codec of a diffusion run, or what an autoencoder run has made (see `codec_weights`)
+config.json   the resolved config
+checkpoints/  see `checkpoint`
+metrics.jsonl, tensorboard/   see `records`
+samples/      grids of images by step
+profile/      see `profile`
+stacks.txt    see `watchdog`
+codec/        the frozen codec of a diffusion run, or what an autoencoder run has made (see `codec_weights`)
 """
 
 import fcntl
@@ -19,11 +19,30 @@ import ml_collections
 from dit_jax.errors import UserError
 
 # May change when a run goes on; every other field makes it another run.
-RESUMABLE = ("num_steps", "mesh", "loader", "checkpoint", "log", "profile", "preview", "evaluation", "sampler",
-             "guidance", "forecast", "scoring")
+RESUMABLE = (
+    "num_steps",
+    "mesh",
+    "loader",
+    "checkpoint",
+    "log",
+    "profile",
+    "preview",
+    "evaluation",
+    "sampler",
+    "guidance",
+    "forecast",
+    "scoring",
+)
 # What changes the speed of a network and not what it computes, and places whose content is compared by its hash.
-RESUMABLE_FIELDS = ("model.attention", "model.remat", "model.unroll", "codec.path", "data.path", "data.verify",
-                    "task.perceptual_path")
+RESUMABLE_FIELDS = (
+    "model.attention",
+    "model.remat",
+    "model.unroll",
+    "codec.path",
+    "data.path",
+    "data.verify",
+    "task.perceptual_path",
+)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -77,11 +96,15 @@ class Workdir:
         if file.exists():
             lines = differences(read_config(self.path), self.config)
             if lines and self.checkpoints.exists():  # a start that failed before its first checkpoint binds nobody
-                raise UserError(f"{self.path} holds a run with another config; go on with that one, or give a new --workdir. "
-                                f"Different:\n  " + "\n  ".join(lines))
+                raise UserError(
+                    f"{self.path} holds a run with another config; go on with that one, or give a new --workdir. "
+                    f"Different:\n  " + "\n  ".join(lines)
+                )
         elif self.checkpoints.exists():
-            raise UserError(f"{self.path} has checkpoints and no config.json: it is no run of this program, or was cut up; "
-                            "give another --workdir")
+            raise UserError(
+                f"{self.path} has checkpoints and no config.json: it is no run of this program, or was cut up; "
+                "give another --workdir"
+            )
         if self.first:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -60,9 +60,7 @@ def record(state, meta):
 
 def read_record(path):
     """(meta, {leaf name: [dtype, shape, fingerprint]}) of the step folder `path`. Raises: BadStep."""
-    reader = ocp.Checkpointer(
-        ocp.JsonCheckpointHandler(multiprocessing_options=_alone()), multiprocessing_options=_alone()
-    )
+    reader = ocp.Checkpointer(ocp.JsonCheckpointHandler(multiprocessing_options=_alone()), multiprocessing_options=_alone())
     try:
         body = reader.restore(path / "meta", args=ocp.args.JsonRestore())
     except Exception as error:
@@ -206,17 +204,13 @@ def _typed(array, abstract):
 
 def _reader(options=None):
     options = options or ocp.options.MultiprocessingOptions()
-    return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
-    )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options)
 
 
 def _alone():
     """Options of a reader that waits for no other process."""
     me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone_{me}"
-    )
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone_{me}")
 
 
 def _restore_args(item, restore_args, partial):

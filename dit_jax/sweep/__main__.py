@@ -30,14 +30,16 @@ SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/d
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
 LIST = flags.DEFINE_bool("list", False, "Show and check the runs, start nothing.")
 REPORT = flags.DEFINE_bool("report", False, "Collect what is there and write the report, start nothing.")
-LAUNCH = flags.DEFINE_enum("launch", "local", ["local", "slurm", "gke", "tpu_vm"],
-                           "Run here, or write the commands that run elsewhere.")
+LAUNCH = flags.DEFINE_enum(
+    "launch", "local", ["local", "slurm", "gke", "tpu_vm"], "Run here, or write the commands that run elsewhere."
+)
 LAUNCH_ARGS = flags.DEFINE_string("launch_args", "", "Options of sbatch, launch/gke.sh or launch/tpu_vm.sh for every run.")
 REMOTE_WORKDIR = flags.DEFINE_string("remote_workdir", None, "--workdir as the launched machines see it, if by another path.")
 CHIP = flags.DEFINE_string("chip", None, "Estimate device hours on this chip (v4, v5e, v5p, v6e, h100, h200) at --mfu.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Assumed share of the chip's dense bfloat16 peak; small models reach less.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Estimate device hours by the roofline of dit_jax.plan, as in v5p:4x4x4; "
-                               "compiles every run's step.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Estimate device hours by the roofline of dit_jax.plan, as in v5p:4x4x4; compiles every run's step."
+)
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Estimate device hours from results of dit_jax.benchmark --what=train_step.")
 CONFIG_PREFIX = "--config."
 
@@ -98,15 +100,20 @@ def launch_elsewhere(sweep, runs, folder) -> dict:
 
     waiting = [run for run in runs if folder.state(run) != "done"]
     begun = [run.name for run in waiting if folder.state(run) == "begun"]
-    script, command = remote.write(LAUNCH.value, sweep.title, waiting, folder.path, REMOTE_WORKDIR.value or str(folder.path),
-                                   shlex.split(LAUNCH_ARGS.value))
-    console.say(f"{len(waiting)} runs are in {script}. Look at it, then start it from the repository:\n  {command}\n"
-                "When they are done, "
-                + (f"copy or mount {REMOTE_WORKDIR.value}/runs as {folder.path / 'runs'}, then " if REMOTE_WORKDIR.value else "")
-                + "the same command with --report in place of the --launch options collects the results")
+    script, command = remote.write(
+        LAUNCH.value, sweep.title, waiting, folder.path, REMOTE_WORKDIR.value or str(folder.path), shlex.split(LAUNCH_ARGS.value)
+    )
+    console.say(
+        f"{len(waiting)} runs are in {script}. Look at it, then start it from the repository:\n  {command}\n"
+        "When they are done, "
+        + (f"copy or mount {REMOTE_WORKDIR.value}/runs as {folder.path / 'runs'}, then " if REMOTE_WORKDIR.value else "")
+        + "the same command with --report in place of the --launch options collects the results"
+    )
     if begun:
-        console.say(f"{len(begun)} of them have begun ({', '.join(begun[:3])}{', ...' * (len(begun) > 3)}): start the script "
-                    "only when none is running any more, as two processes must not train in one folder")
+        console.say(
+            f"{len(begun)} of them have begun ({', '.join(begun[:3])}{', ...' * (len(begun) > 3)}): start the script "
+            "only when none is running any more, as two processes must not train in one folder"
+        )
     return {"runs": len(runs), "waiting": len(waiting), "script": str(script), "command": command, "report": None}
 
 
@@ -142,8 +149,10 @@ def main() -> dict:
         states = [folder.state(run) if folder else "new" for run in runs]
         for line in cost.table(runs, costs, states, assumption):
             console.say(line)
-        rows = [{"name": run.name, "state": state, **dataclasses.asdict(c), "command": ["dit_jax.main", *run.flags]}
-                for run, c, state in zip(runs, costs, states, strict=True)]
+        rows = [
+            {"name": run.name, "state": state, **dataclasses.asdict(c), "command": ["dit_jax.main", *run.flags]}
+            for run, c, state in zip(runs, costs, states, strict=True)
+        ]
         return {"runs": rows, "compute_gmacs": sum(c.compute_gmacs for c in costs), "device_hours_assume": assumption or None}
 
     with folder:
@@ -158,8 +167,14 @@ def main() -> dict:
         failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder)
         command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:], *OVERRIDES])
         written = report.write(sweep, SWEEP.value, runs, costs, folder, command)
-        result = {"runs": len(runs), "done": written.done, "failed": failed, "stopped": stopped, "workdir": str(folder.path),
-                  **written.files}
+        result = {
+            "runs": len(runs),
+            "done": written.done,
+            "failed": failed,
+            "stopped": stopped,
+            "workdir": str(folder.path),
+            **written.files,
+        }
     if failed and not stopped:
         console.say(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again")
         print(json.dumps(result), flush=True)

@@ -36,8 +36,10 @@ def check(runs: list[Run], samplers: Sequence[tuple[str, int | None]], where: st
         except (UserError, ValueError, TypeError) as error:
             found.setdefault(str(error), []).append(run.name)
     if found:
-        lines = [f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {message}"
-                 for message, names in found.items()]
+        lines = [
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {message}"
+            for message, names in found.items()
+        ]
         more = [f"and {len(lines) - LINES_SHOWN} more"] if len(lines) > LINES_SHOWN else []
         wrong = sum(map(len, found.values()))
         text = "\n  ".join(lines[:LINES_SHOWN] + more)
@@ -63,8 +65,10 @@ def with_sampler(config, name: str, num_steps: int | None) -> ml_collections.Con
         if name != config.sampler.name:
             config.sampler = ml_collections.ConfigDict(recipes.default_sampler(name))
         if (num_steps is None) != ("num_steps" not in config.sampler):
-            raise UserError(f"samplers has ({name!r}, {num_steps}); " + ("give its steps" if num_steps is None else
-                            f"{name} chooses its own steps: write ({name!r}, None)"))
+            raise UserError(
+                f"samplers has ({name!r}, {num_steps}); "
+                + ("give its steps" if num_steps is None else f"{name} chooses its own steps: write ({name!r}, None)")
+            )
         if num_steps is not None:
             config.sampler.num_steps = num_steps
     return config
@@ -76,8 +80,10 @@ def _samplers(config, samplers):
     if config.task.name != "diffusion":
         raise UserError("samplers are asked for and an autoencoder draws nothing; leave samplers empty")
     if not config.evaluation.num_images or not config.evaluation.reference:
-        raise UserError("samplers are asked for and the config does not say what to score: set evaluation.num_images and "
-                        "evaluation.reference, or leave samplers empty")
+        raise UserError(
+            "samplers are asked for and the config does not say what to score: set evaluation.num_images and "
+            "evaluation.reference, or leave samplers empty"
+        )
     for name, num_steps in samplers:
         build.sampler(with_sampler(config, name, num_steps))
 
@@ -104,8 +110,11 @@ def _once(step: Callable) -> Callable:
 
     def run(config):
         sections = {key: config[key].to_dict() for key in ("task", "data", "transform", "loader", "codec")}
-        key = json.dumps([sections, config.batch_size, config.microbatches, config.get("model", {}).get("num_classes")],
-                         sort_keys=True, default=str)
+        key = json.dumps(
+            [sections, config.batch_size, config.microbatches, config.get("model", {}).get("num_classes")],
+            sort_keys=True,
+            default=str,
+        )
         if key not in outcomes:
             try:
                 step(config)

@@ -24,8 +24,23 @@ from dit_jax.training.scoring import FOLDER as SCORES
 
 CURVE_FIELDS = ("run", "step", "loss")
 # What a FID depends on besides the model, under the names of `evaluate`'s table.
-PROTOCOL = ("images", "features", "extractor weights", "resize", "precision", "reference", "reference images", "size", "sampler",
-            "steps", "guidance", "guided channels", "guided from", "guided to", "labels")
+PROTOCOL = (
+    "images",
+    "features",
+    "extractor weights",
+    "resize",
+    "precision",
+    "reference",
+    "reference images",
+    "size",
+    "sampler",
+    "steps",
+    "guidance",
+    "guided channels",
+    "guided from",
+    "guided to",
+    "labels",
+)
 
 ORIGIN = ("commit", "device", "num_devices", "versions")
 
@@ -84,17 +99,32 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
     samples = Path(result.get("samples") or "")
     found = folder.of(run) / "samples" / samples.name  # the folder may have moved since
     return Row(
-        name=run.name, group=run.group, variant=run.variant, seed=config.seed, family=family(config),
-        patch=config.model.patch_size if "model" in config else None, settings=dict(run.settings), cost=cost,
-        batch_size=config.batch_size, num_steps=config.num_steps, state=state,
-        loss=losses[-1][1] if losses else result.get("loss"), fid=result.get("fid"),
-        fid_interval=tuple(result["fid_interval"]) if result.get("fid_interval") else None, protocol=protocol(result),
+        name=run.name,
+        group=run.group,
+        variant=run.variant,
+        seed=config.seed,
+        family=family(config),
+        patch=config.model.patch_size if "model" in config else None,
+        settings=dict(run.settings),
+        cost=cost,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+        state=state,
+        loss=losses[-1][1] if losses else result.get("loss"),
+        fid=result.get("fid"),
+        fid_interval=tuple(result["fid_interval"]) if result.get("fid_interval") else None,
+        protocol=protocol(result),
         seconds=sum(start["seconds"] for start in starts) if starts else None,
-        images_per_second=result.get("images_per_second"), starts=starts,
-        origin={key: result[key] for key in ORIGIN if key in result}, loss_curve=losses, fid_curve=curve(early, "fid"),
-        fid_curve_protocol=protocol(early[-1]) if early else {}, samplers=scores,
+        images_per_second=result.get("images_per_second"),
+        starts=starts,
+        origin={key: result[key] for key in ORIGIN if key in result},
+        loss_curve=losses,
+        fid_curve=curve(early, "fid"),
+        fid_curve_protocol=protocol(early[-1]) if early else {},
+        samplers=scores,
         samples=str(found) if samples.name and found.exists() else None,
-        error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [])
+        error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [],
+    )
 
 
 def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
@@ -104,7 +134,7 @@ def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
 
 
 def family(config) -> str:
-    """"XL" for the paper's sizes, "4 x 128" (depth x width) for others, "autoencoder"."""
+    """ "XL" for the paper's sizes, "4 x 128" (depth x width) for others, "autoencoder"."""
     if "model" not in config:
         return "autoencoder"
     sizes = {(size.depth, size.width): name for name, size in recipes.SIZES.items()}
@@ -128,8 +158,7 @@ def shared_protocol(rows: list[Row], of: str = "protocol") -> tuple[dict[str, An
     Args:
         of: "protocol" or "fid_curve_protocol".
     """
-    keys = {row.name: json.dumps([getattr(row, of).get(name) for name in table.INCOMPARABLE])
-            for row in rows if getattr(row, of)}
+    keys = {row.name: json.dumps([getattr(row, of).get(name) for name in table.INCOMPARABLE]) for row in rows if getattr(row, of)}
     if not keys:
         return {}, []
     most = max(keys.values(), key=list(keys.values()).count)
@@ -148,17 +177,41 @@ def write(rows: list[Row], folder: Path) -> dict[str, str]:
     write_json(folder / "results.json", {"runs": [asdict(row) for row in rows]})
     settings = list(dict.fromkeys(path for row in rows for path in row.settings))
     protocols = list(dict.fromkeys(key for row in rows for key in row.protocol))
-    _write_csv(folder / "results.csv", [
-        {"run": row.name, "variant": row.variant, "seed": row.seed, "family": row.family, "patch_size": row.patch,
-         "parameters": row.cost.parameters, "gmacs": row.cost.gmacs, "compute_gmacs": row.cost.compute_gmacs,
-         "batch_size": row.batch_size, "num_steps": row.num_steps, "state": row.state, "loss": row.loss, "fid": row.fid,
-         "fid_low": row.fid_interval and row.fid_interval[0], "fid_high": row.fid_interval and row.fid_interval[1],
-         "seconds": row.seconds, "images_per_second": row.images_per_second, "device": row.origin.get("device"),
-         "commit": row.origin.get("commit"), "started": row.starts[0]["started"] if row.starts else None}
-        | {f"config.{path}": row.settings.get(path) for path in settings}
-        | {f"protocol.{key}": row.protocol.get(key) for key in protocols} for row in rows])
-    _write_csv(folder / "curves.csv", [dict(zip(CURVE_FIELDS, (row.name, step, f"{loss:.6g}"), strict=True))
-                                       for row in rows for step, loss in row.loss_curve], CURVE_FIELDS)
+    _write_csv(
+        folder / "results.csv",
+        [
+            {
+                "run": row.name,
+                "variant": row.variant,
+                "seed": row.seed,
+                "family": row.family,
+                "patch_size": row.patch,
+                "parameters": row.cost.parameters,
+                "gmacs": row.cost.gmacs,
+                "compute_gmacs": row.cost.compute_gmacs,
+                "batch_size": row.batch_size,
+                "num_steps": row.num_steps,
+                "state": row.state,
+                "loss": row.loss,
+                "fid": row.fid,
+                "fid_low": row.fid_interval and row.fid_interval[0],
+                "fid_high": row.fid_interval and row.fid_interval[1],
+                "seconds": row.seconds,
+                "images_per_second": row.images_per_second,
+                "device": row.origin.get("device"),
+                "commit": row.origin.get("commit"),
+                "started": row.starts[0]["started"] if row.starts else None,
+            }
+            | {f"config.{path}": row.settings.get(path) for path in settings}
+            | {f"protocol.{key}": row.protocol.get(key) for key in protocols}
+            for row in rows
+        ],
+    )
+    _write_csv(
+        folder / "curves.csv",
+        [dict(zip(CURVE_FIELDS, (row.name, step, f"{loss:.6g}"), strict=True)) for row in rows for step, loss in row.loss_curve],
+        CURVE_FIELDS,
+    )
     return {"results": str(folder / "results.json"), "csv": str(folder / "results.csv")}
 
 
@@ -185,6 +238,8 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
         for row in rows:
             found.setdefault(row["run"], []).append((int(row["step"]), float(row["loss"])))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"reference_curves {path} cannot be read ({error!r}); it must be the curves.csv of a report, with the "
-                        f"columns {', '.join(CURVE_FIELDS)}") from None
+        raise UserError(
+            f"reference_curves {path} cannot be read ({error!r}); it must be the curves.csv of a report, with the "
+            f"columns {', '.join(CURVE_FIELDS)}"
+        ) from None
     return found

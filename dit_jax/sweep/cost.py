@@ -83,13 +83,17 @@ def read_benchmarks(paths: Sequence[str]) -> list[dict]:
             lines = Path(path).expanduser().read_text().strip().splitlines()
             results = [json.loads(line) for line in (lines if path.endswith(".jsonl") else lines[-1:])]
         except (OSError, ValueError) as error:
-            raise UserError(f"--benchmarks: {path} cannot be read ({error}); give the last line of "
-                            "`dit_jax.benchmark --what=train_step`, saved to a file") from None
+            raise UserError(
+                f"--benchmarks: {path} cannot be read ({error}); give the last line of "
+                "`dit_jax.benchmark --what=train_step`, saved to a file"
+            ) from None
         needed = ("images_per_second", "flops_per_image", "batch_size", "num_devices")
         for result in results or [{}]:
             if missing := [key for key in needed if not (isinstance(result, dict) and result.get(key))]:
-                raise UserError(f"--benchmarks: {path} has no {', '.join(missing)}: it is not a result of "
-                                "`dit_jax.benchmark --what=train_step`")
+                raise UserError(
+                    f"--benchmarks: {path} has no {', '.join(missing)}: it is not a result of "
+                    "`dit_jax.benchmark --what=train_step`"
+                )
         found += results
     return found
 
@@ -115,8 +119,10 @@ def table(runs: list[Run], costs: list[Cost], states: list[str], assumption: str
     for run, cost, state in zip(runs, costs, states, strict=True):
         work = f"{run.config.batch_size} x {run.config.num_steps}"
         hours = "" if not assumption else f"  {'unknown' if cost.device_hours is None else f'{cost.device_hours:.3g}':>12}"
-        lines.append(f"{run.name:{width}}  {cost.parameters:13,}  {cost.gmacs:9.4g}  {work:>15}  {cost.compute_gmacs:15.3e}"
-                     f"{hours}  {state}")
+        lines.append(
+            f"{run.name:{width}}  {cost.parameters:13,}  {cost.gmacs:9.4g}  {work:>15}  {cost.compute_gmacs:15.3e}"
+            f"{hours}  {state}"
+        )
     total = f"{len(runs)} runs, {sum(cost.compute_gmacs for cost in costs):.3e} GMACs of training (GMACs x batch x steps x 3)"
     if assumption:
         known = [cost.device_hours for cost in costs if cost.device_hours is not None]

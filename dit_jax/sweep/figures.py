@@ -10,8 +10,10 @@ from dit_jax.sweep import paper, style
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.points import Point, comparable, fit, groups, labels, of_paper, ours
 
-AXIS = {"gmacs": "GFLOPs of one forward (multiply-adds, as in the paper)",
-        "compute_gmacs": "Training compute in GFLOPs (multiply-adds \u00d7 batch \u00d7 steps \u00d7 3)"}
+AXIS = {
+    "gmacs": "GFLOPs of one forward (multiply-adds, as in the paper)",
+    "compute_gmacs": "Training compute in GFLOPs (multiply-adds \u00d7 batch \u00d7 steps \u00d7 3)",
+}
 MAX_CURVE_POINTS = 200
 SAMPLES_SHOWN = 10
 
@@ -58,15 +60,30 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
     shapes = style.markers([p.patch for p in everything if p.patch is not None])
     ax.set_xscale("log")
     for p in hollow:
-        ax.plot(getattr(p, by), p.fid, shapes.get(p.patch, "o"), markersize=5.5, markerfacecolor="none", zorder=3,
-                markeredgecolor=hues[p.family])
+        ax.plot(
+            getattr(p, by),
+            p.fid,
+            shapes.get(p.patch, "o"),
+            markersize=5.5,
+            markerfacecolor="none",
+            zorder=3,
+            markeredgecolor=hues[p.family],
+        )
     for p in points:
         x, colour = getattr(p, by), hues[p.family]
         ax.plot([x, x], p.span, color=colour, linewidth=1, zorder=3)
         if len(p.fids) > 1:
             ax.plot([x] * len(p.fids), p.fids, "o", color=colour, markersize=2, zorder=3)
-        ax.plot(x, p.fid, shapes.get(p.patch, "o"), color=colour, markersize=5.5, markeredgecolor=style.PAGE, markeredgewidth=0.6,
-                zorder=4)
+        ax.plot(
+            x,
+            p.fid,
+            shapes.get(p.patch, "o"),
+            color=colour,
+            markersize=5.5,
+            markeredgecolor=style.PAGE,
+            markeredgewidth=0.6,
+            zorder=4,
+        )
     xs = [getattr(p, by) for p in everything]
     tops = [p.span[1] for p in everything]
     along = [(getattr(p, by), p.fid) for p in hollow]
@@ -85,8 +102,9 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
         style.log_ticks(ax.xaxis)
         style.label_points(ax, [(getattr(p, by), p.fid) for p in points], [p.name for p in points], along)
     if len(shapes) > 1:
-        handles = [ax.plot([], [], shape, color=style.INK, markersize=4.5, label=f"patch {patch}")[0]
-                   for patch, shape in shapes.items()]
+        handles = [
+            ax.plot([], [], shape, color=style.INK, markersize=4.5, label=f"patch {patch}")[0] for patch, shape in shapes.items()
+        ]
         ax.legend(handles=handles, loc="best", handletextpad=0.2, borderaxespad=0.1)
 
 
@@ -209,16 +227,25 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> np.ndarray:
 def sample_grid(rows: Sequence[Row]):
     """The first images of each model in a row, models by GMACs: same seed and labels in each column; None without samples."""
     names = labels(rows)
-    found = [(names[group], images) for group, repetitions in groups(rows).items()
-             if repetitions[0].samples and len(images := first_images(Path(repetitions[0].samples), SAMPLES_SHOWN))]
+    found = [
+        (names[group], images)
+        for group, repetitions in groups(rows).items()
+        if repetitions[0].samples and len(images := first_images(Path(repetitions[0].samples), SAMPLES_SHOWN))
+    ]
     if not found:
         return None
     plt = style.pyplot()
     columns = max(len(images) for _, images in found)
     cell, margin = 0.42 if found[0][1].shape[1] < 64 else 0.6, 0.15 + 0.08 * max(len(name) for name, _ in found)  # inches
     width = cell * columns + margin
-    figure, axes = plt.subplots(len(found), columns, figsize=(width, cell * len(found)), squeeze=False, layout="none",
-                                gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    figure, axes = plt.subplots(
+        len(found),
+        columns,
+        figsize=(width, cell * len(found)),
+        squeeze=False,
+        layout="none",
+        gridspec_kw={"wspace": 0.06, "hspace": 0.06},
+    )
     figure.subplots_adjust(left=margin / width, right=0.99, bottom=0.01, top=0.99)
     for axis in axes.flat:
         axis.set_axis_off()

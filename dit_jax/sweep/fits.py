@@ -30,7 +30,7 @@ class Fit:
         return self.intercept + self.slope * np.log10(x)
 
     def text(self) -> str:
-        """"r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
+        """ "r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
         interval = "" if self.low is None else f"{LEVEL:.0%} interval {_r(self.low)} to {_r(self.high)}, ".replace("%", " %")
         return f"r = {_r(self.correlation)} ({interval}{self.num_points} models)"
 

@@ -1,13 +1,13 @@
 """The folder of a sweep and how far each of its runs has come.
 
-    sweep.json           which sweep, with the settings of every run
-    runs/<name>/         workdir of one run, see `training.workdir`, and besides:
-        result.json      what dit_jax.main leaves when all is done, here or elsewhere: the run is finished
-        attempts.jsonl   one line per start here: command, date, machine, seconds, exit status
-        log.txt          what the run said, of all starts
-        samplers/        scores with other samplers
-    launch/              scripts for other machines
-    results.json, results.csv, curves.csv, report.html, figures/
+sweep.json           which sweep, with the settings of every run
+runs/<name>/         workdir of one run, see `training.workdir`, and besides:
+    result.json      what dit_jax.main leaves when all is done, here or elsewhere: the run is finished
+    attempts.jsonl   one line per start here: command, date, machine, seconds, exit status
+    log.txt          what the run said, of all starts
+    samplers/        scores with other samplers
+launch/              scripts for other machines
+results.json, results.csv, curves.csv, report.html, figures/
 """
 
 import fcntl
@@ -60,8 +60,10 @@ class Folder:
             self._lock = open(self.path / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another sweep, or a run that a killed one left behind, is at work in {self.path}; wait for it, "
-                            "end it, or give another --workdir") from None
+            raise UserError(
+                f"another sweep, or a run that a killed one left behind, is at work in {self.path}; wait for it, "
+                "end it, or give another --workdir"
+            ) from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
         self.check_title()
@@ -103,8 +105,9 @@ class Folder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it, and the run is finished anew") \
-                from None
+            raise UserError(
+                f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it, and the run is finished anew"
+            ) from None
         return found if found["step"] >= run.config.num_steps else None
 
     def attempts(self, run: Run) -> list[dict]:
@@ -114,7 +117,7 @@ class Folder:
         return read_lines(self.of(run) / "metrics.jsonl")
 
     def state(self, run: Run) -> str:
-        """"done", "failed", "begun" or "new"."""
+        """ "done", "failed", "begun" or "new"."""
         if self.result(run) is not None:
             return "done"
         attempts = self.attempts(run)
@@ -130,8 +133,10 @@ class Folder:
             lines = differences(read_config(self.of(run)), plain(run.config))
             bound = (self.of(run) / "checkpoints").exists() or (self.of(run) / "result.json").exists()
             if lines and bound:
-                raise UserError(f"{self.of(run)} was begun with another config than the sweep asks for; give another --workdir, "
-                                "or delete that folder to train it anew. Different:\n  " + "\n  ".join(lines))
+                raise UserError(
+                    f"{self.of(run)} was begun with another config than the sweep asks for; give another --workdir, "
+                    "or delete that folder to train it anew. Different:\n  " + "\n  ".join(lines)
+                )
 
     def strangers(self, runs: list[Run]) -> list[str]:
         """Folders of runs that are not among these."""

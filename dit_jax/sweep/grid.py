@@ -101,8 +101,9 @@ def load(path: str) -> Sweep:
     except Exception as error:  # of the user's code
         raise UserError(f"--sweep={path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep):
-        raise UserError(f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a "
-                        "dit_jax.sweep.grid.Sweep")
+        raise UserError(
+            f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a dit_jax.sweep.grid.Sweep"
+        )
     _check_fields(sweep)
     return sweep if sweep.base else replace(sweep, base=str(file))
 
@@ -163,8 +164,9 @@ def _variant(base: str, variant: str, choice, settings: Mapping[str, Any]) -> tu
             raise UserError(f"variant {variant!r} is an argument of the config file and base {base!r} has one already; keep one")
         return {}, f"{base}:{choice}"
     if not isinstance(choice, Mapping):
-        raise UserError(f"variant {variant!r} is {choice!r}; it must be the config file's argument, a text, or "
-                        "{config path: value}")
+        raise UserError(
+            f"variant {variant!r} is {choice!r}; it must be the config file's argument, a text, or {{config path: value}}"
+        )
     if both := choice.keys() & settings.keys():
         raise UserError(f"variant {variant!r} and the grid both set {', '.join(sorted(both))}; keep one of them")
     return dict(choice), base
@@ -178,8 +180,9 @@ def _check_names(runs: list[Run]):
     seen: dict[str, Run] = {}
     for run in runs:
         if (other := seen.setdefault(run.name.lower(), run)) is not run:
-            raise UserError(f"two runs would have the same folder {run.name!r} (variants {other.variant!r} and {run.variant!r}); "
-                            "rename one")
+            raise UserError(
+                f"two runs would have the same folder {run.name!r} (variants {other.variant!r} and {run.variant!r}); rename one"
+            )
 
 
 def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -190,8 +193,9 @@ def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, A
     """
     for path, value in settings.items():
         if value is None:
-            raise UserError(f"{path} is None, which a flag cannot say; choose None in the config file (as a variant of its "
-                            "argument) instead")
+            raise UserError(
+                f"{path} is None, which a flag cannot say; choose None in the config file (as a variant of its argument) instead"
+            )
     values, arguments = flags.FlagValues(), ["main", f"--config={config_file}", *overrides]
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=arguments)
     try:
@@ -216,6 +220,7 @@ def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, A
             found = found[key]
         wanted = tuple(value) if isinstance(value, list) else value
         if found != wanted:
-            raise UserError(f"{path} is {value!r} in the sweep and would arrive as {found!r}: it must be a "
-                            f"{type(found).__name__}")
+            raise UserError(
+                f"{path} is {value!r} in the sweep and would arrive as {found!r}: it must be a {type(found).__name__}"
+            )
     return config

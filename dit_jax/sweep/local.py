@@ -63,8 +63,9 @@ class Child:
             errors.write(f"$ {shlex.join(command)}\n")
             errors.flush()
             # In a session of its own: the terminal's Ctrl-C would reach it beside ours, and a second signal ends it at once.
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
-                                             start_new_session=True, pass_fds=self._kept)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True, pass_fds=self._kept
+            )
             if self.stopping:  # between the last look and the start
                 self._process.send_signal(signal.SIGTERM)
             while True:
@@ -115,10 +116,18 @@ def train(run: Run, folder: Folder, child: Child) -> str:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     status, _, seconds = child.run(command, log, show)
     with open(where / "attempts.jsonl", "a") as file:
-        file.write(json.dumps({
-            "command": shlex.join(["python", *command[1:]]), "started": started, "seconds": seconds,
-            "machine": f"{machine.cpu_model()}, {machine.cores()} cores",
-            "status": STOPPED_STATUS if child.stopping and status else status}) + "\n")
+        file.write(
+            json.dumps(
+                {
+                    "command": shlex.join(["python", *command[1:]]),
+                    "started": started,
+                    "seconds": seconds,
+                    "machine": f"{machine.cpu_model()}, {machine.cores()} cores",
+                    "status": STOPPED_STATUS if child.stopping and status else status,
+                }
+            )
+            + "\n"
+        )
     if status == 0:
         return "done"
     return "stopped" if child.stopping or status == STOPPED_STATUS else "failed"
@@ -135,8 +144,10 @@ def train_all(runs: list[Run], costs: list[Cost], folder: Folder, child: Child) 
     pace, failed = Pace(), []
     for i, (run, cost) in enumerate(waiting):
         left = f", about {duration(sum(pace.expect(c.compute_gmacs) for _, c in waiting[i:]))} left" if pace.seen else ""
-        say(f"run {i + 1} of {len(waiting)}: {run.name} ({cost.parameters:,} parameters, {cost.gmacs:.4g} GMACs){left}; "
-            f"log in {folder.of(run) / 'log.txt'}")
+        say(
+            f"run {i + 1} of {len(waiting)}: {run.name} ({cost.parameters:,} parameters, {cost.gmacs:.4g} GMACs){left}; "
+            f"log in {folder.of(run) / 'log.txt'}"
+        )
         whole = folder.state(run) == "new"
         outcome = train(run, folder, child)
         if outcome == "stopped":

@@ -40,7 +40,7 @@ def figure(number: int, name: str, drawn, caption: str, folder: Path) -> str:
         picture = style.inline_svg(drawn, name.replace("_", "-"), html.escape(caption, quote=True))
     narrow = ' class="narrow"' if drawn.get_size_inches()[0] < 0.8 * style.WIDTH else ""
     links = " ".join(f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>' for suffix in style.FORMATS)
-    return (f"<figure{narrow}>{picture}<figcaption><b>Figure {number}.</b> {html.escape(caption)} {links}</figcaption></figure>")
+    return f"<figure{narrow}>{picture}<figcaption><b>Figure {number}.</b> {html.escape(caption)} {links}</figcaption></figure>"
 
 
 def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, commands: Sequence[str], parts: Sequence[str]) -> str:
@@ -85,8 +85,10 @@ def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
     done = sum(row.state == "done" for row in rows)
     text = f"{done} of {len(rows)} runs are finished."
     if line := points.fit(points.ours([row for row in rows if row not in others])):
-        text += (f" Log GFLOPs and the Fréchet distance correlate with {line.text()}; tenfold GFLOPs "
-                 f"{'lower' if line.slope < 0 else 'raise'} it by {abs(line.slope):.3g}.")
+        text += (
+            f" Log GFLOPs and the Fréchet distance correlate with {line.text()}; tenfold GFLOPs "
+            f"{'lower' if line.slope < 0 else 'raise'} it by {abs(line.slope):.3g}."
+        )
     if sweep.paper:
         text += f" In the paper: {points.fit(points.of_paper()).text()}."
     return html.escape(text.replace(" -", " \N{MINUS SIGN}"))
@@ -107,29 +109,42 @@ def _table(rows: list[Row], others: list[Row]) -> str:
         numbers = (row.name, row.cost.parameters, row.cost.gmacs, row.cost.compute_gmacs, row.loss)
         cells = [*map(_cell, numbers), fid, interval, duration(row.seconds) if row.seconds else "-", row.state]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return ('<div class="wide"><table><thead><tr>' + "".join(f"<th>{name}</th>" for name in head) + "</tr></thead><tbody>"
-            + "".join(lines) + "</tbody></table></div>")
+    return (
+        '<div class="wide"><table><thead><tr>'
+        + "".join(f"<th>{name}</th>" for name in head)
+        + "</tr></thead><tbody>"
+        + "".join(lines)
+        + "</tbody></table></div>"
+    )
 
 
 def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
-    made = "; ".join(f"{key} {' x '.join(map(str, value)) if isinstance(value, list) else value}"
-                     for key, value in protocol.items()) or "nothing is scored yet"
+    made = (
+        "; ".join(f"{key} {' x '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in protocol.items())
+        or "nothing is scored yet"
+    )
     steps = sorted({(row.num_steps, row.batch_size) for row in rows})
     work = "; ".join(f"{count:,} steps at batch {batch}" for count, batch in steps[:4])
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return "".join(f"<p>{html.escape(text)}</p>" for text in (
-        f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
-        f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
-        f"Scores: {made}. The interval of the table is a bootstrap over the images of one run and knows nothing of other seeds.",
-        "GMACs are multiply-adds of one forward of one image, counted from the architecture; the paper prints them as Gflops. "
-        "Time is training, sampling and scoring of a run, whatever else the machine did.",
-        _origin(rows),
-        f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} cores, "
-        f"with {software}."))
+    return "".join(
+        f"<p>{html.escape(text)}</p>"
+        for text in (
+            f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
+            f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
+            f"Scores: {made}. The interval of the table is a bootstrap over the images of one run and does not cover other seeds.",
+            "GMACs are multiply-adds of one forward of one image, counted from the architecture; the paper calls them Gflops. "
+            "Time is training, sampling and scoring of a run, whatever else the machine did.",
+            _origin(rows),
+            f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} cores"
+            ", "
+            f"with {software}.",
+        )
+    )
 
 
 def _origin(rows: list[Row]) -> str:
     """When, on what and by which code the runs were made, as far as their folders tell."""
+
     def distinct(values):
         return ", ".join(sorted({str(value) for value in values if value}))
 
@@ -137,7 +152,10 @@ def _origin(rows: list[Row]) -> str:
     dates = sorted(start["started"][:16].replace("T", " ") for start in starts)
     when = f"started here from {dates[0]} to {dates[-1]} UTC" if dates else "trained elsewhere"
     devices = distinct(f"{row.origin['num_devices']} x {row.origin['device']}" for row in rows if "device" in row.origin)
-    found = {"on": distinct(start.get("machine") for start in starts), "JAX devices": devices,
-             "commit": distinct(row.origin.get("commit") for row in rows),
-             "jax": distinct(row.origin.get("versions", {}).get("jax") for row in rows)}
+    found = {
+        "on": distinct(start.get("machine") for start in starts),
+        "JAX devices": devices,
+        "commit": distinct(row.origin.get("commit") for row in rows),
+        "jax": distinct(row.origin.get("versions", {}).get("jax") for row in rows),
+    }
     return "; ".join([f"Runs: {when}", *(f"{name} {text}" for name, text in found.items() if text)]) + "."

@@ -55,14 +55,26 @@ def ours(rows: Sequence[Row]) -> list[Point]:
     """A point for every model with a FID."""
     names = labels(rows)
     scored = groups([row for row in rows if row.fid is not None])
-    return [Point(names[group], found[0].family, found[0].patch, found[0].cost.gmacs, found[0].cost.compute_gmacs,
-                  tuple(row.fid for row in found), found[0].fid_interval) for group, found in scored.items()]
+    return [
+        Point(
+            names[group],
+            found[0].family,
+            found[0].patch,
+            found[0].cost.gmacs,
+            found[0].cost.compute_gmacs,
+            tuple(row.fid for row in found),
+            found[0].fid_interval,
+        )
+        for group, found in scored.items()
+    ]
 
 
 def of_paper() -> list[Point]:
     compute = paper.BATCH_SIZE * paper.NUM_STEPS * 3
-    return [Point(name, name.split("/")[0], int(name.split("/")[1]), gmacs, gmacs * compute, (fid,))
-            for name, (gmacs, fid) in paper.FIDS.items()]
+    return [
+        Point(name, name.split("/")[0], int(name.split("/")[1]), gmacs, gmacs * compute, (fid,))
+        for name, (gmacs, fid) in paper.FIDS.items()
+    ]
 
 
 def fit(points: Sequence[Point], by: str = "gmacs") -> Fit | None:
@@ -72,5 +84,8 @@ def fit(points: Sequence[Point], by: str = "gmacs") -> Fit | None:
 
 def comparable(protocol: dict) -> bool:
     """Whether FIDs of this protocol may share an axis with the paper's."""
-    return (protocol.get("features") == paper.FEATURES and protocol.get("images") == paper.NUM_IMAGES
-            and protocol.get("guidance") in (None, 1.0))
+    return (
+        protocol.get("features") == paper.FEATURES
+        and protocol.get("images") == paper.NUM_IMAGES
+        and protocol.get("guidance") in (None, 1.0)
+    )

@@ -59,23 +59,29 @@ def _array(template: Path, commands: list[list[str]]) -> str:
     directives = [line for line in template.read_text().splitlines() if line.startswith("#SBATCH ")]
     # launch/slurm.sbatch takes the arguments of dit_jax.main.
     cases = [f"    {i}) set -- {shlex.join(command[3:])} ;;" for i, command in enumerate(commands)]
-    return "\n".join([
-        "#!/usr/bin/env bash",
-        f"# Written by dit_jax.sweep: {len(commands)} runs, one per task of the array. Submit from the repository.",
-        *directives,
-        "set -euo pipefail",
-        "case ${SLURM_ARRAY_TASK_ID:?submit this with sbatch --array=0-" + f"{len(commands) - 1}}} in",
-        *cases,
-        '    *) echo "no run has the number $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;',
-        "esac",
-        f'exec bash {shlex.quote(str(template))} "$@"',
-        "",
-    ])
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# Written by dit_jax.sweep: {len(commands)} runs, one per task of the array. Submit from the repository.",
+            *directives,
+            "set -euo pipefail",
+            "case ${SLURM_ARRAY_TASK_ID:?submit this with sbatch --array=0-" + f"{len(commands) - 1}}} in",
+            *cases,
+            '    *) echo "no run has the number $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;',
+            "esac",
+            f'exec bash {shlex.quote(str(template))} "$@"',
+            "",
+        ]
+    )
 
 
 def _script(template: Path, title: str, runs: list[Run], commands: list[list[str]], arguments: list[str]) -> str:
-    lines = ["#!/usr/bin/env bash", f"# Written by dit_jax.sweep: {len(runs)} runs, one command each. Start from the repository.",
-             "set -uo pipefail", "failed=0"]
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Written by dit_jax.sweep: {len(runs)} runs, one command each. Start from the repository.",
+        "set -uo pipefail",
+        "failed=0",
+    ]
     for name, command in zip(job_names(title, [run.name for run in runs]), commands, strict=True):
         lines.append(shlex.join(["bash", str(template), f"--name={name}", *arguments, "--", *command]) + " || failed=$?")
     return "\n".join([*lines, 'exit "$failed"', ""])
@@ -87,6 +93,7 @@ def job_names(title: str, names: list[str]) -> list[str]:
     They stay the same when other runs are done or added. Of a long name the first and last letters are kept, as the seed is at
     the end, and a hash tells apart what is equal in these.
     """
+
     def plain(text):
         return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 

@@ -65,33 +65,62 @@ def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], fol
 def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, curves: dict) -> dict:
     """{name: (figure, caption)} of what there is to show."""
     found = {}
-    beside = "the paper's own models are " + ("hollow." if points.comparable(protocol) else
-                                              "on axes of their own: another metric.") if sweep.paper else ""
+    beside = (
+        "the paper's own models are " + ("hollow." if points.comparable(protocol) else "on axes of their own: another metric.")
+        if sweep.paper
+        else ""
+    )
     if any(row.fid is not None for row in compared):
         several = len({row.seed for row in rows}) > 1
-        seeds = "A marker is the mean over seeds, the line through it spans them. " if several else (
-            "The line through a marker is the 95 % bootstrap interval over its images. " if any(
-                row.fid_interval for row in compared) else "")
-        found["fid_gflops"] = figures.fid_against("gmacs", compared, protocol, sweep.paper), (
-            f"Quality against the compute of one forward. {seeds}Dashed: least squares in log GFLOPs; r is Pearson's "
-            f"correlation, its interval by Fisher's z. {beside.capitalize()}")
-        found["fid_training_compute"] = figures.fid_against("compute_gmacs", compared, protocol, sweep.paper), (
-            "Quality of the finished models against their total training compute: GMACs x batch size x steps x 3.")
+        seeds = (
+            "A marker is the mean over seeds, the line through it spans them. "
+            if several
+            else (
+                "The line through a marker is the 95 % bootstrap interval over its images. "
+                if any(row.fid_interval for row in compared)
+                else ""
+            )
+        )
+        found["fid_gflops"] = (
+            figures.fid_against("gmacs", compared, protocol, sweep.paper),
+            (
+                f"Quality against the compute of one forward. {seeds}Dashed: least squares in log GFLOPs; r is Pearson's "
+                f"correlation, its interval by Fisher's z. {beside.capitalize()}"
+            ),
+        )
+        found["fid_training_compute"] = (
+            figures.fid_against("compute_gmacs", compared, protocol, sweep.paper),
+            ("Quality of the finished models against their total training compute: GMACs x batch size x steps x 3."),
+        )
     early, odd = collect.shared_protocol(rows, "fid_curve_protocol")
     if figure := figures.fid_while_training([row for row in rows if row not in odd], early):
-        found["fid_while_training"] = figure, (
-            "Quality of the moving average while it trains against the compute spent until then, a line per run. These scores "
-            f"are cheaper than the final ones and not to be compared with them: {early.get('images', 0):,} images, "
-            f"{early.get('sampler')} with {early.get('steps')} steps.")
+        found["fid_while_training"] = (
+            figure,
+            (
+                "Quality of the moving average while it trains against the compute spent so far, a line per run. These scores "
+                f"are cheaper than the final ones and not to be compared with them: {early.get('images', 0):,} images, "
+                f"{early.get('sampler')} with {early.get('steps')} steps."
+            ),
+        )
     if figure := figures.sampling_compute(compared, protocol):
-        found["fid_sampling_compute"] = figure, (
-            "Quality against the compute of drawing one image: the finished models, sampled with other numbers of steps.")
+        found["fid_sampling_compute"] = (
+            figure,
+            ("Quality against the compute of drawing one image: the finished models, sampled with other numbers of steps."),
+        )
     if figure := figures.loss_curves(rows, curves):
-        found["loss"] = figure, (
-            "Training loss; what lies above the axis is cut off. Models with other patch sizes or targets have losses of their "
-            "own.")
+        found["loss"] = (
+            figure,
+            (
+                "Training loss; what lies above the axis is cut off. Models of other patch sizes or targets have losses of their "
+                "own."
+            ),
+        )
     if figure := figures.sample_grid(rows):
-        found["samples"] = figure, (
-            "Samples from the moving-average weights, not chosen: the first of each model's final samples. A column has one seed "
-            "and one label; rows from the smallest to the largest model.")
+        found["samples"] = (
+            figure,
+            (
+                "Samples from the moving-average weights, not chosen: the first final samples of each model. A column has one seed "
+                "and one label; rows from the smallest to the largest model."
+            ),
+        )
     return found

@@ -49,19 +49,47 @@ def score(run: Run, sampler: str, num_steps: int | None, folder: Folder, child: 
     file, wanted = file_of(folder, run, sampler, num_steps), run.config.evaluation
     images, log = file.with_suffix(".npz"), file.with_suffix(".log")
     python, steps = [sys.executable, "-m"], [] if num_steps is None else [f"--num_steps={num_steps}"]
-    status, last, _ = child.run([*python, "dit_jax.sample", f"--workdir={folder.of(run)}", f"--sampler={sampler}", *steps,
-                                 f"--num_samples={wanted.num_images}", f"--batch_size={wanted.batch_size}",
-                                 f"--out={images}"], log)
+    status, last, _ = child.run(
+        [
+            *python,
+            "dit_jax.sample",
+            f"--workdir={folder.of(run)}",
+            f"--sampler={sampler}",
+            *steps,
+            f"--num_samples={wanted.num_images}",
+            f"--batch_size={wanted.batch_size}",
+            f"--out={images}",
+        ],
+        log,
+    )
     if status:
         return False
     drawn = json.loads(last)
     weights = [f"--weights={wanted.weights}"] if wanted.get("weights") else []
-    status, last, _ = child.run([*python, "dit_jax.evaluate", f"--samples={images}", f"--reference={wanted.reference}",
-                                 f"--features={wanted.features}", *weights, "--metrics=fid",
-                                 f"--out={file.with_suffix('.evaluation.json')}"], log)
+    status, last, _ = child.run(
+        [
+            *python,
+            "dit_jax.evaluate",
+            f"--samples={images}",
+            f"--reference={wanted.reference}",
+            f"--features={wanted.features}",
+            *weights,
+            "--metrics=fid",
+            f"--out={file.with_suffix('.evaluation.json')}",
+        ],
+        log,
+    )
     if status:
         return False
-    write_json(file, {"sampler": sampler, "num_steps": num_steps, "evaluations": drawn["evaluations"],
-                      "seconds": drawn["seconds"], "fid": json.loads(last)["fid"]})
+    write_json(
+        file,
+        {
+            "sampler": sampler,
+            "num_steps": num_steps,
+            "evaluations": drawn["evaluations"],
+            "seconds": drawn["seconds"],
+            "fid": json.loads(last)["fid"],
+        },
+    )
     images.unlink()
     return True

@@ -23,13 +23,35 @@ WIDTH, HEIGHT = 7.0, 2.9  # inches: two columns of text
 FORMATS = ("png", "svg", "pdf")
 PLAIN = 0.99e-4, 1.01e4  # numbers between these are not written as powers of ten
 SETTINGS = {
-    "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.facecolor": PAGE, "figure.facecolor": PAGE, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "lines.linewidth": 1.3, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": PAGE,
+    "figure.facecolor": PAGE,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
     # Letters as outlines in SVG, as an embedded font in PDF: the same on every machine.
-    "svg.fonttype": "path", "pdf.fonttype": 42, "svg.hashsalt": "dit_jax", "savefig.dpi": 300,
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "dit_jax",
+    "savefig.dpi": 300,
 }
 
 
@@ -42,8 +64,10 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise UserError("the report's figures need matplotlib: pip install 'dit_jax[report]'; --list and --launch of other "
-                        "machines go without") from None
+        raise UserError(
+            "the report's figures need matplotlib: pip install 'dit_jax[report]'; --list and --launch of other "
+            "machines go without"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -80,8 +104,22 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
     taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in pixels]
     taken += [(x - point, y - point, x + point, y + point) for x, y in (ax.transData.transform(others) if len(others) else [])]
     frame = ax.get_window_extent(renderer)
-    places = [(0, 9), (7, 0), (0, -9), (-7, 0), (6, 6), (-6, 6), (6, -6), (-6, -6), (0, 16), (15, 0), (0, -16), (-15, 0),
-              (0, 25), (0, -25)]
+    places = [
+        (0, 9),
+        (7, 0),
+        (0, -9),
+        (-7, 0),
+        (6, 6),
+        (-6, 6),
+        (6, -6),
+        (-6, -6),
+        (0, 16),
+        (15, 0),
+        (0, -16),
+        (-15, 0),
+        (0, 25),
+        (0, -25),
+    ]
     for (x, y), text, data, hue in zip(pixels, texts, points, hues or [INK] * len(points), strict=True):
         probe = ax.text(*data, text, fontsize=7)
         size = probe.get_window_extent(renderer)
@@ -96,8 +134,16 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
             options.append((covered + 1e4 * outside + 1e3 * ambiguous, len(options), dx, dy, box))
         _, _, dx, dy, box = min(options)
         taken.append(box)
-        ax.annotate(text, data, (dx, dy), textcoords="offset points", fontsize=7, va="center", color=hue,
-                    ha="left" if dx > 0 else "right" if dx < 0 else "center")
+        ax.annotate(
+            text,
+            data,
+            (dx, dy),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+            color=hue,
+            ha="left" if dx > 0 else "right" if dx < 0 else "center",
+        )
 
 
 def _gap(box, point) -> float:
@@ -124,8 +170,9 @@ def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], co
     shift = min(shift, min(middle.values()) - ax.get_window_extent().y0 - height)
     for i, (text, colour) in enumerate(zip(texts, colours, strict=True)):
         offset = (middle[i] - shift - pixels[i][1]) * 72 / figure.dpi
-        ax.annotate(text, ends[i], (4, offset), textcoords="offset points", fontsize=7, va="center", color=colour,
-                    annotation_clip=False)
+        ax.annotate(
+            text, ends[i], (4, offset), textcoords="offset points", fontsize=7, va="center", color=colour, annotation_clip=False
+        )
 
 
 def log_ticks(axis):
@@ -169,7 +216,7 @@ def inline_svg(figure, name: str, description: str) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
@@ -177,4 +224,4 @@ def inline_svg(figure, name: str, description: str) -> str:
     svg = svg.replace(INK, "currentColor").replace(PAGE, f"var(--page, {PAGE})")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     head = f'<svg role="img" aria-label="{description}" viewBox="0 0 {size[1]} {size[2]}">'
-    return head + svg[svg.index(">") + 1:]
+    return head + svg[svg.index(">") + 1 :]

@@ -62,12 +62,16 @@ class AutoencoderTask:
         check_offload(self.offload)
         self.codec.latent_shape(self.resolution)
         if self.perceptual_weight and self.resolution < SMALLEST_SIDE:
-            raise UserError(f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "
-                            f"{SMALLEST_SIDE} pixels, not {self.resolution}; set it to 0")
+            raise UserError(
+                f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "
+                f"{SMALLEST_SIDE} pixels, not {self.resolution}; set it to 0"
+            )
         if self.discriminator is not None and self.resolution < self.discriminator.smallest_side:
-            raise UserError(f"task.discriminator.num_layers is {self.discriminator.num_layers}, which needs images of at least "
-                            f"{self.discriminator.smallest_side} pixels, not {self.resolution}; lower it, or set "
-                            "task.discriminator_weight to 0")
+            raise UserError(
+                f"task.discriminator.num_layers is {self.discriminator.num_layers}, which needs images of at least "
+                f"{self.discriminator.smallest_side} pixels, not {self.resolution}; lower it, or set "
+                "task.discriminator_weight to 0"
+            )
 
     def init(self, key) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}
@@ -103,6 +107,7 @@ class AutoencoderTask:
 
         fidelity_gradient: [B, H, W, C]; to_last_layer turns such a gradient into that of the decoder's last kernel.
         """
+
         def judge(discriminator_params, x):
             return self.discriminator.apply({"params": discriminator_params}, x)
 
@@ -113,8 +118,11 @@ class AutoencoderTask:
         (loss, (real, fake)), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(params)
         fooling, gradient = jax.value_and_grad(lambda x: generator_loss(judge(params, x)))(decoded)
         weight = self.discriminator_weight * adaptive_weight(to_last_layer(fidelity_gradient), to_last_layer(gradient))
-        return weight * gradient, grads, {"generator": fooling, "discriminator": loss, "adversarial_weight": weight,
-                                          "logit_real": real, "logit_fake": fake}
+        return (
+            weight * gradient,
+            grads,
+            {"generator": fooling, "discriminator": loss, "adversarial_weight": weight, "logit_real": real, "logit_fake": fake},
+        )
 
     def gradients(self, params, constants, images, noise, playing):
         """(gradients of params, values [B]); playing: whether the discriminator has started, bool scalar."""
@@ -124,6 +132,7 @@ class AutoencoderTask:
         grads, kl_weight = {}, self.kl_weight / images[0].size
         values = {"loss": parts["l1"] + self.perceptual_weight * parts.get("perceptual", 0.0) + kl_weight * kl, **parts, "kl": kl}
         if self.discriminator is not None:
+
             def with_last(kernel):
                 decoder = params["codec"]["decoder"]
                 decoder = decoder | {"conv_out": decoder["conv_out"] | {"kernel": kernel}}
@@ -141,7 +150,7 @@ class AutoencoderTask:
             gradient = gradient + push
             values |= {name: jnp.broadcast_to(x, kl.shape) for name, x in numbers.items()}
         decoder_grads, latent_gradient = to_decoder(gradient)
-        encoder_grads, = to_encoder((latent_gradient, jnp.full_like(kl, kl_weight / len(kl))))
+        (encoder_grads,) = to_encoder((latent_gradient, jnp.full_like(kl, kl_weight / len(kl))))
         grads["codec"] = jax.tree.map(jnp.add, decoder_grads, encoder_grads)
         return grads, values
 
@@ -150,8 +159,9 @@ class AutoencoderTask:
         latent_shape = self.codec.latent_shape(self.resolution)
         inputs = {"images": images, "noise": jax.random.normal(named_key(key, "posterior"), (len(images), *latent_shape))}
         playing = state.step >= self.discriminator_start_step
-        grads, values = accumulate(lambda part: self.gradients(state.params, constants, **part, playing=playing), inputs,
-                                   self.microbatches)
+        grads, values = accumulate(
+            lambda part: self.gradients(state.params, constants, **part, playing=playing), inputs, self.microbatches
+        )
         grad_norm = optax.tree.norm(grads["codec"])
         finite = jnp.isfinite(sum(x.mean() for x in values.values())) & jnp.isfinite(optax.tree.norm(grads))
         params, opt_state = {}, {}
@@ -167,5 +177,7 @@ class AutoencoderTask:
         sizes = ", ".join(f"{name} {count_parameters(part) / 1e6:.2f} M" for name, part in params.items())
         encode, decode = gmacs(self.codec, self.resolution)
         latent = " x ".join(map(str, self.codec.latent_shape(self.resolution)))
-        return [f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; "
-                f"{encode:.3f} GMACs to encode an image, {decode:.3f} to decode"]
+        return [
+            f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; "
+            f"{encode:.3f} GMACs to encode an image, {decode:.3f} to decode"
+        ]

@@ -20,6 +20,7 @@ def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
     Args:
         state, constants, batch: arrays, or ShapeDtypeStructs with shardings.
     """
+
     def step(state, sums, constants, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         state, new = task.step(on_device(state), constants, batch, key)

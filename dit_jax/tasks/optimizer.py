@@ -5,8 +5,16 @@ import optax
 from dit_jax.errors import UserError
 
 
-def adamw(learning_rate: float = 1e-4, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
-          warmup_steps: int = 0, decay_steps: int | None = None, clip_norm: float | None = None) -> optax.GradientTransformation:
+def adamw(
+    learning_rate: float = 1e-4,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
     """AdamW with optional warm-up, decay of the rate, and clipping by the global norm.
 
     The rate rises linearly over warmup_steps; with decay_steps it then falls along a half cosine to zero at that step, else it

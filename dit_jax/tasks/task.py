@@ -40,8 +40,9 @@ class Task(Protocol):
 
     def init(self, key) -> TrainState: ...
 
-    def step(self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array],
-             key) -> tuple[TrainState, Sums]:
+    def step(
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key
+    ) -> tuple[TrainState, Sums]:
         """The new state, and sums for averaging: {name: f32[2] (sum, count)}, "loss" and "skipped" among them.
 
         A step whose loss or gradient is not finite changes nothing but the step count.

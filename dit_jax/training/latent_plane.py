@@ -13,8 +13,20 @@ from PIL import Image, ImageDraw, ImageFont
 from dit_jax.pixels import to_uint8
 
 # Ten colours that the colour-blind tell apart too: Petroff 2021 (Accessible Color Sequences for Data Visualization).
-PALETTE = np.array([(0x3F, 0x90, 0xDA), (0xFF, 0xA9, 0x0E), (0xBD, 0x1F, 0x01), (0x94, 0xA4, 0xA2), (0x83, 0x2D, 0xB6),
-                    (0xA9, 0x6B, 0x59), (0xE7, 0x63, 0x00), (0xB9, 0xAC, 0x70), (0x71, 0x75, 0x81), (0x92, 0xDA, 0xDD)])
+PALETTE = np.array(
+    [
+        (0x3F, 0x90, 0xDA),
+        (0xFF, 0xA9, 0x0E),
+        (0xBD, 0x1F, 0x01),
+        (0x94, 0xA4, 0xA2),
+        (0x83, 0x2D, 0xB6),
+        (0xA9, 0x6B, 0x59),
+        (0xE7, 0x63, 0x00),
+        (0xB9, 0xAC, 0x70),
+        (0x71, 0x75, 0x81),
+        (0x92, 0xDA, 0xDD),
+    ]
+)
 OPACITY = 0.75  # of a dot, so that crowded places show
 INK, AXIS, FRAME = (40, 40, 40), (205, 205, 205), (110, 110, 110)
 SMALLEST = 200  # pixels, below which the text cannot be read
@@ -48,15 +60,18 @@ def latent_plane(decode, side: int, extent: float = 2.0) -> np.ndarray:
     z2, z1 = np.meshgrid(coordinates[::-1], coordinates, indexing="ij")
     images = np.asarray(decode(np.stack([z1, z2], -1).reshape(-1, 2).astype(np.float32)))
     if images.ndim != 4 or len(images) != side**2 or images.shape[-1] not in (1, 3) or images.dtype.kind in "iub":
-        raise ValueError(f"decode returned {images.dtype}{list(images.shape)} for {side**2} latents; floating [{side**2}, H, W, "
-                         "1 or 3] in [-1, 1] is needed")
+        raise ValueError(
+            f"decode returned {images.dtype}{list(images.shape)} for {side**2} latents; floating [{side**2}, H, W, "
+            "1 or 3] in [-1, 1] is needed"
+        )
     if not np.isfinite(images.astype(np.float32)).all():
         raise ValueError("decode returned NaN or infinity; are its parameters those of a trained autoencoder?")
     return np.asarray(to_uint8(images)).reshape(side, side, *images.shape[1:])
 
 
-def scatter(means, labels, num_classes: int, size: int, extent: float | None = None,
-            names: Sequence[str] | None = None) -> np.ndarray:
+def scatter(
+    means, labels, num_classes: int, size: int, extent: float | None = None, names: Sequence[str] | None = None
+) -> np.ndarray:
     """uint8 [size, size + a legend's width, 3]: a dot per image, coloured by label, axes through the origin.
 
     No image is left out: the part of the plane shown is a square around the origin that holds them all. The order in which
@@ -101,8 +116,16 @@ def scatter(means, labels, num_classes: int, size: int, extent: float | None = N
     return np.asarray(canvas)
 
 
-def plane_picture(decode, means, labels, num_classes: int, side: int = 20, extent: float = 2.0, size: int = 800,
-                  names: Sequence[str] | None = None) -> np.ndarray:
+def plane_picture(
+    decode,
+    means,
+    labels,
+    num_classes: int,
+    side: int = 20,
+    extent: float = 2.0,
+    size: int = 800,
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
     """uint8 RGB [H, W, 3]: `latent_plane` with its coordinates on the left, `scatter` on the right, H about 1.1 size.
 
     Args:
@@ -139,8 +162,10 @@ def _check_points(means, labels, num_classes, size, names):
     if labels.shape != means.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; one integer for each of {len(means)} images is needed")
     if not 1 <= num_classes <= len(PALETTE):
-        raise ValueError(f"num_classes is {num_classes}; 1 to {len(PALETTE)} are needed, as more colours cannot be told apart: "
-                         "choose the images of some classes, or merge classes")
+        raise ValueError(
+            f"num_classes is {num_classes}; 1 to {len(PALETTE)} are needed, as more colours cannot be told apart: "
+            "choose the images of some classes, or merge classes"
+        )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} do not lie in [0, {num_classes})")
     if len(names) != num_classes:

@@ -60,8 +60,10 @@ def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer
         return create_sharded(task, jax.random.key(config.seed), mesh)
     state, meta = restored
     if meta["data"] != fingerprint:
-        raise UserError("the data set has changed since this run began (another version, split, file list or count); restore it, "
-                        "or give a new --workdir")
+        raise UserError(
+            "the data set has changed since this run began (another version, split, file list or count); restore it, "
+            "or give a new --workdir"
+        )
     say(f"going on from step {int(state.step)}")
     return state
 
@@ -100,10 +102,12 @@ def train(config, workdir) -> Run:
     wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
     watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
 
-    with (Workdir(workdir, config, hosts.is_first()) as folder,
-          Checkpointer(folder.checkpoints, **config.checkpoint) as checkpointer,
-          Records(folder.path, hosts.is_first(), wandb) as records,
-          StopSignal() as stop):
+    with (
+        Workdir(workdir, config, hosts.is_first()) as folder,
+        Checkpointer(folder.checkpoints, **config.checkpoint) as checkpointer,
+        Records(folder.path, hosts.is_first(), wandb) as records,
+        StopSignal() as stop,
+    ):
         if hosts.is_first() and codec_params:
             codec_folder.keep(folder.path, task.codec, codec_params)
         program = task, mesh, config.seed, abstract_state(task, mesh), constants, build.abstract_batch(config, task, mesh)
@@ -171,5 +175,14 @@ def train(config, workdir) -> Run:
             with clock.spend("checkpoint"):
                 checkpointer.wait()
             meter.finish(done)
-    return Run(config, task, loader.source, mesh, constants, state, unscored or (stopped and done < config.num_steps),
-               meter.loss, meter.images_per_second)
+    return Run(
+        config,
+        task,
+        loader.source,
+        mesh,
+        constants,
+        state,
+        unscored or (stopped and done < config.num_steps),
+        meter.loss,
+        meter.images_per_second,
+    )

@@ -85,15 +85,20 @@ class Meter:
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
         left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
-        say(f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
-            + (f"{values['mfu']:.1%} MFU  " if "mfu" in values else "") + f"{duration(left)} left"
-            + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""))
+        say(
+            f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
+            + (f"{values['mfu']:.1%} MFU  " if "mfu" in values else "")
+            + f"{duration(left)} left"
+            + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else "")
+        )
         self.last_step = step
         self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise Diverged(f"loss or gradient was not finite for the last {self.skipped_in_a_row} steps, up to step {step}; "
-                           "lower optimizer.learning_rate, set optimizer.clip_norm, or train in float32, and start again from "
-                           "the last checkpoint")
+            raise Diverged(
+                f"loss or gradient was not finite for the last {self.skipped_in_a_row} steps, up to step {step}; "
+                "lower optimizer.learning_rate, set optimizer.clip_norm, or train in float32, and start again from "
+                "the last checkpoint"
+            )
 
     def speed(self, finished) -> dict[str, float]:
         """The fields of a record that come from the clock."""
@@ -105,9 +110,13 @@ class Meter:
         self.last_time = finished[-1].at
         self.images_per_second = len(finished) * self.batch_size / seconds
         p50, p99 = np.quantile([x.seconds for x in finished], (0.5, 0.99))
-        values = {"images_per_second": self.images_per_second, "step_seconds_p50": float(p50), "step_seconds_p99": float(p99),
-                  "data_wait_seconds": sum(x.waited["data"] for x in finished),
-                  "checkpoint_seconds": sum(x.waited["checkpoint"] for x in finished)}
+        values = {
+            "images_per_second": self.images_per_second,
+            "step_seconds_p50": float(p50),
+            "step_seconds_p99": float(p99),
+            "data_wait_seconds": sum(x.waited["data"] for x in finished),
+            "checkpoint_seconds": sum(x.waited["checkpoint"] for x in finished),
+        }
         if self.peak_flops is not None:
             values["mfu"] = self.images_per_second * self.flops_per_image / self.peak_flops
         if (peak := peak_bytes()) is not None:

@@ -68,8 +68,9 @@ def check(config):
     wanted, split = config.evaluation.num_images, config.evaluation.get("split")
     available = len(evaluation_source(config))
     if wanted > available:
-        raise UserError(f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; ask for "
-                        "at most as many")
+        raise UserError(
+            f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; ask for at most as many"
+        )
     if wanted == 1:
         raise UserError("evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)")
     if wanted and config.evaluation.features:
@@ -80,8 +81,10 @@ def check(config):
         raise UserError(f"evaluation.normalize is {config.evaluation.normalize!r}; it must be scale (one number) or channel")
     classes = len(build.construct("data", config.data).class_names)
     if is_plane(build.codec(config), config.transform.resolution) and classes > len(PALETTE):
-        raise UserError(f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
-                        "choose the images of some classes, or merge classes")
+        raise UserError(
+            f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
+            "choose the images of some classes, or merge classes"
+        )
 
 
 def read(config, source, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,12 +190,23 @@ def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int
         samples_file.write(path, decoded, labels, made_by)
         write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
         if config.evaluation.features:
-            result |= scores.evaluate(str(path), str(original), config.evaluation.features, config.evaluation.weights or None,
-                                      scores.Options(("fid",)), processes=(0, 1))
+            result |= scores.evaluate(
+                str(path),
+                str(original),
+                config.evaluation.features,
+                config.evaluation.weights or None,
+                scores.Options(("fid",)),
+                processes=(0, 1),
+            )
         side = images.shape[1]
         window = min(11, side - 1 + side % 2)
-        result |= {"psnr": float(psnr(images, decoded).mean()), "ssim": float(ssim(images, decoded, window).mean()),
-                   "ssim_window": window}
-        say(f"{len(images)} reconstructions in {time.monotonic() - start:.1f} s: PSNR {result['psnr']:.2f} dB, SSIM "
-            f"{result['ssim']:.3f}, {path.with_suffix('.png')}")
+        result |= {
+            "psnr": float(psnr(images, decoded).mean()),
+            "ssim": float(ssim(images, decoded, window).mean()),
+            "ssim_window": window,
+        }
+        say(
+            f"{len(images)} reconstructions in {time.monotonic() - start:.1f} s: PSNR {result['psnr']:.2f} dB, SSIM "
+            f"{result['ssim']:.3f}, {path.with_suffix('.png')}"
+        )
     return result

@@ -24,8 +24,12 @@ def check(config):
     scoring.check(config)
     if config.evaluation.num_images and config.evaluation.reference:
         side = config.transform.resolution
-        scores.check(config.evaluation.reference, config.evaluation.features, config.evaluation.weights or None,
-                     (side, side, config.transform.channels))
+        scores.check(
+            config.evaluation.reference,
+            config.evaluation.features,
+            config.evaluation.weights or None,
+            (side, side, config.transform.channels),
+        )
 
 
 def make_preview(config, task, mesh, source):
@@ -36,8 +40,16 @@ def make_preview(config, task, mesh, source):
         raise UserError(f"preview.num_images is {count}; it must be at least 1 (preview.every_steps = 0 turns previews off)")
     labels = spread_labels(count, config.model.num_classes) if config.preview.every_steps else None
     size = -(-count // build.rows_per_step(mesh)) * build.rows_per_step(mesh)
-    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), size, config.seed,
-                          rows_at_once=size // build.rows_per_step(mesh), forecast=build.forecast(config))
+    generator = Generator(
+        task,
+        mesh,
+        build.sampler(config),
+        build.guidance(config),
+        size,
+        config.seed,
+        rows_at_once=size // build.rows_per_step(mesh),
+        forecast=build.forecast(config),
+    )
 
     def preview(folder, records, step, state, constants):
         start = time.monotonic()
@@ -60,8 +72,9 @@ def finish(run, workdir: Path) -> dict:
     path = workdir / "samples" / f"{int(run.state.step):08d}_final.npz"
     labels = spread_labels(config.evaluation.num_images, config.model.num_classes)
     mesh, batch_size = drawing_mesh(run.mesh), config.evaluation.batch_size
-    generator = Generator(run.task, mesh, build.sampler(config), build.guidance(config), batch_size, config.seed,
-                          forecast=build.forecast(config))
+    generator = Generator(
+        run.task, mesh, build.sampler(config), build.guidance(config), batch_size, config.seed, forecast=build.forecast(config)
+    )
     params, codec = on_mesh((run.state.ema_params, run.constants["codec"]), mesh)
     made_by = samples_file.describe(config, params, int(run.state.step), config.seed) | {"labels": "balanced"}
     shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
@@ -71,6 +84,12 @@ def finish(run, workdir: Path) -> dict:
         return result
     say(f"{len(labels)} samples in {drawn.seconds:.1f} s: {path} and {drawn.grid}")
     if config.evaluation.reference and jax.process_index() == 0:
-        result |= scores.evaluate(str(path), config.evaluation.reference, config.evaluation.features,
-                                  config.evaluation.weights or None, scores.Options(("fid",)), processes=(0, 1))
+        result |= scores.evaluate(
+            str(path),
+            config.evaluation.reference,
+            config.evaluation.features,
+            config.evaluation.weights or None,
+            scores.Options(("fid",)),
+            processes=(0, 1),
+        )
     return result

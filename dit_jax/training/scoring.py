@@ -42,11 +42,15 @@ def check(config):
     if not every_steps:
         return
     if every_steps < 1 or num_images < 2:
-        raise UserError(f"scoring.every_steps is {every_steps} and scoring.num_images {num_images}; at least 1 and 2 are needed "
-                        "(scoring.every_steps = 0 turns scoring off)")
+        raise UserError(
+            f"scoring.every_steps is {every_steps} and scoring.num_images {num_images}; at least 1 and 2 are needed "
+            "(scoring.every_steps = 0 turns scoring off)"
+        )
     if not config.evaluation.reference:
-        raise UserError(f"scoring.every_steps is {every_steps} and evaluation.reference is empty: name the images or statistics "
-                        "to score against, or set scoring.every_steps to 0")
+        raise UserError(
+            f"scoring.every_steps is {every_steps} and evaluation.reference is empty: name the images or statistics "
+            "to score against, or set scoring.every_steps to 0"
+        )
     scores.check(config.evaluation.reference, config.evaluation.features, config.evaluation.weights or None, image_shape(config))
     found = scoring_config(config)
     build.sampler(found), build.forecast(found)
@@ -84,16 +88,36 @@ class Scorer:
         """The score of these parameters and what it depends on, written to `<workdir>/scores`; None if a signal stopped it."""
         start, config = time.monotonic(), scoring_config(self._config)
         labels = spread_labels(config.scoring.num_images, config.model.num_classes)
-        generator = Generator(self._task, self._mesh, build.sampler(config), build.guidance(config), config.evaluation.batch_size,
-                              config.seed, forecast=build.forecast(config))
+        generator = Generator(
+            self._task,
+            self._mesh,
+            build.sampler(config),
+            build.guidance(config),
+            config.evaluation.batch_size,
+            config.seed,
+            forecast=build.forecast(config),
+        )
         params, codec = on_mesh((params, codec), self._mesh)
         made_by = samples_file.describe(config, params, step, config.seed) | {"labels": "balanced"}
-        drawn = draw(self._samples(step), generator, hold(self._task, params), {"codec": codec}, labels, image_shape(config),
-                     made_by, replace=True)
+        drawn = draw(
+            self._samples(step),
+            generator,
+            hold(self._task, params),
+            {"codec": codec},
+            labels,
+            image_shape(config),
+            made_by,
+            replace=True,
+        )
         if drawn.stopped:
             return None
-        result = scores.evaluate(str(drawn.samples), self._reference_file(), config.evaluation.features,
-                                 config.evaluation.weights or None, scores.Options(("fid",), replicates=0))
+        result = scores.evaluate(
+            str(drawn.samples),
+            self._reference_file(),
+            config.evaluation.features,
+            config.evaluation.weights or None,
+            scores.Options(("fid",), replicates=0),
+        )
         result |= {"step": step, "seconds": time.monotonic() - start}
         if self.best is None or result["fid"] < self.best["fid"]:
             self.best = {key: result[key] for key in ("step", "fid", "features", "num_samples", "reference")}
@@ -101,8 +125,10 @@ class Scorer:
             _write(self._result(step), result)
             _write(self._folder / BEST, self.best)
             shutil.rmtree(self._samples(step), ignore_errors=True)
-        say(f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {len(labels)} images, "
-            f"{result['seconds']:.0f} s; best {self.best['fid']:.4f} at step {self.best['step']}")
+        say(
+            f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {len(labels)} images, "
+            f"{result['seconds']:.0f} s; best {self.best['fid']:.4f} at step {self.best['step']}"
+        )
         return result
 
     def _samples(self, step: int) -> Path:

@@ -27,6 +27,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Short hash of the checkout that holds this package, with "+" when it has changes."""
+
     def git(*args):
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10)
 
@@ -43,11 +44,14 @@ def text(config, task: Task, mesh, workdir) -> str:
     state = jax.eval_shape(task.init, jax.random.key(0))
     split = state.replace(params={}) if task.zero1 else state
     axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    return "\n".join((
-        f"run        {workdir}",
-        *task.description(),
-        f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) on {jax.process_count()} hosts, mesh {axes}",
-        f"training   to step {config.num_steps}, batch {config.batch_size}",
-        *(f"warning    {text}" for text in rules.warnings(split, mesh, task.rules)),
-        "versions   " + " ".join(f"{name} {version}" for name, version in versions().items()),
-    ))
+    return "\n".join(
+        (
+            f"run        {workdir}",
+            *task.description(),
+            f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
+            f"on {jax.process_count()} hosts, mesh {axes}",
+            f"training   to step {config.num_steps}, batch {config.batch_size}",
+            *(f"warning    {text}" for text in rules.warnings(split, mesh, task.rules)),
+            "versions   " + " ".join(f"{name} {version}" for name, version in versions().items()),
+        )
+    )

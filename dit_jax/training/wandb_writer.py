@@ -51,8 +51,14 @@ class WandbWriter:
             file.write_text(secrets.token_hex(4))
         try:
             # Not the console: the last line of stdout is a result, and W&B would wrap it.
-            return wandb.init(project=self._project, id=file.read_text().strip(), resume="allow", dir=str(self._workdir),
-                              config=self._config, settings=wandb.Settings(console="off"))
+            return wandb.init(
+                project=self._project,
+                id=file.read_text().strip(),
+                resume="allow",
+                dir=str(self._workdir),
+                config=self._config,
+                settings=wandb.Settings(console="off"),
+            )
         except Exception as error:
             self._failed = error
             raise

@@ -46,6 +46,7 @@ class Clock:
         def call():
             self.now += host
             self.pending += self.device
+
         return Work(call, images)
 
     def wait(self, out):
@@ -77,6 +78,7 @@ def test_compare_alternates(monkeypatch):
         def call():
             order.append(name)
             clock.now += seconds
+
         return Work(call, 8, {"name": name})
 
     found = timing.compare(work("A", 3.0), {"B": work("B", 2.0)}, 12.0, warm_up_steps=1)
@@ -85,11 +87,23 @@ def test_compare_alternates(monkeypatch):
     assert found["peers"]["B"]["step_seconds_p50"] == 2.0 and found["peers"]["B"]["name"] == "B"
 
 
-@pytest.mark.parametrize("kind, teraflops", [
-    ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835),
-    ("NVIDIA A100-SXM4-80GB", 312),
-    ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918), ("cpu", None),
-    ("NVIDIA GeForce RTX 4090", None)])
+@pytest.mark.parametrize(
+    "kind, teraflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
 def test_peaks(kind, teraflops):
     """The peak of another device, or a made-up one for a device that is not in the table."""
     assert machine.peak_flops(kind) == (None if teraflops is None else teraflops * 1e12)
@@ -126,7 +140,8 @@ def test_batches_are_what_the_tasks_read():
     assert shapes == {
         "pixels": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")},
         "latents": {"moments": ((8, 8, 8, 8), "float16"), "label": ((8,), "int32")},
-        "autoencoder": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")}}
+        "autoencoder": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")},
+    }
     assert len(small().batch()["label"].sharding.device_set) == 8
     assert small().macs() == pytest.approx(1e9 * small().describe()["gmacs"]) and autoencoder.macs() is None
 
@@ -137,9 +152,15 @@ def test_a_skipped_step_is_no_speed():
         network.train_step(one_device(codec__std=1e-40))
 
 
-@pytest.mark.parametrize("argument, text", [
-    (("S/3", 256, 8, "float32"), "choose one of S/8"), (("S/2", 250, 8, "float32"), "not a positive multiple"),
-    (("S/8", 72, 8, "float32"), "not a multiple of model.patch_size"), (("S/8", 64, 12, "float32"), "batch size 12")])
+@pytest.mark.parametrize(
+    "argument, text",
+    [
+        (("S/3", 256, 8, "float32"), "choose one of S/8"),
+        (("S/2", 250, 8, "float32"), "not a positive multiple"),
+        (("S/8", 72, 8, "float32"), "not a multiple of model.patch_size"),
+        (("S/8", 64, 12, "float32"), "batch size 12"),
+    ],
+)
 def test_bad_models(argument, text):
     """A benchmark of something else than what was asked for."""
     with pytest.raises(UserError, match=text):
@@ -180,10 +201,20 @@ def check(result, images):
 def test_bare_machine(tmp_path):
     """A benchmark that needs more than jax, flax and optax where it promised not to."""
     model = ["--model=S/8", "--resolution=64", "--batch_size=2", "--seconds=0"]
-    process = start(["-c", BARE, json.dumps([
-        ["--what=train_step", *model, "--table"],
-        ["--what=sampler", *model, "--sampler=ddim", "--num_steps=2", "--guidance_scale=1.5"],
-        ["--what=vae", "--preset=small", "--resolution=8", "--batch_size=2", "--seconds=0"]])], tmp_path)
+    process = start(
+        [
+            "-c",
+            BARE,
+            json.dumps(
+                [
+                    ["--what=train_step", *model, "--table"],
+                    ["--what=sampler", *model, "--sampler=ddim", "--num_steps=2", "--guidance_scale=1.5"],
+                    ["--what=vae", "--preset=small", "--resolution=8", "--batch_size=2", "--seconds=0"],
+                ]
+            ),
+        ],
+        tmp_path,
+    )
     assert process.returncode == 0, process.stderr
     step, sampler, vae = map(json.loads, process.stdout.splitlines())
     for result in (step, sampler, vae["encode"], vae["decode"]):
@@ -209,8 +240,15 @@ MISTAKES = {
 }
 
 
-CONFIG = ["--what=train_step", "--seconds=0", "--config=configs/digits_latent.py", "--config.data.path=/nowhere",
-          "--config.model.depth=1", "--config.model.width=32", "--config.batch_size=4"]
+CONFIG = [
+    "--what=train_step",
+    "--seconds=0",
+    "--config=configs/digits_latent.py",
+    "--config.data.path=/nowhere",
+    "--config.model.depth=1",
+    "--config.model.width=32",
+    "--config.batch_size=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +279,9 @@ def test_scaling(monkeypatch):
         scaling.counts(5, 3)
     monkeypatch.setattr(scaling, "counts", lambda devices, group: [1, 2])
     config = tiny.config(model__depth=1, batch_size=4, mesh__tensor=2)
-    found = scaling.run(lambda ways, devices: subject.of_config(scaling.grown(config, "fsdp", ways), devices),
-                        scaling.group(config, "fsdp"), 0.0)
+    found = scaling.run(
+        lambda ways, devices: subject.of_config(scaling.grown(config, "fsdp", ways), devices), scaling.group(config, "fsdp"), 0.0
+    )
     first, second = found["by_devices"]
     assert [(row["devices"], row["batch_size"], row["mesh"]["fsdp"]) for row in (first, second)] == [(2, 4, 1), (4, 8, 2)]
     assert found["efficiency"] == second["images_per_second"] / first["images_per_second"] and first["efficiency"] == 1

@@ -36,8 +36,9 @@ def torch_forward(params, images, num_layers, groups):
     return conv(x, "conv_out", 1).numpy().transpose(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("num_layers, groups, shape", [(3, 0, (2, 37, 50, 3)), (3, 8, (2, 24, 27, 3)), (1, 4, (3, 8, 8, 1)),
-                                                       (5, 4, (1, 96, 97, 3))])
+@pytest.mark.parametrize(
+    "num_layers, groups, shape", [(3, 0, (2, 37, 50, 3)), (3, 8, (2, 24, 27, 3)), (1, 4, (3, 8, 8, 1)), (5, 4, (1, 96, 97, 3))]
+)
 def test_logits_are_pytorchs(num_layers, groups, shape):
     """Padding on one side only, a norm in the first layer, another slope, or a width that grows past 8 times."""
     pytest.importorskip("torch")
@@ -81,7 +82,8 @@ def test_adaptive_weight():
     nll, gan = np.array([[3.0, 4.0]]), np.array([0.0, 0.5])
     assert adaptive_weight(nll, gan) == pytest.approx(5 / (0.5 + 1e-4))
     assert adaptive_weight({"kernel": nll, "bias": 12 * np.ones(1)}, {"kernel": gan, "bias": np.zeros(1)}) == pytest.approx(
-        13 / (0.5 + 1e-4))
+        13 / (0.5 + 1e-4)
+    )
     assert adaptive_weight(nll, np.zeros(2)) == 1e4
     assert adaptive_weight(nll, np.zeros(2), max_weight=7.0) == 7
     assert adaptive_weight(0 * nll, gan) == 0
@@ -136,9 +138,15 @@ def test_bfloat16_keeps_float32_logits_and_parameters():
     np.testing.assert_allclose(a, b, atol=0.05 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("fields, text", [({"base_features": 0}, "base_features is 0"), ({"num_layers": 0}, "num_layers is 0"),
-                                          ({"base_features": 10, "norm_groups": 32}, "does not divide the width 20"),
-                                          ({"norm_groups": -1}, "norm_groups is -1")])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"base_features": 0}, "base_features is 0"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"base_features": 10, "norm_groups": 32}, "does not divide the width 20"),
+        ({"norm_groups": -1}, "norm_groups is -1"),
+    ],
+)
 def test_bad_sizes(fields, text):
     """A division by zero from inside the first batch."""
     with pytest.raises(UserError, match=text):
@@ -158,8 +166,14 @@ def test_the_remedy_for_small_images_works(num_layers):
         network.init(jax.random.key(0), images[:, :5])
 
 
-@pytest.mark.parametrize("images, text", [(np.zeros((1, 8, 8, 3), np.uint8), "uint8"), (np.zeros((8, 8, 3), np.float32), "shape"),
-                                          (np.zeros((1, 8, 8, 4), np.float32), "shape")])
+@pytest.mark.parametrize(
+    "images, text",
+    [
+        (np.zeros((1, 8, 8, 3), np.uint8), "uint8"),
+        (np.zeros((8, 8, 3), np.float32), "shape"),
+        (np.zeros((1, 8, 8, 4), np.float32), "shape"),
+    ],
+)
 def test_bad_images(images, text):
     """Pixels from 0 to 255, or an image without its batch."""
     with pytest.raises(ValueError, match=text):

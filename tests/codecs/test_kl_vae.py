@@ -233,19 +233,23 @@ def test_scale_and_shift_per_channel(tiny):
     moments, key = jax.random.normal(jax.random.key(0), (2, 3, 5, 8)), jax.random.key(1)
     z = numbers.sample_latent(key, moments)
     np.testing.assert_allclose(lists.sample_latent(key, moments), z, rtol=1e-6)
-    np.testing.assert_allclose(own.sample_latent(key, moments), (z / 2 + 0.5 - jnp.asarray(own.shift)) * jnp.asarray(own.scale),
-                               rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        own.sample_latent(key, moments), (z / 2 + 0.5 - jnp.asarray(own.shift)) * jnp.asarray(own.scale), rtol=1e-5, atol=1e-6
+    )
     decode = jax.jit(lambda codec, z: codec.decode(params, z), static_argnums=0)
     np.testing.assert_allclose(decode(own, own.sample_latent(key, moments)), decode(numbers, z), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields, text", [
-    ({"scale": (1.0, 2.0)}, "2 numbers for 4 latent channels"),
-    ({"shift": (0.0,) * 5}, "5 numbers for 4 latent channels"),
-    ({"scale": (1.0, 0.0, 1.0, 1.0)}, "must be positive"),
-    ({"shift": (1.0, math.nan, 1.0, 1.0)}, "must be finite"),
-    ({"scale": -1.0}, "must be positive"),
-])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"scale": (1.0, 2.0)}, "2 numbers for 4 latent channels"),
+        ({"shift": (0.0,) * 5}, "5 numbers for 4 latent channels"),
+        ({"scale": (1.0, 0.0, 1.0, 1.0)}, "must be positive"),
+        ({"shift": (1.0, math.nan, 1.0, 1.0)}, "must be finite"),
+        ({"scale": -1.0}, "must be positive"),
+    ],
+)
 def test_bad_scales(fields, text):
     """A list that broadcasts over the wrong axis, a division by zero when decoding."""
     with pytest.raises(UserError, match=text):

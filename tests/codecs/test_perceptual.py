@@ -96,8 +96,9 @@ def test_bfloat16_computes_in_bfloat16_and_measures_in_float32(params, distance)
 def test_grey_is_equal_red_green_and_blue(params, distance):
     """One channel scaled as red only."""
     x, y = pairs(2, 19, 27, 1)
-    np.testing.assert_allclose(distance(params, x, y, jnp.float32),
-                               distance(params, x.repeat(3, -1), y.repeat(3, -1), jnp.float32), rtol=1e-6)
+    np.testing.assert_allclose(
+        distance(params, x, y, jnp.float32), distance(params, x.repeat(3, -1), y.repeat(3, -1), jnp.float32), rtol=1e-6
+    )
 
 
 def test_sixteen_pixels_are_enough(params):
@@ -106,12 +107,15 @@ def test_sixteen_pixels_are_enough(params):
     assert shapes == [(2, 16, 31, 64), (2, 8, 15, 128), (2, 4, 7, 256), (2, 2, 3, 512), (2, 1, 1, 512)]
 
 
-@pytest.mark.parametrize("x, y, text", [
-    (np.zeros((1, 15, 40, 3), np.float32), None, "15 x 40.*at least 16 x 16.*enlarge"),
-    (np.zeros((1, 16, 16, 3), np.uint8), None, "uint8"),
-    (np.zeros((1, 16, 16, 4), np.float32), None, r"\[B, H, W, 3\]"),
-    (np.zeros((2, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32), "pairs"),
-])
+@pytest.mark.parametrize(
+    "x, y, text",
+    [
+        (np.zeros((1, 15, 40, 3), np.float32), None, "15 x 40.*at least 16 x 16.*enlarge"),
+        (np.zeros((1, 16, 16, 3), np.uint8), None, "uint8"),
+        (np.zeros((1, 16, 16, 4), np.float32), None, r"\[B, H, W, 3\]"),
+        (np.zeros((2, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32), "pairs"),
+    ],
+)
 def test_bad_images(x, y, text, params):
     """An empty last stage whose mean is NaN, a range of 0 to 255, or one image compared with many."""
     with pytest.raises(ValueError, match=text):

@@ -60,8 +60,19 @@ def test_official_and_back_keeps_every_bit(suffix, dtype, tmp_path):
 def tiny_parameters():
     width, depth = 32, 3
     block = width * (6 + 3 + 1 + 4 + 4) * width + (6 + 3 + 1 + 4 + 1) * width
-    return (depth * block + 16 * width + width + 256 * width + width * width + 2 * width + 11 * width
-            + 2 * width * width + 2 * width + 32 * width + 32)
+    return (
+        depth * block
+        + 16 * width
+        + width
+        + 256 * width
+        + width * width
+        + 2 * width
+        + 11 * width
+        + 2 * width * width
+        + 2 * width
+        + 32 * width
+        + 32
+    )
 
 
 def test_sits_weights_become_a_flow(tmp_path):
@@ -109,6 +120,7 @@ def test_the_moving_average_of_a_training_checkpoint_is_taken(pt, tmp_path):
 
 def test_every_tensor_is_accounted_for(pt):
     """A missing, extra or misshapen tensor passed over."""
+
     def change(tensors):
         tensors["blocks.1.mlp.fc2.weigth"] = tensors.pop("blocks.1.mlp.fc2.weight")
         tensors["t_embedder.mlp.0.bias"] = held(np.zeros(31, np.float32))
@@ -117,19 +129,28 @@ def test_every_tensor_is_accounted_for(pt):
     with pytest.raises(UserError) as error:
         read(rewrite(pt, change))
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert lines == ["extra blocks.1.mlp.fc2.weigth [32, 128]", "misshapen t_embedder.mlp.0.bias: [31] instead of [32]",
-                     "missing blocks.1.mlp.fc2.weight [32, 128]"]
+    assert lines == [
+        "extra blocks.1.mlp.fc2.weigth [32, 128]",
+        "misshapen t_embedder.mlp.0.bias: [31] instead of [32]",
+        "missing blocks.1.mlp.fc2.weight [32, 128]",
+    ]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t | {"pos_embed": held(np.zeros((1, 16, 32), np.float32))}, "differs by 1 from the sine-cosine table"),
-    (lambda t: t | {"pos_embed": held(np.zeros((1, 15, 32), np.float32))}, "square N"),
-    (lambda t: t | {"pos_embed": held(np.zeros((1, 25, 32), np.float32))}, "differs by"),
-    (lambda t: {k: v for k, v in t.items() if k != "pos_embed"}, "pos_embed is missing"),
-    (lambda t: t | {"x_embedder.proj.bias": held(np.zeros(32, np.float16))}, "one dtype"),
-    (lambda t: {k: v for k, v in t.items() if not k.startswith("x_embedder")}, "no DiT in this layout: x_embedder.proj.weight"),
-    (lambda t: {}, "not a dict of tensors"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"pos_embed": held(np.zeros((1, 16, 32), np.float32))}, "differs by 1 from the sine-cosine table"),
+        (lambda t: t | {"pos_embed": held(np.zeros((1, 15, 32), np.float32))}, "square N"),
+        (lambda t: t | {"pos_embed": held(np.zeros((1, 25, 32), np.float32))}, "differs by"),
+        (lambda t: {k: v for k, v in t.items() if k != "pos_embed"}, "pos_embed is missing"),
+        (lambda t: t | {"x_embedder.proj.bias": held(np.zeros(32, np.float16))}, "one dtype"),
+        (
+            lambda t: {k: v for k, v in t.items() if not k.startswith("x_embedder")},
+            "no DiT in this layout: x_embedder.proj.weight",
+        ),
+        (lambda t: {}, "not a dict of tensors"),
+    ],
+)
 def test_weights_of_another_network_are_refused(change, message, pt):
     """Other positions, dtypes or layouts converted as if they were DiT's."""
     with pytest.raises(UserError, match=message):
@@ -171,8 +192,11 @@ def test_like_gives_the_config(tmp_path):
     params = formats.network_params(config)
     rng = np.random.default_rng(0)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    found = formats.Weights({path_name(keys): held(rng.normal(size=x.shape).astype(np.float32)) for keys, x in leaves},
-                               formats.weights.sections_of(config.to_dict()), {})
+    found = formats.Weights(
+        {path_name(keys): held(rng.normal(size=x.shape).astype(np.float32)) for keys, x in leaves},
+        formats.weights.sections_of(config.to_dict()),
+        {},
+    )
     formats.write(found, "dit_jax", tmp_path / "ours.safetensors")
     formats.write(found, "official", tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"takes 1 channels.*--like"):
@@ -211,9 +235,14 @@ def test_a_runs_moving_average_is_gathered_whole(workdir):
         formats.read(Source("workdir", folder, step=4))
 
 
-@pytest.mark.parametrize(("layout", "name", "message"), [
-    ("dit_jax", "x.pt", "must end in .safetensors"), ("official", "x", "must end in .pt or .safetensors"),
-    ("diffusers", "x.safetensors", "diffusers reads a folder")])
+@pytest.mark.parametrize(
+    ("layout", "name", "message"),
+    [
+        ("dit_jax", "x.pt", "must end in .safetensors"),
+        ("official", "x", "must end in .pt or .safetensors"),
+        ("diffusers", "x.safetensors", "diffusers reads a folder"),
+    ],
+)
 def test_a_name_that_does_not_suit_is_refused(layout, name, message, tmp_path):
     """A .pt that holds safetensors."""
     with pytest.raises(UserError, match=message):
@@ -221,8 +250,16 @@ def test_a_name_that_does_not_suit_is_refused(layout, name, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{"layout": "torch"}, {"layout": "workdir", "heads": 4}, {"layout": "official", "step": 3},
-                                     {"layout": "dit_jax", "like": Path("x")}, {"layout": "lpips", "heads": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "torch"},
+        {"layout": "workdir", "heads": 4},
+        {"layout": "official", "step": 3},
+        {"layout": "dit_jax", "like": Path("x")},
+        {"layout": "lpips", "heads": 4},
+    ],
+)
 def test_options_that_mean_nothing_are_refused(options):
     """A flag silently ignored."""
     with pytest.raises(UserError, match="--"):

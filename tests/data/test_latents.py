@@ -87,7 +87,7 @@ def test_every_epoch_is_complete_and_in_another_order(cache):
     """Records repeated or lost where a batch runs across the border of two epochs, or is longer than one."""
     for batch_size in (24, 3 * N + 5):
         loader = LatentLoader(cache, batch_size, 3, flip=True)
-        records = np.concatenate([loader.rows(step)[0] for step in range(20)])[:6 * N].reshape(-1, N)
+        records = np.concatenate([loader.rows(step)[0] for step in range(20)])[: 6 * N].reshape(-1, N)
         np.testing.assert_array_equal(np.sort(records), np.broadcast_to(np.arange(N), records.shape))
         assert len({tuple(epoch) for epoch in records}) == len(records)
 
@@ -144,6 +144,7 @@ def test_resident_rows_are_the_gathered_ones(cache, shape):
 
 def test_resident_moments_that_do_not_fit(cache):
     """A device that runs out of memory in the middle of a run's start."""
+
     class Device:
         def memory_stats(self):
             return {"bytes_limit": 1000, "bytes_in_use": 500}
@@ -170,12 +171,15 @@ def test_errors_of_the_thread_reach_the_caller(cache, monkeypatch):
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("fields, error, text", [
-    ({"batch_size": 7, "process_count": 2}, UserError, "multiple of the 2 processes"),
-    ({"batch_size": 0}, UserError, "positive"),
-    ({"seed": -1}, ValueError, "seed"),
-    ({"process_index": 1}, ValueError, "process_index"),
-])
+@pytest.mark.parametrize(
+    "fields, error, text",
+    [
+        ({"batch_size": 7, "process_count": 2}, UserError, "multiple of the 2 processes"),
+        ({"batch_size": 0}, UserError, "positive"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"process_index": 1}, ValueError, "process_index"),
+    ],
+)
 def test_bad_arguments(cache, fields, error, text):
     """A value that is cast or clamped."""
     with pytest.raises(error, match=text):
@@ -191,8 +195,13 @@ def test_check(weights, cache, tmp_path):
     cache.check(dataclasses.replace(CODEC, scale=(3.0, 4.0), shift=1.0, dtype="bfloat16"), sha256, 8, 3, False)
     with pytest.raises(UserError) as error:
         cache.check(dataclasses.replace(CODEC, norm_groups=2), "0" * 64, 16, 1, True, upright=True)
-    for field in ("codec.norm_groups: 4 in the cache, 2 wanted", "codec.weights_sha256", "transform.resolution: 8 in the cache",
-                  "transform.channels", "transform.upright: False in the cache"):
+    for field in (
+        "codec.norm_groups: 4 in the cache, 2 wanted",
+        "codec.weights_sha256",
+        "transform.resolution: 8 in the cache",
+        "transform.channels",
+        "transform.upright: False in the cache",
+    ):
         assert field in str(error.value)
     encode(job(weights, mirror=False), tmp_path, 0.05)
     still = LatentCache(tmp_path)

@@ -26,8 +26,11 @@ def scan(path):
 
 def pairs(count, start=0, suffix="jpg"):
     """{name: bytes} of samples with an image and a .cls."""
-    return {name: data for i in range(start, start + count)
-            for name, data in ((f"{i:05d}.{suffix}", encoded(i)), (f"{i:05d}.cls", str(i % 3).encode()))}
+    return {
+        name: data
+        for i in range(start, start + count)
+        for name, data in ((f"{i:05d}.{suffix}", encoded(i)), (f"{i:05d}.cls", str(i % 3).encode()))
+    }
 
 
 @pytest.fixture
@@ -41,8 +44,14 @@ def shards(tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_headers_of_every_format(form, tmp_path):
     """A name of one header format cut, mistaken, or its data read from the wrong place."""
-    members = {"plain.jpg": b"a" * 511, "dir/": None, "dir/sub/x.jpg": b"b" * 512, "empty.jpg": b"", "last.jpg": b"c" * 513,
-               "deep/" * 25 + "n" * 60 + ".jpg": b"prefix"}
+    members = {
+        "plain.jpg": b"a" * 511,
+        "dir/": None,
+        "dir/sub/x.jpg": b"b" * 512,
+        "empty.jpg": b"",
+        "last.jpg": b"c" * 513,
+        "deep/" * 25 + "n" * 60 + ".jpg": b"prefix",
+    }
     if form != "ustar":
         members |= {"l" * 300 + ".jpg": b"long", "snö/写真.jpg": b"unicode", "d" * 150 + "/": None, "after.jpg": b"short again"}
     path = write_tar(tmp_path / "x.tar", members, FORMATS[form])
@@ -62,8 +71,9 @@ def test_attributes_of_pax_and_gnu(tmp_path):
     old[148:156] = b"%06o\0 " % sum(old)
     path = tmp_path / "x.tar"
     common = tarfile.TarInfo.create_pax_global_header({"comment": "all"})
-    path.write_bytes(common + info.tobuf(tarfile.PAX_FORMAT) + b"abc".ljust(512, b"\0") + bytes(old) + b"12345".ljust(512, b"\0")
-                     + bytes(1024))
+    path.write_bytes(
+        common + info.tobuf(tarfile.PAX_FORMAT) + b"abc".ljust(512, b"\0") + bytes(old) + b"12345".ljust(512, b"\0") + bytes(1024)
+    )
     data = path.read_bytes()
     assert [(m.name, data[m.offset : m.offset + m.size]) for m in scan(path)] == [("a.jpg", b"abc"), ("old.jpg", b"12345")]
 
@@ -119,12 +129,24 @@ def test_samples_bytes_labels_and_names(shards):
 
 def test_layout_rules(tmp_path):
     """The key cut at the wrong dot, members apart not joined, junk taken for samples, a description lost."""
-    write_tar(tmp_path / "a.tar", [
-        ("x/1.jpg", encoded(1)), ("x/2.PNG", encoded(2)), ("y.z/1.webp", encoded(3)), ("x/1.seg.png", b"a mask"),
-        ("x/._1.jpg", b"mac"), ("README", b"junk"), ("x/2.cls", b" 7\n"),
-        ("x/1.json", json.dumps({"label": 4, "caption": "by json"}).encode()),
-        ("y.z/1.json", b'{"cls": 0, "text": "as text"}'), ("y.z/1.cls", b"0"), ("x/2.txt", "ein Hünd".encode()),
-        ("x/3.gif", encoded(4)), ("x/3.json", b'{"label": 1, "caption": null}')])
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("x/1.jpg", encoded(1)),
+            ("x/2.PNG", encoded(2)),
+            ("y.z/1.webp", encoded(3)),
+            ("x/1.seg.png", b"a mask"),
+            ("x/._1.jpg", b"mac"),
+            ("README", b"junk"),
+            ("x/2.cls", b" 7\n"),
+            ("x/1.json", json.dumps({"label": 4, "caption": "by json"}).encode()),
+            ("y.z/1.json", b'{"cls": 0, "text": "as text"}'),
+            ("y.z/1.cls", b"0"),
+            ("x/2.txt", "ein Hünd".encode()),
+            ("x/3.gif", encoded(4)),
+            ("x/3.json", b'{"label": 1, "caption": null}'),
+        ],
+    )
     source = TarShards(str(tmp_path / "*.tar"), cache_index=False)
     found = [source[i] for i in range(len(source))]
     assert [e["name"] for e in found] == ["a.tar:x/1", "a.tar:x/2", "a.tar:y.z/1", "a.tar:x/3"]
@@ -135,21 +157,24 @@ def test_layout_rules(tmp_path):
     assert not list(tmp_path.glob("*.npz"))
 
 
-@pytest.mark.parametrize("members, text", [
-    ({"a.txt": b"no image"}, "a.tar:a has 0 images"),
-    ({"a.jpg": b"1", "a.png": b"2"}, "has 2 images"),
-    ({"a.jpg": b"1", "a.JPG": b"2"}, "two members"),
-    ({"a.jpg": b"1", "b.jpg": b"2", "b.cls": b"1"}, "a.tar:a has no label"),
-    ({"a.jpg": b"1", "a.cls": b"cat"}, "label 'cat'"),
-    ({"a.jpg": b"1", "a.cls": b"-1"}, "label '-1'"),
-    ({"a.jpg": b"1", "a.json": b'{"label": true}'}, "label True"),
-    ({"a.jpg": b"1", "a.cls": b"1", "a.json": b'{"label": 2}'}, "several labels"),
-    ({"a.jpg": b"1", "a.json": b"{"}, r"a\.json cannot be read"),
-    ({"a.jpg": b"1", "a.json": b"[1]"}, "not an object"),
-    ({"a.jpg": b"1", "a.json": b'{"caption": 5}'}, "not a text"),
-    ({"a.jpg": b"1", "a.cls": b"1" * 100}, "may have 64"),
-    ({".x": b"1"}, "no samples"),
-])
+@pytest.mark.parametrize(
+    "members, text",
+    [
+        ({"a.txt": b"no image"}, "a.tar:a has 0 images"),
+        ({"a.jpg": b"1", "a.png": b"2"}, "has 2 images"),
+        ({"a.jpg": b"1", "a.JPG": b"2"}, "two members"),
+        ({"a.jpg": b"1", "b.jpg": b"2", "b.cls": b"1"}, "a.tar:a has no label"),
+        ({"a.jpg": b"1", "a.cls": b"cat"}, "label 'cat'"),
+        ({"a.jpg": b"1", "a.cls": b"-1"}, "label '-1'"),
+        ({"a.jpg": b"1", "a.json": b'{"label": true}'}, "label True"),
+        ({"a.jpg": b"1", "a.cls": b"1", "a.json": b'{"label": 2}'}, "several labels"),
+        ({"a.jpg": b"1", "a.json": b"{"}, r"a\.json cannot be read"),
+        ({"a.jpg": b"1", "a.json": b"[1]"}, "not an object"),
+        ({"a.jpg": b"1", "a.json": b'{"caption": 5}'}, "not a text"),
+        ({"a.jpg": b"1", "a.cls": b"1" * 100}, "may have 64"),
+        ({".x": b"1"}, "no samples"),
+    ],
+)
 def test_bad_samples_are_named(members, text, tmp_path):
     """A sample without image or label that shifts the others, or a label that is guessed."""
     write_tar(tmp_path / "a.tar", members)
@@ -177,10 +202,20 @@ def test_classes(shards, tmp_path):
         TarShards(str(tmp_path / "plain"), num_classes=3)
 
 
-@pytest.mark.parametrize("pattern, numbers", [
-    ("", "012"), ("train-{0000..0002}.tar", "012"), ("train-000{2,0}.tar", "20"), ("*.tar", "012"), ("train-0001.tar", "1"),
-    ("{train,*}-000{1..1}.tar", None), ("train-{0000..0003}.tar", None), ("x*.tar", None), ("train-{1..0}.tar", None),
-])
+@pytest.mark.parametrize(
+    "pattern, numbers",
+    [
+        ("", "012"),
+        ("train-{0000..0002}.tar", "012"),
+        ("train-000{2,0}.tar", "20"),
+        ("*.tar", "012"),
+        ("train-0001.tar", "1"),
+        ("{train,*}-000{1..1}.tar", None),
+        ("train-{0000..0003}.tar", None),
+        ("x*.tar", None),
+        ("train-{1..0}.tar", None),
+    ],
+)
 def test_patterns(pattern, numbers, shards):
     """A pattern that leaves out tars, takes one twice, or passes over one that is missing."""
     if numbers is None:
@@ -222,6 +257,7 @@ def test_the_index_is_kept_and_renewed(shards, monkeypatch, caplog):
 
 def test_a_folder_that_cannot_be_written(shards, monkeypatch, caplog):
     """A read-only data set that cannot be opened, or is scanned at every start without a word."""
+
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -271,7 +307,8 @@ def test_ilsvrc_validation(tmp_path):
     labels, classes = ["n00000002", "n00000001", "n00000002", "n00000003"], ["n00000001", "n00000002", "n00000003"]
     source = IlsvrcValidation(str(tmp_path / "v.tar"), labels, classes)
     assert {source[i]["name"]: source[i]["label"] for i in range(4)} == {
-        f"v.tar:ILSVRC2012_val_{i + 1:08d}.JPEG": classes.index(label) for i, label in enumerate(labels)}
+        f"v.tar:ILSVRC2012_val_{i + 1:08d}.JPEG": classes.index(label) for i, label in enumerate(labels)
+    }
     assert source[0]["image"] == images["ILSVRC2012_val_00000004.JPEG"]
     with pytest.raises(UserError, match="image number 5 is missing"):
         IlsvrcValidation(str(tmp_path / "v.tar"), [*labels, "n00000001"], classes)
@@ -290,10 +327,15 @@ def test_the_label_list_of_tfds_is_imagenets():
     assert np.array_equal(np.unique(labels, return_counts=True)[1], np.full(1000, 50)) and labels[0] == "n01751748"
 
 
-@pytest.mark.parametrize("members, text", [
-    ({"n00000001.tar": tar_bytes({})}, "no images"), ({"x.jpg": b"1"}, "is not nXXXXXXXX.tar"), ({}, "no images"),
-    ({"n00000001.tar": GOOD[:700]}, "n00000001.tar is truncated"),
-])
+@pytest.mark.parametrize(
+    "members, text",
+    [
+        ({"n00000001.tar": tar_bytes({})}, "no images"),
+        ({"x.jpg": b"1"}, "is not nXXXXXXXX.tar"),
+        ({}, "no images"),
+        ({"n00000001.tar": GOOD[:700]}, "n00000001.tar is truncated"),
+    ],
+)
 def test_bad_ilsvrc_train(members, text, tmp_path):
     """A class without images that shifts no label but is never drawn, or a damaged inner tar read in part."""
     write_tar(tmp_path / "t.tar", members)

@@ -29,6 +29,7 @@ def file(image: Image.Image, kind: str, **options) -> bytes:
 
 def png(pixels: np.ndarray, color_type: int) -> bytes:
     """A PNG of big-endian 16-bit pixels [H, W, C], which Pillow reads and does not write."""
+
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -250,8 +251,14 @@ def test_exif_orientation(orientation):
     upright[:12, :20], upright[:12, 20:], upright[12:, :20] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     # Stored pixel [row, column] for the seen one, by the standard: where row 0 and column 0 of what is stored are seen.
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.swapaxes(0, 1), 6: np.rot90(upright, 1), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, -1),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -290,8 +297,10 @@ DAMAGED = {
     "page description": file(Image.new("RGB", (9, 9)), "EPS"),
     "rare format": file(Image.new("RGB", (9, 9)), "PCX"),
     "32 bit": file(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
-    **{f"truncated {kind}": (data := file(Image.fromarray(smooth(40, 40)), kind))[: len(data) // 2]
-       for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")},
+    **{
+        f"truncated {kind}": (data := file(Image.fromarray(smooth(40, 40)), kind))[: len(data) // 2]
+        for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    },
 }
 
 

@@ -58,8 +58,8 @@ def test_interval_per_example(second):
     guided = Guidance(3.0, low=0.2, high=0.6)(strong, COND, null, second)
     together = guided(X, t, 1 - t)
     for i in range(3):
-        one = Guidance(3.0, low=0.2, high=0.6)(strong, {"label": COND["label"][i:i + 1]}, {"label": jnp.zeros(1)}, second)
-        np.testing.assert_allclose(together[i:i + 1], one(X[i:i + 1], t[i], 1 - t[i]), rtol=1e-6)
+        one = Guidance(3.0, low=0.2, high=0.6)(strong, {"label": COND["label"][i : i + 1]}, {"label": jnp.zeros(1)}, second)
+        np.testing.assert_allclose(together[i : i + 1], one(X[i : i + 1], t[i], 1 - t[i]), rtol=1e-6)
     np.testing.assert_allclose(together[::2], strong(X, 1 - t, COND)[::2], rtol=1e-6)
 
 

@@ -57,11 +57,18 @@ GAUSSIAN = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
-@pytest.mark.parametrize("name, sampler, fields", [
-    ("DPMSolverMultistepScheduler", samplers.DPMSolverPlusPlus2M(NUM_STEPS), {}),
-    ("UniPCMultistepScheduler", samplers.UniPC(NUM_STEPS), {}),
-    ("DDIMScheduler", samplers.DDIM(NUM_STEPS), {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}),
-])
+@pytest.mark.parametrize(
+    "name, sampler, fields",
+    [
+        ("DPMSolverMultistepScheduler", samplers.DPMSolverPlusPlus2M(NUM_STEPS), {}),
+        ("UniPCMultistepScheduler", samplers.UniPC(NUM_STEPS), {}),
+        (
+            "DDIMScheduler",
+            samplers.DDIM(NUM_STEPS),
+            {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"},
+        ),
+    ],
+)
 def test_gaussian(name, sampler, fields):
     """A coefficient, order or last step that differs from diffusers'."""
     scheduler = getattr(diffusers, name)(**GAUSSIAN, **fields)
@@ -71,11 +78,14 @@ def test_gaussian(name, sampler, fields):
     np.testing.assert_allclose(ours(process, sampler), theirs(scheduler, times), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name, sampler", [
-    ("DPMSolverMultistepScheduler", samplers.DPMSolverPlusPlus2M(NUM_STEPS)),
-    ("UniPCMultistepScheduler", samplers.UniPC(NUM_STEPS)),
-    ("FlowMatchEulerDiscreteScheduler", samplers.Euler(NUM_STEPS)),
-])
+@pytest.mark.parametrize(
+    "name, sampler",
+    [
+        ("DPMSolverMultistepScheduler", samplers.DPMSolverPlusPlus2M(NUM_STEPS)),
+        ("UniPCMultistepScheduler", samplers.UniPC(NUM_STEPS)),
+        ("FlowMatchEulerDiscreteScheduler", samplers.Euler(NUM_STEPS)),
+    ],
+)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow(name, sampler, shift):
     """The same for a flow, from t = 0.999 on, and a resolution shift that goes the other way."""
@@ -92,8 +102,9 @@ def test_flow(name, sampler, shift):
     np.testing.assert_allclose(ours(OnGrid(Flow(), grid), sampler), theirs(scheduler, grid[:-1]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    ("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("scaled_linear", "scaled_linear")])
+@pytest.mark.parametrize(
+    "ours, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("scaled_linear", "scaled_linear")]
+)
 def test_betas(ours, theirs):
     """A noise schedule that is not the one of its name."""
     fields = {"beta_start": 8.5e-4, "beta_end": 1.2e-2} if ours == "scaled_linear" else {}

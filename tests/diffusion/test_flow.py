@@ -65,12 +65,15 @@ def test_spare_channels():
     np.testing.assert_array_equal(process.predict(wide, NOISE, t).x0, Flow().predict(X0 + 1, NOISE, t).x0)
 
 
-@pytest.mark.parametrize("fields, quantiles", [
-    ({}, [0.25, 0.5, 0.75]),
-    ({"shift": 3.0}, [0.5, 0.75, 0.9]),  # 3 t / (1 + 2 t)
-    ({"time_distribution": "logit_normal"}, [0.3375, 0.5, 0.6625]),  # sigmoid(-+0.6745)
-    ({"time_distribution": "logit_normal", "logit_mean": 1.0, "logit_std": 0.5}, [0.6599, 0.7311, 0.7920]),
-])
+@pytest.mark.parametrize(
+    "fields, quantiles",
+    [
+        ({}, [0.25, 0.5, 0.75]),
+        ({"shift": 3.0}, [0.5, 0.75, 0.9]),  # 3 t / (1 + 2 t)
+        ({"time_distribution": "logit_normal"}, [0.3375, 0.5, 0.6625]),  # sigmoid(-+0.6745)
+        ({"time_distribution": "logit_normal", "logit_mean": 1.0, "logit_std": 0.5}, [0.6599, 0.7311, 0.7920]),
+    ],
+)
 def test_training_times(fields, quantiles):
     """Another distribution, or a shift towards the data (quantiles +- 4 deviations)."""
     t = Flow(**fields).sample_time(jax.random.key(0), 40_000)
@@ -84,9 +87,16 @@ def test_grid_is_shifted():
     np.testing.assert_allclose(Flow(shift=3.0).grid(4), [1, 0.9, 0.75, 0.5, 0])
 
 
-@pytest.mark.parametrize("fields, text", [
-    ({"interpolant": "vp"}, "linear, gvp"), ({"time_distribution": "beta"}, "logit_normal"), ({"shift": 0.0}, "positive"),
-    ({"time_distribution": "logit_normal", "logit_std": -1.0}, "positive"), ({"logit_mean": 0.5}, "no effect")])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"interpolant": "vp"}, "linear, gvp"),
+        ({"time_distribution": "beta"}, "logit_normal"),
+        ({"shift": 0.0}, "positive"),
+        ({"time_distribution": "logit_normal", "logit_std": -1.0}, "positive"),
+        ({"logit_mean": 0.5}, "no effect"),
+    ],
+)
 def test_bad_fields(fields, text):
     """A field that is ignored, or trains something else."""
     with pytest.raises(UserError, match=text):

@@ -34,6 +34,7 @@ def forecast_start(order):
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_series_of_even_steps(order):
     """A series that is not exact where it can be: constants and lines at any order, once enough steps are known."""
+
     def line(t):
         return jnp.full((1, 2, 1), 2.0 if order == 0 else 2.0 - 3 * t)
 
@@ -45,6 +46,7 @@ def test_series_of_even_steps(order):
 
 def counting(forecast, calls):
     """A denoiser with x0 = what the blocks add, which is t, and counts how often its blocks run."""
+
     def note(_):
         calls.append(1)
 
@@ -55,6 +57,7 @@ def counting(forecast, calls):
     def denoise_with(network):
         def denoise(x, t):
             return Flow().predict(network(x, jnp.full(len(x), t), {}), x, t)
+
         return denoise
 
     return ForecastingDenoise(forecast, run, lambda x, time, cond, residual: x, denoise_with)
@@ -69,8 +72,17 @@ def test_full_steps(interval, warmup, steps):
     assert len(calls) == forecast.full_steps(steps)
 
 
-@pytest.mark.parametrize("sampler", [samplers.DDIM(12), samplers.DPMSolverPlusPlus2M(12), samplers.UniPC(12), samplers.Euler(12),
-                                     samplers.AdamsBashforth(12), samplers.EulerMaruyama(12)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        samplers.DDIM(12),
+        samplers.DPMSolverPlusPlus2M(12),
+        samplers.UniPC(12),
+        samplers.Euler(12),
+        samplers.AdamsBashforth(12),
+        samplers.EulerMaruyama(12),
+    ],
+)
 def test_of_a_network(sampler):
     """A network whose head ignores what is forecast, or a sampler that drops the memory: forecasts must come closer to the full
     run than repeating the last sum does, and interval 1 must be the full run."""

@@ -78,9 +78,16 @@ def test_variance_gradient_only():
     assert (gradient[..., :1] == 0).all() and (gradient[..., 1:] != 0).all()
 
 
-@pytest.mark.parametrize("fields, text", [
-    ({"schedule": "sigmoid"}, "linear, cosine"), ({"prediction": "eps"}, "noise, x0, v"),
-    ({"variance": "learned"}, "learned_range"), ({"num_timesteps": 1}, "at least 2"), ({"min_snr_gamma": 0.0}, "positive")])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"schedule": "sigmoid"}, "linear, cosine"),
+        ({"prediction": "eps"}, "noise, x0, v"),
+        ({"variance": "learned"}, "learned_range"),
+        ({"num_timesteps": 1}, "at least 2"),
+        ({"min_snr_gamma": 0.0}, "positive"),
+    ],
+)
 def test_bad_fields(fields, text):
     """A field that trains something else."""
     with pytest.raises(UserError, match=text):

@@ -98,10 +98,13 @@ def test_bad_fields(fields):
         Guidance(2.0, **fields)
 
 
-@pytest.mark.parametrize("overrides, text", [
-    ({"guidance__channels": 3}, "the data has 1"),
-    ({"guidance__scale": 1.5, "model__num_classes": 0}, "no classes to be guided by"),
-])
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        ({"guidance__channels": 3}, "the data has 1"),
+        ({"guidance__scale": 1.5, "model__num_classes": 0}, "no classes to be guided by"),
+    ],
+)
 def test_refused_before_training(overrides, text):
     """Guidance that fails at the first preview, or pays for a second forward that changes nothing."""
     with pytest.raises(UserError, match=text):

@@ -1,6 +1,5 @@
 """Side by side with the official DiT and SiT code on recorded inputs and noise: see golden/make_golden.py."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +21,11 @@ LOSS, TRAJECTORY = 1e-5, 1e-4
 
 def network(time_scale, out_channels):
     """The network of make_golden.py."""
+
     def call(x, t, cond):
         bias = (t / time_scale)[:, None] * IN["w_time"] + IN["w_label"][cond["label"]]
         return (jnp.tanh(x @ IN["w_in"] + bias[:, None, None]) @ IN["w_out"])[..., :out_channels]
+
     return call
 
 
@@ -44,8 +45,11 @@ def close(ours, name, tolerance):
 
 def repeated(count):
     """(x0, noise, condition) with the recorded pair of examples `count` times."""
-    return (jnp.tile(IN["x0"], (count, 1, 1, 1)), jnp.tile(IN["noise"][0], (count, 1, 1, 1)),
-            {"label": jnp.tile(IN["label"], count)})
+    return (
+        jnp.tile(IN["x0"], (count, 1, 1, 1)),
+        jnp.tile(IN["noise"][0], (count, 1, 1, 1)),
+        {"label": jnp.tile(IN["label"], count)},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +80,8 @@ def test_dit_losses(name):
     bound = process.bound(output, x0, x_t, t)
     for i, timestep in enumerate(timesteps):
         for term, value in {"loss": loss, **parts}.items():
-            close(value[2 * i:2 * i + 2], f"dit/loss/{name}/{timestep}/{term}", LOSS)
-        close(bound[2 * i:2 * i + 2], f"dit/bound/{name}/{timestep}", LOSS)
+            close(value[2 * i : 2 * i + 2], f"dit/loss/{name}/{timestep}/{term}", LOSS)
+        close(bound[2 * i : 2 * i + 2], f"dit/bound/{name}/{timestep}", LOSS)
     assert set(parts) == ({"mse", "vb"} if process.learned else {"mse"})
 
 
@@ -85,24 +89,28 @@ def test_dit_bits_per_dimension(monkeypatch):
     """A bound whose terms are in another order or unit, or that forgets the prior."""
     monkeypatch.setattr(likelihood, "noise_like", lambda keys, shape, index: IN["noise"][100 - index])
     process = Gaussian(num_timesteps=100)
-    bound = jax.jit(lambda x0: likelihood.bits_per_dimension(
-        process, lambda x, t: network(1000, 8)(x, t, COND), x0, KEYS))(IN["x0"])
+    bound = jax.jit(lambda x0: likelihood.bits_per_dimension(process, lambda x, t: network(1000, 8)(x, t, COND), x0, KEYS))(
+        IN["x0"]
+    )
     for name, value in bound._asdict().items():
         close(value, f"dit/bpd/{name}", LOSS)
 
 
-@pytest.mark.parametrize("name, fields, sampler, guidance", [
-    ("ddpm_250", LEARNED, samplers.Ancestral(250), None),
-    ("ddpm_7", LEARNED, samplers.Ancestral(7), None),
-    ("ddpm_large_20", LARGE, samplers.Ancestral(20), None),
-    ("ddpm_small_20", SMALL, samplers.Ancestral(20), None),
-    ("ddim_250", LEARNED, samplers.DDIM(250), None),
-    ("ddim_250", LEARNED, samplers.Euler(250), None),
-    ("ddim_stride_50", LEARNED, samplers.DDIM(50, 0.5, "stride"), None),
-    ("ddim_eta_20", LEARNED, samplers.DDIM(20, 1.0), None),
-    ("guided_3_250", LEARNED, samplers.Ancestral(250), Guidance(1.5, 3)),
-    ("guided_all_250", LEARNED, samplers.Ancestral(250), Guidance(1.5)),
-])
+@pytest.mark.parametrize(
+    "name, fields, sampler, guidance",
+    [
+        ("ddpm_250", LEARNED, samplers.Ancestral(250), None),
+        ("ddpm_7", LEARNED, samplers.Ancestral(7), None),
+        ("ddpm_large_20", LARGE, samplers.Ancestral(20), None),
+        ("ddpm_small_20", SMALL, samplers.Ancestral(20), None),
+        ("ddim_250", LEARNED, samplers.DDIM(250), None),
+        ("ddim_250", LEARNED, samplers.Euler(250), None),
+        ("ddim_stride_50", LEARNED, samplers.DDIM(50, 0.5, "stride"), None),
+        ("ddim_eta_20", LEARNED, samplers.DDIM(20, 1.0), None),
+        ("guided_3_250", LEARNED, samplers.Ancestral(250), Guidance(1.5, 3)),
+        ("guided_all_250", LEARNED, samplers.Ancestral(250), Guidance(1.5)),
+    ],
+)
 def test_dit_trajectories(name, fields, sampler, guidance):
     """A step, spacing, variance or guidance that differs from DiT's."""
     close(draw(Gaussian(**fields), sampler, guidance)[1], f"dit/{name}", TRAJECTORY)
@@ -123,27 +131,32 @@ def test_sit_losses(interpolant):
     output = network(1, 8)(process.perturb(x0, noise, t), process.network_time(t), labels)
     loss, _ = process.loss(output, x0, noise, t)
     for i, time in enumerate(times):
-        close(loss[2 * i:2 * i + 2], f"sit/loss/{interpolant}/{time}", LOSS)
+        close(loss[2 * i : 2 * i + 2], f"sit/loss/{interpolant}/{time}", LOSS)
 
 
 @pytest.mark.parametrize("interpolant", ["linear", "gvp"])
-@pytest.mark.parametrize("method, sampler, tolerance", [
-    ("euler", samplers.Euler(250), TRAJECTORY),
-    ("heun2", samplers.Heun(25), TRAJECTORY),
-    ("dopri5", samplers.DormandPrince(1e-5, 1e-6), 5e-4),  # the error is held per example, not over the batch
-])
+@pytest.mark.parametrize(
+    "method, sampler, tolerance",
+    [
+        ("euler", samplers.Euler(250), TRAJECTORY),
+        ("heun2", samplers.Heun(25), TRAJECTORY),
+        ("dopri5", samplers.DormandPrince(1e-5, 1e-6), 5e-4),  # the error is held per example, not over the batch
+    ],
+)
 def test_sit_ode(interpolant, method, sampler, tolerance):
     """An ODE grid or update that differs from SiT's (torchdiffeq's)."""
     close(draw(Flow(interpolant), sampler)[1], f"sit/{method}/{interpolant}", tolerance)
 
 
 @pytest.mark.parametrize("interpolant", ["linear", "gvp"])
-@pytest.mark.parametrize("diffusion, last_step", [
-    *((d, "mean") for d in sde.DIFFUSIONS), *(("sigma", last) for last in ("tweedie", "euler", "none"))])
+@pytest.mark.parametrize(
+    "diffusion, last_step", [*((d, "mean") for d in sde.DIFFUSIONS), *(("sigma", last) for last in ("tweedie", "euler", "none"))]
+)
 def test_sit_sde(interpolant, diffusion, last_step):
     """A diffusion, a grid or a last step that differs from SiT's."""
-    sampler = samplers.EulerMaruyama(250 if last_step == "mean" else 50, diffusion, 0.7 if diffusion == "decreasing" else 1.0,
-                                     last_step)
+    sampler = samplers.EulerMaruyama(
+        250 if last_step == "mean" else 50, diffusion, 0.7 if diffusion == "decreasing" else 1.0, last_step
+    )
     close(draw(Flow(interpolant), sampler)[1], f"sit/sde/{interpolant}/{diffusion}/{last_step}", TRAJECTORY)
 
 

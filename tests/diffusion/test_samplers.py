@@ -32,24 +32,27 @@ def error(process, sampler):
         return np.abs(np.asarray(jax.jit(lambda x: sampler(process, denoise, x, keys))(NOISE)) - solution).mean()
 
 
-@pytest.mark.parametrize("process, make, order, num_steps", [
-    (FLOW, s.Euler, 1, 40),
-    (FLOW, s.DDIM, 1, 40),
-    (FLOW, s.Heun, 2, 20),
-    (Flow("gvp"), s.Heun, 2, 20),
-    (FLOW, functools.partial(s.AdamsBashforth, order=2), 2, 40),
-    (FLOW, functools.partial(s.AdamsBashforth, order=3), 3, 40),
-    (FLOW, functools.partial(s.AdamsBashforth, order=4), 4, 40),
-    (Flow(shift=2.0), functools.partial(s.AdamsBashforth, order=4), 4, 80),
-    (FLOW, s.UniPC, 2, 40),
-    (GAUSSIAN, s.Euler, 1, 40),
-    (GAUSSIAN, s.Heun, 2, 40),
-    (GAUSSIAN, functools.partial(s.AdamsBashforth, order=2), 2, 40),
-    (GAUSSIAN, functools.partial(s.AdamsBashforth, order=3), 3, 40),
-    (GAUSSIAN, functools.partial(s.AdamsBashforth, order=4), 4, 80),
-    (GAUSSIAN, s.DPMSolverPlusPlus2M, 2, 40),
-    (GAUSSIAN, s.UniPC, 2, 40),
-])
+@pytest.mark.parametrize(
+    "process, make, order, num_steps",
+    [
+        (FLOW, s.Euler, 1, 40),
+        (FLOW, s.DDIM, 1, 40),
+        (FLOW, s.Heun, 2, 20),
+        (Flow("gvp"), s.Heun, 2, 20),
+        (FLOW, functools.partial(s.AdamsBashforth, order=2), 2, 40),
+        (FLOW, functools.partial(s.AdamsBashforth, order=3), 3, 40),
+        (FLOW, functools.partial(s.AdamsBashforth, order=4), 4, 40),
+        (Flow(shift=2.0), functools.partial(s.AdamsBashforth, order=4), 4, 80),
+        (FLOW, s.UniPC, 2, 40),
+        (GAUSSIAN, s.Euler, 1, 40),
+        (GAUSSIAN, s.Heun, 2, 40),
+        (GAUSSIAN, functools.partial(s.AdamsBashforth, order=2), 2, 40),
+        (GAUSSIAN, functools.partial(s.AdamsBashforth, order=3), 3, 40),
+        (GAUSSIAN, functools.partial(s.AdamsBashforth, order=4), 4, 80),
+        (GAUSSIAN, s.DPMSolverPlusPlus2M, 2, 40),
+        (GAUSSIAN, s.UniPC, 2, 40),
+    ],
+)
 def test_order_of_convergence(process, make, order, num_steps):
     """A coefficient, a start or a last step that costs a sampler its order."""
     coarse, fine = error(process, make(num_steps)), error(process, make(2 * num_steps))
@@ -99,23 +102,28 @@ VALUES, VECTORS = np.linalg.eigh(COVARIANCE)
 
 def correlated_denoise(process):
     """The best prediction for data from N(MEAN, COVARIANCE) in two channels."""
+
     def denoise(x, t):
-        alpha, sigma = (process.coefficients(t)[:2] if process.continuous else (process.alpha(t), process.sigma(t)))
+        alpha, sigma = process.coefficients(t)[:2] if process.continuous else (process.alpha(t), process.sigma(t))
         alpha, sigma = expand(alpha, x), expand(sigma, x)
         off = (x - alpha * MEAN) @ VECTORS
         whitened = off / (alpha**2 * VALUES + sigma**2)
         return Prediction(MEAN + alpha * (VALUES * whitened) @ VECTORS.T, sigma * whitened @ VECTORS.T, 0.0)
+
     return denoise
 
 
-@pytest.mark.parametrize("process, sampler", [
-    (GAUSSIAN, s.Ancestral(250)),
-    (FLOW, s.Ancestral(250)),
-    (GAUSSIAN, s.DDIM(250, 0.5)),
-    # A constant diffusion of 1 is stiff at the end, where the score is noise / sigma: 250 steps are too few for it.
-    *((FLOW, s.EulerMaruyama(250, d, norm=0.1 if d == "constant" else 1.0)) for d in sde.DIFFUSIONS),
-    (Flow("gvp"), s.EulerMaruyama(250, "sbdm", last_step="tweedie")),
-])
+@pytest.mark.parametrize(
+    "process, sampler",
+    [
+        (GAUSSIAN, s.Ancestral(250)),
+        (FLOW, s.Ancestral(250)),
+        (GAUSSIAN, s.DDIM(250, 0.5)),
+        # A constant diffusion of 1 is stiff at the end, where the score is noise / sigma: 250 steps are too few for it.
+        *((FLOW, s.EulerMaruyama(250, d, norm=0.1 if d == "constant" else 1.0)) for d in sde.DIFFUSIONS),
+        (Flow("gvp"), s.EulerMaruyama(250, "sbdm", last_step="tweedie")),
+    ],
+)
 def test_mean_and_covariance(process, sampler):
     """Too much or too little noise in a stochastic step, or noise that repeats between steps."""
     keys = jax.random.split(jax.random.key(1), 5_000)
@@ -149,17 +157,31 @@ def test_inversion_round_trip(process):
     """An inversion onto another grid: DDIM must return to the data, nearer with more steps."""
     denoise = correlated_denoise(process)
     x0 = MEAN + jnp.asarray(NOISE, jnp.float32) @ np.linalg.cholesky(COVARIANCE).T
+
     def away(num_steps):
         noise = s.ddim_invert(process, denoise, x0, num_steps)
         return float(jnp.abs(s.DDIM(num_steps)(process, denoise, noise, None) - x0).mean())
+
     assert away(100) < 0.03 and away(100) < 0.6 * away(50)
 
 
-@pytest.mark.parametrize("process, sampler", [
-    (GAUSSIAN, s.Ancestral(5)), (GAUSSIAN, s.DDIM(5)), (GAUSSIAN, s.Euler(5)), (GAUSSIAN, s.Heun(5)), (FLOW, s.Heun(5)),
-    (FLOW, s.AdamsBashforth(6, 2)), (FLOW, s.AdamsBashforth(6, 3)), (GAUSSIAN, s.AdamsBashforth(6, 4)),
-    (FLOW, s.EulerMaruyama(5)), (FLOW, s.EulerMaruyama(5, last_step="none")), (GAUSSIAN, s.DPMSolverPlusPlus2M(5)),
-    (FLOW, s.UniPC(5))])
+@pytest.mark.parametrize(
+    "process, sampler",
+    [
+        (GAUSSIAN, s.Ancestral(5)),
+        (GAUSSIAN, s.DDIM(5)),
+        (GAUSSIAN, s.Euler(5)),
+        (GAUSSIAN, s.Heun(5)),
+        (FLOW, s.Heun(5)),
+        (FLOW, s.AdamsBashforth(6, 2)),
+        (FLOW, s.AdamsBashforth(6, 3)),
+        (GAUSSIAN, s.AdamsBashforth(6, 4)),
+        (FLOW, s.EulerMaruyama(5)),
+        (FLOW, s.EulerMaruyama(5, last_step="none")),
+        (GAUSSIAN, s.DPMSolverPlusPlus2M(5)),
+        (FLOW, s.UniPC(5)),
+    ],
+)
 def test_evaluations(process, sampler):
     """A cost that is reported wrong, or a network that runs at a time it does not know (t = 0 of a process with timesteps)."""
     times = []
@@ -174,8 +196,7 @@ def test_evaluations(process, sampler):
     assert min(times) >= process.min_time and max(times) == 1
 
 
-@pytest.mark.parametrize("sampler", [
-    s.DDIM(4, 0.5), s.EulerMaruyama(4), s.AdamsBashforth(4, 4), s.DormandPrince()])
+@pytest.mark.parametrize("sampler", [s.DDIM(4, 0.5), s.EulerMaruyama(4), s.AdamsBashforth(4, 4), s.DormandPrince()])
 def test_any_rank_and_any_batch(sampler):
     """A sampler that only knows images, or noise that depends on the batch."""
     x = jax.random.normal(jax.random.key(0), (3, 2, 2, 2, 2))
@@ -186,24 +207,27 @@ def test_any_rank_and_any_batch(sampler):
     np.testing.assert_allclose(draw(x[1:2], keys[1:2]), whole[1:2], atol=1e-5)
 
 
-@pytest.mark.parametrize("make, text", [
-    (lambda: s.DDIM(eta=1.5), "eta"),
-    (lambda: s.DDIM(spacing="log"), "even, stride"),
-    (lambda: s.AdamsBashforth(order=5), "2, 3 or 4"),
-    (lambda: s.AdamsBashforth(3, order=4), "at least 4"),
-    (lambda: s.DormandPrince(rtol=0), "positive"),
-    (lambda: s.EulerMaruyama(diffusion="SBDM"), "sbdm"),
-    (lambda: s.EulerMaruyama(last_step="Mean"), "tweedie"),
-    (lambda: s.EulerMaruyama(last_step_size=0.0), "none"),
-    (lambda: s.EulerMaruyama(1), "at least 2"),
-    (lambda: s.EulerMaruyama(norm=-1.0), "at least 0"),
-    (lambda: sample(GAUSSIAN, s.EulerMaruyama(5)), "needs a network that knows every time"),
-    (lambda: sample(GAUSSIAN, s.DormandPrince()), "needs a network that knows every time"),
-    (lambda: sample(GAUSSIAN, s.Euler(1001)), "1 to 1000"),
-    (lambda: sample(GAUSSIAN, s.DDIM(300, spacing="stride")), "'even'"),
-    (lambda: sample(FLOW, s.Euler(0)), "at least 1"),
-    (lambda: sample(FLOW, s.DDIM(5, spacing="stride")), "'even'"),
-])
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: s.DDIM(eta=1.5), "eta"),
+        (lambda: s.DDIM(spacing="log"), "even, stride"),
+        (lambda: s.AdamsBashforth(order=5), "2, 3 or 4"),
+        (lambda: s.AdamsBashforth(3, order=4), "at least 4"),
+        (lambda: s.DormandPrince(rtol=0), "positive"),
+        (lambda: s.EulerMaruyama(diffusion="SBDM"), "sbdm"),
+        (lambda: s.EulerMaruyama(last_step="Mean"), "tweedie"),
+        (lambda: s.EulerMaruyama(last_step_size=0.0), "none"),
+        (lambda: s.EulerMaruyama(1), "at least 2"),
+        (lambda: s.EulerMaruyama(norm=-1.0), "at least 0"),
+        (lambda: sample(GAUSSIAN, s.EulerMaruyama(5)), "needs a network that knows every time"),
+        (lambda: sample(GAUSSIAN, s.DormandPrince()), "needs a network that knows every time"),
+        (lambda: sample(GAUSSIAN, s.Euler(1001)), "1 to 1000"),
+        (lambda: sample(GAUSSIAN, s.DDIM(300, spacing="stride")), "'even'"),
+        (lambda: sample(FLOW, s.Euler(0)), "at least 1"),
+        (lambda: sample(FLOW, s.DDIM(5, spacing="stride")), "'even'"),
+    ],
+)
 def test_bad_fields(make, text):
     """A field or a pair of process and sampler that gives noise instead of an error."""
     with pytest.raises(UserError, match=text):

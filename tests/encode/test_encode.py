@@ -110,6 +110,7 @@ def test_stopped_at_every_rename_it_ends_with_the_same_bytes(whole, weights, com
             if calls == k:
                 raise InterruptedError("killed")
             replace(a, b)
+
         return failing
 
     stopped = 0
@@ -185,7 +186,9 @@ def test_a_repair_that_is_stopped(whole, weights, compiled, tmp_path, monkeypatc
 
 
 KINDS = {kind: latent_files.shard_file(1, 3, kind) for kind in latent_files.SUFFIXES} | {
-    "settings": "settings.json", "manifest": "manifest.json"}
+    "settings": "settings.json",
+    "manifest": "manifest.json",
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,16 +202,19 @@ def test_a_flipped_byte_is_found_and_mended(whole, weights, compiled, kind, tmp_
     assert KINDS[kind] in capsys.readouterr().err and contents(folder) == whole[2]
 
 
-@pytest.mark.parametrize("change, text", [
-    ({"source": Photographs(fingerprint="others")}, "source.fingerprint: 'photographs' there, 'others' now"),
-    ({"source": Photographs(90)}, "source.records: 70 there, 90 now"),
-    ({"resolution": 16}, "transform.resolution: 8 there, 16 now"),
-    ({"upright": True}, "transform.upright: False there, True now"),
-    ({"mirror": False}, "views: 2 there, 1 now"),
-    ({"shard_records": 31}, "shard_records: 30 there, 31 now"),
-    ({"codec": dataclasses.replace(CODEC, dtype="bfloat16")}, "codec.dtype: 'float32' there, 'bfloat16' now"),
-    ({"params": None}, "codec.weights_sha256"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"source": Photographs(fingerprint="others")}, "source.fingerprint: 'photographs' there, 'others' now"),
+        ({"source": Photographs(90)}, "source.records: 70 there, 90 now"),
+        ({"resolution": 16}, "transform.resolution: 8 there, 16 now"),
+        ({"upright": True}, "transform.upright: False there, True now"),
+        ({"mirror": False}, "views: 2 there, 1 now"),
+        ({"shard_records": 31}, "shard_records: 30 there, 31 now"),
+        ({"codec": dataclasses.replace(CODEC, dtype="bfloat16")}, "codec.dtype: 'float32' there, 'bfloat16' now"),
+        ({"params": None}, "codec.weights_sha256"),
+    ],
+)
 def test_another_job_is_refused(whole, weights, change, text):
     """Shards of two jobs in one cache."""
     if "params" in change:
@@ -298,15 +304,29 @@ def vae_folder(tmp_path_factory):
 def test_the_verb(vae_folder, tmp_path):
     """Flags that do not reach the job, a last line without the promised fields, damage with exit status 0."""
     made = ["encode", "--data=digits", "--split=test", f"--codec={vae_folder.parent}", "--resolution=8", "--out=cache"]
-    outcomes = run_verbs(tmp_path, [
-        made, made, [*made, "--nomirror"], ["encode", "--verify", "--out=cache"],
-        ["encode", "--data=tfds:mnist", f"--codec={vae_folder}", "--resolution=8", "--out=x"],
-        ["encode", "--data=digits", "--out=x"],
-        ["encode", "--config=configs/digits_latent.py", "--data=digits", "--out=x"],
-        ["encode", "--verify", "--out=nowhere"], ["encode", "--data=digits", "--codec=c", "--resolution=7", "--out=x"],
-        ["encode", "--config=configs/digits_latent.py", f"--config.codec.path={vae_folder}",
-         "--config.codec.block_out_channels=(8, 16)", "--config.codec.norm_groups=4", "--config.data.split=test", "--out=other"],
-    ])
+    outcomes = run_verbs(
+        tmp_path,
+        [
+            made,
+            made,
+            [*made, "--nomirror"],
+            ["encode", "--verify", "--out=cache"],
+            ["encode", "--data=tfds:mnist", f"--codec={vae_folder}", "--resolution=8", "--out=x"],
+            ["encode", "--data=digits", "--out=x"],
+            ["encode", "--config=configs/digits_latent.py", "--data=digits", "--out=x"],
+            ["encode", "--verify", "--out=nowhere"],
+            ["encode", "--data=digits", "--codec=c", "--resolution=7", "--out=x"],
+            [
+                "encode",
+                "--config=configs/digits_latent.py",
+                f"--config.codec.path={vae_folder}",
+                "--config.codec.block_out_channels=(8, 16)",
+                "--config.codec.norm_groups=4",
+                "--config.data.split=test",
+                "--out=other",
+            ],
+        ],
+    )
     first, again, other, verified = outcomes[:4]
     assert first[0] == again[0] == verified[0] == 0, [outcome[2] for outcome in outcomes[:4]]
     lines = [json.loads(outcome[1].splitlines()[-1]) for outcome in (first, again, verified)]
@@ -326,8 +346,16 @@ def test_the_verb(vae_folder, tmp_path):
 @pytest.mark.slow
 def test_killed_at_random_it_ends_with_the_same_bytes(vae_folder, tmp_path):
     """What a kill -9 leaves and a failing rename does not: half-written files, a lock that outlives its process."""
-    command = [sys.executable, "-m", "dit_jax.encode", "--data=digits", f"--codec={vae_folder}", "--resolution=32",
-               "--device_batch_size=4", "--shard_records=40"]
+    command = [
+        sys.executable,
+        "-m",
+        "dit_jax.encode",
+        "--data=digits",
+        f"--codec={vae_folder}",
+        "--resolution=32",
+        "--device_batch_size=4",
+        "--shard_records=40",
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     kills, rng = 0, random.Random(0)
     while True:

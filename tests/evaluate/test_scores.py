@@ -69,6 +69,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("harm", [None, "features", "sums"])
 def test_going_on_after_a_kill(monkeypatch, tmp_path, harm):
     """Chunks counted twice or skipped after a kill, work of another job taken over, a damaged file believed."""
+
     def store(key=0):
         return snapshots.Snapshots(tmp_path, {"key": key}, 0, 1, every_seconds=0.0)
 
@@ -140,8 +141,12 @@ def test_reference_file(tmp_path):
     assert np.array_equal(again.moments["spatial"].covariance, found.moments["spatial"].covariance)
     with np.load(path) as file:
         content = dict(file)
-    for change, text in (({"mu": content["mu"] + 1e-9}, "does not fit its seal"), ({"format": np.array(9)}, "format 9"),
-                         ({"features": np.array([{}])}, "not a readable npz"), ({"sigma": content["sigma"][:2]}, "seal")):
+    for change, text in (
+        ({"mu": content["mu"] + 1e-9}, "does not fit its seal"),
+        ({"format": np.array(9)}, "format 9"),
+        ({"features": np.array([{}])}, "not a readable npz"),
+        ({"sigma": content["sigma"][:2]}, "seal"),
+    ):
         np.savez(tmp_path / "bad.npz", **{**content, **change})
         with pytest.raises(UserError, match=text):
             reference.read(tmp_path / "bad.npz")
@@ -156,8 +161,11 @@ def test_published_statistics(tmp_path):
     assert found.moments["features"].mean.dtype == np.float64 and found.images.shape == (4, 4, 3) and found.published
     with pytest.raises(UserError, match="of Inception, and the samples' features are to be random"):
         scores.check_comparable(found, "adm.npz", load(), ArrayImages(images(20), "x"))
-    for change, text in (({"mu": np.zeros(64), "sigma": np.eye(64)}, "have 2048"), ({"sigma": np.eye(3)}, "are needed"),
-                         ({"mu": np.full(2048, np.nan)}, "NaN")):
+    for change, text in (
+        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "have 2048"),
+        ({"sigma": np.eye(3)}, "are needed"),
+        ({"mu": np.full(2048, np.nan)}, "NaN"),
+    ):
         np.savez(path, **{**arrays, **change})
         with pytest.raises(UserError, match=text):
             reference.read(path)
@@ -211,12 +219,15 @@ def test_a_changed_byte_is_found(tmp_path, save):
         list(NpzImages(path).batches(0, 700, 20))
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"replicates": 3}, "at least 100"),
-    ({"replicates": -1}, "at least 100"),
-    ({"level": 1.5}, "between 0 and 1"),
-    ({"kid_subset_size": 1}, "at least 1 of at least 2"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"replicates": 3}, "at least 100"),
+        ({"replicates": -1}, "at least 100"),
+        ({"level": 1.5}, "between 0 and 1"),
+        ({"kid_subset_size": 1}, "at least 1 of at least 2"),
+    ],
+)
 def test_options_are_checked_first(changes, text):
     """A mistake in a flag that is told after hours of taking features: here before the samples are even opened."""
     with pytest.raises(UserError, match=text):
@@ -232,22 +243,25 @@ def test_folder_of_samples(tmp_path):
         for k in range(folder.total):
             with pytest.raises(UserError, match=f"{k} of 3 shards"):
                 open_samples(str(tmp_path / "f"))
-            folder.write(k, wanted[64 * k:64 * (k + 1)])
+            folder.write(k, wanted[64 * k : 64 * (k + 1)])
     found, loaded = open_samples(str(tmp_path / "f")), load()
     assert found.made_by["seed"] == 1
     same = extract(found, loaded.extractor, loaded.params, Wanted((), True), batch_size=16)
     assert same.sha256 == taken(150).sha256 and np.array_equal(same.features, taken(150, batch_size=16).features)
 
 
-@pytest.mark.parametrize("content, text", [
-    ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no array arr_0"),
-    ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, "uint8"),
-    ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, "uint8"),
-    ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8)}, "uint8"),
-    ({"arr_0": np.zeros((1, 8, 8, 1), np.uint8)}, "N >= 2"),
-    ({"arr_0": np.array([{}, {}])}, "uint8"),
-    (None, "not a readable npz"),
-])
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no array arr_0"),
+        ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, "uint8"),
+        ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, "uint8"),
+        ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8)}, "uint8"),
+        ({"arr_0": np.zeros((1, 8, 8, 1), np.uint8)}, "N >= 2"),
+        ({"arr_0": np.array([{}, {}])}, "uint8"),
+        (None, "not a readable npz"),
+    ],
+)
 def test_bad_samples(tmp_path, content, text):
     """A file of another range or layout scored as if it were images; a pickle that is opened."""
     path = tmp_path / "x.npz"
@@ -275,8 +289,12 @@ def test_other_shapes_and_names(tmp_path):
     """A reference or feature space that is guessed; images that are resized to fit."""
     path = tmp_path / "x.npz"
     np.savez(path, arr_0=np.zeros((3, 16, 16, 1), np.uint8))
-    for name, features, text in (("digits", "pixels", "must be equal"), ("/nowhere", "pixels", "does not exist"),
-                                 ("digits", "inception9", "must be one of pixels"), ("digits", "inception", "--weights")):
+    for name, features, text in (
+        ("digits", "pixels", "must be equal"),
+        ("/nowhere", "pixels", "does not exist"),
+        ("digits", "inception9", "must be one of pixels"),
+        ("digits", "inception", "--weights"),
+    ):
         with pytest.raises(UserError, match=text):
             scores.evaluate(str(path), name, features)
 
@@ -286,8 +304,13 @@ def test_whole_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "CHUNK_IMAGES", 1_000)
     digits = np.concatenate(list(open_images("digits", (8, 8, 1)).batches(0, 1797, 300)))
     np.savez(tmp_path / "x.npz", arr_0=digits[:400], made_by=np.array(json.dumps({"sampler": {"name": "ddim"}})))
-    found = scores.evaluate(str(tmp_path / "x.npz"), "digits", "pixels", folder=tmp_path / "work",
-                            options=scores.Options(("fid", "kid"), kid_subset_size=50))
+    found = scores.evaluate(
+        str(tmp_path / "x.npz"),
+        "digits",
+        "pixels",
+        folder=tmp_path / "work",
+        options=scores.Options(("fid", "kid"), kid_subset_size=50),
+    )
     flat = digits.reshape(len(digits), -1) / 127.5 - 1
     assert found["fid"] == pytest.approx(frechet_distance(moments(flat[:400]), moments(flat)), rel=1e-5)
     assert found["fid_interval"][0] < found["fid"] < found["fid_interval"][1]
@@ -316,9 +339,21 @@ def test_processes_do_not_matter(tmp_path):
     np.savez(tmp_path / "y.npz", arr_0=rng.integers(0, 256, (2_500, 4, 4, 3), np.uint8))
     found = []
     for processes, batch in ((1, 64), (2, 7)):
-        command = [sys.executable, "launch/local.py", f"--processes={processes}", "--devices=2", f"--logs={tmp_path}", "--",
-                   sys.executable, "-m", "dit_jax.evaluate", f"--samples={tmp_path / 'x.npz'}", f"--batch_size={batch}",
-                   f"--reference={tmp_path / 'y.npz'}", f"--out={tmp_path / str(processes)}.json"]
+        command = [
+            sys.executable,
+            "launch/local.py",
+            f"--processes={processes}",
+            "--devices=2",
+            f"--logs={tmp_path}",
+            "--",
+            sys.executable,
+            "-m",
+            "dit_jax.evaluate",
+            f"--samples={tmp_path / 'x.npz'}",
+            f"--batch_size={batch}",
+            f"--reference={tmp_path / 'y.npz'}",
+            f"--out={tmp_path / str(processes)}.json",
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
         process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
         assert process.returncode == 0, process.stderr

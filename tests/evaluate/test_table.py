@@ -9,8 +9,15 @@ from dit_jax.evaluate.table import table
 
 def result(folder, name, fid, **changes):
     made_by = {"sampler": {"name": "ddim", "num_steps": 50}, "guidance": {"scale": 1.5, "channels": None}, "seed": 0}
-    content = {"fid": fid, "fid_interval": [fid - 1, fid + 1], "num_samples": 50_000, "samples_sha256": "1" * 64,
-               "reference_sha256": "a" * 64, "extractor": {"name": "inception", "weights_sha256": "c" * 64}, "made_by": made_by}
+    content = {
+        "fid": fid,
+        "fid_interval": [fid - 1, fid + 1],
+        "num_samples": 50_000,
+        "samples_sha256": "1" * 64,
+        "reference_sha256": "a" * 64,
+        "extractor": {"name": "inception", "weights_sha256": "c" * 64},
+        "made_by": made_by,
+    }
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content | changes))
     return str(path)
@@ -19,8 +26,11 @@ def result(folder, name, fid, **changes):
 def test_what_differs_is_marked(tmp_path):
     """Two numbers side by side that were made with other steps or against another reference, and no word of it."""
     other = {"sampler": {"name": "ddim", "num_steps": 250}, "guidance": {"scale": 1.5}, "seed": 0}
-    a, b, c = (result(tmp_path, "a", 9.62), result(tmp_path, "b|1", 3.5, made_by=other),
-               result(tmp_path, "c", 2.27, reference_sha256="b" * 64))
+    a, b, c = (
+        result(tmp_path, "a", 9.62),
+        result(tmp_path, "b|1", 3.5, made_by=other),
+        result(tmp_path, "c", 2.27, reference_sha256="b" * 64),
+    )
     text = table([a, b], "markdown").splitlines()
     assert text[0] == "| result | fid | steps* |" and text[2] == "| a | 9.62 [8.62, 10.62] | 50 |"
     assert text[3] == r"| b\|1 | 3.5 [2.5, 4.5] | 250 |"
@@ -48,7 +58,10 @@ def test_csv_has_everything(tmp_path):
 def test_mistakes(tmp_path):
     """A file that is no result, shown as an empty row."""
     (tmp_path / "x.json").write_text("{}")
-    for path, form, text in ((str(tmp_path / "x.json"), "text", "no result file"), ("/none.json", "text", "cannot be read"),
-                             (result(tmp_path, "a", 1.0), "latex", "must be one of")):
+    for path, form, text in (
+        (str(tmp_path / "x.json"), "text", "no result file"),
+        ("/none.json", "text", "cannot be read"),
+        (result(tmp_path, "a", 1.0), "latex", "must be one of"),
+    ):
         with pytest.raises(UserError, match=text):
             table([path], form)

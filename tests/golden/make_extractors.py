@@ -19,8 +19,11 @@ from PIL import Image
 
 LAYERS = ("64", "192", "768", "2048", "logits_unbiased")
 SIZES = {"shrunk": (331, 217), "enlarged": (64, 50), "unchanged": (299, 299)}
-KINDS = {"plain": {}, "registers": {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0},
-         "gated": {"ffn_layer": "swiglufused"}}
+KINDS = {
+    "plain": {},
+    "registers": {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0},
+    "gated": {"ffn_layer": "swiglufused"},
+}
 
 
 def nchw(x) -> torch.Tensor:
@@ -50,9 +53,18 @@ def dinov2() -> dict[str, np.ndarray]:
 
     found = {}
     for kind, options in KINDS.items():
-        network = DinoVisionTransformer(img_size=518, patch_size=14, embed_dim=128, depth=2, num_heads=2, mlp_ratio=6 if kind ==
-                                        "gated" else 4, init_values=1.0, block_chunks=0,
-                                        block_fn=partial(NestedTensorBlock, attn_class=MemEffAttention), **options).eval()
+        network = DinoVisionTransformer(
+            img_size=518,
+            patch_size=14,
+            embed_dim=128,
+            depth=2,
+            num_heads=2,
+            mlp_ratio=6 if kind == "gated" else 4,
+            init_values=1.0,
+            block_chunks=0,
+            block_fn=partial(NestedTensorBlock, attn_class=MemEffAttention),
+            **options,
+        ).eval()
         network.load_state_dict({name: torch.from_numpy(array) for name, array in metric_networks.dinov2(kind).items()})
         images = [Image.fromarray(x).resize((224, 224), Image.BICUBIC) for x in metric_networks.photographs(256, 300)]
         x = (np.stack(images).astype(np.float32) / 255 - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])

@@ -50,7 +50,7 @@ class Network:
 
         hidden = x.movedim(1, -1) @ self.w["w_in"] + expand((t.float() / self.time_scale)[:, None] * self.w["w_time"])
         out = torch.tanh(hidden + expand(self.w["w_label"][y])) @ self.w["w_out"]
-        return out.movedim(-1, 1)[:, :self.out_channels]
+        return out.movedim(-1, 1)[:, : self.out_channels]
 
     __call__ = forward
 
@@ -71,8 +71,9 @@ def load_models(path: Path, all_channels=False):
     """models.py of a checkout; timm's classes, which it imports but guidance does not need, are replaced by empty ones."""
     timm = types.ModuleType("timm.models.vision_transformer")
     timm.PatchEmbed = timm.Attention = timm.Mlp = object
-    sys.modules.update({"timm": types.ModuleType("timm"), "timm.models": types.ModuleType("timm.models"),
-                        "timm.models.vision_transformer": timm})
+    sys.modules.update(
+        {"timm": types.ModuleType("timm"), "timm.models": types.ModuleType("timm.models"), "timm.models.vision_transformer": timm}
+    )
     source = path.read_text()
     if all_channels:  # what the comment in the official code says to do
         now = "eps, rest = model_out[:, :3], model_out[:, 3:]"
@@ -118,9 +119,13 @@ def run_dit(root: Path, inputs) -> dict[str, np.ndarray]:
 
     recorded()
     bound = create_diffusion("", diffusion_steps=100).calc_bpd_loop(
-        Network(inputs, 1000, 2 * CHANNELS), x0, clip_denoised=False, model_kwargs={"y": label})
-    out |= {"bpd/total": bound["total_bpd"].numpy(), "bpd/prior": bound["prior_bpd"].numpy(),
-            "bpd/terms": bound["vb"].numpy()[:, ::-1]}
+        Network(inputs, 1000, 2 * CHANNELS), x0, clip_denoised=False, model_kwargs={"y": label}
+    )
+    out |= {
+        "bpd/total": bound["total_bpd"].numpy(),
+        "bpd/prior": bound["prior_bpd"].numpy(),
+        "bpd/terms": bound["vb"].numpy()[:, ::-1],
+    }
 
     for name, (spacing, fields, loop, arguments) in {
         "ddpm_250": ("250", {}, "p_sample_loop", {}),
@@ -134,7 +139,8 @@ def run_dit(root: Path, inputs) -> dict[str, np.ndarray]:
         recorded()
         network = Network(inputs, 1000, CHANNELS * (1 + fields.get("learn_sigma", True)))
         sample = getattr(create_diffusion(spacing, **fields), loop)(
-            network, start.shape, start, clip_denoised=False, model_kwargs={"y": label}, device="cpu", **arguments)
+            network, start.shape, start, clip_denoised=False, model_kwargs={"y": label}, device="cpu", **arguments
+        )
         out[name] = numpy(sample)
 
     double, labels = torch.cat([start, start]), torch.cat([label, torch.full_like(label, 10)])
@@ -143,8 +149,13 @@ def run_dit(root: Path, inputs) -> dict[str, np.ndarray]:
         network = Network(inputs, 1000, 2 * CHANNELS)
         forward = load_models(root / "models.py", all_channels).DiT.forward_with_cfg
         sample = create_diffusion("250").p_sample_loop(
-            lambda x, t, y, n=network, f=forward: f(n, x, t, y, CFG_SCALE), double.shape, double, clip_denoised=False,
-            model_kwargs={"y": labels}, device="cpu")
+            lambda x, t, y, n=network, f=forward: f(n, x, t, y, CFG_SCALE),
+            double.shape,
+            double,
+            clip_denoised=False,
+            model_kwargs={"y": labels},
+            device="cpu",
+        )
         out[name] = numpy(sample[:BATCH])
 
     diffusion, network = create_diffusion("50"), Network(inputs, 1000, 2 * CHANNELS)
@@ -166,8 +177,9 @@ def run_sit(root: Path, inputs) -> dict[str, np.ndarray]:
     network, out = Network(inputs, 1, CHANNELS), {}
 
     def transport(path, sample_eps=0):
-        return Transport(model_type=ModelType.VELOCITY, path_type=path, loss_type=WeightType.NONE, train_eps=0,
-                         sample_eps=sample_eps)
+        return Transport(
+            model_type=ModelType.VELOCITY, path_type=path, loss_type=WeightType.NONE, train_eps=0, sample_eps=sample_eps
+        )
 
     for name, path in (("linear", PathType.LINEAR), ("gvp", PathType.GVP)):
         for t in SIT_TIMES:
@@ -187,8 +199,12 @@ def run_sit(root: Path, inputs) -> dict[str, np.ndarray]:
                 sampler = Sampler(transport(path, 1e-3 if form == "SBDM" else 0))
                 # SiT counts points of the grid: without a last step it makes one step less.
                 norm = torch.tensor(0.7 if form == "decreasing" else 1.0)  # SiT's "constant" fails on a Python number
-                run = sampler.sample_sde(diffusion_form=form, diffusion_norm=norm, last_step=last,
-                                         num_steps=250 if last == "Mean" else 51 if last is None else 50)
+                run = sampler.sample_sde(
+                    diffusion_form=form,
+                    diffusion_norm=norm,
+                    last_step=last,
+                    num_steps=250 if last == "Mean" else 51 if last is None else 50,
+                )
                 form_name = form.replace("inccreasing-", "increasing_").lower()  # so spelt in SiT's code
                 out[f"sde/{name}/{form_name}/{str(last).lower()}"] = numpy(run(start, network, y=label)[-1])
     double, labels = torch.cat([start, start]), torch.cat([label, torch.full_like(label, 10)])

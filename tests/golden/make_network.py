@@ -60,15 +60,19 @@ def build(path, name: str):
     """A tiny DiT or SiT of a checkout's models.py, with the classes above for timm's."""
     module = load_models(path / "models.py")
     vars(module).update(PatchEmbed=PatchEmbed, Attention=Attention, Mlp=Mlp)
-    return getattr(module, name)(input_size=SIZE, patch_size=2, in_channels=CHANNELS, hidden_size=24, depth=2, num_heads=3,
-                                 num_classes=CLASSES).eval()
+    return getattr(module, name)(
+        input_size=SIZE, patch_size=2, in_channels=CHANNELS, hidden_size=24, depth=2, num_heads=3, num_classes=CLASSES
+    ).eval()
 
 
 def make_weights(network, rng) -> dict[str, np.ndarray]:
     """The official position table, and odd multiples of 1/128 for all else: nowhere zero, and they compress well."""
-    return {name: tensor.numpy() if name == "pos_embed" else
-            ((np.floor(0.2 * rng.normal(size=tensor.shape) * 64) + 0.5) / 64).astype(np.float32)
-            for name, tensor in network.state_dict().items()}
+    return {
+        name: tensor.numpy()
+        if name == "pos_embed"
+        else ((np.floor(0.2 * rng.normal(size=tensor.shape) * 64) + 0.5) / 64).astype(np.float32)
+        for name, tensor in network.state_dict().items()
+    }
 
 
 def main():
@@ -84,8 +88,9 @@ def main():
         null = torch.full((PAIRS,), CLASSES)
         with torch.no_grad():
             output = network(x, t, labels)
-            guided = network.forward_with_cfg(x[:PAIRS].repeat(2, 1, 1, 1), t[-PAIRS:].repeat(2),
-                                              torch.cat([labels[-PAIRS:], null]), CFG_SCALE)[:PAIRS]
+            guided = network.forward_with_cfg(
+                x[:PAIRS].repeat(2, 1, 1, 1), t[-PAIRS:].repeat(2), torch.cat([labels[-PAIRS:], null]), CFG_SCALE
+            )[:PAIRS]
         arrays |= {f"{kind}/t": t.numpy(), f"{kind}/output": numpy(output), f"{kind}/guided": numpy(guided)}
     write("network.npz", arrays)
 

@@ -76,6 +76,7 @@ def test_what_diffusers_saves_in_parts_is_read(folder, tmp_path):
 
 def test_embeddings_must_be_equal_in_all_blocks(folder):
     """The first block's embedding taken for all, when another block was trained away from it."""
+
     def change(tensors):
         tensors["transformer_blocks.2.norm1.emb.timestep_embedder.linear_2.bias"][0] += 1
 
@@ -86,6 +87,7 @@ def test_embeddings_must_be_equal_in_all_blocks(folder):
 
 def test_errors_speak_diffusers_names(folder):
     """A file with missing, extra and misshapen tensors, reported under names that are not in it."""
+
     def change(tensors):
         tensors["transformer_blocks.1.attn1.to_kk.bias"] = tensors.pop("transformer_blocks.1.attn1.to_k.bias")
         tensors["proj_out_1.bias"] = tensors["proj_out_1.bias"][:-1]
@@ -94,13 +96,26 @@ def test_errors_speak_diffusers_names(folder):
     with pytest.raises(UserError) as error:
         read(folder)
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert lines == ["extra transformer_blocks.1.attn1.to_kk.bias [32]", "misshapen proj_out_1.bias: [63] instead of [64]",
-                     "missing transformer_blocks.1.attn1.to_k.bias [32]"]
+    assert lines == [
+        "extra transformer_blocks.1.attn1.to_kk.bias [32]",
+        "misshapen proj_out_1.bias: [63] instead of [64]",
+        "missing transformer_blocks.1.attn1.to_k.bias [32]",
+    ]
 
 
-@pytest.mark.parametrize("fields", [{"num_layers": 2}, {"attention_head_dim": 16}, {"norm_eps": 1e-3}, {"attention_bias": False},
-                                    {"activation_fn": "gelu"}, {"out_channels": None}, {"sample_size": None},
-                                    {"_class_name": "PixArtTransformer2DModel"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_layers": 2},
+        {"attention_head_dim": 16},
+        {"norm_eps": 1e-3},
+        {"attention_bias": False},
+        {"activation_fn": "gelu"},
+        {"out_channels": None},
+        {"sample_size": None},
+        {"_class_name": "PixArtTransformer2DModel"},
+    ],
+)
 def test_a_config_of_another_network_is_refused(fields, folder):
     """Weights of a network that computes something else, converted as if it were ours."""
     edit_config(folder, **fields)

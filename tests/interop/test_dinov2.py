@@ -31,15 +31,24 @@ def test_every_tensor_arrives(tmp_path):
         np.testing.assert_array_equal(params["blocks"]["ls2"][i], arrays[f"blocks.{i}.ls2.gamma"])
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"norm__bias": None, "blocks__1__norm1__bias": np.zeros(3, np.float32), "head": np.zeros(2, np.float32)}, "3 differences"),
-    ({"blocks__0__attn__qkv__weight": None, "blocks__1__attn__qkv__weight": None}, r"missing blocks\.\[0,1\]\.attn\.qkv\.weight"),
-    ({"patch_embed__proj__weight": np.zeros((128, 3, 16, 16), np.float32)}, "patch size 16, not 14"),
-    ({"patch_embed__proj__weight": np.zeros((100, 3, 14, 14), np.float32)}, "heads of 64 of 100"),
-    ({"pos_embed": np.zeros((1, 1371, 128), np.float32)}, "positions 1371"),
-    ({"pos_embed": None}, "is not DINOv2"),
-    ({"norm__bias": np.full(128, np.inf, np.float32)}, "infinity"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (
+            {"norm__bias": None, "blocks__1__norm1__bias": np.zeros(3, np.float32), "head": np.zeros(2, np.float32)},
+            "3 differences",
+        ),
+        (
+            {"blocks__0__attn__qkv__weight": None, "blocks__1__attn__qkv__weight": None},
+            r"missing blocks\.\[0,1\]\.attn\.qkv\.weight",
+        ),
+        ({"patch_embed__proj__weight": np.zeros((128, 3, 16, 16), np.float32)}, "patch size 16, not 14"),
+        ({"patch_embed__proj__weight": np.zeros((100, 3, 14, 14), np.float32)}, "heads of 64 of 100"),
+        ({"pos_embed": np.zeros((1, 1371, 128), np.float32)}, "positions 1371"),
+        ({"pos_embed": None}, "is not DINOv2"),
+        ({"norm__bias": np.full(128, np.inf, np.float32)}, "infinity"),
+    ],
+)
 def test_what_the_network_cannot_have(changes, text):
     """Another vision transformer's weights, damaged ones, or a tensor passed over."""
     with pytest.raises(UserError, match=f"(?s)x.pth.*{text}"):

@@ -104,10 +104,14 @@ def test_a_finished_part_is_not_fetched_again(server, tmp_path):
     assert path.read_bytes() == server.content
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"status": 404}, "answered 404"), ({"kind": "text/html"}, "page of text"),
-    ({"content": b"no weights" * 100}, "not a PyTorch file"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"status": 404}, "answered 404"),
+        ({"kind": "text/html"}, "page of text"),
+        ({"content": b"no weights" * 100}, "not a PyTorch file"),
+    ],
+)
 def test_a_server_with_something_else_is_refused(change, message, server, tmp_path):
     """A page about a moved file stored as weights."""
     vars(server).update(change)

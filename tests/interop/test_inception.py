@@ -38,12 +38,19 @@ def constant(name: str, shape, numbers: bytes, kind: int = 1, op: bytes = b"Cons
 
 def graph(arrays, **extra) -> bytes:
     """The frozen graph of weights in the port's layout, with a few of its other nodes."""
-    nodes = [field(1, field(1, b"Cast") + field(2, b"Cast") + field(3, b"DecodeJpeg")),
-             constant("DecodeJpeg/contents", (), field(8, b"jpeg"), kind=7),
-             constant("Sub/y", (), b"\x2d" + struct.pack("<f", 128)),
-             constant("ResizeBilinear/size", (2,), field(4, struct.pack("<2i", 299, 299)), kind=3)]
-    parts = {"conv.weight": "conv2d_params", "bn.weight": "batchnorm/gamma", "bn.bias": "batchnorm/beta",
-             "bn.running_mean": "batchnorm/moving_mean", "bn.running_var": "batchnorm/moving_variance"}
+    nodes = [
+        field(1, field(1, b"Cast") + field(2, b"Cast") + field(3, b"DecodeJpeg")),
+        constant("DecodeJpeg/contents", (), field(8, b"jpeg"), kind=7),
+        constant("Sub/y", (), b"\x2d" + struct.pack("<f", 128)),
+        constant("ResizeBilinear/size", (2,), field(4, struct.pack("<2i", 299, 299)), kind=3),
+    ]
+    parts = {
+        "conv.weight": "conv2d_params",
+        "bn.weight": "batchnorm/gamma",
+        "bn.bias": "batchnorm/beta",
+        "bn.running_mean": "batchnorm/moving_mean",
+        "bn.running_var": "batchnorm/moving_variance",
+    }
     found = {"softmax/weights": arrays["fc.weight"].T, "softmax/biases": arrays["fc.bias"]}
     for name, (place, *_) in inception.CONVOLUTIONS.items():
         for ours, theirs in parts.items():
@@ -82,26 +89,50 @@ def test_both_sources_give_the_same_bits(folder):
 
 def test_names_of_the_graph():
     """Towers or convolutions counted otherwise than in the graph of 2015, written down from torch-fidelity's table."""
-    assert {name: inception.CONVOLUTIONS[name][0] for name in (
-        "Conv2d_3b_1x1", "Mixed_5b.branch3x3dbl_3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_2", "Mixed_6d.branch1x1",
-        "Mixed_6e.branch7x7dbl_5", "Mixed_7a.branch3x3_2", "Mixed_7a.branch7x7x3_1", "Mixed_7b.branch3x3_2b",
-        "Mixed_7c.branch3x3dbl_3a", "Mixed_7c.branch_pool")} == {
-        "Conv2d_3b_1x1": "conv_3", "Mixed_5b.branch3x3dbl_3": "mixed/tower_1/conv_2", "Mixed_6a.branch3x3": "mixed_3/conv",
-        "Mixed_6a.branch3x3dbl_2": "mixed_3/tower/conv_1", "Mixed_6d.branch1x1": "mixed_6/conv",
-        "Mixed_6e.branch7x7dbl_5": "mixed_7/tower_1/conv_4", "Mixed_7a.branch3x3_2": "mixed_8/tower/conv_1",
-        "Mixed_7a.branch7x7x3_1": "mixed_8/tower_1/conv", "Mixed_7b.branch3x3_2b": "mixed_9/tower/mixed/conv_1",
-        "Mixed_7c.branch3x3dbl_3a": "mixed_10/tower_1/mixed/conv", "Mixed_7c.branch_pool": "mixed_10/tower_2/conv"}
+    assert {
+        name: inception.CONVOLUTIONS[name][0]
+        for name in (
+            "Conv2d_3b_1x1",
+            "Mixed_5b.branch3x3dbl_3",
+            "Mixed_6a.branch3x3",
+            "Mixed_6a.branch3x3dbl_2",
+            "Mixed_6d.branch1x1",
+            "Mixed_6e.branch7x7dbl_5",
+            "Mixed_7a.branch3x3_2",
+            "Mixed_7a.branch7x7x3_1",
+            "Mixed_7b.branch3x3_2b",
+            "Mixed_7c.branch3x3dbl_3a",
+            "Mixed_7c.branch_pool",
+        )
+    } == {
+        "Conv2d_3b_1x1": "conv_3",
+        "Mixed_5b.branch3x3dbl_3": "mixed/tower_1/conv_2",
+        "Mixed_6a.branch3x3": "mixed_3/conv",
+        "Mixed_6a.branch3x3dbl_2": "mixed_3/tower/conv_1",
+        "Mixed_6d.branch1x1": "mixed_6/conv",
+        "Mixed_6e.branch7x7dbl_5": "mixed_7/tower_1/conv_4",
+        "Mixed_7a.branch3x3_2": "mixed_8/tower/conv_1",
+        "Mixed_7a.branch7x7x3_1": "mixed_8/tower_1/conv",
+        "Mixed_7b.branch3x3_2b": "mixed_9/tower/mixed/conv_1",
+        "Mixed_7c.branch3x3dbl_3a": "mixed_10/tower_1/mixed/conv",
+        "Mixed_7c.branch_pool": "mixed_10/tower_2/conv",
+    }
     assert len(inception.CONVOLUTIONS) == 94
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"fc__bias": None, "Mixed_5b__branch1x1__bn__bias": np.zeros(3, np.float32), "aux": np.zeros(2, np.float32)},
-     "3 differences"),
-    ({"fc__weight": np.zeros((1000, 2048), np.float32)}, "torchvision's.*--download=inception"),
-    ({"Conv2d_1a_3x3__bn__running_var": np.full(32, -1, np.float32)}, "variance is not negative"),
-    ({"fc__bias": np.full(1008, np.nan, np.float32)}, "NaN"),
-    ({"fc__bias": np.zeros(1008, np.float16)}, "one dtype"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (
+            {"fc__bias": None, "Mixed_5b__branch1x1__bn__bias": np.zeros(3, np.float32), "aux": np.zeros(2, np.float32)},
+            "3 differences",
+        ),
+        ({"fc__weight": np.zeros((1000, 2048), np.float32)}, "torchvision's.*--download=inception"),
+        ({"Conv2d_1a_3x3__bn__running_var": np.full(32, -1, np.float32)}, "variance is not negative"),
+        ({"fc__bias": np.full(1008, np.nan, np.float32)}, "NaN"),
+        ({"fc__bias": np.zeros(1008, np.float16)}, "one dtype"),
+    ],
+)
 def test_what_the_network_cannot_have(changes, text):
     """Another network's weights, damaged ones, or a tensor passed over."""
     with pytest.raises(UserError, match=f"x.pt.*{text}"):
@@ -110,8 +141,10 @@ def test_what_the_network_cannot_have(changes, text):
 
 def test_a_graph_with_more_or_less_is_refused(tmp_path):
     """A constant of the graph that nobody looked at, or zeros for one that is not there."""
-    few = graph({name: np.zeros([1] * len(shape), np.float32) for name, shape in inception.LAYOUT.items()},
-                **{"aux/weights": np.zeros((2, 2), np.float32)})
+    few = graph(
+        {name: np.zeros([1] * len(shape), np.float32) for name, shape in inception.LAYOUT.items()},
+        **{"aux/weights": np.zeros((2, 2), np.float32)},
+    )
     (tmp_path / "x.pb").write_bytes(few)
     with pytest.raises(UserError) as error:
         formats.read(Source("inception_tf", tmp_path / "x.pb"))
@@ -125,16 +158,30 @@ def test_numbers_are_found_wherever_a_graph_keeps_them(tmp_path):
     """A list of numbers, packed or not, a single one for all, or doubles read as nothing."""
     packed, loose = struct.pack("<2f", 1, 2), b"".join(b"\x2d" + struct.pack("<f", x) for x in (1, 2))
     (tmp_path / "x.pb").write_bytes(
-        constant("packed", (2,), field(5, packed)) + constant("loose", (2, 1), loose) + constant("raw", (1, 2), field(4, packed))
-        + constant("all", (3,), b"\x2d" + struct.pack("<f", 7)) + constant("double", (2,), field(6, struct.pack("<2d", 1, 2)), 2)
-        + constant("int", (1,), field(7, b"\x01"), kind=3) + constant("variable", (2,), field(5, packed), op=b"Variable"))
+        constant("packed", (2,), field(5, packed))
+        + constant("loose", (2, 1), loose)
+        + constant("raw", (1, 2), field(4, packed))
+        + constant("all", (3,), b"\x2d" + struct.pack("<f", 7))
+        + constant("double", (2,), field(6, struct.pack("<2d", 1, 2)), 2)
+        + constant("int", (1,), field(7, b"\x01"), kind=3)
+        + constant("variable", (2,), field(5, packed), op=b"Variable")
+    )
     found = {name: tensor.load().tolist() for name, tensor in read_constants(tmp_path / "x.pb").items()}
     assert found == {"packed": [1, 2], "loose": [[1], [2]], "raw": [[1, 2]], "all": [7, 7, 7], "double": [1, 2]}
 
 
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b\x08\x00nonsense", b"<html>moved</html>", b"\xff" * 30,
-                                     constant("x", (2,), field(4, b"12345678"))[:-3],
-                                     constant("x", (3,), field(4, b"12345678")), constant("x", (1 << 60,), field(4, b"1234"))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x1f\x8b\x08\x00nonsense",
+        b"<html>moved</html>",
+        b"\xff" * 30,
+        constant("x", (2,), field(4, b"12345678"))[:-3],
+        constant("x", (3,), field(4, b"12345678")),
+        constant("x", (1 << 60,), field(4, b"1234")),
+    ],
+)
 def test_damaged_graphs_are_named(content, tmp_path):
     """A stack trace, endless memory or made-up numbers for a file that is cut short, packed or no graph."""
     (tmp_path / "x.pb").write_bytes(content)

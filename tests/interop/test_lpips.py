@@ -37,8 +37,12 @@ def test_every_tensor_arrives(file):
 
 def test_all_differences_are_listed(file):
     """A missing, extra or misshapen tensor skipped, or hidden behind the first one reported."""
-    tensors = lpips_weights.tensors(lin0__model__1__weight=None, lins__0__model__1__weight=None,
-                                    fc__bias=np.zeros(3, np.float32), net__slice1__0__bias=np.zeros(63, np.float32))
+    tensors = lpips_weights.tensors(
+        lin0__model__1__weight=None,
+        lins__0__model__1__weight=None,
+        fc__bias=np.zeros(3, np.float32),
+        net__slice1__0__bias=np.zeros(63, np.float32),
+    )
     with pytest.raises(UserError) as error:
         lpips.from_package(tensors, "x.pt")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lins.")}
@@ -57,14 +61,17 @@ def negative():
     return array
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"lin2__model__1__weight": negative(), "lins__2__model__1__weight": None}, "holds -0.5"),
-    ({"net__slice5__28__bias": np.full(512, np.nan, np.float32)}, "NaN"),
-    ({"scaling_layer__scale": np.zeros((1, 3, 1, 1), np.float32)}, "divided by"),
-    ({"lins__1__model__1__weight": np.ones((1, 128, 1, 1), np.float32)}, "differs from lin1.model.1.weight"),
-    ({"net__slice1__0__bias": np.zeros(64, np.float16)}, "one dtype"),
-    ({"net__slice1__0__weight": np.zeros((64, 3, 11, 11), np.float32)}, 'AlexNet.*net="vgg"'),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"lin2__model__1__weight": negative(), "lins__2__model__1__weight": None}, "holds -0.5"),
+        ({"net__slice5__28__bias": np.full(512, np.nan, np.float32)}, "NaN"),
+        ({"scaling_layer__scale": np.zeros((1, 3, 1, 1), np.float32)}, "divided by"),
+        ({"lins__1__model__1__weight": np.ones((1, 128, 1, 1), np.float32)}, "differs from lin1.model.1.weight"),
+        ({"net__slice1__0__bias": np.zeros(64, np.float16)}, "one dtype"),
+        ({"net__slice1__0__weight": np.zeros((64, 3, 11, 11), np.float32)}, 'AlexNet.*net="vgg"'),
+    ],
+)
 def test_what_lpips_cannot_have(changes, text):
     """A distance that can be negative or NaN, or another network's weights."""
     with pytest.raises(UserError, match=text):

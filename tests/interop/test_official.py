@@ -8,9 +8,15 @@ from dit_jax.errors import UserError
 from dit_jax.interop import official
 
 SHAPES = {  # of a network of width 32, patch 2, 4 channels, from the paper's code
-    "pos_embed": (1, 16, 32), "x_embedder.proj.weight": (32, 4, 2, 2), "t_embedder.mlp.0.weight": (32, 256),
-    "y_embedder.embedding_table.weight": (11, 32), "blocks.2.attn.qkv.weight": (96, 32), "blocks.0.mlp.fc1.weight": (128, 32),
-    "blocks.1.adaLN_modulation.1.weight": (192, 32), "final_layer.linear.weight": (32, 32), "final_layer.linear.bias": (32,),
+    "pos_embed": (1, 16, 32),
+    "x_embedder.proj.weight": (32, 4, 2, 2),
+    "t_embedder.mlp.0.weight": (32, 256),
+    "y_embedder.embedding_table.weight": (11, 32),
+    "blocks.2.attn.qkv.weight": (96, 32),
+    "blocks.0.mlp.fc1.weight": (128, 32),
+    "blocks.1.adaLN_modulation.1.weight": (192, 32),
+    "final_layer.linear.weight": (32, 32),
+    "final_layer.linear.bias": (32,),
 }
 
 

@@ -33,8 +33,15 @@ def storage(key="0", size=4, kind="FloatStorage"):
 
 
 def tensor(shape=(4,), strides=(1,), offset=0, **of):
-    return (op_global("torch._utils", "_rebuild_tensor_v2") + b"(" + storage(**of) + number(offset) + number(shape)
-            + number(strides) + b"\x89}tR")
+    return (
+        op_global("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + storage(**of)
+        + number(offset)
+        + number(shape)
+        + number(strides)
+        + b"\x89}tR"
+    )
 
 
 def write_zip(path, body, data=b"\0" * 16, compression=zipfile.ZIP_STORED):
@@ -63,16 +70,29 @@ def test_what_torch_saves_is_read_exactly(zipped, tmp_path):
     torch = pytest.importorskip("torch")
     base = torch.arange(24.0).reshape(4, 6)
     state = {
-        "whole": base, "transposed": base.T, "inner": base[1:3, 2:5], "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3),
-        "parameter": torch.nn.Parameter(torch.randn(3)), "half": torch.randn(5).half(), "brain": torch.randn(5).bfloat16(),
-        "double": torch.randn(2).double(), "long": torch.arange(3), "bool": torch.tensor([True, False]),
+        "whole": base,
+        "transposed": base.T,
+        "inner": base[1:3, 2:5],
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "half": torch.randn(5).half(),
+        "brain": torch.randn(5).bfloat16(),
+        "double": torch.randn(2).double(),
+        "long": torch.arange(3),
+        "bool": torch.tensor([True, False]),
     }
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
     optimizer.step()
     module = torch.nn.Linear(2, 3)
-    saved = {"ema": state, "model": module.state_dict(), "opt": optimizer.state_dict(),
-             "args": argparse.Namespace(model="DiT-XL/2", lr=1e-4), "order": OrderedDict(a=1)}
+    saved = {
+        "ema": state,
+        "model": module.state_dict(),
+        "opt": optimizer.state_dict(),
+        "args": argparse.Namespace(model="DiT-XL/2", lr=1e-4),
+        "order": OrderedDict(a=1),
+    }
     torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     assert pt_reader.is_pt(tmp_path / "x.pt")
     found = pt_reader.read(tmp_path / "x.pt")
@@ -112,8 +132,11 @@ def test_a_payload_is_refused_and_nothing_runs(payload, write, tmp_path, monkeyp
     assert not (tmp_path / CANARY).exists()
 
 
-@pytest.mark.parametrize("target", [op_global("torch._utils", "_rebuild_tensor_v2"), op_global("torch", "FloatStorage"),
-                                    storage(), tensor()], ids=["function", "storage type", "storage", "tensor"])
+@pytest.mark.parametrize(
+    "target",
+    [op_global("torch._utils", "_rebuild_tensor_v2"), op_global("torch", "FloatStorage"), storage(), tensor()],
+    ids=["function", "storage type", "storage", "tensor"],
+)
 def test_a_pickle_cannot_change_what_it_was_handed(target, tmp_path):
     """BUILD setting attributes: the shape of a checked tensor, the defaults of a function, a NumPy dtype."""
     state = b"}" + text("shape") + number((10**12,)) + b"s"
@@ -125,13 +148,27 @@ def test_a_pickle_cannot_change_what_it_was_handed(target, tmp_path):
 
 
 BAD_TENSORS = {
-    "huge": tensor(shape=(10**12,)), "huge by repetition": tensor(shape=(10**12,), strides=(0,)),
-    "past the end": tensor(offset=1), "long stride": tensor(shape=(2,), strides=(4,)), "negative stride": tensor(strides=(-1,)),
-    "negative size": tensor(shape=(-1,)), "negative offset": tensor(offset=-4), "ranks": tensor(shape=(2, 2), strides=(2,)),
-    "storage too large": tensor(size=10**12, shape=(10**12,)), "storage too small": tensor(size=2, shape=(2,)),
-    "other dtype": tensor(kind="DoubleStorage"), "absent": tensor(key="1"), "memo": b"}r\0\0\0\x02",
-    "text length": b"X\xff\xff\xff\x7f", "no storage": op_global("torch._utils", "_rebuild_tensor_v2") + b"(" + number("x")
-    + number(0) + number((1,)) + number((1,)) + b"\x89}tR",
+    "huge": tensor(shape=(10**12,)),
+    "huge by repetition": tensor(shape=(10**12,), strides=(0,)),
+    "past the end": tensor(offset=1),
+    "long stride": tensor(shape=(2,), strides=(4,)),
+    "negative stride": tensor(strides=(-1,)),
+    "negative size": tensor(shape=(-1,)),
+    "negative offset": tensor(offset=-4),
+    "ranks": tensor(shape=(2, 2), strides=(2,)),
+    "storage too large": tensor(size=10**12, shape=(10**12,)),
+    "storage too small": tensor(size=2, shape=(2,)),
+    "other dtype": tensor(kind="DoubleStorage"),
+    "absent": tensor(key="1"),
+    "memo": b"}r\0\0\0\x02",
+    "text length": b"X\xff\xff\xff\x7f",
+    "no storage": op_global("torch._utils", "_rebuild_tensor_v2")
+    + b"("
+    + number("x")
+    + number(0)
+    + number((1,))
+    + number((1,))
+    + b"\x89}tR",
 }
 
 

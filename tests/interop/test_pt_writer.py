@@ -10,8 +10,11 @@ from dit_files import held
 from dit_jax.interop import pt_reader, pt_writer
 
 ARRAYS = {
-    "matrix.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
-    "scalar": np.array(2.5, np.float16), "empty": np.zeros((0, 3), np.float32), "brain": np.arange(300).astype(jnp.bfloat16),
+    "matrix.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "scalar": np.array(2.5, np.float16),
+    "empty": np.zeros((0, 3), np.float32),
+    "brain": np.arange(300).astype(jnp.bfloat16),
     "table": np.ones((1, 70000), np.float32),
 }
 
@@ -53,6 +56,7 @@ def test_numbers_start_at_multiples_of_64(path):
 
 def test_a_failure_leaves_the_old_file_and_no_other(path):
     """A half-written file in place of a good one, or beside it."""
+
     def fail():
         raise OSError("gone")
 

@@ -14,11 +14,16 @@ from dit_jax.interop import tensors as t
 
 def test_what_is_written_the_library_reads(tmp_path):
     """A wrong offset, an unpadded header, a transposed array written in memory order."""
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "a": np.arange(3).astype(jnp.bfloat16),
-              "scalar": np.array(2, np.float16)}
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.arange(3).astype(jnp.bfloat16),
+        "scalar": np.array(2, np.float16),
+    }
     t.write_safetensors(tmp_path / "new" / "x.safetensors", {name: held(array) for name, array in arrays.items()}, {"k": "v"})
-    for found in (load_file(tmp_path / "new" / "x.safetensors"),
-                  {k: v.load() for k, v in t.open_safetensors(tmp_path / "new" / "x.safetensors")[0].items()}):
+    for found in (
+        load_file(tmp_path / "new" / "x.safetensors"),
+        {k: v.load() for k, v in t.open_safetensors(tmp_path / "new" / "x.safetensors")[0].items()},
+    ):
         assert found.keys() == arrays.keys()
         for name, array in arrays.items():
             assert found[name].dtype == array.dtype
@@ -33,8 +38,12 @@ def test_differences_are_listed_in_full_and_equal_ones_together():
     with pytest.raises(UserError) as error:
         t.check(found, expected, "f")
     assert [line.strip() for line in str(error.value).splitlines()] == [
-        "f does not fit the model. Of 14 tensors, 14 differences:", "extra z [1]",
-        "misshapen y: [2] instead of [1]", "missing blocks.[0,1,2,4,5,6,7,8,9,10,11].a [2]", "missing x [1]"]
+        "f does not fit the model. Of 14 tensors, 14 differences:",
+        "extra z [1]",
+        "misshapen y: [2] instead of [1]",
+        "missing blocks.[0,1,2,4,5,6,7,8,9,10,11].a [2]",
+        "missing x [1]",
+    ]
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float64",), ("int64",)])
@@ -60,10 +69,18 @@ def test_parts_are_read_together(index):
     assert [file.name for file in files] == ["1.safetensors", "2.safetensors"]
 
 
-@pytest.mark.parametrize(("places", "message"), [
-    ({"a": "1.safetensors"}, None), ({"a": "1.safetensors", "b": "1.safetensors"}, "disagree about b"),
-    ({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors does not exist"), ({"a": "../1.safetensors"}, "outside"),
-    ({"a": "/etc/passwd"}, "outside"), ({"a": 1}, "outside"), ([], "not an index")])
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"a": "1.safetensors"}, None),
+        ({"a": "1.safetensors", "b": "1.safetensors"}, "disagree about b"),
+        ({"a": "1.safetensors", "b": "3.safetensors"}, "3.safetensors does not exist"),
+        ({"a": "../1.safetensors"}, "outside"),
+        ({"a": "/etc/passwd"}, "outside"),
+        ({"a": 1}, "outside"),
+        ([], "not an index"),
+    ],
+)
 def test_an_index_that_lies_is_refused(places, message, index):
     """A tensor missing from its part, or a path that leaves the folder."""
     index.write_text(json.dumps({"weight_map": places}))

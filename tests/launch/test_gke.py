@@ -11,8 +11,17 @@ from paths import ROOT
 yaml = pytest.importorskip("yaml")
 
 SCHEMA = json.loads((ROOT / "tests" / "golden" / "jobset_v1alpha2.json").read_text())
-COMMAND = ["python", "-m", "dit_jax.main", "--workdir=/gcs/b4", "--title=two words", "it's", "yes", "",
-           '"q": {x} # $(HOME) $HOME @NAME@']
+COMMAND = [
+    "python",
+    "-m",
+    "dit_jax.main",
+    "--workdir=/gcs/b4",
+    "--title=two words",
+    "it's",
+    "yes",
+    "",
+    '"q": {x} # $(HOME) $HOME @NAME@',
+]
 KINDS = {"tpu": ["--accelerator=tpu-v6e-slice", "--topology=4x4"], "gpu": ["--accelerator=nvidia-h200-141gb", "--nodes=3"]}
 BASE = ["--name=b4", "--image=registry/dit_jax:abc123", "--bucket=my-bucket"]
 
@@ -27,8 +36,13 @@ exit $?
 
 
 def call(*words, command=COMMAND, environment=None):
-    return subprocess.run([ROOT / "launch" / "gke.sh", *words, "--", *command], capture_output=True, text=True, timeout=60,
-                          env=os.environ | (environment or {}))
+    return subprocess.run(
+        [ROOT / "launch" / "gke.sh", *words, "--", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | (environment or {}),
+    )
 
 
 def rendered(kind):
@@ -86,7 +100,8 @@ def test_command_and_restarts(kind):
     assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
     assert job["podFailurePolicy"]["rules"] == [
         {"action": "FailJob", "onExitCodes": {"containerName": main["name"], "operator": "In", "values": [75]}},
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
     (rule,) = spec["failurePolicy"]["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert spec["failurePolicy"]["maxRestarts"] > 0
@@ -108,7 +123,10 @@ def test_gpu_pods_find_process_0():
     # <jobset>-<replicated job>-<job index>-<pod index>.<subdomain>, which is the jobset's name if not given
     host = f"{manifest['metadata']['name']}-{job['name']}-0-0.{manifest['metadata']['name']}"
     assert expanded(main["args"], {variable["name"]: "2"}) == [
-        f"--coordinator_address={host}:55527", "--num_processes=3", "--process_id=2"]
+        f"--coordinator_address={host}:55527",
+        "--num_processes=3",
+        "--process_id=2",
+    ]
     assert manifest["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
 
 

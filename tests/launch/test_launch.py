@@ -49,8 +49,13 @@ def test_help(name):
 def local(folder, program, *options):
     (folder / "program.py").write_text(f"import os, signal, sys, time\nrank = int(sys.argv[-1][-1])\n{program}\n")
     launcher = [sys.executable, LAUNCH / "local.py", f"--logs={folder / 'logs'}", *options]
-    return subprocess.Popen([*launcher, "--", sys.executable, "program.py", "a b"], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*launcher, "--", sys.executable, "program.py", "a b"],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_local_arguments_and_logs(tmp_path):
@@ -65,13 +70,16 @@ def test_local_arguments_and_logs(tmp_path):
     assert not (tmp_path / "logs" / "process_0.log").exists()
 
 
-@pytest.mark.parametrize("program, status", [
-    ("sys.exit(0)", 0),
-    ("sys.exit(75)", 75),
-    ("sys.exit(3 if rank == 1 else 75)", 3),
-    ("os.kill(os.getpid(), 9) if rank == 1 else sys.exit(0)", 137),
-    ("print('why', file=sys.stderr) or sys.exit(4) if rank == 1 else time.sleep(60)", 4),
-])
+@pytest.mark.parametrize(
+    "program, status",
+    [
+        ("sys.exit(0)", 0),
+        ("sys.exit(75)", 75),
+        ("sys.exit(3 if rank == 1 else 75)", 3),
+        ("os.kill(os.getpid(), 9) if rank == 1 else sys.exit(0)", 137),
+        ("print('why', file=sys.stderr) or sys.exit(4) if rank == 1 else time.sleep(60)", 4),
+    ],
+)
 def test_local_status(tmp_path, program, status):
     """A failure that is not reported, or processes that go on for ever without the one that died."""
     process = local(tmp_path, program, "--grace=0.2")
@@ -113,8 +121,11 @@ def test_local_mistakes(tmp_path):
 def slurm(folder, status, state, *arguments, script="exit STATUS"):
     tools = folder / "bin"
     tools.mkdir()
-    for name, text in {"srun": f"printf '%s\\0' \"$@\" >srun\n{script.replace('STATUS', str(status))}", "squeue": f"echo {state}",
-                       "scontrol": 'echo "$*" >scontrol'}.items():
+    for name, text in {
+        "srun": f"printf '%s\\0' \"$@\" >srun\n{script.replace('STATUS', str(status))}",
+        "squeue": f"echo {state}",
+        "scontrol": 'echo "$*" >scontrol',
+    }.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tools / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "b4"}
@@ -122,9 +133,17 @@ def slurm(folder, status, state, *arguments, script="exit STATUS"):
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("status, state, requeued", [
-    (0, "RUNNING", False), (1, "RUNNING", False), (75, "RUNNING", True), (143, "RUNNING", True), (75, "COMPLETING", False),
-    (75, "", False)])
+@pytest.mark.parametrize(
+    "status, state, requeued",
+    [
+        (0, "RUNNING", False),
+        (1, "RUNNING", False),
+        (75, "RUNNING", True),
+        (143, "RUNNING", True),
+        (75, "COMPLETING", False),
+        (75, "", False),
+    ],
+)
 def test_slurm_requeues_what_was_stopped(tmp_path, status, state, requeued):
     """A run that ends at its time limit for good; a failure that is repeated; a job that comes back after scancel."""
     words = ["--config=configs/imagenet.py:B/4,256", "--config.title=two words", "$HOME *", ""]
@@ -135,7 +154,7 @@ def test_slurm_requeues_what_was_stopped(tmp_path, status, state, requeued):
     if requeued:
         assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
     started = (tmp_path / "srun").read_text().split("\0")[:-1]
-    assert started[started.index("python"):] == ["python", "-m", "dit_jax.main", *words]
+    assert started[started.index("python") :] == ["python", "-m", "dit_jax.main", *words]
     assert "--output=b4-17-task%t.log" in started
 
 
@@ -174,8 +193,14 @@ def test_container_file():
 def test_what_was_stopped_ends_with_75():
     """The one status that every launcher relies on, lost in console.run."""
     program = "from dit_jax import console; console.run(lambda: {'stopped': True})"
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                             capture_output=True, text=True, timeout=120)
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert process.returncode == 75 and json.loads(process.stdout) == {"stopped": True}, process.stderr
 
 
@@ -186,8 +211,14 @@ def test_a_stopped_run_ends_with_75(tmp_path):
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "dit_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path}"]
     fields = ["num_steps=100000", "batch_size=8", "model.depth=1", "model.width=32", "log.every_steps=1", "preview.every_steps=0"]
-    process = subprocess.Popen([*command, *(f"--config.{field}" for field in fields)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, *(f"--config.{field}" for field in fields)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         for line in process.stderr:
             if line.startswith("step "):

@@ -56,8 +56,15 @@ class Cloud:
 
     def start(self, *options, command=(), folder=None):
         words = ["python", "-m", "dit_jax.main", f"--workdir={folder or self.shared}/b4", *command]
-        return subprocess.Popen([self.script, *OPTIONS, *options, "--", *words], env=self.environment, cwd=self.folder,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            [self.script, *OPTIONS, *options, "--", *words],
+            env=self.environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def call(self, *options, **more):
         process = self.start(*options, **more)
@@ -65,8 +72,9 @@ class Cloud:
         return process.returncode, stdout, stderr
 
     def action(self, option):
-        return subprocess.run([self.script, "--name=run", "--zone=z1", option], env=self.environment,
-                              capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [self.script, "--name=run", "--zone=z1", option], env=self.environment, capture_output=True, text=True, timeout=60
+        )
 
     def calls(self, verb=None):
         lines = (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
@@ -211,8 +219,7 @@ MISTAKES = {
 def test_mistakes(cloud, mistake):
     """A mistake found out after the slice was requested."""
     words, text = MISTAKES[mistake]
-    process = subprocess.run([cloud.script, *OPTIONS, *words], env=cloud.environment,
-                             capture_output=True, text=True, timeout=60)
+    process = subprocess.run([cloud.script, *OPTIONS, *words], env=cloud.environment, capture_output=True, text=True, timeout=60)
     assert process.returncode == 2 and text in process.stderr and not cloud.calls()
 
 
@@ -233,7 +240,14 @@ def test_dry_run_shows_all_and_does_nothing(cloud):
     """A dry run that costs money, or that hides a step."""
     status, stdout, stderr = cloud.call("--dry-run", "--bucket=b", "--delete-when-done")
     assert status == 0 and not cloud.calls() and not (cloud.folder / "logs").exists(), stderr
-    steps = ("describe gs://b", "queued-resources create run", " scp ", r"\ install\ ", r"\ mount\ b\ /mnt/b", r"\ run\ ",
-             "delete run")
+    steps = (
+        "describe gs://b",
+        "queued-resources create run",
+        " scp ",
+        r"\ install\ ",
+        r"\ mount\ b\ /mnt/b",
+        r"\ run\ ",
+        "delete run",
+    )
     places = [stdout.find(step) for step in steps]
     assert -1 not in places and places == sorted(places), stdout

@@ -51,11 +51,14 @@ def test_influence_is_the_derivative():
     assert (ends[1] - ends[0]) / 2e-4 * 300 == pytest.approx((influence - influence.mean())[7], rel=0.02)
 
 
-@pytest.mark.parametrize("arguments, text", [
-    ((1.0, np.zeros(1)), "at least 2"),
-    ((1.0, np.zeros(9), 10), "at least 100"),
-    ((1.0, np.zeros(9), 100, 95), "between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ((1.0, np.zeros(1)), "at least 2"),
+        ((1.0, np.zeros(9), 10), "at least 100"),
+        ((1.0, np.zeros(9), 100, 95), "between 0 and 1"),
+    ],
+)
 def test_bad_arguments(arguments, text):
     """A level in per cent, or an interval from a handful of replicates."""
     with pytest.raises(UserError, match=text):

@@ -53,8 +53,9 @@ def test_transformers_layout_is_read(gated, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    config = transformers.Dinov2Config(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14,
-                                       use_swiglu_ffn=gated)
+    config = transformers.Dinov2Config(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14, use_swiglu_ffn=gated
+    )
     model = transformers.Dinov2Model(config).eval()
     for name, parameter in model.named_parameters():
         parameter.data.add_(torch.randn_like(parameter) * (0.3 if "embed" in name else 0.05))

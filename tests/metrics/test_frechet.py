@@ -41,8 +41,10 @@ def test_gradient():
     rng = np.random.default_rng(2)
     step = rng.standard_normal((24, 24))
     by_mean, by_covariance = rng.standard_normal(24), step + step.T
-    ends = [frechet_distance(a._replace(mean=a.mean + h * by_mean, covariance=a.covariance + h * by_covariance), b)
-            for h in (-1e-5, 1e-5)]
+    ends = [
+        frechet_distance(a._replace(mean=a.mean + h * by_mean, covariance=a.covariance + h * by_covariance), b)
+        for h in (-1e-5, 1e-5)
+    ]
     expected = found.by_mean @ by_mean + np.sum(found.by_covariance * by_covariance)
     assert (ends[1] - ends[0]) / 2e-5 == pytest.approx(expected, rel=1e-5)
     assert found.distance == pytest.approx(frechet_distance(a, b), rel=1e-12)

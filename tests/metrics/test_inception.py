@@ -28,9 +28,12 @@ def params(tmp_path_factory):
 def outputs(params):
     """{size: outputs} of the three sizes of the golden file; one compilation for the network."""
     forward = jax.jit(lambda params, x: InceptionV3().apply({"params": params}, x))
-    return {size: jax.tree.map(np.asarray, forward(params, (bilinear_tensorflow(metric_networks.photographs(*sides), INPUT_SIZE)
-                                                            - 128) / 128))
-            for size, sides in {"shrunk": (331, 217), "enlarged": (64, 50), "unchanged": (299, 299)}.items()}
+    return {
+        size: jax.tree.map(
+            np.asarray, forward(params, (bilinear_tensorflow(metric_networks.photographs(*sides), INPUT_SIZE) - 128) / 128)
+        )
+        for size, sides in {"shrunk": (331, 217), "enlarged": (64, 50), "unchanged": (299, 299)}.items()
+    }
 
 
 @pytest.mark.parametrize("size", ["shrunk", "enlarged", "unchanged"])

@@ -24,8 +24,10 @@ def published_formula(p, parts):
 def test_parts_of_both_conventions(count):
     """Parts that drop the remainder, or begin elsewhere than OpenAI's (5,000 images each) and torch-fidelity's (tenths)."""
     p = softmax(random_logits(count))
-    for name, parts in (("fives", [p[i:i + 5_000] for i in range(0, count, 5_000)]),
-                        ("tenths", [p[i * count // 10:(i + 1) * count // 10] for i in range(10)])):
+    for name, parts in (
+        ("fives", [p[i : i + 5_000] for i in range(0, count, 5_000)]),
+        ("tenths", [p[i * count // 10 : (i + 1) * count // 10] for i in range(10)]),
+    ):
         assert inception_score(class_sums(p, partition(name, count))) == pytest.approx(published_formula(p, parts), rel=1e-10)
 
 

@@ -12,6 +12,7 @@ def random_features(seed, count, scale=1.0, center=0.0):
 
 def plain(samples, reference, k):
     """From the whole matrix of distances, in float64."""
+
     def distances(a, b):
         return np.sqrt(np.square(a[:, None].astype(float) - b[None]).sum(-1))
 
@@ -40,8 +41,9 @@ def test_torch_fidelity():
     import torch
 
     samples, reference = random_features(0, 203, 0.8), random_features(1, 150)
-    theirs = fidelity.prc_features_to_metric(torch.tensor(samples), torch.tensor(reference), prc_neighborhood=3,
-                                             prc_batch_size=64, save_cpu_ram=False, verbose=False)
+    theirs = fidelity.prc_features_to_metric(
+        torch.tensor(samples), torch.tensor(reference), prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False
+    )
     assert precision_recall(samples, reference) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
 
 

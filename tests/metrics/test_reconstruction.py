@@ -19,6 +19,7 @@ def pairs(shape, noise=30.0, seed=0):
 
 def filtered_ssim(x, y):
     """One pair, by SciPy's Gaussian filter of the whole image and its border cut off, channel by channel."""
+
     def blur(z):
         return ndimage.gaussian_filter(z, 1.5, truncate=3.5, axes=(0, 1))[5:-5, 5:-5]
 
@@ -113,12 +114,15 @@ def test_windows_that_do_not_fit(window, text):
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-@pytest.mark.parametrize("x, y, text", [
-    (np.zeros((1, 16, 16, 3), np.float32), None, "float32.*uint8"),
-    (np.zeros((16, 16, 3), np.uint8), None, "uint8 .N >= 1"),
-    (np.zeros((0, 16, 16, 3), np.uint8), None, "uint8 .N >= 1"),
-    (np.zeros((2, 16, 16, 3), np.uint8), np.zeros((1, 16, 16, 3), np.uint8), "no pairs"),
-])
+@pytest.mark.parametrize(
+    "x, y, text",
+    [
+        (np.zeros((1, 16, 16, 3), np.float32), None, "float32.*uint8"),
+        (np.zeros((16, 16, 3), np.uint8), None, "uint8 .N >= 1"),
+        (np.zeros((0, 16, 16, 3), np.uint8), None, "uint8 .N >= 1"),
+        (np.zeros((2, 16, 16, 3), np.uint8), np.zeros((1, 16, 16, 3), np.uint8), "no pairs"),
+    ],
+)
 def test_bad_images(metric, x, y, text):
     """Images in [-1, 1] measured against a peak of 255, or one image compared with many."""
     with pytest.raises(ValueError, match=text):

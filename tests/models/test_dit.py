@@ -15,28 +15,55 @@ from dit_jax.models.dit import CONDITIONINGS, DiT
 from dit_jax.models.macs import dit_macs
 
 PAPER_PARAMETERS = {  # trainable, 256 px, learned variance, 1000 + 1 classes
-    "S/8": 33142016, "S/4": 32920448, "S/2": 32865056, "B/8": 130869248, "B/4": 130426496, "B/2": 130315808,
-    "L/8": 458578432, "L/4": 457988224, "L/2": 457840672, "XL/8": 675664640, "XL/4": 675000704, "XL/2": 674834720,
+    "S/8": 33142016,
+    "S/4": 32920448,
+    "S/2": 32865056,
+    "B/8": 130869248,
+    "B/4": 130426496,
+    "B/2": 130315808,
+    "L/8": 458578432,
+    "L/4": 457988224,
+    "L/2": 457840672,
+    "XL/8": 675664640,
+    "XL/4": 675000704,
+    "XL/2": 674834720,
 }
 PAPER_GMACS = {  # (256 px, 512 px), what the paper prints as Gflops
-    "S/8": (0.36, 1.43), "S/4": (1.41, 6.07), "S/2": (6.06, 31.44), "B/8": (1.42, 5.59), "B/4": (5.56, 23.03),
-    "B/2": (23.01, 106.38), "L/8": (5.01, 19.73), "L/4": (19.7, 80.74), "L/2": (80.71, 360.98), "XL/8": (7.39, 29.09),
-    "XL/4": (29.05, 118.66), "XL/2": (118.64, 524.6),
+    "S/8": (0.36, 1.43),
+    "S/4": (1.41, 6.07),
+    "S/2": (6.06, 31.44),
+    "B/8": (1.42, 5.59),
+    "B/4": (5.56, 23.03),
+    "B/2": (23.01, 106.38),
+    "L/8": (5.01, 19.73),
+    "L/4": (19.7, 80.74),
+    "L/2": (80.71, 360.98),
+    "XL/8": (7.39, 29.09),
+    "XL/4": (29.05, 118.66),
+    "XL/2": (118.64, 524.6),
 }
 PAPER_CONDITIONING = {  # XL/2: millions of parameters, GMACs
-    "in_context": (449, 119.37), "cross_attention": (598, 137.62), "adaln": (600, 118.56), "adaln_zero": (675, 118.64),
+    "in_context": (449, 119.37),
+    "cross_attention": (598, 137.62),
+    "adaln": (600, 118.56),
+    "adaln_zero": (675, 118.64),
 }
 
 
 def paper_model(size, conditioning="adaln_zero"):
     fields = recipes.model(size)
-    return DiT(conditioning=conditioning, num_classes=1000, out_channels=8,
-               **{k: fields[k] for k in ("patch_size", "depth", "width", "heads")})
+    return DiT(
+        conditioning=conditioning,
+        num_classes=1000,
+        out_channels=8,
+        **{k: fields[k] for k in ("patch_size", "depth", "width", "heads")},
+    )
 
 
 def parameters(net, side=32):
-    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, side, side, 4)), jnp.zeros((1,)),
-                            {"label": jnp.zeros((1,), jnp.int32)})
+    shapes = jax.eval_shape(
+        net.init, jax.random.key(0), jnp.zeros((1, side, side, 4)), jnp.zeros((1,)), {"label": jnp.zeros((1,), jnp.int32)}
+    )
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
@@ -140,8 +167,11 @@ def test_attention_is_softmax(dtype, tolerance):
     y, gradients = jax.vjp(lambda *x: layers.dot_product_attention(*x, "xla"), q, k, v)
     dy_v = np.einsum("bnhe,bmhe->bhnm", exact[3], exact[2])
     d_scores = weights * (dy_v - (weights * dy_v).sum(-1, keepdims=True)) / math.sqrt(e)
-    expected = [np.einsum("bhnm,bmhe->bnhe", d_scores, exact[1]), np.einsum("bhnm,bnhe->bmhe", d_scores, exact[0]),
-                np.einsum("bhnm,bnhe->bmhe", weights, exact[3])]
+    expected = [
+        np.einsum("bhnm,bmhe->bnhe", d_scores, exact[1]),
+        np.einsum("bhnm,bnhe->bmhe", d_scores, exact[0]),
+        np.einsum("bhnm,bnhe->bmhe", weights, exact[3]),
+    ]
     for ours, other in zip((y, *gradients(dy)), (np.einsum("bhnm,bmhe->bnhe", weights, exact[2]), *expected), strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(np.asarray(ours, np.float64), other, rtol=tolerance, atol=tolerance * abs(other).max())
@@ -160,8 +190,9 @@ def test_projections_apart_or_together(dtype, tolerance):
 
     for one, other in zip(jax.tree.leaves(outcome(together)), jax.tree.leaves(outcome(apart)), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
-        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (one, other)), rtol=tolerance,
-                                   atol=tolerance * float(abs(one).max()))
+        np.testing.assert_allclose(
+            *(np.asarray(a, np.float32) for a in (one, other)), rtol=tolerance, atol=tolerance * float(abs(one).max())
+        )
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -271,16 +302,17 @@ def test_bfloat16_is_close():
     assert tiny.distance(half.apply(params, x, t, cond), y) < 0.05
 
 
-@pytest.mark.parametrize("fields, text", [
-    ({"heads": 5}, "does not divide"),
-    ({"patch_size": 3}, "not a multiple of model.patch_size = 3"),
-    ({"conditioning": "film"}, "must be one of adaln_zero"),
-    ({"remat": "some"}, "must be one of auto, none"),
-    ({"depth": 0}, "at least 1"),
-])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"heads": 5}, "does not divide"),
+        ({"patch_size": 3}, "not a multiple of model.patch_size = 3"),
+        ({"conditioning": "film"}, "must be one of adaln_zero"),
+        ({"remat": "some"}, "must be one of auto, none"),
+        ({"depth": 0}, "at least 1"),
+    ],
+)
 def test_bad_fields(fields, text):
     """A mistake in the model section that surfaces as a shape error from within a layer."""
     with pytest.raises(UserError, match=text):
         tiny.dit(**fields).init(jax.random.key(0), *inputs())
-
-

@@ -39,7 +39,7 @@ def distance(ours, name):
     """Per example: largest difference over largest value; SiT's ignored half is left out."""
     theirs = GOLDEN[name]
     assert ours.shape[:-1] == theirs.shape[:-1]
-    return np.abs(ours[..., :theirs.shape[-1]] - theirs).max((1, 2, 3)) / np.abs(theirs).max((1, 2, 3))
+    return np.abs(ours[..., : theirs.shape[-1]] - theirs).max((1, 2, 3)) / np.abs(theirs).max((1, 2, 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)

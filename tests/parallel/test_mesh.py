@@ -14,12 +14,15 @@ from dit_jax.parallel.mesh import arrange, make_mesh, reader_place
 def torus(*sides, kind="TPU v6 lite"):
     """TPUs of a slice, four to a host, in the order of their hosts."""
     places = sorted(itertools.product(*map(range, sides)), key=lambda at: (at[2], at[1] // 2, at[0] // 2, at[1], at[0]))
-    return [SimpleNamespace(platform="tpu", device_kind=kind, core_on_chip=0, id=i, coords=at, process_index=i // 4)
-            for i, at in enumerate(places)]
+    return [
+        SimpleNamespace(platform="tpu", device_kind=kind, core_on_chip=0, id=i, coords=at, process_index=i // 4)
+        for i, at in enumerate(places)
+    ]
 
 
-@pytest.mark.parametrize("sizes, sides", [((8, 1, 2, 1), (4, 4, 1)), ((1, 4, 2, 2), (4, 4, 1)), ((8, 4, 2, 1), (4, 4, 4)),
-                                          ((2, 16, 1, 2), (4, 4, 4))])
+@pytest.mark.parametrize(
+    "sizes, sides", [((8, 1, 2, 1), (4, 4, 1)), ((1, 4, 2, 2), (4, 4, 1)), ((8, 4, 2, 1), (4, 4, 4)), ((2, 16, 1, 2), (4, 4, 4))]
+)
 def test_a_torus_is_split_where_the_mesh_asks(sizes, sides):
     """A tensor axis of 2 refused on a torus whose sides are 4, or given to devices that are not neighbours."""
     mesh = arrange(sizes, torus(*sides))
@@ -35,8 +38,9 @@ def gpus(*per_host):
     return [SimpleNamespace(platform="gpu", device_kind="H100", id=i, slice_index=host) for i, host in enumerate(hosts)]
 
 
-@pytest.mark.parametrize("sizes, across", [((4, 2, 2, 1), (0,)), ((1, 16, 1, 1), (1,)), ((2, 4, 2, 1), (0,)),
-                                           ((1, 4, 4, 1), (1,))])
+@pytest.mark.parametrize(
+    "sizes, across", [((4, 2, 2, 1), (0,)), ((1, 16, 1, 1), (1,)), ((2, 4, 2, 1), (0,)), ((1, 4, 4, 1), (1,))]
+)
 def test_gpus_of_two_hosts(sizes, across):
     """A run on two hosts with GPUs that JAX refuses to build a mesh for; a tensor axis over the slow network between them."""
     mesh = arrange(sizes, gpus(8, 8))
@@ -65,12 +69,15 @@ def pod(shape, owners):
     return SimpleNamespace(devices=devices, shape=dict(zip(("data", "fsdp", "tensor", "sequence"), shape, strict=True)))
 
 
-@pytest.mark.parametrize("shape, owners, places", [
-    ((2, 4, 1, 1), [0] * 4 + [1] * 4, [(0, 2), (1, 2)]),
-    ((1, 1, 8, 1), [0] * 4 + [1] * 4, [(0, 1), (0, 1)]),
-    ((2, 1, 2, 2), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-    ((4, 1, 2, 1), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-])
+@pytest.mark.parametrize(
+    "shape, owners, places",
+    [
+        ((2, 4, 1, 1), [0] * 4 + [1] * 4, [(0, 2), (1, 2)]),
+        ((1, 1, 8, 1), [0] * 4 + [1] * 4, [(0, 1), (0, 1)]),
+        ((2, 1, 2, 2), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((4, 1, 2, 1), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
 def test_who_reads_what(monkeypatch, shape, owners, places):
     """Processes that share rows (tensor over hosts) and read different ones: their devices would train on different batches."""
     for process, wanted in enumerate(places):
@@ -84,10 +91,13 @@ def test_rows_that_two_processes_share_in_part():
         reader_place(pod((3, 1, 2, 1), [0, 0, 0, 1, 1, 1]))
 
 
-@pytest.mark.parametrize("fields, text", [
-    ({"sequence": 0}, "mesh.sequence is 0; it must be at least 1"),
-    ({"sequence": 3}, "= 2 x 1 x 1 x 3 = 6 needs as many devices"),
-])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"sequence": 0}, "mesh.sequence is 0; it must be at least 1"),
+        ({"sequence": 3}, "= 2 x 1 x 1 x 3 = 6 needs as many devices"),
+    ],
+)
 def test_bad_mesh(fields, text):
     """An axis that is dropped, or leaves devices idle."""
     with pytest.raises(UserError, match=text):

@@ -24,8 +24,10 @@ from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.state import abstract_state, create_sharded
 
 BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
-BATCH = {"image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
-         "label": np.arange(16, dtype=np.int32) % 10}
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
+    "label": np.arange(16, dtype=np.int32) % 10,
+}
 TINY = {"model__heads": 8, "model__width": 64}
 
 
@@ -82,8 +84,13 @@ def numbers(task, mesh):
     step, zeros, _ = compile_step(task, mesh, 0, state, constants, batch)
     new, _ = step(state, zeros(), constants, batch)
     new = jax.device_get(new)
-    return {"output": output, "gradients": gradients, "params": new.params, "ema_params": new.ema_params,
-            "moments": new.opt_state}
+    return {
+        "output": output,
+        "gradients": gradients,
+        "params": new.params,
+        "ema_params": new.ema_params,
+        "moments": new.opt_state,
+    }
 
 
 def compare(block, shape, zero1=False, **fields):
@@ -95,38 +102,74 @@ def compare(block, shape, zero1=False, **fields):
 
 
 SLOW = pytest.mark.slow
-MESHES = [(2, 2, 1, 2), (8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1), (1, 1, 8, 1), (1, 8, 1, 1), (4, 2, 1, 1), (1, 2, 2, 2),
-          (1, 1, 1, 8), (2, 1, 1, 4)]
+MESHES = [
+    (2, 2, 1, 2),
+    (8, 1, 1, 1),
+    (2, 2, 2, 1),
+    (1, 4, 2, 1),
+    (1, 1, 8, 1),
+    (1, 8, 1, 1),
+    (4, 2, 1, 1),
+    (1, 2, 2, 2),
+    (1, 1, 1, 8),
+    (2, 1, 1, 4),
+]
 
 
-@pytest.mark.parametrize("shape, block, zero1", [
-    ((2, 2, 1, 2), "in_context", True),
-    *(pytest.param(shape, block, False, marks=SLOW if BLOCKS[i % 4] == block else pytest.mark.exhaustive)
-      for i, shape in enumerate(MESHES) for block in BLOCKS),
-    pytest.param((2, 2, 2, 1), "cross_attention", True, marks=SLOW),
-    *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
-    *(pytest.param(shape, "autoencoder", zero1, marks=SLOW) for shape, zero1 in (((1, 8, 1, 1), False), ((2, 2, 2, 1), True))),
-])
+@pytest.mark.parametrize(
+    "shape, block, zero1",
+    [
+        ((2, 2, 1, 2), "in_context", True),
+        *(
+            pytest.param(shape, block, False, marks=SLOW if BLOCKS[i % 4] == block else pytest.mark.exhaustive)
+            for i, shape in enumerate(MESHES)
+            for block in BLOCKS
+        ),
+        pytest.param((2, 2, 2, 1), "cross_attention", True, marks=SLOW),
+        *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
+        *(
+            pytest.param(shape, "autoencoder", zero1, marks=SLOW)
+            for shape, zero1 in (((1, 8, 1, 1), False), ((2, 2, 2, 1), True))
+        ),
+    ],
+)
 def test_one_device_is_every_mesh(shape, block, zero1):
     """A sharding under which XLA gives other numbers: of the forward, a gradient, a step, the average."""
     compare(block, shape, zero1)
 
 
-SIXTEEN = [((16, 1, 1, 1), False), ((4, 4, 1, 1), False), ((2, 2, 4, 1), False), ((4, 2, 2, 1), False), ((2, 2, 1, 4), False),
-           ((1, 16, 1, 1), True), ((2, 2, 2, 2), True)]
+SIXTEEN = [
+    ((16, 1, 1, 1), False),
+    ((4, 4, 1, 1), False),
+    ((2, 2, 4, 1), False),
+    ((4, 2, 2, 1), False),
+    ((2, 2, 1, 4), False),
+    ((1, 16, 1, 1), True),
+    ((2, 2, 2, 2), True),
+]
 FIVE = (*BLOCKS, "autoencoder")
 
 
-@pytest.mark.parametrize("shape, zero1, block", [
-    pytest.param(*mesh, block, marks=SLOW if FIVE[i % 5] == block else pytest.mark.exhaustive)
-    for i, mesh in enumerate(SIXTEEN) for block in FIVE])
+@pytest.mark.parametrize(
+    "shape, zero1, block",
+    [
+        pytest.param(*mesh, block, marks=SLOW if FIVE[i % 5] == block else pytest.mark.exhaustive)
+        for i, mesh in enumerate(SIXTEEN)
+        for block in FIVE
+    ],
+)
 def test_sixteen_devices(shape, zero1, block):
     """A mesh that is only wrong beyond 8 devices."""
     program = f"import test_parallel as t; t.compare({block!r}, {shape}, {zero1})"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "16", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                                "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True,
-                             timeout=600)
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "16",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert process.returncode == 0, process.stderr[-2000:]
 
 
@@ -187,19 +230,30 @@ def test_width_1152_is_split(fsdp, share):
 def test_depth_is_split_last():
     """A kernel that stays whole although its stack could be split; a stack gathered whole where a side of the kernel would do."""
     mesh_shape = {"data": 1, "fsdp": 8, "tensor": 2, "sequence": 1}
-    specs = {name: spec_of(f"params/blocks/{name}/kernel", shape, mesh_shape, TRANSFORMER_RULES) for name, shape in (
-        ("attention/out", (8, 3, 12, 36)), ("cross_attention/query", (8, 36, 3, 16)),
-        ("modulation/linear", (6, 36, 6, 36)))}
-    assert specs == {"attention/out": PartitionSpec("fsdp", None, None, None),
-                     "cross_attention/query": PartitionSpec(None, None, None, "fsdp"),
-                     "modulation/linear": PartitionSpec(None, None, None, None)}
+    specs = {
+        name: spec_of(f"params/blocks/{name}/kernel", shape, mesh_shape, TRANSFORMER_RULES)
+        for name, shape in (
+            ("attention/out", (8, 3, 12, 36)),
+            ("cross_attention/query", (8, 36, 3, 16)),
+            ("modulation/linear", (6, 36, 6, 36)),
+        )
+    }
+    assert specs == {
+        "attention/out": PartitionSpec("fsdp", None, None, None),
+        "cross_attention/query": PartitionSpec(None, None, None, "fsdp"),
+        "modulation/linear": PartitionSpec(None, None, None, None),
+    }
 
 
-@pytest.mark.parametrize("size, mesh_shape, text", [
-    ("XL/2", (2, 256, 1, 1), r"fsdp=256 .* 5749 of 5774 MiB of state .* mesh.fsdp of 2, 4, 8, 16, 32, 64, 128 splits them"),
-    ("S/2", (2, 1, 4, 1), r"tensor=4 .*qkv/kernel: 108 of 339 MiB .* mesh.tensor of 2 splits them"),
-    ("XL/2", (4, 128, 1, 1), None), ("B/2", (1, 8, 2, 1), None),
-])
+@pytest.mark.parametrize(
+    "size, mesh_shape, text",
+    [
+        ("XL/2", (2, 256, 1, 1), r"fsdp=256 .* 5749 of 5774 MiB of state .* mesh.fsdp of 2, 4, 8, 16, 32, 64, 128 splits them"),
+        ("S/2", (2, 1, 4, 1), r"tensor=4 .*qkv/kernel: 108 of 339 MiB .* mesh.tensor of 2 splits them"),
+        ("XL/2", (4, 128, 1, 1), None),
+        ("B/2", (1, 8, 2, 1), None),
+    ],
+)
 def test_what_stays_whole_is_said(size, mesh_shape, text):
     """A pod that runs out of memory because 256 does not divide 1152, without a word; a warning where nothing is wrong."""
     task = build.task(recipes.dit(size))
@@ -225,8 +279,9 @@ def test_frozen_codec_is_split():
     """A codec's weights held whole by every device, or placed with parts exchanged."""
     config = tiny.digits_latent("").copy_and_resolve_references()
     config.codec.update({"scale": 1.0, "shift": 0.0})
-    params = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape),
-                          jax.eval_shape(build.codec(config).init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), jax.eval_shape(build.codec(config).init, jax.random.key(0))
+    )
     mesh = make_mesh(1, 8)
     placed = build.constants(config, mesh, None, params)["codec"]
     assert held(placed) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(params))
@@ -238,8 +293,9 @@ def test_frozen_codec_is_split():
 def test_weights_of_a_file_are_split():
     """A second network that is whole on every device because its weights came from a file."""
     mesh = make_mesh(1, 8)
-    params = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape),
-                          abstract_state(task_of("adaln"), one_device()).params)
+    params = jax.tree.map(
+        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), abstract_state(task_of("adaln"), one_device()).params
+    )
     placed = place(params, shardings(params, mesh))
     assert held(placed) < 0.14 * sum(x.nbytes for x in jax.tree.leaves(params))
     assert tiny.distance(placed, params) == 0

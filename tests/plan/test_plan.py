@@ -52,7 +52,8 @@ def test_memory_is_what_the_run_allocates(found):
     compiled, _, _ = compile_step(task, mesh, config.seed, state, {"codec": {}}, batch)
     sizes = memory.of_program(compiled)
     assert {k: found["memory"][k] for k in ("outputs", "aliased", "temporaries")} == {
-        k: sizes[k] for k in ("outputs", "aliased", "temporaries")}
+        k: sizes[k] for k in ("outputs", "aliased", "temporaries")
+    }
     assert found["bytes_per_device"] == sizes["total"] > 0
 
 
@@ -130,8 +131,10 @@ class Refused:
 
     @staticmethod
     def lower():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-                                         "temporaries (29.23G) exceeds available HBM (15.75G).")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (29.23G) exceeds available HBM (15.75G)."
+        )
 
 
 def test_too_large_gets_remedies(monkeypatch):
@@ -143,8 +146,16 @@ def test_too_large_gets_remedies(monkeypatch):
     assert not found["fits"] and found["limit"] == "hbm capacity" and found["step_seconds"] is None and found["mfu"] is None
     assert found["bytes_per_device"] > 29.23 * 2**30 and "29.23G" in found["refusal"]
     words = " ".join(remedy["what"] for remedy in found["remedies"])
-    for word in ("mesh.fsdp=8", "model.remat=full", "model.remat=elementwise", "mesh.offload=optimizer ", "optimizer_and_ema",
-                 "microbatches=2", "batch_size=8", "param_dtype=bfloat16"):
+    for word in (
+        "mesh.fsdp=8",
+        "model.remat=full",
+        "model.remat=elementwise",
+        "mesh.offload=optimizer ",
+        "optimizer_and_ema",
+        "microbatches=2",
+        "batch_size=8",
+        "param_dtype=bfloat16",
+    ):
         assert word in words
     savings = [remedy["saves_bytes"] for remedy in found["remedies"]]
     assert savings == sorted(savings, reverse=True) and savings[-1] > 0
@@ -181,6 +192,7 @@ def test_sampling():
 
 def test_sampler_holds_bfloat16_weights():
     """A plan of a sampler that holds float32 weights where it computes in bfloat16."""
+
     def held(dtype):
         config = tiny.config(model__dtype=dtype)
         return memory.bytes_per_device(lowering.sampling(config, build.task(config), build.mesh(config))[1]["params"])
@@ -259,13 +271,16 @@ class Slice:
     shape = {"data": 4, "fsdp": 4, "tensor": 1}  # noqa: RUF012
 
 
-@pytest.mark.parametrize("kind, sides, groups, links", [
-    ("v5e", (4, 4), np.arange(16).reshape(4, 4), 1),  # a line
-    ("v5e", (4, 4), np.arange(16).reshape(1, 16), 2),
-    ("v4", (4, 4, 1), np.arange(16).reshape(4, 4), 2),  # a ring
-    ("v4", (4, 4, 1), np.arange(16).reshape(1, 16), 4),
-    ("v4", (4, 4, 1), np.arange(16).reshape(8, 2), 1),  # part of a side
-])
+@pytest.mark.parametrize(
+    "kind, sides, groups, links",
+    [
+        ("v5e", (4, 4), np.arange(16).reshape(4, 4), 1),  # a line
+        ("v5e", (4, 4), np.arange(16).reshape(1, 16), 2),
+        ("v4", (4, 4, 1), np.arange(16).reshape(4, 4), 2),  # a ring
+        ("v4", (4, 4, 1), np.arange(16).reshape(1, 16), 4),
+        ("v4", (4, 4, 1), np.arange(16).reshape(8, 2), 1),  # part of a side
+    ],
+)
 def test_bandwidth_of_a_slice(kind, sides, groups, links):
     """A line taken for a ring, or one side of the torus for all."""
     place = topology.Topology("slice", (), chips.CHIPS[kind], sides)
@@ -286,10 +301,17 @@ def test_estimate_by_hand():
     assert exposed.step == pytest.approx(7) and exposed.limit == "collectives"
 
 
-@pytest.mark.parametrize("name, text", [
-    ("v5p:4x4", "has 2 sides and v5p has 3"), ("v9:4x4", "known are v4"), ("v5litepod-16", "known are"), ("cpu:0", "known are"),
-    ("cpu:64", "64 simulated devices and this process has 8"), ("h200:2x2", "sides"),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("v5p:4x4", "has 2 sides and v5p has 3"),
+        ("v9:4x4", "known are v4"),
+        ("v5litepod-16", "known are"),
+        ("cpu:0", "known are"),
+        ("cpu:64", "64 simulated devices and this process has 8"),
+        ("h200:2x2", "sides"),
+    ],
+)
 def test_bad_topologies(name, text):
     """A slice that does not exist, planned as another."""
     with pytest.raises(UserError, match=text):
@@ -306,6 +328,7 @@ def test_missing_compiler(monkeypatch):
 
 def test_chip_of_a_device():
     """A device's figures guessed."""
+
     class Unknown:
         platform, device_kind = "tpu", "TPU v99"
 
@@ -336,9 +359,13 @@ def test_batch_must_split():
 def test_verb(tmp_path):
     """The command as a user runs it: a process, a topology of its own, mistakes in one line."""
     tiny_model = ["--config=configs/digits.py", "--config.model.depth=1", "--config.model.width=32", "--config.batch_size=16"]
-    calls = [["plan", *tiny_model, "--topology=cpu:4", "--config.mesh.fsdp=2", "--nosampler"],
-             ["plan", "--config=configs/digits.py", "--topology=v5z:4x4"], ["plan", "--config=configs/nowhere.py"],
-             ["plan"], ["plan", *tiny_model, "--search", "--search_remats=some", "--topology=cpu:2"]]
+    calls = [
+        ["plan", *tiny_model, "--topology=cpu:4", "--config.mesh.fsdp=2", "--nosampler"],
+        ["plan", "--config=configs/digits.py", "--topology=v5z:4x4"],
+        ["plan", "--config=configs/nowhere.py"],
+        ["plan"],
+        ["plan", *tiny_model, "--search", "--search_remats=some", "--topology=cpu:2"],
+    ]
     (status, stdout, stderr), *mistakes = run_verbs(tmp_path, calls)
     assert status == 0, stderr
     done = json.loads(stdout.splitlines()[-1])

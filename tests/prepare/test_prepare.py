@@ -54,7 +54,8 @@ def test_bytes_labels_and_names(photos, tmp_path):
     result = prepare(request(tmp_path), {"train": str(photos)})
     examples = read(tmp_path / "out")
     assert sorted((e["image"], e["label"]) for e in examples) == sorted(
-        (file.read_bytes(), CLASSES.index(file.parent.name)) for file in photos.rglob("*.jpg"))
+        (file.read_bytes(), CLASSES.index(file.parent.name)) for file in photos.rglob("*.jpg")
+    )
     assert TFDS("shots", str(tmp_path / "out"), "train").class_names == CLASSES
     shards = sorted((tmp_path / "out").rglob("*.array_record*"))
     assert result["splits"]["train"] == {"records": 60, "shards": len(shards), "bytes": sum(s.stat().st_size for s in shards)}
@@ -78,8 +79,13 @@ def test_records_are_what_tfds_writes():
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)), "caption": tfds.features.Text(),
-                                           "label": tfds.features.ClassLabel(num_classes=70000)})
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "caption": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(num_classes=70000),
+        }
+    )
     for size, label in ((0, 0), (127, 127), (128, 128), (70000, 69999)):
         record = {"image": bytes(size), "label": label, "caption": "snö"}
         theirs = tf_example_pb2.Example.FromString(features.serialize_example(record))
@@ -110,6 +116,7 @@ def test_interrupted_and_continued(at, photos, tmp_path, monkeypatch):
             if next(calls) == when:
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
+
         return call
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -136,8 +143,9 @@ def test_the_verb_killed_and_continued(photos, tmp_path):
     """A verb that is killed outright and does not go on, ends with other bytes, or prints no result."""
     flags = ["--source=photos", "--dataset=shots", "--shard_mib=0.2", "--resolution=200", "--out=data"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen([sys.executable, "-m", "dit_jax.prepare", *flags, "--num_threads=1"], cwd=tmp_path, env=env,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dit_jax.prepare", *flags, "--num_threads=1"], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "data").rglob("*array_record-00001*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -173,9 +181,11 @@ def test_imagenet_tars(tmp_path, monkeypatch):
     assert {split: facts["records"] for split, facts in result["splits"].items()} == {"train": 9, "validation": 3}
     assert files_of(tmp_path / "out") == files_of(tmp_path / "apart")
     assert sorted((e["image"], wnids[e["label"]]) for e in read(tmp_path / "out")) == sorted(
-        (data, name.split("_")[0]) for name, data in train.items())
+        (data, name.split("_")[0]) for name, data in train.items()
+    )
     assert {e["image"]: e["label"] for e in read(tmp_path / "out", "validation")} == dict(
-        zip(validation.values(), [1, 0, 1], strict=True))
+        zip(validation.values(), [1, 0, 1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("source", ["tars", "folder"])
@@ -287,10 +297,16 @@ def test_refused(photos, tmp_path):
         prepare(request(tmp_path, "both"), {"train": str(photos)})
 
 
-@pytest.mark.parametrize("more, text", [
-    ({"dataset": "imagenet2012"}, "TFDS has code"), ({"dataset": "My-Set"}, "lower-case"), ({"seed": -1}, "at least 0"),
-    ({"max_bad_share": 1.0}, r"\[0, 1\)"), ({"num_threads": 0}, "at least 1"),
-])
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({"dataset": "imagenet2012"}, "TFDS has code"),
+        ({"dataset": "My-Set"}, "lower-case"),
+        ({"seed": -1}, "at least 0"),
+        ({"max_bad_share": 1.0}, r"\[0, 1\)"),
+        ({"num_threads": 0}, "at least 1"),
+    ],
+)
 def test_bad_requests(more, text, tmp_path):
     """A data set that is written for hours under a name that TFDS takes for its own."""
     with pytest.raises(UserError, match=text):

@@ -14,12 +14,14 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def program(body, others=""):
-    return hlo.parse(textwrap.dedent(others) + "\nENTRY %main (p: f32[8,16]) -> f32[8,16] {\n"
-                     "  %p = f32[8,16]{1,0} parameter(0)\n" + textwrap.dedent(body) + "\n}\n")
+    return hlo.parse(
+        textwrap.dedent(others) + "\nENTRY %main (p: f32[8,16]) -> f32[8,16] {\n"
+        "  %p = f32[8,16]{1,0} parameter(0)\n" + textwrap.dedent(body) + "\n}\n"
+    )
 
 
 def only(body, others=""):
-    found, = collectives.find(program(body, others), 8)
+    (found,) = collectives.find(program(body, others), 8)
     return found
 
 
@@ -73,8 +75,9 @@ def test_bytes_of_each_kind(kind, text, sent):
 def test_what_stays_on_its_device_is_no_traffic():
     """Groups of one and permutes to oneself counted as communication."""
     assert not collectives.find(program("  ROOT %c = f32[8,16]{1,0} all-reduce(%p), replica_groups=[8,1]<=[8], to_apply=%add"), 8)
-    assert not collectives.find(program(
-        "  ROOT %c = f32[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,0},{1,1}}"), 8)
+    assert not collectives.find(
+        program("  ROOT %c = f32[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,0},{1,1}}"), 8
+    )
 
 
 SCATTER = """\
@@ -120,7 +123,7 @@ CALL = """\
 def test_loops(noted, times):
     """A body counted once; a loop of step 2 counted as if its step were 1."""
     p = program(CALL + noted, LOOP)
-    found, = collectives.find(p, 8)
+    (found,) = collectives.find(p, 8)
     assert found.times == times and not p.unknown_loops()
     table = collectives.by_kind_and_axis([found], MESH)
     assert table == {"all-reduce": {"tensor": times * 512}}
@@ -137,7 +140,7 @@ def test_a_collective_beside_other_work_counts_once():
     config = 'channel_id=7, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}'
     loop = LOOP.replace("to_apply=%add", f"to_apply=%add, {config}")
     text = f"  %c = f32[8,16]{{1,0}} all-reduce(%p), replica_groups=[4,2]<=[8], {config}\n"
-    found, = collectives.find(program(text + CALL, loop), 8)
+    (found,) = collectives.find(program(text + CALL, loop), 8)
     assert found.times == 1
 
 
@@ -182,37 +185,67 @@ FUSIONS = """\
 """
 
 
-@pytest.mark.parametrize("body, matmul, other", [
-    ("  ROOT %n = f32[8,16]{1,0} negate(%p)", 0, 1024),
-    ("  ROOT %n = f32[8,16]{1,0:T(8,128)S(1)} negate(%p)", 0, 512),
-    ("  ROOT %n = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}", 1280, 0),
-    ("  ROOT %n = f32[8,16]{1,0} bitcast(%p)", 0, 0),
-    ("  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
-     "  ROOT %f = f32[8,16]{1,0} fusion(%s, %i), kind=kLoop, calls=%slice_of_stack", 0, 1028),
-    ("  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
-     "  ROOT %f = f32[8,16]{1,0} fusion(%s, %i), kind=kLoop, calls=%inner", 0, 1028),
-    ("  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
-     "  ROOT %f = f32[12,8,16]{2,1,0} fusion(%s, %p, %i), kind=kLoop, calls=%into_stack", 0, 1028),
-    ("  ROOT %c = (f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]) copy-start(%p)", 0, 512),
-])
+@pytest.mark.parametrize(
+    "body, matmul, other",
+    [
+        ("  ROOT %n = f32[8,16]{1,0} negate(%p)", 0, 1024),
+        ("  ROOT %n = f32[8,16]{1,0:T(8,128)S(1)} negate(%p)", 0, 512),
+        ("  ROOT %n = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}", 1280, 0),
+        ("  ROOT %n = f32[8,16]{1,0} bitcast(%p)", 0, 0),
+        (
+            "  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
+            "  ROOT %f = f32[8,16]{1,0} fusion(%s, %i), kind=kLoop, calls=%slice_of_stack",
+            0,
+            1028,
+        ),
+        (
+            "  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
+            "  ROOT %f = f32[8,16]{1,0} fusion(%s, %i), kind=kLoop, calls=%inner",
+            0,
+            1028,
+        ),
+        (
+            "  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
+            "  ROOT %f = f32[12,8,16]{2,1,0} fusion(%s, %p, %i), kind=kLoop, calls=%into_stack",
+            0,
+            1028,
+        ),
+        ("  ROOT %c = (f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]) copy-start(%p)", 0, 512),
+    ],
+)
 def test_hbm_traffic(body, matmul, other):
     """A stack of parameters read whole for each block's slice; what lies in a TPU's VMEM counted as HBM."""
     assert tuple(hbm_traffic(program(body, FUSIONS))) == (matmul, other)
 
 
-@pytest.mark.parametrize("body, kind, place, size", [
-    ('  ROOT %c = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul", '
-     'metadata={op_name="jit(step)/jvp(DiT)/while/body/closed_call/blocks/mlp/in/dot_general"}',
-     "products", "forward blocks/mlp/in", 1024),
-    ('  ROOT %c = (f32[8,16]{1,0}, u8[0]{0}) custom-call(%p), custom_call_target="__cudnn$fmhaSoftmax", '
-     'metadata={op_name="jit(step)/transpose(jvp(DiT))/while/body/closed_call/checkpoint/rematted_computation/blocks/attention/x"}',
-     "attention", "again blocks/attention", 1024),
-    ("  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
-     "  ROOT %f = f32[12,8,16]{2,1,0} fusion(%s, %p, %i), kind=kLoop, calls=%into_stack, "
-     'metadata={op_name="jit(step)/transpose(jvp(DiT))/while/body/jit(update)/dynamic_update_slice"}',
-     "copies", "backward loop", 1028),
-    ('  ROOT %n = f32[8,16]{1,0} negate(%p), metadata={op_name="jit(step)/neg"}', "arithmetic", "step other", 1024),
-])
+@pytest.mark.parametrize(
+    "body, kind, place, size",
+    [
+        (
+            '  ROOT %c = (f32[8,16]{1,0}, s8[4096]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul", '
+            'metadata={op_name="jit(step)/jvp(DiT)/while/body/closed_call/blocks/mlp/in/dot_general"}',
+            "products",
+            "forward blocks/mlp/in",
+            1024,
+        ),
+        (
+            '  ROOT %c = (f32[8,16]{1,0}, u8[0]{0}) custom-call(%p), custom_call_target="__cudnn$fmhaSoftmax", '
+            'metadata={op_name="jit(step)/transpose(jvp(DiT))/while/body/closed_call/checkpoint/rematted_computation/blocks/attention/x"}',
+            "attention",
+            "again blocks/attention",
+            1024,
+        ),
+        (
+            "  %s = f32[12,8,16]{2,1,0} parameter(1)\n  %i = s32[] constant(3)\n"
+            "  ROOT %f = f32[12,8,16]{2,1,0} fusion(%s, %p, %i), kind=kLoop, calls=%into_stack, "
+            'metadata={op_name="jit(step)/transpose(jvp(DiT))/while/body/jit(update)/dynamic_update_slice"}',
+            "copies",
+            "backward loop",
+            1028,
+        ),
+        ('  ROOT %n = f32[8,16]{1,0} negate(%p), metadata={op_name="jit(step)/neg"}', "arithmetic", "step other", 1024),
+    ],
+)
 def test_kinds_and_places(body, kind, place, size):
     """A kernel put down to another part of the network, a stack that counts as arithmetic, cuBLAS's workspace as traffic."""
     assert list(traffic.works(program(body, FUSIONS))) == [(kind, place, size, 1)]
@@ -220,6 +253,7 @@ def test_kinds_and_places(body, kind, place, size):
 
 def test_flops_of_a_trace():
     """A scan counted once, a product without its batch, the zeros of a transposed stride counted as work."""
+
     def f(w, x):
         y, _ = jax.lax.scan(lambda c, wi: (c @ wi, None), x, w)
         return y
@@ -254,8 +288,10 @@ def test_flops_of_cudnn_attention(monkeypatch):
     assert jaxpr_flops.count(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(q, k, k)) == 7 * product
 
 
-@pytest.mark.parametrize("shape, size", [("f32[2,3]{1,0}", 24), ("(bf16[4], pred[3])", 11), ("s4[5]", 3), ("f8e4m3fn[7]", 7),
-                                         ("f32[<=4,2]", 32), ("s32[]", 4)])
+@pytest.mark.parametrize(
+    "shape, size",
+    [("f32[2,3]{1,0}", 24), ("(bf16[4], pred[3])", 11), ("s4[5]", 3), ("f8e4m3fn[7]", 7), ("f32[<=4,2]", 32), ("s32[]", 4)],
+)
 def test_sizes(shape, size):
     """An element type of another size, a tuple of which only the first array counts."""
     assert sum(array.bytes for array in hlo.arrays(shape)) == size

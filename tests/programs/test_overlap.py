@@ -59,28 +59,38 @@ ROOT %r = f32[8,16]{1,0} negate(%p)"""
 
 
 def share(body, others=OTHERS):
-    text = (f"{others}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
-            f"{textwrap.indent(body, chr(32) * 2)}\n}}\n")
+    text = (
+        f"{others}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
+        f"{textwrap.indent(body, chr(32) * 2)}\n}}\n"
+    )
     program = hlo.parse(text)
     return overlap.hidden_share(program, collectives.find(program, 8))
 
 
-@pytest.mark.parametrize("between, hidden", [
-    ("f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%linear", 1),
-    ("f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}", 1),
-    ('(f32[8,8]{1,0}, s8[64]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul"', 1),
-    ("f32[8,16]{1,0} call(%p), to_apply=%linear", 1),
-    ("f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%scaled", 0),
-    ("f32[8,16]{1,0} all-reduce(%p), replica_groups=[8,1]<=[8], to_apply=%add", 0),
-    ("(f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]) copy-start(%p)", 0),
-])
+@pytest.mark.parametrize(
+    "between, hidden",
+    [
+        ("f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%linear", 1),
+        ("f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}", 1),
+        ('(f32[8,8]{1,0}, s8[64]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul"', 1),
+        ("f32[8,16]{1,0} call(%p), to_apply=%linear", 1),
+        ("f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%scaled", 0),
+        ("f32[8,16]{1,0} all-reduce(%p), replica_groups=[8,1]<=[8], to_apply=%add", 0),
+        ("(f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]) copy-start(%p)", 0),
+    ],
+)
 def test_what_hides_a_pair(between, hidden):
     """Updates, copies and other collectives taken for products; products after the end that count; a call's unseen."""
     assert share(PAIR.format(groups=GROUPS, between=between), OTHERS.replace("WORK", "multiply")) == hidden
 
 
-@pytest.mark.parametrize("start, end", [("async-start(%p), calls=%wrapped", "async-done"),
-                                        ('call-start(%p), async_execution_thread="sparsecore", to_apply=%wrapped', "call-done")])
+@pytest.mark.parametrize(
+    "start, end",
+    [
+        ("async-start(%p), calls=%wrapped", "async-done"),
+        ('call-start(%p), async_execution_thread="sparsecore", to_apply=%wrapped', "call-done"),
+    ],
+)
 def test_share_is_of_bytes(start, end):
     """A share of the number of collectives, one that does not wait for its end, a wrapped one that is not seen."""
     body = f"""\
@@ -95,9 +105,11 @@ ROOT %g = f32[8,16]{{1,0}} all-reduce(%p), {GROUPS}, to_apply=%add"""
 def test_the_start_of_a_collective_moves_no_bytes_of_its_own():
     """What a TPU's fusions that begin and end a collective read and write, counted as arithmetic in HBM too."""
     text = OTHERS.replace("WORK", "multiply")
-    program = hlo.parse(f"{text}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
-                        "  %s = f32[64,16]{1,0} fusion(%p), kind=kCustom, calls=%begin\n"
-                        "  ROOT %f = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%scaled\n}\n")
+    program = hlo.parse(
+        f"{text}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
+        "  %s = f32[64,16]{1,0} fusion(%p), kind=kCustom, calls=%begin\n"
+        "  ROOT %f = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%scaled\n}\n"
+    )
     assert tuple(traffic.hbm_traffic(program)) == (0, 2 * 512)
 
 

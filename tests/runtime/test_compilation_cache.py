@@ -29,8 +29,14 @@ print(len(hits), float(total).hex())
 
 def start(home, **environment):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
-    process = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                             env=kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu", **environment})
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu", **environment},
+    )
     assert process.returncode == 0, process.stderr
     hits, total = process.stdout.split()
     return int(hits), total, process.stderr
@@ -54,8 +60,12 @@ def test_second_start_reads_what_the_first_compiled(tmp_path):
 @pytest.mark.parametrize("kind", ["small programs", "off", "elsewhere", "unwritable"])
 def test_where_nothing_is_kept(tmp_path, kind):
     """A home flooded with tiny programs; a switch that does nothing; a start that fails because a folder cannot be written."""
-    environment = {"small programs": {}, "off": {**KEEP_ALL, "JAX_ENABLE_COMPILATION_CACHE": "false"},
-                   "elsewhere": {**KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")}, "unwritable": KEEP_ALL}[kind]
+    environment = {
+        "small programs": {},
+        "off": {**KEEP_ALL, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        "elsewhere": {**KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")},
+        "unwritable": KEEP_ALL,
+    }[kind]
     home = tmp_path / "home"
     if kind == "unwritable":
         home.touch()

@@ -18,8 +18,9 @@ print(block is not None, int(open("/proc/self/statm").read().split()[0]) * os.sy
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_stays():
     """A threshold below a step's temporaries: the system would take, and clear, gigabytes at each step of a model like S/2."""
-    allocated, size = subprocess.run([sys.executable, "-c", PROGRAM], env={"JAX_PLATFORMS": "cpu"}, capture_output=True,
-                                     text=True, check=True).stdout.split()
+    allocated, size = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True
+    ).stdout.split()
     if allocated == "False":
         pytest.skip("the machine does not lend 3 GiB")
     assert int(size) > 3 << 30

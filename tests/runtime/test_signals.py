@@ -118,8 +118,18 @@ def pair():
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(PROCESS), address]
-    children = [subprocess.Popen([*command, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True, env=environment, cwd=ROOT) for i in range(2)]
+    children = [
+        subprocess.Popen(
+            [*command, str(i)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        for i in range(2)
+    ]
     try:
         for child in children:
             lines_until(child, "ready")
@@ -178,6 +188,7 @@ def test_other_verbs_end_at_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env=environment,
-                             capture_output=True, text=True, timeout=100)
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert process.returncode == -signal.SIGTERM, process.stderr

@@ -44,8 +44,9 @@ with clock, Watchdog(0.8, Path(sys.argv[1]), clock):
 
 def test_a_hanging_run_ends(tmp_path):
     """A process that waits for a dead peer for ever, without a trace of where; a long preview taken for a hang."""
-    process = subprocess.run([sys.executable, "-c", HANG, str(tmp_path / "stacks.txt")], cwd=ROOT,
-                             capture_output=True, text=True, timeout=60)
+    process = subprocess.run(
+        [sys.executable, "-c", HANG, str(tmp_path / "stacks.txt")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert process.returncode == 75, process.stderr
     said, worker = process.stdout.splitlines()
     assert said == "still here" and not running(int(worker))

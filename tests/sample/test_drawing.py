@@ -166,12 +166,15 @@ def test_strange_folders(tmp_path):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-@pytest.mark.parametrize("change, text", [
-    ({"format": 9}, "format 9"),
-    ({"shape": ["../../etc", 8, 1]}, "which no samples have"),
-    ({"num_images": 10**12}, "holds not the labels"),
-    ({"made_by": "../x"}, "does not say how"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"format": 9}, "format 9"),
+        ({"shape": ["../../etc", 8, 1]}, "which no samples have"),
+        ({"num_images": 10**12}, "holds not the labels"),
+        ({"made_by": "../x"}, "does not say how"),
+    ],
+)
 def test_hostile_manifest(whole, tmp_path, change, text):
     """A manifest with a seal of its own that makes the reader open another path or allocate without end."""
     folder = copy(whole, tmp_path)
@@ -192,6 +195,7 @@ def test_pickles_are_not_opened(whole, tmp_path):
 
 def test_full_disk_names_the_file(tmp_path, monkeypatch):
     """A stack trace without a path after hours, or a hang of the thread that writes."""
+
     def full(path, parts):
         if path.suffix == ".npy" and path.parent.name == "shards":
             raise OSError(28, "No space left on device")
@@ -231,6 +235,7 @@ def test_chunks():
 
 def test_rows_at_once():
     """Chunks that starve an accelerator, or that a shard is no multiple of."""
+
     def task(side, patch):
         return types.SimpleNamespace(latent_shape=(side, side, 4), network=types.SimpleNamespace(patch_size=patch))
 

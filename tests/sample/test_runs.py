@@ -19,8 +19,18 @@ pytestmark = pytest.mark.slow
 def begin(folder, out, processes=1, devices=2, steps=50, more=()):
     """`sample` of 400 images on so many processes, whose output goes to files."""
     launcher = ["launch/local.py", f"--processes={processes}", f"--logs={folder}", "--", sys.executable]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "dit_jax.sample", f"--workdir={folder / 'run'}",
-               "--num_samples=400", "--batch_size=32", f"--num_steps={steps}", f"--out={out}", *more]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        "-m",
+        "dit_jax.sample",
+        f"--workdir={folder / 'run'}",
+        "--num_samples=400",
+        "--batch_size=32",
+        f"--num_steps={steps}",
+        f"--out={out}",
+        *more,
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     with open(folder / "out", "w") as stdout, open(folder / "err", "w") as stderr:

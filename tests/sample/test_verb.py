@@ -88,8 +88,7 @@ def test_evaluations_are_counted(found):
     """Steps reported in place of the network's calls, of which Heun's takes two, and guidance twice as many."""
     counts = {name: json.loads(found[0][name][1].splitlines()[-1])["evaluations"] for name in DRAWS}
     # The last step of a process with timesteps is Euler's.
-    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "interval": None,
-                      "bfloat16": 10, "flow": 6}
+    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "interval": None, "bfloat16": 10, "flow": 6}
 
 
 @pytest.mark.parametrize("flags", MISTAKES)

@@ -31,8 +31,10 @@ def by_name(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("conditioning, unroll, kept", [
-    ("adaln_zero", False, 0), ("adaln_zero", True, 0), ("cross_attention", False, 8), ("in_context", False, 6)])
+@pytest.mark.parametrize(
+    "conditioning, unroll, kept",
+    [("adaln_zero", False, 0), ("adaln_zero", True, 0), ("cross_attention", False, 8), ("in_context", False, 6)],
+)
 def test_samples_keep_every_bit(conditioning, unroll, kept):
     """A parameter that the network uses in float32, such as a norm's scale, rounded to bfloat16; one that could be cast and is
     not; casts that are done in another order."""
@@ -41,7 +43,8 @@ def test_samples_keep_every_bit(conditioning, unroll, kept):
     params = params_of(task, build.mesh(config))
     held = hold(task, params)
     assert sorted(name for name, x in by_name(held).items() if x.dtype != BFLOAT16) == sorted(
-        name for name in by_name(params) if "norm" in name)
+        name for name in by_name(params) if "norm" in name
+    )
     assert sum(x.dtype == FLOAT32 for x in jax.tree.leaves(held)) == kept
     keys, labels = jax.random.split(jax.random.key(1), 4), jnp.arange(4)
     sampler, guidance = build.sampler(config), build.guidance(tiny.config(guidance__scale=1.5))
@@ -53,6 +56,7 @@ def test_samples_keep_every_bit(conditioning, unroll, kept):
 
 def uses(network, **params):
     """The dtypes that `hold` gives the parameters of a network (params, x) -> output."""
+
     def apply(variables, x, t, cond):
         return network(variables["params"], x)
 
@@ -64,6 +68,7 @@ def uses(network, **params):
 def test_what_may_be_cast():
     """A parameter that is used in two dtypes, before its cast, or where that cannot be seen, taken for one that is always cast;
     one that is cast behind a slice or in a loop taken for the other."""
+
     def network(params, x):
         y = params["sliced"][1].astype(BFLOAT16) + params["both"].astype(BFLOAT16)
         y = y + (2 * params["scaled_first"]).astype(BFLOAT16) + params["narrow"].astype(FLOAT32).astype(BFLOAT16)
@@ -72,8 +77,17 @@ def test_what_may_be_cast():
         return x + y + z + params["both"], params["returned"]
 
     one = jnp.ones(1)
-    found = uses(network, sliced=jnp.ones((3, 1)), both=one, scaled_first=one, in_a_loop=jnp.ones((3, 1)), unseen=one,
-                 returned=one, unused=one, narrow=one.astype(BFLOAT16))
+    found = uses(
+        network,
+        sliced=jnp.ones((3, 1)),
+        both=one,
+        scaled_first=one,
+        in_a_loop=jnp.ones((3, 1)),
+        unseen=one,
+        returned=one,
+        unused=one,
+        narrow=one.astype(BFLOAT16),
+    )
     assert {name for name, dtype in found.items() if dtype == BFLOAT16} == {"sliced", "in_a_loop", "narrow"}
 
 

@@ -454,9 +454,7 @@ CHILD = """
 
 def kill_while_saving(folder, after_saves):
     """Runs the child, kills it -9 while a save is being written, returns (its first step, the last step it began)."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(folder)], stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(CHILD), str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         start = int(child.stdout.readline().split()[1])
         for _ in range(after_saves):
@@ -531,8 +529,7 @@ def two_processes(folder, phase, signal_to_second=None):
     command = [sys.executable, "-c", textwrap.dedent(TWO), str(folder), str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     children = [
-        subprocess.Popen([*command, str(rank), phase], stdout=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
+        subprocess.Popen([*command, str(rank), phase], stdout=subprocess.PIPE, text=True, env=environment) for rank in range(2)
     ]
     try:
         if signal_to_second is not None:

@@ -26,8 +26,11 @@ def tiny_weights(recipe=recipes.dit, dtype=np.float32, seed=0, **model) -> Weigh
     sections = weights.sections_of(config.to_dict())
     rng = np.random.default_rng(seed)
     leaves = jax.tree_util.tree_flatten_with_path(formats.network_params(formats.config_of(sections)))[0]
-    return Weights({path_name(keys): held((0.2 * rng.normal(size=leaf.shape)).astype(dtype)) for keys, leaf in leaves},
-                   sections, {"from": "a test"})
+    return Weights(
+        {path_name(keys): held((0.2 * rng.normal(size=leaf.shape)).astype(dtype)) for keys, leaf in leaves},
+        sections,
+        {"from": "a test"},
+    )
 
 
 def arrays(found: Weights) -> dict[str, np.ndarray]:
@@ -36,8 +39,9 @@ def arrays(found: Weights) -> dict[str, np.ndarray]:
 
 def same_bits(a: Weights, b: Weights) -> bool:
     a, b = arrays(a), arrays(b)
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes()
-                                        for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a
+    )
 
 
 def our_forward(found: Weights, x, t, labels):

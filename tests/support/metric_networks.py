@@ -30,17 +30,28 @@ def dinov2(kind: str, width: int = 128, depth: int = 2, grid: int = 37) -> dict[
     registers, gated = DINOV2[kind]
     hidden = 4 * width
     into, out = ("w12", "w3") if gated else ("fc1", "fc2")
-    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width),
-               f"mlp.{into}": (hidden * (1 + gated), width), f"mlp.{out}": (width, hidden)}
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, grid * grid + 1, width), "mask_token": (1, width),
-              "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    linears = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        f"mlp.{into}": (hidden * (1 + gated), width),
+        f"mlp.{out}": (width, hidden),
+    }
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, grid * grid + 1, width),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+    }
     if registers:
         shapes["register_tokens"] = 1, registers, width
     for i in range(depth):
         for name, shape in linears.items():
             shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-        shapes |= {f"blocks.{i}.{name}": (width,)
-                   for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma")}
+        shapes |= {
+            f"blocks.{i}.{name}": (width,)
+            for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma")
+        }
     shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
     rng, found = np.random.default_rng(1), {}
     for name, shape in shapes.items():

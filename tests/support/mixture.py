@@ -24,30 +24,37 @@ def flow_denoise(process):
     def denoise(x, t):
         c = process.expanded(t, x)
         return process.predict(velocity_of(*expectations(x, c.alpha, c.sigma), c), x, t)
+
     return denoise
 
 
 def gaussian_denoise(process):
     """For noise prediction; tables in float64, where the process's own are float32."""
+
     def denoise(x, t):
         alpha_bar = jnp.asarray(process.alpha_bar)[process.index(t)]
         return process.predict(expectations(x, jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar))[1], x, t)
+
     return denoise
 
 
 def flow_solution(process, noise):
     """The ODE's x at t = 0 to 1e-11, by SciPy."""
+
     def velocity(s, x):
         c = process.coefficients(np.float64(1 - s), np)
         return velocity_of(*expectations(x, c.alpha, c.sigma, np), c)
+
     return solve(velocity, 0, 1, noise)
 
 
 def gaussian_solution(process, noise):
     """The same for a variance-preserving process, in sigma / alpha."""
+
     def slope(ratio, y):
         alpha = 1 / np.sqrt(1 + ratio**2)
         return expectations(alpha * y, alpha, alpha * ratio, np)[1]
+
     scale, clock = process.ode(np.array([1.0, 0.0]))
     return solve(slope, *clock, noise / scale[0])
 

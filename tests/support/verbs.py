@@ -27,8 +27,12 @@ print(json.dumps(results))
 
 
 def start(args, cwd):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in conftest.py: compiling takes longer than running here
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # as in conftest.py: compiling takes longer than running here
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -18,8 +18,13 @@ from dit_jax.sweep.grid import Sweep
 from dit_jax.sweep.scores import file_of
 
 SWEEP = Sweep(
-    title="A <b>bold</b> title", base="configs/digits.py", seeds=[0, 1], samplers=[("ddim", 2), ("ddim", 4)], paper=True,
-    variants={"a/1": {"model.width": 32}, "b/2": {"model.width": 64}, "c/4": {"model.width": 96}, "d/8": {"model.depth": 6}})
+    title="A <b>bold</b> title",
+    base="configs/digits.py",
+    seeds=[0, 1],
+    samplers=[("ddim", 2), ("ddim", 4)],
+    paper=True,
+    variants={"a/1": {"model.width": 32}, "b/2": {"model.width": 64}, "c/4": {"model.width": 96}, "d/8": {"model.depth": 6}},
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +43,46 @@ def finished(tmp_path_factory):
         np.savez(where / "x_final.npz", arr_0=np.full((12, 8, 8, 1), 20 * k, np.uint8))
         (where / "samples").mkdir()
         (where / "x_final.npz").rename(where / "samples" / "x_final.npz")
-        write_json(where / "result.json", {
-            "step": 1500, "loss": 0.1, "stopped": False, "images_per_second": 10.0, "fid": fid, "features": "pixels",
-            "num_samples": 1000, "reference_sha256": "ab", "samples": "/elsewhere/samples/x_final.npz",
-            "extractor": {"name": "pixels", "weights_sha256": None}, "commit": "c0ffee", "device": "TPU v5", "num_devices": 4,
-            "made_by": {"sampler": {"name": "ddpm", "num_steps": 100}, "guidance": {"scale": 1.0}}})
-        (where / "metrics.jsonl").write_text("".join(
-            json.dumps({"step": step, "loss": "NaN" if step == 200 else 1 / step}) + "\n"
-            for step in range(100, 1600, 100)) + '{"st')
-        (where / "attempts.jsonl").write_text("".join(
-            json.dumps({"started": "2026-01-02T03:04:05+00:00", "status": status, "seconds": seconds, "machine": "abacus"}) + "\n"
-            for status, seconds in ((75, 60.0), (0, 30.0))))
+        write_json(
+            where / "result.json",
+            {
+                "step": 1500,
+                "loss": 0.1,
+                "stopped": False,
+                "images_per_second": 10.0,
+                "fid": fid,
+                "features": "pixels",
+                "num_samples": 1000,
+                "reference_sha256": "ab",
+                "samples": "/elsewhere/samples/x_final.npz",
+                "extractor": {"name": "pixels", "weights_sha256": None},
+                "commit": "c0ffee",
+                "device": "TPU v5",
+                "num_devices": 4,
+                "made_by": {"sampler": {"name": "ddpm", "num_steps": 100}, "guidance": {"scale": 1.0}},
+            },
+        )
+        (where / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"step": step, "loss": "NaN" if step == 200 else 1 / step}) + "\n" for step in range(100, 1600, 100)
+            )
+            + '{"st'
+        )
+        (where / "attempts.jsonl").write_text(
+            "".join(
+                json.dumps({"started": "2026-01-02T03:04:05+00:00", "status": status, "seconds": seconds, "machine": "abacus"})
+                + "\n"
+                for status, seconds in ((75, 60.0), (0, 30.0))
+            )
+        )
         for step, early in ((500, 9.0), (1000, 8.0)):
-            score = {"step": step, "fid": early, "num_samples": 50, "extractor": {"name": "pixels"},
-                     "made_by": {"sampler": {"name": "dpmpp", "num_steps": 16}}}
+            score = {
+                "step": step,
+                "fid": early,
+                "num_samples": 50,
+                "extractor": {"name": "pixels"},
+                "made_by": {"sampler": {"name": "dpmpp", "num_steps": 16}},
+            }
             write_json(where / "scores" / f"{step:08d}.json", score)
         write_json(where / "scores" / "best.json", {"step": 1000, "fid": 8.0})
         for name, steps in SWEEP.samplers:
@@ -103,8 +134,14 @@ def test_collected(rows):
     assert first.seconds == 90.0 and first.loss_curve[1][0] == 300 and len(first.loss_curve) == 14
     assert first.samples.endswith("samples/x_final.npz") and len(first.samplers) == 2
     assert failed.state == "failed" and failed.fid is None and "alert(1)" in failed.error[-1]
-    assert first.protocol == {"features": "pixels", "images": 1000, "reference": "ab", "sampler": "ddpm", "steps": 100,
-                              "guidance": 1.0}
+    assert first.protocol == {
+        "features": "pixels",
+        "images": 1000,
+        "reference": "ab",
+        "sampler": "ddpm",
+        "steps": 100,
+        "guidance": 1.0,
+    }
     assert first.fid_curve == [(500, 9.0), (1000, 8.0)] and first.fid_curve_protocol["images"] == 50
     found = points.ours(rows)
     assert [(point.name, len(point.fids)) for point in found] == [("a/1", 2), ("b/2", 2), ("c/4", 2), ("d/8", 1)]
@@ -190,8 +227,10 @@ def test_the_page_stands_alone(written):
 def test_the_files(written):
     """A figure that is missing in a format, or a table that does not say what the page says."""
     folder, found, _ = written
-    assert len(found.files["figures"]) == 18 and all((folder / "figures" / name).stat().st_size > 1000 for name in (
-        "fid_gflops.png", "fid_gflops.svg", "fid_gflops.pdf", "samples.png", "fid_sampling_compute.svg"))
+    assert len(found.files["figures"]) == 18 and all(
+        (folder / "figures" / name).stat().st_size > 1000
+        for name in ("fid_gflops.png", "fid_gflops.svg", "fid_gflops.pdf", "samples.png", "fid_sampling_compute.svg")
+    )
     assert "<text" not in (folder / "figures" / "fid_gflops.svg").read_text()  # outlines: no font is needed
     table = list(csv.DictReader(Path(found.files["csv"]).read_text().splitlines()))
     data = json.loads((folder / "results.json").read_text())["runs"]

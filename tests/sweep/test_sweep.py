@@ -38,13 +38,21 @@ def expand(**fields):
 
 def test_grid_is_a_product():
     """A combination that is left out, or a run that does not get the values in its name."""
-    runs = expand(variants={"small": {"model.depth": 1}, "large": {"model.depth": 2}},
-                  grid={"model.width": [32, 64], "optimizer.learning_rate": [1e-3, 1e-4], "num_steps": [7]}, seeds=[3, 4])
+    runs = expand(
+        variants={"small": {"model.depth": 1}, "large": {"model.depth": 2}},
+        grid={"model.width": [32, 64], "optimizer.learning_rate": [1e-3, 1e-4], "num_steps": [7]},
+        seeds=[3, 4],
+    )
     assert len(runs) == len({run.name for run in runs}) == 16 and len({run.group for run in runs}) == 8
     run = next(run for run in runs if run.name == "large_width=64_learning_rate=0.0001_seed=4")
     config = run.config
     assert (config.model.depth, config.model.width, config.optimizer.learning_rate, config.seed, config.num_steps) == (
-        2, 64, 1e-4, 4, 7)
+        2,
+        64,
+        1e-4,
+        4,
+        7,
+    )
     assert config == grid.resolve(run.config_file, run.overrides, {})  # what main gets is what was checked
 
 
@@ -60,7 +68,8 @@ def test_variants_as_config_arguments():
 def test_sweep_file_as_its_own_config(tmp_path):
     """A config that exists as code only and could not be swept."""
     file = tmp_path / "own.py"
-    file.write_text(textwrap.dedent("""
+    file.write_text(
+        textwrap.dedent("""
         from dit_jax import recipes
         from dit_jax.sweep.grid import Sweep
         def get_config(arg="1"):
@@ -69,31 +78,42 @@ def test_sweep_file_as_its_own_config(tmp_path):
             return c
         def get_sweep():
             return Sweep(title="own", variants={"one": "1", "three": "3"})
-        """))
+        """)
+    )
     assert [run.config.model.depth for run in grid.expand(grid.load(str(file)))] == [1, 3]
 
 
-@pytest.mark.parametrize("fields, text", [
-    ({"grid": {"model.wid": [1]}}, "no field"),
-    ({"grid": {"model.width": [32.5]}}, "invalid literal"),
-    ({"grid": {"mesh.zero1": ["False"]}}, "would arrive as False"),
-    ({"grid": {"optimizer.clip_norm": [None]}}, "a flag cannot say"),
-    ({"base": "configs/nowhere.py"}, "does not exist"),
-    ({"variants": {"a": "process=steam"}}, "no process 'steam'"),
-    ({"variants": {"a/b": {"model.width": 32}, "a-b": {"model.width": 64}}}, "same folder"),
-    ({"variants": {"a": {"model.width": 32}}, "grid": {"model.width": [64]}}, "both set model.width"),
-    ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "has one already"),
-])
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"grid": {"model.wid": [1]}}, "no field"),
+        ({"grid": {"model.width": [32.5]}}, "invalid literal"),
+        ({"grid": {"mesh.zero1": ["False"]}}, "would arrive as False"),
+        ({"grid": {"optimizer.clip_norm": [None]}}, "a flag cannot say"),
+        ({"base": "configs/nowhere.py"}, "does not exist"),
+        ({"variants": {"a": "process=steam"}}, "no process 'steam'"),
+        ({"variants": {"a/b": {"model.width": 32}, "a-b": {"model.width": 64}}}, "same folder"),
+        ({"variants": {"a": {"model.width": 32}}, "grid": {"model.width": [64]}}, "both set model.width"),
+        ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "has one already"),
+    ],
+)
 def test_bad_sweeps(fields, text):
     """A mistake in a sweep file that is found in the middle of the night, or never."""
     with pytest.raises(UserError, match=text):
         expand(**fields)
 
 
-@pytest.mark.parametrize("source, text", [
-    ("def get_sweep(): return {}", "returned a dict"), ("x = 1 / 0", "ZeroDivisionError"), ("y = 2", "get_sweep"),
-    ("grid={'seed': 'abc'}", "list of at least"), ("seeds=[1, 1]", "twice"), ("samplers=['ddim']", "must be"),
-])
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("def get_sweep(): return {}", "returned a dict"),
+        ("x = 1 / 0", "ZeroDivisionError"),
+        ("y = 2", "get_sweep"),
+        ("grid={'seed': 'abc'}", "list of at least"),
+        ("seeds=[1, 1]", "twice"),
+        ("samplers=['ddim']", "must be"),
+    ],
+)
 def test_bad_sweep_files(tmp_path, source, text):
     """A stack trace instead of a sentence, or a text taken for a list of letters."""
     if not source.startswith(("def", "x", "y")):
@@ -121,8 +141,10 @@ def test_every_mistake_is_found_before_the_first_run():
         checks.check(grid.expand(grid.load("configs/sweeps/gflops_imagenet256.py"))[:1], [], "remote")
 
 
-@pytest.mark.parametrize("sampler, text", [
-    (("ddim", 2000), "steps"), (("dopri5", 5), "chooses its own"), (("ddim", None), "give its"), (("magic", 5), "no sampler")])
+@pytest.mark.parametrize(
+    "sampler, text",
+    [(("ddim", 2000), "steps"), (("dopri5", 5), "chooses its own"), (("ddim", None), "give its"), (("magic", 5), "no sampler")],
+)
 def test_bad_samplers(sampler, text):
     """A sampler that only fails when all models are trained."""
     with pytest.raises(UserError, match=text):
@@ -189,9 +211,11 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the child in /proc")
 def test_a_run_left_behind_keeps_the_folder(tmp_path):
     """A killed sweep, started again, that trains a run a second time beside the one it left."""
-    program = "import sys\nfrom dit_jax.sweep.folder import Folder\nfrom dit_jax.sweep.local import Child\n" \
-              "from pathlib import Path\nw = Path(sys.argv[1])\nwith Folder(w, 't') as folder, Child(folder.lock) as child:\n" \
-              "    child.run(['sleep', '60'], w / 'log', lambda: None)"
+    program = (
+        "import sys\nfrom dit_jax.sweep.folder import Folder\nfrom dit_jax.sweep.local import Child\n"
+        "from pathlib import Path\nw = Path(sys.argv[1])\nwith Folder(w, 't') as folder, Child(folder.lock) as child:\n"
+        "    child.run(['sleep', '60'], w / 'log', lambda: None)"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     sweep = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "w")], cwd=ROOT, env=environment)
     children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children")
@@ -242,8 +266,10 @@ def test_a_failed_run_does_not_end_the_sweep_and_a_stopped_one_does(tmp_path, mo
 
 def test_a_signal_reaches_the_child(tmp_path):
     """A sweep that dies of SIGTERM and leaves its run training alone, or that starts the next one."""
-    program = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(75)); print('x', flush=True)\n" \
-              "open(sys.argv[1], 'w').close(); time.sleep(60)"
+    program = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(75)); print('x', flush=True)\n"
+        "open(sys.argv[1], 'w').close(); time.sleep(60)"
+    )
 
     def kill():
         while not (tmp_path / "ready").exists():
@@ -312,18 +338,37 @@ def test_launch_scripts(tmp_path):
 
 def sweep_file(folder, **fields):
     file = folder / "tiny.py"
-    common = {"model.depth": [1], "preview.every_steps": [0], "batch_size": [8], "evaluation.num_images": [40],
-              "evaluation.batch_size": [40], "sampler.num_steps": [3], "log.every_steps": [2], "num_steps": [6]}
-    file.write_text(f"from dit_jax.sweep.grid import Sweep\ndef get_sweep():\n"
-                    f"    return Sweep(title='tiny', base='configs/digits.py', grid={common}, **{fields!r})\n")
+    common = {
+        "model.depth": [1],
+        "preview.every_steps": [0],
+        "batch_size": [8],
+        "evaluation.num_images": [40],
+        "evaluation.batch_size": [40],
+        "sampler.num_steps": [3],
+        "log.every_steps": [2],
+        "num_steps": [6],
+    }
+    file.write_text(
+        f"from dit_jax.sweep.grid import Sweep\ndef get_sweep():\n"
+        f"    return Sweep(title='tiny', base='configs/digits.py', grid={common}, **{fields!r})\n"
+    )
     return file
 
 
 def test_the_verb_lists_and_refuses(tmp_path):
     """A list without its last line of JSON; a mistake that costs a stack trace."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    listed = start(["-m", "dit_jax.sweep", f"--sweep={sweep_file(tmp_path, seeds=[0, 1])}", "--list", "--chip=h200",
-                    "--config.model.width=32"], tmp_path)
+    listed = start(
+        [
+            "-m",
+            "dit_jax.sweep",
+            f"--sweep={sweep_file(tmp_path, seeds=[0, 1])}",
+            "--list",
+            "--chip=h200",
+            "--config.model.width=32",
+        ],
+        tmp_path,
+    )
     assert listed.returncode == 0, listed.stderr
     rows = json.loads(listed.stdout.splitlines()[-1])["runs"]
     assert [row["name"] for row in rows] == ["run_seed=0", "run_seed=1"] and rows[0]["device_hours"] > 0

@@ -38,6 +38,7 @@ def program(shape=(1, 1, 1), **fields):
     def run(state):
         placed = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x, s.dtype), s.sharding), state, like)
         return jax.device_get(step(placed, zeros(), {}, batch))
+
     return run
 
 
@@ -132,13 +133,16 @@ def test_posterior_is_sampled_anew():
     np.testing.assert_allclose(values["l1"].sum(), losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"task__kl_weight": -1.0}, "kl_weight is -1.0"),
-    ({"task__perceptual_weight": 1.0}, "LPIPS needs images of at least 16"),
-    ({"task__discriminator": {"base_features": 8, "num_layers": 3, "norm_groups": 4}}, "num_layers is 3"),
-    ({"transform__channels": 3}, "must be equal"),
-    ({"transform__resolution": 9}, "not a positive multiple"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"task__kl_weight": -1.0}, "kl_weight is -1.0"),
+        ({"task__perceptual_weight": 1.0}, "LPIPS needs images of at least 16"),
+        ({"task__discriminator": {"base_features": 8, "num_layers": 3, "norm_groups": 4}}, "num_layers is 3"),
+        ({"transform__channels": 3}, "must be equal"),
+        ({"transform__resolution": 9}, "not a positive multiple"),
+    ],
+)
 def test_bad_values(changes, text):
     """A mistake that is only found when the first batch reaches the network, or never."""
     with pytest.raises(UserError, match=text):

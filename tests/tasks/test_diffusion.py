@@ -15,8 +15,10 @@ from dit_jax.tasks.state import abstract_state, create_sharded
 
 MESHES = [(2, 2, 2), (1, 4, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (4, 2, 1), (1, 1, 8)))]
 CONSTANTS = {"codec": {}}
-BATCH = {"image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
-         "label": np.arange(16, dtype=np.int32) % 10}
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
+    "label": np.arange(16, dtype=np.int32) % 10,
+}
 
 
 def randomized(task, mesh):
@@ -136,8 +138,10 @@ def test_label_and_guidance_reach_the_samples():
     """Labels that are ignored or null in the sampler, guidance that changes nothing."""
     task, mesh = build.task(tiny.config()), make_mesh(1, 1, 1, jax.devices()[:1])
     params = randomized(task, mesh).params
+
     def images(scale, labels):
         return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(params, CONSTANTS, np.array(labels))
+
     base = images(1.0, [3, 3, 3, 3]).astype(int)
     assert np.abs(images(1.0, [4, 4, 4, 4]) - base).max() > 1
     assert np.abs(images(3.0, [3, 3, 3, 3]) - base).max() > 1

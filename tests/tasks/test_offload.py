@@ -14,8 +14,10 @@ from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.state import abstract_state, create_sharded
 
-BATCH = {"image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
-         "label": np.arange(16, dtype=np.int32) % 10}
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),
+    "label": np.arange(16, dtype=np.int32) % 10,
+}
 
 
 def start(config):
@@ -57,8 +59,10 @@ def test_same_numbers_from_host_memory(tmp_path, zero1):
     equal(state, wanted)
     assert kinds(state.opt_state) == {"pinned_host"}
     sampler, guidance = build.sampler(config), build.guidance(config)
-    samples = [Generator(t, mesh, sampler, guidance, 8, 0)(hold(t, average), {"codec": {}}, BATCH["label"][:8])
-               for t, average in ((task, state.ema_params), (plain_task, wanted.ema_params))]
+    samples = [
+        Generator(t, mesh, sampler, guidance, 8, 0)(hold(t, average), {"codec": {}}, BATCH["label"][:8])
+        for t, average in ((task, state.ema_params), (plain_task, wanted.ema_params))
+    ]
     equal(*samples)
 
 

@@ -94,13 +94,21 @@ def test_both_pictures_side_by_side():
     assert (picture[margin : margin + 320, margin + 320 : 2 * margin + 320] == 255).all()
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"means": np.zeros((0, 2))}, "N >= 1"), ({"means": np.zeros((3, 3))}, "N >= 1"),
-    ({"means": np.full((3, 2), np.nan)}, "finite"),
-    ({"labels": np.zeros(2, int)}, "one integer for each"), ({"labels": np.zeros(3)}, "one integer for each"),
-    ({"labels": np.array([0, 1, 10])}, "do not lie"), ({"num_classes": 11}, "told apart"), ({"num_classes": 0}, "told apart"),
-    ({"size": 50}, "200"), ({"names": ["a"]}, "1 names for 10"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"means": np.zeros((0, 2))}, "N >= 1"),
+        ({"means": np.zeros((3, 3))}, "N >= 1"),
+        ({"means": np.full((3, 2), np.nan)}, "finite"),
+        ({"labels": np.zeros(2, int)}, "one integer for each"),
+        ({"labels": np.zeros(3)}, "one integer for each"),
+        ({"labels": np.array([0, 1, 10])}, "do not lie"),
+        ({"num_classes": 11}, "told apart"),
+        ({"num_classes": 0}, "told apart"),
+        ({"size": 50}, "200"),
+        ({"names": ["a"]}, "1 names for 10"),
+    ],
+)
 def test_bad_points(changes, text):
     """Two classes of one colour, a NaN drawn in a corner, or a picture too small to read."""
     arguments = {"means": np.zeros((3, 2)), "labels": np.zeros(3, int), "num_classes": 10, "size": 300} | changes
@@ -108,12 +116,17 @@ def test_bad_points(changes, text):
         scatter(**arguments)
 
 
-@pytest.mark.parametrize("decode, side, extent, text", [
-    (show_latents, 1, 2.0, "side is 1"), (show_latents, 4, 0.0, "extent 0"), (show_latents, 4, 9.0, "extent 9"),
-    (lambda z: np.zeros((3, 2, 2, 1)), 4, 2.0, "for 16 latents"),
-    (lambda z: np.zeros((16, 2, 2, 1), np.uint8), 4, 2.0, "floating"),
-    (lambda z: np.full((16, 2, 2, 1), np.nan), 4, 2.0, "NaN"),
-])
+@pytest.mark.parametrize(
+    "decode, side, extent, text",
+    [
+        (show_latents, 1, 2.0, "side is 1"),
+        (show_latents, 4, 0.0, "extent 0"),
+        (show_latents, 4, 9.0, "extent 9"),
+        (lambda z: np.zeros((3, 2, 2, 1)), 4, 2.0, "for 16 latents"),
+        (lambda z: np.zeros((16, 2, 2, 1), np.uint8), 4, 2.0, "floating"),
+        (lambda z: np.full((16, 2, 2, 1), np.nan), 4, 2.0, "NaN"),
+    ],
+)
 def test_bad_planes(decode, side, extent, text):
     """uint8 scaled a second time, or NaN drawn as black."""
     with pytest.raises(ValueError, match=text):

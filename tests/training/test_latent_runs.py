@@ -90,8 +90,10 @@ def cached(first_stage, cache, **overrides):
 
 def test_training_from_the_cache(first_stage, cache, tmp_path):
     """Rows gathered from the devices' own copy that are not those of the files, on one device and on eight."""
-    runs = [train(cached(first_stage, cache, **overrides), tmp_path / str(i)) for i, overrides in enumerate(
-        ({}, {"loader__resident": True}, {"loader__resident": True, "mesh__fsdp": 2}))]
+    runs = [
+        train(cached(first_stage, cache, **overrides), tmp_path / str(i))
+        for i, overrides in enumerate(({}, {"loader__resident": True}, {"loader__resident": True, "mesh__fsdp": 2}))
+    ]
     for other in runs[1:]:
         assert tiny.distance(other.state.opt_state, runs[0].state.opt_state, floor=1e-6) < 1e-4
     assert (tmp_path / "1" / "codec" / "config.json").is_file()
@@ -129,11 +131,14 @@ def build_settled(config):
     return codec_folder.settle(config, None)[0]
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"transform__resolution": 16}, "resolution"),
-    ({"codec__sha256": ""}, ""),
-    ({"model__num_classes": 7}, "num_classes"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"transform__resolution": 16}, "resolution"),
+        ({"codec__sha256": ""}, ""),
+        ({"model__num_classes": 7}, "num_classes"),
+    ],
+)
 def test_a_cache_of_something_else_is_refused(first_stage, cache, tmp_path, changes, text):
     """Training on latents that were made at another size, or have other classes, than the config says."""
     if text:
@@ -173,11 +178,24 @@ def test_digits_in_latents(tmp_path):
     from sklearn.svm import SVC
 
     vae_workdir, workdir, steps = tmp_path / "vae", tmp_path / "run", "--config.preview.every_steps=0"
-    first, _ = run("main", "--config=configs/vae_digits.py", f"--workdir={vae_workdir}", steps, "--config.num_steps=500",
-                   "--config.optimizer.decay_steps=500")
+    first, _ = run(
+        "main",
+        "--config=configs/vae_digits.py",
+        f"--workdir={vae_workdir}",
+        steps,
+        "--config.num_steps=500",
+        "--config.optimizer.decay_steps=500",
+    )
     assert first["psnr"] > 25 and first["fid"] < 0.5
-    second, progress = run("main", "--config=configs/digits_latent.py", f"--config.codec.path={vae_workdir}",
-                           f"--workdir={workdir}", steps, "--config.num_steps=800", "--config.optimizer.decay_steps=800")
+    second, progress = run(
+        "main",
+        "--config=configs/digits_latent.py",
+        f"--config.codec.path={vae_workdir}",
+        f"--workdir={workdir}",
+        steps,
+        "--config.num_steps=800",
+        "--config.optimizer.decay_steps=800",
+    )
     assert second["fid"] < 2.0, progress
     shutil.rmtree(vae_workdir)
     guided, _ = run("sample", f"--workdir={workdir}", "--num_samples=500", "--guidance_scale=1.5", f"--out={tmp_path / 'x.npz'}")

@@ -123,6 +123,7 @@ def nan_loss(real):
     def loss(self, params, x0, noise, t, cond):
         value, parts = real(self, params, x0, noise, t, cond)
         return value * np.nan, {name: part * np.nan for name, part in parts.items()}
+
     return loss
 
 
@@ -141,26 +142,32 @@ def test_other_data_is_refused(whole, monkeypatch):
 
 def test_one_process_at_a_time(tmp_path):
     """Two processes that write checkpoints into one folder."""
-    with (Workdir(tmp_path / "run", tiny.config()), pytest.raises(UserError, match="another process is training"),
-          Workdir(tmp_path / "run", tiny.config())):
+    with (
+        Workdir(tmp_path / "run", tiny.config()),
+        pytest.raises(UserError, match="another process is training"),
+        Workdir(tmp_path / "run", tiny.config()),
+    ):
         pass
 
 
-@pytest.mark.parametrize("overrides, text", [
-    ({"batch_size": 12}, "not a multiple of mesh.data x mesh.fsdp"),
-    ({"mesh__data": 16}, "there are 8"),
-    ({"model__num_classes": 9}, "--config.model.num_classes=10"),
-    ({"data__name": "folder", "data__path": "/nowhere"}, "does not exist"),
-    ({"data__name": "folder", "data__path": "", "data__split": ""}, "data.path is empty"),
-    ({"data__split": "val"}, "no split"),
-    ({"preview__every_steps": 5, "preview__num_images": 0}, "preview.num_images is 0"),
-    ({"log__every_steps": 0}, "log.every_steps is 0"),
-    ({"log__watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
-    ({"profile__num_steps": 9}, "does not lie within 0 to num_steps = 6"),
-    ({"seed": -1}, "seed is -1"),
-    ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
-    ({"loader__num_threads": 0}, "num_threads=0"),
-])
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        ({"batch_size": 12}, "not a multiple of mesh.data x mesh.fsdp"),
+        ({"mesh__data": 16}, "there are 8"),
+        ({"model__num_classes": 9}, "--config.model.num_classes=10"),
+        ({"data__name": "folder", "data__path": "/nowhere"}, "does not exist"),
+        ({"data__name": "folder", "data__path": "", "data__split": ""}, "data.path is empty"),
+        ({"data__split": "val"}, "no split"),
+        ({"preview__every_steps": 5, "preview__num_images": 0}, "preview.num_images is 0"),
+        ({"log__every_steps": 0}, "log.every_steps is 0"),
+        ({"log__watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
+        ({"profile__num_steps": 9}, "does not lie within 0 to num_steps = 6"),
+        ({"seed": -1}, "seed is -1"),
+        ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
+        ({"loader__num_threads": 0}, "num_threads=0"),
+    ],
+)
 def test_refused_before_any_work(tmp_path, overrides, text):
     """A mistake that leaves a half-made workdir behind."""
     with pytest.raises(UserError, match=text):
@@ -191,8 +198,17 @@ def test_preview_and_records(tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if "loss" in row]
-    assert {"loss", "mse", "vb", "grad_norm", "images_per_second", "skipped", "loss_t0.00", "data_wait_seconds",
-            "checkpoint_seconds"} <= row.keys()
+    assert {
+        "loss",
+        "mse",
+        "vb",
+        "grad_norm",
+        "images_per_second",
+        "skipped",
+        "loss_t0.00",
+        "data_wait_seconds",
+        "checkpoint_seconds",
+    } <= row.keys()
     assert 0 < row["step_seconds_p50"] <= row["step_seconds_p99"]
     compiled, _, shown, last = rows
     assert compiled["compile_seconds"] > 0 and shown["preview_seconds"] > 0

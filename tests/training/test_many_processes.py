@@ -25,8 +25,18 @@ pytestmark = pytest.mark.slow
 
 def together(processes, folder, verb, *args, devices=8):
     """stdout of a verb on the devices of so many processes, devices in all."""
-    command = [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices // processes}",
-               f"--logs={folder}", "--", sys.executable, "-m", f"dit_jax.{verb}", *map(str, args)]
+    command = [
+        sys.executable,
+        "launch/local.py",
+        f"--processes={processes}",
+        f"--devices={devices // processes}",
+        f"--logs={folder}",
+        "--",
+        sys.executable,
+        "-m",
+        f"dit_jax.{verb}",
+        *map(str, args),
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT / "tests")}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -35,9 +45,21 @@ def together(processes, folder, verb, *args, devices=8):
 
 
 # Adam divides by the root of the second moment: a large eps keeps it from blowing rounding up.
-RUNS = {"diffusion": ("config", {"optimizer__eps": 1e-3, "mesh__fsdp": 2, "mesh__tensor": 2, "microbatches": 2,
-                                 "scoring__every_steps": 3, "scoring__num_images": 70, "scoring__sampler__num_steps": 2}),
-        "autoencoder": ("autoencoder", {"optimizer__eps": 1e-3, "mesh__fsdp": 4})}
+RUNS = {
+    "diffusion": (
+        "config",
+        {
+            "optimizer__eps": 1e-3,
+            "mesh__fsdp": 2,
+            "mesh__tensor": 2,
+            "microbatches": 2,
+            "scoring__every_steps": 3,
+            "scoring__num_images": 70,
+            "scoring__sampler__num_steps": 2,
+        },
+    ),
+    "autoencoder": ("autoencoder", {"optimizer__eps": 1e-3, "mesh__fsdp": 4}),
+}
 
 
 def trained(folder, name, processes):
@@ -75,8 +97,19 @@ def test_two_processes_write_the_cache_of_one(tmp_path):
     caches = []
     for processes, devices, batch in ((2, 8, 16), (1, 4, 16), (1, 8, 5)):
         cache = tmp_path / f"cache{len(caches)}"
-        together(processes, tmp_path, "encode", "--data=digits", "--split=test", f"--codec={tmp_path / 'run'}", "--resolution=8",
-                 "--shard_records=50", f"--device_batch_size={batch}", f"--out={cache}", devices=devices)
+        together(
+            processes,
+            tmp_path,
+            "encode",
+            "--data=digits",
+            "--split=test",
+            f"--codec={tmp_path / 'run'}",
+            "--resolution=8",
+            "--shard_records=50",
+            f"--device_batch_size={batch}",
+            f"--out={cache}",
+            devices=devices,
+        )
         caches.append({file.name: file.read_bytes() for file in sorted(cache.iterdir())})
     assert len(caches[0]) > 6
     for other in caches[1:]:
@@ -89,8 +122,16 @@ def test_samples_do_not_depend_on_the_processes(tmp_path):
     images = []
     for processes in (2, 1):
         out = tmp_path / f"{processes}.npz"
-        together(processes, tmp_path, "sample", f"--workdir={tmp_path / 'run'}", "--num_samples=200", "--batch_size=64",
-                 f"--out={out}", *(["--fsdp=2"] if processes == 2 else []))
+        together(
+            processes,
+            tmp_path,
+            "sample",
+            f"--workdir={tmp_path / 'run'}",
+            "--num_samples=200",
+            "--batch_size=64",
+            f"--out={out}",
+            *(["--fsdp=2"] if processes == 2 else []),
+        )
         images.append(np.load(out)["arr_0"].astype(int))
     assert images[0].shape == (200, 8, 8, 1) and images[0].std() > 10
     assert np.abs(images[0] - images[1]).max() <= 1
@@ -102,14 +143,29 @@ def test_samples_do_not_depend_on_the_processes(tmp_path):
 
 def test_a_checkpoint_of_two_processes_restores_in_one(tmp_path):
     """Shards that only their own number of processes can read, in both directions: the losses that follow must agree."""
-    fields = ("model.depth=2", "model.width=64", "log.every_steps=3", "checkpoint.every_steps=6", "mesh.fsdp=2",
-              "mesh.tensor=4", "preview.every_steps=0", "evaluation.num_images=0")
+    fields = (
+        "model.depth=2",
+        "model.width=64",
+        "log.every_steps=3",
+        "checkpoint.every_steps=6",
+        "mesh.fsdp=2",
+        "mesh.tensor=4",
+        "preview.every_steps=0",
+        "evaluation.num_images=0",
+    )
     losses = []
     for first, second in ((2, 1), (1, 2)):
         workdir = tmp_path / str(first)
         for processes, steps in ((first, 6), (second, 12)):
-            together(processes, tmp_path, "main", "--config=configs/digits.py", f"--workdir={workdir}",
-                     f"--config.num_steps={steps}", *(f"--config.{field}" for field in fields))
+            together(
+                processes,
+                tmp_path,
+                "main",
+                "--config=configs/digits.py",
+                f"--workdir={workdir}",
+                f"--config.num_steps={steps}",
+                *(f"--config.{field}" for field in fields),
+            )
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert len(losses[0]) == 4

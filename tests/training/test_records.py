@@ -40,9 +40,7 @@ def events_of(workdir):
                 starts.append(event.step)
             for value in event.summary.value:
                 image = value.HasField("image")
-                values.append(
-                    (event.step, value.tag, (value.image.height, value.image.width) if image else value.simple_value)
-                )
+                values.append((event.step, value.tag, (value.image.height, value.image.width) if image else value.simple_value))
     return values, starts
 
 

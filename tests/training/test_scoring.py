@@ -12,8 +12,16 @@ from dit_jax.training.loop import train
 
 
 def config(**overrides):
-    fields = {"num_steps": 6, "checkpoint__every_steps": 2, "checkpoint__keep_last": 1, "checkpoint__keep_every_steps": 100,
-              "scoring__every_steps": 2, "scoring__num_images": 20, "scoring__sampler__num_steps": 2, "evaluation__batch_size": 8}
+    fields = {
+        "num_steps": 6,
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep_last": 1,
+        "checkpoint__keep_every_steps": 100,
+        "scoring__every_steps": 2,
+        "scoring__num_images": 20,
+        "scoring__sampler__num_steps": 2,
+        "evaluation__batch_size": 8,
+    }
     return tiny.config(**(fields | overrides))
 
 
@@ -31,7 +39,10 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring.scores, "make_reference", lambda *args: made.append(1) or make(*args))
     train(config(), tmp_path)
     assert {step: (line["fid"], line["best_fid"]) for step, line in records(tmp_path).items()} == {
-        2: (3.0, 3.0), 4: (1.0, 1.0), 6: (2.0, 1.0)}
+        2: (3.0, 3.0),
+        4: (1.0, 1.0),
+        6: (2.0, 1.0),
+    }
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     best = json.loads((tmp_path / "scores" / "best.json").read_text())
     assert (best["step"], best["fid"], best["num_samples"]) == (4, 1.0, 20) and len(made) == 1
@@ -42,6 +53,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
 
 def test_a_stopped_score_is_finished_by_the_next_start(tmp_path, monkeypatch):
     """A run that goes on without the score that a signal interrupted, or trains on although it was asked to stop."""
+
     def interrupted(out, *args, **kwargs):
         out.mkdir(parents=True)
         return drawing.Drawn(out, out, 0, 0.0, True)
@@ -63,12 +75,15 @@ def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
     assert sorted(records(tmp_path)) == [2, 4]
 
 
-@pytest.mark.parametrize("overrides, text", [
-    ({"evaluation__reference": ""}, "evaluation.reference is empty"),
-    ({"scoring__num_images": 1}, "at least 1 and 2 are needed"),
-    ({"evaluation__features": "inception"}, "weights"),
-    ({"scoring__sampler__name": "sde"}, "sde"),
-])
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        ({"evaluation__reference": ""}, "evaluation.reference is empty"),
+        ({"scoring__num_images": 1}, "at least 1 and 2 are needed"),
+        ({"evaluation__features": "inception"}, "weights"),
+        ({"scoring__sampler__name": "sde"}, "sde"),
+    ],
+)
 def test_mistakes_are_found_before_training(overrides, text):
     """A run that fails at its first score, hours after its start."""
     with pytest.raises(UserError, match=text):

@@ -24,8 +24,9 @@ def test_digits(tmp_path):
     result, progress = run("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}")
     assert result["num_samples"] == 1000 and result["num_reference"] == 1797
     assert result["fid"] < 1.0, progress
-    guided, _ = run("sample", f"--workdir={tmp_path / 'run'}", "--num_samples=1000", "--guidance_scale=1.5",
-                    f"--out={tmp_path / 'x.npz'}")
+    guided, _ = run(
+        "sample", f"--workdir={tmp_path / 'run'}", "--num_samples=1000", "--guidance_scale=1.5", f"--out={tmp_path / 'x.npz'}"
+    )
     digits = load_digits()
     judge = SVC(gamma=0.001, C=10).fit(digits.data[:1500], digits.target[:1500])
     assert judge.score(digits.data[1500:], digits.target[1500:]) > 0.95
@@ -36,10 +37,20 @@ def test_digits(tmp_path):
 
 def test_killed_at_random(tmp_path):
     """State that only survives an orderly exit: after five kills the parameters equal an uninterrupted run's, bit for bit."""
+
     def start(workdir):
-        return command("main", "--config=configs/digits.py", f"--workdir={workdir}", "--config.num_steps=120",
-                       "--config.checkpoint.every_steps=7", "--config.preview.every_steps=0", "--config.evaluation.num_images=0",
-                       "--config.model.depth=1", "--config.model.width=64", "--config.log.every_steps=5")
+        return command(
+            "main",
+            "--config=configs/digits.py",
+            f"--workdir={workdir}",
+            "--config.num_steps=120",
+            "--config.checkpoint.every_steps=7",
+            "--config.preview.every_steps=0",
+            "--config.evaluation.num_images=0",
+            "--config.model.depth=1",
+            "--config.model.width=64",
+            "--config.log.every_steps=5",
+        )
 
     whole = subprocess.run(start(tmp_path / "whole"), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert whole.returncode == 0, whole.stderr
@@ -89,10 +100,19 @@ def test_photographs(tmp_path):
             side = int(rng.integers(100, 400))
             top, left = rng.integers(0, photo.shape[0] - side), rng.integers(0, photo.shape[1] - side)
             Image.fromarray(photo[top : top + side, left : left + side]).save(tmp_path / "photos" / name / f"{i}.jpg")
-    run("main", "--config=configs/folder.py:S/8,32,2", f"--workdir={tmp_path / 'run'}",
+    run(
+        "main",
+        "--config=configs/folder.py:S/8,32,2",
+        f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tmp_path / 'photos'}",
-        "--config.num_steps=100", "--config.batch_size=16", "--config.log.every_steps=10", "--config.preview.every_steps=100",
-        "--config.preview.num_images=8", "--config.sampler.num_steps=10", "--config.loader.num_workers=2")
+        "--config.num_steps=100",
+        "--config.batch_size=16",
+        "--config.log.every_steps=10",
+        "--config.preview.every_steps=100",
+        "--config.preview.num_images=8",
+        "--config.sampler.num_steps=10",
+        "--config.loader.num_workers=2",
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
@@ -101,15 +121,31 @@ def test_photographs(tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     """Hosts that read the same rows, draw the same noise, or write each other's part: two processes must give one's images."""
-    fields = ("num_steps=12", "model.depth=2", "model.width=64", "log.every_steps=4", "checkpoint.every_steps=6", "mesh.fsdp=2",
-              "preview.every_steps=0", "sampler.num_steps=5", "evaluation.num_images=64", "evaluation.batch_size=64")
+    fields = (
+        "num_steps=12",
+        "model.depth=2",
+        "model.width=64",
+        "log.every_steps=4",
+        "checkpoint.every_steps=6",
+        "mesh.fsdp=2",
+        "preview.every_steps=0",
+        "sampler.num_steps=5",
+        "evaluation.num_images=64",
+        "evaluation.batch_size=64",
+    )
     losses, images = [], []
     for processes, devices in ((2, 4), (1, 8)):
         workdir = tmp_path / str(processes)
         train = command("main", "--config=configs/digits.py", f"--workdir={workdir}", *(f"--config.{field}" for field in fields))
         launcher = [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}"]
-        process = subprocess.run([*launcher, f"--logs={workdir}_logs", "--", *train], cwd=ROOT, env=environment(),
-                                 capture_output=True, text=True, timeout=400)
+        process = subprocess.run(
+            [*launcher, f"--logs={workdir}_logs", "--", *train],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
         assert process.returncode == 0, process.stderr
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])

@@ -16,9 +16,13 @@ BLOCK = 512
 WINDOW = 8192  # one read covers a header and, between small members, the next ones
 MAX_EXTENSION = 1 << 20  # of a long name or a PAX header; real ones have a few hundred bytes
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-REGULAR, DIRECTORY, EXTENSIONS, NO_MEMBER = b"0\0" b"7", b"5", b"xgLK", b"V"
-REFUSED = {b"1": "a hard link: pack with tar --hard-dereference", b"2": "a symbolic link: pack with tar --dereference",
-           b"S": "a sparse file: pack without --sparse", b"M": "the continuation of another volume: join the volumes"}
+REGULAR, DIRECTORY, EXTENSIONS, NO_MEMBER = b"0\07", b"5", b"xgLK", b"V"
+REFUSED = {
+    b"1": "a hard link: pack with tar --hard-dereference",
+    b"2": "a symbolic link: pack with tar --dereference",
+    b"S": "a sparse file: pack without --sparse",
+    b"M": "the continuation of another volume: join the volumes",
+}
 
 
 class Member(NamedTuple):
@@ -77,8 +81,10 @@ class TarScan:
             self._window_at, first = offset, 0
         data = self._window[first : first + size]
         if len(data) < size:
-            raise UserError(f"{self.what} is truncated: it ends at byte {self._end - self._start:,}, in a member or before the "
-                            "mark of its end; copy or pack it again")
+            raise UserError(
+                f"{self.what} is truncated: it ends at byte {self._end - self._start:,}, in a member or before the "
+                "mark of its end; copy or pack it again"
+            )
         return data
 
     def __iter__(self) -> Iterator[Member]:
@@ -158,8 +164,10 @@ class TarScan:
     def _check_end(self, position: int) -> None:
         for at in range(position, self._end, 1 << 20):
             if any(os.pread(self._fd, min(1 << 20, self._end - at), at)):
-                raise UserError(f"{self.what} goes on after the mark of its end at byte {position - self._start:,}: are several "
-                                "tars joined? Unpack it (tar --ignore-zeros) and pack it as one")
+                raise UserError(
+                    f"{self.what} goes on after the mark of its end at byte {position - self._start:,}: are several "
+                    "tars joined? Unpack it (tar --ignore-zeros) and pack it as one"
+                )
 
 
 def _text(name: bytes) -> str:

@@ -133,8 +133,12 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
     try:
         _write(kept, index)
     except OSError as error:
-        logging.warning("the index of %d tars cannot be kept in %s (%s): every start reads all their headers again",
-                        len(files), kept.parent, error.strerror)
+        logging.warning(
+            "the index of %d tars cannot be kept in %s (%s): every start reads all their headers again",
+            len(files),
+            kept.parent,
+            error.strerror,
+        )
     return index
 
 

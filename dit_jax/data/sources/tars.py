@@ -124,8 +124,12 @@ class TarShards(TarSource):
 
     def __init__(self, path: str, num_classes: int | None = None, class_names_file: str = "", cache_index: bool = True):
         files = tar_files(path)
-        index = tar_index.cached(files, "webdataset", lambda: tar_index.scanned(
-            functools.partial(_samples, file, number) for number, file in enumerate(files)), cache_index)
+        index = tar_index.cached(
+            files,
+            "webdataset",
+            lambda: tar_index.scanned(functools.partial(_samples, file, number) for number, file in enumerate(files)),
+            cache_index,
+        )
         if not len(index):
             raise UserError(f"{path}: {len(files)} tars hold no samples")
         class_names = _class_names(class_names_file) if class_names_file else None
@@ -136,11 +140,16 @@ class TarShards(TarSource):
             raise UserError(f"{class_names_file} names {len(class_names)} classes, but num_classes={num_classes}: drop one")
         super().__init__(files, index, num_classes, class_names, "tar_shards")
         if num_classes and (index.label < 0).all():
-            raise UserError(f"{path}: num_classes={num_classes}, but no sample has a label (.cls, or \"label\" in .json): pass 0")
+            raise UserError(f'{path}: num_classes={num_classes}, but no sample has a label (.cls, or "label" in .json): pass 0')
         if (index.label >= 0).any():
             tar_index.reject(index, index.label < 0, lambda i: f"{self._name(i)} has no label, and others have: complete them")
-        tar_index.reject(index, index.label >= num_classes, lambda i: (
-            f"{self._name(i)} has label {index.label[i]}, outside [0, {num_classes}): correct it, or the number of classes"))
+        tar_index.reject(
+            index,
+            index.label >= num_classes,
+            lambda i: (
+                f"{self._name(i)} has label {index.label[i]}, outside [0, {num_classes}): correct it, or the number of classes"
+            ),
+        )
 
 
 def tar_files(path: str) -> list[Path]:
@@ -255,8 +264,10 @@ def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
 def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
     images = [part.member for suffix, part in parts.items() if suffix in IMAGES]
     if len(images) != 1:
-        raise UserError(f"{what} has {len(images)} images among its members ({', '.join('.' + suffix for suffix in parts)}), but "
-                        f"a sample has one; its name ends at the first dot (suffixes: {', '.join(IMAGES)})")
+        raise UserError(
+            f"{what} has {len(images)} images among its members ({', '.join('.' + suffix for suffix in parts)}), but "
+            f"a sample has one; its name ends at the first dot (suffixes: {', '.join(IMAGES)})"
+        )
     labels = [label for part in parts.values() for label in part.labels]
     for label in labels:
         if type(label) is not int or not 0 <= label < 2**31:

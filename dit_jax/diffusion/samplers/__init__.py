@@ -15,11 +15,33 @@ from dit_jax.diffusion.samplers.ode import AdamsBashforth, Euler, Heun
 from dit_jax.diffusion.samplers.sde import EulerMaruyama
 from dit_jax.errors import UserError
 
-__all__ = ["CLASSES", "DDIM", "SAMPLERS", "AdamsBashforth", "Ancestral", "DPMSolverPlusPlus2M", "DormandPrince", "Euler",
-           "EulerMaruyama", "Heun", "UniPC", "ddim_invert", "default_sampler"]
+__all__ = [
+    "CLASSES",
+    "DDIM",
+    "SAMPLERS",
+    "AdamsBashforth",
+    "Ancestral",
+    "DPMSolverPlusPlus2M",
+    "DormandPrince",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "UniPC",
+    "ddim_invert",
+    "default_sampler",
+]
 
-CLASSES = {"ddpm": Ancestral, "ddim": DDIM, "euler": Euler, "heun": Heun, "ab": AdamsBashforth, "dopri5": DormandPrince,
-           "sde": EulerMaruyama, "dpmpp": DPMSolverPlusPlus2M, "unipc": UniPC}
+CLASSES = {
+    "ddpm": Ancestral,
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "ab": AdamsBashforth,
+    "dopri5": DormandPrince,
+    "sde": EulerMaruyama,
+    "dpmpp": DPMSolverPlusPlus2M,
+    "unipc": UniPC,
+}
 SAMPLERS = {  # the fields of each, with numbers of steps that suit it
     "ddpm": {"num_steps": 100, "spacing": "even"},
     "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},

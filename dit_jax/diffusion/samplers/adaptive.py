@@ -13,14 +13,16 @@ from dit_jax.errors import UserError
 # Row i gives stage i + 1 from the slopes of stages 0 .. i; the last row is the solution of order 5, so that its slope serves
 # the next step too. Dormand & Prince 1980, table 2.
 NODES = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
-STAGES = np.array([
-    [1 / 5, 0, 0, 0, 0, 0, 0],
-    [3 / 40, 9 / 40, 0, 0, 0, 0, 0],
-    [44 / 45, -56 / 15, 32 / 9, 0, 0, 0, 0],
-    [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729, 0, 0, 0],
-    [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656, 0, 0],
-    [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0],
-])
+STAGES = np.array(
+    [
+        [1 / 5, 0, 0, 0, 0, 0, 0],
+        [3 / 40, 9 / 40, 0, 0, 0, 0, 0],
+        [44 / 45, -56 / 15, 32 / 9, 0, 0, 0, 0],
+        [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729, 0, 0, 0],
+        [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656, 0, 0],
+        [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0],
+    ]
+)
 FOURTH_ORDER = np.array([5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40])
 FIRST_STEP, SHORTEST_STEP = 1e-2, 1e-4
 
@@ -72,8 +74,12 @@ class DormandPrince:
             # A network that returns NaN must end in NaN, not in a loop without end.
             accept = (ratio <= 1) | (h <= SHORTEST_STEP) | jnp.isnan(ratio)
             factor = jnp.where(jnp.isnan(ratio), 10.0, jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.2, 0.2, 10.0))
-            return (jnp.where(expand(accept, x), new, x), jnp.where(accept, s + h, s),
-                    jnp.maximum(h * factor, SHORTEST_STEP), jnp.where(expand(accept, x), slopes[6], first))
+            return (
+                jnp.where(expand(accept, x), new, x),
+                jnp.where(accept, s + h, s),
+                jnp.maximum(h * factor, SHORTEST_STEP),
+                jnp.where(expand(accept, x), slopes[6], first),
+            )
 
         start = jnp.zeros(len(noise), noise.dtype)
         state = noise, start, jnp.full_like(start, FIRST_STEP), slope(noise, start)

@@ -54,14 +54,19 @@ class Ancestral:
             z = noise_like(keys, x.shape[1:], c["step"])
             return mean + c["noisy"] * jnp.exp(0.5 * log_variance) * z
 
-        return scan_steps(step, noise, denoise, {
-            "t": times[:-1],
-            "from_x": ratio * sigma[1:] ** 2 / sigma[:-1] ** 2,
-            "from_x0": alpha[1:] * beta / sigma[:-1] ** 2,
-            "log_small": log_small,
-            "log_large": np.log(beta),
-            "noisy": times[1:] > 0,
-        })
+        return scan_steps(
+            step,
+            noise,
+            denoise,
+            {
+                "t": times[:-1],
+                "from_x": ratio * sigma[1:] ** 2 / sigma[:-1] ** 2,
+                "from_x0": alpha[1:] * beta / sigma[:-1] ** 2,
+                "log_small": log_small,
+                "log_large": np.log(beta),
+                "noisy": times[1:] > 0,
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,17 @@ class DDIM:
                 x = x + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
             return x
 
-        return scan_steps(step, noise, denoise, {
-            "t": times[:-1],
-            "alpha_next": alpha[1:],
-            "direction": np.sqrt(sigma[1:] ** 2 - deviation**2),
-            "deviation": deviation,
-        })
+        return scan_steps(
+            step,
+            noise,
+            denoise,
+            {
+                "t": times[:-1],
+                "alpha_next": alpha[1:],
+                "direction": np.sqrt(sigma[1:] ** 2 - deviation**2),
+                "deviation": deviation,
+            },
+        )
 
 
 def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing: str = "even"):
@@ -124,8 +134,13 @@ def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing:
         slope = process.slope(denoise(x, c["t"]), c["t"])
         return c["from_x"] * x + c["from_slope"] * slope
 
-    return scan_steps(step, x0, denoise, {
-        "t": np.append(times[1] if process.min_time > 0 else times[0], times[1:-1]),
-        "from_x": scale[1:] / scale[:-1],
-        "from_slope": scale[1:] * np.diff(clock),
-    })
+    return scan_steps(
+        step,
+        x0,
+        denoise,
+        {
+            "t": np.append(times[1] if process.min_time > 0 else times[0], times[1:-1]),
+            "from_x": scale[1:] / scale[:-1],
+            "from_slope": scale[1:] * np.diff(clock),
+        },
+    )

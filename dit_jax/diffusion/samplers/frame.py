@@ -16,8 +16,10 @@ def scan_steps(step, carry, denoise: Denoise, coefficients: dict[str, np.ndarray
     is the one passed here, or that of a `ForecastingDenoise` for this step.
     """
     dtype = jax.tree.leaves(carry)[0].dtype
-    rows = {name: jnp.asarray(values, dtype if np.issubdtype(values.dtype, np.floating) else None)
-            for name, values in coefficients.items()}
+    rows = {
+        name: jnp.asarray(values, dtype if np.issubdtype(values.dtype, np.floating) else None)
+        for name, values in coefficients.items()
+    }
     rows["step"] = jnp.arange(len(rows["t"]))
     if not isinstance(denoise, ForecastingDenoise):
         return jax.lax.scan(lambda carry, c: (step(carry, c, denoise), None), carry, rows)[0]
@@ -36,5 +38,7 @@ def require_continuous(process: Process, sampler: str):
         UserError: the process has discrete timesteps.
     """
     if not process.continuous:
-        raise UserError(f"sampler {sampler!r} needs a network that knows every time, as process 'flow'; process "
-                        f"{type(process).__name__.lower()!r} has timesteps: choose another sampler, as ddpm, ddim or heun")
+        raise UserError(
+            f"sampler {sampler!r} needs a network that knows every time, as process 'flow'; process "
+            f"{type(process).__name__.lower()!r} has timesteps: choose another sampler, as ddpm, ddim or heun"
+        )

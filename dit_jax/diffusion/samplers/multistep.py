@@ -48,12 +48,17 @@ class DPMSolverPlusPlus2M:
             x = c["from_x"] * x + c["from_x0"] * (x0 + c["extrapolate"] * (x0 - x0_before))
             return x, x0
 
-        x, _ = scan_steps(step, (noise, jnp.zeros_like(noise)), denoise, {
-            "t": times[:-1],
-            "from_x": sigma[1:] / sigma[:-1],
-            "from_x0": -alpha[1:] * np.expm1(-h),
-            "extrapolate": ratio / 2,
-        })
+        x, _ = scan_steps(
+            step,
+            (noise, jnp.zeros_like(noise)),
+            denoise,
+            {
+                "t": times[:-1],
+                "from_x": sigma[1:] / sigma[:-1],
+                "from_x0": -alpha[1:] * np.expm1(-h),
+                "extrapolate": ratio / 2,
+            },
+        )
         return x
 
 
@@ -86,16 +91,21 @@ class UniPC:
             return predicted, x, x0, x0_now
 
         nothing = jnp.zeros_like(noise)
-        predicted, *_ = scan_steps(step, (noise, noise, nothing, nothing), denoise, {
-            "t": times[:-1],
-            "from_x": from_x,
-            "from_x0": from_x0,
-            "extrapolate": ratio / 2,
-            "last_from_x": np.append(0.0, from_x[:-1]),
-            "last_from_x0": np.append(0.0, from_x0[:-1]),
-            "to_before": np.append(0.0, to_before[:-1]),
-            "to_now": np.append(0.0, to_now[:-1]),
-        })
+        predicted, *_ = scan_steps(
+            step,
+            (noise, noise, nothing, nothing),
+            denoise,
+            {
+                "t": times[:-1],
+                "from_x": from_x,
+                "from_x0": from_x0,
+                "extrapolate": ratio / 2,
+                "last_from_x": np.append(0.0, from_x[:-1]),
+                "last_from_x0": np.append(0.0, from_x0[:-1]),
+                "to_before": np.append(0.0, to_before[:-1]),
+                "to_now": np.append(0.0, to_now[:-1]),
+            },
+        )
         return predicted
 
 

@@ -29,11 +29,16 @@ class Euler:
             slope = process.slope(denoise(x, c["t"]), c["t"])
             return c["from_x"] * x + c["from_slope"] * slope
 
-        return scan_steps(step, noise, denoise, {
-            "t": times[:-1],
-            "from_x": scale[1:] / scale[:-1],
-            "from_slope": scale[1:] * np.diff(clock),
-        })
+        return scan_steps(
+            step,
+            noise,
+            denoise,
+            {
+                "t": times[:-1],
+                "from_x": scale[1:] / scale[:-1],
+                "from_slope": scale[1:] * np.diff(clock),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,18 @@ class Heun:
 
             return jax.lax.cond(c["correct"], corrected, lambda: euler)
 
-        return scan_steps(step, noise, denoise, {
-            "t": times[:-1],
-            "t_next": times[1:],
-            "correct": times[1:] >= process.min_time,
-            "from_x": scale[1:] / scale[:-1],
-            "from_slope": scale[1:] * np.diff(clock),
-        })
+        return scan_steps(
+            step,
+            noise,
+            denoise,
+            {
+                "t": times[:-1],
+                "t_next": times[1:],
+                "correct": times[1:] >= process.min_time,
+                "from_x": scale[1:] / scale[:-1],
+                "from_slope": scale[1:] * np.diff(clock),
+            },
+        )
 
 
 def integral_weights(nodes, start: float, end: float) -> np.ndarray:
@@ -100,8 +110,10 @@ class AdamsBashforth:
         if self.order not in (2, 3, 4):
             raise UserError(f"Adams-Bashforth order is {self.order}; it must be 2, 3 or 4")
         if self.num_steps < self.order:
-            raise UserError(f"{self.num_steps} sampling steps are too few for Adams-Bashforth of order {self.order}; ask for "
-                            f"at least {self.order}, or a lower order")
+            raise UserError(
+                f"{self.num_steps} sampling steps are too few for Adams-Bashforth of order {self.order}; ask for "
+                f"at least {self.order}, or a lower order"
+            )
 
     def evaluations(self, process: Process) -> int:
         return self.num_steps + (self.order - 1) * (self.order - 2) // 2
@@ -109,9 +121,12 @@ class AdamsBashforth:
     def schedule(self, clock):
         """Per evaluation: (point of the grid, weights on the slopes of the points that slots 0 .. order - 1 hold, whether the
         point becomes the base of the next); then the weights of the last step."""
+
         def row(point, first, last, base):
             weights = np.zeros(self.order)
-            weights[np.arange(first, last + 1) % self.order] = integral_weights(clock[first:last + 1], clock[base], clock[point])
+            weights[np.arange(first, last + 1) % self.order] = integral_weights(
+                clock[first : last + 1], clock[base], clock[point]
+            )
             return weights
 
         rows = [(0, np.zeros(self.order), False)]
@@ -133,11 +148,16 @@ class AdamsBashforth:
             return jnp.where(c["is_base"], y, base), slopes.at[c["slot"]].set(slope)
 
         slopes = jnp.zeros((self.order, *noise.shape), noise.dtype)
-        base, slopes = scan_steps(step, (noise / scale[0], slopes), denoise, {
-            "t": times[points],
-            "scale": scale[points],
-            "weights": weights,
-            "is_base": is_base,
-            "slot": points % self.order,
-        })
+        base, slopes = scan_steps(
+            step,
+            (noise / scale[0], slopes),
+            denoise,
+            {
+                "t": times[points],
+                "scale": scale[points],
+                "weights": weights,
+                "is_base": is_base,
+                "slot": points % self.order,
+            },
+        )
         return scale[-1] * (base + jnp.tensordot(jnp.asarray(last, noise.dtype), slopes, axes=1))

@@ -51,8 +51,9 @@ class EulerMaruyama:
         if self.norm < 0:
             raise UserError(f"sampler.norm is {self.norm}; it must be at least 0")
         if self.last_step != "none" and not 0 < self.last_step_size < 1:
-            raise UserError(f"sampler.last_step_size is {self.last_step_size}; it must lie between 0 and 1, or set "
-                            "sampler.last_step to none")
+            raise UserError(
+                f"sampler.last_step_size is {self.last_step_size}; it must lie between 0 and 1, or set sampler.last_step to none"
+            )
         if self.num_steps < 1 + (self.last_step != "none"):
             raise UserError(f"sampler.num_steps is {self.num_steps}; at least 2 are needed, or 1 if last_step is none")
 
@@ -69,7 +70,7 @@ class EulerMaruyama:
         require_continuous(process, "sde")
         times = self.times(process)
         c = process.coefficients(times[:-1] if self.last_step == "none" else times, np)
-        w = DIFFUSIONS[self.diffusion](times[:len(c.sigma)], c, self.norm)
+        w = DIFFUSIONS[self.diffusion](times[: len(c.sigma)], c, self.norm)
         size = -np.diff(times)
         score_of_noise = -w / c.sigma  # w score = score_of_noise * noise
 
@@ -78,12 +79,17 @@ class EulerMaruyama:
             drift = process.slope(prediction, c["t"]) + c["score_of_noise"] * prediction.noise
             return x + c["size"] * drift + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
 
-        x = scan_steps(step, noise, denoise, {
-            "t": times[:-1],
-            "size": size,
-            "score_of_noise": score_of_noise[:len(size)],
-            "deviation": np.sqrt(2 * w[:len(size)] * size),
-        })
+        x = scan_steps(
+            step,
+            noise,
+            denoise,
+            {
+                "t": times[:-1],
+                "size": size,
+                "score_of_noise": score_of_noise[: len(size)],
+                "deviation": np.sqrt(2 * w[: len(size)] * size),
+            },
+        )
         if self.last_step == "none":
             return x
         t = jnp.asarray(times[-1], x.dtype)
