@@ -131,13 +131,12 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
         for text in (
             f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
             f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
-            f"Scores: {made}. The interval of the table is a bootstrap over the images of one run and does not cover other seeds.",
+            f"Scores: {made}. The interval of the table is a bootstrap over the images of one run; it does not cover seeds.",
             "GMACs are multiply-adds of one forward of one image, counted from the architecture; the paper calls them Gflops. "
             "Time is training, sampling and scoring of a run, whatever else the machine did.",
             _origin(rows),
-            f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} cores"
-            ", "
-            f"with {software}.",
+            f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} "
+            f"cores, with {software}.",
         )
     )
 

@@ -119,7 +119,7 @@ def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, cur
         found["samples"] = (
             figure,
             (
-                "Samples from the moving-average weights, not chosen: the first final samples of each model. A column has one seed "
+                "Samples from the moving-average weights, not chosen: the first ones of each model. A column has one seed "
                 "and one label; rows from the smallest to the largest model."
             ),
         )
