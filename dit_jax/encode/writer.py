@@ -150,7 +150,7 @@ class Job:
                         "images_at_once": images_at_once(),
                         "pillow": PIL.__version__,
                         "device": jax.local_devices()[0].device_kind,
-                        "matmul_precision": jax.config.jax_default_matmul_precision,
+                        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # set by JAX
                     },
                 }
             )

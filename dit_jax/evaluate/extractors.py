@@ -37,7 +37,7 @@ def check_name(name: str, weights: str | None):
         raise UserError(f"--weights={weights} is not a file; python -m dit_jax.convert --from={name} writes one")
 
 
-def check_shape(name: str, shape: tuple[int, int, int]):
+def check_shape(name: str, shape: tuple[int, ...]):
     """Raises a UserError if the covariance of the pixels of such images would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(
@@ -54,15 +54,13 @@ def load(name: str, weights: str | None = None) -> Loaded:
         UserError: see `check_name`; a file that is not the weights of that extractor.
     """
     check_name(name, weights)
-    if name == "pixels":
+    if not weights:
         return Loaded(Pixels(), {}, None)
+    from dit_jax.interop import dinov2, inception
     from dit_jax.interop.vae import weights_sha256
+    from dit_jax.metrics.dinov2 import DINOv2
+    from dit_jax.metrics.inception import Inception
 
-    if name == "inception":
-        from dit_jax.interop.inception import load as load_weights
-        from dit_jax.metrics.inception import Inception as Network
-    else:
-        from dit_jax.interop.dinov2 import load as load_weights
-        from dit_jax.metrics.dinov2 import DINOv2 as Network
-    params = load_weights(Path(weights).expanduser())
-    return Loaded(Network(), params, weights_sha256(jax.tree.map(np.asarray, params)))
+    file = Path(weights).expanduser()
+    network, params = (Inception(), inception.load(file)) if name == "inception" else (DINOv2(), dinov2.load(file))
+    return Loaded(network, params, weights_sha256(jax.tree.map(np.asarray, params)))

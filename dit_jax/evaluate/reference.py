@@ -79,7 +79,8 @@ def write(path: Path, reference: Reference):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = json.dumps(reference.recipe)
-        np.savez(partial, **arrays, recipe=np.array(recipe), seal=np.array(_sha256(arrays, recipe)), format=np.array(FORMAT))
+        facts = {"recipe": np.array(recipe), "seal": np.array(_sha256(arrays, recipe)), "format": np.array(FORMAT)}
+        np.savez(partial, allow_pickle=False, **arrays, **facts)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
@@ -97,7 +98,7 @@ def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
     found = hashlib.sha256(recipe.encode())
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        found.update(np.ascontiguousarray(arrays[name]))
+        found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()
 
 

@@ -91,5 +91,5 @@ def remove(folder: Path):
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]):
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, allow_pickle=False, **arrays)
     write(path, [content.getvalue()])

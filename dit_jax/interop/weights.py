@@ -24,7 +24,7 @@ SECTIONS = ("model", "process", "codec", "transform", "sampler", "guidance", "em
 class Weights(NamedTuple):
     """What is converted: parameters by path, the config sections that give them meaning, and where they came from."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     sections: dict[str, Any]
     origin: dict[str, Any]
 

@@ -18,7 +18,8 @@ class Extractor(Protocol):
     [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. No image's row depends on the others'.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def recipe(self) -> dict:
         """What result files say of it: resize, input size, precision. Two results with other recipes are not compared."""

@@ -8,7 +8,7 @@ Source: Szegedy et al. 2016 (Rethinking the Inception Architecture), table 1; He
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -246,7 +246,7 @@ class Inception:
             ValueError: images of another dtype, rank or channel count.
         """
         x = bilinear_tensorflow(to_rgb(images), INPUT_SIZE)
-        found = InceptionV3().apply({"params": params}, (x - 128) / 128)
+        found: Any = InceptionV3().apply({"params": params}, (x - 128) / 128)
         return {"features": found["features"], "spatial": found["spatial"], "probabilities": jax.nn.softmax(found["logits"])}
 
 

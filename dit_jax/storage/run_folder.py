@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 import ml_collections
 
@@ -79,7 +80,7 @@ class Workdir:
     def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
         self.path = Path(path).expanduser().absolute()
         self.config, self.first = plain(config), first
-        self._lock = None
+        self._lock: IO[str] | None = None
 
     @property
     def checkpoints(self) -> Path:

@@ -146,7 +146,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         name = self._files[index]
-        example = {"image": self._read(name), "label": int(self._labels[index]), "name": str(self.path / name)}
+        example: Example = {"image": self._read(name), "label": int(self._labels[index]), "name": str(self.path / name)}
         text = _caption_file(name)
         if text in self._captions:
             example["caption"] = _caption(self._read(text), str(self.path / text))
@@ -349,7 +349,7 @@ class TFDS:
             raise UserError(f"{name} in {self.path} is empty: copy that shard again")
         if self.label_key is not None and not 0 <= label < self.num_classes:
             raise UserError(f"{name} has label {label}, outside [0, {self.num_classes}): prepare the data set again")
-        example = {"image": image, "label": int(label), "name": name}
+        example: Example = {"image": image, "label": int(label), "name": name}
         if self.caption_key is not None:
             example["caption"] = _caption(caption, f"of {name}")
         return example

@@ -68,7 +68,7 @@ class TarIndex:
         """Hex digest of every column."""
         digest = hashlib.sha256()
         for column in _columns(self).values():
-            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)))
+            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).data)
         return digest.hexdigest()
 
 
@@ -83,7 +83,7 @@ def of_rows(rows: Sequence[Row]) -> TarIndex:
     kinds = (np.int32, np.int64, np.int64, np.int64, np.int64, np.int64, bool)
     arrays = [np.array(column, kind) for column, kind in zip(columns[1:], kinds, strict=True)]
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return TarIndex(*arrays, ends, np.frombuffer(b"".join(names), np.uint8))
+    return TarIndex(*[*arrays, ends, np.frombuffer(b"".join(names), np.uint8)])
 
 
 def joined(parts: Sequence[TarIndex]) -> TarIndex:
@@ -94,10 +94,14 @@ def joined(parts: Sequence[TarIndex]) -> TarIndex:
     return TarIndex(**columns)
 
 
+def _rows_of(job: Callable[[], list[Row]]) -> TarIndex:
+    return of_rows(job())
+
+
 def scanned(jobs: Iterable[Callable[[], list[Row]]]) -> TarIndex:
     """The rows of all jobs, in their order; the jobs run in threads, and the first error ends them."""
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        futures = [pool.submit(lambda job=job: of_rows(job())) for job in jobs]
+        futures = [pool.submit(_rows_of, job) for job in jobs]
         try:
             parts = [future.result() for future in futures]
         finally:
@@ -147,7 +151,7 @@ def _write(path: Path, index: TarIndex) -> None:
     fd, partial = tempfile.mkstemp(prefix=".dit_jax-index-", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
-            np.savez(file, **_columns(index))
+            np.savez(file, allow_pickle=False, **_columns(index))
         os.chmod(partial, 0o644)  # a temporary file is the owner's alone
         os.replace(partial, path)
     except BaseException:

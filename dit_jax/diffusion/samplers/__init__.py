@@ -8,6 +8,8 @@ Coefficients are derived in float64 before the loop. One key per example: exampl
 In comments and names: now = t, next = the following, less noisy time of the grid.
 """
 
+from typing import Any
+
 from dit_jax.diffusion.samplers.adaptive import DormandPrince
 from dit_jax.diffusion.samplers.ancestral import DDIM, Ancestral, ddim_invert
 from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, UniPC
@@ -42,7 +44,7 @@ CLASSES = {
     "dpmpp": DPMSolverPlusPlus2M,
     "unipc": UniPC,
 }
-SAMPLERS = {  # the fields of each, with numbers of steps that suit it
+SAMPLERS: dict[str, dict[str, Any]] = {  # the fields of each, with numbers of steps that suit it
     "ddpm": {"num_steps": 100, "spacing": "even"},
     "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},
     "euler": {"num_steps": 50},
