@@ -16,7 +16,7 @@ import hashlib
 import io
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -163,13 +163,21 @@ def unwritable(path: Path, error: OSError) -> UserError:
     )
 
 
-def settings_of(labels: np.ndarray, shape: tuple[int, int, int], made_by: dict, made_with: dict) -> dict:
-    """The settings of a folder of samples: see `Shards`."""
+def settings_of(
+    labels: np.ndarray, shape: tuple[int, ...], made_by: dict, made_with: dict, requests: Mapping[str, np.ndarray] | None = None
+) -> dict:
+    """The settings of a folder of samples: see `Shards`.
+
+    requests: entries other than labels, arrays [N, ...], are told by their hashes.
+    """
+    others = {name: x for name, x in sorted((requests or {}).items()) if name != "label"}
+    hashes = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in others.items()}
     return {
         "format": FORMAT,
         "num_images": len(labels),
         "shape": list(shape),
         "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
+        **({"requests_sha256": hashes} if hashes else {}),
         "made_by": made_by,
         "made_with": made_with,
     }

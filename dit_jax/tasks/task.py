@@ -21,7 +21,16 @@ class Task(Protocol):
 
     `constants` is what a step reads and does not change (weights of a frozen network, a data set that lives on the devices):
     it travels as an argument, so that it can live sharded on the mesh.
+
+    Fields:
+        name: by which a config chooses the task.
+        image_shape: of one example, (H, W, C) or (F, H, W, C).
+        microbatches: into how many parts a batch is split, one after another.
     """
+
+    name: str
+    image_shape: tuple[int, ...]
+    microbatches: int
 
     @property
     def rules(self) -> Rules:
@@ -47,6 +56,29 @@ class Task(Protocol):
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
+        ...
+
+    def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of a training batch by name, each of one example.
+
+        Args:
+            entry: what the data set gives: "image", "moments" of a latent cache, or "row" of a cache on the devices.
+
+        Raises:
+            UserError: the task cannot be trained on that.
+        """
+        ...
+
+    def constants(self) -> dict[str, Any]:
+        """The frozen weights that `step` reads, as pytrees of ShapeDtypeStruct by name."""
+        ...
+
+    def constant_rules(self) -> dict[str, Rules]:
+        """How each of `constants` is split over the mesh; an entry without rules is replicated."""
+        ...
+
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass of the trained network on one example; three times that is a training step."""
         ...
 
     def description(self) -> list[str]:
