@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dit_jax import build
+from dit_jax import build, registry
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.guidance import Guidance, drop_labels
@@ -69,7 +69,7 @@ def test_every_sampler_runs_both_at_once_and_only_inside(name):
         jax.debug.callback(lambda t: calls.append((len(x), float(t))), t[0])
         return 0.1 * x * cond["label"][:, None, None, None]
 
-    sampler = samplers.CLASSES[name](**samplers.SAMPLERS[name] | ({} if name == "dopri5" else {"num_steps": 10}))
+    sampler = registry.get("sampler", name)(**samplers.SAMPLERS[name] | ({} if name == "dopri5" else {"num_steps": 10}))
     cond, null = {"label": jnp.ones(1)}, {"label": jnp.zeros(1)}
     guided = Guidance(2.0, None, 0.25, 0.75)(counting, cond, null)
 

@@ -14,9 +14,9 @@ from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, UniPC
 from dit_jax.diffusion.samplers.ode import AdamsBashforth, Euler, Heun
 from dit_jax.diffusion.samplers.sde import EulerMaruyama
 from dit_jax.errors import UserError
+from dit_jax.registry import register
 
 __all__ = [
-    "CLASSES",
     "DDIM",
     "SAMPLERS",
     "AdamsBashforth",
@@ -31,17 +31,16 @@ __all__ = [
     "default_sampler",
 ]
 
-CLASSES = {
-    "ddpm": Ancestral,
-    "ddim": DDIM,
-    "euler": Euler,
-    "heun": Heun,
-    "ab": AdamsBashforth,
-    "dopri5": DormandPrince,
-    "sde": EulerMaruyama,
-    "dpmpp": DPMSolverPlusPlus2M,
-    "unipc": UniPC,
-}
+register("sampler", "ddpm", Ancestral)
+register("sampler", "ddim", DDIM)
+register("sampler", "euler", Euler)
+register("sampler", "heun", Heun)
+register("sampler", "ab", AdamsBashforth)
+register("sampler", "dopri5", DormandPrince)
+register("sampler", "sde", EulerMaruyama)
+register("sampler", "dpmpp", DPMSolverPlusPlus2M)
+register("sampler", "unipc", UniPC)
+
 SAMPLERS = {  # the fields of each, with numbers of steps that suit it
     "ddpm": {"num_steps": 100, "spacing": "even"},
     "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},
