@@ -10,7 +10,7 @@ from dit_jax.sample.generator import Generator
 from dit_jax.sample.labels import spread_labels
 
 
-@pytest.mark.parametrize("name", recipes.SAMPLERS)
+@pytest.mark.parametrize("name", registry.names("sampler"))
 @pytest.mark.parametrize("process", recipes.PROCESSES)
 def test_every_process_with_every_sampler(process, name):
     """A pair that fails at the first preview instead of at the start, or a recipe without one of a sampler's fields."""
