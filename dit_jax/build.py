@@ -1,6 +1,7 @@
 """From a config to objects: the only module that knows both.
 
-Adding a model, a process, a sampler, a codec, a data source or an optimizer is its own file and one line in a table here.
+Adding a model, a process, a codec, a data source or an optimizer is its own file and one line here; user code needs no line
+here and calls `dit_jax.register`. Samplers are registered in `diffusion.samplers`.
 """
 
 import inspect
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dit_jax import registry
 from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
@@ -18,7 +20,6 @@ from dit_jax.data.loader import Loader
 from dit_jax.data.sources import TFDS, Digits, ImageFolder
 from dit_jax.data.sources.tars import TarShards
 from dit_jax.data.transforms import ImageTransform
-from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
@@ -29,41 +30,46 @@ from dit_jax.interop import lpips
 from dit_jax.models.dit import DiT
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
+from dit_jax.registry import register
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
 
-TABLES = {
-    "task": {"diffusion": DiffusionTask, "autoencoder": AutoencoderTask},
-    "model": {"dit": DiT},
-    "process": {"gaussian": Gaussian, "flow": Flow},
-    "codec": {"pixels": Pixels, "kl_vae": KLVAE},
-    "data": {"digits": Digits, "folder": ImageFolder, "tfds": TFDS, "tars": TarShards, "latents": LatentCache},
-    "transform": {"image": ImageTransform},
-    "optimizer": {"adamw": adamw},
-    "sampler": samplers.CLASSES,
-    "guidance": {"classifier_free": Guidance},
-}
+register("task", "diffusion", DiffusionTask)
+register("task", "autoencoder", AutoencoderTask)
+register("model", "dit", DiT)
+register("process", "gaussian", Gaussian)
+register("process", "flow", Flow)
+register("codec", "pixels", Pixels)
+register("codec", "kl_vae", KLVAE)
+register("data", "digits", Digits)
+register("data", "folder", ImageFolder)
+register("data", "tfds", TFDS)
+register("data", "tars", TarShards)
+register("data", "latents", LatentCache)
+register("transform", "image", ImageTransform)
+register("optimizer", "adamw", adamw)
+register("guidance", "classifier_free", Guidance)
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def construct(section: str, fields: Mapping, **more):
-    """TABLES[section][fields["name"]](**the other fields, **more).
+    """The object of a section: its registered constructor, called with the section's fields and `more`.
 
     Raises:
         UserError: an unknown name, an unknown field, a missing field, or whatever the constructor refuses.
     """
     fields = dict(fields)
-    name, table = fields.pop("name"), TABLES[section]
-    if name not in table:
-        raise UserError(f"{section}.name is {name!r}; it must be one of {', '.join(sorted(table))}")
+    name = fields.pop("name")
+    constructor = registry.get(section, name)
     for key in ("dtype", "param_dtype"):
         if key in fields:
             if fields[key] not in DTYPES:
                 raise UserError(f"{section}.{key} is {fields[key]!r}; it must be one of {', '.join(DTYPES)}")
             fields[key] = DTYPES[fields[key]]
     fields |= more
-    parameters = inspect.signature(table[name]).parameters
+    parameters = inspect.signature(constructor).parameters
     unknown = [key for key in fields if key not in parameters]
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in fields]
     if unknown or missing:
@@ -72,7 +78,7 @@ def construct(section: str, fields: Mapping, **more):
             if unknown
             else f"{section} {name!r} needs the field {', '.join(missing)}"
         )
-    return table[name](**fields)
+    return constructor(**fields)
 
 
 def mesh(config, devices=None):

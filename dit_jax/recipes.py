@@ -12,7 +12,6 @@ profile, preview, evaluation (of the final samples), scoring (of cheaper ones wh
 import ml_collections
 from ml_collections import config_dict
 
-from dit_jax.diffusion.samplers import SAMPLERS as SAMPLERS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
 from dit_jax.models import sizes

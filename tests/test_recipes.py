@@ -1,23 +1,21 @@
-import inspect
-
 import jax
 import numpy as np
 import pytest
 from runs import load_config
 
-from dit_jax import build, recipes
+from dit_jax import build, recipes, registry
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sample.generator import Generator
 from dit_jax.sample.labels import spread_labels
 
 
-@pytest.mark.parametrize("name", recipes.SAMPLERS)
+@pytest.mark.parametrize("name", registry.names("sampler"))
 @pytest.mark.parametrize("process", recipes.PROCESSES)
 def test_every_process_with_every_sampler(process, name):
     """A pair that fails at the first preview instead of at the start, or a recipe without one of a sampler's fields."""
     config = load_config("digits", f"process={process},sampler={name}")
-    fields = set(inspect.signature(build.TABLES["sampler"][name]).parameters)
+    fields = set(registry.parameters("sampler", name))
     assert set(config.sampler) == fields | {"name"}
     if process == "gaussian" and name in ("dopri5", "sde"):
         with pytest.raises(UserError, match="choose another sampler"):

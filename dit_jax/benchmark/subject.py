@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dit_jax import registry
 from dit_jax.codecs import macs
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.diffusion import samplers
@@ -152,7 +153,7 @@ def of_model(
         task,
         make_mesh(-1, fsdp, tensor, devices),
         batch_size,
-        samplers.CLASSES[draw.pop("name")](**draw),
+        registry.get("sampler", draw.pop("name"))(**draw),
         Guidance(guidance_scale),
     )
 

@@ -29,7 +29,7 @@ CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of 
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
 LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; `balanced`, all in turn, if not given.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
-SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
+SAMPLER = flags.DEFINE_string("sampler", None, "A registered sampler, such as ddpm, ddim or heun; the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
 DTYPE = flags.DEFINE_enum(
     "dtype",

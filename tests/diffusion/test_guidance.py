@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dit_jax import build
-from dit_jax.diffusion import samplers
+from dit_jax import build, registry
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.guidance import Guidance, drop_labels
 from dit_jax.errors import UserError
@@ -59,7 +58,7 @@ def test_off_runs_the_network_once():
     assert batches == [3, 6, 3]
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", registry.names("sampler"))
 def test_every_sampler_runs_both_at_once_and_only_inside(name):
     """The second forward computed and thrown away outside of the interval, or beside the first instead of with it, at a sampler's
     later evaluations of a step too."""
@@ -69,7 +68,7 @@ def test_every_sampler_runs_both_at_once_and_only_inside(name):
         jax.debug.callback(lambda t: calls.append((len(x), float(t))), t[0])
         return 0.1 * x * cond["label"][:, None, None, None]
 
-    sampler = samplers.CLASSES[name](**samplers.SAMPLERS[name] | ({} if name == "dopri5" else {"num_steps": 10}))
+    sampler = registry.get("sampler", name)(**({} if name == "dopri5" else {"num_steps": 10}))
     cond, null = {"label": jnp.ones(1)}, {"label": jnp.zeros(1)}
     guided = Guidance(2.0, None, 0.25, 0.75)(counting, cond, null)
 

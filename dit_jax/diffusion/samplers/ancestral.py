@@ -33,7 +33,7 @@ class Ancestral:
     Source: Ho et al. 2020, algorithm 2; respaced and with learned variance as in Nichol & Dhariwal 2021, section 4.
     """
 
-    num_steps: int = 250
+    num_steps: int = 100
     spacing: str = "even"
 
     def evaluations(self, process: Process) -> int:
