@@ -17,8 +17,7 @@ from dit_jax.codecs.pixels import Pixels
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
-from dit_jax.data.sources import TFDS, Digits, ImageFolder
-from dit_jax.data.sources.tars import TarShards
+from dit_jax.data.sources import TFDS, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from dit_jax.data.sources import fingerprint
+from dit_jax.data.sources.source import fingerprint
 from dit_jax.errors import UserError
 
 FORMAT = 1
