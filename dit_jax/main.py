@@ -38,26 +38,26 @@ def main() -> dict:
     if WORKDIR.value is None:
         raise UserError("give --workdir=<folder of the run>")
     processes.join()
-    from dit_jax import build
-    from dit_jax.training.loop import SHOWN_BY, train
+    from dit_jax.build import Run
+    from dit_jax.training.loop import train
+    from dit_jax.training.results import check_results, results_of
 
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    build.task(config)
-    shown_by = SHOWN_BY[config.task.name]
-    shown_by.check(config)
-    run = train(config, workdir)
-    step = int(run.state.step)
+    run = Run(config)
+    check_results(run)
+    trained = train(run, workdir)
+    step = int(trained.state.step)
     result = {
         "step": step,
-        "loss": run.loss,
-        "images_per_second": run.images_per_second,
-        "stopped": run.stopped,
+        "loss": trained.loss,
+        "images_per_second": trained.images_per_second,
+        "stopped": trained.stopped,
         "workdir": str(workdir),
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
     }
-    if not run.stopped:
-        result |= shown_by.finish(run, workdir)
+    if not trained.stopped:
+        result |= results_of(trained.run).finish(trained.state, trained.constants, workdir)
     if not result["stopped"] and jax.process_index() == 0:
         partial = workdir / ".result.json.partial"
         partial.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,7 +10,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from dit_jax import build, recipes
+from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
 from dit_jax.interop.download import sha256
@@ -79,7 +80,7 @@ def config_of(sections) -> ml_collections.ConfigDict:
 
 def network_params(config):
     """The parameters of the config's network as ShapeDtypeStructs; nothing is computed."""
-    task = build.task(config)
+    task = Run(config).task
     return jax.eval_shape(lambda key: task.init(key).params, jax.random.key(0))
 
 
@@ -124,7 +125,7 @@ def write(found: Weights, layout: str, out: Path) -> dict:
         return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256(out)}
     config = config_of(found.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
-    input_size = build.latent_shape(config)[0]
+    input_size = Run(config).latent_shape[0]
     tensors = official.to_theirs(found.tensors, patch_size, input_size // patch_size)
     file = out
     if layout == "diffusers":
@@ -155,7 +156,7 @@ def _read_workdir(source: Source) -> Weights:
             "them, when it has finished"
         )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    init = build.task(config).init
+    init = Run(config).task.init
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
@@ -244,7 +245,7 @@ def _read_diffusers(source: Source) -> Weights:
 
 def _tokens_per_side(sections) -> int:
     config = config_of(sections)
-    return build.latent_shape(config)[0] // config.model.patch_size
+    return Run(config).latent_shape[0] // config.model.patch_size
 
 
 def _origin(source: Source, files: list[Path]) -> dict:

@@ -63,6 +63,11 @@ class Guidance:
     def active(self) -> bool:
         return self.scale != 1.0
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some times are not guided."""
+        return (self.low, self.high) != (0.0, 1.0)
+
     def __call__(self, network: Network, cond, null_cond, weak: Network | None = None) -> Callable:
         """Binds the conditions.
 
@@ -86,7 +91,7 @@ class Guidance:
             time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
             if not self.active:
                 return unguided(x, time)
-            if (self.low, self.high) == (0.0, 1.0):
+            if not self.is_partial:
                 return guided(x, time, True)
             inside = jnp.asarray((self.low <= t) & (t <= self.high))
             return jax.lax.cond(inside.any(), lambda: guided(x, time, inside), lambda: unguided(x, time))

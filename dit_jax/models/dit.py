@@ -57,6 +57,11 @@ REMAT_POLICIES = {
     ),
 }
 
+STORES_NOTHING_INSIDE = ("full", "offload")  # policies that keep no more than a block's input on the device
+# Activations of one block that its gradient reads, in units of [B, N, D]: its input; then qkv, attention, and both products of
+# the MLP. The compiler keeps more (norms, scores, float32 copies); this is the least.
+STORED_AT_ENTRY, STORED_INSIDE = 1, 9
+
 
 def form_of_loop(unroll: bool | None, remat: str, platform: str) -> tuple[bool, str]:
     """(unroll, remat) where they are left to the platform ("cpu", "gpu", "tpu"): None and "auto".
@@ -331,6 +336,23 @@ class DiT(nn.Module):
         if self.conditioning == "cross_attention":
             parts["cross_attention"] = depth * (2 * tokens * d * d + 2 * conditions * d * d + 2 * tokens * conditions * d)
         return parts
+
+    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        if self.remat in STORES_NOTHING_INSIDE:
+            stored = STORED_AT_ENTRY
+        else:
+            stored = STORED_AT_ENTRY + STORED_INSIDE // mesh_shape["tensor"]
+        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
+        return self.depth * stored * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
+
+    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        saved = {}
+        for policy, cost in (("elementwise", "recomputes what is cheap"), ("full", "a third more arithmetic")):
+            if self.remat == "none" or (policy == "full" and self.remat in ("dots", "elementwise")):
+                kept = self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
+                # One block at a time has all of its activations.
+                saved[f"--config.model.remat={policy} ({cost})"] = int((activations - kept) * (1 - 1 / self.depth))
+        return saved
 
     def describe(self) -> str:
         return (

@@ -49,6 +49,17 @@ class Network(Protocol):
         """One line: the kind of network and its sizes."""
         ...
 
+    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples; 0 if unknown."""
+        ...
+
+    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        """Changes of the network's fields that store less for the gradient: {the config override: bytes per device saved}.
+
+        activations: bytes per device that the compiled step takes for them now.
+        """
+        ...
+
     def for_platform(self, platform: str) -> "Network":
         """The same network with all choices made that are left to the platform ("cpu", "gpu", "tpu")."""
         ...

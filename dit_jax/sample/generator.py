@@ -148,9 +148,9 @@ class Generator:
                 return images(*args, ways)
             replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
             in_specs = (replicated, replicated, split, split, replicated)
-            return jax.shard_map(
-                lambda *args: images(*args, 1), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False
-            )(*args)
+            return jax.shard_map(lambda *args: images(*args, 1), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
+                *args
+            )
 
         self.program = jax.jit(draw, out_shardings=batch_sharding(mesh))
 

@@ -15,8 +15,11 @@ import os
 from pathlib import Path
 
 import ml_collections
+from absl import logging
 
 from dit_jax.errors import UserError
+
+SCORES, BEST_SCORE = "scores", "best.json"
 
 # May change when a run goes on; every other field makes it another run.
 RESUMABLE = (
@@ -137,3 +140,15 @@ def read_config(workdir) -> dict:
         raise UserError(f"{file} does not exist: {workdir} is not a --workdir that dit_jax.main has trained in") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
+
+
+def read_best(workdir: Path) -> dict | None:
+    """{"step", "fid", ...} of the best score of a run so far; None if there is none."""
+    file = workdir / SCORES / BEST_SCORE
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
+        return None

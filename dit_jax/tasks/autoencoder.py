@@ -3,6 +3,7 @@
 B batch, H x W x C images, h x w x c latents, n = H W C.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dit_jax.codecs import perceptual
 from dit_jax.codecs.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
 from dit_jax.codecs.kl_vae import KLVAE, split_moments
 from dit_jax.codecs.macs import gmacs
-from dit_jax.codecs import perceptual
 from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import AUTOENCODER_RULES, Rules
@@ -55,6 +56,9 @@ class AutoencoderTask:
     zero1: bool = False
     offload: str = "none"
 
+    name = "autoencoder"
+    draws_samples = False
+    remat = None
     rules = AUTOENCODER_RULES
 
     def __post_init__(self):
@@ -183,6 +187,16 @@ class AutoencoderTask:
         return {"perceptual": perceptual.shapes()} if self.perceptual_weight else {}
 
     def constant_rules(self) -> dict[str, Rules]:
+        return {}
+
+    @property
+    def has_auxiliary_networks(self) -> bool:
+        return self.discriminator is not None or bool(self.perceptual_weight)
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        return 0
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
         return {}
 
     def macs(self) -> int:

@@ -3,6 +3,7 @@
 B batch, H x W x C images, h x w x c latents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class DiffusionTask:
     offload: str = "none"
 
     name = "diffusion"
+    draws_samples = True
+    has_auxiliary_networks = False
 
     def __post_init__(self):
         if not 0 <= self.cond_dropout < 1:
@@ -100,6 +103,16 @@ class DiffusionTask:
     def macs(self) -> int:
         cond_shapes = {name: x.shape for name, x in self.conditioner.cond_spec().items()}
         return self.network.macs(self.latent_shape, cond_shapes)
+
+    @property
+    def remat(self) -> str | None:
+        return getattr(self.network, "remat", None)
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        return self.network.activation_bytes(self.latent_shape, rows, mesh_shape)
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        return self.network.savings(self.latent_shape, rows, mesh_shape, activations)
 
     def condition(self, params, constants, batch):
         """(condition, null condition) of the entries of a batch or of requests."""

@@ -81,6 +81,29 @@ class Task(Protocol):
         """Multiply-adds of one forward pass of the trained network on one example; three times that is a training step."""
         ...
 
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the trained network draws samples from noise."""
+        ...
+
+    @property
+    def has_auxiliary_networks(self) -> bool:
+        """Whether a step runs networks that `macs` does not count: a discriminator, a perceptual distance."""
+        ...
+
+    @property
+    def remat(self) -> str | None:
+        """The network's rematerialisation policy; None where it has none."""
+        ...
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples; 0 if unknown."""
+        ...
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        """See `Network.savings`."""
+        ...
+
     def description(self) -> list[str]:
         """Lines "name  facts" for the summary that a run begins with."""
         ...
