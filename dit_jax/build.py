@@ -424,7 +424,8 @@ class Run:
         if sampler.evaluations(self.process) != getattr(sampler, "num_steps", None):
             raise UserError(
                 f"forecast.interval is {forecast.interval} and the sampler {type(sampler).__name__} evaluates the network "
-                "several times a step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or interval 1"
+                "several times a step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or set "
+                "the interval to 1"
             )
         if self.guidance_by_second_network.active and self.guidance_by_second_network.is_partial:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The programs that a run would execute on its mesh, with shapes in place of arrays: nothing is loaded and nothing is computed."""
+"""The programs that a run would execute on its mesh, from shapes: nothing is loaded and nothing is computed."""
 
 import jax
 import numpy as np
