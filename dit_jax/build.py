@@ -421,7 +421,7 @@ class Run:
         forecast = Forecast(**self.config.get("forecast", {}))
         if not forecast.active:
             return forecast
-        if sampler.evaluations(self.process) != getattr(sampler, "num_steps", None):
+        if sampler.evaluations(self.process) != getattr(sampler, "num_steps", 0):
             raise UserError(
                 f"forecast.interval is {forecast.interval} and the sampler {type(sampler).__name__} evaluates the network "
                 "several times a step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or set "

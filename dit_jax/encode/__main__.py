@@ -88,7 +88,7 @@ def job_of_config():
         )
     run = run.with_codec_weights()
     transform = run.config.transform
-    run.image_shape  # noqa: B018  (checks the channels)
+    run.image_shape  # checks the channels
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
     upright = transform.get("upright", False) if UPRIGHT.value is None else UPRIGHT.value
     source, params = run.source, run.codec_params

@@ -48,7 +48,7 @@ def run_on(config, topology: Topology) -> Run:
     platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
     run = Run(config, devices=topology.devices, platform=platform)
     try:
-        run.mesh  # noqa: B018
+        run.mesh
     except NotImplementedError:
         axes = " x ".join(f"{name}={size}" for name, size in config.mesh.items())
         raise UserError(
@@ -151,7 +151,7 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
 def check_sampling(run: Run) -> None:
     """Raises a UserError for what `plan_sampling` would refuse after the training step was compiled."""
     if run.task.draws_samples:
-        run.sampler, run.guidance  # noqa: B018
+        run.sampler, run.guidance
         if run.config.evaluation.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {run.config.evaluation.batch_size}; it must be at least 1")
 

@@ -48,7 +48,7 @@ def _objects(config):
     run = build.Run(config)
     jax.eval_shape(run.task.init, jax.random.key(0))
     if run.task.draws_samples:
-        run.sampler, run.guidance  # noqa: B018
+        run.sampler, run.guidance
 
 
 def with_sampler(config, name: str, num_steps: int | None) -> ml_collections.ConfigDict:
@@ -82,7 +82,7 @@ def _samplers(config, samplers):
             "evaluation.reference, or leave samplers empty"
         )
     for name, num_steps in samplers:
-        build.Run(with_sampler(config, name, num_steps)).sampler  # noqa: B018
+        build.Run(with_sampler(config, name, num_steps)).sampler
 
 
 def _shown(config):
@@ -93,7 +93,7 @@ def _files(config):
     one_device = config.copy_and_resolve_references()
     with one_device.unlocked():
         one_device.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})
-    build.Run(one_device, devices=jax.devices()[:1]).with_codec_weights().loader  # noqa: B018
+    build.Run(one_device, devices=jax.devices()[:1]).with_codec_weights().loader
 
 
 def _paths_given(config):

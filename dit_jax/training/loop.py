@@ -81,7 +81,7 @@ def train(run: Run, workdir: Path) -> TrainResult:
         Diverged: see `meter`.
     """
     clock, workdir, num_steps = StepClock(), Path(workdir).expanduser().absolute(), run.config.num_steps
-    run.task  # noqa: B018  (fails before weights and data are read)
+    run.task  # fails before weights and data are read
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack)

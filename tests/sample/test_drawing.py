@@ -22,14 +22,14 @@ from dit_jax.sample.weights import weights_fingerprint
 from dit_jax.tasks.state import abstract_state
 
 CONFIG = tiny.config(model__depth=1, sampler__num_steps=2)
-TASK = build.task(CONFIG)
+TASK = build.Run(CONFIG).task
 COUNT = 150  # three shards, the last of them no whole number of chunks
 LABELS = spread_labels(COUNT, 10)
 
 
 def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
     mesh = make_mesh(devices // fsdp, fsdp, devices=jax.devices()[:devices])
-    made = Generator(TASK, mesh, build.sampler(sampler), build.guidance(CONFIG), batch_size, seed)
+    made = Generator(TASK, mesh, build.Run(sampler).sampler, build.Run(CONFIG).guidance, batch_size, seed)
     rng = np.random.default_rng(7)
     like = abstract_state(TASK, mesh).ema_params
     made.params = jax.tree.map(lambda x: jax.device_put((0.1 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding), like)
