@@ -1,7 +1,6 @@
 """The cheap score of a run while it trains: few steps, fewer images, from the moving average; and which checkpoint was best."""
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sample.labels import spread_labels
 from dit_jax.sample.weights import hold
+from dit_jax.storage.atomic import write_json
 
 FOLDER, REFERENCE, BEST = "scores", "reference.npz", "best.json"
 
@@ -122,8 +122,8 @@ class Scorer:
         if self.best is None or result["fid"] < self.best["fid"]:
             self.best = {key: result[key] for key in ("step", "fid", "features", "num_samples", "reference")}
         if hosts.is_first():
-            _write(self._result(step), result)
-            _write(self._folder / BEST, self.best)
+            write_json(self._result(step), result)
+            write_json(self._folder / BEST, self.best)
             shutil.rmtree(self._samples(step), ignore_errors=True)
         say(
             f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {len(labels)} images, "
@@ -170,10 +170,3 @@ def read_best(workdir: Path) -> dict | None:
 def _was_made_of(reference: references.Reference, images, loaded) -> bool:
     recipe = reference.recipe
     return (recipe["source"], recipe["count"], recipe["extractor"]) == (images.name, len(images), loaded.describe())
-
-
-def _write(path: Path, result: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
