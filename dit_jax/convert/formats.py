@@ -14,7 +14,6 @@ from dit_jax import recipes
 from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
-from dit_jax.interop.download import sha256
 from dit_jax.interop.tensors import (
     Tensor,
     Tensors,
@@ -31,6 +30,7 @@ from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
 from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.run_folder import read_config
+from dit_jax.storage.sealed import sha256_of
 
 # Networks that no config describes, for losses and metrics: one file each, for the module of that name in interop.
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
@@ -122,7 +122,7 @@ def write(found: Weights, layout: str, out: Path) -> dict:
             weights.write(out, found)
         else:
             write_foreign(out, found.tensors, found.origin)
-        return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256(out)}
+        return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256_of(out)}
     config = config_of(found.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
     input_size = Run(config).latent_shape[0]
@@ -140,7 +140,7 @@ def write(found: Weights, layout: str, out: Path) -> dict:
         write_safetensors(out, tensors, {"format": "pt"})
     else:
         raise UserError(f"--out={out} must end in .pt or .safetensors for --to=official")
-    return {"out": str(out), "tensors": len(tensors), "parameters": count(found.tensors), "sha256": sha256(file)}
+    return {"out": str(out), "tensors": len(tensors), "parameters": count(found.tensors), "sha256": sha256_of(file)}
 
 
 def _shapes(sections) -> dict[str, tuple[int, ...]]:
@@ -249,7 +249,7 @@ def _tokens_per_side(sections) -> int:
 
 
 def _origin(source: Source, files: list[Path]) -> dict:
-    return {"from": source.layout, "sha256": {file.name: sha256(file) for file in files}}
+    return {"from": source.layout, "sha256": {file.name: sha256_of(file) for file in files}}
 
 
 def _sections(source: Source, found: official.Architecture, input_size: int, heads: int | None = None) -> dict:

@@ -97,7 +97,7 @@ def job_of_config():
 
 def said_of(manifest: dict) -> dict:
     """The result of the verb that a manifest tells; says how the latents would be scaled."""
-    from dit_jax.data.latent_files import sealed
+    from dit_jax.storage.sealed import sealed
 
     latents, (h, w, channels) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]

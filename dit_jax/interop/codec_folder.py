@@ -3,11 +3,10 @@
 <workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, as diffusers writes an AutoencoderKL
 """
 
-import os
-import shutil
 from pathlib import Path
 
 from dit_jax.interop import vae
+from dit_jax.storage.atomic import replacing_folder
 
 FOLDER = "codec"
 
@@ -21,12 +20,5 @@ def keep(workdir: Path, codec, params):
 
 def replace(folder: Path, codec, params):
     """Writes the codec's folder anew: never half of one."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    vae.save_diffusers(partial, codec, params)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as partial:
+        vae.save_diffusers(partial, codec, params)

@@ -24,6 +24,7 @@ from dit_jax.sample import samples_file, shards
 from dit_jax.sample.generator import Generator, has_whole_params
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
+from dit_jax.storage.atomic import check_writable
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,8 @@ def check_out(out: Path):
         raise UserError(f"{out} is a folder; give the name of a file")
     if out.suffix != ".npz" and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a folder, or a name that ends in .npz, is needed")
-    probe = out.parent / f".{out.name}.partial"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        check_writable(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another place") from None
 

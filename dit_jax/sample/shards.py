@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.latent_files import digest, npy, read_sealed, sealed, sha256_of, write
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
+from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every power of two that a device may work on at once
@@ -81,8 +82,8 @@ class Shards:
         facts = self.file(shard, ".json")
         try:
             facts.unlink(missing_ok=True)  # of a damaged shard: not true while its file is replaced
-            found = write(self.file(shard), npy(np.ascontiguousarray(images)))
-            write(facts, [sealed({"settings": self.digest, "bytes": found["bytes"], "sha256": found["sha256"]})])
+            written = write_atomic(self.file(shard), npy(np.ascontiguousarray(images)))
+            write_sealed(facts, {"settings": self.digest, "bytes": written.size, "sha256": written.sha256})
         except OSError as error:
             raise unwritable(self.file(shard), error) from None
 
@@ -154,9 +155,7 @@ GO_ON = "the dit_jax.sample that drew these images mends it if it is started aga
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What to tell of a file that could not be written; what was half written is removed."""
-    with contextlib.suppress(OSError):
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+    """The error to raise for a file that could not be written."""
     return UserError(
         f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
         "keeps the finished shards"
@@ -284,7 +283,7 @@ def claimed(wanted: Shards, replace: bool = False):
 def _prepare(wanted: Shards, replace: bool):
     path = wanted.path
     own = (MANIFEST, LABELS, SHARDS, GRID, LOCK)
-    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.endswith(".partial"))
+    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not is_partial(p.name))
     if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
         raise UserError(
             f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
@@ -310,11 +309,11 @@ def _prepare(wanted: Shards, replace: bool):
             clear(path)
             found = None
     (path / SHARDS).mkdir(exist_ok=True)
-    for leftover in (path / SHARDS).glob("*.partial"):  # of a command that was killed
-        leftover.unlink()
+    remove_leftovers(path)
+    remove_leftovers(path / SHARDS)
     if found is None:
-        write(path / LABELS, npy(wanted.labels))
-        write(path / MANIFEST, [sealed(wanted.settings)])
+        write_atomic(path / LABELS, npy(wanted.labels))
+        write_sealed(path / MANIFEST, wanted.settings)
 
 
 def clear(path: Path):

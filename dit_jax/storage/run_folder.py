@@ -11,13 +11,13 @@ codec/        the frozen codec of a diffusion run, or what an autoencoder run ha
 
 import fcntl
 import json
-import os
 from pathlib import Path
 
 import ml_collections
 from absl import logging
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import remove_leftovers, write_json
 
 SCORES, BEST_SCORE = "scores", "best.json"
 
@@ -117,9 +117,8 @@ class Workdir:
                 raise UserError(f"another process is training in {self.path}; wait for it or give another --workdir") from None
             except OSError as error:
                 raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.config, indent=2) + "\n")
-            os.replace(partial, file)
+            write_json(file, self.config, indent=2)
+            remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
         return self
 
     def __exit__(self, *exc_info):

@@ -1,7 +1,5 @@
 """The cheap score of a run while it trains: few steps, fewer images, from the moving average; and which checkpoint was best."""
 
-import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
+from dit_jax.storage.atomic import write_json
 from dit_jax.storage.run_folder import BEST_SCORE, SCORES, read_best
 
 REFERENCE = "reference.npz"
@@ -104,8 +103,8 @@ class Scorer:
         if self.best is None or result["fid"] < self.best["fid"]:
             self.best = {key: result[key] for key in ("step", "fid", "features", "num_samples", "reference")}
         if hosts.is_first():
-            _write(self._result(step), result)
-            _write(self._folder / BEST_SCORE, self.best)
+            write_json(self._result(step), result)
+            write_json(self._folder / BEST_SCORE, self.best)
             shutil.rmtree(self._samples(step), ignore_errors=True)
         say(
             f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {num_images} images, "
@@ -140,10 +139,3 @@ class Scorer:
 def _was_made_of(reference: references.Reference, images, loaded) -> bool:
     recipe = reference.recipe
     return (recipe["source"], recipe["count"], recipe["extractor"]) == (images.name, len(images), loaded.describe())
-
-
-def _write(path: Path, result: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
