@@ -20,6 +20,7 @@ from dit_jax.evaluate.extractors import Loaded
 from dit_jax.evaluate.images import ARRAY, Images, NpzImages, SourceImages
 from dit_jax.evaluate.statistics import Extracted
 from dit_jax.metrics.frechet import Moments
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 FORMAT = 1
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -75,13 +76,12 @@ def write(path: Path, reference: Reference):
         UserError: it cannot be written.
     """
     arrays = _arrays(reference.moments, reference.features)
-    partial = path.with_name(f".{path.name}.partial.npz")
+    recipe = json.dumps(reference.recipe)
+    seal = _sha256(arrays, recipe)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe = json.dumps(reference.recipe)
-        facts = {"recipe": np.array(recipe), "seal": np.array(_sha256(arrays, recipe)), "format": np.array(FORMAT)}
-        np.savez(partial, allow_pickle=False, **arrays, **facts)
-        partial.replace(path)
+        remove_leftovers(path.parent, path.name)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays, recipe=np.array(recipe), seal=np.array(seal), format=np.array(FORMAT))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
 
@@ -98,7 +98,7 @@ def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
     found = hashlib.sha256(recipe.encode())
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        found.update(np.ascontiguousarray(arrays[name]).data)
+        found.update(np.ascontiguousarray(arrays[name]))
     return found.hexdigest()
 
 

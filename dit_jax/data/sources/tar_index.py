@@ -5,8 +5,6 @@ Letters: N is the number of samples.
 
 import dataclasses
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from dit_jax.data.sources import fingerprint
+from dit_jax.data.sources.source import fingerprint
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import replacing
 
 FORMAT = 1
 SCAN_THREADS = 16  # for storage that answers slowly: the scan of local files is bound by the interpreter
@@ -68,7 +67,7 @@ class TarIndex:
         """Hex digest of every column."""
         digest = hashlib.sha256()
         for column in _columns(self).values():
-            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).data)
+            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)))
         return digest.hexdigest()
 
 
@@ -83,7 +82,7 @@ def of_rows(rows: Sequence[Row]) -> TarIndex:
     kinds = (np.int32, np.int64, np.int64, np.int64, np.int64, np.int64, bool)
     arrays = [np.array(column, kind) for column, kind in zip(columns[1:], kinds, strict=True)]
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return TarIndex(*[*arrays, ends, np.frombuffer(b"".join(names), np.uint8)])
+    return TarIndex(*arrays, ends, np.frombuffer(b"".join(names), np.uint8))
 
 
 def joined(parts: Sequence[TarIndex]) -> TarIndex:
@@ -94,14 +93,10 @@ def joined(parts: Sequence[TarIndex]) -> TarIndex:
     return TarIndex(**columns)
 
 
-def _rows_of(job: Callable[[], list[Row]]) -> TarIndex:
-    return of_rows(job())
-
-
 def scanned(jobs: Iterable[Callable[[], list[Row]]]) -> TarIndex:
     """The rows of all jobs, in their order; the jobs run in threads, and the first error ends them."""
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        futures = [pool.submit(_rows_of, job) for job in jobs]
+        futures = [pool.submit(lambda job=job: of_rows(job())) for job in jobs]
         try:
             parts = [future.result() for future in futures]
         finally:
@@ -135,7 +130,8 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
         logging.warning("the index %s is damaged (%s) and is built anew", kept, error)
     index = build()
     try:
-        _write(kept, index)
+        with replacing(kept) as partial, open(partial, "wb") as file:  # several hosts may write it at once, all the same
+            np.savez(file, **_columns(index))
     except OSError as error:
         logging.warning(
             "the index of %d tars cannot be kept in %s (%s): every start reads all their headers again",
@@ -144,19 +140,6 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
             error.strerror,
         )
     return index
-
-
-def _write(path: Path, index: TarIndex) -> None:
-    # A name of its own: several hosts may write at once, and the last one's equals the others'.
-    fd, partial = tempfile.mkstemp(prefix=".dit_jax-index-", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            np.savez(file, allow_pickle=False, **_columns(index))
-        os.chmod(partial, 0o644)  # a temporary file is the owner's alone
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def reject(index: TarIndex, bad: np.ndarray, says: Callable[[int], str]) -> None:
