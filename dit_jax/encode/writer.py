@@ -335,7 +335,7 @@ class Shard:
         moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
         if any(caption is not None for caption in self.captions):
-            parts["captions"] = json.dumps(self.captions).encode()
+            parts["captions"] = [json.dumps(self.captions).encode()]
 
         def path(kind: str) -> Path:
             return folder / shard_file(self.number, self.job.num_shards, kind)

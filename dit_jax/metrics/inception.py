@@ -250,7 +250,7 @@ class Inception:
             ValueError: images of another dtype, rank or channel count.
         """
         x = bilinear_tensorflow(to_rgb(images), INPUT_SIZE)
-        activations = InceptionV3().apply({"params": params}, (x - 128) / 128)
+        activations: Any = InceptionV3().apply({"params": params}, (x - 128) / 128)
         return {
             "features": activations["features"],
             "spatial": activations["spatial"],
