@@ -8,7 +8,7 @@ Source: Szegedy et al. 2016 (Rethinking the Inception Architecture), table 1; He
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
