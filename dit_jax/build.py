@@ -15,6 +15,7 @@ from dit_jax.codecs.pixels import Pixels
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
+from dit_jax.data.size import size_text
 from dit_jax.data.sources import TFDS, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion import samplers
@@ -27,7 +28,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop import lpips
 from dit_jax.models.dit import DiT
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
-from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
+from dit_jax.parallel.rules import shardings
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
@@ -91,17 +92,13 @@ def latent_shape(config) -> tuple[int, int, int]:
     Raises:
         UserError: the resolution does not fit the codec and the patch.
     """
-    c, resolution, patch = codec(config), config.transform.resolution, config.model.patch_size
-    if c.image_channels != config.transform.channels:
+    c, shape, patch = codec(config), transform(config).shape, config.model.patch_size
+    if patch < 1 or any(side % (c.downsample * patch) for side in shape[:2]):
         raise UserError(
-            f"transform.channels = {config.transform.channels} and the codec's image_channels = {c.image_channels} must be equal"
+            f"resolution {size_text(shape[:2])} is not a multiple of codec {c.downsample} x patch {patch} = "
+            f"{c.downsample * patch}; change transform.resolution (transform.size, where it is set) or model.patch_size"
         )
-    if patch < 1 or resolution < 1 or resolution % (c.downsample * patch):
-        raise UserError(
-            f"resolution {resolution} is not a multiple of codec {c.downsample} x patch {patch} = "
-            f"{c.downsample * patch}; change transform.resolution or model.patch_size"
-        )
-    return resolution // c.downsample, resolution // c.downsample, c.latent_channels
+    return c.latent_shape(shape)
 
 
 def network(config):
@@ -138,7 +135,7 @@ def task(config):
     }
     if config.task.name == "autoencoder":
         fields = {k: v for k, v in config.task.items() if k != "perceptual_path"} | {"discriminator": discriminator(config)}
-        return construct("task", fields, **shared, resolution=config.transform.resolution)
+        return construct("task", fields, **shared, image_shape=transform(config).shape)
     return construct(
         "task",
         config.task,
@@ -183,7 +180,7 @@ def constants(config, mesh, loader, codec_params) -> dict:
                 "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0"
             )
         return {"perceptual": place(lpips.load(config.task.perceptual_path), replicated(mesh))}
-    found = {"codec": place(codec_params, shardings(codec_params, mesh, AUTOENCODER_RULES))}
+    found = {"codec": place(codec_params, shardings(codec_params, mesh, codec(config).rules))}
     if isinstance(loader, LatentLoader) and loader.resident:
         found["moments"] = resident_moments(loader.source, mesh)
     return found
@@ -209,8 +206,7 @@ def loader(config, mesh):
         return Loader(source, transform(config), config.batch_size, config.seed, **config.loader, **part)
     if config.task.name == "autoencoder":
         raise UserError("data.name is 'latents', and an autoencoder is trained on images; give the data set that was encoded")
-    wanted = config.transform
-    source.check(codec(config), config.codec.sha256, wanted.resolution, wanted.channels, wanted.flip, wanted.upright)
+    source.check(codec(config), config.codec.sha256, transform(config))
     return LatentLoader(source, config.batch_size, config.seed, config.transform.flip, **config.loader, **part)
 
 
@@ -220,17 +216,17 @@ def abstract_batch(config, task, mesh) -> dict:
     Raises:
         UserError: an autoencoder that is to be trained on latents.
     """
-    rows, side = config.batch_size, config.transform.resolution
+    rows = config.batch_size
     fields = {"label": ((rows,), jnp.int32)}
     if config.data.name != "latents":
-        fields["image"] = (rows, side, side, config.transform.channels), jnp.uint8
+        fields["image"] = (rows, *transform(config).shape), jnp.uint8
     elif config.task.name != "diffusion":
         raise UserError("data.name is 'latents', and an autoencoder is trained on images; give a data set of images")
     elif config.loader.get("resident"):
         fields["row"] = (rows,), jnp.int32
     else:
-        h, w, c = task.latent_shape
-        fields["moments"] = (rows, h, w, 2 * c), jnp.float16
+        *grid, c = task.latent_shape
+        fields["moments"] = (rows, *grid, 2 * c), jnp.float16
     return {name: jax.ShapeDtypeStruct(*field, sharding=batch_sharding(mesh)) for name, field in fields.items()}
 
 

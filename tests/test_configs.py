@@ -107,7 +107,7 @@ def test_bad_mesh(shape, text):
 
 LAYERS = {  # who may import whom, besides errors, pixels and itself
     "models": {"parallel"},
-    "codecs": set(),
+    "codecs": {"parallel"},
     "diffusion": set(),
     "data": set(),
     "metrics": set(),

@@ -33,9 +33,9 @@ class Nothing:
         raise IndexError(f"record {index}: this data set has numbers only")
 
 
-def write_cache(folder: Path, records: int, resolution: int):
-    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec at `resolution`."""
-    job = Job(Nothing(records), KLVAE(), {}, resolution, shard_records=-(-records // NUM_SHARDS))
+def write_cache(folder: Path, records: int, size: tuple[int, int]):
+    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec for images of this (height, width)."""
+    job = Job(Nothing(records), KLVAE(), {}, size, shard_records=-(-records // NUM_SHARDS))
     write(folder / SETTINGS, [sealed(job.settings)])
     rng = np.random.default_rng(0)
     for number in range(job.num_shards):
@@ -49,17 +49,17 @@ def write_cache(folder: Path, records: int, resolution: int):
     finish(folder, 0.0, first=True)
 
 
-def run(data: str | None, resolution: int, records: int, batch_size: int, seconds: float) -> dict:
+def run(data: str | None, size: tuple[int, int], records: int, batch_size: int, seconds: float) -> dict:
     """Shuffled training batches with flips through `LatentLoader`.
 
     Args:
-        data: folder of a cache; None for one of `records` records at `resolution`, made for the occasion.
+        data: folder of a cache; None for one of `records` records of images of `size`, made for the occasion.
     """
     if data is not None:
         return {"data": data, **_measured(data, batch_size, seconds)}
     with tempfile.TemporaryDirectory(prefix="dit_jax_latents_") as folder:
         say(f"writing a cache of {records} records")
-        write_cache(Path(folder), records, resolution)
+        write_cache(Path(folder), records, size)
         return {"data": "synthetic", **_measured(folder, batch_size, seconds)}
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dit_jax.codecs import macs
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.data.size import size_json
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
@@ -56,10 +56,12 @@ class Subject:
             )
 
     @property
-    def resolution(self) -> int:
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
         if isinstance(self.task, AutoencoderTask):
-            return self.task.resolution
-        return self.task.latent_shape[0] * self.task.codec.downsample
+            return self.task.image_shape
+        codec, (h, w, _) = self.task.codec, self.task.latent_shape
+        return h * codec.downsample, w * codec.downsample, codec.image_channels
 
     def macs(self) -> float | None:
         """Multiply-adds of one forward of one image; None for an autoencoder that is trained with a second network."""
@@ -67,7 +69,7 @@ class Subject:
             return dit_macs(self.task.network, self.task.latent_shape)
         if self.task.discriminator is not None or self.task.perceptual_weight:
             return None
-        return sum(macs.gmacs(self.task.codec, self.task.resolution)) * 1e9
+        return float(sum(self.task.codec.macs(self.task.image_shape)))
 
     def batch(self) -> dict[str, jax.Array]:
         """A training batch of noise, made on the devices: moments as a latent cache has them, or images where there are none."""
@@ -78,8 +80,7 @@ class Subject:
             if cached:
                 h, w, c = task.latent_shape
                 return {"moments": jax.random.normal(key, (size, h, w, 2 * c), jnp.float16)} | labels(key)
-            shape = (size, self.resolution, self.resolution, task.codec.image_channels)
-            return {"image": jax.random.bits(key, shape, jnp.uint8)} | labels(key)
+            return {"image": jax.random.bits(key, (size, *self.image_shape), jnp.uint8)} | labels(key)
 
         def labels(key):
             classes = getattr(task, "num_classes", 0)
@@ -103,7 +104,7 @@ class Subject:
             "model": {"name": type(net).__name__, **fields},
             "dtype": jnp.dtype(net.dtype).name,
             "param_dtype": jnp.dtype(net.param_dtype).name,
-            "resolution": self.resolution,
+            "resolution": size_json(self.image_shape[:2]),
             "batch_size": self.batch_size,
             "microbatches": task.microbatches,
             "mesh": dict(self.mesh.shape),
@@ -113,7 +114,7 @@ class Subject:
 
 def of_model(
     name: str,
-    resolution: int,
+    image_size: tuple[int, int],
     batch_size: int,
     dtype: str,
     remat: str = "auto",
@@ -128,15 +129,16 @@ def of_model(
 ) -> Subject:
     """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
 
+    image_size: (height, width) in pixels.
     devices: of the mesh, whose data axis takes what fsdp and tensor leave; all that there are if None.
 
     Raises:
-        UserError: no such model or sampler; a resolution, batch or mesh that does not fit.
+        UserError: no such model or sampler; a size, batch or mesh that does not fit.
     """
     size, draw = sizes.fields(name), samplers.default_sampler(sampler)
     draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
     codec, process = KLVAE(), Gaussian()
-    latent_shape = codec.latent_shape(resolution)
+    latent_shape = codec.latent_shape((*image_size, codec.image_channels))
     network = DiT(
         **size,
         num_classes=1000,

@@ -28,7 +28,7 @@ CONFIG = config_flags.DEFINE_config_file(
 DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
 CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL, or --workdir of a run that trained one.")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side of the square images in pixels.")
+RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: the side of squares, or height x width, as in 256x384.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What --codec computes in; float32 if not given.")
 OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
 MIRROR = flags.DEFINE_boolean("mirror", None, "Encode mirror images too. If not given: yes, or as --config.transform.flip.")
@@ -45,6 +45,7 @@ VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished c
 
 
 def job_of_flags():
+    from dit_jax.data.size import parse_size
     from dit_jax.data.sources.named import named_source
     from dit_jax.encode.writer import Job
     from dit_jax.interop import vae
@@ -52,13 +53,13 @@ def job_of_flags():
     missing = [name for name, flag in (("data", DATA), ("codec", CODEC), ("resolution", RESOLUTION)) if flag.value is None]
     if missing:
         raise UserError(f"give --{', --'.join(missing)}; or --config=configs/<name>.py, which has them")
-    path = vae.find(CODEC.value)
+    size, path = parse_size(RESOLUTION.value), vae.find(CODEC.value)
     codec = vae.read_codec(path, DTYPE.value or "float32")
     return Job(
         named_source(DATA.value, SPLIT.value),
         codec,
         vae.load_diffusers(path, codec),
-        RESOLUTION.value,
+        size,
         MIRROR.value is not False,
         bool(UPRIGHT.value),
         BATCH_SIZE.value,
@@ -84,7 +85,7 @@ def job_of_config():
             f"the config has task.name = {config.task.name!r} and codec.name = {config.codec.name!r}: a config that "
             "diffuses in the latents of a kl_vae is needed"
         )
-    source, codec, transform = build.construct("data", config.data), build.codec(config), config.transform
+    source, codec, transform = build.construct("data", config.data), build.codec(config), build.transform(config)
     if isinstance(source, LatentCache):
         raise UserError(
             "the config's data.name is 'latents', encoded already: give the images with --data, --codec and --resolution"
@@ -94,15 +95,15 @@ def job_of_config():
             f"transform.channels = {transform.channels} and codec.image_channels = {codec.image_channels} must be equal"
         )
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
-    upright = transform.get("upright", False) if UPRIGHT.value is None else UPRIGHT.value
-    return Job(source, codec, params, transform.resolution, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    upright = transform.upright if UPRIGHT.value is None else UPRIGHT.value
+    return Job(source, codec, params, transform.shape[:2], mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
 def said_of(manifest: dict) -> dict:
     """The result of the verb that a manifest tells; says how the latents would be scaled."""
     from dit_jax.data.latent_files import sealed
 
-    latents, (h, w, channels) = manifest["latents"], manifest["moments"]["shape"]
+    latents, (*grid, channels) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]
     center = sum(mean) / len(mean)
     scale = (sum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(std)) ** -0.5
@@ -116,7 +117,7 @@ def said_of(manifest: dict) -> dict:
         "images": manifest["count"],
         "shards": len(manifest["shards"]),
         "bad_records": manifest["bad_records"]["count"],
-        "latent_shape": [h, w, channels // 2],
+        "latent_shape": [*grid, channels // 2],
         "views": manifest["views"],
         "unit_scale": scale,
         "manifest_sha256": hashlib.sha256(sealed(manifest)).hexdigest(),

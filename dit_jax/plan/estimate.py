@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from dit_jax import build
-from dit_jax.codecs.macs import gmacs
 from dit_jax.errors import UserError
 from dit_jax.models.dit import form_of_loop
 from dit_jax.models.macs import dit_macs
@@ -106,7 +105,7 @@ def model_flops(config, task) -> int:
     """FLOPs that training on one batch needs: three forwards of the trained network, 2 per multiply-add; no rematerialisation,
     no frozen network."""
     if config.task.name == "autoencoder":
-        return round(6e9 * sum(gmacs(task.codec, task.resolution))) * config.batch_size
+        return 6 * sum(task.codec.macs(task.image_shape)) * config.batch_size
     return 6 * dit_macs(task.network, task.latent_shape) * config.batch_size
 
 

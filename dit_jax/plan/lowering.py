@@ -8,7 +8,7 @@ from dit_jax import build
 from dit_jax.errors import UserError
 from dit_jax.interop import lpips
 from dit_jax.parallel.mesh import batch_sharding, replicated, rows_per_step
-from dit_jax.parallel.rules import AUTOENCODER_RULES, shardings
+from dit_jax.parallel.rules import shardings
 from dit_jax.sample.generator import Generator
 from dit_jax.sample.weights import hold
 from dit_jax.tasks.compiled_step import trace_step
@@ -48,7 +48,7 @@ def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
             node[keys[-1]] = jax.ShapeDtypeStruct(shape, jnp.float32)
         return {"perceptual": _shaped(jax.tree.map(_as_read, params), replicated(mesh))}
     codec = jax.eval_shape(task.codec.init, jax.random.key(0))
-    constants = {"codec": jax.tree.map(_shaped, codec, shardings(codec, mesh, AUTOENCODER_RULES))}
+    constants = {"codec": jax.tree.map(_shaped, codec, shardings(codec, mesh, task.codec.rules))}
     if config.data.name == "latents" and config.loader.get("resident"):
         if resident_rows < 1:
             raise UserError(

@@ -152,11 +152,13 @@ def chosen_step(workdir: Path) -> int | None:
 
 def what_is_predicted(config) -> dict:
     """The part of a config that two networks must share for one to guide the other."""
+    from dit_jax import build
+
     training_only = ("min_snr_gamma", "time_distribution", "logit_mean", "logit_std")
     return {
         "process": {k: v for k, v in config.process.items() if k not in training_only},
         "codec": {k: v for k, v in config.codec.items() if k not in ("path", "sha256", "dtype")},
-        "resolution": config.transform.resolution,
+        "image size": build.transform(config).shape,
         "number of classes": config.model.num_classes,
     }
 
@@ -254,7 +256,7 @@ def main() -> dict:
     if weak_task is not None:
         made_by |= {"autoguidance": AUTOGUIDANCE.value, "autoguidance_weights": weights_fingerprint(weak_params)}
         weak_params = hold(weak_task, weak_params)
-    shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
+    shape = build.transform(config).shape
     drawn = drawing.draw(out, generator, params, {"codec": codec}, labels, shape, made_by, weak_params)
     # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
     per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None

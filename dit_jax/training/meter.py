@@ -4,7 +4,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.codecs.macs import gmacs
 from dit_jax.errors import UserError
 from dit_jax.models.macs import dit_macs
 from dit_jax.programs import chips
@@ -27,7 +26,7 @@ def training_flops(task: Task) -> float:
     What is computed again to save memory, frozen networks and the optimizer are not counted.
     """
     if isinstance(task, AutoencoderTask):
-        return 6e9 * sum(gmacs(task.codec, task.resolution))
+        return 6.0 * sum(task.codec.macs(task.image_shape))
     return 6 * dit_macs(task.network, task.latent_shape)
 
 

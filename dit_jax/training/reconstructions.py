@@ -74,13 +74,12 @@ def check(config):
     if wanted == 1:
         raise UserError("evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)")
     if wanted and config.evaluation.features:
-        side = config.transform.resolution
         extractors.check_name(config.evaluation.features, config.evaluation.weights or None)
-        extractors.check_shape(config.evaluation.features, (side, side, config.transform.channels))
+        extractors.check_shape(config.evaluation.features, build.transform(config).shape)
     if config.evaluation.normalize not in ("scale", "channel"):
         raise UserError(f"evaluation.normalize is {config.evaluation.normalize!r}; it must be scale (one number) or channel")
     classes = len(build.construct("data", config.data).class_names)
-    if is_plane(build.codec(config), config.transform.resolution) and classes > len(PALETTE):
+    if is_plane(build.codec(config), build.transform(config).shape) and classes > len(PALETTE):
         raise UserError(
             f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
             "choose the images of some classes, or merge classes"
@@ -107,9 +106,9 @@ def side_by_side(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     return np.stack([images, reconstructions], 1).reshape(-1, *images.shape[1:])
 
 
-def is_plane(codec, resolution: int) -> bool:
+def is_plane(codec, shape: tuple[int, ...]) -> bool:
     """Whether the whole latent of an image is 2 numbers."""
-    return int(np.prod(codec.latent_shape(resolution))) == 2
+    return int(np.prod(codec.latent_shape(shape))) == 2
 
 
 def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
@@ -118,7 +117,7 @@ def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
     means = reconstructor(params, images)[1].reshape(-1, 2)
 
     def decode(points):
-        latents = points.reshape(-1, *codec.latent_shape(images.shape[1]))
+        latents = points.reshape(-1, *codec.latent_shape(images.shape[1:]))
         return np.asarray(codec.decode(params, (latents - codec.shift) * codec.scale))
 
     names = class_names or ("images",)
@@ -168,7 +167,7 @@ def finish(run, workdir: Path) -> dict:
     if hosts.is_first():
         codec_folder.replace(folder, codec, params)
         say(f"the codec is in {folder}: give that folder, or {workdir}, as codec.path")
-    if is_plane(codec, config.transform.resolution) and hosts.is_first():
+    if is_plane(codec, images.shape[1:]) and hosts.is_first():
         picture = draw_plane(run.task.codec, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
         result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
         say(f"the latent plane is in {result['plane']}")
@@ -198,7 +197,7 @@ def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int
                 scores.Options(("fid",)),
                 processes=(0, 1),
             )
-        side = images.shape[1]
+        side = min(images.shape[1:3])
         window = min(11, side - 1 + side % 2)
         result |= {
             "psnr": float(psnr(images, decoded).mean()),

@@ -23,12 +23,11 @@ def check(config):
     """Raises a UserError for what would only be found when the images are drawn or scored: before any training."""
     scoring.check(config)
     if config.evaluation.num_images and config.evaluation.reference:
-        side = config.transform.resolution
         scores.check(
             config.evaluation.reference,
             config.evaluation.features,
             config.evaluation.weights or None,
-            (side, side, config.transform.channels),
+            build.transform(config).shape,
         )
 
 
@@ -77,7 +76,7 @@ def finish(run, workdir: Path) -> dict:
     )
     params, codec = on_mesh((run.state.ema_params, run.constants["codec"]), mesh)
     made_by = samples_file.describe(config, params, int(run.state.step), config.seed) | {"labels": "balanced"}
-    shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
+    shape = build.transform(config).shape
     drawn = draw(path, generator, hold(run.task, params), {"codec": codec}, labels, shape, made_by, replace=True)
     result = {"samples": str(path), "stopped": drawn.stopped}
     if drawn.stopped:

@@ -33,7 +33,7 @@ def scoring_config(config) -> ml_collections.ConfigDict:
 
 
 def image_shape(config) -> tuple[int, int, int]:
-    return (config.transform.resolution, config.transform.resolution, config.transform.channels)
+    return build.transform(config).shape
 
 
 def check(config):
