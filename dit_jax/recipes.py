@@ -12,7 +12,6 @@ profile, preview, evaluation (of the final samples), scoring (of cheaper ones wh
 import ml_collections
 from ml_collections import config_dict
 
-from dit_jax.diffusion.samplers import SAMPLERS as SAMPLERS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
@@ -71,9 +70,10 @@ def training() -> ml_collections.ConfigDict:
 
 
 def diffusion() -> ml_collections.ConfigDict:
-    """`training` for a diffusion model: label dropout, guidance, samples scored against a reference."""
+    """`training` for a diffusion model: labels, their dropout, guidance, samples scored against a reference."""
     c = training()
-    c.task = {"name": "diffusion", "label_dropout": 0.1}
+    c.task = {"name": "diffusion", "cond_dropout": 0.1}
+    c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""

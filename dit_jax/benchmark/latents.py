@@ -7,12 +7,13 @@ import numpy as np
 
 from dit_jax.benchmark.timing import Work, measure, report, warm_up
 from dit_jax.codecs.kl_vae import KLVAE
-from dit_jax.data.latent_files import SETTINGS, digest, sealed, write
+from dit_jax.data.latent_files import SETTINGS
 from dit_jax.data.latent_loader import AHEAD, LatentLoader
 from dit_jax.data.latents import LatentCache
 from dit_jax.encode.cache_folder import finish
 from dit_jax.encode.writer import Job, Shard
 from dit_jax.runtime.console import say
+from dit_jax.storage.sealed import digest, write_sealed
 
 CLASSES = 1000
 NUM_SHARDS = 4
@@ -36,7 +37,7 @@ class Nothing:
 def write_cache(folder: Path, records: int, size: tuple[int, int]):
     """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec for images of this (height, width)."""
     job = Job(Nothing(records), KLVAE(), {}, size, shard_records=-(-records // NUM_SHARDS))
-    write(folder / SETTINGS, [sealed(job.settings)])
+    write_sealed(folder / SETTINGS, job.settings)
     rng = np.random.default_rng(0)
     for number in range(job.num_shards):
         shard = Shard(job, number)
@@ -49,17 +50,17 @@ def write_cache(folder: Path, records: int, size: tuple[int, int]):
     finish(folder, 0.0, first=True)
 
 
-def run(data: str | None, size: tuple[int, int], records: int, batch_size: int, seconds: float) -> dict:
+def run(data: str | None, resolution: int, records: int, batch_size: int, seconds: float) -> dict:
     """Shuffled training batches with flips through `LatentLoader`.
 
     Args:
-        data: folder of a cache; None for one of `records` records of images of `size`, made for the occasion.
+        data: folder of a cache; None for one of `records` records at `resolution`, made for the occasion.
     """
     if data is not None:
         return {"data": data, **_measured(data, batch_size, seconds)}
     with tempfile.TemporaryDirectory(prefix="dit_jax_latents_") as folder:
         say(f"writing a cache of {records} records")
-        write_cache(Path(folder), records, size)
+        write_cache(Path(folder), records, resolution)
         return {"data": "synthetic", **_measured(folder, batch_size, seconds)}
 
 

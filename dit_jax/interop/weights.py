@@ -18,7 +18,7 @@ from dit_jax.interop.tensors import Tensor, check, common_dtype, open_safetensor
 from dit_jax.parallel.rules import path_name
 
 VERSION = "1"
-SECTIONS = ("model", "process", "codec", "transform", "sampler", "guidance", "ema_decay")
+SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sampler", "guidance", "ema_decay")
 
 
 class Weights(NamedTuple):

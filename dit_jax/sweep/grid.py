@@ -35,7 +35,7 @@ class Sweep:
         variants: {name: the argument of the config file, or {config path: value}}; one without a name if empty.
         grid: {config path: values}; a single value is a setting of all runs.
         seeds: values of `seed`; that of the config if empty.
-        samplers: (name of `recipes.SAMPLERS`, steps): the first seed of every model is sampled and scored with each, once it is
+        samplers: (name of a registered sampler, steps): the first seed of every model is sampled and scored with each, once it is
             finished; None for the steps of one that chooses its own.
         paper: the report shows the twelve models of Peebles & Xie (2023) beside the runs.
         reference_curves: CSV of earlier loss curves, as a report writes it (curves.csv), beside the sweep file; none if empty.

@@ -225,7 +225,7 @@ def test_a_changed_byte_is_found(tmp_path, save):
         ({"replicates": 3}, "at least 100"),
         ({"replicates": -1}, "at least 100"),
         ({"level": 1.5}, "between 0 and 1"),
-        ({"kid_subset_size": 1}, "at least 1 of at least 2"),
+        ({"kid_subset_size": 1}, "at least 1 subset of at least 2"),
     ],
 )
 def test_options_are_checked_first(changes, text):
@@ -292,7 +292,7 @@ def test_other_shapes_and_names(tmp_path):
     for name, features, text in (
         ("digits", "pixels", "must be equal"),
         ("/nowhere", "pixels", "does not exist"),
-        ("digits", "inception9", "must be one of pixels"),
+        ("digits", "inception9", "is not registered; choose one of dinov2, inception, pixels"),
         ("digits", "inception", "--weights"),
     ):
         with pytest.raises(UserError, match=text):
