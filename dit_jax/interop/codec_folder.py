@@ -27,7 +27,7 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
     Raises:
         UserError: the codec needs weights and there are none; they do not fit the config; the hash is not the one asked for.
     """
-    if config.task.name != "diffusion" or config.codec.name == "pixels":
+    if config.task.name != "diffusion" or "path" not in config.codec:
         return config, {}
     own = workdir / FOLDER if workdir else None
     if own and own.exists():
