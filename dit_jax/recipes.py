@@ -75,9 +75,10 @@ def training() -> ml_collections.ConfigDict:
 
 
 def diffusion() -> ml_collections.ConfigDict:
-    """`training` for a diffusion model: label dropout, guidance, samples scored against a reference."""
+    """`training` for a diffusion model: labels, their dropout, guidance, samples scored against a reference."""
     c = training()
-    c.task = {"name": "diffusion", "label_dropout": 0.1}
+    c.task = {"name": "diffusion", "cond_dropout": 0.1}
+    c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""

@@ -19,7 +19,7 @@ from dit_jax.errors import UserError
 # Arguments that `build` computes, by section: no config sets them.
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "task": (
-        *("network", "process", "codec", "optimizer", "latent_shape", "num_classes", "resolution", "discriminator"),
+        *("network", "process", "codec", "conditioner", "optimizer", "image_shape", "latent_shape", "discriminator"),
         *("ema_decay", "microbatches", "zero1", "offload"),
     ),
     "model": ("out_channels", "parent", "name"),
@@ -30,7 +30,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
     "optimizer": (),
     "sampler": (),
     "guidance": (),
-    "conditioner": (),
+    "conditioner": ("num_classes", "rules"),
     "metric": ("weights",),
 }
 SECTIONS = tuple(SUPPLIED)

@@ -16,7 +16,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 def state_of(config, mesh):
     config.lock()
-    return abstract_state(build.task(config), mesh)
+    return abstract_state(build.Run(config).task, mesh)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -25,8 +25,8 @@ def test_every_config_builds(name):
     config = load_config(name)
     state = state_of(config, make_mesh(2, 2, 2))
     if config.task.name == "diffusion":
-        build.sampler(config)
-        build.guidance(config)
+        build.Run(config).sampler
+        build.Run(config).guidance
     averaged = state.params if config.task.name == "diffusion" else {"codec": state.params["codec"]}
     assert count_parameters(averaged) == count_parameters(state.ema_params) > 0
 
@@ -36,8 +36,8 @@ def test_every_config_builds(name):
 def test_all_sizes(size, resolution):
     """One of the twelve sizes at 256 or 512 that does not build."""
     config = load_config("imagenet", f"{size},{resolution}")
-    assert build.latent_shape(config) == (resolution // 8, resolution // 8, 4)
-    assert build.network(config).patch_size == int(size[-1])
+    assert build.Run(config).latent_shape == (resolution // 8, resolution // 8, 4)
+    assert build.Run(config).network.patch_size == int(size[-1])
 
 
 @pytest.mark.parametrize("arg, text", [("XL/3,256", "choose one of"), ("XL/2,250", "256 or 512"), ("XL/2", "256 or 512")])
@@ -55,7 +55,7 @@ def test_bad_imagenet_argument(arg, text):
         ({"model.dtype": "float64"}, "must be one of float32"),
         ({"model.name": "unet"}, "is not registered; choose one of dit"),
         ({"process.schedule": "exponential"}, "must be one of linear"),
-        ({"task.label_dropout": 1.5}, r"must lie in \[0, 1\)"),
+        ({"task.cond_dropout": 1.5}, r"must lie in \[0, 1\)"),
         ({"optimizer.learning_rate": -1.0}, "must be positive"),
         ({"num_steps": 0}, "at least 1"),
         ({"model.num_classes": -1}, "at least 0"),
@@ -69,7 +69,7 @@ def test_bad_values(changes, text):
         section, _, field = path.rpartition(".")
         (config[section] if section else config)[field] = value
     with pytest.raises(UserError, match=text):
-        build.task(config)
+        build.Run(config).task
 
 
 def test_unknown_field_is_named():
@@ -77,7 +77,7 @@ def test_unknown_field_is_named():
     config = load_config("digits")
     config.process.temperature = 1.0
     with pytest.raises(UserError, match="'gaussian' has no field temperature"):
-        build.task(config)
+        build.Run(config).task
 
 
 def test_unmatched_rule():

@@ -16,6 +16,17 @@ SMALLEST_SIDE = 2 ** (len(STAGES) - 1)  # one position in the last stage
 EPSILON = 1e-10
 
 
+def shapes() -> dict:
+    """The parameters of `lpips` as ShapeDtypeStructs, float32."""
+    params, before = {"scaling": {"shift": (3,), "scale": (3,)}}, 3
+    for stage, widths in enumerate(STAGES, 1):
+        for layer, width in enumerate(widths, 1):
+            params[f"conv{stage}_{layer}"] = {"kernel": (3, 3, before, width), "bias": (width,)}
+            before = width
+        params[f"lin{stage}"] = (before,)
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), params, is_leaf=lambda x: isinstance(x, tuple))
+
+
 def lpips(params, images, others, dtype=jnp.float32):
     """float32 [B]: the perceptual distance of each pair, 0 for equal images, and symmetric.
 

@@ -10,10 +10,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from dit_jax import build, recipes
+from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
-from dit_jax.interop.download import sha256
 from dit_jax.interop.tensors import (
     Tensor,
     Tensors,
@@ -30,6 +30,7 @@ from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
 from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.run_folder import read_config
+from dit_jax.storage.sealed import sha256_of
 
 # Networks that no config describes, for losses and metrics: one file each, for the module of that name in interop.
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
@@ -79,7 +80,7 @@ def config_of(sections) -> ml_collections.ConfigDict:
 
 def network_params(config):
     """The parameters of the config's network as ShapeDtypeStructs; nothing is computed."""
-    task = build.task(config)
+    task = Run(config).task
     return jax.eval_shape(lambda key: task.init(key).params, jax.random.key(0))
 
 
@@ -121,10 +122,10 @@ def write(found: Weights, layout: str, out: Path) -> dict:
             weights.write(out, found)
         else:
             write_foreign(out, found.tensors, found.origin)
-        return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256(out)}
+        return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256_of(out)}
     config = config_of(found.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
-    input_size = build.latent_shape(config)[0]
+    input_size = Run(config).latent_shape[0]
     tensors = official.to_theirs(found.tensors, patch_size, input_size // patch_size)
     file = out
     if layout == "diffusers":
@@ -139,7 +140,7 @@ def write(found: Weights, layout: str, out: Path) -> dict:
         write_safetensors(out, tensors, {"format": "pt"})
     else:
         raise UserError(f"--out={out} must end in .pt or .safetensors for --to=official")
-    return {"out": str(out), "tensors": len(tensors), "parameters": count(found.tensors), "sha256": sha256(file)}
+    return {"out": str(out), "tensors": len(tensors), "parameters": count(found.tensors), "sha256": sha256_of(file)}
 
 
 def _shapes(sections) -> dict[str, tuple[int, ...]]:
@@ -155,7 +156,7 @@ def _read_workdir(source: Source) -> Weights:
             "them, when it has finished"
         )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    init = build.task(config).init
+    init = Run(config).task.init
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
@@ -244,11 +245,11 @@ def _read_diffusers(source: Source) -> Weights:
 
 def _tokens_per_side(sections) -> int:
     config = config_of(sections)
-    return build.latent_shape(config)[0] // config.model.patch_size
+    return Run(config).latent_shape[0] // config.model.patch_size
 
 
 def _origin(source: Source, files: list[Path]) -> dict:
-    return {"from": source.layout, "sha256": {file.name: sha256(file) for file in files}}
+    return {"from": source.layout, "sha256": {file.name: sha256_of(file) for file in files}}
 
 
 def _sections(source: Source, found: official.Architecture, input_size: int, heads: int | None = None) -> dict:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, damage, digest, read_sealed, shard_file
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
 from dit_jax.errors import UserError
+from dit_jax.storage.sealed import damage, digest, read_sealed
 
 SHOWN = 10  # lines of a list in an error message
 # Fields of a codec that do not say what an image's moments are: they act after the posterior, or on the arithmetic only.

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from dit_jax.data.sources import Example, Source
+from dit_jax.data.sources.source import Example, Source
 from dit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -125,7 +125,7 @@ class Loader:
     def batches(self, start_step: int = 0) -> "Batches":
         """This host's batches of steps start_step, start_step + 1, ... without end; close it, or use it in a `with`.
 
-        Each is {"image": uint8 [b, R, R, C], "label": int32 [b]}, or what the transform makes, stacked.
+        Each is {"image": uint8 [b, H, W, C], "label": int32 [b]}, or what the transform makes, stacked.
 
         Raises:
             ValueError: negative step.

@@ -65,10 +65,8 @@ def job_of_flags():
 
 
 def job_of_config():
-    from dit_jax import build
-    from dit_jax.data.latents import LatentCache
+    from dit_jax.build import Run
     from dit_jax.encode.writer import Job
-    from dit_jax.interop import codec_folder
 
     given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
     if given:
@@ -76,29 +74,28 @@ def job_of_config():
             f"--config and --{given[0]} are both given: leave out one; any field of the config is overridden as "
             "--config.transform.resolution=64"
         )
-    config, params = codec_folder.settle(CONFIG.read(), None)
-    if not params:
+    run = Run(CONFIG.read())
+    if not run.has_codec_weights:
         raise UserError(
-            f"the config has task.name = {config.task.name!r} and codec.name = {config.codec.name!r}: a config that "
+            f"the config has task.name = {run.config.task.name!r} and codec.name = {run.config.codec.name!r}: a config that "
             "diffuses in the latents of a kl_vae is needed"
         )
-    source, codec, transform = build.construct("data", config.data), build.codec(config), config.transform
-    if isinstance(source, LatentCache):
+    if run.entry != "image":
         raise UserError(
             "the config's data.name is 'latents', encoded already: give the images with --data, --codec and --resolution"
         )
-    if transform.channels != codec.image_channels:
-        raise UserError(
-            f"transform.channels = {transform.channels} and codec.image_channels = {codec.image_channels} must be equal"
-        )
+    run = run.with_codec_weights()
+    transform = run.config.transform
+    run.image_shape  # checks the channels
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
     upright = transform.get("upright", False) if UPRIGHT.value is None else UPRIGHT.value
-    return Job(source, codec, params, transform.resolution, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    source, params = run.source, run.codec_params
+    return Job(source, run.codec, params, transform.resolution, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
 def said_of(manifest: dict) -> dict:
     """The result of the verb that a manifest tells; says how the latents would be scaled."""
-    from dit_jax.data.latent_files import sealed
+    from dit_jax.storage.sealed import sealed
 
     latents, (h, w, channels) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]

@@ -4,14 +4,15 @@ import contextlib
 import fcntl
 import hashlib
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, damage, digest, read_sealed, sealed, shard_file, write
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
+from dit_jax.storage.sealed import damage, digest, read_sealed, sealed, write_sealed
 
 LISTED = 100  # bad records in the manifest; the facts of the shards have all
 
@@ -29,9 +30,7 @@ def claimed(folder: Path, wanted: dict, process_index: int):
         settings = stored_settings(folder, wanted)
         if settings is None:
             settings = wanted
-            own = folder / f"{SETTINGS}.{process_index}"  # every process writes the same: none has to wait for another
-            write(own, [sealed(settings)])
-            os.replace(own, path)
+            write_sealed(path, settings)  # every process writes the same: none has to wait for another
         lock = open(path, "r+b")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--out={folder} cannot be written ({error.strerror}): give another folder") from None
@@ -54,7 +53,7 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
         settings = read_sealed(folder / SETTINGS)
     except FileNotFoundError:
         # What a process of this command may have made before this one looked.
-        strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith(SETTINGS))
+        strange = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(SETTINGS) or is_partial(p.name)))
         if (folder / SETTINGS).exists():  # by now
             return stored_settings(folder, wanted)
         if strange:
@@ -141,8 +140,9 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     if first and not (path.exists() and path.read_bytes() == text):
         if path.exists():
             say(f"{path} is not what the shards say: written again")
-        write(path, [text])
-        for leftover in {*folder.glob("*.partial"), *folder.glob(f"{SETTINGS}.*")}:  # of commands that were killed
+        write_atomic(path, text)
+        remove_leftovers(folder)
+        for leftover in folder.glob(f"{SETTINGS}.*"):  # of killed commands of earlier versions
             leftover.unlink()
     return manifest
 

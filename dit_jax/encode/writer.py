@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dit_jax
 from dit_jax.codecs.kl_vae import KLVAE, LOG_VARIANCE_RANGE
-from dit_jax.data.latent_files import FORMAT, MANIFEST, digest, npy, sealed, shard_file, write
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SUFFIXES, shard_file
 from dit_jax.data.latents import codec_fields
 from dit_jax.data.loader import read_in_order
 from dit_jax.data.sources import Source
@@ -36,6 +36,8 @@ from dit_jax.errors import UserError
 from dit_jax.interop.vae import weights_sha256
 from dit_jax.pixels import to_float
 from dit_jax.runtime.console import Progress, say
+from dit_jax.storage.atomic import npy, remove_leftovers
+from dit_jax.storage.sealed import digest, write_listed, write_sealed
 
 SHARD_BYTES = 2**29
 SHARD_MULTIPLE = 8  # of records: whole chunks on every platform
@@ -200,6 +202,7 @@ def encode_shards(
         if facts:
             say(f"{folder}: {len(facts)} of {len(mine)} shards of this process are there and whole; going on with the others")
         (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is a whole cache
+        remove_leftovers(folder, *(shard_file(k, job.num_shards, kind) for k in missing for kind in SUFFIXES))
 
         size = job.records_per_shard
         images = sum(min(len(job.source), (k + 1) * size) - k * size for k in missing)
@@ -332,30 +335,25 @@ class Shard:
         moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
         if any(caption is not None for caption in self.captions):
-            parts["captions"] = [json.dumps(self.captions).encode()]
+            parts["captions"] = json.dumps(self.captions).encode()
 
         def path(kind: str) -> Path:
             return folder / shard_file(self.number, self.job.num_shards, kind)
 
         path("facts").unlink(missing_ok=True)  # of a damaged shard: what it says is not true while its files are replaced
-        files = {kind: write(path(kind), content) for kind, content in parts.items()}
-        write(
+        files = {kind: write_listed(path(kind), content) for kind, content in parts.items()}
+        # An error of Pillow names the address of an object, which is another in every process.
+        bad = [(index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)]
+        write_sealed(
             path("facts"),
-            [
-                sealed(
-                    {
-                        "settings": settings_digest,
-                        "count": self.count,
-                        # An error of Pillow names the address of an object, which is another in every process.
-                        "bad_records": [
-                            (index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)
-                        ],
-                        "captions": sum(caption is not None for caption in self.captions),
-                        "sums": sums(moments),
-                        "files": files,
-                    }
-                )
-            ],
+            {
+                "settings": settings_digest,
+                "count": self.count,
+                "bad_records": bad,
+                "captions": sum(caption is not None for caption in self.captions),
+                "sums": sums(moments),
+                "files": files,
+            },
         )
 
 

@@ -10,7 +10,6 @@ also goes to a file. A reference that cannot be compared with the samples is ref
 processes share the images out.
 """  # noqa: E501
 
-import json
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
+from dit_jax.storage.atomic import check_writable, resumable_path, write_atomic, write_json
 
 SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C], or a folder of samples of dit_jax.sample.")
 REFERENCE = flags.DEFINE_string(
@@ -57,7 +57,7 @@ def make_table() -> dict:
         print(text, flush=True)
         return {"results": len(TABLE.value)}
     path = result_path(OUT.value)
-    path.write_text(text + "\n")
+    write_atomic(path, text + "\n")
     return {"results": len(TABLE.value), "out": str(path)}
 
 
@@ -75,17 +75,10 @@ def result_path(name: str) -> Path:
         raise UserError(f"{path} is a folder; give the name of a file")
     if jax.process_index() == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            probe = path.with_name(f".{path.name}.partial")
-            probe.touch()
-            probe.unlink()
+            check_writable(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None
     return path
-
-
-def partial_folder(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
 
 
 def make_reference() -> dict:
@@ -107,10 +100,10 @@ def make_reference() -> dict:
         shape = (8, 8, 1) if DATA.value == "digits" else (RESOLUTION.value, RESOLUTION.value, CHANNELS.value)
         images = open_images(DATA.value, shape, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
-    made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), partial_folder(path))
+    made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))
     if jax.process_index() == 0:
         reference.write(path, made)
-        snapshots.remove(partial_folder(path))
+        snapshots.remove(resumable_path(path))
     console.say(f"statistics of {len(images)} images in {path}, {'with' if keep else 'without'} their features")
     return {
         "out": str(path),
@@ -131,13 +124,11 @@ def score() -> dict:
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
     path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
     result = evaluate(
-        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=path and partial_folder(path)
+        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=path and resumable_path(path)
     )
     result["out"] = str(path)
     if jax.process_index() == 0:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, result)
     for remark in result["remarks"]:
         console.say(remark)
     numbers = ", ".join(f"{name} {result[name]:.6g}" for name in METRICS if name in result)

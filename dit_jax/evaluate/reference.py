@@ -20,6 +20,7 @@ from dit_jax.evaluate.extractors import Loaded
 from dit_jax.evaluate.images import ARRAY, Images, NpzImages, SourceImages
 from dit_jax.evaluate.statistics import Extracted
 from dit_jax.metrics.frechet import Moments
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 FORMAT = 1
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -75,12 +76,12 @@ def write(path: Path, reference: Reference):
         UserError: it cannot be written.
     """
     arrays = _arrays(reference.moments, reference.features)
-    partial = path.with_name(f".{path.name}.partial.npz")
+    recipe = json.dumps(reference.recipe)
+    seal = _sha256(arrays, recipe)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe = json.dumps(reference.recipe)
-        np.savez(partial, **arrays, recipe=np.array(recipe), seal=np.array(_sha256(arrays, recipe)), format=np.array(FORMAT))
-        partial.replace(path)
+        remove_leftovers(path.parent, path.name)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays, recipe=np.array(recipe), seal=np.array(seal), format=np.array(FORMAT))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop.official import POSITION, Architecture
-from dit_jax.interop.tensors import Tensor, Tensors, replacing, write_safetensors
+from dit_jax.interop.tensors import Tensor, Tensors, write_safetensors
+from dit_jax.storage.atomic import write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
@@ -118,8 +119,7 @@ def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int
     write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
     # The paper's code has 1e-6 in every norm.
     config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
-    with replacing(folder / "config.json") as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
 
 
 def find_weights(path: Path) -> Path:

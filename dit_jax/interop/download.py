@@ -3,7 +3,6 @@
 Most publishers give no hash, so the first download records one beside the file, and later runs hold the file to it.
 """
 
-import hashlib
 import http.client
 import json
 import urllib.error
@@ -14,7 +13,8 @@ from typing import NamedTuple
 
 from dit_jax.errors import UserError
 from dit_jax.interop.pt_reader import is_pt
-from dit_jax.interop.tensors import replacing
+from dit_jax.storage.atomic import commit, resumable_path, write_atomic
+from dit_jax.storage.sealed import sha256_of
 
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20
@@ -54,11 +54,6 @@ PUBLISHED = {
 }
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def download(published: Published, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     """Makes `path` the published file and returns its SHA-256; a file that is there already is held to its record and kept.
 
@@ -74,7 +69,7 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = resumable_path(path)
         _fetch(published.url, partial, progress)
         if not is_pt(partial):
             partial.unlink()
@@ -83,11 +78,11 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
                 "--weights instead"
             )
         found = _check(published, partial, path)
-        partial.rename(path)
+        commit(partial, path)
         partial.with_name(partial.name + ".json").unlink(missing_ok=True)
     else:
         found = _check(published, path, path)
-    _record(path).write_text(f"{found}  {path.name}\n")
+    write_atomic(_record(path), f"{found}  {path.name}\n")
     return found
 
 
@@ -97,7 +92,7 @@ def _record(path: Path) -> Path:
 
 def _check(published: Published, file: Path, path: Path) -> str:
     """The file's hash, which must be the published or else the recorded one, if there is either."""
-    found = sha256(file)
+    found = sha256_of(file)
     wanted, source = published.sha256, "the published one"
     if wanted is None and _record(path).exists():
         wanted, source = _record(path).read_text().split(maxsplit=1)[0], f"the one recorded in {_record(path)}"
@@ -128,8 +123,7 @@ def _fetch(url: str, partial: Path, progress):
                 have = 0
             total = _total(response, have)
             validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-            with replacing(state) as path:
-                path.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
+            write_atomic(state, json.dumps({"url": url, "validator": validator, "total": total}))
             done = _append(response, partial, have, total, progress)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the part is longer than the file

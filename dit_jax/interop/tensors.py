@@ -5,11 +5,9 @@ Nothing here holds a model's weights whole, so a conversion needs the memory of 
 
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 DTYPES = {
     np.dtype(name): code
@@ -184,6 +183,7 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -201,18 +201,6 @@ def write_foreign(path: Path, tensors: Tensors, origin: Mapping):
     if path.suffix != ".safetensors":
         raise UserError(f"--out={path} must end in .safetensors")
     write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
-
-
-@contextmanager
-def replacing(path: Path):
-    """A path to write to, which takes the place of `path` when all is written and is removed if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import replacing, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -181,13 +181,10 @@ def save_diffusers(path, codec, params):
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "AutoencoderKL", **_config(codec)}
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(path / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
         path = path / WEIGHTS_NAME
-    partial = path.with_name(path.name + ".partial")
-    save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers asks for a format
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers asks for a format
 
 
 def _expected(codec):

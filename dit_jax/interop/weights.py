@@ -20,7 +20,7 @@ from dit_jax.runtime import user_code
 from dit_jax.storage.upgrade import upgrade
 
 VERSION = "1"
-SECTIONS = ("model", "process", "codec", "transform", "sampler", "guidance", "ema_decay", "imports")
+SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sampler", "guidance", "ema_decay", "imports")
 
 
 class Weights(NamedTuple):

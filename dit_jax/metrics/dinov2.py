@@ -1,4 +1,4 @@
-"""DINOv2's vision transformer, the features of FD-DINOv2, in all its sizes, with or without register tokens.
+"""DINOv2's vision transformer in all its sizes, with or without register tokens; it gives the features of FD-DINOv2.
 
 Letters: N images; T tokens; D width; H heads; E width of a head; M side of the trained position grid; L depth.
 Source: Oquab et al. 2023 (DINOv2); Darcet et al. 2023 (registers); Stein et al. 2023 for its use as a metric.
@@ -21,10 +21,11 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's 
 
 
 class Block(nn.Module):
-    """Norm, attention, norm, MLP, each sum scaled per channel: [N, T, D] -> ([N, T, D], None), as `nn.scan` wants it.
+    """Pre-norm transformer block with layer scale: [N, T, D] -> ([N, T, D], None), the signature that `nn.scan` requires.
 
     Fields:
-        hidden_width: of the MLP; with `gated` of each of its two halves (SwiGLU, of the giant size), else with GELU.
+        gated: the MLP is a SwiGLU (the giant size); a GELU otherwise.
+        hidden_width: of the MLP; with `gated`, of each of its two halves.
     """
 
     heads: int
@@ -44,13 +45,15 @@ class Block(nn.Module):
         x = x + scaled(nn.DenseGeneral(width, axis=(-2, -1), name="proj")(y), "ls1")
         y = nn.LayerNorm(NORM_EPSILON, name="norm2")(x)
         y = nn.Dense(self.hidden_width * (2 if self.gated else 1), name="in")(y)
-        gate, value = y[..., : self.hidden_width], y[..., self.hidden_width :]  # no value where there is no gate
+        gate, value = y[..., : self.hidden_width], y[..., self.hidden_width :]  # `value` is empty unless gated
         y = nn.silu(gate) * value if self.gated else nn.gelu(gate, approximate=False)
         return x + scaled(nn.Dense(width, name="out")(y), "ls2"), None
 
 
 class VisionTransformer(nn.Module):
-    """float32 [N, height, width, 3], normalised, sides multiples of 14 -> float32 [N, D], the class token after the last norm.
+    """Normalised images float32 [N, height, width, 3] -> float32 [N, D], the class token after the last norm.
+
+    Height and width are multiples of 14.
 
     Fields:
         registers: number of register tokens.
@@ -85,23 +88,24 @@ class VisionTransformer(nn.Module):
 
 
 def position_weights(grid: int, side: int, registers: bool) -> np.ndarray:
-    """float32 [side, grid]: how positions trained on a grid are interpolated for another, along one axis.
+    """Weights float32 [side, grid] that interpolate trained position embeddings to another grid size, along one axis.
 
-    Bicubic (a = -3/4), as if the new grid were a tenth of a step longer than it is; networks with registers do without that
-    tenth, and antialias (a = -1/2).  Source: `interpolate_pos_encoding` of DINOv2's code, and its hub's settings.
+    Without registers: bicubic (a = -3/4), with the new grid taken to be 0.1 longer than it is. With registers: bicubic
+    (a = -1/2) with antialiasing and without the 0.1.  Source: `interpolate_pos_encoding` of DINOv2's code, and its hub's
+    settings.
     """
     if registers:
         return cubic_antialiased(grid, side).astype(np.float32)
     place = (np.arange(side) + 0.5) * grid / (side + 0.1) - 0.5
     low = np.floor(place).astype(int)
-    found = np.zeros((side, grid))
+    weights = np.zeros((side, grid))
     for tap in range(-1, 3):
-        np.add.at(found, (np.arange(side), np.clip(low + tap, 0, grid - 1)), cubic(place - low - tap, -0.75))
-    return found.astype(np.float32)
+        np.add.at(weights, (np.arange(side), np.clip(low + tap, 0, grid - 1)), cubic(place - low - tap, -0.75))
+    return weights.astype(np.float32)
 
 
 def network(params) -> VisionTransformer:
-    """The transformer that params belong to, by their shapes."""
+    """The `VisionTransformer` of given params; its sizes are read from their shapes."""
     depth, width, _, heads, _ = params["blocks"]["qkv"]["kernel"].shape
     hidden_width, double = params["blocks"]["out"]["kernel"].shape[1], params["blocks"]["in"]["kernel"].shape[2]
     return VisionTransformer(
@@ -111,15 +115,15 @@ def network(params) -> VisionTransformer:
 
 @dataclass(frozen=True)
 class DINOv2:
-    """The extractor of FD-DINOv2: resize and transformer, to be jitted as a whole. The published numbers are of ViT-L/14.
+    """The feature extractor of FD-DINOv2: resizes and applies the transformer. Jit the call. Published numbers use ViT-L/14.
 
-    Source: dgm-eval (Stein et al. 2023), whose resize is torchvision's of a Pillow image.
+    Source: dgm-eval (Stein et al. 2023), which resizes Pillow images with torchvision.
     """
 
     name = "dinov2"
 
     def recipe(self) -> dict:
-        """How images become features, for the result file."""
+        """Describes how images become features, for the result file."""
         return {
             "network": "DINOv2, class token",
             "input_size": INPUT_SIZE,
@@ -134,11 +138,11 @@ class DINOv2:
 
         Args:
             params: of `dit_jax.interop.dinov2.load`, of any size.
-            images: uint8 [N, H, W, 3], or [N, H, W, 1] for grey, of any size below 14336.
+            images: uint8 [N, H, W, 3], or [N, H, W, 1] for grey; sides below 14336 pixels.
         Raises:
             ValueError: images of another dtype, rank, channel count or size.
         """
         x = bicubic_pillow(to_rgb(images), INPUT_SIZE).astype(jnp.float32) / 255
         x = (x - jnp.array(MEAN)) / jnp.array(DEVIATION)
-        with jax.default_matmul_precision("highest"):  # a TPU would otherwise round float32 to bfloat16, and a GPU to TF32
+        with jax.default_matmul_precision("highest"):  # by default TPUs round float32 to bfloat16, and GPUs to TF32
             return {"features": network(params).apply({"params": params}, x)}

@@ -1,4 +1,4 @@
-"""Images -> features, before a distance is taken: what an extractor is, and the one that needs no network.
+"""The protocol of feature extractors, and the extractor that needs no network.
 
 N images of H x W pixels and C channels, F features.
 """
@@ -12,16 +12,16 @@ from dit_jax.pixels import to_float
 
 
 class Extractor(Protocol):
-    """A network's features with everything that decides their numbers; a frozen dataclass, its call can be jitted.
+    """Maps images to features, including everything that determines their values. A frozen dataclass; its call can be jitted.
 
-    The call takes (params, uint8 [N, H, W, 1 or 3]) and gives {"features": float32 [N, F]}, and may give "spatial" float32
-    [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. No image's row depends on the others'.
+    The call takes (params, uint8 [N, H, W, 1 or 3]) and returns {"features": float32 [N, F]}. It may also return "spatial"
+    float32 [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. Each row depends on its image alone.
     """
 
     name: str
 
     def recipe(self) -> dict:
-        """What result files say of it: resize, input size, precision. Two results with other recipes are not compared."""
+        """Describes resize, input size and precision for result files. Results with different recipes are not compared."""
         ...
 
     def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]: ...
@@ -29,7 +29,7 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """The pixels themselves in [-1, 1], F = H W C: for tiny images, where no pretrained network is needed; params is {}."""
+    """Uses the pixels in [-1, 1] as features, F = H W C. For tiny images, without a pretrained network; params is {}."""
 
     name: str = "pixels"
 

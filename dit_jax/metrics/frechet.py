@@ -1,4 +1,4 @@
-"""The Frechet distance between Gaussians fitted to two sets of features: FID, sFID, FD-DINOv2, by what the features are.
+"""The Frechet distance between Gaussians fitted to two sets of features: FID, sFID or FD-DINOv2, depending on the features.
 
 N images, F features.
 """
@@ -11,7 +11,7 @@ from dit_jax.errors import UserError
 
 
 class Moments(NamedTuple):
-    """count (None where a file of statistics does not tell it), mean float64[F], covariance float64[F, F] (over count - 1)."""
+    """Count (None if the statistics file does not record it), mean float64[F], covariance float64[F, F] (over count - 1)."""
 
     count: int | None
     mean: np.ndarray
@@ -32,28 +32,31 @@ def moments_of_sums(count: int, sums: np.ndarray, products: np.ndarray) -> Momen
     """Moments of N features from their sum and the sum of their outer products.
 
     Args:
-        sums: float64 [F]; products: float64 [F, F]. In float64 the subtraction of the means costs about as many digits as the
-            squared mean has more than the variance: one or two of sixteen. In float32 it would ruin singular covariances.
+        sums: float64 [F].
+        products: float64 [F, F]. Subtracting the outer product of the means loses about log10(mean^2 / variance) digits, one or
+            two of the sixteen of float64. In float32 it would ruin singular covariances.
     Raises:
         UserError: fewer than 2 images, or a value that is not finite.
     """
     if count < 2:
         raise UserError(f"{count} images: a covariance needs at least 2")
     if not (np.isfinite(sums).all() and np.isfinite(products).all()):
-        raise UserError("features hold NaN or infinity; the images or the extractor's weights are broken")
+        raise UserError("the features contain NaN or infinity; the images or the extractor's weights are broken")
     mean = sums / count
     covariance = (products - count * np.outer(mean, mean)) / (count - 1)
     return Moments(count, mean, (covariance + covariance.T) / 2)
 
 
 def square_root(matrix: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a symmetric positive semi-definite matrix; rounding below zero counts as zero."""
+    """The symmetric square root of a symmetric positive semi-definite matrix; negative eigenvalues (rounding) count as 0."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by eigenvalues, so singular covariances need no jitter.
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
+
+    Computed by eigenvalues, so that singular covariances need no added diagonal.
 
     Source: Heusel et al. 2017, equation 6; Dowson & Landau 1982.
     """
@@ -69,7 +72,7 @@ def _distance(a: Moments, b: Moments, values: np.ndarray) -> float:
 
 
 class Gradient(NamedTuple):
-    """The distance of `samples` to a reference, and its derivatives there: by the mean float64[F], by the covariance [F, F]."""
+    """The distance to a reference and its derivatives with respect to the samples' mean float64[F] and covariance [F, F]."""
 
     distance: float
     by_mean: np.ndarray
@@ -77,10 +80,11 @@ class Gradient(NamedTuple):
 
 
 def frechet_gradient(samples: Moments, reference: Moments) -> Gradient:
-    """The distance and its derivatives by the samples' moments, for one eigendecomposition more than the distance alone.
+    """The distance and its derivatives with respect to the samples' moments.
 
-    By the covariance S it is I - R (R S R)^-1/2 R with R the root of the reference's covariance, the optimal transport map
-    between the Gaussians. Where S is singular the pseudo-inverse stands for the inverse: the derivative along the images' span.
+    Costs one eigendecomposition more than the distance alone. The derivative with respect to the covariance S is
+    I - R (R S R)^-1/2 R, where R is the root of the reference's covariance; R (R S R)^-1/2 R is the optimal transport map
+    between the Gaussians. If S is singular, the pseudo-inverse replaces the inverse: the derivative within the images' span.
 
     Source: Bhatia, Jain & Lim 2019 (On the Bures-Wasserstein distance between positive definite matrices), section 4.
     """

@@ -1,6 +1,6 @@
-"""Inception-v3 as the Frechet distance knows it: the TensorFlow graph of 2015-12-05, without its JPEG decoder.
+"""The Inception-v3 of FID: the TensorFlow graph of 2015-12-05, without its JPEG decoder.
 
-It differs from torchvision's network in three places: average pooling leaves out the padding, the last block pools by maximum,
+It differs from torchvision's network in three places: average pooling excludes the padding, the last block uses max pooling,
 and there are 1008 classes. Names are those of pytorch-fid's port, in which the weights are commonly published.
 
 Letters: N images; H, W image; C channels.
@@ -38,9 +38,9 @@ class Block(NamedTuple):
     """Branches over one input, concatenated.
 
     Fields:
-        branches: name -> links, one after another; a link is one convolution, or two side by side. "branch_pool" is pooled
-            first, and without links that is all.
-        pool: "average" or "max", 3 x 3 around each position, or "reduce": the maximum with stride 2, without padding.
+        branches: name -> links in sequence; a link is one convolution, or two in parallel. "branch_pool" pools first; without
+            links it only pools.
+        pool: "average" or "max", 3 x 3 around each position, or "reduce": max pooling with stride 2, without padding.
     """
 
     branches: dict[str, tuple[tuple[Conv, ...], ...]]
@@ -90,7 +90,7 @@ def _block_8(pool: str) -> Block:
     )
 
 
-STEM: dict[str, Conv | None] = {  # None: 3 x 3 maximum with stride 2
+STEM: dict[str, Conv | None] = {  # None: 3 x 3 max pooling with stride 2
     "Conv2d_1a_3x3": Conv(32, 3, 3, 2, "VALID"),
     "Conv2d_2a_3x3": Conv(32, 3, 3, 1, "VALID"),
     "Conv2d_2b_3x3": Conv(64, 3, 3),
@@ -129,7 +129,10 @@ BLOCKS = {
 
 
 def names(branch: str, chain) -> list[list[str]]:
-    """The port's names of each link: "branch1x1" alone, else numbered, "branch5x5_1"; two side by side, "_2a" and "_2b"."""
+    """Names of each link in pytorch-fid's port.
+
+    A single link has the branch's name ("branch1x1"). Several are numbered ("branch5x5_1"). Parallel ones get letters ("_2a").
+    """
     if len(chain) == 1:
         return [[branch]]
     return [
@@ -141,7 +144,8 @@ class Convolution(nn.Module):
     """relu(conv(x) + bias): [N, H, W, C] -> [N, H', W', features].
 
     Fields:
-        pooled: the 3 x 3 mean is taken before; a 1 x 1 convolution and a mean commute, so here it follows, over fewer channels.
+        pooled: the graph takes a 3 x 3 mean before this convolution. A 1 x 1 convolution and a mean commute, so the mean is taken
+            after it, over fewer channels.
     """
 
     conv: Conv
@@ -152,7 +156,7 @@ class Convolution(nn.Module):
         conv = self.conv
         kernel = self.param("kernel", nn.initializers.he_normal(), (conv.height, conv.width, x.shape[-1], conv.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (conv.features,))
-        # HIGHEST: a TPU would otherwise round float32 to bfloat16, and a GPU to TF32, which moves the distances.
+        # By default TPUs round float32 to bfloat16, and GPUs to TF32, which changes the distances.
         y = lax.conv_general_dilated(
             x,
             kernel,
@@ -171,7 +175,7 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        found = []
+        outputs = []
         for branch, chain in self.block.branches.items():
             pool = self.block.pool if branch == "branch_pool" else ""
             parts = [_max_3x3(x, same=pool == "max") if pool in ("max", "reduce") else x]
@@ -180,44 +184,44 @@ class Mixed(nn.Module):
                 parts = [
                     Convolution(conv, pool == "average", name=name)(before) for conv, name in zip(link, link_names, strict=True)
                 ]
-            found += parts
-        return jnp.concatenate(found, axis=-1)
+            outputs += parts
+        return jnp.concatenate(outputs, axis=-1)
 
 
 class InceptionV3(nn.Module):
-    """float32 [N, 299, 299, 3] in [-1, 1) -> what the metrics read, each float32.
+    """Images float32 [N, 299, 299, 3] in [-1, 1) -> the activations that the metrics read, each float32.
 
-    Returns a dict; what is not used costs nothing in a jitted function:
-        "features": [N, 2048], the mean over the last positions: `pool_3:0` of the graph.
+    Returns a dict. Under jit, entries that are not used cost nothing:
+        "features": [N, 2048], the mean over positions of the last block: `pool_3:0` of the graph.
         "spatial": [N, 2023], the first 7 channels at 17 x 17 of the first branch of the block that the graph calls mixed_6 and
-            the port Mixed_6d, row by row: `mixed_6/conv:0`, which ADM's evaluator takes for sFID.
-        "logits": [N, 1008] without the classifier's bias, as ADM, TTUR and torch-fidelity ("logits_unbiased") take them for the
+            the port Mixed_6d, in row-major order: `mixed_6/conv:0`, which ADM's evaluator uses for sFID.
+        "logits": [N, 1008] without the classifier's bias, as ADM, TTUR and torch-fidelity ("logits_unbiased") use them for the
             Inception score.
-        "64", "192", "768": [N, that many], means over positions of earlier layers, by torch-fidelity's names.
+        "64", "192", "768": [N, 64], [N, 192], [N, 768], means over positions of earlier layers, with torch-fidelity's names.
     """
 
     @nn.compact
     def __call__(self, x):
-        found = {}
+        activations = {}
         for name, conv in STEM.items():
             x = Convolution(conv, name=name)(x) if conv else _max_3x3(x)
             if conv is None:
-                found[str(x.shape[-1])] = x.mean((1, 2))
+                activations[str(x.shape[-1])] = x.mean((1, 2))
         for name, block in BLOCKS.items():
             x = Mixed(block, name=name)(x)
             if name == "Mixed_6d":
-                found["spatial"] = x[..., :SPATIAL_CHANNELS].reshape(len(x), SPATIAL)
+                activations["spatial"] = x[..., :SPATIAL_CHANNELS].reshape(len(x), SPATIAL)
             if name == "Mixed_6e":
-                found["768"] = x.mean((1, 2))
-        found["features"] = x.mean((1, 2))
+                activations["768"] = x.mean((1, 2))
+        activations["features"] = x.mean((1, 2))
         kernel = self.param("fc", nn.initializers.lecun_normal(), (FEATURES, CLASSES))
-        found["logits"] = jnp.dot(found["features"], kernel, precision=lax.Precision.HIGHEST)
-        return found
+        activations["logits"] = jnp.dot(activations["features"], kernel, precision=lax.Precision.HIGHEST)
+        return activations
 
 
 @dataclass(frozen=True)
 class Inception:
-    """The extractor of FID, sFID and the Inception score: resize, network and softmax in float32, to be jitted as a whole.
+    """The extractor of FID, sFID and the Inception score: resize, network and softmax in float32. Jit the call.
 
     Source: `_create_feature_graph` and `_create_softmax_graph` of ADM's evaluator; torch-fidelity's inception-v3-compat.
     """
@@ -225,7 +229,7 @@ class Inception:
     name = "inception"
 
     def recipe(self) -> dict:
-        """How images become features, for the result file."""
+        """Describes how images become features, for the result file."""
         return {
             "network": "inception-v3, TensorFlow graph of 2015-12-05",
             "input_size": INPUT_SIZE,
@@ -246,14 +250,19 @@ class Inception:
             ValueError: images of another dtype, rank or channel count.
         """
         x = bilinear_tensorflow(to_rgb(images), INPUT_SIZE)
-        found = InceptionV3().apply({"params": params}, (x - 128) / 128)
-        return {"features": found["features"], "spatial": found["spatial"], "probabilities": jax.nn.softmax(found["logits"])}
+        activations = InceptionV3().apply({"params": params}, (x - 128) / 128)
+        return {
+            "features": activations["features"],
+            "spatial": activations["spatial"],
+            "probabilities": jax.nn.softmax(activations["logits"]),
+        }
 
 
 def _max_3x3(x, same: bool = False):
-    """Maximum over 3 x 3 positions: around each one, or with stride 2 where they fit.
+    """3 x 3 max pooling: stride 1 with padding if `same`, otherwise stride 2 without padding.
 
-    Of slices, along one axis and then the other: the bits of nn.max_pool, with which the whole network takes 7 % longer on a CPU.
+    Computed as the maximum of slices along one axis, then along the other. The result equals nn.max_pool bit for bit, with which
+    the network takes 7 % longer on a CPU.
     """
     step = 1 if same else 2
     if same:
@@ -266,5 +275,5 @@ def _max_3x3(x, same: bool = False):
 
 
 def _mean_3x3(x):
-    """Mean over the 3 x 3 positions around each one that lie in the image."""
+    """3 x 3 average pooling with stride 1 that excludes the padding."""
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)

@@ -1,11 +1,11 @@
-"""The Inception Score from class probabilities, summed image by image, so that none needs to be kept.
+"""The Inception Score, from sums of class probabilities, so that no image's probabilities need to be kept.
 
-N images, K classes, S parts. The score is the mean over parts of exp(mean KL divergence of an image's classes from the part's).
-The literature parts the images in three ways, which agree at 50,000 images up to the order of the images:
+N images, K classes, S splits. The score is the mean over splits of exp(mean KL divergence of p(class | image) from its mean over
+the split). The literature splits the images in three ways. At 50,000 images they differ only in the order of the images:
 
-    tenths        10 consecutive parts as equal as can be: torch-fidelity without shuffling
-    fives         consecutive parts of 5,000, the last shorter: OpenAI's evaluator (ADM)
-    shuffled      10 parts after NumPy's RandomState(2020).permutation: torch-fidelity as it comes
+    tenths        10 consecutive splits, as equal as possible: torch-fidelity without shuffling
+    fives         consecutive splits of 5,000, the last one shorter: OpenAI's evaluator (ADM)
+    shuffled      10 splits after NumPy's RandomState(2020).permutation: torch-fidelity's default
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ FIVE_THOUSAND = 5_000
 
 
 class ClassSums(NamedTuple):
-    """Of each part: count float64 [S], sum of probabilities [S, K], sum over images of sum_k p log p [S]."""
+    """Sums over each split: count float64 [S], probabilities [S, K], and sum_k p log p [S]."""
 
     counts: np.ndarray
     probabilities: np.ndarray
@@ -28,15 +28,17 @@ class ClassSums(NamedTuple):
 
 
 def partition(name: str, count: int) -> np.ndarray:
-    """int32 [count]: the part of each image under one of PARTITIONS.
+    """The split of each image, int32 [count], under one of PARTITIONS.
 
     Raises:
-        UserError: fewer images than parts.
+        UserError: fewer images than splits.
     """
     if name == "fives":
         return np.arange(count, dtype=np.int32) // FIVE_THOUSAND
     if count < TENTHS:
-        raise UserError(f"{count} images: the Inception Score takes {TENTHS} parts, so at least {TENTHS} images are needed")
+        raise UserError(
+            f"{count} images are too few: the Inception Score uses {TENTHS} splits and needs at least {TENTHS} images"
+        )
     bounds = np.arange(1, TENTHS) * count // TENTHS
     parts = np.searchsorted(bounds, np.arange(count), side="right").astype(np.int32)
     if name == "tenths":
@@ -47,13 +49,13 @@ def partition(name: str, count: int) -> np.ndarray:
 
 
 def class_sums(probabilities: np.ndarray, parts: np.ndarray) -> ClassSums:
-    """ClassSums of probabilities [N, K] whose images lie in parts int [N]; 0 log 0 is 0.
+    """`ClassSums` of probabilities [N, K], with the split of each image in `parts`, int [N]; 0 log 0 is 0.
 
     Raises:
-        ValueError: a length that differs.
+        ValueError: `probabilities` and `parts` differ in length.
     """
     if len(probabilities) != len(parts):
-        raise ValueError(f"{len(probabilities)} rows of probabilities and {len(parts)} parts")
+        raise ValueError(f"{len(probabilities)} rows of probabilities do not match {len(parts)} entries of `parts`")
     p = np.asarray(probabilities, np.float64)
     member = np.eye(int(parts.max()) + 1)[parts]  # [N, S]
     entropies = np.sum(p * np.log(np.where(p > 0, p, 1)), 1)
@@ -61,10 +63,10 @@ def class_sums(probabilities: np.ndarray, parts: np.ndarray) -> ClassSums:
 
 
 def inception_score(sums: ClassSums) -> tuple[float, float]:
-    """(mean, standard deviation over the parts) of the score.
+    """Mean and standard deviation of the score over the splits.
 
     Raises:
-        UserError: probabilities that are not finite, or do not sum to 1 within 1e-3.
+        UserError: probabilities are not finite, or do not sum to 1 within 1e-3.
     Source: Salimans et al. 2016, section 4.
     """
     mean = sums.probabilities / sums.counts[:, None]

@@ -1,6 +1,6 @@
 """Kernel Inception Distance: the squared maximum mean discrepancy under a cubic kernel, averaged over subsets.
 
-N images against M, F features, m images a subset.
+N samples, M reference images, F features, m images per subset.
 """
 
 import numpy as np
@@ -13,46 +13,47 @@ SUBSETS = 100
 def kernel_distance(
     features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, subset_size: int = 1_000, seed: int = 2020
 ) -> tuple[float, float]:
-    """(mean, standard deviation over subsets) of the unbiased estimate; it may be a little below 0.
+    """Mean and standard deviation over subsets of the unbiased estimate, which may be slightly below 0.
 
-    The subsets are those of torch-fidelity: m of the N and m of the M drawn without replacement by NumPy's RandomState(seed), in
-    turn. Products of features are float32, everything after them float64.
+    The subsets are those of torch-fidelity: NumPy's RandomState(seed) alternately draws m of the N and m of the M images without
+    replacement. Products of features are computed in float32, everything after them in float64.
 
     Args:
-        features: [N, F]; reference: [M, F].
+        features: [N, F] of the samples.
+        reference: [M, F].
         subset_size: m, at least 2.
     Raises:
-        UserError: fewer than m images on a side, fewer than 1 subset, m below 2; features that are not finite.
-        ValueError: two widths.
+        UserError: fewer than m images on a side, fewer than 1 subset, m below 2, or features that are not finite.
+        ValueError: the numbers of features differ.
     Source: Binkowski et al. 2018, equation 4 and section 4: k(x, y) = (x . y / F + 1)^3.
     """
     if features.shape[1] != reference.shape[1]:
-        raise ValueError(f"features of {features.shape[1]} and of {reference.shape[1]} numbers cannot be compared")
+        raise ValueError(f"features of widths {features.shape[1]} and {reference.shape[1]} cannot be compared")
     check(subsets, subset_size)
     if min(len(features), len(reference)) < subset_size:
         raise UserError(
-            f"KID subsets of {subset_size} images need as many on each side, and there are {len(features)} samples "
-            f"and {len(reference)} reference images: draw more, or take smaller subsets and say so"
+            f"KID subsets of {subset_size} images need that many on each side, but there are {len(features)} samples "
+            f"and {len(reference)} reference images: draw more samples, or use smaller subsets and report their size"
         )
     if not (np.isfinite(features).all() and np.isfinite(reference).all()):
-        raise UserError("features hold NaN or infinity; the images or the extractor's weights are broken")
+        raise UserError("the features contain NaN or infinity; the images or the extractor's weights are broken")
     rng = np.random.RandomState(seed)
-    found = np.empty(subsets)
+    estimates = np.empty(subsets)
     for i in range(subsets):
         x = features[rng.choice(len(features), subset_size, replace=False)]
         y = reference[rng.choice(len(reference), subset_size, replace=False)]
-        found[i] = unbiased_mmd2(np.asarray(x, np.float32), np.asarray(y, np.float32))
-    return float(found.mean()), float(found.std())
+        estimates[i] = unbiased_mmd2(np.asarray(x, np.float32), np.asarray(y, np.float32))
+    return float(estimates.mean()), float(estimates.std())
 
 
 def check(subsets: int, subset_size: int):
-    """Raises a UserError if there are no such subsets."""
+    """Raises UserError unless there is at least 1 subset of at least 2 images."""
     if subsets < 1 or subset_size < 2:
-        raise UserError(f"{subsets} KID subsets of {subset_size} images; at least 1 of at least 2 is needed")
+        raise UserError(f"{subsets} KID subsets of {subset_size} images: at least 1 subset of at least 2 images is needed")
 
 
 def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate of the squared discrepancy of x [m, F] and y [n, F]: pairs of an image with itself left out."""
+    """Unbiased estimate of the squared MMD between x [m, F] and y [n, F]; pairs of an image with itself are excluded."""
     m, n = len(x), len(y)
     among_x, among_y = _kernel(x, x), _kernel(y, y)
     return float(

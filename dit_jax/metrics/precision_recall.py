@@ -1,7 +1,7 @@
-"""Improved precision and recall: which samples lie in the manifold of the reference images, and the other way round.
+"""Improved precision and recall: the share of samples in the manifold of the reference images, and vice versa.
 
-N samples, M reference images, F features, b rows at a time. A set's manifold is the union of the balls around its images that
-just reach their k-th neighbour in the set.
+N samples, M reference images, F features, b rows per block. The manifold of a set is the union of balls around its images; each
+ball's radius is the distance to the image's k-th nearest neighbour in the set.
 """
 
 import functools
@@ -16,36 +16,37 @@ BLOCK = 2_048
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """(share of the samples in the reference's manifold, share of the reference images in the samples' manifold).
+    """Precision and recall: the share of samples in the reference's manifold, and of reference images in the samples'.
 
-    Distances are computed in float32 on the first device, in blocks of 2,048 x 2,048, so that memory grows with N + M alone; the
-    reference's mean is subtracted first, which leaves distances as they are and keeps digits. OpenAI's evaluator computes them
-    in float16 where these are finite, and so differs by a few ten-thousandths; torch-fidelity is equal up to rounding.
+    Distances are computed in float32 on the first device, in blocks of 2,048 x 2,048, so that memory grows with N + M only. The
+    reference's mean is subtracted first, which does not change the distances and preserves digits. OpenAI's evaluator computes
+    distances in float16 where these are finite, and so differs by a few ten-thousandths; torch-fidelity is equal up to rounding.
 
     Args:
-        features: [N, F] of the samples; reference: [M, F].
-        k: neighbours, an image itself not counted; below N and M.
+        features: [N, F] of the samples.
+        reference: [M, F].
+        k: number of neighbours, not counting the image itself; below N and M.
     Raises:
-        UserError: k out of range; features that are not finite.
-        ValueError: two widths.
+        UserError: k is out of range, or features are not finite.
+        ValueError: the numbers of features differ.
     Source: Kynkaanniemi et al. 2019, equations 1 to 3; k = 3 as in Dhariwal & Nichol 2021.
     """
     if features.shape[1] != reference.shape[1]:
-        raise ValueError(f"features of {features.shape[1]} and of {reference.shape[1]} numbers cannot be compared")
+        raise ValueError(f"features of widths {features.shape[1]} and {reference.shape[1]} cannot be compared")
     if not 1 <= k < min(len(features), len(reference)):
         raise UserError(
-            f"precision and recall with k = {k} neighbours need more than {max(k, 1)} images on each side; there are "
+            f"precision and recall with k = {k} neighbours need k >= 1 and more than {max(k, 1)} images on each side; there are "
             f"{len(features)} samples and {len(reference)} reference images"
         )
     center = reference.mean(0, dtype=np.float64)
     samples, others = (_Blocks((x - center).astype(np.float32)) for x in (features, reference))
     if not (np.isfinite(samples.rows).all() and np.isfinite(others.rows).all()):
-        raise UserError("features hold NaN or infinity; the images or the extractor's weights are broken")
+        raise UserError("the features contain NaN or infinity; the images or the extractor's weights are broken")
     return _share_inside(samples, others, _radii(others, k)), _share_inside(others, samples, _radii(samples, k))
 
 
 class _Blocks:
-    """Rows [N, F] padded to whole blocks [n, b, F]; valid [n, b] says which are real."""
+    """Rows [N, F], padded and reshaped to blocks [n, b, F]; `valid` [n, b] is False for padding."""
 
     def __init__(self, rows: np.ndarray):
         self.rows, self.count = rows, len(rows)
@@ -56,9 +57,9 @@ class _Blocks:
 
 
 def _radii(x: _Blocks, k: int) -> jax.Array:
-    """Squared radius of each image's ball, [n, b]; -1 for padding, a ball that holds nothing."""
-    found = [_kth_neighbours(block, x.blocks, x.valid, k) for block in x.blocks]
-    return jnp.where(x.valid, jnp.stack(found), -1)
+    """Squared radius of each image's ball, [n, b]; -1 (an empty ball) for padding."""
+    distances = [_kth_neighbours(block, x.blocks, x.valid, k) for block in x.blocks]
+    return jnp.where(x.valid, jnp.stack(distances), -1)
 
 
 def _share_inside(x: _Blocks, manifold: _Blocks, radii: jax.Array) -> float:
@@ -74,7 +75,7 @@ def _squared_distances(x, y):
 
 @functools.partial(jax.jit, static_argnames="k")
 def _kth_neighbours(x, blocks, valid, k):
-    """Squared distance to the k-th neighbour, the image itself being the 0-th: [b]."""
+    """Squared distance to the k-th neighbour, [b]; the image itself is the 0-th."""
 
     def nearest(best, block):
         y, real = block
@@ -88,10 +89,10 @@ def _kth_neighbours(x, blocks, valid, k):
 
 @jax.jit
 def _inside(x, blocks, radii):
-    """Whether each x lies in any ball: bool [b]."""
+    """Whether each row of x lies in any ball, bool [b]."""
 
-    def any_of(found, block):
+    def any_of(inside, block):
         y, radius = block
-        return found | (_squared_distances(x, y) <= radius).any(-1), None
+        return inside | (_squared_distances(x, y) <= radius).any(-1), None
 
     return jax.lax.scan(any_of, jnp.zeros(len(x), bool), (blocks, radii))[0]

@@ -1,4 +1,4 @@
-"""How near reconstructions come to their images: PSNR and SSIM, image by image, in float64.
+"""PSNR and SSIM of reconstructions, per image, in float64.
 
 N images, H x W pixels, C channels.
 """
@@ -15,13 +15,13 @@ C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 def psnr(images, reconstructions):
     """Peak signal-to-noise ratio in dB, float64 [N]: 10 log10(255^2 / mean squared error); infinite for equal images.
 
-    The error is the mean over pixels and channels of one image. Average what this returns, as papers do, not the errors; a
-    set with an equal pair has an infinite average.
+    The error is the mean over the pixels and channels of one image. Average these values, as papers do, not the errors. If one
+    pair is equal, the average is infinite.
 
     Args:
-        images, reconstructions: uint8 [N, H, W, C]. One pair at a time is held as float64, so they may be memory-mapped.
+        images, reconstructions: uint8 [N, H, W, C]. Pairs are converted to float64 one at a time, so both may be memory-mapped.
     Raises:
-        ValueError: another dtype, two shapes, or no images.
+        ValueError: another dtype, different shapes, or no images.
     """
     _check(images, reconstructions)
     errors = np.array([np.square(x - y).mean() for x, y in _pairs(images, reconstructions)])
@@ -32,30 +32,30 @@ def psnr(images, reconstructions):
 def ssim(images, reconstructions, window=11):
     """Structural similarity, float64 [N] in [-1, 1], 1 for equal images only.
 
-    Gaussian window of 11 x 11 and sigma 1.5, K1 = 0.01, K2 = 0.03, range 255, biased variances; windows that lie inside the
-    image only, averaged over positions and over R, G and B. Equal to scikit-image's structural_similarity(gaussian_weights=True,
-    sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1). Papers differ: scikit-image's own defaults are a
-    flat window of 7 x 7, torchmetrics counts positions along the border too, with the image reflected, and Wang et al.'s images
-    are grey.
+    Uses a Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, range 255 and biased variances. Only windows inside
+    the image count; the values are averaged over positions and over R, G and B. Equal to scikit-image's
+    structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1). Papers
+    differ: scikit-image's defaults use a uniform window of 7 x 7, torchmetrics also counts positions along the border, with the
+    image reflected, and Wang et al. use grey images.
 
     Args:
-        images, reconstructions: uint8 [N, H, W, C]. One pair at a time is held as float64, so they may be memory-mapped.
-        window: side of the Gaussian window, odd. The default is the metric of the literature; a smaller one, for images below
-            11 pixels, cuts the same Gaussian off earlier, and its values compare only among themselves.
+        images, reconstructions: uint8 [N, H, W, C]. Pairs are converted to float64 one at a time, so both may be memory-mapped.
+        window: side of the Gaussian window, odd. The default is the one of the literature. A smaller window, for images below
+            11 pixels, truncates the same Gaussian earlier; its values are comparable only with one another.
     Raises:
         UserError: the window is even, or larger than the images.
-        ValueError: another dtype, two shapes, or no images.
+        ValueError: another dtype, different shapes, or no images.
     Source: Wang et al. 2004 (Image Quality Assessment: From Error Visibility to Structural Similarity), equation 13, section
         III-C.
     """
     _check(images, reconstructions)
     side = min(images.shape[1:3])
     if window < 1 or window % 2 == 0:
-        raise UserError(f"an SSIM window of {window} pixels: an odd number, 1 at least, is needed")
+        raise UserError(f"the SSIM window of {window} pixels must be odd and at least 1")
     if window > side:
         raise UserError(
             f"images of {images.shape[1]} x {images.shape[2]} are smaller than the SSIM window of {window} x "
-            f"{window}: pass window={side - 1 + side % 2}, and say so beside the number"
+            f"{window}: pass window={side - 1 + side % 2}, and report it with the number"
         )
     taps = np.exp(-0.5 * np.square((np.arange(window) - window // 2) / SIGMA))
     taps /= taps.sum()
@@ -72,7 +72,7 @@ def _ssim(x, y, taps):
 
 
 def _filter(x, taps):
-    """[H, W, C] weighted by taps along both axes, where the window fits."""
+    """Separable convolution of [H, W, C] with taps along both axes, without padding."""
     for axis in (0, 1):
         length = x.shape[axis] - len(taps) + 1
         shifted = (x[start : start + length] if axis == 0 else x[:, start : start + length] for start in range(len(taps)))
@@ -88,8 +88,8 @@ def _check(images, reconstructions):
     for name, array in (("images", images), ("reconstructions", reconstructions)):
         if array.dtype != np.uint8 or array.ndim != 4 or 0 in array.shape:
             raise ValueError(
-                f"{name} are {array.dtype}{list(array.shape)}: uint8 [N >= 1, H, W, C] is needed, which "
-                "dit_jax.pixels.to_uint8 makes of [-1, 1]"
+                f"{name} are {array.dtype}{list(array.shape)}, not uint8 [N >= 1, H, W, C]; convert floats in [-1, 1] with "
+                "dit_jax.pixels.to_uint8"
             )
     if images.shape != reconstructions.shape:
-        raise ValueError(f"images {list(images.shape)} and reconstructions {list(reconstructions.shape)} are no pairs")
+        raise ValueError(f"images {list(images.shape)} and reconstructions {list(reconstructions.shape)} differ in shape")

@@ -53,17 +53,15 @@ TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size o
 
 def cost(config) -> dict:
     """Counts of one config's network: from its shapes and architecture, no arrays are made."""
-    from dit_jax import build
-    from dit_jax.models.macs import dit_macs
+    from dit_jax.build import Run
     from dit_jax.tasks.state import count_parameters
 
-    task = build.task(config)
-    macs = dit_macs(task.network, task.latent_shape)
+    task = Run(config).task
     return {
-        "tokens": (task.latent_shape[0] // config.model.patch_size) * (task.latent_shape[1] // config.model.patch_size),
+        "tokens": task.network.num_tokens(task.latent_shape),
         "params": count_parameters(jax.eval_shape(task.init, jax.random.key(0)).params),
-        "gmacs": macs / 1e9,
-        "train_flops_per_image": 6 * macs,
+        "gmacs": task.macs() / 1e9,
+        "train_flops_per_image": 6 * task.macs(),
     }
 
 
@@ -104,7 +102,7 @@ def print_plan(config, topology) -> dict:
     from dit_jax.plan import estimate, text
 
     if SAMPLER.value:
-        estimate.check_sampling(config)
+        estimate.check_sampling(estimate.run_on(config, topology))
     console.say(f"compiling the training step for {topology.name}")
     found = estimate.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
     for line in (*text.training(found), *(text.traffic(found["traffic"], topology.chip) if TRAFFIC.value else ())):

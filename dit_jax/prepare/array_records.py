@@ -1,11 +1,11 @@
 """Writing a TFDS data set of ArrayRecord shards without TensorFlow: records, shards, metadata."""
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import commit, partial_path
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # a record per chunk, for random access; images do not compress further
 
@@ -62,8 +62,9 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    partial = partial_path(file)
     with writing(file):
-        writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     count = 0
     try:
         for record in records:
@@ -72,16 +73,16 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
             count += 1
         with writing(file):  # a full disk is reported here
             writer.close()
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-            found, size = measure(file)
+            found, size = measure(partial)
         if found != count:
             raise UserError(f"{file} holds {found} of the {count} records written: is the disk sound? Give the command again")
+        with writing(file):
+            commit(partial, file)
         return count, size
     except BaseException:
         with contextlib.suppress(RuntimeError):
             writer.close()
-        file.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

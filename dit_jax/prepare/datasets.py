@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections import deque
@@ -30,6 +29,7 @@ from dit_jax.errors import UserError
 from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
 from dit_jax.runtime import console
+from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, write_json
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
 PNG_LEVEL = 4  # as small as Pillow's default of 6 within 1 %, in half the time
@@ -203,7 +203,7 @@ def _read_plan(folder: Path) -> dict | None:
             raise ValueError(f"format {plan['format']}, not {FORMAT}")
         return plan
     except FileNotFoundError:
-        strange = [entry.name for entry in folder.iterdir() if entry.name not in (".lock", f"{PLAN}.partial")]
+        strange = [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_partial(entry.name)]
         if strange:
             raise UserError(
                 f"{folder} holds {_some(strange)} and no {PLAN}: it was not written by this command; give another --dataset"
@@ -214,13 +214,8 @@ def _read_plan(folder: Path) -> dict | None:
 
 
 def _save(folder: Path, plan: dict) -> None:
-    partial = folder / f"{PLAN}.partial"
     with writing(folder):
-        with open(partial, "w") as out:
-            out.write(json.dumps(plan, indent=1) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, folder / PLAN)
+        write_json(folder / PLAN, plan)
 
 
 def _order(seed: int, count: int) -> np.ndarray:
@@ -294,8 +289,7 @@ def _missing(request: Request, plan: dict, split: str) -> list[int]:
 
 
 def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) -> None:
-    for stale in request.folder.glob("*.partial"):
-        stale.unlink()
+    remove_leftovers(request.folder)
     needed = 0
     for split, numbers in missing.items():
         facts = plan["splits"][split]
@@ -335,13 +329,10 @@ def _write_split(request: Request, plan: dict, split: str, source: Source, missi
     with ThreadPoolExecutor(request.num_threads) as pool:
         for number in missing:
             file, known = shards[number][0], len(bad)
-            partial = file.with_name(f"{file.name}.partial")
             records = _in_threads(pool, request, plan, source, order[ends[number] : ends[number + 1]].tolist())
-            count, size = write_shard(partial, good(records))
+            count, size = write_shard(file, good(records))
             facts["shards"][number] = {"records": count, "bytes": size, "bad": [[one.name, one.reason] for one in bad[known:]]}
             _save(request.folder, plan)
-            with writing(file):
-                os.replace(partial, file)
 
 
 def _in_threads(
@@ -393,7 +384,8 @@ def _finish(request: Request, plan: dict) -> None:
     bad = _bad_records(plan)
     if bad:
         with writing(request.folder / BAD_LIST):
-            (request.folder / BAD_LIST).write_text("".join(f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad))
+            lines = (f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad)
+            write_atomic(request.folder / BAD_LIST, "".join(lines))
     splits = {split: [(shard["records"], shard["bytes"]) for shard in facts["shards"]] for split, facts in plan["splits"].items()}
     write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.resolution)
     plan["complete"] = True

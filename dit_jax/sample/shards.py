@@ -16,16 +16,17 @@ import hashlib
 import io
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.latent_files import digest, npy, read_sealed, sealed, sha256_of, write
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
+from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every power of two that a device may work on at once
@@ -81,8 +82,8 @@ class Shards:
         facts = self.file(shard, ".json")
         try:
             facts.unlink(missing_ok=True)  # of a damaged shard: not true while its file is replaced
-            found = write(self.file(shard), npy(np.ascontiguousarray(images)))
-            write(facts, [sealed({"settings": self.digest, "bytes": found["bytes"], "sha256": found["sha256"]})])
+            written = write_atomic(self.file(shard), npy(np.ascontiguousarray(images)))
+            write_sealed(facts, {"settings": self.digest, "bytes": written.size, "sha256": written.sha256})
         except OSError as error:
             raise unwritable(self.file(shard), error) from None
 
@@ -154,22 +155,28 @@ GO_ON = "the dit_jax.sample that drew these images mends it if it is started aga
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What to tell of a file that could not be written; what was half written is removed."""
-    with contextlib.suppress(OSError):
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+    """The error to raise for a file that could not be written."""
     return UserError(
         f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
         "keeps the finished shards"
     )
 
 
-def settings_of(labels: np.ndarray, shape: tuple[int, int, int], made_by: dict, made_with: dict) -> dict:
-    """The settings of a folder of samples: see `Shards`."""
+def settings_of(
+    labels: np.ndarray, shape: tuple[int, ...], made_by: dict, made_with: dict, requests: Mapping[str, np.ndarray] | None = None
+) -> dict:
+    """The settings of a folder of samples: see `Shards`.
+
+    requests: entries other than labels, arrays [N, ...], are told by their hashes.
+    """
+    others = {name: x for name, x in sorted((requests or {}).items()) if name != "label"}
+    hashes = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in others.items()}
     return {
         "format": FORMAT,
         "num_images": len(labels),
         "shape": list(shape),
         "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
+        **({"requests_sha256": hashes} if hashes else {}),
         "made_by": made_by,
         "made_with": made_with,
     }
@@ -276,7 +283,7 @@ def claimed(wanted: Shards, replace: bool = False):
 def _prepare(wanted: Shards, replace: bool):
     path = wanted.path
     own = (MANIFEST, LABELS, SHARDS, GRID, LOCK)
-    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.endswith(".partial"))
+    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not is_partial(p.name))
     if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
         raise UserError(
             f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
@@ -302,11 +309,11 @@ def _prepare(wanted: Shards, replace: bool):
             clear(path)
             found = None
     (path / SHARDS).mkdir(exist_ok=True)
-    for leftover in (path / SHARDS).glob("*.partial"):  # of a command that was killed
-        leftover.unlink()
+    remove_leftovers(path)
+    remove_leftovers(path / SHARDS)
     if found is None:
-        write(path / LABELS, npy(wanted.labels))
-        write(path / MANIFEST, [sealed(wanted.settings)])
+        write_atomic(path / LABELS, npy(wanted.labels))
+        write_sealed(path / MANIFEST, wanted.settings)
 
 
 def clear(path: Path):

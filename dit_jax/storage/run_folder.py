@@ -11,15 +11,18 @@ codec/        the frozen codec of a diffusion run, or what an autoencoder run ha
 
 import fcntl
 import json
-import os
 from pathlib import Path
 
 import ml_collections
+from absl import logging
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.upgrade import upgrade
+
+SCORES, BEST_SCORE = "scores", "best.json"
 
 # May change when a run goes on; every other field makes it another run.
 RESUMABLE = (
@@ -121,9 +124,8 @@ class Workdir:
                 raise UserError(f"another process is training in {self.path}; wait for it or give another --workdir") from None
             except OSError as error:
                 raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.config, indent=2) + "\n")
-            os.replace(partial, file)
+            write_json(file, self.config, indent=2)
+            remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
         return self
 
     def __exit__(self, *exc_info):
@@ -146,3 +148,15 @@ def read_config(workdir) -> dict:
         raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
     user_code.expect(config.get("imports", ()))
     return config
+
+
+def read_best(workdir: Path) -> dict | None:
+    """{"step", "fid", ...} of the best score of a run so far; None if there is none."""
+    file = workdir / SCORES / BEST_SCORE
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
+        return None

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED: dict[str, str] = {}  # path of a field, as older configs have it: today's
-ADDED: dict[str, dict[str, Any]] = {}  # task.name: sections that older configs of that task lack, with what they mean there
+RENAMED = {"task.label_dropout": "task.cond_dropout"}  # path of a field in older configs: in those of today
+ADDED = {"diffusion": {"conditioner": {"name": "labels"}}}  # task.name: sections that its older configs lack, with their meaning
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,8 +18,8 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
         section, _, old_field = old_path.partition(".")
         if old_field in new.get(section, {}):
             new[section][path.partition(".")[2]] = new[section].pop(old_field)
-    task = new.get("task", {}).get("name")
-    return {**ADDED.get(task, {}), **new}
+    added = ADDED.get(new.get("task", {}).get("name"), {})
+    return {**{name: dict(section) for name, section in added.items() if name not in new}, **new}
 
 
 def upgrade_path(path: str) -> str:

@@ -12,24 +12,16 @@ results.json, results.csv, curves.csv, report.html, figures/
 
 import fcntl
 import json
-import os
 from pathlib import Path
 
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
+from dit_jax.storage.atomic import write_json
 from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, plain, read_config
 from dit_jax.sweep.grid import Run
 
 # What does not change a run's result, only its speed and what it leaves behind.
 FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring", "imports")
-
-
-def write_json(path: Path, value):
-    """Writes atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def read_lines(path: Path) -> list[dict]:

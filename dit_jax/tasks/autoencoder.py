@@ -3,18 +3,21 @@
 B batch, H x W x C images, h x w x c latents, n = H W C.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dit_jax.codecs import perceptual
 from dit_jax.codecs.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
 from dit_jax.codecs.kl_vae import KLVAE, split_moments
 from dit_jax.codecs.macs import gmacs
 from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
 from dit_jax.errors import UserError
-from dit_jax.parallel.rules import AUTOENCODER_RULES
+from dit_jax.parallel.rules import AUTOENCODER_RULES, Rules
 from dit_jax.pixels import to_float
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters
 from dit_jax.tasks.task import accumulate, moving_average, named_key, only_if, step_sums
@@ -53,6 +56,9 @@ class AutoencoderTask:
     zero1: bool = False
     offload: str = "none"
 
+    name = "autoencoder"
+    draws_samples = False
+    remat = None
     rules = AUTOENCODER_RULES
 
     def __post_init__(self):
@@ -171,6 +177,30 @@ class AutoencoderTask:
         ema_params = {"codec": moving_average(state.ema_params["codec"], params["codec"], self.ema_decay)}
         new = TrainState(state.step + 1, params, ema_params, opt_state)
         return only_if(finite, new, state), step_sums(values, {"grad_norm": grad_norm}, finite)
+
+    def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
+        if entry != "image":
+            raise UserError("data.name is 'latents', and an autoencoder is trained on images; give a data set of images")
+        return {"label": jax.ShapeDtypeStruct((), jnp.int32), "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8)}
+
+    def constants(self) -> dict[str, Any]:
+        return {"perceptual": perceptual.shapes()} if self.perceptual_weight else {}
+
+    def constant_rules(self) -> dict[str, Rules]:
+        return {}
+
+    @property
+    def has_auxiliary_networks(self) -> bool:
+        return self.discriminator is not None or bool(self.perceptual_weight)
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        return 0
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        return {}
+
+    def macs(self) -> int:
+        return sum(self.codec.macs(self.image_shape))
 
     def description(self) -> list[str]:
         params = jax.eval_shape(self.init, jax.random.key(0)).params

@@ -29,7 +29,7 @@ def small(**overrides):
 
 def one_device(**overrides):
     """A tiny subject on one device, as --compare wants it."""
-    task = build.task(tiny.config(**overrides))
+    task = build.Run(tiny.config(**overrides)).task
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     return subject.Subject(task, mesh, 4, samplers.DDIM(3), Guidance(1.5), {"codec": {}})
 
@@ -122,8 +122,8 @@ def test_utilization_by_hand():
 def test_models_are_the_recipes(name):
     """A --model that is not the network, process or task that the paper's config trains."""
     config = recipes.dit(name, 256)
-    bare, whole = subject.of_model(name, 256, 8, "bfloat16").task, build.task(config.lock())
-    for field in ("network", "process", "codec", "latent_shape", "num_classes", "label_dropout", "ema_decay", "microbatches"):
+    bare, whole = subject.of_model(name, 256, 8, "bfloat16").task, build.Run(config.lock()).task
+    for field in ("network", "process", "codec", "latent_shape", "num_classes", "cond_dropout", "ema_decay", "microbatches"):
         assert getattr(bare, field) == getattr(whole, field), field
 
 

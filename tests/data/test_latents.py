@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from latents import CODEC, contents, flip_byte, job, params
 
-from dit_jax.data.latent_files import read_sealed, sealed
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.encode.writer import encode
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
+from dit_jax.storage.sealed import read_sealed, sealed
 
 N = 68
 

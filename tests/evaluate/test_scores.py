@@ -225,7 +225,7 @@ def test_a_changed_byte_is_found(tmp_path, save):
         ({"replicates": 3}, "at least 100"),
         ({"replicates": -1}, "at least 100"),
         ({"level": 1.5}, "between 0 and 1"),
-        ({"kid_subset_size": 1}, "at least 1 of at least 2"),
+        ({"kid_subset_size": 1}, "at least 1 subset of at least 2"),
     ],
 )
 def test_options_are_checked_first(changes, text):

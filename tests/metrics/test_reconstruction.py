@@ -120,7 +120,7 @@ def test_windows_that_do_not_fit(window, text):
         (np.zeros((1, 16, 16, 3), np.float32), None, "float32.*uint8"),
         (np.zeros((16, 16, 3), np.uint8), None, "uint8 .N >= 1"),
         (np.zeros((0, 16, 16, 3), np.uint8), None, "uint8 .N >= 1"),
-        (np.zeros((2, 16, 16, 3), np.uint8), np.zeros((1, 16, 16, 3), np.uint8), "no pairs"),
+        (np.zeros((2, 16, 16, 3), np.uint8), np.zeros((1, 16, 16, 3), np.uint8), "differ in shape"),
     ],
 )
 def test_bad_images(metric, x, y, text):

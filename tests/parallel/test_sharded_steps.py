@@ -42,8 +42,8 @@ def one_device():
 def task_of(block, zero1=False, **fields):
     fields |= {"mesh__zero1": zero1, "optimizer__eps": 1e-3}
     if block == "autoencoder":
-        return build.task(tiny.autoencoder(**fields))
-    return build.task(tiny.config(**TINY | {"model__conditioning": block} | fields))
+        return build.Run(tiny.autoencoder(**fields)).task
+    return build.Run(tiny.config(**TINY | {"model__conditioning": block} | fields)).task
 
 
 def randomized(task, mesh):
@@ -221,7 +221,7 @@ def specs_of(tree, fsdp, tensor=1, rules=TRANSFORMER_RULES):
 def test_width_1152_is_split(fsdp, share):
     """XL/2, whose width 256 devices do not divide: what can be split must be, over 128 all of it."""
     config = recipes.dit("XL/2")
-    params = jax.eval_shape(build.task(config).init, jax.random.key(0)).params
+    params = jax.eval_shape(build.Run(config).task.init, jax.random.key(0)).params
     specs, size = specs_of(params, fsdp)
     assert size < 1.01 * share * specs_of(params, 1)[1] + 2**21  # and the biases
     assert "fsdp" in specs["blocks/mlp/in/kernel"] and "fsdp" in specs["blocks/mlp/out/kernel"]
@@ -256,7 +256,7 @@ def test_depth_is_split_last():
 )
 def test_what_stays_whole_is_said(size, mesh_shape, text):
     """A pod that runs out of memory because 256 does not divide 1152, without a word; a warning where nothing is wrong."""
-    task = build.task(recipes.dit(size))
+    task = build.Run(recipes.dit(size)).task
     mesh = SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor", "sequence"), mesh_shape, strict=True)))
     found = warnings(jax.eval_shape(task.init, jax.random.key(0)), mesh, task.rules)
     assert len(found) == (text is not None)
@@ -267,7 +267,7 @@ def test_what_stays_whole_is_said(size, mesh_shape, text):
 def test_heads_that_do_not_divide_stay_whole(size):
     """6 or 12 heads over 4 or 8 devices: an attention that is split through a head computes other scores."""
     heads = recipes.SIZES[size.partition("/")[0]].heads
-    params = jax.eval_shape(build.task(recipes.dit(size)).init, jax.random.key(0)).params
+    params = jax.eval_shape(build.Run(recipes.dit(size)).task.init, jax.random.key(0)).params
     for tensor in (4, 8):
         specs, _ = specs_of(params, 1, tensor)
         assert ("tensor" in specs["blocks/attention/qkv/kernel"]) == (heads % tensor == 0)
@@ -280,7 +280,8 @@ def test_frozen_codec_is_split():
     config = tiny.digits_latent("").copy_and_resolve_references()
     config.codec.update({"scale": 1.0, "shift": 0.0})
     params = jax.tree.map(
-        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), jax.eval_shape(build.codec(config).init, jax.random.key(0))
+        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape),
+        jax.eval_shape(build.Run(config).codec.init, jax.random.key(0)),
     )
     mesh = make_mesh(1, 8)
     placed = build.constants(config, mesh, None, params)["codec"]

@@ -11,7 +11,6 @@ import pytest
 import tiny
 
 from dit_jax import build
-from dit_jax.data.latent_files import sealed
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sample import drawing, samples_file, shards
@@ -19,17 +18,18 @@ from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, default_rows_at_once, in_chunks
 from dit_jax.sample.labels import spread_labels
 from dit_jax.sample.weights import weights_fingerprint
+from dit_jax.storage.sealed import sealed
 from dit_jax.tasks.state import abstract_state
 
 CONFIG = tiny.config(model__depth=1, sampler__num_steps=2)
-TASK = build.task(CONFIG)
+TASK = build.Run(CONFIG).task
 COUNT = 150  # three shards, the last of them no whole number of chunks
 LABELS = spread_labels(COUNT, 10)
 
 
 def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
     mesh = make_mesh(devices // fsdp, fsdp, devices=jax.devices()[:devices])
-    made = Generator(TASK, mesh, build.sampler(sampler), build.guidance(CONFIG), batch_size, seed)
+    made = Generator(TASK, mesh, build.Run(sampler).sampler, build.Run(CONFIG).guidance, batch_size, seed)
     rng = np.random.default_rng(7)
     like = abstract_state(TASK, mesh).ema_params
     made.params = jax.tree.map(lambda x: jax.device_put((0.1 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding), like)
@@ -201,8 +201,8 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(path, parts)
 
-    real = shards.write
-    monkeypatch.setattr(shards, "write", full)
+    real = shards.write_atomic
+    monkeypatch.setattr(shards, "write_atomic", full)
     with pytest.raises(UserError, match=r"00000-of-00003.npy cannot be written \(No space left on device\)"):
         run(tmp_path / "out")
 

@@ -102,7 +102,7 @@ def test_training_from_the_cache(first_stage, cache, tmp_path):
 def test_cache_and_online_encoding_see_the_same(first_stage, cache):
     """Latents without posterior noise, with one fixed flip, or scaled twice: mean, deviation, flip rate and noise must agree."""
     config = build_settled(cached(first_stage, cache))
-    task, mesh = build.task(config), build.make_mesh(1, 1, 1, jax.devices()[:1])
+    task, mesh = build.Run(config).task, build.make_mesh(1, 1, 1, jax.devices()[:1])
     params = vae.load_diffusers(vae.find(first_stage), task.codec)
     loader = build.loader(config.copy_and_resolve_references(), mesh)
     online = {"image": np.stack([build.Digits()[i]["image"] for i in range(1797)]), "label": np.zeros(1797, np.int32)}

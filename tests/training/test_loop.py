@@ -135,7 +135,7 @@ def test_other_config_is_refused(whole):
 
 def test_other_data_is_refused(whole, monkeypatch):
     """A data set that changed under the run."""
-    monkeypatch.setattr("dit_jax.data.sources.fingerprint", lambda **facts: "another")
+    monkeypatch.setattr("dit_jax.data.sources.digits.fingerprint", lambda **facts: "another")
     with pytest.raises(UserError, match="data set has changed"):
         train(tiny.config(num_steps=8), whole[1])
 

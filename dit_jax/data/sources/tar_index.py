@@ -5,8 +5,6 @@ Letters: N is the number of samples.
 
 import dataclasses
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from dit_jax.data.sources import fingerprint
+from dit_jax.data.sources.source import fingerprint
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import replacing
 
 FORMAT = 1
 SCAN_THREADS = 16  # for storage that answers slowly: the scan of local files is bound by the interpreter
@@ -131,7 +130,8 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
         logging.warning("the index %s is damaged (%s) and is built anew", kept, error)
     index = build()
     try:
-        _write(kept, index)
+        with replacing(kept) as partial, open(partial, "wb") as file:  # several hosts may write it at once, all the same
+            np.savez(file, **_columns(index))
     except OSError as error:
         logging.warning(
             "the index of %d tars cannot be kept in %s (%s): every start reads all their headers again",
@@ -140,19 +140,6 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
             error.strerror,
         )
     return index
-
-
-def _write(path: Path, index: TarIndex) -> None:
-    # A name of its own: several hosts may write at once, and the last one's equals the others'.
-    fd, partial = tempfile.mkstemp(prefix=".dit_jax-index-", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            np.savez(file, **_columns(index))
-        os.chmod(partial, 0o644)  # a temporary file is the owner's alone
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def reject(index: TarIndex, bad: np.ndarray, says: Callable[[int], str]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_jax.data.sources import Example, fingerprint, tar_index
+import dit_jax.data.sources.tar_index as tar_index
+from dit_jax.data.sources.source import Example, fingerprint
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.errors import UserError

@@ -1,7 +1,7 @@
 """From noise to data.
 
 A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...].
-`denoise(x_t, t)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
+`denoise(x_t, t, memory)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
 Coefficients are derived in float64 before the loop. One key per example: example k is the same in any batch.
 `evaluations(process)` is the number of calls of `denoise`; None where it depends on the example.
 

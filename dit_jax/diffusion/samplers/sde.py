@@ -74,15 +74,15 @@ class EulerMaruyama:
         size = -np.diff(times)
         score_of_noise = -w / c.sigma  # w score = score_of_noise * noise
 
-        def step(x, c, denoise):
-            prediction = denoise(x, c["t"])
+        def step(carry, c):
+            x, memory = carry
+            prediction, memory = denoise(x, c["t"], memory)
             drift = process.slope(prediction, c["t"]) + c["score_of_noise"] * prediction.noise
-            return x + c["size"] * drift + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
+            return x + c["size"] * drift + c["deviation"] * noise_like(keys, x.shape[1:], c["step"]), memory
 
-        x = scan_steps(
+        x, memory = scan_steps(
             step,
-            noise,
-            denoise,
+            (noise, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "size": size,
@@ -93,7 +93,7 @@ class EulerMaruyama:
         if self.last_step == "none":
             return x
         t = jnp.asarray(times[-1], x.dtype)
-        prediction = denoise(x, t)
+        prediction, _ = denoise(x, t, memory)
         if self.last_step == "tweedie":
             return prediction.x0
         drift = process.slope(prediction, t)
