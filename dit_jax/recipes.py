@@ -38,6 +38,11 @@ def model(size: str) -> dict:
     }
 
 
+def loader(data: str = "") -> dict:
+    """How batches of a data set of that name are read: a latent cache is mapped into memory, other records by threads."""
+    return {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
+
+
 def training() -> ml_collections.ConfigDict:
     """The fields that every config has, with the paper's optimisation (section 4)."""
     return ml_collections.ConfigDict(
@@ -59,7 +64,7 @@ def training() -> ml_collections.ConfigDict:
                 "decay_steps": config_dict.placeholder(int),
                 "clip_norm": config_dict.placeholder(float),
             },
-            "loader": {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001},
+            "loader": loader(),
             "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
             "log": {"every_steps": 100, "wandb": "", "watchdog_seconds": 1800.0},
             "profile": {"start_step": 0, "num_steps": 0},
@@ -119,6 +124,21 @@ def image_transform(resolution: int, channels: int, flip: bool) -> dict:
 
 
 PROCESSES = {"gaussian": gaussian, "flow": flow}
+
+
+def section(kind: str, name: str) -> dict:
+    """What a section of a config has besides, or in place of, its constructor's defaults: places that a user must give are "".
+
+    Args:
+        kind: the section, as in "codec"; name: its constructor, as in "kl_vae".
+    """
+    if kind == "process" and name in PROCESSES:
+        return PROCESSES[name]()
+    if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
+        return {"path": ""}
+    if (kind, name) == ("codec", "kl_vae"):  # the scale and shift are those of the weights
+        return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
+    return {}
 
 
 def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
@@ -339,5 +359,5 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     """
     c = in_latents(folder(size, resolution, num_classes), FOLDER_CODEC)
     c.data = {"name": "latents", "path": "", "verify": True}
-    c.loader = {"resident": False}
+    c.loader = loader("latents")
     return c

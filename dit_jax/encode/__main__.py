@@ -14,16 +14,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution.",
-    lock_config=True,
+CONFIG = config_file.DEFINE_config(
+    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
 )
 DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
@@ -42,6 +39,7 @@ SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard; 
 MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Share of the records that may be unreadable; they are left out.")
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that read and decode images.")
 VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache, change nothing.")
+processes.define_flags()
 
 
 def job_of_flags():
@@ -77,7 +75,7 @@ def job_of_config():
             f"--config and --{given[0]} are both given: leave out one; any field of the config is overridden as "
             "--config.transform.resolution=64"
         )
-    run = Run(console.given_config(CONFIG))
+    run = Run(CONFIG.read())
     if not run.has_codec_weights:
         raise UserError(
             f"the config has task.name = {run.config.task.name!r} and codec.name = {run.config.codec.name!r}: a config that "
@@ -133,7 +131,7 @@ def main() -> dict:
     processes.join()
     from dit_jax.encode.writer import encode
 
-    job = job_of_flags() if CONFIG.value is None else job_of_config()
+    job = job_of_config() if CONFIG.given else job_of_flags()
     console.say(
         f"{len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on {jax.device_count()} "
         f"devices of {jax.process_count()} processes"

@@ -46,6 +46,7 @@ KEEP_FEATURES = flags.DEFINE_boolean(
 )
 TABLE = flags.DEFINE_list("table", None, "Result files to compare.")
 FORMAT = flags.DEFINE_string("format", "text", "Of the table: text, csv or markdown.")
+processes.define_flags()
 
 KEPT_IMAGES = 50_000
 

@@ -358,7 +358,7 @@ def test_startup_stops_the_watch_at_the_first_step(monkeypatch, tmp_path):
 
     monkeypatch.setattr(startup, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(startup, "child", lambda *_: [sys.executable, "-c", CHILD, str(looked)])
-    found = startup.run(None, {}, [])
+    found = startup.run(None, [], [])
     assert (found["cold_seconds"], found["cached_seconds"]) == (5.0, 2.0)
     assert (found["cache_files"], found["cache_bytes"]) == (1, 4)
 
@@ -367,7 +367,7 @@ def test_startup_that_fails(monkeypatch):
     """A number for a process that never took a step."""
     monkeypatch.setattr(startup, "child", lambda *_: [sys.executable, "-c", "import sys; sys.exit('error: no data')"])
     with pytest.raises(UserError, match="status 1: no data"):
-        startup.run(None, {}, [])
+        startup.run(None, [], [])
 
 
 @pytest.mark.slow
