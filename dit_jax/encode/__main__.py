@@ -48,13 +48,15 @@ def job_of_flags():
     from dit_jax.encode.writer import Job
     from dit_jax.interop import vae
 
-    missing = [name for name, flag in (("data", DATA), ("codec", CODEC), ("resolution", RESOLUTION)) if flag.value is None]
-    if missing:
-        raise UserError(f"give --{', --'.join(missing)}; or --config=configs/<name>.py, which has them")
-    size, path = parse_size(RESOLUTION.value), vae.find(CODEC.value)
+    data, codec_path, resolution = DATA.value, CODEC.value, RESOLUTION.value
+    if data is None or codec_path is None or resolution is None:
+        given = {"data": data, "codec": codec_path, "resolution": resolution}
+        missing = [f"--{name}" for name, value in given.items() if value is None]
+        raise UserError(f"give {', '.join(missing)}; or --config=configs/<name>.py, which has them")
+    size, path = parse_size(resolution), vae.find(codec_path)
     codec = vae.read_codec(path, DTYPE.value or "float32")
     return Job(
-        named_source(DATA.value, SPLIT.value),
+        named_source(data, SPLIT.value),
         codec,
         vae.load_diffusers(path, codec),
         size,

@@ -147,7 +147,7 @@ class Job:
                         "images_at_once": images_at_once(),
                         "pillow": PIL.__version__,
                         "device": jax.local_devices()[0].device_kind,
-                        "matmul_precision": jax.config.jax_default_matmul_precision,
+                        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # set by JAX
                     },
                 }
             )
@@ -330,7 +330,7 @@ class Shard:
         moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
         if any(caption is not None for caption in self.captions):
-            parts["captions"] = json.dumps(self.captions).encode()
+            parts["captions"] = [json.dumps(self.captions).encode()]
 
         def path(kind: str) -> Path:
             return folder / shard_file(self.number, self.job.num_shards, kind)

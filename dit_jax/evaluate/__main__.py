@@ -51,16 +51,16 @@ processes.define_flags()
 KEPT_IMAGES = 50_000
 
 
-def make_table() -> dict:
+def make_table(results: list[str]) -> dict:
     from dit_jax.evaluate.table import table
 
-    text = table(TABLE.value, FORMAT.value)
+    text = table(results, FORMAT.value)
     if OUT.value is None:
         print(text, flush=True)
-        return {"results": len(TABLE.value)}
+        return {"results": len(results)}
     path = result_path(OUT.value)
     write_atomic(path, text + "\n")
-    return {"results": len(TABLE.value), "out": str(path)}
+    return {"results": len(results), "out": str(path)}
 
 
 def options():
@@ -83,18 +83,19 @@ def result_path(name: str) -> Path:
     return path
 
 
-def make_reference() -> dict:
+def make_reference(out: str) -> dict:
     from dit_jax.data.size import parse_size
     from dit_jax.evaluate import reference, snapshots
     from dit_jax.evaluate.extractors import load
-    from dit_jax.evaluate.images import DIGITS_SHAPE, NpzImages, cropped
+    from dit_jax.evaluate.images import DIGITS_SHAPE, Images, NpzImages, cropped
     from dit_jax.evaluate.scores import make_reference
 
     if DATA.value is None:
         raise UserError("give --data=<digits, an npz, a folder, tfds:NAME:PATH or tars:PATTERN> for --make_reference")
-    if not MAKE_REFERENCE.value.endswith(".npz"):
-        raise UserError(f"--make_reference={MAKE_REFERENCE.value} must end in .npz")
-    path = result_path(MAKE_REFERENCE.value)
+    if not out.endswith(".npz"):
+        raise UserError(f"--make_reference={out} must end in .npz")
+    path = result_path(out)
+    images: Images
     if DATA.value.endswith(".npz"):
         images = NpzImages(Path(DATA.value).expanduser())
     else:
@@ -125,11 +126,11 @@ def score() -> dict:
     from dit_jax.evaluate.scores import METRICS, evaluate
 
     samples = Path(SAMPLES.value).expanduser()
+    if not samples.exists():
+        raise UserError(f"--samples={SAMPLES.value} does not exist; give an npz of images or a folder of dit_jax.sample")
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
-    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
-    result = evaluate(
-        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=path and resumable_path(path)
-    )
+    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json")
+    result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=resumable_path(path))
     result["out"] = str(path)
     if jax.process_index() == 0:
         write_json(path, result)
@@ -148,9 +149,9 @@ def main() -> dict:
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
     if TABLE.value:
-        return make_table()
+        return make_table(TABLE.value)
     processes.join()
-    return make_reference() if MAKE_REFERENCE.value else score()
+    return make_reference(MAKE_REFERENCE.value) if MAKE_REFERENCE.value else score()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
@@ -30,18 +30,27 @@ READ_BYTES = 2**24
 
 
 class Images(Protocol):
-    """Images with what is known of them.
+    """Images with what is known of them."""
 
-    Fields:
-        name: what results call them.
-        made_by: how they were made, if their file says so.
-        identity: what can be known without reading all of them; extraction that goes on compares it.
-    """
+    @property
+    def name(self) -> str:
+        """What results call them."""
+        ...
 
-    name: str
-    shape: tuple[int, int, int]
-    made_by: dict | None
-    identity: dict
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[H, W, C], of one image."""
+        ...
+
+    @property
+    def made_by(self) -> dict | None:
+        """How they were made, if their file says so."""
+        ...
+
+    @property
+    def identity(self) -> dict:
+        """What can be known without reading all of them; extraction that goes on compares it."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -92,7 +101,8 @@ class NpzImages:
                 f"{self._member.file_size - self._header_bytes} bytes"
             )
         self._count, self.shape = shape[0], tuple(shape[1:])
-        self._stream, self._position = None, 0  # of a compressed file, which can only be read forwards
+        self._stream: IO[bytes] | None = None  # of a compressed file, which can only be read forwards
+        self._position = 0
         self.identity = {
             "npz": str(path.absolute()),
             "bytes": path.stat().st_size,
@@ -126,7 +136,7 @@ class NpzImages:
         except ValueError as error:
             raise self._damaged(error) from None
         for start in range(0, len(found), READ_BYTES):
-            crc = zlib.crc32(found[start : start + READ_BYTES], crc)
+            crc = zlib.crc32(found[start : start + READ_BYTES].data, crc)
         if crc != self._member.CRC:
             raise self._damaged("arr_0 has another CRC-32 than when it was written")
         return found
@@ -152,6 +162,7 @@ class NpzImages:
 
     def _read(self, count: int) -> bytes:
         """The next bytes of a compressed file, whose end zipfile holds to the CRC-32."""
+        assert self._stream is not None  # `_unpacked` has opened it
         try:
             data = self._stream.read(count)
         except (zlib.error, zipfile.BadZipFile, EOFError) as error:
@@ -240,7 +251,7 @@ def cropped(data: str, size: tuple[int, int], channels: int, split: str | None =
     return SourceImages(named_source(data, split), ImageTransform(size[0], channels, flip=False, size=size), data)
 
 
-def open_images(data: str, shape: tuple[int, int, int], split: str | None = None) -> Images:
+def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> Images:
     """The images that a name on the command line stands for: an npz, or a data set as in `named_source`, centre-cropped.
 
     Args:
@@ -248,6 +259,7 @@ def open_images(data: str, shape: tuple[int, int, int], split: str | None = None
     Raises:
         UserError: no such data set; images of another shape.
     """
+    images: Images
     if data.endswith(".npz"):
         images = NpzImages(Path(data).expanduser())
     else:

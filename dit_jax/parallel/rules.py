@@ -86,7 +86,7 @@ def left_whole(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, float,
         held += size
         if axis in rule_of(name, x.shape, rules) and axis not in spec:
             whole[name] = size
-    return held, sum(whole.values()), max(whole, key=whole.get)
+    return held, sum(whole.values()), max(whole, key=lambda name: whole[name])
 
 
 def warnings(tree, mesh: Mesh, rules: Rules) -> list[str]:

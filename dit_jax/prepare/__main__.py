@@ -51,13 +51,13 @@ MAX_BAD_SHARE = flags.DEFINE_float(
 
 
 def main() -> dict:
-    for flag in (SOURCE, OUT, DATASET):
-        if not flag.value:
-            raise UserError("give --source=<folder or tars>, --out=<folder> and --dataset=<name>")
+    source, out, dataset = SOURCE.value, OUT.value, DATASET.value
+    if not (source and out and dataset):
+        raise UserError("give --source=<folder or tars>, --out=<folder> and --dataset=<name>")
     from dit_jax.data.size import parse_size
     from dit_jax.prepare import datasets
 
-    paths = {SPLIT.value: SOURCE.value}
+    paths = {SPLIT.value: source}
     if VALIDATION.value is not None:
         if SPLIT.value == "validation":
             raise UserError("--split=validation and --validation_source name the same split; give one of them")
@@ -65,8 +65,8 @@ def main() -> dict:
     if not SHARD_MIB.value > 0:
         raise UserError(f"--shard_mib={SHARD_MIB.value} must be above 0")
     request = datasets.Request(
-        out=Path(OUT.value).expanduser(),
-        dataset=DATASET.value,
+        out=Path(out).expanduser(),
+        dataset=dataset,
         seed=SEED.value,
         shard_bytes=max(round(SHARD_MIB.value * 2**20), 1),
         size=None if RESOLUTION.value == "0" else parse_size(RESOLUTION.value),

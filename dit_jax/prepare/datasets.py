@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.data.size import size_json
-from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder, Source
+from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
 from dit_jax.data.transforms import FORMATS, center_crop, decode
@@ -37,6 +37,7 @@ PNG_LEVEL = 4  # as small as Pillow's default of 6 within 1 %, in half the time
 SIZED = 512  # records whose mean size gives the number of shards
 MAX_SHARDS = 99_999  # what the five digits of a shard's name can count
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+Files = ImageFolder | TarSource  # whose examples hold the bytes of image files
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class BadRecord:
     reason: str
 
 
-def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> ImageFolder | TarSource:
+def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> Files:
     """What lies at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
 
     Args:
@@ -128,6 +129,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         raise UserError(
             f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for the tars"
         )
+    source: Files
     if given.is_dir() and not tars:
         source = ImageFolder(path)
     elif first and CLASS_TAR.fullmatch(first.name):
@@ -171,7 +173,7 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
     with _locked(request.folder):
         plan = _read_plan(request.folder)
         class_names = tuple(plan["class_names"]) if plan else None
-        sources = {}
+        sources: dict[str, Files] = {}
         for split, path in paths.items():
             sources[split] = open_source(path, class_names_file, class_names)
             class_names = sources[split].class_names
@@ -230,7 +232,7 @@ def _order(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
-def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) -> dict:
+def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> dict:
     """The plan with every asked-for split.
 
     Raises:
@@ -310,11 +312,11 @@ def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) ->
         )
 
 
-def _write_split(request: Request, plan: dict, split: str, source: Source, missing: list[int]) -> None:
+def _write_split(request: Request, plan: dict, split: str, source: Files, missing: list[int]) -> None:
     facts = plan["splits"][split]
     images, order, shards = facts["images"], _order(request.seed, facts["images"]), request.shards(plan, split)
     ends = [images * number // len(shards) for number in range(len(shards) + 1)]
-    bad = [BadRecord(*one) for i, (_, shard) in enumerate(shards) if i not in missing for one in shard["bad"]]
+    bad = [BadRecord(*one) for i, shard in enumerate(facts["shards"]) if i not in missing for one in shard["bad"]]
     progress = console.Progress(f"{request.dataset} {split}: images", sum(ends[i + 1] - ends[i] for i in missing))
     done = 0
 
@@ -344,13 +346,17 @@ def _write_split(request: Request, plan: dict, split: str, source: Source, missi
 
 
 def _in_threads(
-    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Source, numbers: list[int]
+    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Files, numbers: list[int]
 ) -> Iterator[bytes | BadRecord]:
     """The records of some examples in their order, a few ahead of the one asked for."""
+
+    def record(number: int) -> bytes | BadRecord:
+        return _record(source[number], request, plan)
+
     waiting = deque()
     try:
         for number in numbers:
-            waiting.append(pool.submit(lambda number=number: _record(source[number], request, plan)))
+            waiting.append(pool.submit(record, number))
             if len(waiting) >= 2 * request.num_threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -363,6 +369,7 @@ def _in_threads(
 def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
     """The example as a record, or why its image cannot be one."""
     image, name = example["image"], example["name"]
+    assert isinstance(image, bytes)  # of `Files`
     if not image:
         return BadRecord(name, "zero bytes")
     try:
@@ -379,7 +386,7 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=PNG_LEVEL)
         image = file.getvalue()
-    fields = {"image": image}
+    fields: dict[str, bytes | int] = {"image": image}
     if plan["class_names"]:
         fields["label"] = example["label"]
     if plan["captions"]:
@@ -413,8 +420,8 @@ def _verified(request: Request, plan: dict) -> dict:
     """The result, once every shard has its bytes and records and TFDS counts the same."""
     result = {}
     for split in plan["splits"]:
-        shards = request.shards(plan, split)
-        for file, facts in shards:
+        shards = plan["splits"][split]["shards"]
+        for (file, _), facts in zip(request.shards(plan, split), shards, strict=True):
             try:
                 found = measure(file)
             except (OSError, RuntimeError) as error:
@@ -424,14 +431,14 @@ def _verified(request: Request, plan: dict) -> dict:
                     f"{file} has {found[0]} records in {found[1]:,} bytes instead of {facts['records']} in "
                     f"{facts['bytes']:,}: remove it and give the command again"
                 )
-        records = sum(facts["records"] for _, facts in shards)
+        records = sum(facts["records"] for facts in shards)
         counted = len(TFDS(request.dataset, str(request.out), split, label_key="label" if plan["class_names"] else None))
         if counted != records:
             raise UserError(
                 f"TFDS counts {counted} records in split {split} of {request.folder}, and {records} were written: "
                 f"remove that folder and give the command again"
             )
-        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for _, facts in shards)}
+        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for facts in shards)}
     return {
         "out": str(request.out),
         "dataset": request.dataset,
