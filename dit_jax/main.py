@@ -15,22 +15,21 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 from dit_jax.storage.atomic import write_json
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file; after a colon its argument: configs/imagenet.py:B/4,256.", lock_config=True
-)
+CONFIG = config_file.DEFINE_config("Config file; after a colon its argument: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
+processes.define_flags()
 
 
 def chosen_config():
-    if CONFIG.value is None:
+    if not CONFIG.given:
         raise UserError("give --config=configs/<name>.py and --workdir=<folder>")
-    return console.given_config(CONFIG)
+    return CONFIG.read()
 
 
 def main() -> dict:

@@ -64,10 +64,13 @@ def register(section: str, name: str, constructor: Callable[..., Any]) -> None:
     origin = os.path.realpath(caller["__file__"]) if "__file__" in caller else str(caller.get("__name__"))
     known = _ENTRIES[section].get(name)
     if known is not None and known.constructor is not constructor and known.origin != origin:
-        raise UserError(
-            f"{_NOUNS.get(section, section)} {name!r} is registered twice, by {known.origin} and by {origin}; rename one of them"
-        )
+        raise UserError(f"{noun(section)} {name!r} is registered twice, by {known.origin} and by {origin}; rename one of them")
     _ENTRIES[section][name] = Entry(constructor, origin)
+
+
+def noun(section: str) -> str:
+    """What messages call a constructor of the section: "network" of `model`, else the section's name."""
+    return _NOUNS.get(section, section)
 
 
 def names(section: str) -> list[str]:
@@ -85,7 +88,7 @@ def get(section: str, name: str) -> Callable[..., Any]:
         return _ENTRIES[section][name].constructor
     recorded = _RECORDED.get((section, name))
     remedy = f"add --import={recorded}" if recorded else f"choose one of {', '.join(names(section))}, or add --import=<file.py>"
-    raise UserError(f"{_NOUNS.get(section, section)} {name!r} is not registered; {remedy}")
+    raise UserError(f"{noun(section)} {name!r} is not registered; {remedy}")
 
 
 def origin(section: str, name: str) -> str | None:
@@ -97,6 +100,11 @@ def origin(section: str, name: str) -> str | None:
     get(section, name)
     found = _ENTRIES[section][name].origin
     return None if Path(found).is_relative_to(_PACKAGE) else found
+
+
+def entries() -> dict[tuple[str, str], Entry]:
+    """Everything that is registered, by (section, name)."""
+    return {(section, name): entry for section, found in _ENTRIES.items() for name, entry in found.items()}
 
 
 def record_import(section: str, name: str, given: str) -> None:

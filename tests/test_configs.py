@@ -7,8 +7,9 @@ from runs import load_config
 
 from dit_jax import build, recipes
 from dit_jax.errors import UserError
+from dit_jax.models.dit import RULES
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.parallel.rules import TRANSFORMER_RULES, shardings, spec_of
+from dit_jax.parallel.rules import shardings, spec_of
 from dit_jax.tasks.state import abstract_state, count_parameters
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -50,7 +51,7 @@ def test_bad_imagenet_argument(arg, text):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"transform.resolution": 250}, r"resolution 250 is not a multiple of codec 8 x patch 2 = 16"),
+        ({"transform.resolution": 250}, "height 250 is not a positive multiple of the codec's downsample 8"),
         ({"model.heads": 7}, "does not divide model.width"),
         ({"model.dtype": "float64"}, "must be one of float32"),
         ({"model.name": "unet"}, "is not registered; choose one of dit"),
@@ -83,7 +84,7 @@ def test_unknown_field_is_named():
 def test_unmatched_rule():
     """A new layer that ends up replicated unnoticed."""
     with pytest.raises(ValueError, match="0 sharding rules match params/blocks/mamba/kernel"):
-        spec_of("params/blocks/mamba/kernel", (4, 4), {"data": 1, "fsdp": 1, "tensor": 1}, TRANSFORMER_RULES)
+        spec_of("params/blocks/mamba/kernel", (4, 4), {"data": 1, "fsdp": 1, "tensor": 1}, RULES)
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln", "cross_attention", "in_context"])
@@ -107,7 +108,7 @@ def test_bad_mesh(shape, text):
 
 LAYERS = {  # who may import whom, besides errors, pixels and itself
     "models": {"parallel"},
-    "codecs": set(),
+    "codecs": {"parallel"},
     "diffusion": set(),
     "data": set(),
     "metrics": set(),

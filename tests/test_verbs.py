@@ -112,7 +112,7 @@ def test_sampling_mistakes(workdir, tmp_path):
         "--out=/proc/x.npz": "cannot be written",
         "--labels=three": "whole numbers",
         "--num_samples=0": "at least 1",
-        "--sampler=magic": "no sampler 'magic'",
+        "--sampler=magic": "sampler 'magic' is not registered",
         "--num_steps=1001": "1 to 1000",
         "--step=3": "no checkpoint of step 3",
         "--out=x.png": "must end in .npz",

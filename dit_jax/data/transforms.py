@@ -220,7 +220,9 @@ class ImageTransform(grain.transforms.RandomMap):
         if self.size is not None:
             size = tuple(self.size)  # a config that was read from JSON gives a list
             if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
-                raise UserError(f"transform.size={size} must be (height, width) in pixels, both at least 1, as in (256, 384)")
+                raise UserError(
+                    f"transform.size={size} must be (height, width), both at least 1 pixel, as in --config.transform.size=256,384"
+                )
             object.__setattr__(self, "size", size)
 
     @property

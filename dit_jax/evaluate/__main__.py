@@ -37,13 +37,16 @@ LEVEL = flags.DEFINE_float("level", 0.95, "Of the bootstrap interval.")
 MAKE_REFERENCE = flags.DEFINE_string("make_reference", None, "Write the statistics of --data to this npz.")
 DATA = flags.DEFINE_string("data", None, "digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side in pixels that --data is cropped to.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution", None, "Size in pixels that --data is cropped to: the side of squares, or height x width, as in 256x384."
+)
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of --data: 3, or 1 for grey.")
 KEEP_FEATURES = flags.DEFINE_boolean(
     "keep_features", None, "Store the features too, which precision, recall and KID need. If not given: up to 50,000 images."
 )
 TABLE = flags.DEFINE_list("table", None, "Result files to compare.")
 FORMAT = flags.DEFINE_string("format", "text", "Of the table: text, csv or markdown.")
+processes.define_flags()
 
 KEPT_IMAGES = 50_000
 
@@ -81,9 +84,10 @@ def result_path(name: str) -> Path:
 
 
 def make_reference(out: str) -> dict:
+    from dit_jax.data.size import parse_size
     from dit_jax.evaluate import reference, snapshots
     from dit_jax.evaluate.extractors import load
-    from dit_jax.evaluate.images import Images, NpzImages, open_images
+    from dit_jax.evaluate.images import DIGITS_SHAPE, Images, NpzImages, cropped
     from dit_jax.evaluate.scores import make_reference
 
     if DATA.value is None:
@@ -94,12 +98,12 @@ def make_reference(out: str) -> dict:
     images: Images
     if DATA.value.endswith(".npz"):
         images = NpzImages(Path(DATA.value).expanduser())
-    elif DATA.value == "digits":
-        images = open_images(DATA.value, (8, 8, 1), SPLIT.value)
-    elif RESOLUTION.value is None:
-        raise UserError(f"give --resolution=<side in pixels> for --data={DATA.value}")
     else:
-        images = open_images(DATA.value, (RESOLUTION.value, RESOLUTION.value, CHANNELS.value), SPLIT.value)
+        *own_size, channels = DIGITS_SHAPE if DATA.value == "digits" else (CHANNELS.value,)
+        if RESOLUTION.value is None and not own_size:
+            raise UserError(f"give --resolution=<side, or height x width, in pixels> for --data={DATA.value}")
+        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else tuple(own_size)
+        images = cropped(DATA.value, size, channels, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
     made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))
     if jax.process_index() == 0:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import dit_jax
+from dit_jax.data.size import size_text
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference as references
@@ -215,7 +216,7 @@ def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Im
         raise UserError(
             f"the samples are {' x '.join(map(str, images.shape))} and the reference {name} was made of "
             f"{' x '.join(map(str, shape))} images; they must be equal: make a reference with "
-            f"--resolution={images.shape[0]}"
+            f"--resolution={size_text(images.shape[:2])}"
         )
 
 

@@ -17,13 +17,13 @@ whether that fits, what is computed and communicated, and about how long a step 
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
 MODELS = flags.DEFINE_bool("models", False, "The table of models.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run to plan.", lock_config=True)
+CONFIG = config_file.DEFINE_config("Config file of the run to plan.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this machine if not given."
 )
@@ -162,12 +162,12 @@ def main() -> dict:
         return print_models()
     if TABLE.value:
         return print_table()
-    if CONFIG.value is None:
+    if not CONFIG.given:
         raise UserError(
             "say what to plan: --models prints the table of models, --config=configs/<name>.py and "
             "--topology=v5p:4x4x4 plan a run"
         )
-    config = console.given_config(CONFIG)
+    config = CONFIG.read()
     from dit_jax.programs import topology
 
     place = topology.find(TOPOLOGY.value)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.size import size_json
 from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
@@ -48,7 +49,7 @@ class Request:
         dataset: name in TFDS, lower case, digits and _; none of TFDS's own.
         seed: of the order of the records, at least 0.
         shard_bytes: about the size of a shard, at least 1.
-        resolution: 0 keeps the files bit for bit; R stores the centre crop R x R, RGB, as PNG.
+        size: None keeps the files bit for bit; (H, W) stores the centre crop of that height and width, RGB, as PNG.
         num_threads: that read and crop; changes the speed only.
         max_bad_share: of the images of a split that may be unreadable and left out, in [0, 1).
 
@@ -60,14 +61,16 @@ class Request:
     dataset: str
     seed: int = 0
     shard_bytes: int = 256 << 20
-    resolution: int = 0
+    size: tuple[int, int] | None = None
     num_threads: int = 16
     max_bad_share: float = 0.001
 
     def __post_init__(self):
-        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("resolution", 0), ("num_threads", 1)):
+        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("num_threads", 1)):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"size={self.size} must be at least 1 pixel in height and width; None keeps the files")
         if not 0 <= self.max_bad_share < 1:
             raise UserError(f"max_bad_share={self.max_bad_share} must lie in [0, 1)")
         if not NAME.fullmatch(self.dataset):
@@ -80,6 +83,11 @@ class Request:
                 f"dataset={self.dataset}: TFDS has code for a data set of this name, and would not read this one: "
                 f"choose another name, my_{self.dataset} for instance"
             )
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """How the plan records the size: 0 for none, R for R x R, else [H, W]."""
+        return 0 if self.size is None else size_json(self.size)
 
     @property
     def folder(self) -> Path:
@@ -370,9 +378,9 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
         pass  # an image, if a huge one: what is done with it is for whoever decodes it
     except Exception:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
         return BadRecord(name, f"none of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
-    if request.resolution:
+    if request.size:
         try:
-            picture = center_crop(decode(image, 3, name), request.resolution)
+            picture = center_crop(decode(image, 3, name), request.size)
         except UserError as error:
             return BadRecord(name, str(error))
         file = io.BytesIO()
@@ -394,7 +402,7 @@ def _finish(request: Request, plan: dict) -> None:
             lines = (f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad)
             write_atomic(request.folder / BAD_LIST, "".join(lines))
     splits = {split: [(shard["records"], shard["bytes"]) for shard in facts["shards"]] for split, facts in plan["splits"].items()}
-    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.resolution)
+    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.size)
     plan["complete"] = True
     _save(request.folder, plan)
 

@@ -15,9 +15,10 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from dit_jax import recipes
+from dit_jax import recipes, registry
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
+from dit_jax.runtime.field_values import FieldType
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
 STEP = flags.DEFINE_string(
@@ -59,6 +60,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or a folder of shards.")
+processes.define_flags()
 
 
 def override(config: ml_collections.ConfigDict):
@@ -74,10 +76,11 @@ def override(config: ml_collections.ConfigDict):
         if key not in config.sampler or key == "name":
             fields = ", ".join(field for field in config.sampler if field != "name")
             raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {fields}")
+        wanted = FieldType.of_annotation(registry.parameters("sampler", config.sampler.name)[key].annotation)
         try:
-            config.sampler[key] = type(config.sampler[key])(value)
+            config.sampler[key] = wanted.parse(value)
         except ValueError:
-            raise UserError(f"--sampler_fields={text}: {key} is a {type(config.sampler[key]).__name__}") from None
+            raise UserError(f"--sampler_fields={text}: {key} must be {wanted.describe()}") from None
     for key, flag in (("interval", FORECAST_INTERVAL), ("order", FORECAST_ORDER)):
         if flag.value is not None:
             config.forecast = {**config.get("forecast", {}), key: flag.value}

@@ -18,7 +18,10 @@ import ml_collections
 from absl import logging
 
 from dit_jax.errors import UserError
+from dit_jax.runtime import user_code
+from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_json
+from dit_jax.storage.upgrade import upgrade
 
 SCORES, BEST_SCORE = "scores", "best.json"
 
@@ -36,6 +39,7 @@ RESUMABLE = (
     "guidance",
     "forecast",
     "scoring",
+    "imports",
 )
 # What changes the speed of a network and not what it computes, and places whose content is compared by its hash.
 RESUMABLE_FIELDS = (
@@ -98,12 +102,15 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
-            lines = differences(read_config(self.path), self.config)
+            before = read_config(self.path)
+            lines = differences(before, self.config)
             if lines and self.checkpoints.exists():  # a start that failed before its first checkpoint binds nobody
                 raise UserError(
                     f"{self.path} holds a run with another config; go on with that one, or give a new --workdir. "
                     f"Different:\n  " + "\n  ".join(lines)
                 )
+            for line in user_code.changes(before.get("imports", ()), self.config.get("imports", ())):
+                say(line)
         elif self.checkpoints.exists():
             raise UserError(
                 f"{self.path} has checkpoints and no config.json: it is no run of this program, or was cut up; "
@@ -128,18 +135,20 @@ class Workdir:
 
 
 def read_config(workdir) -> dict:
-    """The config that a run was started with.
+    """The config that a run was started with, with today's fields; user code that it names is not imported.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     file = Path(workdir).expanduser() / "config.json"
     try:
-        return json.loads(file.read_text())
+        config = upgrade(json.loads(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: {workdir} is not a --workdir that dit_jax.main has trained in") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
+    user_code.expect(config.get("imports", ()))
+    return config
 
 
 def read_best(workdir: Path) -> dict | None:

@@ -21,7 +21,7 @@ from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, plain, read_co
 from dit_jax.sweep.grid import Run
 
 # What does not change a run's result, only its speed and what it leaves behind.
-FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring")
+FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring", "imports")
 
 
 def read_lines(path: Path) -> list[dict]:
