@@ -111,6 +111,18 @@ def flow() -> dict:
     }
 
 
+def image_transform(resolution: int, channels: int, flip: bool) -> dict:
+    """Square centre crops; `size` (height, width) wins over the resolution where it is set."""
+    return {
+        "name": "image",
+        "resolution": resolution,
+        "channels": channels,
+        "flip": flip,
+        "upright": False,
+        "size": config_dict.placeholder(tuple),
+    }
+
+
 PROCESSES = {"gaussian": gaussian, "flow": flow}
 
 
@@ -160,7 +172,7 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
         "split": "train",
         "caption_key": config_dict.placeholder(str),
     }
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
 
@@ -184,7 +196,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     c.process = gaussian()
     c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 0.5}
     c.data = {"name": "folder", "path": "", "split": ""}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = default_sampler("ddpm")
     c.log.every_steps = 20
     return c
@@ -204,7 +216,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.process = PROCESSES[process]()
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
-    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
+    c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
@@ -274,7 +286,7 @@ def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
         "split": "train",
         "caption_key": config_dict.placeholder(str),
     }
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.evaluation.update({"num_images": 10_000, "split": "validation", "features": ""})
     return c
 
@@ -285,7 +297,7 @@ def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 16, 0.99
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
     c.data = {"name": "folder", "path": "", "split": ""}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.log.every_steps = 20
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 20})
@@ -307,7 +319,7 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
     c.num_steps, c.batch_size, c.ema_decay = 800, 128, 0.99
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 800, "clip_norm": 1.0})
     c.data = {"name": "digits", "path": "", "split": "train"}
-    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
+    c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.checkpoint.update({"every_steps": 400, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 400, "num_images": 50})

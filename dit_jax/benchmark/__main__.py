@@ -23,6 +23,7 @@ import jax
 from absl import flags
 
 from dit_jax import config_file
+from dit_jax.data.size import parse_size
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
@@ -34,7 +35,9 @@ WHAT = flags.DEFINE_enum(
 )
 CONFIG = config_file.DEFINE_config("Training config, instead of --model.")
 MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
-RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images in pixels.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution", "256", "Size of the images in pixels: the side of squares, or height x width, as in 256x384."
+)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
@@ -126,7 +129,7 @@ def subject(devices=None, batches: int = 1, fsdp: int | None = None):
         return subject.of_config(CONFIG.read(), devices)
     return subject.of_model(
         MODEL.value,
-        RESOLUTION.value,
+        image_size(),
         batches * batch_size(8 if on_cpu() else 256),
         dtype(),
         REMAT.value,
@@ -166,6 +169,10 @@ def measure_scaling() -> dict:
         scaling.group(config, AXIS.value),
         SECONDS.value,
     )
+
+
+def image_size() -> tuple[int, int]:
+    return parse_size(RESOLUTION.value)
 
 
 def batch_size(otherwise: int) -> int:
@@ -221,19 +228,19 @@ def measure() -> dict:
         from dit_jax.benchmark import vae
 
         codec = vae.of_folder(CODEC.value, dtype()) if CODEC.value else vae.of_preset(PRESET.value, dtype())
-        return vae.run(codec, RESOLUTION.value, batch_size(8), SECONDS.value)
+        return vae.run(codec, image_size(), batch_size(8), SECONDS.value)
     if WHAT.value == "images":
         from dit_jax.benchmark import images, machine
 
-        return images.run(DATA.value, RESOLUTION.value, batch_size(32), SECONDS.value, threads(machine.cores()))
+        return images.run(DATA.value, image_size(), batch_size(32), SECONDS.value, threads(machine.cores()))
     if WHAT.value == "latents":
         from dit_jax.benchmark import latents
 
-        return latents.run(DATA.value, RESOLUTION.value, RECORDS.value or 8192, batch_size(256), SECONDS.value)
+        return latents.run(DATA.value, image_size(), RECORDS.value or 8192, batch_size(256), SECONDS.value)
     if WHAT.value == "evaluation":
         from dit_jax.benchmark import evaluation
 
-        return evaluation.run(RESOLUTION.value, BATCH_SIZE.value, RECORDS.value)
+        return evaluation.run(image_size(), BATCH_SIZE.value, RECORDS.value)
     from dit_jax.benchmark import checkpoint
 
     it = subject()

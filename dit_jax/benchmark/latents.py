@@ -34,9 +34,9 @@ class Nothing:
         raise IndexError(f"record {index}: this data set has numbers only")
 
 
-def write_cache(folder: Path, records: int, resolution: int):
-    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec at `resolution`."""
-    job = Job(Nothing(records), KLVAE(), {}, resolution, shard_records=-(-records // NUM_SHARDS))
+def write_cache(folder: Path, records: int, size: tuple[int, int]):
+    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec for images of this (height, width)."""
+    job = Job(Nothing(records), KLVAE(), {}, size, shard_records=-(-records // NUM_SHARDS))
     write_sealed(folder / SETTINGS, job.settings)
     rng = np.random.default_rng(0)
     for number in range(job.num_shards):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dit_jax import registry
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.data.size import size_json
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
@@ -57,11 +58,6 @@ class Subject:
                 f"{rows_per_step(self.mesh)} x {self.task.microbatches} = {ways}"
             )
 
-    @property
-    def resolution(self) -> int:
-        """The height of an image in pixels."""
-        return self.task.image_shape[-3]
-
     def batch(self) -> dict[str, jax.Array]:
         """A training batch of noise, made on the devices."""
         spec, size = self.task.batch_spec(self.entry), self.batch_size
@@ -102,7 +98,7 @@ class Subject:
             "model": {"name": type(trained).__name__, **fields},
             "dtype": jnp.dtype(trained.dtype).name,
             "param_dtype": jnp.dtype(trained.param_dtype).name,
-            "resolution": self.resolution,
+            "resolution": size_json(task.image_shape[-3:-1]),
             "batch_size": self.batch_size,
             "microbatches": task.microbatches,
             "mesh": dict(self.mesh.shape),
@@ -112,7 +108,7 @@ class Subject:
 
 def of_model(
     name: str,
-    resolution: int,
+    image_size: tuple[int, int],
     batch_size: int,
     dtype: str,
     remat: str = "auto",
@@ -127,15 +123,16 @@ def of_model(
 ) -> Subject:
     """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
 
+    image_size: (height, width) in pixels.
     devices: of the mesh, whose data axis takes what fsdp and tensor leave; all that there are if None.
 
     Raises:
-        UserError: no such model or sampler; a resolution, batch or mesh that does not fit.
+        UserError: no such model or sampler; a size, batch or mesh that does not fit.
     """
     size, draw = sizes.fields(name), samplers.default_sampler(sampler)
     draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
     codec, process = KLVAE(), Gaussian()
-    image_shape = (resolution, resolution, codec.image_channels)
+    image_shape = (*image_size, codec.image_channels)
     latent_shape = codec.latent_shape(image_shape)
     network = DiT(
         **size,

@@ -6,6 +6,8 @@ of the `lpips` package with net="vgg". Only trained weights mean anything here, 
 `dit_jax.interop.lpips.load` reads them.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ EPSILON = 1e-10
 
 def shapes() -> dict:
     """The parameters of `lpips` as ShapeDtypeStructs, float32."""
-    params, before = {"scaling": {"shift": (3,), "scale": (3,)}}, 3
+    params: dict[str, Any] = {"scaling": {"shift": (3,), "scale": (3,)}}
+    before = 3
     for stage, widths in enumerate(STAGES, 1):
         for layer, width in enumerate(widths, 1):
             params[f"conv{stage}_{layer}"] = {"kernel": (3, 3, before, width), "bias": (width,)}

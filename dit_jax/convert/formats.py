@@ -4,6 +4,7 @@ Above `build`, because a network's shapes come from its config; the layouts them
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -166,7 +167,7 @@ def _read_workdir(source: Source) -> Weights:
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
     leaves = jax.tree_util.tree_flatten_with_path(restored["ema_params"])[0]
-    tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, lambda leaf=leaf: np.asarray(leaf)) for keys, leaf in leaves}
+    tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, partial(np.asarray, leaf)) for keys, leaf in leaves}
     sections = weights.sections_of(config.to_dict())
     sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
     return Weights(tensors, sections, {"from": "workdir", "name": source.path.name, "step": step})

@@ -1,6 +1,6 @@
 """A latent cache: the moments of every image of a data set and of its mirror image, encoded once (`python -m dit_jax.encode`).
 
-N records, V views of each (2 with mirror images), h x w x c latents; row V * i + mirror is record i.
+N records, V views of each (2 with mirror images), h x w x c latents (f x h x w x c of clips); row V * i + mirror is record i.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
+from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.storage.sealed import damage, digest, read_sealed
 
@@ -32,7 +33,7 @@ class LatentCache:
 
     Attributes:
         manifest: all that `manifest.json` says: codec, transform, statistics, bad records, files.
-        moments_shape: (h, w, 2c), mean and raw log-variance on the last axis; float16.
+        moments_shape: (h, w, 2c), or (f, h, w, 2c) of clips; mean and raw log-variance on the last axis; float16.
         views: 2 if the mirror image of every record is there, else 1.
         labels: int32 [N], in [0, num_classes).
         num_classes, class_names, fingerprint: as of a `Source`; the fingerprint changes with any byte of the data.
@@ -136,15 +137,15 @@ class LatentCache:
         first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
         return np.concatenate([self._moments[k][max(start - starts[k], 0) : stop - starts[k]] for k in range(first, last + 1)])
 
-    def check(self, codec: Any, weights_sha256: str, resolution: int, channels: int, flip: bool, upright: bool = False) -> None:
-        """Nothing, if training with these would have encoded the same moments.
+    def check(self, codec: Any, weights_sha256: str, transform: ImageTransform) -> None:
+        """Raises unless encoding with these settings would give this cache.
 
         The codec's scale and shift are not compared, moments are stored unscaled; nor is its dtype, the precision of the
         same numbers.
 
         Args:
             codec: its sizes are compared; weights_sha256 (`interop.vae.weights_sha256`) its weights.
-            flip: whether mirror images are wanted; a cache that has them serves without them too.
+            transform: of the images. Its flip says whether mirror images are wanted; a cache that has them serves without too.
 
         Raises:
             UserError: a list of the fields that differ.
@@ -156,16 +157,15 @@ class LatentCache:
         wanted = {
             **{f"codec.{k}": v for k, v in codec_fields(codec).items()},
             "codec.weights_sha256": weights_sha256,
-            "transform.resolution": resolution,
-            "transform.channels": channels,
-            "transform.upright": upright,
+            "transform.size": None,  # of a square, which has none
+            **{f"transform.{k}": v for k, v in transform.describe().items()},
         }
         lines = [
             f"{key}: {stored.get(key)!r} in the cache, {value!r} wanted"
             for key, value in wanted.items()
             if stored.get(key) != value
         ]
-        if flip and self.views == 1:
+        if transform.flip and self.views == 1:
             lines.append("transform.flip: the cache has no mirror images (--nomirror), True wanted")
         if lines:
             raise UserError(

@@ -7,7 +7,8 @@ import contextlib
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -16,7 +17,7 @@ from absl import flags
 from dit_jax.data.sources.source import Example, Source
 from dit_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays, and "caption" as a list of str or None
 BadRecord = tuple[int, str]  # number in the source, reason
 
 REPLACEMENT_TRIES = 16
@@ -241,7 +242,7 @@ def read_in_order(
     stop: int | None = None,
     num_threads: int = 16,
     bad_records: list[tuple[int, str]] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Examples start..stop-1 once, in order, as batches whose last may be shorter: for statistics and encoding.
 
     Args:
@@ -274,7 +275,7 @@ def read_in_order(
         except UserError as error:
             return index, error, None
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch]:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * batch_size, num_threads))
         examples = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
         rows, captions = [], []

@@ -29,3 +29,9 @@ def size_text(size: Sequence[int]) -> str:
     """What `parse_size` reads: "256" of (256, 256), "256x384" of (256, 384)."""
     height, width = size
     return str(height) if height == width else f"{height}x{width}"
+
+
+def size_json(size: Sequence[int]) -> int | list[int]:
+    """What results and plans record: 256 of (256, 256), [256, 384] of (256, 384)."""
+    height, width = size
+    return height if height == width else [height, width]

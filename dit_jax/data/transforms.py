@@ -5,6 +5,7 @@ Letters: H, W, C are the height, width and channels of an image, F the frames of
 
 import dataclasses
 import io
+from typing import Any
 
 import grain
 import numpy as np
@@ -20,7 +21,7 @@ MAX_PIXELS = 178_956_970  # where Pillow refuses by default
 # Pillow warns above this number and refuses above its double; an image of up to MAX_PIXELS is nothing to warn of.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 ELONGATED = 32  # ratio of the sides from which only what is kept of the long side is enlarged
-UPRIGHT = {  # what undoes each orientation of the EXIF standard
+UPRIGHT: dict[int | None, Image.Transpose] = {  # what undoes each orientation of the EXIF standard
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -219,7 +220,9 @@ class ImageTransform(grain.transforms.RandomMap):
         if self.size is not None:
             size = tuple(self.size)  # a config that was read from JSON gives a list
             if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
-                raise UserError(f"transform.size={size} must be (height, width) in pixels, both at least 1, as in (256, 384)")
+                raise UserError(
+                    f"transform.size={size} must be (height, width), both at least 1 pixel, as in --config.transform.size=256,384"
+                )
             object.__setattr__(self, "size", size)
 
     @property
@@ -233,7 +236,7 @@ class ImageTransform(grain.transforms.RandomMap):
         size = {"resolution": height} if height == width else {"resolution": None, "size": [height, width]}
         return {**size, "channels": channels, "upright": self.upright, "crop": "adm_center"}
 
-    def __call__(self, example: Example) -> dict[str, np.ndarray]:
+    def __call__(self, example: Example) -> dict[str, Any]:
         """The part without chance: decoded and cropped, never mirrored."""
         image, name = example["image"], example.get("name", "image")
         if isinstance(image, np.ndarray) and image.ndim == 4:
@@ -247,7 +250,7 @@ class ImageTransform(grain.transforms.RandomMap):
             return image
         return np.asarray(center_crop(decode(image, self.channels, name, self.upright), self.shape[:2])).reshape(self.shape)
 
-    def random_map(self, element: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def random_map(self, element: Example, rng: np.random.Generator) -> dict[str, Any]:
         """`self(element)`, mirrored if `flip` and rng's first uniform number is below 1/2."""
         example = self(element)
         if self.flip and rng.random() < 0.5:

@@ -139,7 +139,8 @@ class Flow:
         return c.alpha * x0 + c.sigma * noise
 
     def predict(self, output, x_t, t):
-        return Prediction(*from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t)), 0.0)
+        x0, noise = from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t))
+        return Prediction(x0, noise, 0.0)
 
     def network_input(self, x_t, t):
         return x_t

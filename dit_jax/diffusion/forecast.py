@@ -26,7 +26,7 @@ class Memory(NamedTuple):
 
     terms: jax.Array
     t: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     calls: jax.Array
 
 

@@ -197,8 +197,8 @@ class Gaussian:
         Source: Hang et al. 2023, equation 6 and section 3.4.
         """
         snr = jnp.square(self.alpha(t) / self.sigma(t))
-        implied = {"noise": snr, "x0": 1.0, "v": snr + 1}[self.prediction]
-        return jnp.minimum(snr, self.min_snr_gamma) / implied
+        implied: dict[str, jax.Array | float] = {"noise": snr, "x0": 1.0, "v": snr + 1}
+        return jnp.minimum(snr, jnp.float32(self.min_snr_gamma)) / implied[self.prediction]
 
     @cached_property
     def posterior_tables(self) -> dict[str, np.ndarray]:

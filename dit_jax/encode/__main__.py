@@ -25,7 +25,7 @@ CONFIG = config_file.DEFINE_config(
 DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
 CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL, or --workdir of a run that trained one.")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side of the square images in pixels.")
+RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: the side of squares, or height x width, as in 256x384.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What --codec computes in; float32 if not given.")
 OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
 MIRROR = flags.DEFINE_boolean("mirror", None, "Encode mirror images too. If not given: yes, or as --config.transform.flip.")
@@ -43,20 +43,23 @@ processes.define_flags()
 
 
 def job_of_flags():
+    from dit_jax.data.size import parse_size
     from dit_jax.data.sources.named import named_source
     from dit_jax.encode.writer import Job
     from dit_jax.interop import vae
 
-    missing = [name for name, flag in (("data", DATA), ("codec", CODEC), ("resolution", RESOLUTION)) if flag.value is None]
-    if missing:
-        raise UserError(f"give --{', --'.join(missing)}; or --config=configs/<name>.py, which has them")
-    path = vae.find(CODEC.value)
+    data, codec_path, resolution = DATA.value, CODEC.value, RESOLUTION.value
+    if data is None or codec_path is None or resolution is None:
+        given = {"data": data, "codec": codec_path, "resolution": resolution}
+        missing = [f"--{name}" for name, value in given.items() if value is None]
+        raise UserError(f"give {', '.join(missing)}; or --config=configs/<name>.py, which has them")
+    size, path = parse_size(resolution), vae.find(codec_path)
     codec = vae.read_codec(path, DTYPE.value or "float32")
     return Job(
-        named_source(DATA.value, SPLIT.value),
+        named_source(data, SPLIT.value),
         codec,
         vae.load_diffusers(path, codec),
-        RESOLUTION.value,
+        size,
         MIRROR.value is not False,
         bool(UPRIGHT.value),
         BATCH_SIZE.value,
@@ -85,19 +88,18 @@ def job_of_config():
             "the config's data.name is 'latents', encoded already: give the images with --data, --codec and --resolution"
         )
     run = run.with_codec_weights()
-    transform = run.config.transform
-    run.image_shape  # checks the channels
+    transform, size = run.transform, run.image_shape[:2]
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
-    upright = transform.get("upright", False) if UPRIGHT.value is None else UPRIGHT.value
+    upright = transform.upright if UPRIGHT.value is None else UPRIGHT.value
     source, params = run.source, run.codec_params
-    return Job(source, run.codec, params, transform.resolution, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    return Job(source, run.codec, params, size, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
 def said_of(manifest: dict) -> dict:
     """The result of the verb that a manifest tells; says how the latents would be scaled."""
     from dit_jax.storage.sealed import sealed
 
-    latents, (h, w, channels) = manifest["latents"], manifest["moments"]["shape"]
+    latents, (*grid, channels) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]
     center = sum(mean) / len(mean)
     scale = (sum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(std)) ** -0.5
@@ -111,7 +113,7 @@ def said_of(manifest: dict) -> dict:
         "images": manifest["count"],
         "shards": len(manifest["shards"]),
         "bad_records": manifest["bad_records"]["count"],
-        "latent_shape": [h, w, channels // 2],
+        "latent_shape": [*grid, channels // 2],
         "views": manifest["views"],
         "unit_scale": scale,
         "manifest_sha256": hashlib.sha256(sealed(manifest)).hexdigest(),

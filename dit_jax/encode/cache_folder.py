@@ -158,7 +158,7 @@ def check_bad(bad: list, records: int, max_bad_share: float):
 
 def manifest_of(settings: dict, facts: list[dict], bad: list) -> dict:
     encoding = settings["encoding"]
-    h, w, _ = encoding["moments"]["shape"]
+    *grid, _ = encoding["moments"]["shape"]
 
     def file(name: str, content: dict) -> dict:
         text = sealed(content)
@@ -175,7 +175,7 @@ def manifest_of(settings: dict, facts: list[dict], bad: list) -> dict:
         "source": encoding["source"],
         "count": sum(shard["count"] for shard in facts),
         "bad_records": {"count": len(bad), "first": bad[:LISTED]},
-        "latents": latent_statistics(facts, encoding["views"] * h * w),
+        "latents": latent_statistics(facts, encoding["views"] * math.prod(grid)),
         "num_classes": encoding["num_classes"],
         "class_names": encoding["class_names"],
         "captions": sum(shard["captions"] for shard in facts),

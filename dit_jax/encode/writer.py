@@ -59,28 +59,28 @@ class Job:
 
     Fields:
         params: of the codec.
-        resolution: side of the square images in pixels.
+        size: (height, width) of the images in pixels.
         mirror: encode every image's mirror image too.
         upright: turn photographs as their EXIF orientation asks.
         device_batch_size: images per device and call, whole chunks of `images_at_once`; no byte depends on it.
         shard_records: S; None takes the most whose moments fit in SHARD_BYTES.
 
     Raises:
-        UserError: a resolution that does not suit the codec; a number below 1; a batch that is no multiple of a chunk; an
+        UserError: a size that does not suit the codec; a number below 1; a batch that is no multiple of a chunk; an
             empty data set.
     """
 
     source: Source
     codec: KLVAE
     params: Any
-    resolution: int
+    size: tuple[int, int]
     mirror: bool = True
     upright: bool = False
     device_batch_size: int = 16
     shard_records: int | None = None
 
     def __post_init__(self):
-        self.codec.latent_shape(self.resolution)
+        self.codec.latent_shape(self.transform.shape)
         for name in ("device_batch_size", "shard_records"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -94,16 +94,16 @@ class Job:
 
     @property
     def transform(self) -> ImageTransform:
-        return ImageTransform(self.resolution, self.codec.image_channels, flip=False, upright=self.upright)
+        return ImageTransform(self.size[0], self.codec.image_channels, flip=False, upright=self.upright, size=self.size)
 
     @property
     def views(self) -> int:
         return 2 if self.mirror else 1
 
     @property
-    def moments_shape(self) -> tuple[int, int, int]:
-        h, w, c = self.codec.latent_shape(self.resolution)
-        return h, w, 2 * c
+    def moments_shape(self) -> tuple[int, ...]:
+        *grid, channels = self.codec.latent_shape(self.transform.shape)
+        return *grid, 2 * channels
 
     @property
     def records_per_shard(self) -> int:
@@ -130,12 +130,7 @@ class Job:
                             "dtype": jnp.dtype(codec.dtype).name,
                             "weights_sha256": weights_sha256(self.params),
                         },
-                        "transform": {
-                            "resolution": self.resolution,
-                            "channels": codec.image_channels,
-                            "upright": self.upright,
-                            "crop": "adm_center",
-                        },
+                        "transform": self.transform.describe(),
                         "views": self.views,
                         "moments": {"shape": self.moments_shape, "dtype": "float16"},
                         "source": {"fingerprint": source.fingerprint, "records": len(source)},
@@ -152,7 +147,7 @@ class Job:
                         "images_at_once": images_at_once(),
                         "pillow": PIL.__version__,
                         "device": jax.local_devices()[0].device_kind,
-                        "matmul_precision": jax.config.jax_default_matmul_precision,
+                        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # set by JAX
                     },
                 }
             )
@@ -243,7 +238,7 @@ class DeviceEncoder:
         def chunk(params, images):
             images = to_float(images)
             if job.mirror:
-                images = jnp.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
+                images = jnp.stack([images, images[..., ::-1, :]], axis=1).reshape(-1, *images.shape[1:])
             return job.codec.encode(params, images)
 
         def moments(params, images):
@@ -262,8 +257,8 @@ class DeviceEncoder:
         )
 
     def start(self, images: np.ndarray) -> jax.Array:
-        """uint8 [n, R, R, C], n at most the batch size -> moments that are being computed, rows past n * views padding."""
-        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * 3
+        """uint8 [n, H, W, C], n at most the batch size -> moments that are being computed, rows past n * views padding."""
+        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
         return self._program(self._params, jax.device_put(np.pad(images, padding), self._rows))
 
     def __call__(self, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
@@ -318,7 +313,7 @@ class Shard:
         views = self.job.views
         with np.errstate(over="ignore"):  # becomes infinity, and is told so below
             half = moments.astype(np.float16)
-        lost = np.flatnonzero(~np.isfinite(half).all(axis=(1, 2, 3)))
+        lost = np.flatnonzero(~np.isfinite(half).reshape(len(half), -1).all(axis=1))
         if lost.size:
             worst, record = moments[lost[0]], int(batch["index"][lost[0] // views])
             raise UserError(
@@ -335,7 +330,7 @@ class Shard:
         moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
         if any(caption is not None for caption in self.captions):
-            parts["captions"] = json.dumps(self.captions).encode()
+            parts["captions"] = [json.dumps(self.captions).encode()]
 
         def path(kind: str) -> Path:
             return folder / shard_file(self.number, self.job.num_shards, kind)
@@ -364,11 +359,11 @@ def record_name(source: Source, index: int) -> str:
 def sums(moments: np.ndarray) -> dict[str, list[float]]:
     """Per channel over all rows and pixels, float64: of the posterior mean, its square, and the posterior variance.
 
-    moments: float16 [rows, h, w, 2c].
+    moments: float16 [rows, ..., 2c].
     """
     total = np.zeros((3, moments.shape[-1] // 2))
     for start in range(0, len(moments), ROWS_AT_ONCE):
         mean, log_variance = np.split(moments[start : start + ROWS_AT_ONCE].astype(np.float64), 2, axis=-1)
         parts = (mean, mean**2, np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)))
-        total += [part.sum(axis=(0, 1, 2)) for part in parts]
+        total += [part.sum(axis=tuple(range(part.ndim - 1))) for part in parts]
     return dict(zip(("mean", "square", "variance"), total.tolist(), strict=True))

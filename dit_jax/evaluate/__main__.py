@@ -37,7 +37,9 @@ LEVEL = flags.DEFINE_float("level", 0.95, "Of the bootstrap interval.")
 MAKE_REFERENCE = flags.DEFINE_string("make_reference", None, "Write the statistics of --data to this npz.")
 DATA = flags.DEFINE_string("data", None, "digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side in pixels that --data is cropped to.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution", None, "Size in pixels that --data is cropped to: the side of squares, or height x width, as in 256x384."
+)
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of --data: 3, or 1 for grey.")
 KEEP_FEATURES = flags.DEFINE_boolean(
     "keep_features", None, "Store the features too, which precision, recall and KID need. If not given: up to 50,000 images."
@@ -49,16 +51,16 @@ processes.define_flags()
 KEPT_IMAGES = 50_000
 
 
-def make_table() -> dict:
+def make_table(results: list[str]) -> dict:
     from dit_jax.evaluate.table import table
 
-    text = table(TABLE.value, FORMAT.value)
+    text = table(results, FORMAT.value)
     if OUT.value is None:
         print(text, flush=True)
-        return {"results": len(TABLE.value)}
+        return {"results": len(results)}
     path = result_path(OUT.value)
     write_atomic(path, text + "\n")
-    return {"results": len(TABLE.value), "out": str(path)}
+    return {"results": len(results), "out": str(path)}
 
 
 def options():
@@ -81,24 +83,27 @@ def result_path(name: str) -> Path:
     return path
 
 
-def make_reference() -> dict:
+def make_reference(out: str) -> dict:
+    from dit_jax.data.size import parse_size
     from dit_jax.evaluate import reference, snapshots
     from dit_jax.evaluate.extractors import load
-    from dit_jax.evaluate.images import NpzImages, open_images
+    from dit_jax.evaluate.images import DIGITS_SHAPE, Images, NpzImages, cropped
     from dit_jax.evaluate.scores import make_reference
 
     if DATA.value is None:
         raise UserError("give --data=<digits, an npz, a folder, tfds:NAME:PATH or tars:PATTERN> for --make_reference")
-    if not MAKE_REFERENCE.value.endswith(".npz"):
-        raise UserError(f"--make_reference={MAKE_REFERENCE.value} must end in .npz")
-    path = result_path(MAKE_REFERENCE.value)
+    if not out.endswith(".npz"):
+        raise UserError(f"--make_reference={out} must end in .npz")
+    path = result_path(out)
+    images: Images
     if DATA.value.endswith(".npz"):
         images = NpzImages(Path(DATA.value).expanduser())
-    elif RESOLUTION.value is None and DATA.value != "digits":
-        raise UserError(f"give --resolution=<side in pixels> for --data={DATA.value}")
     else:
-        shape = (8, 8, 1) if DATA.value == "digits" else (RESOLUTION.value, RESOLUTION.value, CHANNELS.value)
-        images = open_images(DATA.value, shape, SPLIT.value)
+        *own_size, channels = DIGITS_SHAPE if DATA.value == "digits" else (CHANNELS.value,)
+        if RESOLUTION.value is None and not own_size:
+            raise UserError(f"give --resolution=<side, or height x width, in pixels> for --data={DATA.value}")
+        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else tuple(own_size)
+        images = cropped(DATA.value, size, channels, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
     made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))
     if jax.process_index() == 0:
@@ -121,11 +126,11 @@ def score() -> dict:
     from dit_jax.evaluate.scores import METRICS, evaluate
 
     samples = Path(SAMPLES.value).expanduser()
+    if not samples.exists():
+        raise UserError(f"--samples={SAMPLES.value} does not exist; give an npz of images or a folder of dit_jax.sample")
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
-    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
-    result = evaluate(
-        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=path and resumable_path(path)
-    )
+    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json")
+    result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=resumable_path(path))
     result["out"] = str(path)
     if jax.process_index() == 0:
         write_json(path, result)
@@ -144,9 +149,9 @@ def main() -> dict:
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
     if TABLE.value:
-        return make_table()
+        return make_table(TABLE.value)
     processes.join()
-    return make_reference() if MAKE_REFERENCE.value else score()
+    return make_reference(MAKE_REFERENCE.value) if MAKE_REFERENCE.value else score()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def check_name(name: str, weights: str | None) -> None:
         raise UserError(f"--weights={weights} is not a file; {made_by} writes one")
 
 
-def check_shape(name: str, shape: tuple[int, int, int]):
+def check_shape(name: str, shape: tuple[int, ...]):
     """Raises a UserError if the covariance of the pixels of such images would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(

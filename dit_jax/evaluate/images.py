@@ -12,34 +12,45 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
 from dit_jax.data.loader import read_in_order
-from dit_jax.data.sources import Source
+from dit_jax.data.size import size_text
 from dit_jax.data.sources.named import named_source
+from dit_jax.data.sources.source import Source
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.sample import shards
 
 ARRAY = "arr_0.npy"
+DIGITS_SHAPE = (8, 8, 1)
 READ_BYTES = 2**24
 
 
 class Images(Protocol):
-    """Images with what is known of them.
+    """Images with what is known of them."""
 
-    Fields:
-        name: what results call them.
-        made_by: how they were made, if their file says so.
-        identity: what can be known without reading all of them; extraction that goes on compares it.
-    """
+    @property
+    def name(self) -> str:
+        """What results call them."""
+        ...
 
-    name: str
-    shape: tuple[int, int, int]
-    made_by: dict | None
-    identity: dict
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[H, W, C], of one image."""
+        ...
+
+    @property
+    def made_by(self) -> dict | None:
+        """How they were made, if their file says so."""
+        ...
+
+    @property
+    def identity(self) -> dict:
+        """What can be known without reading all of them; extraction that goes on compares it."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -77,6 +88,8 @@ class NpzImages:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:
             raise UserError(f"{path} is not a readable npz of images: {error}") from None
+        if len(shape) == 5:
+            raise _is_clips(path, shape)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(
                 f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; uint8 "
@@ -88,7 +101,8 @@ class NpzImages:
                 f"{self._member.file_size - self._header_bytes} bytes"
             )
         self._count, self.shape = shape[0], tuple(shape[1:])
-        self._stream, self._position = None, 0  # of a compressed file, which can only be read forwards
+        self._stream: IO[bytes] | None = None  # of a compressed file, which can only be read forwards
+        self._position = 0
         self.identity = {
             "npz": str(path.absolute()),
             "bytes": path.stat().st_size,
@@ -122,7 +136,7 @@ class NpzImages:
         except ValueError as error:
             raise self._damaged(error) from None
         for start in range(0, len(found), READ_BYTES):
-            crc = zlib.crc32(found[start : start + READ_BYTES], crc)
+            crc = zlib.crc32(found[start : start + READ_BYTES].data, crc)
         if crc != self._member.CRC:
             raise self._damaged("arr_0 has another CRC-32 than when it was written")
         return found
@@ -148,6 +162,7 @@ class NpzImages:
 
     def _read(self, count: int) -> bytes:
         """The next bytes of a compressed file, whose end zipfile holds to the CRC-32."""
+        assert self._stream is not None  # `_unpacked` has opened it
         try:
             data = self._stream.read(count)
         except (zlib.error, zipfile.BadZipFile, EOFError) as error:
@@ -179,13 +194,8 @@ class SourceImages:
 
     def __init__(self, source: Source, transform: ImageTransform, name: str):
         self.source, self._transform, self.name, self.made_by = source, transform, name, None
-        self.shape = (transform.resolution, transform.resolution, transform.channels)
-        self.transform = {
-            "resolution": transform.resolution,
-            "channels": transform.channels,
-            "upright": transform.upright,
-            "crop": "adm_center",
-        }
+        self.shape = transform.shape
+        self.transform = transform.describe()
         self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
 
     def __len__(self) -> int:
@@ -214,6 +224,13 @@ class ArrayImages:
             yield self.images[first : min(first + size, stop)]
 
 
+def _is_clips(path: Path, shape: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"{path} holds clips, {' x '.join(map(str, shape))}, and these metrics are of images: the Frechet video distance needs "
+        "an extractor of clips (I3D), which dit_jax does not have yet. To score single frames, write them to an npz"
+    )
+
+
 def open_samples(path: str) -> Images:
     """The images of an npz, or of a folder that `dit_jax.sample` has finished.
 
@@ -221,10 +238,20 @@ def open_samples(path: str) -> Images:
         UserError: it does not exist, or holds no images; see `NpzImages` and `sampling.shards.read`.
     """
     found = Path(path).expanduser()
-    return shards.read(found) if found.is_dir() else NpzImages(found)
+    if not found.is_dir():
+        return NpzImages(found)
+    samples = shards.read(found)
+    if len(samples.shape) != 3:
+        raise _is_clips(found, (len(samples), *samples.shape))
+    return samples
 
 
-def open_images(data: str, shape: tuple[int, int, int], split: str | None = None) -> Images:
+def cropped(data: str, size: tuple[int, int], channels: int, split: str | None = None) -> SourceImages:
+    """The images of a data set as in `named_source`, centre-cropped to (height, width)."""
+    return SourceImages(named_source(data, split), ImageTransform(size[0], channels, flip=False, size=size), data)
+
+
+def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> Images:
     """The images that a name on the command line stands for: an npz, or a data set as in `named_source`, centre-cropped.
 
     Args:
@@ -232,14 +259,16 @@ def open_images(data: str, shape: tuple[int, int, int], split: str | None = None
     Raises:
         UserError: no such data set; images of another shape.
     """
+    images: Images
     if data.endswith(".npz"):
         images = NpzImages(Path(data).expanduser())
     else:
-        resolution, channels = (8, 1) if data == "digits" else (shape[0], shape[2])
-        images = SourceImages(named_source(data, split), ImageTransform(resolution, channels, flip=False), data)
+        *size, channels = DIGITS_SHAPE if data == "digits" else shape
+        images = cropped(data, tuple(size), channels, split)
     if images.shape != tuple(shape):
         raise UserError(
             f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "
-            f"{' x '.join(map(str, images.shape))}; they must be equal"
+            f"{' x '.join(map(str, images.shape))}; they must be equal: give images of that size, or make "
+            f"a reference with --make_reference --resolution={size_text(shape[:2])}"
         )
     return images

@@ -81,7 +81,8 @@ def write(path: Path, reference: Reference):
     try:
         remove_leftovers(path.parent, path.name)
         with replacing(path) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays, recipe=np.array(recipe), seal=np.array(seal), format=np.array(FORMAT))
+            facts = {"recipe": np.array(recipe), "seal": np.array(seal), "format": np.array(FORMAT)}
+            np.savez(file, allow_pickle=False, **arrays, **facts)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
 
@@ -98,7 +99,7 @@ def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
     found = hashlib.sha256(recipe.encode())
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        found.update(np.ascontiguousarray(arrays[name]))
+        found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()
 
 

@@ -91,4 +91,4 @@ def remove(folder: Path):
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]):
     with replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)

@@ -72,7 +72,8 @@ def names(official: str, depth: int) -> list[str]:
 
 def expected(official: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, tuple[int, ...]]:
     """Their names and shapes for official ones."""
-    blank = {name: Tensor(shape, np.dtype(np.float32), lambda: None) for name, shape in official.items()}
+    nothing = np.zeros(0)
+    blank = {name: Tensor(shape, np.dtype(np.float32), lambda: nothing) for name, shape in official.items()}
     return {name: tensor.shape for name, tensor in from_official(blank, depth).items()}
 
 
@@ -165,10 +166,11 @@ def check_config(config: Mapping, architecture: Architecture, what: str):
     Raises:
         UserError: lists all fields that differ.
     """
-    sizes = [config.get(name) for name in ("num_attention_heads", "attention_head_dim", "sample_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(f"{what}: num_attention_heads, attention_head_dim and sample_size are {sizes}; whole numbers are needed")
-    wanted = _config(architecture, sizes[0], sizes[2])
+    sizes = {name: config.get(name) for name in ("num_attention_heads", "attention_head_dim", "sample_size")}
+    whole = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
+    if len(whole) < len(sizes):
+        raise UserError(f"{what}: {', '.join(sizes)} are {list(sizes.values())}; whole numbers are needed")
+    wanted = _config(architecture, whole["num_attention_heads"], whole["sample_size"])
     found = {"out_channels": config.get("in_channels")} if config.get("out_channels") is None else {}
     found = dict(config) | found
     problems = [

@@ -10,6 +10,8 @@ and converted to a .safetensors of 59 MB, for which PyTorch is not needed:
 The names in it stay those of the package.
 """
 
+from typing import Any
+
 import numpy as np
 
 from dit_jax.codecs.perceptual import STAGES
@@ -22,7 +24,8 @@ ALEXNET_FIRST = (64, 3, 11, 11)
 
 def _layout() -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """{their name: (our keys, their shape)}; a convolution's number is its place in torchvision's vgg16().features."""
-    layout = {f"scaling_layer.{name}": (("scaling", name), (1, 3, 1, 1)) for name in ("shift", "scale")}
+    layout: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    layout |= {f"scaling_layer.{name}": (("scaling", name), (1, 3, 1, 1)) for name in ("shift", "scale")}
     place, before = 0, 3
     for stage, widths in enumerate(STAGES, 1):
         for layer, width in enumerate(widths, 1):
@@ -71,7 +74,7 @@ def load(path) -> dict:
     """
     path, tensors = open_converted(path, "LPIPS", "lpips", "--from=lpips --weights=lpips_vgg.pt")
     _check(tensors, str(path))
-    params = {}
+    params: dict[str, Any] = {}
     for name, (keys, shape) in LAYOUT.items():
         array = tensors[name].load()
         # OIHW to HWIO; [1, C, 1, 1] to [C].

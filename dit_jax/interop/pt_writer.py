@@ -29,6 +29,7 @@ def write(path: Path, tensors: Tensors):
 
 def _add(archive: zipfile.ZipFile, name: str, content):
     member = zipfile.ZipInfo(f"{ROOT}/{name}")  # with a fixed date: the same weights give the same file
+    assert archive.fp is not None  # it is open
     start = archive.fp.tell() + LOCAL_HEADER + len(member.filename) + 4
     padding = -start % ALIGNMENT
     member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding

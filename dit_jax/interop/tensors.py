@@ -3,6 +3,7 @@
 Nothing here holds a model's weights whole, so a conversion needs the memory of its largest tensor, not of the model.
 """
 
+import functools
 import json
 import math
 import re
@@ -115,7 +116,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             part = file.get_slice(name)
             if part.get_dtype() not in CODES:
                 raise UserError(f"{path}: {name} has dtype {part.get_dtype()}; one of {', '.join(CODES)} is needed")
-            tensors[name] = Tensor(tuple(part.get_shape()), CODES[part.get_dtype()], lambda name=name: file.get_tensor(name))
+            tensors[name] = Tensor(tuple(part.get_shape()), CODES[part.get_dtype()], functools.partial(file.get_tensor, name))
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
     return tensors, file.metadata() or {}
@@ -176,7 +177,8 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
 
     The library's writer takes all arrays at once; this one holds a single tensor in memory.
     """
-    header, position = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+    position = 0
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + size]}
@@ -208,4 +210,4 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     array = np.asarray(tensor.load())
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise ValueError(f"a tensor promised {tensor.dtype} {tensor.shape} and gave {array.dtype} {array.shape}")
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from dit_jax.storage.atomic import replacing, write_json
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 # Our module path, "/" read as ".", to theirs: every pattern is tried, none overlaps another.
-TO_DIFFUSERS = [
+TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\b(down|up)_(\d+)_resnet_(\d+)\b", r"\1_blocks.\2.resnets.\3"),
     (r"\bdown_(\d+)_downsample\b", r"down_blocks.\1.downsamplers.0.conv"),
     (r"\bup_(\d+)_upsample\b", r"up_blocks.\1.upsamplers.0.conv"),
@@ -37,7 +39,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 # How latents are scaled, which is a choice of whoever diffuses in them.
 NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # What diffusers assumes for a field that config.json lacks; older files lack several.
-CONFIG_DEFAULTS = {
+CONFIG_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "block_out_channels": [64],

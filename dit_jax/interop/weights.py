@@ -26,7 +26,7 @@ SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sa
 class Weights(NamedTuple):
     """What is converted: parameters by path, the config sections that give them meaning, and where they came from."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     sections: dict[str, Any]
     origin: dict[str, Any]
 

@@ -217,6 +217,7 @@ class DiT(nn.Module):
         return cls(**fields_of_size(size), num_classes=num_classes, out_channels=out_channels, **fields)
 
     def setup(self):
+        self._check_fields()
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.patch_embedding = nn.Dense(self.width, kernel_init=layers.xavier_uniform, **dtypes)
         self.time_embedding = layers.TimeEmbedding(self.width, **dtypes)
@@ -274,6 +275,20 @@ class DiT(nn.Module):
 
     def check(self, latent_shape: Shape) -> None:
         """Raises a UserError if the fields do not fit one another or an input of latent_shape (h, w, c)."""
+        self._check_fields()
+        if len(latent_shape) != 3:
+            raise UserError(
+                f"the network's input is {' x '.join(map(str, latent_shape))}, and DiT takes images, height x width x channels; "
+                "choose a network for clips"
+            )
+        height, width, _ = latent_shape
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
+                f"{self.patch_size}; change the resolution or the patch size"
+            )
+
+    def _check_fields(self) -> None:
         if self.conditioning not in CONDITIONINGS:
             raise UserError(f"model.conditioning is {self.conditioning!r}; it must be one of {', '.join(CONDITIONINGS)}")
         if self.remat not in ("auto", "none", *REMAT_POLICIES):
@@ -294,17 +309,6 @@ class DiT(nn.Module):
             )
         if self.width % 4:
             raise UserError(f"model.width = {self.width} is not a multiple of 4, which the position table needs")
-        if len(latent_shape) != 3:
-            raise UserError(
-                f"the network's input is {' x '.join(map(str, latent_shape))}, and DiT takes images, height x width x channels; "
-                "choose a network for clips"
-            )
-        height, width, _ = latent_shape
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
-                f"{self.patch_size}; change the resolution or the patch size"
-            )
 
     def num_tokens(self, latent_shape: Shape) -> int:
         height, width, _ = latent_shape

@@ -12,16 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
-# Convolutions [k, k, in, out], linears [in, out], and the vectors beside them. Convolutions never over tensor: split over fsdp
-# and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
-AUTOENCODER_RULES: Rules = (
-    (
-        r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
-        (None, None, "fsdp", None),
-    ),
-    (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
-    (r"\w+/(bias|scale)", ()),
-)
 TOO_MUCH = 0.1  # of the bytes of a device, to be left whole without a word
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
@@ -96,7 +86,7 @@ def left_whole(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, float,
         held += size
         if axis in rule_of(name, x.shape, rules) and axis not in spec:
             whole[name] = size
-    return held, sum(whole.values()), max(whole, key=whole.get)
+    return held, sum(whole.values()), max(whole, key=lambda name: whole[name])
 
 
 def warnings(tree, mesh: Mesh, rules: Rules) -> list[str]:

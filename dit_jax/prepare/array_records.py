@@ -103,7 +103,7 @@ def write_metadata(
     splits: dict[str, list[tuple[int, int]]],
     class_names: Sequence[str],
     captions: bool,
-    resolution: int,
+    size: tuple[int, int] | None,
 ) -> None:
     """Writes what TFDS needs beside the shards of <data_dir>/<dataset>/<version>, over what an earlier call wrote.
 
@@ -111,12 +111,12 @@ def write_metadata(
 
     Args:
         splits: {name: [(records, bytes) of every shard]}.
-        resolution: 0 for images of any size and format, R for PNGs of R x R.
+        size: (height, width) of PNGs; None for images of any size and format.
     """
     import tensorflow_datasets as tfds
 
-    size = resolution or None
-    features = {"image": tfds.features.Image(shape=(size, size, 3), encoding_format="png" if size else None)}
+    shape = (*(size or (None, None)), 3)
+    features = {"image": tfds.features.Image(shape=shape, encoding_format="png" if size else None)}
     if class_names:
         features["label"] = tfds.features.ClassLabel(names=list(class_names))
     if captions:

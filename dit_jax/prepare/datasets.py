@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder, Source
+from dit_jax.data.size import size_json
+from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
 from dit_jax.data.transforms import FORMATS, center_crop, decode
@@ -36,6 +37,7 @@ PNG_LEVEL = 4  # as small as Pillow's default of 6 within 1 %, in half the time
 SIZED = 512  # records whose mean size gives the number of shards
 MAX_SHARDS = 99_999  # what the five digits of a shard's name can count
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+Files = ImageFolder | TarSource  # whose examples hold the bytes of image files
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Request:
         dataset: name in TFDS, lower case, digits and _; none of TFDS's own.
         seed: of the order of the records, at least 0.
         shard_bytes: about the size of a shard, at least 1.
-        resolution: 0 keeps the files bit for bit; R stores the centre crop R x R, RGB, as PNG.
+        size: None keeps the files bit for bit; (H, W) stores the centre crop of that height and width, RGB, as PNG.
         num_threads: that read and crop; changes the speed only.
         max_bad_share: of the images of a split that may be unreadable and left out, in [0, 1).
 
@@ -59,14 +61,16 @@ class Request:
     dataset: str
     seed: int = 0
     shard_bytes: int = 256 << 20
-    resolution: int = 0
+    size: tuple[int, int] | None = None
     num_threads: int = 16
     max_bad_share: float = 0.001
 
     def __post_init__(self):
-        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("resolution", 0), ("num_threads", 1)):
+        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("num_threads", 1)):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"size={self.size} must be at least 1 pixel in height and width; None keeps the files")
         if not 0 <= self.max_bad_share < 1:
             raise UserError(f"max_bad_share={self.max_bad_share} must lie in [0, 1)")
         if not NAME.fullmatch(self.dataset):
@@ -79,6 +83,11 @@ class Request:
                 f"dataset={self.dataset}: TFDS has code for a data set of this name, and would not read this one: "
                 f"choose another name, my_{self.dataset} for instance"
             )
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """How the plan records the size: 0 for none, R for R x R, else [H, W]."""
+        return 0 if self.size is None else size_json(self.size)
 
     @property
     def folder(self) -> Path:
@@ -98,7 +107,7 @@ class BadRecord:
     reason: str
 
 
-def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> ImageFolder | TarSource:
+def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> Files:
     """What lies at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
 
     Args:
@@ -120,6 +129,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         raise UserError(
             f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for the tars"
         )
+    source: Files
     if given.is_dir() and not tars:
         source = ImageFolder(path)
     elif first and CLASS_TAR.fullmatch(first.name):
@@ -163,7 +173,7 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
     with _locked(request.folder):
         plan = _read_plan(request.folder)
         class_names = tuple(plan["class_names"]) if plan else None
-        sources = {}
+        sources: dict[str, Files] = {}
         for split, path in paths.items():
             sources[split] = open_source(path, class_names_file, class_names)
             class_names = sources[split].class_names
@@ -222,7 +232,7 @@ def _order(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
-def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) -> dict:
+def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> dict:
     """The plan with every asked-for split.
 
     Raises:
@@ -302,11 +312,11 @@ def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) ->
         )
 
 
-def _write_split(request: Request, plan: dict, split: str, source: Source, missing: list[int]) -> None:
+def _write_split(request: Request, plan: dict, split: str, source: Files, missing: list[int]) -> None:
     facts = plan["splits"][split]
     images, order, shards = facts["images"], _order(request.seed, facts["images"]), request.shards(plan, split)
     ends = [images * number // len(shards) for number in range(len(shards) + 1)]
-    bad = [BadRecord(*one) for i, (_, shard) in enumerate(shards) if i not in missing for one in shard["bad"]]
+    bad = [BadRecord(*one) for i, shard in enumerate(facts["shards"]) if i not in missing for one in shard["bad"]]
     progress = console.Progress(f"{request.dataset} {split}: images", sum(ends[i + 1] - ends[i] for i in missing))
     done = 0
 
@@ -336,13 +346,17 @@ def _write_split(request: Request, plan: dict, split: str, source: Source, missi
 
 
 def _in_threads(
-    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Source, numbers: list[int]
+    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Files, numbers: list[int]
 ) -> Iterator[bytes | BadRecord]:
     """The records of some examples in their order, a few ahead of the one asked for."""
+
+    def record(number: int) -> bytes | BadRecord:
+        return _record(source[number], request, plan)
+
     waiting = deque()
     try:
         for number in numbers:
-            waiting.append(pool.submit(lambda number=number: _record(source[number], request, plan)))
+            waiting.append(pool.submit(record, number))
             if len(waiting) >= 2 * request.num_threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -355,6 +369,7 @@ def _in_threads(
 def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
     """The example as a record, or why its image cannot be one."""
     image, name = example["image"], example["name"]
+    assert isinstance(image, bytes)  # of `Files`
     if not image:
         return BadRecord(name, "zero bytes")
     try:
@@ -363,15 +378,15 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
         pass  # an image, if a huge one: what is done with it is for whoever decodes it
     except Exception:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
         return BadRecord(name, f"none of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
-    if request.resolution:
+    if request.size:
         try:
-            picture = center_crop(decode(image, 3, name), request.resolution)
+            picture = center_crop(decode(image, 3, name), request.size)
         except UserError as error:
             return BadRecord(name, str(error))
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=PNG_LEVEL)
         image = file.getvalue()
-    fields = {"image": image}
+    fields: dict[str, bytes | int] = {"image": image}
     if plan["class_names"]:
         fields["label"] = example["label"]
     if plan["captions"]:
@@ -387,7 +402,7 @@ def _finish(request: Request, plan: dict) -> None:
             lines = (f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad)
             write_atomic(request.folder / BAD_LIST, "".join(lines))
     splits = {split: [(shard["records"], shard["bytes"]) for shard in facts["shards"]] for split, facts in plan["splits"].items()}
-    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.resolution)
+    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.size)
     plan["complete"] = True
     _save(request.folder, plan)
 
@@ -405,8 +420,8 @@ def _verified(request: Request, plan: dict) -> dict:
     """The result, once every shard has its bytes and records and TFDS counts the same."""
     result = {}
     for split in plan["splits"]:
-        shards = request.shards(plan, split)
-        for file, facts in shards:
+        shards = plan["splits"][split]["shards"]
+        for (file, _), facts in zip(request.shards(plan, split), shards, strict=True):
             try:
                 found = measure(file)
             except (OSError, RuntimeError) as error:
@@ -416,14 +431,14 @@ def _verified(request: Request, plan: dict) -> dict:
                     f"{file} has {found[0]} records in {found[1]:,} bytes instead of {facts['records']} in "
                     f"{facts['bytes']:,}: remove it and give the command again"
                 )
-        records = sum(facts["records"] for _, facts in shards)
+        records = sum(facts["records"] for facts in shards)
         counted = len(TFDS(request.dataset, str(request.out), split, label_key="label" if plan["class_names"] else None))
         if counted != records:
             raise UserError(
                 f"TFDS counts {counted} records in split {split} of {request.folder}, and {records} were written: "
                 f"remove that folder and give the command again"
             )
-        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for _, facts in shards)}
+        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for facts in shards)}
     return {
         "out": str(request.out),
         "dataset": request.dataset,

@@ -133,7 +133,9 @@ class Program:
         if following.opcode != "add" or element_of(body, following.operands[0]) != place:
             return None
         step = constant_of(body, following.operands[1])
-        return None if None in (start, limit, step) else max(0, -(-(limit - start) // step))
+        if start is None or limit is None or step is None:
+            return None
+        return max(0, -(-(limit - start) // step))
 
     def executed(self, into_fusions: bool = False) -> Iterator[tuple[Computation, Instruction, int]]:
         """(computation, instruction, how many times it runs) of all that runs; of a conditional, every branch.
@@ -158,8 +160,15 @@ class Program:
 
 
 def named(instruction: Instruction, attribute: str) -> str:
-    """The computation that an attribute names."""
-    return re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)[1]
+    """The computation that an attribute names.
+
+    Raises:
+        ValueError: the instruction has no such attribute.
+    """
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
+    if found is None:
+        raise ValueError(f"the instruction {instruction.name} has no {attribute}= in {instruction.attributes!r}")
+    return found[1]
 
 
 def root_of(computation: Computation) -> Instruction:
@@ -182,7 +191,8 @@ def constant_of(computation: Computation, name: str) -> int | None:
 def element_of(computation: Computation, name: str) -> int | None:
     """The place in its tuple that a value is taken from, or None."""
     found = behind_copies(computation, name)
-    return int(re.search(r"index=(\d+)", found.attributes)[1]) if found.opcode == "get-tuple-element" else None
+    index = re.search(r"index=(\d+)", found.attributes)
+    return int(index[1]) if index and found.opcode == "get-tuple-element" else None
 
 
 def parse(text: str) -> Program:

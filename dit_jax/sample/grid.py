@@ -1,4 +1,4 @@
-"""Images side by side in one picture file."""
+"""Images side by side in one picture file, and clips as rows of frames."""
 
 import math
 from pathlib import Path
@@ -16,17 +16,21 @@ GAP_LEVEL = 40  # dark grey, so that black images have an edge
 def write_image_grid(path, images, columns=None, scale=None):
     """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
+    A clip is a row of its frames, one clip below another whatever `columns` says.
+
     Args:
         path: file to write, atomically; its suffix is the format, its folder is created.
-        images: uint8 [N, H, W, C], N >= 1, C = 1 or 3.
+        images: uint8 [N, H, W, C], or clips [N, F, H, W, C]; N >= 1, C = 1 or 3.
         columns: images per row; None makes the grid about square.
         scale: integer enlargement by nearest neighbour; None enlarges until the longer side of an image is at least
             64 pixels.
     Raises: ValueError for another dtype or shape, an unknown suffix, or for columns or scale below 1.
     """
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"images are {images.dtype}{list(images.shape)}: a grid needs uint8 [N >= 1, H, W, 1 or 3]")
+    if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images are {images.dtype}{list(images.shape)}: a grid needs uint8 [N >= 1, (F,) H, W, 1 or 3]")
+    if images.ndim == 5:
+        columns, images = images.shape[1], images.reshape(-1, *images.shape[2:])
     file_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if file_format is None:
         raise ValueError(f"{path} has a suffix that is no picture format; use .png")

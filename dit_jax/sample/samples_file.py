@@ -1,4 +1,6 @@
-"""The file that samples travel in: npz with arr_0 uint8 [N, H, W, C], labels int32 [N], and made_by, a JSON text."""
+"""The file that samples travel in: npz with arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] of clips, labels int32 [N], and
+made_by, a JSON text.
+"""
 
 import hashlib
 import json
@@ -43,7 +45,7 @@ def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray
     """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
 
     Args:
-        shape: [N, H, W, C] of all blocks together.
+        shape: [N, H, W, C], or [N, F, H, W, C], of all blocks together.
         made_by: to which "images_sha256" is added, of the bytes of all images.
     """
     remove_leftovers(path.parent, path.name)

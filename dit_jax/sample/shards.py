@@ -2,7 +2,8 @@
 
     manifest.json                    settings: everything that the images depend on, sealed; written first
     labels.npy                       int32 [N]
-    shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on
+    shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on;
+                                     [..., F, H, W, C] of clips, which are counted as images are
     shards/00007-of-00782.json       size and SHA-256 of that file, and the digest of the settings, sealed
     samples.png                      a grid of the first 100
 
@@ -39,8 +40,8 @@ class Shards:
     """A folder of samples, whole or not.
 
     Fields:
-        settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C], "labels_sha256", "made_by" (how the
-            images were made) and "made_with" (versions and the kind of device, which the last bits depend on).
+        settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C] or [F, H, W, C], "labels_sha256",
+            "made_by" (how the images were made) and "made_with" (versions and the kind of device, which the last bits depend on).
         labels: int32[N].
     """
 
@@ -234,7 +235,7 @@ def opened(path: Path) -> Shards | None:
     if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
         raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
     shape, count = settings.get("shape"), settings.get("num_images")
-    whole = [count, *shape] if isinstance(shape, list) and len(shape) == 3 else [0]
+    whole = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
     if not all(isinstance(size, int) and size > 0 for size in whole) or math.prod(whole) >= 2**63:
         raise UserError(f"{path / MANIFEST} says {count!r} images of {shape!r}, which no samples have; give another folder")
     try:

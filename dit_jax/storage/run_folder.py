@@ -12,6 +12,7 @@ codec/        the frozen codec of a diffusion run, or what an autoencoder run ha
 import fcntl
 import json
 from pathlib import Path
+from typing import IO
 
 import ml_collections
 from absl import logging
@@ -86,7 +87,7 @@ class Workdir:
     def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
         self.path = Path(path).expanduser().absolute()
         self.config, self.first = plain(config), first
-        self._lock = None
+        self._lock: IO[str] | None = None
 
     @property
     def checkpoints(self) -> Path:

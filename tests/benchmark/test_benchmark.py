@@ -122,7 +122,7 @@ def test_utilization_by_hand():
 def test_models_are_the_recipes(name):
     """A --model that is not the network, process or task that the paper's config trains."""
     config = recipes.dit(name, 256)
-    bare, whole = subject.of_model(name, 256, 8, "bfloat16").task, build.Run(config.lock()).task
+    bare, whole = subject.of_model(name, (256, 256), 8, "bfloat16").task, build.Run(config.lock()).task
     for field in ("network", "process", "codec", "latent_shape", "num_classes", "cond_dropout", "ema_decay", "microbatches"):
         assert getattr(bare, field) == getattr(whole, field), field
 
@@ -135,7 +135,7 @@ def program(text):
 def test_batches_are_what_the_tasks_read():
     """Noise of another shape, dtype or sharding than the loader's batches."""
     autoencoder = subject.of_config(tiny.autoencoder())
-    subjects = {"pixels": small(), "latents": subject.of_model("S/8", 64, 8, "float32"), "autoencoder": autoencoder}
+    subjects = {"pixels": small(), "latents": subject.of_model("S/8", (64, 64), 8, "float32"), "autoencoder": autoencoder}
     shapes = {name: {k: (x.shape, x.dtype.name) for k, x in it.batch().items()} for name, it in subjects.items()}
     assert shapes == {
         "pixels": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")},
@@ -155,10 +155,10 @@ def test_a_skipped_step_is_no_speed():
 @pytest.mark.parametrize(
     "argument, text",
     [
-        (("S/3", 256, 8, "float32"), "choose one of S/8"),
-        (("S/2", 250, 8, "float32"), "not a positive multiple"),
-        (("S/8", 72, 8, "float32"), "not a multiple of model.patch_size"),
-        (("S/8", 64, 12, "float32"), "batch size 12"),
+        (("S/3", (256, 256), 8, "float32"), "choose one of S/8"),
+        (("S/2", (250, 250), 8, "float32"), "not a positive multiple"),
+        (("S/8", (72, 72), 8, "float32"), "not a multiple of model.patch_size"),
+        (("S/8", (64, 64), 12, "float32"), "batch size 12"),
     ],
 )
 def test_bad_models(argument, text):
@@ -300,7 +300,7 @@ def test_forward():
 def test_images(monkeypatch):
     """Images that are counted twice or not at all, or another number of threads than was asked for."""
     monkeypatch.setattr(images, "SYNTHETIC_IMAGES", 3)
-    result = images.run(None, 16, 4, 0.0, [1, 2])
+    result = images.run(None, (16, 24), 4, 0.0, [1, 2])
     assert [row["threads"] for row in result["by_threads"]] == [1, 2] and result["num_images"] == 3
     for row in result["by_threads"]:
         check(row, 4)
@@ -310,11 +310,11 @@ def test_images(monkeypatch):
 
 def test_latents(tmp_path):
     """A made-up cache that is not one, or bytes per second of another row."""
-    latents.write_cache(tmp_path, records=10, resolution=16)
+    latents.write_cache(tmp_path, records=10, size=(16, 16))
     cache = LatentCache(tmp_path, verify=True)
     assert len(cache) == 10 and cache.views == 2 and cache.moments_shape == (2, 2, 8) and len(cache.manifest["shards"]) == 4
     assert 0.9 < cache.slice(0, 20).astype(np.float32).std() < 1.1
-    result = latents.run(str(tmp_path), 16, 10, 4, 0.0)
+    result = latents.run(str(tmp_path), (16, 16), 10, 4, 0.0)
     check(result, 4)
     assert result["cache_bytes"] == 10 * 2 * 2 * 2 * 8 * 2
     assert result["bytes_per_second"] == pytest.approx(64 * result["images_per_second"])
@@ -452,8 +452,8 @@ def test_evaluation(monkeypatch):
 
     monkeypatch.setattr(evaluation, "Inception", Slow)
     monkeypatch.setattr(evaluation, "InceptionV3", Weights)
-    result = evaluation.run(4, 8, 48)
+    result = evaluation.run((4, 4), 8, 48)
     assert result["images"] == 40 and result["measured_seconds"] < result["total_seconds"]
     assert result["images_per_second"] == 40 / result["measured_seconds"]
     with pytest.raises(UserError, match="give at least 32"):
-        evaluation.run(4, 8, 31)
+        evaluation.run((4, 4), 8, 31)

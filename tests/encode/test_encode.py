@@ -208,7 +208,7 @@ def test_a_flipped_byte_is_found_and_mended(whole, weights, compiled, kind, tmp_
     [
         ({"source": Photographs(fingerprint="others")}, "source.fingerprint: 'photographs' there, 'others' now"),
         ({"source": Photographs(90)}, "source.records: 70 there, 90 now"),
-        ({"resolution": 16}, "transform.resolution: 8 there, 16 now"),
+        ({"size": (16, 16)}, "transform.resolution: 8 there, 16 now"),
         ({"upright": True}, "transform.upright: False there, True now"),
         ({"mirror": False}, "views: 2 there, 1 now"),
         ({"shard_records": 31}, "shard_records: 30 there, 31 now"),
@@ -288,7 +288,7 @@ def test_a_folder_of_something_else(weights, tmp_path):
 
 def test_the_default_shard_is_half_a_gigabyte(weights):
     """Shards of any size, or that begin within a batch of the codec."""
-    big = dataclasses.replace(job(weights), resolution=256, shard_records=None)
+    big = dataclasses.replace(job(weights), size=(256, 256), shard_records=None)
     size = 2 * 2 * 128 * 128 * 4 * big.records_per_shard
     assert big.records_per_shard % 8 == 0 and 2**29 * 0.9 < size <= 2**29
 

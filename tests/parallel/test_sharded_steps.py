@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec
 from paths import ROOT
 
 from dit_jax import build, recipes
+from dit_jax.codecs.codec import AUTOENCODER_RULES
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.parallel.mesh import make_mesh, place, shard_batch
-from dit_jax.parallel.rules import AUTOENCODER_RULES, TRANSFORMER_RULES, shardings, spec_of, warnings
+from dit_jax.parallel.rules import TRANSFORMER_RULES, shardings, spec_of, warnings
 from dit_jax.pixels import to_float
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -68,7 +69,7 @@ def diffusion(task, constants, params, batch, key):
 def autoencoding(task, constants, params, batch, key):
     """(reconstructions, gradients of the autoencoder and of its discriminator)."""
     images = to_float(batch["image"])
-    noise = jax.random.normal(key, (len(images), *task.codec.latent_shape(task.resolution)))
+    noise = jax.random.normal(key, (len(images), *task.codec.latent_shape(task.image_shape)))
     latents, _ = task.encode(params["codec"], images, noise)
     return task.codec.decode(params["codec"], latents), task.gradients(params, constants, images, noise, True)[0]
 

@@ -152,7 +152,7 @@ def test_the_verb_killed_and_continued(photos, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     outcomes = run_verbs(tmp_path, [["prepare", *flags], ["prepare", *flags, "--seed=3"], ["prepare", *flags[:-1]]])
-    whole = prepare(request(tmp_path, "whole", shard_bytes=round(0.2 * 2**20), resolution=200), {"train": str(photos)})
+    whole = prepare(request(tmp_path, "whole", shard_bytes=round(0.2 * 2**20), size=(200, 200)), {"train": str(photos)})
     assert outcomes[0][0] == 0 and json.loads(outcomes[0][1].splitlines()[-1]) == whole | {"out": "data"}, outcomes[0]
     assert files_of(tmp_path / "data") == files_of(tmp_path / "whole") and whole["splits"]["train"]["records"] == 60
     refused(outcomes[1], "seed: 0 there, 3 asked for")
@@ -206,10 +206,14 @@ def test_captions_and_no_labels(source, tmp_path):
     assert "label" not in tfds.data_source("shots", data_dir=tmp_path / "out", split="train")[0]
 
 
-def test_resolution_stores_the_crop(photos, tmp_path):
-    """A stored crop that training would see otherwise than the crop of the original."""
-    prepare(request(tmp_path, resolution=16), {"train": str(photos)})
-    expected = {center_crop(decode(file.read_bytes(), 3), 16).tobytes() for file in photos.rglob("*.jpg")}
+@pytest.mark.parametrize("size, recorded", [((16, 16), 16), ((12, 20), [12, 20])])
+def test_resolution_stores_the_crop(photos, tmp_path, size, recorded):
+    """A stored crop that training would see otherwise than the crop of the original; width before height in the metadata."""
+    prepare(request(tmp_path, size=size), {"train": str(photos)})
+    assert json.loads((tmp_path / "out/shots/1.0.0/preparation.json").read_text())["resolution"] == recorded
+    features = json.loads((tmp_path / "out/shots/1.0.0/features.json").read_text())["featuresDict"]["features"]
+    assert features["image"]["image"]["shape"]["dimensions"] == [*map(str, size), "3"]
+    expected = {center_crop(decode(file.read_bytes(), 3), size).tobytes() for file in photos.rglob("*.jpg")}
     examples = read(tmp_path / "out")
     assert {decode(e["image"], 3).tobytes() for e in examples} == expected
     assert {Image.open(io.BytesIO(e["image"])).format for e in examples} == {"PNG"}
@@ -274,7 +278,7 @@ def test_damage_after_the_end(photos, tmp_path):
 def test_refused(photos, tmp_path):
     """Another source or setting mixed into the shards of a data set, or files of others overwritten."""
     prepare(request(tmp_path), {"train": str(photos)})
-    for more, text in (({"seed": 1}, "seed: 0 there, 1 asked"), ({"shard_bytes": 9}, "shard_bytes"), ({"resolution": 8}, "res")):
+    for more, text in (({"seed": 1}, "seed: 0 there, 1 asked"), ({"shard_bytes": 9}, "shard_bytes"), ({"size": (8, 8)}, "res")):
         with pytest.raises(UserError, match=text):
             prepare(request(tmp_path, **more), {"train": str(photos)})
     (photos / "ant" / "new.jpg").write_bytes(encoded(7, "JPEG"))
@@ -305,6 +309,7 @@ def test_refused(photos, tmp_path):
         ({"seed": -1}, "at least 0"),
         ({"max_bad_share": 1.0}, r"\[0, 1\)"),
         ({"num_threads": 0}, "at least 1"),
+        ({"size": (0, 8)}, "at least 1 pixel"),
     ],
 )
 def test_bad_requests(more, text, tmp_path):

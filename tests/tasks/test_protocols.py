@@ -1,6 +1,7 @@
 """Toys of what the protocols allow: EDM's scaled inputs, masked losses, skip-layer guidance, self-conditioning."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +28,17 @@ KEYS = jax.random.split(jax.random.key(3), SHAPE[0])
 
 
 class Linear(nn.Module):
-    """A network for inputs of any rank that says what it is; `seen` receives what it is fed."""
+    """A network for inputs of any rank that says what it is; `record` is called with what it is fed."""
 
     out_channels: int
-    seen: Any = None
+    record: Callable | None = None
 
     rules = ((r"linear/kernel", (None, None)), (r"linear/bias", ()))
 
     @nn.compact
     def __call__(self, x_t, t, cond, control=None):
-        if self.seen is not None:
-            jax.debug.callback(lambda x: self.seen.append(np.asarray(x)), x_t)
+        if self.record is not None:
+            jax.debug.callback(self.record, x_t)
         return nn.Dense(self.out_channels, name="linear")(x_t)
 
     def check(self, latent_shape):
@@ -68,7 +69,7 @@ def task_of(network, process, num_classes=0, shape=SHAPE[1:]):
 def test_network_input():
     """A network that is fed x_t where the process scales it, in training or in sampling."""
     seen = []
-    task = task_of(Linear(2, seen), ScaledFlow())
+    task = task_of(Linear(2, seen.append), ScaledFlow())
     state = task.init(jax.random.key(0))
     seen.clear()
     x0, noise, t = jnp.ones(SHAPE), jnp.full(SHAPE, 3.0), jnp.full(SHAPE[0], 0.5)

@@ -67,7 +67,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         name = self._files[index]
-        example = {"image": self._read(name), "label": int(self._labels[index]), "name": str(self.path / name)}
+        example: Example = {"image": self._read(name), "label": int(self._labels[index]), "name": str(self.path / name)}
         text = _caption_file(name)
         if text in self._captions:
             example["caption"] = caption_text(self._read(text), str(self.path / text))

@@ -67,7 +67,7 @@ class TarIndex:
         """Hex digest of every column."""
         digest = hashlib.sha256()
         for column in _columns(self).values():
-            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)))
+            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).data)
         return digest.hexdigest()
 
 
@@ -82,7 +82,7 @@ def of_rows(rows: Sequence[Row]) -> TarIndex:
     kinds = (np.int32, np.int64, np.int64, np.int64, np.int64, np.int64, bool)
     arrays = [np.array(column, kind) for column, kind in zip(columns[1:], kinds, strict=True)]
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return TarIndex(*arrays, ends, np.frombuffer(b"".join(names), np.uint8))
+    return TarIndex(*[*arrays, ends, np.frombuffer(b"".join(names), np.uint8)])
 
 
 def joined(parts: Sequence[TarIndex]) -> TarIndex:
@@ -93,10 +93,14 @@ def joined(parts: Sequence[TarIndex]) -> TarIndex:
     return TarIndex(**columns)
 
 
+def _rows_of(job: Callable[[], list[Row]]) -> TarIndex:
+    return of_rows(job())
+
+
 def scanned(jobs: Iterable[Callable[[], list[Row]]]) -> TarIndex:
     """The rows of all jobs, in their order; the jobs run in threads, and the first error ends them."""
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        futures = [pool.submit(lambda job=job: of_rows(job())) for job in jobs]
+        futures = [pool.submit(_rows_of, job) for job in jobs]
         try:
             parts = [future.result() for future in futures]
         finally:
@@ -131,7 +135,7 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
     index = build()
     try:
         with replacing(kept) as partial, open(partial, "wb") as file:  # several hosts may write it at once, all the same
-            np.savez(file, **_columns(index))
+            np.savez(file, allow_pickle=False, **_columns(index))
     except OSError as error:
         logging.warning(
             "the index of %d tars cannot be kept in %s (%s): every start reads all their headers again",

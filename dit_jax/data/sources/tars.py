@@ -74,13 +74,16 @@ class TarSource:
         index = self.index
         file, name = self.files[index.tar[i]], self._name(int(i))
         image = self._read(file, index.offset[i], index.size[i], name)
-        example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
+        example: Example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
         if index.caption_size[i] >= 0:
             data = self._read(file, index.caption_offset[i], index.caption_size[i], name)
             try:
-                example["caption"] = _caption_field(json.loads(data)) if index.caption_is_json[i] else data.decode()
+                caption = _caption_field(json.loads(data)) if index.caption_is_json[i] else data.decode()
+                if caption is None:
+                    raise ValueError("the .json had one when it was indexed")
             except ValueError as error:
                 raise UserError(f"the caption of {name} cannot be read ({error}): write it as UTF-8") from None
+            example["caption"] = caption
         return example
 
     def _name(self, i: int) -> str:

@@ -165,7 +165,7 @@ class TFDS:
             raise UserError(f"{name} in {self.path} is empty: copy that shard again")
         if self.label_key is not None and not 0 <= label < self.num_classes:
             raise UserError(f"{name} has label {label}, outside [0, {self.num_classes}): prepare the data set again")
-        example = {"image": image, "label": int(label), "name": name}
+        example: Example = {"image": image, "label": int(label), "name": name}
         if self.caption_key is not None:
             example["caption"] = caption_text(caption, f"of {name}")
         return example

@@ -69,7 +69,8 @@ class EulerMaruyama:
     def __call__(self, process: Process, denoise: Denoise, noise, keys):
         require_continuous(process, "sde")
         times = self.times(process)
-        c = process.coefficients(times[:-1] if self.last_step == "none" else times, np)
+        noisy = times[:-1] if self.last_step == "none" else times
+        c = process.coefficients(noisy, np)  # type: ignore[attr-defined]  # of a continuous process
         w = DIFFUSIONS[self.diffusion](times[: len(c.sigma)], c, self.norm)
         size = -np.diff(times)
         score_of_noise = -w / c.sigma  # w score = score_of_noise * noise
