@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -163,12 +164,12 @@ FIVE = (*BLOCKS, "autoencoder")
 )
 def test_sixteen_devices(shape, zero1, block):
     """A mesh that is only wrong beyond 8 devices."""
-    program = f"import test_parallel as t; t.compare({block!r}, {shape}, {zero1})"
+    program = f"import test_sharded_steps as t; t.compare({block!r}, {shape}, {zero1})"
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "16",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", Path(__file__).parent))),
     }
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
