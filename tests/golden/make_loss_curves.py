@@ -17,15 +17,34 @@ from PIL import Image
 
 FILE = GOLDEN / "loss_curves.json"
 NUMBERS = ("loss", "grad_norm", "mse", "vb", "l1", "kl", "discriminator")
-EVERY = {"num_steps": 100, "batch_size": 32, "log.every_steps": 25, "checkpoint.every_steps": 100, "preview.every_steps": 0,
-         "evaluation.num_images": 0}
+EVERY = {
+    "num_steps": 100,
+    "batch_size": 32,
+    "log.every_steps": 25,
+    "checkpoint.every_steps": 100,
+    "preview.every_steps": 0,
+    "evaluation.num_images": 0,
+}
 NETWORK = {"model.depth": 2, "model.width": 32, "model.heads": 4, "model.patch_size": 4}
 CODEC = {"codec.block_out_channels": "(8,16)", "codec.norm_groups": 4}
-DISCRIMINATOR = {"task.discriminator_weight": 0.5, "task.discriminator_start_step": 40, "task.discriminator.base_features": 8,
-                 "task.discriminator.num_layers": 1, "task.discriminator.norm_groups": 4}
+DISCRIMINATOR = {
+    "task.discriminator_weight": 0.5,
+    "task.discriminator_start_step": 40,
+    "task.discriminator.base_features": 8,
+    "task.discriminator.num_layers": 1,
+    "task.discriminator.norm_groups": 4,
+}
 # The fields by which the recipe for folders reads the digits: it has no warm-up, decay or clipping, which a flag cannot unset.
-DIGITS = {"data.name": "digits", "data.split": "all", "transform.channels": 1, "transform.flip": False, "codec.image_channels": 1,
-          "codec.mean": -0.39, "codec.std": 0.75, "optimizer.learning_rate": 1e-3}
+DIGITS = {
+    "data.name": "digits",
+    "data.split": "all",
+    "transform.channels": 1,
+    "transform.flip": False,
+    "codec.image_channels": 1,
+    "codec.mean": -0.39,
+    "codec.std": 0.75,
+    "optimizer.learning_rate": 1e-3,
+}
 
 
 def digits(argument="", **fields):
@@ -44,15 +63,22 @@ def autoencoder(config="vae_digits.py", **fields):
 
 def latent(**fields):
     """The digits in the latents of the group's autoencoder."""
-    return _curve("digits_latent.py", NETWORK | CODEC | _schedule() | {"model.patch_size": 2, "codec.path": "autoencoder"}
-                  | _dotted(fields))
+    return _curve(
+        "digits_latent.py", NETWORK | CODEC | _schedule() | {"model.patch_size": 2, "codec.path": "autoencoder"} | _dotted(fields)
+    )
 
 
 def cached(**fields):
     """configs/folder_latent.py on a cache of the digits."""
     sizes = {"codec.image_channels": 1, "codec.latent_channels": 2, "transform.channels": 1, "transform.flip": True}
-    return _curve("folder_latent.py:S/2,8,10", {"model.depth": 2, "model.width": 32, "model.heads": 4} | CODEC | sizes
-                  | {"codec.path": "autoencoder", "data.path": "cache", "optimizer.learning_rate": 1e-3} | _dotted(fields))
+    return _curve(
+        "folder_latent.py:S/2,8,10",
+        {"model.depth": 2, "model.width": 32, "model.heads": 4}
+        | CODEC
+        | sizes
+        | {"codec.path": "autoencoder", "data.path": "cache", "optimizer.learning_rate": 1e-3}
+        | _dotted(fields),
+    )
 
 
 def _schedule():
@@ -96,8 +122,9 @@ GROUPS = {
     "flow": {
         "linear": digits(":process=flow"),
         "gvp": digits(":process=flow", process__interpolant="gvp"),
-        "logit-normal": digits(":process=flow", process__time_distribution="logit_normal", process__logit_mean=-0.5,
-                               process__logit_std=1.2),
+        "logit-normal": digits(
+            ":process=flow", process__time_distribution="logit_normal", process__logit_mean=-0.5, process__logit_std=1.2
+        ),
         "shift": digits(":process=flow", process__shift=3.0),
         "spare channels": digits(":process=flow", process__spare_channels=True),
     },
@@ -133,8 +160,10 @@ def prepare(group: str, folder: Path) -> list[list]:
     """What a group's runs read, and the calls that make the rest of it."""
     if group == "latents":
         train = [word for word in autoencoder() if "num_steps" not in word]
-        return [["main", *train, "--config.num_steps=30", "--workdir=autoencoder"],
-                ["encode", "--data=digits", "--codec=autoencoder", "--resolution=8", "--out=cache"]]
+        return [
+            ["main", *train, "--config.num_steps=30", "--workdir=autoencoder"],
+            ["encode", "--data=digits", "--codec=autoencoder", "--resolution=8", "--out=cache"],
+        ]
     if group == "images":
         rng = np.random.default_rng(0)
         for number in range(48):
@@ -157,7 +186,8 @@ def curves(group: str, folder: Path) -> dict[str, dict]:
     for name, workdir in runs.items():
         rows = records(folder / workdir)
         found[name] = {"step": [row["step"] for row in rows]} | {
-            number: [float(f"{row[number]:.7g}") for row in rows if number in row] for number in NUMBERS if number in rows[-1]}
+            number: [float(f"{row[number]:.7g}") for row in rows if number in row] for number in NUMBERS if number in rows[-1]
+        }
     return found
 
 

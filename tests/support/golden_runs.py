@@ -46,11 +46,18 @@ def run(folder: Path, calls, timeout: int = 1800) -> list[dict]:
         (folder / "configs").symlink_to(ROOT / "configs")
     # Golden numbers are compared closely, so the compiler's options and the number of devices are always the same.
     # GOLDEN_XLA_FLAGS=--xla_cpu_max_isa=AVX2 shows how much of a number is the rounding of this machine.
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": os.environ.get("GOLDEN_XLA_FLAGS", ""),
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "XLA_FLAGS": os.environ.get("GOLDEN_XLA_FLAGS", ""),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
     calls = [[str(word) for word in call] for call in calls]
-    process = subprocess.run([sys.executable, "-c", FORK, json.dumps(calls)], cwd=folder, env=env, capture_output=True, text=True,
-                             timeout=timeout)
+    process = subprocess.run(
+        [sys.executable, "-c", FORK, json.dumps(calls)], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
+    )
     assert process.returncode == 0, process.stderr
     outcomes = json.loads(process.stdout.splitlines()[-1])
     for call, (status, _, stderr) in zip(calls, outcomes, strict=False):
