@@ -322,7 +322,7 @@ def test_latents(tmp_path):
 
 def test_checkpoint(tmp_path, monkeypatch):
     """A state of zeros, which compresses to nothing; seconds out of order; files left behind."""
-    monkeypatch.setattr(checkpoint, "REPEATS", 1)
+    monkeypatch.setattr(saving, "REPEATS", 1)
     it = one_device()
     result = saving.run(it, str(tmp_path))
     state = abstract_state(it.task, it.mesh)
@@ -450,8 +450,8 @@ def test_evaluation(monkeypatch):
         def init(self, key, x):
             return {"params": {}}
 
-    monkeypatch.setattr(evaluation, "Inception", Slow)
-    monkeypatch.setattr(evaluation, "InceptionV3", Weights)
+    monkeypatch.setattr(features, "Inception", Slow)
+    monkeypatch.setattr(features, "InceptionV3", Weights)
     result = features.run((4, 4), 8, 48)
     assert result["images"] == 40 and result["measured_seconds"] < result["total_seconds"]
     assert result["images_per_second"] == 40 / result["measured_seconds"]
