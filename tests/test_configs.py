@@ -7,8 +7,9 @@ from runs import load_config
 
 from dit_jax import build, recipes
 from dit_jax.errors import UserError
+from dit_jax.models.dit import RULES
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.parallel.rules import TRANSFORMER_RULES, shardings, spec_of
+from dit_jax.parallel.rules import shardings, spec_of
 from dit_jax.tasks.state import abstract_state, count_parameters
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -83,7 +84,7 @@ def test_unknown_field_is_named():
 def test_unmatched_rule():
     """A new layer that ends up replicated unnoticed."""
     with pytest.raises(ValueError, match="0 sharding rules match params/blocks/mamba/kernel"):
-        spec_of("params/blocks/mamba/kernel", (4, 4), {"data": 1, "fsdp": 1, "tensor": 1}, TRANSFORMER_RULES)
+        spec_of("params/blocks/mamba/kernel", (4, 4), {"data": 1, "fsdp": 1, "tensor": 1}, RULES)
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln", "cross_attention", "in_context"])

@@ -15,12 +15,12 @@ from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.evaluate import table
 from dit_jax.storage.atomic import write_atomic, write_json
+from dit_jax.storage.run_folder import SCORES
 from dit_jax.sweep.cost import Cost
 from dit_jax.sweep.folder import Folder
 from dit_jax.sweep.grid import Run
 from dit_jax.sweep.local import last_lines
 from dit_jax.sweep.scores import file_of
-from dit_jax.training.scoring import FOLDER as SCORES
 
 CURVE_FIELDS = ("run", "step", "loss")
 # What a FID depends on besides the model, under the names of `evaluate`'s table.

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,8 +18,9 @@ from paths import ROOT
 from dit_jax import build, recipes
 from dit_jax.codecs.codec import AUTOENCODER_RULES
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.models.dit import RULES
 from dit_jax.parallel.mesh import make_mesh, place, shard_batch
-from dit_jax.parallel.rules import TRANSFORMER_RULES, shardings, spec_of, warnings
+from dit_jax.parallel.rules import shardings, spec_of, warnings
 from dit_jax.pixels import to_float
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -62,8 +64,9 @@ def diffusion(task, constants, params, batch, key):
     """(output of the network, gradients)."""
     inputs = task.draw_inputs(constants, batch, key)
     x_t = task.process.perturb(inputs["x0"], inputs["noise"], inputs["t"])
-    output = task.network.apply({"params": params}, x_t, task.process.network_time(inputs["t"]), inputs["cond"])
-    return output, task.gradients(params, inputs)[0]
+    cond, _ = task.condition(params, constants, inputs["batch"])
+    output = task.apply(params, x_t, task.process.network_time(inputs["t"]), cond)
+    return output, task.gradients(params, constants, inputs)[0]
 
 
 def autoencoding(task, constants, params, batch, key):
@@ -161,12 +164,12 @@ FIVE = (*BLOCKS, "autoencoder")
 )
 def test_sixteen_devices(shape, zero1, block):
     """A mesh that is only wrong beyond 8 devices."""
-    program = f"import test_parallel as t; t.compare({block!r}, {shape}, {zero1})"
+    program = f"import test_sharded_steps as t; t.compare({block!r}, {shape}, {zero1})"
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "16",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", Path(__file__).parent))),
     }
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -210,7 +213,7 @@ def bytes_of(tree, specs, mesh_shape):
     return sum(x.size * x.dtype.itemsize / n for x, n in zip(tree, ways, strict=True))
 
 
-def specs_of(tree, fsdp, tensor=1, rules=TRANSFORMER_RULES):
+def specs_of(tree, fsdp, tensor=1, rules=RULES):
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     shape = {"data": 1, "fsdp": fsdp, "tensor": tensor, "sequence": 1}
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
@@ -232,7 +235,7 @@ def test_depth_is_split_last():
     """A kernel that stays whole although its stack could be split; a stack gathered whole where a side of the kernel would do."""
     mesh_shape = {"data": 1, "fsdp": 8, "tensor": 2, "sequence": 1}
     specs = {
-        name: spec_of(f"params/blocks/{name}/kernel", shape, mesh_shape, TRANSFORMER_RULES)
+        name: spec_of(f"params/blocks/{name}/kernel", shape, mesh_shape, RULES)
         for name, shape in (
             ("attention/out", (8, 3, 12, 36)),
             ("cross_attention/query", (8, 36, 3, 16)),
@@ -284,8 +287,8 @@ def test_frozen_codec_is_split():
         lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape),
         jax.eval_shape(build.Run(config).codec.init, jax.random.key(0)),
     )
-    mesh = make_mesh(1, 8)
-    placed = build.constants(config, mesh, None, params)["codec"]
+    config.mesh.update({"data": 1, "fsdp": 8})
+    placed = build.Run(config, codec_params=params).frozen["codec"]
     assert held(placed) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(params))
     assert tiny.distance(placed, params) == 0
     real = jax.eval_shape(KLVAE().init, jax.random.key(0))

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sample import drawing, samples_file, shards
 from dit_jax.sample.drawing import draw
-from dit_jax.sample.generator import Generator, default_rows_at_once, in_chunks
+from dit_jax.sample.generator import Generator, default_chunk_size, in_chunks
 from dit_jax.sample.labels import spread_labels
 from dit_jax.sample.weights import weights_fingerprint
 from dit_jax.storage.sealed import sealed
@@ -39,7 +38,7 @@ def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
 def run(out, made=None, labels=LABELS, **more):
     made = made or generator()
     made_by = {"seed": made.seed, "weights": weights_fingerprint(made.params)}
-    return draw(out, made, made.params, {"codec": {}}, labels, (8, 8, 1), made_by, **more)
+    return draw(out, made, made.params, {"codec": {}}, {"label": labels}, len(labels), made_by, **more)
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +232,7 @@ def test_chunks():
     assert found.tolist() == [i + 100 * (39 if i % 4 > 1 else 27) for i in range(12)]
 
 
-def test_rows_at_once():
+def test_default_chunk_size():
     """Chunks that starve an accelerator, or that a shard is no multiple of."""
-
-    def task(side, patch):
-        return types.SimpleNamespace(latent_shape=(side, side, 4), network=types.SimpleNamespace(patch_size=patch))
-
-    assert [default_rows_at_once(task(*shape), "tpu") for shape in ((32, 2), (64, 2), (32, 8))] == [64, 16, 64]
-    assert default_rows_at_once(task(32, 8), "cpu") == 8
+    assert [default_chunk_size(tokens, "tpu") for tokens in (256, 1024, 16)] == [64, 16, 64]
+    assert default_chunk_size(16, "cpu") == 8

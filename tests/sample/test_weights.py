@@ -48,19 +48,21 @@ def test_samples_keep_every_bit(conditioning, unroll, kept):
     assert sum(x.dtype == FLOAT32 for x in jax.tree.leaves(held)) == kept
     keys, labels = jax.random.split(jax.random.key(1), 4), jnp.arange(4)
     sampler, guidance = build.Run(config).sampler, build.Run(tiny.config(guidance__scale=1.5)).guidance
-    draw = jax.jit(lambda params: task.draw_latents(params, keys, labels, sampler, guidance))
+    draw = jax.jit(lambda params: task.draw_latents(params, {}, keys, {"label": labels}, sampler, guidance))
     wanted = np.asarray(draw(params))
     assert wanted.dtype == np.float32 and wanted.std() > 0.1
     np.testing.assert_array_equal(draw(held), wanted)
 
 
 def uses(network, **params):
-    """The dtypes that `hold` gives the parameters of a network (params, x) -> output."""
+    """The dtypes that `cast_for_inference` gives the parameters of a network (params, x) -> output."""
 
-    def apply(variables, x, t, cond):
-        return network(variables["params"], x)
-
-    task = types.SimpleNamespace(network=types.SimpleNamespace(apply=apply), latent_shape=(2, 2, 1), condition=lambda labels: {})
+    task = types.SimpleNamespace(
+        apply=lambda params, x, t, cond: network(params, x),
+        latent_shape=(2, 2, 1),
+        condition=lambda params, constants, requests: ({}, {}),
+        conditioner=types.SimpleNamespace(batch_spec=dict),
+    )
     one = jax.devices()[0]
     return {name: x.dtype for name, x in cast_for_inference(task, jax.device_put(params, one)).items()}
 
@@ -120,7 +122,7 @@ def test_no_weight_is_cast_in_the_loop():
 
     def casts(params):
         with jax.set_mesh(mesh):
-            text = str(generator.program.trace(params, {"codec": {}}, rows, rows, None).jaxpr)
+            text = str(generator.program.trace(params, {"codec": {}}, rows, {"label": rows}, None).jaxpr)
         return text.count("bf16[32,128] = convert_element_type")  # of an MLP's kernel, in the loop over the blocks
 
     params = abstract_state(task, mesh).ema_params

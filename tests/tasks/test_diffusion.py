@@ -51,7 +51,7 @@ def single():
 
 def draw(task, mesh, count, batch_size=16, guidance=1.5):
     generator = Generator(task, mesh, Ancestral(4), Guidance(guidance), batch_size, seed=3)
-    return generator(randomized(task, mesh).params, CONSTANTS, spread_labels(count, 10))
+    return generator(randomized(task, mesh).params, CONSTANTS, {"label": spread_labels(count, 10)}, count)
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -140,7 +140,9 @@ def test_label_and_guidance_reach_the_samples():
     params = randomized(task, mesh).params
 
     def images(scale, labels):
-        return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(params, CONSTANTS, np.array(labels))
+        return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(
+            params, CONSTANTS, {"label": np.array(labels)}, len(labels)
+        )
 
     base = images(1.0, [3, 3, 3, 3]).astype(int)
     assert np.abs(images(1.0, [4, 4, 4, 4]) - base).max() > 1
@@ -154,5 +156,5 @@ def test_unconditional():
     state = create_sharded(task, jax.random.key(0), mesh)
     assert "label_embedding" not in state.params
     new, _ = jax.jit(task.step)(state, CONSTANTS, BATCH, jax.random.key(1))
-    images = Generator(task, mesh, DDIM(2), Guidance(1.0), 4, seed=0)(new.params, CONSTANTS, spread_labels(4, 0))
+    images = Generator(task, mesh, DDIM(2), Guidance(1.0), 4, seed=0)(new.params, CONSTANTS, {}, 4)
     assert images.shape == (4, 8, 8, 1)

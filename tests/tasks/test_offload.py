@@ -60,7 +60,9 @@ def test_same_numbers_from_host_memory(tmp_path, zero1):
     assert kinds(state.opt_state) == {"pinned_host"}
     sampler, guidance = build.Run(config).sampler, build.Run(config).guidance
     samples = [
-        Generator(t, mesh, sampler, guidance, 8, 0)(cast_for_inference(t, average), {"codec": {}}, BATCH["label"][:8])
+        Generator(t, mesh, sampler, guidance, 8, 0)(
+            cast_for_inference(t, average), {"codec": {}}, {"label": BATCH["label"][:8]}, 8
+        )
         for t, average in ((task, state.ema_params), (plain_task, wanted.ema_params))
     ]
     equal(*samples)
