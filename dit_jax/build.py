@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+import dit_jax.diffusion.samplers  # noqa: F401 - registers the samplers
 from dit_jax import registry
 from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE

@@ -7,6 +7,7 @@ Names are applied first: where `<section>.name` differs from the file's, the sec
 of its recipe where there is one; no other field of the file's section stays. Then the fields that were given are set.
 """
 
+import copy
 import difflib
 import inspect
 import typing
@@ -75,7 +76,9 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     for text in fields:
         path, equals, value = text.partition("=")
         given[upgrade_path(path)] = value if equals else None
-    config = ConfigDict(upgrade(load(config_file).to_dict(preserve_field_references=True)))
+    config = copy.deepcopy(load(config_file)).unlock()  # with the references between its fields
+    if (upgraded := upgrade(config.to_dict())) != config.to_dict():
+        config = ConfigDict(upgraded)
     remade = _apply_names(config, given)
     for path, value in given.items():
         _set(config, path, value)

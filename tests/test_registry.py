@@ -1,6 +1,5 @@
 """Names and constructors: what user code registers beside the package's own."""
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,18 +8,16 @@ import jax
 import numpy as np
 import pytest
 from paths import ROOT
+from user_files import forgetful as forgetful
+from user_files import write
 
 import dit_jax
 from dit_jax import build, registry
 from dit_jax.errors import UserError
 from dit_jax.evaluate import extractors
+from dit_jax.runtime.user_code import load_file
 
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_ENTRIES", {section: dict(entries) for section, entries in registry._ENTRIES.items()})
-    monkeypatch.setattr(registry, "_RECORDED", {})
+pytestmark = pytest.mark.usefixtures("forgetful")
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,7 @@ class Steps:
 
 
 def load(path, text):
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location("user", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(write(path, text), "--import")
 
 
 def test_a_registered_constructor_is_built():

@@ -366,4 +366,5 @@ class DiT(nn.Module):
 
     def for_platform(self, platform: str) -> "DiT":
         unroll, remat = form_of_loop(self.unroll, self.remat, platform)
-        return self.clone(unroll=unroll, remat=remat, attention=attention_kernel(self.attention, self.dtype, platform))
+        kernel = attention_kernel(self.attention, self.dtype, self.width // self.heads, platform)
+        return self.clone(unroll=unroll, remat=remat, attention=kernel)

@@ -124,7 +124,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, context=None):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel = attention_kernel(self.implementation, self.dtype)
+        kernel = attention_kernel(self.implementation, self.dtype, x.shape[-1] // self.heads)
 
         def project(x, count, name):
             return Projections(count, self.heads, kernel == "cudnn", **dtypes, name=name)(x)

@@ -73,10 +73,10 @@ def override(config: ml_collections.ConfigDict):
         config.sampler.num_steps = NUM_STEPS.value
     for text in SAMPLER_FIELDS.value:
         key, _, value = text.partition("=")
-        if key not in config.sampler or key == "name":
-            fields = ", ".join(field for field in config.sampler if field != "name")
-            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {fields}")
-        wanted = FieldType.of_annotation(registry.parameters("sampler", config.sampler.name)[key].annotation)
+        fields = registry.parameters("sampler", config.sampler.name)
+        if key not in fields:
+            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {', '.join(fields)}")
+        wanted = FieldType.of_annotation(fields[key].annotation)
         try:
             config.sampler[key] = wanted.parse(value)
         except ValueError:

@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.models import dit, layers, position
+from dit_jax.models.attention import attention_kernel
 from dit_jax.models.dit import CONDITIONINGS, DiT
 from dit_jax.models.patches import patchify, unpatchify
 
@@ -126,6 +127,22 @@ def test_macs_match_xla(conditioning):
     params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
     xla = jax.jit(net.apply).lower(params, x, t, cond).cost_analysis()["flops"] / 2
     assert 1 < xla / net.macs((8, 8, 1)) < 1.03
+
+
+@pytest.mark.parametrize(
+    "dtype, width, platform, kernel",
+    [
+        ("bfloat16", 72, "gpu", "cudnn"),
+        ("bfloat16", 12, "gpu", "xla"),
+        ("bfloat16", 256, "gpu", "xla"),
+        ("float32", 64, "gpu", "xla"),
+        ("bfloat16", 64, "tpu", "xla"),
+    ],
+)
+def test_attention_kernel(dtype, width, platform, kernel):
+    """A head width or dtype that cuDNN refuses, chosen for it by "auto"."""
+    assert attention_kernel("auto", dtype, width, platform) == kernel
+    assert attention_kernel("xla", dtype, width, platform) == "xla"
 
 
 def test_patchify_inverse():
