@@ -233,7 +233,7 @@ def test_the_batch_size_does_not_bind(whole, weights, tmp_path):
 
 def test_other_versions_may_check_and_not_add(whole, weights, tmp_path, monkeypatch):
     """Shards of two versions of a library in one cache; a finished cache that a newer version refuses to check."""
-    monkeypatch.setattr(writer.PIL, "__version__", "99.0")
+    monkeypatch.setattr(writer, "version", {"pillow": "99.0"}.get)
     _, rate = encode(job(weights), whole[0], SHARE)
     assert rate is None and contents(whole[0]) == whole[2]
     folder = copy_to(tmp_path / "cache", {k: v for k, v in whole[2].items() if not k.startswith("00002")})
