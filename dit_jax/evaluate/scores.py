@@ -15,7 +15,8 @@ from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
-from dit_jax.evaluate.images import Images, open_images, open_samples
+from dit_jax.evaluate.images import Images, check_is_images, open_images, open_samples
+from dit_jax.evaluate.provenance import provenance
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots, remove
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
@@ -51,6 +52,7 @@ class Options(NamedTuple):
 def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]):
     """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
     check_name(features, weights)
+    check_is_images(shape, "the run")
     check_shape(features, shape)
     open_reference(reference, shape)
 
