@@ -18,6 +18,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {"register": "dit_jax.registry"}  # name: its module, imported at the first use
+__all__ = ["register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ def main() -> dict:
     processes.join()
     from dit_jax.build import Run
     from dit_jax.training.loop import train
-    from dit_jax.training.results import check_results, results_of
+    from dit_jax.training.results import check_results
 
     workdir = Path(WORKDIR.value).expanduser().absolute()
     run = Run(config)
@@ -58,7 +58,7 @@ def main() -> dict:
         "samples": None,
     }
     if not trained.stopped:
-        result |= results_of(trained.run).finish(trained.state, trained.constants, workdir)
+        result |= trained.results.finish(trained.state, trained.constants, workdir)
     if not result["stopped"] and jax.process_index() == 0:
         write_json(workdir / "result.json", result)
     return result

@@ -238,13 +238,13 @@ def measure() -> dict:
 
         return latents.run(DATA.value, image_size(), RECORDS.value or 8192, batch_size(256), SECONDS.value)
     if WHAT.value == "evaluation":
-        from dit_jax.benchmark import evaluation
+        from dit_jax.benchmark import features
 
-        return evaluation.run(image_size(), BATCH_SIZE.value, RECORDS.value)
-    from dit_jax.benchmark import checkpoint
+        return features.run(image_size(), BATCH_SIZE.value, RECORDS.value)
+    from dit_jax.benchmark import saving
 
     it = subject()
-    return {**it.describe(), **checkpoint.run(it, DATA.value)}
+    return {**it.describe(), **saving.run(it, DATA.value)}
 
 
 def rows(result: dict, prefix: str = "") -> list[tuple[str, str]]:

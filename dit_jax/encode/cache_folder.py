@@ -1,7 +1,6 @@
 """The folder of a latent cache while it is made: what it was begun with, which shards are whole, the manifest at the end."""
 
 import contextlib
-import fcntl
 import hashlib
 import math
 from pathlib import Path
@@ -12,6 +11,7 @@ from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
+from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.sealed import damage, digest, read_sealed, sealed, write_sealed
 
 LISTED = 100  # bad records in the manifest; the facts of the shards have all
@@ -19,27 +19,20 @@ LISTED = 100  # bad records in the manifest; the facts of the shards have all
 
 @contextlib.contextmanager
 def claimed(folder: Path, wanted: dict, process_index: int):
-    """The settings of the folder, the wanted ones if it has none, and a lock on it in the first process while the block runs.
+    """The settings of the folder, the wanted ones if it has none; the first process claims the folder while the block runs.
 
     Raises:
         UserError: it holds something else, or a cache of another job; it cannot be written; another command is at work in it.
     """
-    path = folder / SETTINGS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = stored_settings(folder, wanted)
-        if settings is None:
-            settings = wanted
-            write_sealed(path, settings)  # every process writes the same: none has to wait for another
-        lock = open(path, "r+b")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--out={folder} cannot be written ({error.strerror}): give another folder") from None
-    with lock:
-        if process_index == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{folder} cannot be locked ({error.strerror}): is another command encoding into it?") from None
+    with claim(folder, "encoding", "--out") if process_index == 0 else contextlib.nullcontext():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = stored_settings(folder, wanted)
+            if settings is None:
+                settings = wanted
+                write_sealed(folder / SETTINGS, settings)  # every process writes the same: none has to wait for another
+        except OSError as error:
+            raise UserError(f"--out={folder} cannot be written ({error.strerror}): give another folder") from None
         yield settings
 
 
@@ -53,7 +46,8 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
         settings = read_sealed(folder / SETTINGS)
     except FileNotFoundError:
         # What a process of this command may have made before this one looked.
-        strange = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(SETTINGS) or is_partial(p.name)))
+        names = sorted(path.name for path in folder.iterdir())
+        strange = [name for name in names if not (name.startswith(SETTINGS) or name == LOCK or is_partial(name))]
         if (folder / SETTINGS).exists():  # by now
             return stored_settings(folder, wanted)
         if strange:

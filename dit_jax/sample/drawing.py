@@ -3,7 +3,6 @@
 Part p of P draws the shards p, p + P, ...: a part is a process, or the processes that hold the same rows of a batch.
 """
 
-import contextlib
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -287,6 +286,4 @@ def _finish(out: Path, grid: Path, found: Shards):
     except OSError as error:
         raise shards.unwritable(out, error) from None
     if out.suffix == ".npz":
-        shards.clear(found.path)
-        with contextlib.suppress(OSError):  # a network file system may keep the open lock for a moment
-            found.path.rmdir()
+        shards.remove(found.path)

@@ -11,7 +11,6 @@ What a file is called follows from its number alone: nothing that is read from t
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,11 +26,12 @@ from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
+from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every power of two that a device may work on at once
-MANIFEST, LABELS, SHARDS, GRID, LOCK = "manifest.json", "labels.npy", "shards", "samples.png", ".lock"
+MANIFEST, LABELS, SHARDS, GRID = "manifest.json", "labels.npy", "shards", "samples.png"
 # Where things lay and where weights came from: what was drawn is told by their hashes.
 NOT_COMPARED = ("origin", "autoguidance", "images_sha256")
 
@@ -250,7 +250,7 @@ def opened(path: Path) -> Shards | None:
 
 @contextlib.contextmanager
 def claimed(wanted: Shards, replace: bool = False):
-    """Makes the folder that of the wanted samples, or goes on with one that is, and locks it while the block runs.
+    """Makes the folder that of the wanted samples, or goes on with one that is, and claims it while the block runs.
 
     Of several processes the first does this, and the others come after.
 
@@ -260,24 +260,11 @@ def claimed(wanted: Shards, replace: bool = False):
         UserError: the folder holds something else, or other samples, with the differences; another command is at work in it;
             it cannot be written.
     """
-    path = wanted.path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be locked ({error.strerror}): is another command drawing into it? Wait for it, or "
-                "give another --out"
-            ) from None
+    with claim(wanted.path, "drawing samples", "--out"):
         try:
             _prepare(wanted, replace)
         except OSError as error:
-            raise unwritable(path / MANIFEST, error) from None
+            raise unwritable(wanted.path / MANIFEST, error) from None
         yield
 
 
@@ -320,5 +307,13 @@ def _prepare(wanted: Shards, replace: bool):
 def clear(path: Path):
     """Removes what `claimed` and `Shards.write` made, the manifest last."""
     shutil.rmtree(path / SHARDS, ignore_errors=True)
-    for name in (LABELS, GRID, MANIFEST, LOCK):
+    for name in (LABELS, GRID, MANIFEST):
         (path / name).unlink(missing_ok=True)
+
+
+def remove(path: Path):
+    """Removes a folder that this process has claimed, once its samples are elsewhere."""
+    clear(path)
+    (path / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a network file system may keep the open lock for a moment
+        path.rmdir()

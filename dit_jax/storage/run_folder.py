@@ -9,10 +9,9 @@ stacks.txt    see `watchdog`
 codec/        the frozen codec of a diffusion run, or what an autoencoder run has made (see `codec_weights`)
 """
 
-import fcntl
+import contextlib
 import json
 from pathlib import Path
-from typing import IO
 
 import ml_collections
 from absl import logging
@@ -21,6 +20,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_json
+from dit_jax.storage.claim import claim
 from dit_jax.storage.upgrade import upgrade
 
 SCORES, BEST_SCORE = "scores", "best.json"
@@ -78,16 +78,16 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 class Workdir:
-    """Opens (or creates) a run's folder for training; a context manager that holds the lock.
+    """Opens (or creates) a run's folder for training; a context manager that holds the claim on it.
 
     Raises on entry:
-        UserError: another process trains in it; its config differs; it holds something else.
+        UserError: another command is at work in it; its config differs; it holds something else.
     """
 
     def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
         self.path = Path(path).expanduser().absolute()
         self.config, self.first = plain(config), first
-        self._lock: IO[str] | None = None
+        self._claim = contextlib.ExitStack()
 
     @property
     def checkpoints(self) -> Path:
@@ -117,21 +117,15 @@ class Workdir:
                 "give another --workdir"
             )
         if self.first:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = open(self.path / ".lock", "w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is training in {self.path}; wait for it or give another --workdir") from None
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
-            write_json(file, self.config, indent=2)
-            remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(claim(self.path, "training"))
+                write_json(file, self.config, indent=2)
+                remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
+                self._claim = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info):
-        if self._lock is not None:
-            self._lock.close()
+        self._claim.close()
 
 
 def read_config(workdir) -> dict:

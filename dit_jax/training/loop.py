@@ -28,7 +28,7 @@ from dit_jax.training import summary
 from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
-from dit_jax.training.results import results_of
+from dit_jax.training.results import Results, results_of
 from dit_jax.training.scoring import Scorer
 from dit_jax.training.wandb_writer import WandbWriter
 
@@ -39,12 +39,14 @@ class TrainResult:
 
     Fields:
         run: the run with its codec's weights.
+        results: what the run shows for itself; `finish` of it makes the final samples and their score.
         constants: what a step reads and does not change, on the mesh.
         stopped: a signal ended it before its last step, with everything saved.
         loss, images_per_second: of the last interval that was logged; None if nothing was trained.
     """
 
     run: Run
+    results: Results
     state: TrainState
     constants: dict[str, Any]
     stopped: bool
@@ -88,10 +90,10 @@ def train(run: Run, workdir: Path) -> TrainResult:
         state = training.restore_or_create()
         step = int(state.step)
         if training.score and training.score.scorer.unfinished(step) and training.score(step, state):
-            return TrainResult(run, state, training.constants, stopped=True)
+            return TrainResult(run, training.results, state, training.constants, stopped=True)
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
-            return TrainResult(run, state, training.constants, stopped=False)
+            return TrainResult(run, training.results, state, training.constants, stopped=False)
 
         stepper, batches, batch = training.start(state)
         stopping = interrupted = False
@@ -113,7 +115,7 @@ def train(run: Run, workdir: Path) -> TrainResult:
         training.finish(step)
     stopped = interrupted or (stopping and step < num_steps)
     meter = training.meter
-    return TrainResult(run, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second)
+    return TrainResult(run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second)
 
 
 class Training:

@@ -18,7 +18,7 @@ from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
 from dit_jax.evaluate import extractors, scores
 from dit_jax.interop import codec_folder
-from dit_jax.metrics.reconstruction import psnr, ssim
+from dit_jax.metrics.image_quality import psnr, ssim
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.pixels import to_float, to_uint8

@@ -13,7 +13,7 @@ import tiny
 from verbs import ROOT, refused, run_verbs, start
 
 from dit_jax import build, recipes
-from dit_jax.benchmark import checkpoint, images, latents, machine, network, peer, scaling, startup, subject, timing
+from dit_jax.benchmark import images, latents, machine, network, peer, saving, scaling, startup, subject, timing
 from dit_jax.benchmark.timing import Timing, Work
 from dit_jax.data.latents import LatentCache
 from dit_jax.diffusion import samplers
@@ -322,9 +322,9 @@ def test_latents(tmp_path):
 
 def test_checkpoint(tmp_path, monkeypatch):
     """A state of zeros, which compresses to nothing; seconds out of order; files left behind."""
-    monkeypatch.setattr(checkpoint, "REPEATS", 1)
+    monkeypatch.setattr(saving, "REPEATS", 1)
     it = one_device()
-    result = checkpoint.run(it, str(tmp_path))
+    result = saving.run(it, str(tmp_path))
     state = abstract_state(it.task, it.mesh)
     assert result["state_bytes"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert result["written_bytes"] > 0.8 * result["state_bytes"]
@@ -437,7 +437,7 @@ def test_peer_is_refused(torch):
 
 def test_evaluation(monkeypatch):
     """Compilation or the first batches counted as time of the images that follow; images counted that were not waited for."""
-    from dit_jax.benchmark import evaluation
+    from dit_jax.benchmark import features
 
     class Slow:
         name = "slow"
@@ -450,10 +450,10 @@ def test_evaluation(monkeypatch):
         def init(self, key, x):
             return {"params": {}}
 
-    monkeypatch.setattr(evaluation, "Inception", Slow)
-    monkeypatch.setattr(evaluation, "InceptionV3", Weights)
-    result = evaluation.run((4, 4), 8, 48)
+    monkeypatch.setattr(features, "Inception", Slow)
+    monkeypatch.setattr(features, "InceptionV3", Weights)
+    result = features.run((4, 4), 8, 48)
     assert result["images"] == 40 and result["measured_seconds"] < result["total_seconds"]
     assert result["images_per_second"] == 40 / result["measured_seconds"]
     with pytest.raises(UserError, match="give at least 32"):
-        evaluation.run((4, 4), 8, 31)
+        features.run((4, 4), 8, 31)

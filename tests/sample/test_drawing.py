@@ -236,3 +236,13 @@ def test_default_chunk_size():
     """Chunks that starve an accelerator, or that a shard is no multiple of."""
     assert [default_chunk_size(tokens, "tpu") for tokens in (256, 1024, 16)] == [64, 16, 64]
     assert default_chunk_size(16, "cpu") == 8
+
+
+def test_a_folder_whose_samples_are_replaced_stays_claimed(tmp_path):
+    """A second command that draws into a folder because the first removed its lock with the old samples."""
+    labels = np.zeros(3, np.int32)
+    old, new = (shards.Shards(tmp_path, shards.settings_of(labels, (4, 4, 3), {"seed": seed}, {}), labels) for seed in (0, 1))
+    with shards.claimed(old):
+        pass
+    with shards.claimed(new, replace=True), pytest.raises(UserError, match="another command"), shards.claimed(new):
+        pass

@@ -219,7 +219,7 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
     runs = expand()
     with Folder(tmp_path, "t") as folder:
         folder.record(runs)
-        with pytest.raises(UserError, match="another sweep, or a run"), Folder(tmp_path, "t"):
+        with pytest.raises(UserError, match="a process that a killed one left behind"), Folder(tmp_path, "t"):
             pass
         finish(folder, runs[0])
         folder.check_configs(runs)

@@ -18,7 +18,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop import vae
 from dit_jax.tasks.task import named_key
 from dit_jax.training.loop import train
-from dit_jax.training.results import check_results, results_of
+from dit_jax.training.results import check_results
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def first_stage(tmp_path_factory):
     config = tiny.autoencoder(evaluation__num_images=20, preview__every_steps=4)
     check_results(build.Run(config))
     trained = train(build.Run(config), workdir)
-    result = results_of(trained.run).finish(trained.state, trained.constants, workdir)
+    result = trained.results.finish(trained.state, trained.constants, workdir)
     assert np.isfinite([result["psnr"], result["ssim"], result["fid"]]).all()
     return workdir
 

@@ -145,7 +145,7 @@ def test_one_process_at_a_time(tmp_path):
     """Two processes that write checkpoints into one folder."""
     with (
         Workdir(tmp_path / "run", tiny.config()),
-        pytest.raises(UserError, match="another process is training"),
+        pytest.raises(UserError, match="another command"),
         Workdir(tmp_path / "run", tiny.config()),
     ):
         pass
