@@ -3,7 +3,9 @@
     python -m dit_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
 
-Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. The same command again resumes.
+Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, makes its
+section the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
+The same command again resumes.
 The last line of stdout is also in <workdir>/result.json once all is done. Several processes find each other on
 TPU pods, GKE and SLURM; elsewhere give --coordinator_address --num_processes --process_id.
 
@@ -21,7 +23,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 from dit_jax.storage.atomic import write_json
 
-CONFIG = config_file.DEFINE_config("Config file; after a colon its argument: configs/imagenet.py:B/4,256.")
+CONFIG = config_file.define_flags("Config file; after a colon its argument: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
 processes.define_flags()
 
