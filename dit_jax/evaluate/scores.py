@@ -16,7 +16,6 @@ from dit_jax.errors import UserError
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
 from dit_jax.evaluate.images import Images, check_is_images, open_images, open_samples
-from dit_jax.evaluate.provenance import provenance
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots, remove
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
