@@ -46,15 +46,15 @@ class ConfigFlag(NamedTuple):
         return read(self.file.value, self.fields.value)
 
 
-def DEFINE_config(help_text: str) -> ConfigFlag:
+def define_flags(help_text: str) -> ConfigFlag:
     """Defines --config and the flags of fields, in a verb's `__main__`."""
-    return ConfigFlag(flags.DEFINE_string("config", None, help_text), DEFINE_fields())
+    return ConfigFlag(flags.DEFINE_string("config", None, help_text), define_fields())
 
 
-def DEFINE_fields() -> flags.FlagHolder:
+def define_fields() -> flags.FlagHolder:
     """Defines the flags of fields alone: texts "<path>=<value>", or "<path>" where no value was given."""
     return flags.DEFINE_multi_string(
-        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow."
+        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
     )
 
 
@@ -80,8 +80,8 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     if (upgraded := upgrade(config.to_dict())) != config.to_dict():
         config = ConfigDict(upgraded)
     remade = _apply_names(config, given)
-    for path, value in given.items():
-        _set(config, path, value)
+    for path, given_value in given.items():
+        _set(config, path, given_value)
     for place in remade:
         _check_complete(config, place)
     if found := _imports(config, config_file):

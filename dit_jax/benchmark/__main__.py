@@ -33,7 +33,7 @@ WHAT = flags.DEFINE_enum(
     ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup", "evaluation", "scaling"],
     "What to measure.",
 )
-CONFIG = config_file.DEFINE_config("Training config, instead of --model.")
+CONFIG = config_file.define_flags("Training config, instead of --model.")
 MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
 RESOLUTION = flags.DEFINE_string(
     "resolution", "256", "Size of the images in pixels: the side of squares, or height x width, as in 256x384."

@@ -19,7 +19,7 @@ from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
-CONFIG = config_file.DEFINE_config(
+CONFIG = config_file.define_flags(
     "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
 )
 DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")

@@ -23,7 +23,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
 MODELS = flags.DEFINE_bool("models", False, "The table of models.")
-CONFIG = config_file.DEFINE_config("Config file of the run to plan.")
+CONFIG = config_file.define_flags("Config file of the run to plan.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this machine if not given."
 )

@@ -19,7 +19,7 @@ from dit_jax.runtime.host_memory import reuse_freed_memory
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
 
 USER_ERROR_STATUS = 2
-CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.DEFINE_config`
+CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.define_flags`
 FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command again goes on; launch/ starts it again
 
@@ -89,8 +89,9 @@ def _parse_flags(argv):
         if takes_config:
             argv = config_fields(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
         rest = flags.FLAGS(argv)
-        if takes_config and "config" in flags.FLAGS and flags.FLAGS["config"].value is None and flags.FLAGS[CONFIG_FIELD].value:
-            raise flags.Error(f"--config.{flags.FLAGS[CONFIG_FIELD].value[0]} is given without --config=configs/<name>.py")
+        fields = flags.FLAGS[CONFIG_FIELD].value if takes_config else None
+        if fields and "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
+            raise flags.Error(f"--config.{fields[0]} is given without --config=configs/<name>.py")
         return rest
     except SystemExit:  # --help: absl leaves with 1
         sys.exit(0)
@@ -132,7 +133,7 @@ def run(main):
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
-            user_code.import_all(flags.FLAGS["import"].value)
+            user_code.import_all(flags.FLAGS["import"].value or ())
             result = main()
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
@@ -149,9 +150,7 @@ def run(main):
         if result.get("stopped"):
             sys.exit(STOPPED_STATUS)
 
-    flags.DEFINE_multi_string(
-        "import", [], "Python file or module to import first, which calls dit_jax.register; may be given several times."
-    )
+    flags.DEFINE_multi_string("import", [], "Python file or module to import first; it may call dit_jax.register")
     reuse_freed_memory()
     compilation_cache.use()
     app.run(guarded, flags_parser=_parse_flags)

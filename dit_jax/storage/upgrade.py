@@ -18,7 +18,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
         section, _, old_field = old_path.partition(".")
         if old_field in new.get(section, {}):
             new[section][path.partition(".")[2]] = new[section].pop(old_field)
-    added = ADDED.get(new.get("task", {}).get("name"), {})
+    added = ADDED.get(new.get("task", {}).get("name", ""), {})
     return {**{name: dict(section) for name, section in added.items() if name not in new}, **new}
 
 

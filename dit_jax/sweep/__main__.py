@@ -42,7 +42,7 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Estimate device hours by the roofline of dit_jax.plan, as in v5p:4x4x4; compiles every run's step."
 )
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Estimate device hours from results of dit_jax.benchmark --what=train_step.")
-FIELDS = config_file.DEFINE_fields()
+FIELDS = config_file.define_fields()
 
 
 def check_flags():

@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from dit_jax import config_file
+from dit_jax import config_file, registry
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.storage.upgrade import upgrade_path
@@ -92,6 +92,7 @@ def load(path: str) -> Sweep:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"--sweep={path} does not exist; give a file such as configs/sweeps/digits.py")
+    before = registry.entries()
     module = user_code.load_file(file, f"--sweep={path}")
     if not hasattr(module, "get_sweep"):
         raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
@@ -101,6 +102,8 @@ def load(path: str) -> Sweep:
             f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a dit_jax.sweep.grid.Sweep"
         )
     _check_fields(sweep)
+    if sweep.base and registry.entries() != before:  # what the sweep file registers, the processes of its runs must too
+        user_code.import_all([str(file)])
     return sweep if sweep.base else replace(sweep, base=str(file))
 
 

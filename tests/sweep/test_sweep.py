@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from user_files import forgetful as forgetful
+from user_files import write
 from verbs import ROOT, start
 
 from dit_jax.errors import UserError
@@ -80,6 +82,24 @@ def test_sweep_file_as_its_own_config(tmp_path):
         """)
     )
     assert [run.config.model.depth for run in grid.expand(grid.load(str(file)))] == [1, 3]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_names_in_the_grid_and_user_code(tmp_path):
+    """A grid of samplers that is refused for their fields; a run whose process does not know what the sweep file registers."""
+    source = """
+        import dit_jax
+        from dit_jax.diffusion.samplers import Euler
+        from dit_jax.sweep.grid import Sweep
+        class Mine(Euler): pass
+        dit_jax.register("sampler", "mine", Mine)
+        def get_sweep():
+            return Sweep(title="t", base="configs/digits.py", grid={"sampler.name": ["ddpm", "heun", "mine"]})
+        """
+    file = write(tmp_path / "sweep.py", source)
+    runs = grid.expand(grid.load(str(file)), ["--config.process.name=flow"])
+    assert [set(run.config.sampler) for run in runs] == [{"name", "num_steps", "spacing"}, *[{"name", "num_steps"}] * 2]
+    assert all(run.flags[0] == f"--import={file}" for run in runs) and runs[2].imports == [f"--import={file}"]
 
 
 @pytest.mark.parametrize(
