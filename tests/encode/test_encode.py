@@ -362,6 +362,7 @@ def test_the_verb(vae_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_killed_at_random_it_ends_with_the_same_bytes(vae_folder, tmp_path):
     """What a kill -9 leaves and a failing rename does not: half-written files, a lock that outlives its process."""
     command = [

@@ -466,7 +466,7 @@ def kill_while_saving(folder, after_saves):
     return start, max([last, *map(int, rest[1::2])])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.faults])])
 def test_kill_9_while_saving_loses_no_committed_step(tmp_path, kills):
     """Catches a half-written or half-deleted step taken for the newest, and leftovers that pile up."""
     reached = 0
@@ -546,6 +546,7 @@ def two_processes(folder, phase, signal_to_second=None):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_stop_at_one_step_and_agree_on_what_to_restore(tmp_path, number):
     """A signal to one of two processes must save one step on both; a damaged shard must not leave one in a barrier."""
