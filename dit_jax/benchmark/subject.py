@@ -22,6 +22,7 @@ from dit_jax.encoders.labels import Labels
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
 from dit_jax.models.dit import DiT
+from dit_jax.models.network import for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, rows_per_step
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
@@ -91,7 +92,7 @@ class Subject:
     def describe(self) -> dict:
         """What decides the speed, for the result."""
         task = self.task
-        trained = task.network.for_platform(jax.default_backend()) if task.draws_samples else task.codec
+        trained = for_platform(task.network, jax.default_backend()) if task.draws_samples else task.codec
         names = ("depth", "width", "heads", "patch_size", "conditioning", "attention", "unroll", "remat")
         fields = {name: getattr(trained, name) for name in names if hasattr(trained, name)}
         return {

@@ -151,7 +151,7 @@ def _shapes(sections) -> dict[str, tuple[int, ...]]:
 
 def _read_workdir(source: Source) -> Weights:
     config = ml_collections.ConfigDict(read_config(source.path))
-    if config.task.name != "diffusion":
+    if not Run(config).task.draws_samples:
         raise UserError(
             f"{source.path} is the run of an autoencoder: its weights are in {source.path}/codec, as diffusers reads "
             "them, when it has finished"
