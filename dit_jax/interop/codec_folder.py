@@ -1,6 +1,6 @@
-"""Where a run finds its frozen codec: given by the config, kept in the run's own folder, so that sampling needs nothing else.
+"""Resolves a run's frozen codec and stores a copy of it in the run's folder, so that sampling needs nothing else.
 
-<workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, as diffusers writes an AutoencoderKL
+<workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, in the format of diffusers' AutoencoderKL
 """
 
 import os
@@ -19,13 +19,14 @@ FOLDER = "codec"
 
 
 def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_collections.ConfigDict, Any]:
-    """(the config with what only the codec's weights can tell, the weights as NumPy arrays); ({} where there are none).
+    """Completes the config's codec section from the codec's weights; returns (config, weights as NumPy arrays).
 
-    The folder of a run that already holds its codec is where it is read from: the path in the config need not exist any more.
-    `codec.scale` and `codec.shift` that are None become those of the weights' folder; `codec.sha256` becomes the weights' hash.
+    The weights are {} if the codec has none. If the run's folder already holds a codec, that copy is read, and `codec.path` need
+    not exist any more. A `codec.scale` or `codec.shift` of None is set to the value in the weights' folder. `codec.sha256` is set
+    to the hash of the weights.
 
     Raises:
-        UserError: the codec needs weights and there are none; they do not fit the config; the hash is not the one asked for.
+        UserError: the codec needs weights and has none; they do not fit the config; their hash is not `codec.sha256`.
     """
     if config.task.name != "diffusion" or config.codec.name == "pixels":
         return config, {}
@@ -33,7 +34,7 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
     if own and own.exists():
         path = own
         if config.codec.path and not Path(config.codec.path).expanduser().exists():
-            say(f"codec.path {config.codec.path} is gone; the copy in {own} is used")
+            say(f"codec.path {config.codec.path} no longer exists; using the copy in {own}")
     elif config.codec.path:
         path = vae.find(config.codec.path)
     else:
@@ -45,36 +46,36 @@ def settle(config: ml_collections.ConfigDict, workdir: Path | None) -> tuple[ml_
     if path.is_dir():
         stored = vae.read_codec(path)
         for field in ("scale", "shift"):
-            chosen, found = config.codec.get(field), getattr(stored, field)
+            chosen, of_weights = config.codec.get(field), getattr(stored, field)
             if chosen is None:
-                config.codec[field] = found
-            elif getattr(build.codec(config), field) != found and path != own:
-                say(f"codec.{field} {chosen} of the config is used, not {found} of {path}")
+                config.codec[field] = of_weights
+            elif getattr(build.codec(config), field) != of_weights and path != own:
+                say(f"using codec.{field} {chosen} from the config instead of {of_weights} from {path}")
     elif config.codec.get("scale") is None:
         raise UserError(
-            f"codec.path {path} is a lone file, which does not tell the scale of its latents; give codec.scale, or "
-            "the folder with config.json"
+            f"codec.path {path} is a single file, which does not record the scale of its latents; set codec.scale, or "
+            "give the folder with config.json"
         )
     params = vae.load_diffusers(path, build.codec(config))
-    found, wanted = vae.weights_sha256(params), config.codec.get("sha256")
-    if wanted and found != wanted:
+    digest, wanted = vae.weights_sha256(params), config.codec.get("sha256")
+    if wanted and digest != wanted:
         raise UserError(
-            f"the weights in {path} have the SHA-256 {found} and codec.sha256 asks for {wanted}; give those weights, "
-            "or leave codec.sha256 empty"
+            f"the weights in {path} have the SHA-256 {digest}, but codec.sha256 is {wanted}; give the weights with that "
+            "hash, or leave codec.sha256 empty"
         )
-    config.codec.sha256 = found
+    config.codec.sha256 = digest
     return config.lock(), params
 
 
 def keep(workdir: Path, codec, params):
-    """Writes <workdir>/codec/, at once or not at all; one that is there is left."""
+    """Writes <workdir>/codec/ atomically, unless it exists."""
     folder = workdir / FOLDER
     if params and not folder.exists():
         replace(folder, codec, params)
 
 
 def replace(folder: Path, codec, params):
-    """Writes the codec's folder anew: never half of one."""
+    """Replaces the codec's folder atomically."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     vae.save_diffusers(partial, codec, params)
