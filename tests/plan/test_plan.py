@@ -304,11 +304,11 @@ def test_estimate_by_hand():
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("v5p:4x4", "has 2 sides and v5p has 3"),
+        ("v5p:4x4", "has 2 sides, but v5p has 3"),
         ("v9:4x4", "known are v4"),
         ("v5litepod-16", "known are"),
         ("cpu:0", "known are"),
-        ("cpu:64", "64 simulated devices and this process has 8"),
+        ("cpu:64", "64 simulated devices, but this process has 8"),
         ("h200:2x2", "sides"),
     ],
 )
@@ -352,7 +352,7 @@ def test_batch_must_split():
     """A batch that does not divide, planned as another."""
     with pytest.raises(UserError, match="not a multiple"):
         estimate.plan_training(tiny.config(batch_size=12), eight())
-    with pytest.raises(UserError, match="needs as many devices"):
+    with pytest.raises(UserError, match="devices, but there are 8"):
         estimate.plan_training(tiny.config(mesh__fsdp=3), eight())
 
 
