@@ -312,9 +312,9 @@ def test_ilsvrc_validation(tmp_path):
     assert source[0]["image"] == images["ILSVRC2012_val_00000004.JPEG"]
     with pytest.raises(UserError, match="image number 5 is missing"):
         IlsvrcValidation(str(tmp_path / "v.tar"), [*labels, "n00000001"], classes)
-    with pytest.raises(UserError, match="50,000 have labels"):
+    with pytest.raises(UserError, match="50,000 labels"):
         IlsvrcValidation(str(tmp_path / "v.tar"))
-    with pytest.raises(UserError, match="n00000003, are none of the 2 classes"):
+    with pytest.raises(UserError, match="n00000003, are not among the 2 classes"):
         IlsvrcValidation(str(tmp_path / "v.tar"), labels, classes[:2])
 
 

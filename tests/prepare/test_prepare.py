@@ -165,7 +165,7 @@ def test_complete_already(photos, tmp_path, capfd):
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*[0-9n]")}
     capfd.readouterr()
     assert prepare(request(tmp_path), {"train": str(photos)}) == result
-    assert "complete already; verifying" in capfd.readouterr().err
+    assert "already complete; verifying" in capfd.readouterr().err
     assert len(written) > 4 and all(file.stat().st_mtime_ns == when for file, when in written.items())
 
 
@@ -264,10 +264,10 @@ def test_damage_after_the_end(photos, tmp_path):
     assert files_of(tmp_path / "out") == expected
     size = shards[2].stat().st_size
     shards[2].write_bytes(np.random.default_rng(0).bytes(size))
-    with pytest.raises(UserError, match=r"cannot be read.*remove it and give the command again"):
+    with pytest.raises(UserError, match=r"cannot be read.*remove it and run the command again"):
         prepare(request(tmp_path), {"train": str(photos)})
     assert array_records.write_shard(shards[2], [b"one record"]) == (1, size)  # small files are padded to the same size
-    with pytest.raises(UserError, match=r"has 1 records.*remove it and give the command again"):
+    with pytest.raises(UserError, match=r"has 1 records.*remove it and run the command again"):
         prepare(request(tmp_path), {"train": str(photos)})
 
 
@@ -282,7 +282,7 @@ def test_refused(photos, tmp_path):
         prepare(request(tmp_path), {"train": str(photos)})
     (photos / "dog").mkdir()
     (photos / "dog" / "1.jpg").write_bytes(encoded(8, "JPEG"))
-    with pytest.raises(UserError, match="only here: dog"):
+    with pytest.raises(UserError, match=r"only in .*: dog"):
         prepare(request(tmp_path), {"test": str(photos)})
     with pytest.raises(UserError, match="split='all'"):
         prepare(request(tmp_path), {"all": str(photos)})
