@@ -1,4 +1,4 @@
-"""The flags by which the processes of one run find each other where the cluster is not detected."""
+"""Flags that connect the processes of a run if the cluster is not detected."""
 
 from absl import flags
 
@@ -8,7 +8,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, wit
 
 
 def join():
-    """Joins the other processes, if there are any; before anything else touches JAX. See `hosts.initialize` for its errors."""
+    """Joins the other processes, if there are any; call before anything else uses JAX. Raises as `hosts.initialize`."""
     from dit_jax.parallel import hosts
 
     hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
