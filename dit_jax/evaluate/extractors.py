@@ -1,4 +1,4 @@
-"""Extractors by name, with their weights and the hash of these."""
+"""Loads feature extractors by name, with their weights and the hash of the weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,44 +14,43 @@ MAX_PIXEL_FEATURES = 4_096
 
 
 class Loaded(NamedTuple):
-    """An extractor, its parameters, and the SHA-256 of these, None where there are none."""
+    """An extractor, its parameters, and their SHA-256 (None if there are no parameters)."""
 
     extractor: Extractor
     params: Any
     weights_sha256: str | None
 
     def describe(self) -> dict:
-        """What decides the features: results whose descriptions differ are not compared."""
+        """Everything that determines the features; results with different descriptions are not compared."""
         return {"name": self.extractor.name, "weights_sha256": self.weights_sha256, **self.extractor.recipe()}
 
 
 def check_name(name: str, weights: str | None):
-    """Raises a UserError if there are no such features, or weights are missing or mean nothing."""
+    """Raises UserError if the features are unknown, or if weights are missing or superfluous."""
     if name not in NAMES:
-        raise UserError(f"features {name!r}; they must be one of {', '.join(NAMES)}")
+        raise UserError(f"unknown features {name!r}; choose one of {', '.join(NAMES)}")
     if name == "pixels" and weights:
-        raise UserError(f"features 'pixels' have no weights: leave out --weights={weights}")
+        raise UserError(f"features 'pixels' have no weights: omit --weights={weights}")
     if name != "pixels" and not weights:
         raise UserError(f"features {name!r} need --weights=<.safetensors written by python -m dit_jax.convert --from={name}>")
     if weights and not Path(weights).expanduser().is_file():
-        raise UserError(f"--weights={weights} is not a file; python -m dit_jax.convert --from={name} writes one")
+        raise UserError(f"--weights={weights} is not a file; write one with python -m dit_jax.convert --from={name}")
 
 
 def check_shape(name: str, shape: tuple[int, int, int]):
-    """Raises a UserError if the covariance of the pixels of such images would be too large."""
+    """Raises UserError if the covariance of pixel features of this image shape would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(
-            f"features 'pixels' of {' x '.join(map(str, shape))} images are {np.prod(shape)} numbers, whose "
-            f"covariance takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as "
-            "32 x 32 x 3"
+            f"features 'pixels' of {' x '.join(map(str, shape))} images have {np.prod(shape)} dimensions, which is too "
+            f"slow; use them for tiny images of at most {MAX_PIXEL_FEATURES} dimensions, such as 32 x 32 x 3"
         )
 
 
 def load(name: str, weights: str | None = None) -> Loaded:
-    """The extractor of that name with its weights.
+    """Loads the extractor of that name with its weights.
 
     Raises:
-        UserError: see `check_name`; a file that is not the weights of that extractor.
+        UserError: see `check_name`; or the file does not contain weights of that extractor.
     """
     check_name(name, weights)
     if name == "pixels":

@@ -1,4 +1,4 @@
-"""With what a result was computed: versions, the commit of the code, the device."""
+"""Records how a result was computed: versions, the commit of the code, and the device."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ import dit_jax
 
 
 def provenance() -> dict:
-    """{"versions", "commit", "device"} of this process; commit is None where the code is not a git checkout."""
+    """{"versions", "commit", "device", "num_devices"} of this process; commit is None if the code is not a git checkout."""
     return {
         "versions": {
             "dit_jax": dit_jax.__version__,
@@ -26,14 +26,14 @@ def provenance() -> dict:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that this package is run from, with "+changes" if tracked files of the package differ from it."""
+    """Commit of the checkout that contains this package, with "+changes" if tracked files of the package were modified."""
     folder = Path(dit_jax.__file__).parent
 
     def git(*args) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
 
     try:
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode:  # not the repository of something around it
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:  # an enclosing repository is not the package's
             return None
         head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
     except (OSError, subprocess.TimeoutExpired):

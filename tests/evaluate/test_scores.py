@@ -159,7 +159,7 @@ def test_published_statistics(tmp_path):
     np.savez(path, **arrays)
     found = reference.read(path)
     assert found.moments["features"].mean.dtype == np.float64 and found.images.shape == (4, 4, 3) and found.published
-    with pytest.raises(UserError, match="of Inception, and the samples' features are to be random"):
+    with pytest.raises(UserError, match="of Inception, but the samples' features are random"):
         scores.check_comparable(found, "adm.npz", load(), ArrayImages(images(20), "x"))
     for change, text in (
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, "have 2048"),
@@ -177,7 +177,7 @@ def test_what_cannot_be_compared():
     scores.check_comparable(made, "r", load(), ArrayImages(images(9), "x"))
     with pytest.raises(UserError, match=r"weights_sha256: '0+' there, '0+1' now"):
         scores.check_comparable(made, "r", load(seed=1), ArrayImages(images(9), "x"))
-    with pytest.raises(UserError, match="samples are 2 x 2 x 3 and the reference r was made of 4 x 4 x 3"):
+    with pytest.raises(UserError, match="samples are 2 x 2 x 3, but the reference r was made of 4 x 4 x 3"):
         scores.check_comparable(made, "r", load(), ArrayImages(images(9, shape=(2, 2, 3)), "x"))
 
 
@@ -189,11 +189,11 @@ def test_which_metrics_are_possible():
     names, _ = scores.choose_metrics(many, many, loaded, scores.Options(kid_subset_size=60))
     assert names == scores.METRICS
     statistics = reference.Reference(taken(60).moments, None, {"count": 60, "extractor": {}})
-    with pytest.raises(UserError, match="metric recall: the reference has statistics and neither"):
+    with pytest.raises(UserError, match="metric recall: the reference has only statistics, neither"):
         scores.choose_metrics(many, statistics, loaded, scores.Options(("fid", "recall")))
     with pytest.raises(UserError, match="needs 1000 images on each side"):
         scores.choose_metrics(many, many, loaded, scores.Options(("kid",)))
-    with pytest.raises(UserError, match="no metric 'fld'"):
+    with pytest.raises(UserError, match="unknown metric 'fld'"):
         scores.choose_metrics(many, many, loaded, scores.Options(("fld",)))
 
 
