@@ -155,7 +155,7 @@ def test_the_verb_killed_and_continued(photos, tmp_path):
     whole = prepare(request(tmp_path, "whole", shard_bytes=round(0.2 * 2**20), resolution=200), {"train": str(photos)})
     assert outcomes[0][0] == 0 and json.loads(outcomes[0][1].splitlines()[-1]) == whole | {"out": "data"}, outcomes[0]
     assert files_of(tmp_path / "data") == files_of(tmp_path / "whole") and whole["splits"]["train"]["records"] == 60
-    refused(outcomes[1], "seed: 0 there, 3 asked for")
+    refused(outcomes[1], "seed: 0 there, 3 requested")
     refused(outcomes[2], "--out")
 
 
@@ -274,7 +274,11 @@ def test_damage_after_the_end(photos, tmp_path):
 def test_refused(photos, tmp_path):
     """Another source or setting mixed into the shards of a data set, or files of others overwritten."""
     prepare(request(tmp_path), {"train": str(photos)})
-    for more, text in (({"seed": 1}, "seed: 0 there, 1 asked"), ({"shard_bytes": 9}, "shard_bytes"), ({"resolution": 8}, "res")):
+    for more, text in (
+        ({"seed": 1}, "seed: 0 there, 1 requested"),
+        ({"shard_bytes": 9}, "shard_bytes"),
+        ({"resolution": 8}, "res"),
+    ):
         with pytest.raises(UserError, match=text):
             prepare(request(tmp_path, **more), {"train": str(photos)})
     (photos / "ant" / "new.jpg").write_bytes(encoded(7, "JPEG"))

@@ -10,7 +10,7 @@ from paths import ROOT
 # A program that takes long enough to be kept, its first argument donated as in training; prints a result to the last bit.
 PROGRAM = """
 import sys
-from dit_jax import compilation_cache
+from dit_jax.runtime import compilation_cache
 compilation_cache.use()
 import jax, jax.numpy as jnp
 hits = []
