@@ -211,7 +211,7 @@ MISTAKES = {
     "word": (["python"], "unknown option python"),
     "name": (["--name=Run_1", "--", "python"], "lower-case"),
     "mount": (["--mount=/mnt/x", "--", "python", "--workdir=/mnt/x/y"], "needs --bucket"),
-    "revision": (["--revision=nothing", "--", "python", "--workdir=/s/x"], "is no commit"),
+    "revision": (["--revision=nothing", "--", "python", "--workdir=/s/x"], "is not a commit"),
 }
 
 
