@@ -1,4 +1,4 @@
-"""What an autoencoder is to the rest of the code.
+"""The protocol of autoencoders.
 
 B batch, H x W x C image, h x w x c latent.
 """
@@ -9,7 +9,7 @@ import jax
 
 
 class Codec(Protocol):
-    """A frozen dataclass of sizes; its parameters are a separate pytree ({} where it has none), frozen during training."""
+    """A frozen dataclass of sizes; its parameters are a separate pytree ({} if it has none), frozen during training."""
 
     @property
     def downsample(self) -> int:
@@ -22,10 +22,10 @@ class Codec(Protocol):
     def latent_channels(self) -> int: ...
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or what sample_latent understands."""
+        """Images f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or other input of sample_latent."""
 
     def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Moments -> one posterior sample f32[B, h, w, c], scaled to about unit variance."""
+        """Moments -> one posterior sample f32[B, h, w, c], scaled to approximately unit variance."""
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
-        """Scaled latents -> images f32[B, H, W, C], about in [-1, 1]."""
+        """Scaled latents -> images f32[B, H, W, C], approximately in [-1, 1]."""

@@ -4,8 +4,8 @@
 def gmacs(codec, resolution):
     """(encode, decode) in GMACs for one square image: convolutions, linears and both attention products.
 
-    136.4 and 311.1 for the Stable Diffusion codec at 256 px. Norms and activations are not counted, products with zero
-    padding are. XLA's own count leaves those out and is a little lower (-1.2 % at 256 px).
+    136.4 and 311.1 for the Stable Diffusion codec at 256 px. Norms and activations do not count; products with zero padding do.
+    XLA's own count excludes the latter and is slightly lower (-1.2 % at 256 px).
 
     Args:
         codec: a `KLVAE`.

@@ -10,7 +10,7 @@ from dit_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Pixels:
-    """Latents are (images - mean) / std, about unit variance; nothing is lost and nothing is learned.
+    """Uses (images - mean) / std as latents, with approximately unit variance; lossless and without parameters.
 
     Fields:
         image_channels: 1 grey, 3 RGB.
@@ -37,7 +37,7 @@ class Pixels:
         return {}
 
     def encode(self, params, images):
-        """[B, H, W, C] in [-1, 1] -> the same: a point has no variance."""
+        """Returns the images [B, H, W, C] in [-1, 1] unchanged: the posterior is a point."""
         return images
 
     def sample_latent(self, key, moments):
