@@ -1,14 +1,14 @@
-"""The files of a latent cache: names, sealed JSON, writing that survives a crash, finding damage.
+"""The files of a latent cache: names, sealed JSON, crash-safe writing and damage detection.
 
-    settings.json                    everything that decides the bytes; written first
+    settings.json                    everything that determines the bytes; written first
     00007-of-00012.moments.npy       float16 [count * views, h, w, 2c], row views * i + mirror; plain .npy
     00007-of-00012.labels.npy        int32 [count]
-    00007-of-00012.index.npy         int64 [count], the number of each record in the source; bad records are left out
-    00007-of-00012.captions.json     count strings or nulls; only where the source has captions
+    00007-of-00012.index.npy         int64 [count], the number of each record in the source; bad records are skipped
+    00007-of-00012.captions.json     count strings or nulls; only if the source has captions
     00007-of-00012.json              facts of the shard: counts, bad records, sums, size and SHA-256 of the files above
     manifest.json                    written last: a cache without it is not finished
 
-JSON files end in a seal, the SHA-256 of the rest, so that a flipped byte in them is found too.
+JSON files end in a seal, the SHA-256 of the rest, which detects flipped bytes.
 """
 
 import hashlib
@@ -40,20 +40,20 @@ def shard_file(shard: int, shards: int, kind: str) -> str:
 
 
 def digest(content: dict) -> str:
-    """SHA-256 of a JSON object, independent of how it is laid out; key order counts."""
+    """SHA-256 of a JSON object; it depends on the order of keys, but not on the layout of the text."""
     return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
 
 
 def sealed(content: dict) -> bytes:
-    """JSON text of an object and its digest under the key "seal"."""
+    """Serialises an object to JSON with its digest under the key "seal"."""
     return (json.dumps({**content, "seal": digest(content)}, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_sealed(path: Path) -> dict:
-    """The object in a file of `sealed`.
+    """Reads the object in a file written by `sealed`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         UserError: any byte of it has changed.
     """
     data = path.read_bytes()
@@ -64,21 +64,21 @@ def read_sealed(path: Path) -> dict:
     except (ValueError, AttributeError, KeyError):
         intact = False
     if not intact:
-        raise UserError(f"{path} is damaged: its content does not fit its seal")
+        raise UserError(f"{path} is damaged: its content does not match its seal")
     return content
 
 
 def npy(array: np.ndarray) -> list:
-    """The parts of an .npy file of a C-contiguous array: header and data, the latter not copied."""
+    """The parts of an .npy file of a C-contiguous array: header and data; the data are not copied."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     return [header.getvalue(), array.reshape(-1).view(np.uint8).data]
 
 
 def write(path: Path, parts: Iterable) -> dict:
-    """Makes `path` of buffers, whole or not at all, also when the machine stops; returns {"name", "bytes", "sha256"}.
+    """Writes buffers to `path` atomically, even if the machine crashes; returns {"name", "bytes", "sha256"}.
 
-    The hash is of the memory, not of what the disk gives back.
+    The hash is computed from memory; the file is not read back.
     """
     partial = path.with_name(path.name + ".partial")
     sha256, size = hashlib.sha256(), 0
@@ -99,9 +99,9 @@ def write(path: Path, parts: Iterable) -> dict:
 
 
 def damage(folder: Path, files: list[dict], hashes: bool) -> dict[str, str]:
-    """{name: line} of the files (as `write` returns them) that are missing, of another size or, if asked, of other bytes.
+    """Finds files (as returned by `write`) that are missing, differ in size or, with `hashes`, in content: {name: problem}.
 
-    Hashing runs in as many threads as there are cores.
+    Hashing uses one thread per core.
     """
 
     def problem(file: dict) -> str | None:
@@ -110,7 +110,7 @@ def damage(folder: Path, files: list[dict], hashes: bool) -> dict[str, str]:
             if (size := path.stat().st_size) != file["bytes"]:
                 return f"{file['name']} has {size} bytes instead of {file['bytes']}"
             if hashes and sha256_of(path) != file["sha256"]:
-                return f"{file['name']} has other bytes than when it was written"
+                return f"{file['name']} does not match its SHA-256"
         except OSError as error:
             return f"{file['name']}: {error.strerror}"
         return None

@@ -142,7 +142,7 @@ def test_reference_file(tmp_path):
     with np.load(path) as file:
         content = dict(file)
     for change, text in (
-        ({"mu": content["mu"] + 1e-9}, "does not fit its seal"),
+        ({"mu": content["mu"] + 1e-9}, "does not match its seal"),
         ({"format": np.array(9)}, "format 9"),
         ({"features": np.array([{}])}, "not a readable npz"),
         ({"sigma": content["sigma"][:2]}, "seal"),
