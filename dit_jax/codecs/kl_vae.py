@@ -322,8 +322,8 @@ class KLVAE:
 
         Args:
             params: of `init` or `load_diffusers`; only params["encoder"] is used.
-            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W at least `downsample`. h = H // downsample: `decode` does
-                not return the last rows or columns if H or W is not a multiple of it.
+            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W at least `downsample`. h = H // downsample: `decode`
+                does not return the last rows or columns if H or W is not a multiple of it.
         Raises:
             ValueError: images have another rank, dtype, channel count or size. The range of the values is not checked.
         """

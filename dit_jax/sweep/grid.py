@@ -1,4 +1,4 @@
-"""A sweep file and the runs that it means.
+"""Sweep files, and their expansion into runs.
 
 A sweep file is a Python file with `get_sweep()`, which returns a `Sweep`:
 
@@ -26,20 +26,21 @@ UNFIT_FOR_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a sweep file asks for: every variant, with every combination of the grid's values, with every seed.
+    """A sweep: every variant with every combination of the grid's values and every seed.
 
     Fields:
         title: heading of the report.
-        base: config file of the runs, as --config takes it: "configs/digits.py", after a colon its argument; the sweep file
-            itself if empty, which then has a `get_config` too.
-        variants: {name: the argument of the config file, or {config path: value}}; one without a name if empty.
-        grid: {config path: values}; a single value is a setting of all runs.
-        seeds: values of `seed`; that of the config if empty.
-        samplers: (name of `recipes.SAMPLERS`, steps): the first seed of every model is sampled and scored with each, once it is
-            finished; None for the steps of one that chooses its own.
-        paper: the report shows the twelve models of Peebles & Xie (2023) beside the runs.
-        reference_curves: CSV of earlier loss curves, as a report writes it (curves.csv), beside the sweep file; none if empty.
-        note: a sentence or two for the report's method.
+        base: config file of the runs, as for --config: "configs/digits.py", optionally with a colon and its argument. If empty,
+            the sweep file itself, which then also has a `get_config`.
+        variants: {name: argument of the config file, or {config path: value}}; if empty, a single variant without a name.
+        grid: {config path: values}; a single value applies to all runs.
+        seeds: values of `seed`; the config's if empty.
+        samplers: (name in `recipes.SAMPLERS`, steps). Once it is finished, the first seed of every model is sampled and scored
+            with each of them. Steps are None for a sampler that chooses its own.
+        paper: whether the report also shows the twelve models of Peebles & Xie (2023).
+        reference_curves: CSV of earlier loss curves in the format of a report's curves.csv, in the sweep file's folder; none if
+            empty.
+        note: a sentence or two for the report's method section.
     """
 
     title: str
@@ -58,10 +59,10 @@ class Run:
     """One training run of a sweep.
 
     Fields:
-        name: of its folder; letters, digits and ._=+- only.
-        group: the name without the seed: runs of one group are repetitions.
-        config_file: what --config= gets.
-        overrides: the other flags, as in --config.seed=1.
+        name: name of its folder; only letters, digits and ._=+-.
+        group: the name without the seed; runs of one group are repetitions.
+        config_file: value of --config.
+        overrides: the other flags, such as --config.seed=1.
         settings: {config path: value} by which this run differs from the config file.
     """
 
@@ -79,17 +80,17 @@ class Run:
 
 
 def load(path: str) -> Sweep:
-    """The sweep of a file.
+    """Loads a sweep file.
 
     Raises:
-        UserError: no such file, it fails, or it does not return a `Sweep` with lists where lists belong.
+        UserError: the file does not exist, fails, or does not return a valid `Sweep`.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"--sweep={path} does not exist; give a file such as configs/sweeps/digits.py")
     spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
     if spec is None:
-        raise UserError(f"--sweep={path} is no Python file")
+        raise UserError(f"--sweep={path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -111,7 +112,7 @@ def load(path: str) -> Sweep:
 def _check_fields(sweep: Sweep):
     for path, values in sweep.grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise UserError(f"the grid's {path} is {values!r}; a list of at least one value is needed")
+            raise UserError(f"the grid's {path} is {values!r}; it must be a list of at least one value")
         if len({repr(value) for value in values}) < len(values):
             raise UserError(f"the grid's {path} has a value twice: {values!r}")
     if sweep.seeds and "seed" in sweep.grid:
@@ -124,19 +125,19 @@ def _check_fields(sweep: Sweep):
 
 
 def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
-    """Every run of a sweep, by variant, then grid, then seed.
+    """Expands a sweep into its runs, ordered by variant, then grid, then seed.
 
     Args:
-        overrides: flags for all runs, as in --config.data.path=/data; the grid's and variants' own go before them.
+        overrides: flags for all runs, such as --config.data.path=/data; those of the grid and variants take precedence.
 
     Raises:
-        UserError: a config that does not exist or fails, a path that it does not have, a value of another type, equal names.
+        UserError: a config does not exist or fails, it lacks a path, a value has another type, or names are equal.
     """
     for text in overrides:
         path = text.removeprefix("--config.").partition("=")[0]
         owners = [name for name, value in sweep.variants.items() if not isinstance(value, str) and path in value]
         if path in sweep.grid or owners or (path == "seed" and sweep.seeds):
-            raise UserError(f"{text}: the sweep itself sets {path}; change the sweep file, or leave the flag out")
+            raise UserError(f"{text}: the sweep itself sets {path}; change the sweep file, or omit the flag")
     runs = []
     axes = {path: values for path, values in sweep.grid.items() if len(values) > 1}
     labels = {path: path.rpartition(".")[2] for path in axes}
@@ -158,14 +159,14 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
 
 
 def _variant(base: str, variant: str, choice, settings: Mapping[str, Any]) -> tuple[dict, str]:
-    """(what a variant sets, the config file with its argument)."""
+    """(settings of a variant, the config file with its argument)."""
     if isinstance(choice, str):
         if ":" in base:
-            raise UserError(f"variant {variant!r} is an argument of the config file and base {base!r} has one already; keep one")
+            raise UserError(f"variant {variant!r} is an argument of the config file, but base {base!r} already has one; keep one")
         return {}, f"{base}:{choice}"
     if not isinstance(choice, Mapping):
         raise UserError(
-            f"variant {variant!r} is {choice!r}; it must be the config file's argument, a text, or {{config path: value}}"
+            f"variant {variant!r} is {choice!r}; it must be the config file's argument (a string) or {{config path: value}}"
         )
     if both := choice.keys() & settings.keys():
         raise UserError(f"variant {variant!r} and the grid both set {', '.join(sorted(both))}; keep one of them")
@@ -186,15 +187,15 @@ def _check_names(runs: list[Run]):
 
 
 def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config that `python -m dit_jax.main --config=config_file *overrides` trains, by the same parser.
+    """Resolves the config that `python -m dit_jax.main --config=config_file *overrides` trains, with the same parser.
 
     Raises:
-        UserError: as main would refuse it; or a setting that a flag cannot say, or that would arrive as another value.
+        UserError: main would refuse it; or a flag cannot express a setting, or would set another value.
     """
     for path, value in settings.items():
         if value is None:
             raise UserError(
-                f"{path} is None, which a flag cannot say; choose None in the config file (as a variant of its argument) instead"
+                f"{path} is None, which a flag cannot express; set None in the config file (as a variant of its argument) instead"
             )
     values, arguments = flags.FlagValues(), ["main", f"--config={config_file}", *overrides]
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=arguments)
@@ -205,7 +206,9 @@ def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, A
     except UserError:
         raise
     except OSError:
-        raise UserError(f"the base config {config_file} does not exist below {Path.cwd()}; start where it is found") from None
+        raise UserError(
+            f"the base config {config_file} does not exist in {Path.cwd()}; start from the folder that contains it"
+        ) from None
     except (AttributeError, KeyError) as error:
         hint = " ".join(str(error.args[0]).split())  # its own text breaks the line
         raise UserError(f"the config {config_file} has no field {hint}; it was given by the sweep file or a flag") from None
@@ -215,12 +218,12 @@ def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, A
     except Exception as error:  # of the user's config file
         raise UserError(f"{config_file} fails: {type(error).__name__}: {error}") from error
     for path, value in settings.items():
-        found = config
+        arrived = config
         for key in path.split("."):
-            found = found[key]
+            arrived = arrived[key]
         wanted = tuple(value) if isinstance(value, list) else value
-        if found != wanted:
+        if arrived != wanted:
             raise UserError(
-                f"{path} is {value!r} in the sweep and would arrive as {found!r}: it must be a {type(found).__name__}"
+                f"{path} is {value!r} in the sweep, but the flag would set {arrived!r}: it must be a {type(arrived).__name__}"
             )
     return config

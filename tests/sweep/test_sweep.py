@@ -88,13 +88,13 @@ def test_sweep_file_as_its_own_config(tmp_path):
     [
         ({"grid": {"model.wid": [1]}}, "no field"),
         ({"grid": {"model.width": [32.5]}}, "invalid literal"),
-        ({"grid": {"mesh.zero1": ["False"]}}, "would arrive as False"),
-        ({"grid": {"optimizer.clip_norm": [None]}}, "a flag cannot say"),
+        ({"grid": {"mesh.zero1": ["False"]}}, "the flag would set False"),
+        ({"grid": {"optimizer.clip_norm": [None]}}, "a flag cannot express"),
         ({"base": "configs/nowhere.py"}, "does not exist"),
         ({"variants": {"a": "process=steam"}}, "no process 'steam'"),
         ({"variants": {"a/b": {"model.width": 32}, "a-b": {"model.width": 64}}}, "same folder"),
         ({"variants": {"a": {"model.width": 32}}, "grid": {"model.width": [64]}}, "both set model.width"),
-        ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "has one already"),
+        ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "already has one"),
     ],
 )
 def test_bad_sweeps(fields, text):
@@ -204,7 +204,7 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
         with pytest.raises(UserError, match=r"model.width: 128 -> 64"):
             folder.check_configs([dataclasses.replace(expand(grid={"model.width": [64]})[0], name=runs[0].name)])
         assert folder.strangers([]) == ["run"]
-    with pytest.raises(UserError, match="holds the sweep 't', not 'other'"), Folder(tmp_path, "other"):
+    with pytest.raises(UserError, match="contains the sweep 't', not 'other'"), Folder(tmp_path, "other"):
         pass
 
 
@@ -223,7 +223,7 @@ def test_a_run_left_behind_keeps_the_folder(tmp_path):
         time.sleep(0.05)
     sweep.kill()
     sweep.wait()
-    with pytest.raises(UserError, match="left behind"), Folder(tmp_path / "w", "t"):
+    with pytest.raises(UserError, match="left by a killed"), Folder(tmp_path / "w", "t"):
         pass
     os.kill(int(left[0]), signal.SIGKILL)
     deadline = time.monotonic() + 10
