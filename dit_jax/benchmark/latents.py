@@ -1,4 +1,4 @@
-"""Batches of a latent cache from the page cache: what a host can feed."""
+"""Measures the speed at which a host reads batches of a latent cache from the page cache."""
 
 import tempfile
 from pathlib import Path
@@ -19,7 +19,7 @@ NUM_SHARDS = 4
 
 
 class Nothing:
-    """A data set of `count` records that is only counted: its moments are made up."""
+    """A data set that has only a number of records; its moments are synthetic."""
 
     num_classes, class_names, fingerprint = CLASSES, tuple(map(str, range(CLASSES))), "made up by dit_jax.benchmark"
 
@@ -34,7 +34,7 @@ class Nothing:
 
 
 def write_cache(folder: Path, records: int, resolution: int):
-    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec at `resolution`."""
+    """Writes a complete cache of normal random numbers, with mirror images, for Stable Diffusion's codec at `resolution`."""
     job = Job(Nothing(records), KLVAE(), {}, resolution, shard_records=-(-records // NUM_SHARDS))
     write(folder / SETTINGS, [sealed(job.settings)])
     rng = np.random.default_rng(0)
@@ -50,10 +50,10 @@ def write_cache(folder: Path, records: int, resolution: int):
 
 
 def run(data: str | None, resolution: int, records: int, batch_size: int, seconds: float) -> dict:
-    """Shuffled training batches with flips through `LatentLoader`.
+    """Measures shuffled training batches with flips of `LatentLoader`.
 
     Args:
-        data: folder of a cache; None for one of `records` records at `resolution`, made for the occasion.
+        data: folder of a cache; None generates one of `records` records at `resolution`.
     """
     if data is not None:
         return {"data": data, **_measured(data, batch_size, seconds)}
@@ -64,7 +64,7 @@ def run(data: str | None, resolution: int, records: int, batch_size: int, second
 
 
 def _measured(folder: str, batch_size: int, seconds: float) -> dict:
-    cache = LatentCache(folder, verify=True)  # hashing reads every byte: after it they are in the page cache, if they fit
+    cache = LatentCache(folder, verify=True)  # hashing reads every byte into the page cache, if it fits
     flip = cache.views == 2
     with LatentLoader(cache, batch_size, 0, flip).batches() as batches:
         work = Work(lambda: next(batches), batch_size)

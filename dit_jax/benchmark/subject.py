@@ -1,7 +1,7 @@
-"""What is benchmarked: a task on a mesh, from a config, or by the paper's name where only jax, flax and optax are installed.
+"""The subject of a benchmark: a task on a mesh, from a config or, with only jax, flax and optax, from a model's name.
 
-`recipes` and `build` need more than those three (ml_collections, grain, orbax), so `of_model` puts together what they would; a
-test holds the two equal.
+`recipes` and `build` also need ml_collections, grain and orbax, so `of_model` constructs the same objects without them; a test
+checks that both are equal.
 """
 
 from collections.abc import Mapping
@@ -31,12 +31,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Subject:
-    """A task with a batch size on a mesh; sampler and guidance are those that its samples would be drawn with.
+    """A task with a batch size on a mesh, and the sampler and guidance for its samples.
 
-    constants: what a step reads and does not change.
+    constants: inputs of a step that it does not change.
 
     Raises:
-        UserError: a batch size that does not divide over the mesh and the microbatches.
+        UserError: the batch size is not divisible by the mesh and the microbatches.
     """
 
     task: DiffusionTask | AutoencoderTask
@@ -62,7 +62,7 @@ class Subject:
         return self.task.latent_shape[0] * self.task.codec.downsample
 
     def macs(self) -> float | None:
-        """Multiply-adds of one forward of one image; None for an autoencoder that is trained with a second network."""
+        """Multiply-adds of one forward pass of one image; None for an autoencoder that is trained with a second network."""
         if isinstance(self.task, DiffusionTask):
             return dit_macs(self.task.network, self.task.latent_shape)
         if self.task.discriminator is not None or self.task.perceptual_weight:
@@ -70,7 +70,7 @@ class Subject:
         return sum(macs.gmacs(self.task.codec, self.task.resolution)) * 1e9
 
     def batch(self) -> dict[str, jax.Array]:
-        """A training batch of noise, made on the devices: moments as a latent cache has them, or images where there are none."""
+        """A training batch of noise, created on the devices: moments as in a latent cache, or images without a KL codec."""
         task, size = self.task, self.batch_size
         cached = isinstance(task, DiffusionTask) and isinstance(task.codec, KLVAE)
 
@@ -88,7 +88,7 @@ class Subject:
         return jax.jit(make, out_shardings=batch_sharding(self.mesh))(jax.random.key(self.seed))
 
     def describe(self) -> dict:
-        """What decides the speed, for the result."""
+        """The settings that determine the speed, for the result."""
         task = self.task
         macs = self.macs()
         net = task.network if isinstance(task, DiffusionTask) else task.codec
@@ -126,12 +126,12 @@ def of_model(
     guidance_scale: float = 1.0,
     devices=None,
 ) -> Subject:
-    """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
+    """The paper's model and training (Peebles & Xie 2023) on cached latents, equal to `recipes.dit` with a latent cache.
 
-    devices: of the mesh, whose data axis takes what fsdp and tensor leave; all that there are if None.
+    devices: of the mesh, whose data axis uses those that fsdp and tensor leave; None for all devices.
 
     Raises:
-        UserError: no such model or sampler; a resolution, batch or mesh that does not fit.
+        UserError: model or sampler are unknown; resolution, batch size or mesh do not fit.
     """
     size, draw = sizes.fields(name), samplers.default_sampler(sampler)
     draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
@@ -158,12 +158,12 @@ def of_model(
 
 
 def of_config(config, devices=None) -> Subject:
-    """The training of a config, its data set and its codec's weights aside: neither is read.
+    """The training of a config, without reading its data set and its codec's weights.
 
-    devices: of the mesh; all that there are if None.
+    devices: of the mesh; None for all devices.
 
     Raises:
-        UserError: whatever the config is refused for; an autoencoder whose perceptual distance has no weights.
+        UserError: the config is invalid; an autoencoder's perceptual distance has no weights.
     """
     from dit_jax import build
 

@@ -1,4 +1,4 @@
-"""One config on one topology: does it fit, how long does a step take, and what holds it back."""
+"""Plans one config on one topology: memory, estimated step time and bottleneck."""
 
 import time
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from dit_jax.programs.traffic import Traffic, by_place, hbm_traffic
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program.
+    """The compiler's result for one program.
 
     Fields:
-        memory: bytes per device by kind, see `memory.of_program`; where the compiler refused, what it said it needs.
-        refusal: why the compiler refused, or None.
-        executed_flops: of all devices, rematerialisation and frozen networks included.
+        memory: bytes per device by kind, see `memory.of_program`; if the compiler refused the program, its stated requirement.
+        refusal: the compiler's reason for refusing the program, or None.
+        executed_flops: of all devices, including rematerialisation and frozen networks.
         traffic_by_place: see `traffic.by_place`.
         hidden_share: see `overlap.hidden_share`.
-        unknown_loops: how many loops count as one pass because their length is not in the program.
+        unknown_loops: number of loops with an unknown trip count, which count as one iteration.
     """
 
     memory: dict[str, int]
@@ -46,7 +46,7 @@ def mesh_of(config, topology: Topology):
     """The config's mesh over the topology's devices.
 
     Raises:
-        UserError: the axes do not multiply to the devices, or cannot be laid on the slice.
+        UserError: the product of the axes is not the number of devices, or the mesh does not fit the slice's torus.
     """
     try:
         return build.mesh(config, topology.devices)
@@ -59,7 +59,7 @@ def mesh_of(config, topology: Topology):
 
 
 def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
-    """Compiles and reads the result; a program that is too large for the chip is an answer, not an error.
+    """Compiles a program and analyses the result; a program that is too large for the chip is not an error.
 
     Raises:
         UserError: the compiler refuses for another reason.
@@ -69,10 +69,10 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
         with jax.set_mesh(mesh):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        found = memory.asked_for(str(error))
-        if found is None:
+        request = memory.asked_for(str(error))
+        if request is None:
             raise UserError(f"the compiler refuses this program: {str(error).splitlines()[0]}") from error
-        what, wanted, _ = found
+        what, wanted, _ = request
         given = memory.bytes_per_device(arguments)
         total = wanted + given if "temporaries" in what else wanted
         sizes = {
@@ -88,30 +88,32 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
-    found = collectives.find(program, mesh.devices.size)
+    collective_ops = collectives.find(program, mesh.devices.size)
     return Compiled(
         sizes,
         None,
         flops,
         hbm_traffic(program),
         by_place(program),
-        found,
-        overlap.hidden_share(program, found),
+        collective_ops,
+        overlap.hidden_share(program, collective_ops),
         len(program.unknown_loops()),
         seconds,
     )
 
 
 def model_flops(config, task) -> int:
-    """FLOPs that training on one batch needs: three forwards of the trained network, 2 per multiply-add; no rematerialisation,
-    no frozen network."""
+    """FLOPs of training on one batch: three forward passes of the trained network, 2 per multiply-add.
+
+    Rematerialisation and frozen networks do not count.
+    """
     if config.task.name == "autoencoder":
         return round(6e9 * sum(gmacs(task.codec, task.resolution))) * config.batch_size
     return 6 * dit_macs(task.network, task.latent_shape) * config.batch_size
 
 
 def for_topology(config, topology: Topology):
-    """The config with what the network would see of the chip: the form of its loop, and on a GPU fused attention."""
+    """Returns the config with the settings that depend on the platform: the form of the loop over blocks, and attention."""
     config = config.copy_and_resolve_references()
     if "model" not in config:
         return config
@@ -124,7 +126,7 @@ def for_topology(config, topology: Topology):
 
 
 def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
-    """Bytes of one device by what they are for, from shapes and shardings; without what lives in host memory."""
+    """Bytes of one device by purpose, from shapes and shardings, without arrays in host memory."""
     state = arguments["state"]
     parts = {
         "parameters": state.params,
@@ -137,10 +139,12 @@ def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
 
 
 def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: bool = False) -> dict[str, Any]:
-    """Compiles the training step and reports on it; keys as the JSON of `python -m dit_jax.plan`, "traffic" if asked for.
+    """Compiles the training step and analyses it; the keys are those of the JSON of `python -m dit_jax.plan`.
+
+    traffic: adds the key "traffic".
 
     Raises:
-        UserError: the config, the mesh and the topology do not fit each other.
+        UserError: the config, the mesh and the topology do not fit together.
     """
     config = for_topology(config, topology)
     mesh = mesh_of(config, topology)
@@ -171,7 +175,7 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
 
 
 def check_sampling(config):
-    """Raises a UserError for what `plan_sampling` would refuse after the training step was compiled."""
+    """Raises UserError if `plan_sampling` would refuse the config; call before compiling the training step."""
     if config.task.name == "diffusion":
         build.sampler(config)
         build.guidance(config)
@@ -180,9 +184,9 @@ def check_sampling(config):
 
 
 def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
-    """Compiles the draw of one batch of samples and reports on it; None for a config that draws none.
+    """Compiles the sampling of one batch and analyses it; None for a config without sampling.
 
-    The seconds are None too where a sampler chooses its own number of steps.
+    The seconds are None if the sampler chooses its own number of steps.
     """
     if config.task.name != "diffusion":
         return None

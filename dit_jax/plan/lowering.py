@@ -1,4 +1,4 @@
-"""The programs that a config would run on a mesh, with shapes in place of arrays: nothing is loaded and nothing is computed."""
+"""Traces the programs of a config on a mesh, with shapes instead of arrays, without loading or computing anything."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def _shaped(tree, sharding):
 
 
 def check_batch(config, mesh):
-    """Raises a UserError where the batch cannot be split over the mesh."""
+    """Raises UserError if the batch cannot be split over the mesh."""
     ways = rows_per_step(mesh) * config.microbatches
     if config.batch_size % ways:
         raise UserError(
@@ -30,12 +30,12 @@ def check_batch(config, mesh):
 
 
 def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
-    """`build.constants`, from shapes alone.
+    """`build.constants`, as shapes.
 
-    resident_rows: of the latent cache that lives on the devices, where the config asks for one.
+    resident_rows: rows of the latent cache on the devices, if the config uses one.
 
     Raises:
-        UserError: the config asks for such a cache and resident_rows is 0.
+        UserError: the config uses a resident cache, but resident_rows is 0.
     """
     if config.task.name == "autoencoder":
         if not config.task.perceptual_weight:
@@ -52,8 +52,8 @@ def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
     if config.data.name == "latents" and config.loader.get("resident"):
         if resident_rows < 1:
             raise UserError(
-                "loader.resident keeps the latent cache on the devices, and only the data tells its size: give "
-                "--resident_rows=<images, twice as many where it holds mirror images>"
+                "loader.resident keeps the latent cache on the devices, whose size is only known from the data: give "
+                "--resident_rows=<number of images, or twice that with mirror images>"
             )
         ways, (*grid, channels) = rows_per_step(mesh), task.latent_shape
         shape = (-(-resident_rows // ways) * ways, *grid, 2 * channels)
@@ -62,15 +62,15 @@ def abstract_constants(config, task, mesh, resident_rows: int) -> dict:
 
 
 def _as_read(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """An array of LPIPS's file as `lpips.load` lays it out: OIHW to HWIO, [1, C, 1, 1] to [C]."""
+    """The layout of an LPIPS array after `lpips.load`: OIHW to HWIO, [1, C, 1, 1] to [C]."""
     o, i, h, w = x.shape if len(x.shape) == 4 else (*x.shape, 1, 1, 1)[:4]
     kernel = h > 1
     return jax.ShapeDtypeStruct((h, w, i, o) if kernel else (max(x.shape),), x.dtype)
 
 
 def train_step(config, task, mesh, resident_rows: int = 0):
-    """(traced training step, its arguments by name): the program that `training.compiled_step.compile_step` compiles."""
-    # Outside of the mesh, because `jax.random.key(0)` would be made on its devices, which may not be here.
+    """(traced training step, its arguments by name): the program that `tasks.compiled_step` compiles."""
+    # Outside of the mesh: `jax.random.key(0)` would be created on its devices, which may not exist.
     state = abstract_state(task, mesh)
     constants = abstract_constants(config, task, mesh, resident_rows)
     batch = build.abstract_batch(config, task, mesh)
@@ -79,9 +79,9 @@ def train_step(config, task, mesh, resident_rows: int = 0):
 
 
 def sampling(config, task, mesh):
-    """(traced draw of one batch of samples, its arguments by name, the batch size, evaluations or None).
+    """Traces the sampling of one batch: (traced program, its arguments by name, batch size, evaluations or None).
 
-    The batch is `evaluation.batch_size`, rounded up as the generator does.
+    The batch size is `evaluation.batch_size`, rounded up as by the generator.
     """
     sampler, guidance = build.sampler(config), build.guidance(config)
     generator = Generator(task, mesh, sampler, guidance, config.evaluation.batch_size, config.seed)

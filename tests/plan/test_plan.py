@@ -105,7 +105,7 @@ def test_plan_says_what_a_script_asks(found):
     assert found["mesh"]["data"] == 2 and found["mesh"]["fsdp"] == 4 and found["unknown_loops"] == 0
     assert "fsdp" in found["collectives"]["all-gather"]
     assert found["collectives_hidden"] == 0  # simulated devices wait for every collective
-    assert "0% travel beside matrix products" in "".join(plan_text.training(found))
+    assert "0% of these bytes overlap with matrix products" in "".join(plan_text.training(found))
     json.dumps(found)
 
 
@@ -373,7 +373,7 @@ def test_verb(tmp_path):
     for key in ("bytes_per_device", "hbm_bytes", "flops_per_step", "collective_bytes", "step_seconds", "mfu", "limit"):
         assert key in done
     assert "temporaries" in stderr and "fits in" in stderr
-    for outcome, text in zip(mistakes, ("known are v4", "does not exist", "--models", "no policy some"), strict=True):
+    for outcome, text in zip(mistakes, ("known are v4", "does not exist", "--models", "unknown policy some"), strict=True):
         refused(outcome, text)
 
 
