@@ -8,6 +8,24 @@ Conventions, the same in every module:
   batch_size global, over all hosts and devices, unless a name says `per_host_`.
   GMACs      multiply-adds of one forward of one image, in units of 1e9 (what the paper calls Gflops); FLOPs = 2 x MACs.
   counts end in `_steps` or `_images`, times in `_seconds`.
+
+`dit_jax.register(section, name, constructor)` makes user code known to configs and verbs, see `registry`.
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {"register": "dit_jax.registry"}  # name: its module, imported at the first use
+__all__ = ["register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

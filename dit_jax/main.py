@@ -11,26 +11,25 @@ Exit status: 0 when all steps are trained, and 75 when SIGTERM or Ctrl-C stopped
 whoever started it (launch/) can tell "start me again" from "done"; 2 for a user's mistake, anything else for a failure.
 """
 
-import json
 from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
+from dit_jax.storage.atomic import write_json
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file; after a colon its argument: configs/imagenet.py:B/4,256.", lock_config=True
-)
+CONFIG = config_file.DEFINE_config("Config file; after a colon its argument: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
+processes.define_flags()
 
 
 def chosen_config():
-    if CONFIG.value is None:
+    if not CONFIG.given:
         raise UserError("give --config=configs/<name>.py and --workdir=<folder>")
-    return console.given_config(CONFIG)
+    return CONFIG.read()
 
 
 def main() -> dict:
@@ -38,30 +37,28 @@ def main() -> dict:
     if WORKDIR.value is None:
         raise UserError("give --workdir=<folder of the run>")
     processes.join()
-    from dit_jax import build
-    from dit_jax.training.loop import SHOWN_BY, train
+    from dit_jax.build import Run
+    from dit_jax.training.loop import train
+    from dit_jax.training.results import check_results
 
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    build.task(config)
-    shown_by = SHOWN_BY[config.task.name]
-    shown_by.check(config)
-    run = train(config, workdir)
-    step = int(run.state.step)
+    run = Run(config)
+    check_results(run)
+    trained = train(run, workdir)
+    step = int(trained.state.step)
     result = {
         "step": step,
-        "loss": run.loss,
-        "images_per_second": run.images_per_second,
-        "stopped": run.stopped,
+        "loss": trained.loss,
+        "images_per_second": trained.images_per_second,
+        "stopped": trained.stopped,
         "workdir": str(workdir),
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
     }
-    if not run.stopped:
-        result |= shown_by.finish(run, workdir)
+    if not trained.stopped:
+        result |= trained.results.finish(trained.state, trained.constants, workdir)
     if not result["stopped"] and jax.process_index() == 0:
-        partial = workdir / ".result.json.partial"
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(workdir / "result.json")
+        write_json(workdir / "result.json", result)
     return result
 
 

@@ -12,7 +12,6 @@ profile, preview, evaluation (of the final samples), scoring (of cheaper ones wh
 import ml_collections
 from ml_collections import config_dict
 
-from dit_jax.diffusion.samplers import SAMPLERS as SAMPLERS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
@@ -39,6 +38,11 @@ def model(size: str) -> dict:
     }
 
 
+def loader(data: str = "") -> dict:
+    """How batches of a data set of that name are read: a latent cache is mapped into memory, other records by threads."""
+    return {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
+
+
 def training() -> ml_collections.ConfigDict:
     """The fields that every config has, with the paper's optimisation (section 4)."""
     return ml_collections.ConfigDict(
@@ -60,7 +64,7 @@ def training() -> ml_collections.ConfigDict:
                 "decay_steps": config_dict.placeholder(int),
                 "clip_norm": config_dict.placeholder(float),
             },
-            "loader": {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001},
+            "loader": loader(),
             "checkpoint": {"every_steps": 5_000, "keep_last": 3, "keep_every_steps": 100_000},
             "log": {"every_steps": 100, "wandb": "", "watchdog_seconds": 1800.0},
             "profile": {"start_step": 0, "num_steps": 0},
@@ -71,9 +75,10 @@ def training() -> ml_collections.ConfigDict:
 
 
 def diffusion() -> ml_collections.ConfigDict:
-    """`training` for a diffusion model: label dropout, guidance, samples scored against a reference."""
+    """`training` for a diffusion model: labels, their dropout, guidance, samples scored against a reference."""
     c = training()
-    c.task = {"name": "diffusion", "label_dropout": 0.1}
+    c.task = {"name": "diffusion", "cond_dropout": 0.1}
+    c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
@@ -106,7 +111,34 @@ def flow() -> dict:
     }
 
 
+def image_transform(resolution: int, channels: int, flip: bool) -> dict:
+    """Square centre crops; `size` (height, width) wins over the resolution where it is set."""
+    return {
+        "name": "image",
+        "resolution": resolution,
+        "channels": channels,
+        "flip": flip,
+        "upright": False,
+        "size": config_dict.placeholder(tuple),
+    }
+
+
 PROCESSES = {"gaussian": gaussian, "flow": flow}
+
+
+def section(kind: str, name: str) -> dict:
+    """What a section of a config has besides, or in place of, its constructor's defaults: places that a user must give are "".
+
+    Args:
+        kind: the section, as in "codec"; name: its constructor, as in "kl_vae".
+    """
+    if kind == "process" and name in PROCESSES:
+        return PROCESSES[name]()
+    if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
+        return {"path": ""}
+    if (kind, name) == ("codec", "kl_vae"):  # the scale and shift are those of the weights
+        return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
+    return {}
 
 
 def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
@@ -140,7 +172,7 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
         "split": "train",
         "caption_key": config_dict.placeholder(str),
     }
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
 
@@ -164,7 +196,7 @@ def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> 
     c.process = gaussian()
     c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 0.5}
     c.data = {"name": "folder", "path": "", "split": ""}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = default_sampler("ddpm")
     c.log.every_steps = 20
     return c
@@ -184,7 +216,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.process = PROCESSES[process]()
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
-    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
+    c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
@@ -254,7 +286,7 @@ def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
         "split": "train",
         "caption_key": config_dict.placeholder(str),
     }
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.evaluation.update({"num_images": 10_000, "split": "validation", "features": ""})
     return c
 
@@ -265,7 +297,7 @@ def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 16, 0.99
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
     c.data = {"name": "folder", "path": "", "split": ""}
-    c.transform = {"name": "image", "resolution": resolution, "channels": 3, "flip": True, "upright": False}
+    c.transform = image_transform(resolution, 3, flip=True)
     c.log.every_steps = 20
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 20})
@@ -287,7 +319,7 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
     c.num_steps, c.batch_size, c.ema_decay = 800, 128, 0.99
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 800, "clip_norm": 1.0})
     c.data = {"name": "digits", "path": "", "split": "train"}
-    c.transform = {"name": "image", "resolution": 8, "channels": 1, "flip": False, "upright": False}
+    c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.checkpoint.update({"every_steps": 400, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 400, "num_images": 50})
@@ -327,5 +359,5 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     """
     c = in_latents(folder(size, resolution, num_classes), FOLDER_CODEC)
     c.data = {"name": "latents", "path": "", "verify": True}
-    c.loader = {"resident": False}
+    c.loader = loader("latents")
     return c

@@ -1,29 +1,27 @@
-import inspect
-
 import jax
 import numpy as np
 import pytest
 from runs import load_config
 
-from dit_jax import build, recipes
+from dit_jax import build, recipes, registry
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sample.generator import Generator
 from dit_jax.sample.labels import spread_labels
 
 
-@pytest.mark.parametrize("name", recipes.SAMPLERS)
+@pytest.mark.parametrize("name", registry.names("sampler"))
 @pytest.mark.parametrize("process", recipes.PROCESSES)
 def test_every_process_with_every_sampler(process, name):
     """A pair that fails at the first preview instead of at the start, or a recipe without one of a sampler's fields."""
     config = load_config("digits", f"process={process},sampler={name}")
-    fields = set(inspect.signature(build.TABLES["sampler"][name]).parameters)
+    fields = set(registry.parameters("sampler", name))
     assert set(config.sampler) == fields | {"name"}
     if process == "gaussian" and name in ("dopri5", "sde"):
         with pytest.raises(UserError, match="choose another sampler"):
-            build.sampler(config)
+            build.Run(config).sampler
     else:
-        build.sampler(config)
+        build.Run(config).sampler
 
 
 def test_digits_argument():
@@ -55,13 +53,13 @@ def test_too_many_steps_fail_at_once():
     config = load_config("digits")
     config.sampler.num_steps = 2000
     with pytest.raises(UserError, match="1 to 1000"):
-        build.sampler(config)
+        build.Run(config).sampler
 
 
 def test_sit_keeps_dits_network():
     """A SiT whose final layer SiT's weights do not fit: 8 output channels of which 4 are read."""
     config = load_config("sit_xl2_imagenet256")
-    assert build.network(config).out_channels == 8
+    assert build.Run(config).network.out_channels == 8
     assert config.model == load_config("xl2_imagenet256").model
 
 
@@ -70,13 +68,13 @@ def test_flow_through_the_task():
     config = recipes.digits("flow", sampler="dopri5")
     config.model.update({"depth": 1, "width": 32})
     config.guidance.update({"scale": 2.0, "low": 0.3, "high": 0.8})
-    task, mesh = build.task(config), make_mesh(1, 1, 1, jax.devices()[:1])
+    task, mesh = build.Run(config).task, make_mesh(1, 1, 1, jax.devices()[:1])
     params = jax.jit(task.init)(jax.random.key(0)).params
     batch = {"image": np.zeros((64, 8, 8, 1), np.uint8), "label": np.arange(64, dtype=np.int32) % 10}
     constants = {"codec": {}}
     loss, _ = jax.jit(lambda params, key: task.loss(params, **task.draw_inputs(constants, batch, key)))(params, jax.random.key(1))
     # The network starts at zero, so the loss is the mean of (x0 - noise)^2 with x0 = (-1 + 0.39) / 0.75 everywhere.
     np.testing.assert_allclose(loss, 1 + (0.61 / 0.75) ** 2, rtol=0.1)
-    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), 4, seed=0)
+    generator = Generator(task, mesh, build.Run(config).sampler, build.Run(config).guidance, 4, seed=0)
     images = generator(params, {"codec": {}}, spread_labels(4, 10))
     assert images.shape == (4, 8, 8, 1) and images.std() > 0  # a zero velocity gives back the noise

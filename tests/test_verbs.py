@@ -73,9 +73,18 @@ def test_sample_and_evaluate(workdir, tmp_path):
     assert scored["num_samples"] == 6 and scored["num_reference"] == 1797 and scored["fid"] > 0
 
 
+DIGITS = ["--config=configs/digits.py", "--workdir=W"]
 MISTAKES = {
     "unknown key": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.batchsize=3"], "batchsize"),
     "unknown file": ("main", ["--config=configs/nowhere.py", "--workdir=W"], "nowhere.py"),
+    "field of another constructor": (
+        "main",
+        ["--config.process.schedule=x", "--config.process.name=flow", *DIGITS],
+        "no field schedule",
+    ),
+    "a field without its section": ("main", [*DIGITS, "--batch_size=64"], "--config.batch_size"),
+    "a field without a config": ("plan", ["--config.batch_size=64"], "without --config"),
+    "no such import": ("evaluate", ["--import=nowhere.py"], "nowhere.py does not exist"),
     "wrong type": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.batch_size=many"], "many"),
     "bad argument": ("main", ["--config=configs/imagenet.py:XL/3,256", "--workdir=W"], "XL/3"),
     "no workdir": ("main", ["--config=configs/digits.py"], "--workdir"),
@@ -112,7 +121,7 @@ def test_sampling_mistakes(workdir, tmp_path):
         "--out=/proc/x.npz": "cannot be written",
         "--labels=three": "whole numbers",
         "--num_samples=0": "at least 1",
-        "--sampler=magic": "no sampler 'magic'",
+        "--sampler=magic": "sampler 'magic' is not registered",
         "--num_steps=1001": "1 to 1000",
         "--step=3": "no checkpoint of step 3",
         "--out=x.png": "must end in .npz",

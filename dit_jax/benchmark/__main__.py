@@ -22,13 +22,10 @@ import os
 import jax
 from absl import flags
 
+from dit_jax import config_file
+from dit_jax.data.size import parse_size
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
-
-try:
-    from ml_collections import config_flags
-except ImportError:  # a machine with jax, flax and optax only: --model
-    config_flags = None
 
 WHAT = flags.DEFINE_enum(
     "what",
@@ -36,13 +33,11 @@ WHAT = flags.DEFINE_enum(
     ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup", "evaluation", "scaling"],
     "What to measure.",
 )
-CONFIG = (
-    None
-    if config_flags is None
-    else config_flags.DEFINE_config_file("config", None, "Training config, instead of --model.", lock_config=True)
-)
+CONFIG = config_file.DEFINE_config("Training config, instead of --model.")
 MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
-RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images in pixels.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution", "256", "Size of the images in pixels: the side of squares, or height x width, as in 256x384."
+)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
@@ -94,17 +89,13 @@ USES = {
 }
 
 
-def config_given() -> bool:
-    return CONFIG is not None and CONFIG.value is not None
-
-
 def check_flags():
     """Raises UserError for a flag without effect."""
     if WHAT.value is None:
         raise UserError(f"choose what to measure: --what={'|'.join(USES)}")
     known = {name for uses in USES.values() for name in uses if name in flags.FLAGS}
     given = [name for name in known if flags.FLAGS[name].present]
-    pairs = [("config", name) for name in (*NETWORK[1:], "sampler", "num_steps", "guidance_scale")] if config_given() else []
+    pairs = [("config", name) for name in (*NETWORK[1:], "sampler", "num_steps", "guidance_scale")] if CONFIG.given else []
     pairs += [("codec", "preset"), ("data", "records"), *([("data", "resolution")] if WHAT.value == "latents" else [])]
     for name in sorted(given):
         if name not in USES[WHAT.value]:
@@ -134,11 +125,11 @@ def subject(devices=None, batches: int = 1, fsdp: int | None = None):
     """
     from dit_jax.benchmark import subject
 
-    if config_given():
-        return subject.of_config(console.given_config(CONFIG), devices)
+    if CONFIG.given:
+        return subject.of_config(CONFIG.read(), devices)
     return subject.of_model(
         MODEL.value,
-        RESOLUTION.value,
+        image_size(),
         batches * batch_size(8 if on_cpu() else 256),
         dtype(),
         REMAT.value,
@@ -162,12 +153,12 @@ def measure_scaling() -> dict:
     from dit_jax.benchmark import scaling
     from dit_jax.benchmark import subject as subjects
 
-    if not config_given():
+    if not CONFIG.given:
         group = TENSOR.value * (1 if AXIS.value == "fsdp" else FSDP.value)
         return scaling.run(
             lambda ways, devices: subject(devices, ways, ways if AXIS.value == "fsdp" else None), group, SECONDS.value
         )
-    config = console.given_config(CONFIG)
+    config = CONFIG.read()
     if config.mesh[AXIS.value] not in (1, -1):
         raise UserError(
             f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, but --axis={AXIS.value} lets it grow from 1; omit it, "
@@ -178,6 +169,10 @@ def measure_scaling() -> dict:
         scaling.group(config, AXIS.value),
         SECONDS.value,
     )
+
+
+def image_size() -> tuple[int, int]:
+    return parse_size(RESOLUTION.value)
 
 
 def batch_size(otherwise: int) -> int:
@@ -216,11 +211,10 @@ def measure_network() -> dict:
 def measure_start() -> dict:
     from dit_jax.benchmark import startup
 
-    if config_given():
-        overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        return startup.run(config_flags.get_config_filename(flags.FLAGS["config"]), overrides, [])
+    if CONFIG.given:
+        return startup.run(CONFIG.file.value, CONFIG.fields.value, [])
     names = [name for name in NETWORK[1:] if flags.FLAGS[name].present]
-    return startup.run(None, {}, [f"--{name}={flags.FLAGS[name].value}" for name in names])
+    return startup.run(None, [], [f"--{name}={flags.FLAGS[name].value}" for name in names])
 
 
 def measure() -> dict:
@@ -234,23 +228,23 @@ def measure() -> dict:
         from dit_jax.benchmark import vae
 
         codec = vae.of_folder(CODEC.value, dtype()) if CODEC.value else vae.of_preset(PRESET.value, dtype())
-        return vae.run(codec, RESOLUTION.value, batch_size(8), SECONDS.value)
+        return vae.run(codec, image_size(), batch_size(8), SECONDS.value)
     if WHAT.value == "images":
         from dit_jax.benchmark import images, machine
 
-        return images.run(DATA.value, RESOLUTION.value, batch_size(32), SECONDS.value, threads(machine.cores()))
+        return images.run(DATA.value, image_size(), batch_size(32), SECONDS.value, threads(machine.cores()))
     if WHAT.value == "latents":
         from dit_jax.benchmark import latents
 
-        return latents.run(DATA.value, RESOLUTION.value, RECORDS.value or 8192, batch_size(256), SECONDS.value)
+        return latents.run(DATA.value, image_size(), RECORDS.value or 8192, batch_size(256), SECONDS.value)
     if WHAT.value == "evaluation":
-        from dit_jax.benchmark import evaluation
+        from dit_jax.benchmark import features
 
-        return evaluation.run(RESOLUTION.value, BATCH_SIZE.value, RECORDS.value)
-    from dit_jax.benchmark import checkpoint
+        return features.run(image_size(), BATCH_SIZE.value, RECORDS.value)
+    from dit_jax.benchmark import saving
 
     it = subject()
-    return {**it.describe(), **checkpoint.run(it, DATA.value)}
+    return {**it.describe(), **saving.run(it, DATA.value)}
 
 
 def rows(result: dict, prefix: str = "") -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dit_jax.storage.atomic import write_atomic
+
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 SAMPLERS = {
     "gaussian": ("ddpm", "ddim", "euler", "heun", "ab", "dpmpp", "unipc"),
@@ -45,7 +47,7 @@ def score(run: Path, sampler: str) -> dict:
     if not file.exists():
         drawn = verb("sample", f"--workdir={run}", f"--sampler={sampler}", "--num_samples=1000", f"--out={run / sampler}.npz")
         scored = verb("evaluate", f"--samples={run / sampler}.npz", "--reference=digits", "--features=pixels")
-        file.write_text(json.dumps({"fid": scored["fid"], "evaluations": drawn["evaluations"], "seconds": drawn["seconds"]}))
+        write_atomic(file, json.dumps({"fid": scored["fid"], "evaluations": drawn["evaluations"], "seconds": drawn["seconds"]}))
     return json.loads(file.read_text())
 
 
@@ -62,7 +64,7 @@ def main():
         scored = score(train(options.workdir, process, conditioning, options.num_steps), sampler)
         count = scored["evaluations"] or "adaptive"
         lines.append(f"| {process} | {conditioning} | {sampler} | {count} | {scored['fid']:.2f} |")
-        (options.workdir / "table.md").write_text("\n".join(lines) + "\n")
+        write_atomic(options.workdir / "table.md", "\n".join(lines) + "\n")
     print((options.workdir / "table.md").read_text())
 
 

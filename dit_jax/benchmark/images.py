@@ -9,6 +9,7 @@ from PIL import Image
 from dit_jax.benchmark import machine
 from dit_jax.benchmark.timing import Work, measure, report, warm_up
 from dit_jax.data.loader import Loader
+from dit_jax.data.size import size_json
 from dit_jax.data.sources import ImageFolder
 from dit_jax.data.transforms import ImageTransform
 
@@ -30,24 +31,24 @@ def write_photographs(folder: Path):
         image.save(folder / f"{number:03d}.jpg", quality=SYNTHETIC_QUALITY)
 
 
-def run(data: str | None, resolution: int, batch_size: int, seconds: float, threads: list[int]) -> dict:
+def run(data: str | None, size: tuple[int, int], batch_size: int, seconds: float, threads: list[int]) -> dict:
     """Measures shuffled, mirrored training batches of `data.loader.Loader`, once per number of threads.
 
     Args:
         data: folder of images as for `ImageFolder`; None generates SYNTHETIC_IMAGES files.
     """
     if data is not None:
-        return {"data": data, **_measured(ImageFolder(data), resolution, batch_size, seconds, threads)}
+        return {"data": data, **_measured(ImageFolder(data), size, batch_size, seconds, threads)}
     with tempfile.TemporaryDirectory(prefix="dit_jax_images_") as folder:
         write_photographs(Path(folder))
         made = f"{SYNTHETIC_IMAGES} synthetic JPEGs of {SYNTHETIC_SIZE[0]} x {SYNTHETIC_SIZE[1]}"
-        return {"data": made, **_measured(ImageFolder(folder), resolution, batch_size, seconds, threads)}
+        return {"data": made, **_measured(ImageFolder(folder), size, batch_size, seconds, threads)}
 
 
-def _measured(source: ImageFolder, resolution: int, batch_size: int, seconds: float, threads: list[int]) -> dict:
+def _measured(source: ImageFolder, size: tuple[int, int], batch_size: int, seconds: float, threads: list[int]) -> dict:
     rows = []
     for count in threads:
-        loader = Loader(source, ImageTransform(resolution, 3, flip=True), batch_size, seed=0, num_threads=count)
+        loader = Loader(source, ImageTransform(size[0], 3, flip=True, size=size), batch_size, seed=0, num_threads=count)
         with loader.batches() as batches:
             work = Work(lambda batches=batches: next(batches), batch_size)
             warm_up(work, WARM_UP_BATCHES)
@@ -67,7 +68,7 @@ def _measured(source: ImageFolder, resolution: int, batch_size: int, seconds: fl
     return {
         "num_images": len(source),
         "mean_file_bytes": float(np.mean(files)),
-        "resolution": resolution,
+        "resolution": size_json(size),
         "batch_size": batch_size,
         "cores": machine.cores(),
         **best,

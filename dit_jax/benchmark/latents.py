@@ -7,12 +7,13 @@ import numpy as np
 
 from dit_jax.benchmark.timing import Work, measure, report, warm_up
 from dit_jax.codecs.kl_vae import KLVAE
-from dit_jax.data.latent_files import SETTINGS, digest, sealed, write
+from dit_jax.data.latent_files import SETTINGS
 from dit_jax.data.latent_loader import AHEAD, LatentLoader
 from dit_jax.data.latents import LatentCache
 from dit_jax.encode.cache_folder import finish
 from dit_jax.encode.writer import Job, Shard
 from dit_jax.runtime.console import say
+from dit_jax.storage.sealed import digest, write_sealed
 
 CLASSES = 1000
 NUM_SHARDS = 4
@@ -33,10 +34,10 @@ class Nothing:
         raise IndexError(f"record {index}: this data set has numbers only")
 
 
-def write_cache(folder: Path, records: int, resolution: int):
-    """Writes a complete cache of normal random numbers, with mirror images, for Stable Diffusion's codec at `resolution`."""
-    job = Job(Nothing(records), KLVAE(), {}, resolution, shard_records=-(-records // NUM_SHARDS))
-    write(folder / SETTINGS, [sealed(job.settings)])
+def write_cache(folder: Path, records: int, size: tuple[int, int]):
+    """Writes a complete cache of normal random numbers, with mirror images, for Stable Diffusion's codec and this size."""
+    job = Job(Nothing(records), KLVAE(), {}, size, shard_records=-(-records // NUM_SHARDS))
+    write_sealed(folder / SETTINGS, job.settings)
     rng = np.random.default_rng(0)
     for number in range(job.num_shards):
         shard = Shard(job, number)

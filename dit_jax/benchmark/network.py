@@ -12,13 +12,12 @@ from dit_jax.benchmark.subject import Subject
 from dit_jax.benchmark.timing import MIN_STEPS, Work, measure, measure_queued, report, warm_up
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.errors import UserError
-from dit_jax.parallel.mesh import rows_per_step
+from dit_jax.parallel.mesh import batch_sharding, rows_per_step
 from dit_jax.programs import collectives, hlo
 from dit_jax.runtime.console import say
-from dit_jax.sample.generator import Generator, default_rows_at_once
-from dit_jax.sample.labels import spread_labels
-from dit_jax.sample.weights import hold
-from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.sample.generator import Generator, default_chunk_size
+from dit_jax.sample.labels import spread_requests
+from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import abstract_state, count_parameters, create_sharded
 
@@ -48,7 +47,7 @@ def train_step(subject: Subject) -> Work:
             f"the loss of the first step is not finite in {subject.describe()['dtype']}, so steps are skipped and their "
             "speed is meaningless; use another dtype or config"
         )
-    macs = subject.macs()
+    macs = subject.macs
     return Work(
         call,
         subject.batch_size,
@@ -75,10 +74,12 @@ def forward(subject: Subject) -> Work:
     """One forward pass of only the network, on noise."""
     task, mesh = diffusion_task(subject), subject.mesh
     params = create_sharded(task, jax.random.key(subject.seed), mesh).params
-    labels = subject.batch()["label"]
+    requests = {name: x for name, x in subject.batch().items() if name in task.conditioner.batch_spec()}
+    rows = batch_sharding(mesh)
 
-    def apply(params, x, t, labels):
-        return task.network.apply({"params": params}, x, t, task.condition(labels))
+    def apply(params, x, t, requests):
+        cond, _ = task.condition(params, {}, requests)
+        return task.apply(params, x, t, cond)
 
     def inputs(key):
         return (
@@ -86,20 +87,20 @@ def forward(subject: Subject) -> Work:
             jax.random.uniform(key, (subject.batch_size,), maxval=999),
         )
 
-    x, t = jax.jit(inputs, out_shardings=labels.sharding)(jax.random.key(subject.seed))
+    x, t = jax.jit(inputs, out_shardings=rows)(jax.random.key(subject.seed))
     start = time.monotonic()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(apply, out_shardings=labels.sharding).lower(params, x, t, labels).compile()
+        compiled = jax.jit(apply, out_shardings=rows).lower(params, x, t, requests).compile()
     seconds = time.monotonic() - start
     say(f"compiled the forward in {seconds:.1f} s")
     return Work(
-        lambda: compiled(params, x, t, labels),
+        lambda: compiled(params, x, t, requests),
         subject.batch_size,
         {
             "parameters": count_parameters(params),
             "compile_seconds": seconds,
             "program_bytes": machine.program_bytes(compiled),
-            "flops_per_image": 2 * subject.macs(),
+            "flops_per_image": 2 * subject.macs,
             "flops_formula": "2 x MACs",
         },
     )
@@ -110,23 +111,23 @@ def sampler(subject: Subject) -> Work:
     task = diffusion_task(subject)
     guidance, draw = subject.guidance, subject.sampler
     task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
-    params = hold(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
-    labels = spread_labels(subject.batch_size, task.num_classes)
-    share, rows = subject.batch_size // rows_per_step(subject.mesh), default_rows_at_once(task, jax.devices()[0].platform)
+    params = cast_for_inference(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
+    requests = spread_requests(task.conditioner, subject.batch_size)
+    platform = jax.devices()[0].platform
+    share, rows = subject.batch_size // rows_per_step(subject.mesh), default_chunk_size(subject.num_tokens, platform)
     generator = Generator(
-        task, subject.mesh, draw, guidance, subject.batch_size, subject.seed, rows_at_once=share if share % rows else rows
+        task, subject.mesh, draw, guidance, subject.batch_size, subject.seed, chunk_size=share if share % rows else rows
     )  # not more rows than are reported
 
     def call():
-        return generator(params, {"codec": {}}, labels)
+        return generator(params, {"codec": {}}, requests, subject.batch_size)
 
     start = time.monotonic()
     call()
     seconds = time.monotonic() - start
     say(f"compiled the sampler and drew the first batch in {seconds:.1f} s")
     steps = draw.evaluations(task.process)
-    whole = (guidance.low, guidance.high) == (0.0, 1.0)
-    evaluations = steps * (2 if guidance.active else 1) if steps and whole else None
+    evaluations = steps * (2 if guidance.active else 1) if steps and not guidance.is_partial else None
     return Work(
         call,
         subject.batch_size,
@@ -137,14 +138,14 @@ def sampler(subject: Subject) -> Work:
             "guidance": dataclasses.asdict(guidance),
             "evaluations": evaluations,
             "decoded": False,
-            "flops_per_image": evaluations and 2 * subject.macs() * evaluations,
+            "flops_per_image": evaluations and 2 * subject.macs * evaluations,
             "flops_formula": "2 x MACs x evaluations of the network",
         },
     )
 
 
 def diffusion_task(subject: Subject):
-    if isinstance(subject.task, AutoencoderTask):
+    if not subject.task.draws_samples:
         raise UserError(
             "the config trains an autoencoder, which is not a diffusion model and has no sampler: measure it with "
             "--what=train_step or --what=vae"

@@ -108,7 +108,7 @@ class Peer:
         return (
             torch.randn(size, c, h, w, **place),
             torch.randint(0, 1000, (size,), **place),
-            torch.randint(0, self.task.num_classes, (size,), **place),
+            torch.randint(0, self.task.conditioner.num_classes, (size,), **place),
         )
 
     def train_step(self) -> Work:
@@ -165,7 +165,7 @@ class Peer:
         scheduler = DDIMScheduler(clip_sample=False)
         scheduler.set_timesteps(draw.num_steps)
         if guidance.active:
-            labels = torch.cat([labels, torch.full_like(labels, self.task.num_classes)])
+            labels = torch.cat([labels, torch.full_like(labels, self.task.conditioner.num_classes)])
 
         def call():
             x = noise

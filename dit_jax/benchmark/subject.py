@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dit_jax.codecs import macs
+from dit_jax import registry
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.data.size import size_json
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
+from dit_jax.encoders.labels import Labels
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
-from dit_jax.models.dit import DiT, form_of_loop
-from dit_jax.models.macs import dit_macs
-from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
-from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.models.dit import DiT
+from dit_jax.parallel.mesh import batch_sharding, make_mesh, rows_per_step
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
+from dit_jax.tasks.task import Task
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -33,18 +34,20 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Subject:
     """A task with a batch size on a mesh, and the sampler and guidance for its samples.
 
-    constants: inputs of a step that it does not change.
+    constants: what a step reads and does not change.
+    entry: entry of the data set's batches: "moments" of a latent cache, or "image".
 
     Raises:
-        UserError: the batch size is not divisible by the mesh and the microbatches.
+        UserError: a batch size that does not divide over the mesh and the microbatches.
     """
 
-    task: DiffusionTask | AutoencoderTask
+    task: Task
     mesh: Mesh
     batch_size: int
     sampler: Any = None
     guidance: Guidance = field(default_factory=Guidance)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    entry: str = "moments"
     seed: int = 0
 
     def __post_init__(self):
@@ -55,65 +58,57 @@ class Subject:
                 f"{rows_per_step(self.mesh)} x {self.task.microbatches} = {ways}"
             )
 
-    @property
-    def resolution(self) -> int:
-        if isinstance(self.task, AutoencoderTask):
-            return self.task.resolution
-        return self.task.latent_shape[0] * self.task.codec.downsample
-
-    def macs(self) -> float | None:
-        """Multiply-adds of one forward pass of one image; None for an autoencoder that is trained with a second network."""
-        if isinstance(self.task, DiffusionTask):
-            return dit_macs(self.task.network, self.task.latent_shape)
-        if self.task.discriminator is not None or self.task.perceptual_weight:
-            return None
-        return sum(macs.gmacs(self.task.codec, self.task.resolution)) * 1e9
-
     def batch(self) -> dict[str, jax.Array]:
-        """A training batch of noise, created on the devices: moments as in a latent cache, or images without a KL codec."""
-        task, size = self.task, self.batch_size
-        cached = isinstance(task, DiffusionTask) and isinstance(task.codec, KLVAE)
+        """A training batch of noise, created on the devices."""
+        spec, size = self.task.batch_spec(self.entry), self.batch_size
+
+        def noise(key, x):
+            shape = (size, *x.shape)
+            if x.dtype == jnp.uint8:
+                return jax.random.bits(key, shape, jnp.uint8)
+            if jnp.issubdtype(x.dtype, jnp.integer):
+                return jax.random.randint(key, shape, 0, max(self.num_classes, 1), x.dtype)
+            return jax.random.normal(key, shape, x.dtype)
 
         def make(key):
-            if cached:
-                h, w, c = task.latent_shape
-                return {"moments": jax.random.normal(key, (size, h, w, 2 * c), jnp.float16)} | labels(key)
-            shape = (size, self.resolution, self.resolution, task.codec.image_channels)
-            return {"image": jax.random.bits(key, shape, jnp.uint8)} | labels(key)
-
-        def labels(key):
-            classes = getattr(task, "num_classes", 0)
-            return {"label": jax.random.randint(key, (size,), 0, max(classes, 1))}
+            return {name: noise(key, x) for name, x in spec.items()}
 
         return jax.jit(make, out_shardings=batch_sharding(self.mesh))(jax.random.key(self.seed))
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-adds of one forward pass of one image; None if the task's step uses further networks."""
+        return None if self.task.has_auxiliary_networks else self.task.macs()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.task.network.num_tokens(self.task.latent_shape)
+
+    @property
+    def num_classes(self) -> int:
+        return self.task.conditioner.num_classes if self.task.draws_samples else 0
 
     def describe(self) -> dict:
         """The settings that determine the speed, for the result."""
         task = self.task
-        macs = self.macs()
-        net = task.network if isinstance(task, DiffusionTask) else task.codec
-        fields = {
-            name: getattr(net, name)
-            for name in ("depth", "width", "heads", "patch_size", "conditioning", "attention")
-            if hasattr(net, name)
-        }
-        if isinstance(net, DiT):
-            fields["unroll"], fields["remat"] = form_of_loop(net.unroll, net.remat, jax.default_backend())
+        trained = task.network.for_platform(jax.default_backend()) if task.draws_samples else task.codec
+        names = ("depth", "width", "heads", "patch_size", "conditioning", "attention", "unroll", "remat")
+        fields = {name: getattr(trained, name) for name in names if hasattr(trained, name)}
         return {
-            "model": {"name": type(net).__name__, **fields},
-            "dtype": jnp.dtype(net.dtype).name,
-            "param_dtype": jnp.dtype(net.param_dtype).name,
-            "resolution": self.resolution,
+            "model": {"name": type(trained).__name__, **fields},
+            "dtype": jnp.dtype(trained.dtype).name,
+            "param_dtype": jnp.dtype(trained.param_dtype).name,
+            "resolution": size_json(task.image_shape[-3:-1]),
             "batch_size": self.batch_size,
             "microbatches": task.microbatches,
             "mesh": dict(self.mesh.shape),
-            "gmacs": None if macs is None else macs / 1e9,
+            "gmacs": None if self.macs is None else self.macs / 1e9,
         }
 
 
 def of_model(
     name: str,
-    resolution: int,
+    image_size: tuple[int, int],
     batch_size: int,
     dtype: str,
     remat: str = "auto",
@@ -126,17 +121,19 @@ def of_model(
     guidance_scale: float = 1.0,
     devices=None,
 ) -> Subject:
-    """The paper's model and training (Peebles & Xie 2023) on cached latents, equal to `recipes.dit` with a latent cache.
+    """The paper's model and training (Peebles & Xie 2023) on cached latents, as `recipes.dit` with a latent cache has it.
 
-    devices: of the mesh, whose data axis uses those that fsdp and tensor leave; None for all devices.
+    image_size: (height, width) in pixels.
+    devices: of the mesh, whose data axis takes what fsdp and tensor leave; all that there are if None.
 
     Raises:
-        UserError: model or sampler are unknown; resolution, batch size or mesh do not fit.
+        UserError: no such model or sampler; a size, batch or mesh that does not fit.
     """
     size, draw = sizes.fields(name), samplers.default_sampler(sampler)
     draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
     codec, process = KLVAE(), Gaussian()
-    latent_shape = codec.latent_shape(resolution)
+    image_shape = (*image_size, codec.image_channels)
+    latent_shape = codec.latent_shape(image_shape)
     network = DiT(
         **size,
         num_classes=1000,
@@ -146,13 +143,13 @@ def of_model(
         unroll=unroll,
         dtype=DTYPES[dtype],
     )
-    network.check(*latent_shape[:2])
-    task = DiffusionTask(network, process, codec, adamw(), latent_shape, num_classes=1000)
+    network.check(latent_shape)
+    task = DiffusionTask(network, process, codec, Labels(num_classes=1000), adamw(), image_shape, latent_shape)
     return Subject(
         task,
         make_mesh(-1, fsdp, tensor, devices),
         batch_size,
-        samplers.CLASSES[draw.pop("name")](**draw),
+        registry.get("sampler", draw.pop("name"))(**draw),
         Guidance(guidance_scale),
     )
 
@@ -160,17 +157,15 @@ def of_model(
 def of_config(config, devices=None) -> Subject:
     """The training of a config, without reading its data set and its codec's weights.
 
-    devices: of the mesh; None for all devices.
+    devices: of the mesh; all that there are if None.
 
     Raises:
-        UserError: the config is invalid; an autoencoder's perceptual distance has no weights.
+        UserError: whatever the config is refused for; an autoencoder whose perceptual distance has no weights.
     """
-    from dit_jax import build
+    from dit_jax.build import Run
 
-    task, mesh = build.task(config), build.mesh(config, devices)
-    if isinstance(task, AutoencoderTask):
-        return Subject(task, mesh, config.batch_size, constants=build.constants(config, mesh, None, {}), seed=config.seed)
-    constants = (
-        {} if isinstance(task.codec, KLVAE) else {"codec": jax.device_put(task.codec.init(jax.random.key(0)), replicated(mesh))}
-    )
-    return Subject(task, mesh, config.batch_size, build.sampler(config), build.guidance(config), constants, config.seed)
+    run = Run(config, devices=devices)
+    draw = {"sampler": run.sampler, "guidance": run.guidance} if run.task.draws_samples else {}
+    if run.has_codec_weights:  # the step begins at a latent cache and does not read them
+        return Subject(run.task, run.mesh, config.batch_size, seed=config.seed, **draw)
+    return Subject(run.task, run.mesh, config.batch_size, constants=run.frozen, entry="image", seed=config.seed, **draw)

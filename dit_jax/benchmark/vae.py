@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from dit_jax.benchmark import machine
 from dit_jax.benchmark.timing import Work, measure, report, warm_up
-from dit_jax.codecs import macs
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.data.size import size_json
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
 from dit_jax.runtime.console import say
@@ -35,43 +35,44 @@ def of_folder(path: str, dtype: str) -> KLVAE:
     return vae.read_codec(vae.find(path), dtype)
 
 
-def run(codec: KLVAE, resolution: int, batch_size: int, seconds: float) -> dict:
-    """Measures encoding and decoding with random weights, on one batch that stays on the devices.
+def run(codec: KLVAE, size: tuple[int, int], batch_size: int, seconds: float) -> dict:
+    """Encode and decode with random weights on one batch that stays on the devices.
 
     Raises:
-        UserError: the resolution or batch size does not fit.
+        UserError: a size or batch size that does not fit.
     """
     mesh = make_mesh()
     if batch_size < 1 or batch_size % rows_per_step(mesh):
         raise UserError(f"batch size {batch_size} is not a positive multiple of the {rows_per_step(mesh)} devices")
-    latent_shape = codec.latent_shape(resolution)
+    image_shape = (*size, codec.image_channels)
+    latent_shape = codec.latent_shape(image_shape)
     rows = batch_sharding(mesh)
     params = jax.device_put(codec.init(jax.random.key(0)), replicated(mesh))
     inputs = jax.jit(
         lambda key: (
-            jax.random.uniform(key, (batch_size, resolution, resolution, codec.image_channels), minval=-1),
+            jax.random.uniform(key, (batch_size, *image_shape), minval=-1),
             jax.random.normal(key, (batch_size, *latent_shape)),
         ),
         out_shardings=(rows, rows),
     )
     images, latents = inputs(jax.random.key(1))
     results = {}
-    for name, function, x, gmacs in zip(
-        ("encode", "decode"), (codec.encode, codec.decode), (images, latents), macs.gmacs(codec, resolution), strict=True
+    for name, function, x, macs in zip(
+        ("encode", "decode"), (codec.encode, codec.decode), (images, latents), codec.macs(image_shape), strict=True
     ):
         start = time.monotonic()
         with jax.set_mesh(mesh):
             compiled = jax.jit(function, out_shardings=rows).lower(params, x).compile()
         compile_seconds = time.monotonic() - start
         say(f"compiled {name} in {compile_seconds:.1f} s")
-        results[name] = _measured(name, Work(lambda f=compiled, x=x: f(params, x), batch_size), seconds, gmacs, mesh) | {
+        results[name] = _measured(name, Work(lambda f=compiled, x=x: f(params, x), batch_size), seconds, macs / 1e9, mesh) | {
             "compile_seconds": compile_seconds,
             "program_bytes": machine.program_bytes(compiled),
         }
     return {
         "codec": {"block_out_channels": codec.block_out_channels, "latent_channels": codec.latent_channels},
         "dtype": jnp.dtype(codec.dtype).name,
-        "resolution": resolution,
+        "resolution": size_json(size),
         "batch_size": batch_size,
         "mesh": dict(mesh.shape),
         **results,

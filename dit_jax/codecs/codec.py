@@ -1,15 +1,36 @@
-"""The protocol of autoencoders.
+"""The protocol of autoencoders, and the sharding rules of the networks of this package.
 
-B batch, H x W x C image, h x w x c latent.
+B batch, H x W x C image, F frames of a clip, h x w x c latent.
 """
 
 from typing import Any, Protocol
 
 import jax
 
+from dit_jax.errors import UserError
+from dit_jax.parallel.rules import Rules
+
+# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. Convolutions are not
+# split over tensor: split over fsdp and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
+AUTOENCODER_RULES: Rules = (
+    (
+        r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
+        (None, None, "fsdp", None),
+    ),
+    (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
+    (r"\w+/(bias|scale)", ()),
+)
+
 
 class Codec(Protocol):
-    """A frozen dataclass of sizes; its parameters are a separate pytree ({} if it has none), frozen during training."""
+    """A frozen dataclass of sizes; its parameters are a separate pytree ({} if it has none), frozen during training.
+
+    Shapes are those of one example, without B: (H, W, C) of an image, (F, H, W, C) of a clip.
+    """
+
+    @property
+    def rules(self) -> Rules:
+        """Sharding rules of the parameters."""
 
     @property
     def downsample(self) -> int:
@@ -21,6 +42,20 @@ class Codec(Protocol):
     @property
     def latent_channels(self) -> int: ...
 
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the latents of an example of this shape.
+
+        Raises:
+            UserError: the codec does not support such examples.
+        """
+
+    def macs(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Multiply-adds to encode one example of this shape, and to decode it.
+
+        Raises:
+            UserError: as `latent_shape`.
+        """
+
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
         """Images f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or other input of sample_latent."""
 
@@ -29,3 +64,9 @@ class Codec(Protocol):
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Scaled latents -> images f32[B, H, W, C], approximately in [-1, 1]."""
+
+
+def check_channels(codec: Codec, shape: tuple[int, ...]) -> None:
+    """Raises UserError if examples have another number of channels than the codec."""
+    if shape[-1] != codec.image_channels:
+        raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {codec.image_channels} must be equal")

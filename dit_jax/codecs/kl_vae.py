@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dit_jax.codecs.codec import AUTOENCODER_RULES, check_channels
 from dit_jax.errors import UserError
 
 # PyTorch's default initialisation of a convolution, used for the published weights: uniform in +-1/sqrt(fan_in).
@@ -240,6 +241,8 @@ class KLVAE:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    rules = AUTOENCODER_RULES
+
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))  # a config gives a list
         for name in ("dtype", "param_dtype"):
@@ -276,15 +279,56 @@ class KLVAE:
         """Image pixels per latent pixel along one side: 2 ** (levels - 1), so 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def latent_shape(self, resolution):
-        """(h, w, C) for a square image of `resolution` pixels; UserError unless `downsample` divides it."""
-        if resolution < 1 or resolution % self.downsample:
-            raise UserError(
-                f"resolution {resolution} is not a positive multiple of the codec's downsample {self.downsample}: "
-                "choose one that is"
-            )
-        side = resolution // self.downsample
-        return side, side, self.latent_channels
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(h, w, C) of the latents of an image of shape (H, W, image_channels).
+
+        Raises:
+            UserError: a clip, other channels, or a side that `downsample` does not divide.
+        """
+        if len(shape) != 3:
+            raise UserError(f"KLVAE encodes images (H, W, C), not examples of shape {shape}: take a codec for clips, or pixels")
+        check_channels(self, shape)
+        for name, side in zip(("height", "width"), shape, strict=False):
+            if side < 1 or side % self.downsample:
+                raise UserError(
+                    f"{name} {side} is not a positive multiple of the codec's downsample {self.downsample}: choose one that is"
+                )
+        height, width, _ = shape
+        return height // self.downsample, width // self.downsample, self.latent_channels
+
+    def macs(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(encode, decode) in multiply-adds for one image: convolutions, linears and both attention products.
+
+        136.4e9 and 311.1e9 for the Stable Diffusion codec at 256 px. Norms and activations are not counted, products with
+        zero padding are. XLA's own count leaves those out and is a little lower (-1.2 % at 256 px).
+
+        Args:
+            shape: (H, W, image_channels).
+        Raises:
+            UserError: as `latent_shape`.
+        """
+        height, width, latent = self.latent_shape(shape)
+        tokens, pixels = height * width, shape[0] * shape[1]
+        widths, deepest = self.block_out_channels, self.block_out_channels[-1]
+        middle = 2 * _resnet_macs(deepest, deepest, tokens) + 4 * tokens * deepest**2 + 2 * tokens**2 * deepest
+
+        encode = _conv_macs(self.image_channels, widths[0], pixels) + middle + _conv_macs(deepest, 2 * latent, tokens)
+        decode = _conv_macs(latent, deepest, tokens) + middle + _conv_macs(widths[0], self.image_channels, pixels)
+        if self.use_quant_conv:
+            encode += _conv_macs(2 * latent, 2 * latent, tokens, kernel_size=1)
+            decode += _conv_macs(latent, latent, tokens, kernel_size=1)
+
+        for level, features in enumerate(widths):
+            area = pixels >> 2 * level
+            finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
+            same = _resnet_macs(features, features, area)
+            encode += _resnet_macs(finer, features, area) + (self.layers_per_block - 1) * same
+            decode += _resnet_macs(coarser, features, area) + self.layers_per_block * same
+            if level < len(widths) - 1:
+                encode += _conv_macs(features, features, area // 4)
+            if level > 0:
+                decode += _conv_macs(features, features, 4 * area)
+        return encode, decode
 
     @property
     def encoder(self):
@@ -406,6 +450,16 @@ class KLVAE:
     def _check_latents(self, latents):
         if latents.ndim != 4 or latents.shape[-1] != self.latent_channels or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}, not [B, h, w, {self.latent_channels}], none 0")
+
+
+def _conv_macs(inputs: int, outputs: int, area: int, kernel_size: int = 3) -> int:
+    """Multiply-adds of a convolution with `area` output pixels."""
+    return kernel_size**2 * inputs * outputs * area
+
+
+def _resnet_macs(inputs: int, outputs: int, area: int) -> int:
+    shortcut = _conv_macs(inputs, outputs, area, kernel_size=1) if inputs != outputs else 0
+    return _conv_macs(inputs, outputs, area) + _conv_macs(outputs, outputs, area) + shortcut
 
 
 def _per_channel(value):

@@ -6,6 +6,8 @@ of the `lpips` package with net="vgg". Only trained weights are meaningful, so t
 `dit_jax.interop.lpips.load` reads them.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,18 @@ from jax import lax
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths of VGG16's convolutions
 SMALLEST_SIDE = 2 ** (len(STAGES) - 1)  # one position in the last stage
 EPSILON = 1e-10
+
+
+def shapes() -> dict:
+    """The parameters of `lpips` as ShapeDtypeStructs, float32."""
+    params: dict[str, Any] = {"scaling": {"shift": (3,), "scale": (3,)}}
+    before = 3
+    for stage, widths in enumerate(STAGES, 1):
+        for layer, width in enumerate(widths, 1):
+            params[f"conv{stage}_{layer}"] = {"kernel": (3, 3, before, width), "bias": (width,)}
+            before = width
+        params[f"lin{stage}"] = (before,)
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), params, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def lpips(params, images, others, dtype=jnp.float32):

@@ -1,10 +1,11 @@
-"""The identity codec: diffusion on pixels.
+"""The identity codec: diffusion on the pixels of images or clips.
 
-B batch, H x W x C image.
+B batch, H x W x C image, F frames.
 """
 
 from dataclasses import dataclass
 
+from dit_jax.codecs.codec import check_channels
 from dit_jax.errors import UserError
 
 
@@ -21,6 +22,8 @@ class Pixels:
     mean: float = 0.0
     std: float = 0.5
 
+    rules = ()  # nothing to split
+
     def __post_init__(self):
         if self.std <= 0:
             raise UserError(f"codec.std is {self.std}; it must be positive")
@@ -33,11 +36,24 @@ class Pixels:
     def latent_channels(self) -> int:
         return self.image_channels
 
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape, (H, W, C) or (F, H, W, C), unchanged.
+
+        Raises:
+            UserError: the number of channels differs.
+        """
+        check_channels(self, shape)
+        return tuple(shape)
+
+    def macs(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(0, 0): scale and shift do not count."""
+        return 0, 0
+
     def init(self, key):
         return {}
 
     def encode(self, params, images):
-        """Returns the images [B, H, W, C] in [-1, 1] unchanged: the posterior is a point."""
+        """Returns [B, H, W, C] or [B, F, H, W, C] in [-1, 1] unchanged: the posterior is a point."""
         return images
 
     def sample_latent(self, key, moments):

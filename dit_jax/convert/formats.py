@@ -4,16 +4,17 @@ The layouts themselves are in `interop`. This module needs `build`, because a ne
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 
-from dit_jax import build, recipes
+from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
-from dit_jax.interop.download import sha256
 from dit_jax.interop.tensors import (
     Tensor,
     Tensors,
@@ -30,6 +31,7 @@ from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
 from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.run_folder import read_config
+from dit_jax.storage.sealed import sha256_of
 
 # Networks of losses and metrics, which no config describes: one file each, read by the module of that name in interop.
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
@@ -79,7 +81,7 @@ def config_of(sections) -> ml_collections.ConfigDict:
 
 def network_params(config):
     """The parameters of the config's network as ShapeDtypeStructs, without computing them."""
-    task = build.task(config)
+    task = Run(config).task
     return jax.eval_shape(lambda key: task.init(key).params, jax.random.key(0))
 
 
@@ -123,10 +125,15 @@ def write(to_write: Weights, layout: str, out: Path) -> dict:
             weights.write(out, to_write)
         else:
             write_foreign(out, to_write.tensors, to_write.origin)
-        return {"out": str(out), "tensors": len(to_write.tensors), "parameters": count(to_write.tensors), "sha256": sha256(out)}
+        return {
+            "out": str(out),
+            "tensors": len(to_write.tensors),
+            "parameters": count(to_write.tensors),
+            "sha256": sha256_of(out),
+        }
     config = config_of(to_write.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
-    input_size = build.latent_shape(config)[0]
+    input_size = Run(config).latent_shape[0]
     tensors = official.to_theirs(to_write.tensors, patch_size, input_size // patch_size)
     file = out
     if layout == "diffusers":
@@ -141,7 +148,7 @@ def write(to_write: Weights, layout: str, out: Path) -> dict:
         write_safetensors(out, tensors, {"format": "pt"})
     else:
         raise UserError(f"--out={out} must end in .pt or .safetensors for --to=official")
-    return {"out": str(out), "tensors": len(tensors), "parameters": count(to_write.tensors), "sha256": sha256(file)}
+    return {"out": str(out), "tensors": len(tensors), "parameters": count(to_write.tensors), "sha256": sha256_of(file)}
 
 
 def _shapes(sections) -> dict[str, tuple[int, ...]]:
@@ -157,7 +164,7 @@ def _read_workdir(source: Source) -> Weights:
             f"{source.path}/codec, in the format of diffusers"
         )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    init = build.task(config).init
+    init = Run(config).task.init
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
@@ -167,7 +174,7 @@ def _read_workdir(source: Source) -> Weights:
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
     leaves = jax.tree_util.tree_flatten_with_path(restored["ema_params"])[0]
-    tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, lambda leaf=leaf: np.asarray(leaf)) for keys, leaf in leaves}
+    tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, partial(np.asarray, leaf)) for keys, leaf in leaves}
     sections = weights.sections_of(config.to_dict())
     sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
     return Weights(tensors, sections, {"from": "workdir", "name": source.path.name, "step": step})
@@ -249,11 +256,11 @@ def _read_diffusers(source: Source) -> Weights:
 
 def _tokens_per_side(sections) -> int:
     config = config_of(sections)
-    return build.latent_shape(config)[0] // config.model.patch_size
+    return Run(config).latent_shape[0] // config.model.patch_size
 
 
 def _origin(source: Source, files: list[Path]) -> dict:
-    return {"from": source.layout, "sha256": {file.name: sha256(file) for file in files}}
+    return {"from": source.layout, "sha256": {file.name: sha256_of(file) for file in files}}
 
 
 def _sections(source: Source, architecture: official.Architecture, input_size: int, heads: int | None = None) -> dict:

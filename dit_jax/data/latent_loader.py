@@ -183,7 +183,7 @@ def resident_moments(cache: LatentCache, mesh: Mesh) -> jax.Array:
                 "False"
             )
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         block = np.zeros((stop - start, *cache.moments_shape), np.float16)
         if start < rows:

@@ -1,6 +1,6 @@
 """Reads a latent cache: moments of each image of a data set and of its mirror image (made by `python -m dit_jax.encode`).
 
-N records, V views of each (2 with mirror images), h x w x c latents; row V * i + mirror is record i.
+N records, V views of each (2 with mirror images), h x w x c latents (f x h x w x c of clips); row V * i + mirror is record i.
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, damage, digest, read_sealed, shard_file
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
+from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
+from dit_jax.storage.sealed import damage, digest, read_sealed
 
 SHOWN = 10  # number of lines of a list in an error message
 # Fields of a codec that do not determine the moments: they act after the posterior, or affect only the precision.
@@ -30,19 +32,19 @@ class LatentCache:
     """A read-only, memory-mapped data set of moments, neither decoded nor scaled.
 
     Attributes:
-        manifest: the content of `manifest.json`: codec, transform, statistics, bad records, files.
-        moments_shape: (h, w, 2c), mean and raw log-variance on the last axis; float16.
-        views: 2 if the cache contains mirror images, otherwise 1.
+        manifest: all that `manifest.json` says: codec, transform, statistics, bad records, files.
+        moments_shape: (h, w, 2c), or (f, h, w, 2c) of clips; mean and raw log-variance on the last axis; float16.
+        views: 2 if the mirror image of every record is there, else 1.
         labels: int32 [N], in [0, num_classes).
-        num_classes, class_names, fingerprint: as in a `Source`; the fingerprint changes with any byte of the data.
+        num_classes, class_names, fingerprint: as of a `Source`; the fingerprint changes with any byte of the data.
 
     Args:
-        path: folder written by `dit_jax.encode`.
-        verify: compare the hash of every file with the manifest, which takes a second or two per GB and core. Otherwise only
-            names, sizes, counts, dtypes and shapes are checked.
+        path: folder that `dit_jax.encode` wrote.
+        verify: hash every file and hold it to the manifest: a second or two per GB and core. Without it names, sizes,
+            counts, dtypes and shapes are checked.
 
     Raises:
-        UserError: there is no finished cache; it has another format; files are missing, damaged or differ from the manifest.
+        UserError: no cache there, or an unfinished one; another format; files missing, damaged or not what the manifest says.
     """
 
     def __init__(self, path: str | os.PathLike, verify: bool = True):
@@ -135,19 +137,18 @@ class LatentCache:
         first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
         return np.concatenate([self._moments[k][max(start - starts[k], 0) : stop - starts[k]] for k in range(first, last + 1)])
 
-    def check(self, codec: Any, weights_sha256: str, resolution: int, channels: int, flip: bool, upright: bool = False) -> None:
+    def check(self, codec: Any, weights_sha256: str, transform: ImageTransform) -> None:
         """Raises unless encoding with these settings would give this cache.
 
-        The codec's scale and shift are not compared, because moments are stored unscaled; nor is its dtype, which only affects
-        the precision.
+        The codec's scale and shift are not compared, moments are stored unscaled; nor is its dtype, the precision of the
+        same numbers.
 
         Args:
-            codec: its sizes are compared.
-            weights_sha256: hash of the codec's weights, see `interop.vae.weights_sha256`.
-            flip: whether mirror images are wanted; a cache with mirror images also serves without.
+            codec: its sizes are compared; weights_sha256 (`interop.vae.weights_sha256`) its weights.
+            transform: of the images. Its `flip` requests mirror images; a cache with mirror images also serves without.
 
         Raises:
-            UserError: lists the fields that differ.
+            UserError: a list of the fields that differ.
         """
         stored = {
             **{f"codec.{k}": v for k, v in self.manifest["codec"].items()},
@@ -156,16 +157,15 @@ class LatentCache:
         wanted = {
             **{f"codec.{k}": v for k, v in codec_fields(codec).items()},
             "codec.weights_sha256": weights_sha256,
-            "transform.resolution": resolution,
-            "transform.channels": channels,
-            "transform.upright": upright,
+            "transform.size": None,  # of a square, which has none
+            **{f"transform.{k}": v for k, v in transform.describe().items()},
         }
         lines = [
             f"{key}: {stored.get(key)!r} in the cache, {value!r} wanted"
             for key, value in wanted.items()
             if stored.get(key) != value
         ]
-        if flip and self.views == 1:
+        if transform.flip and self.views == 1:
             lines.append("transform.flip: the cache has no mirror images (--nomirror), but True is wanted")
         if lines:
             raise UserError(

@@ -7,16 +7,17 @@ import contextlib
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from dit_jax.data.sources import Example, Source
+from dit_jax.data.sources.source import Example, Source
 from dit_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays, and "caption" as a list of str or None
 BadRecord = tuple[int, str]  # number in the source, reason
 
 REPLACEMENT_TRIES = 16
@@ -127,7 +128,7 @@ class Loader:
     def batches(self, start_step: int = 0) -> "Batches":
         """An endless iterator over this host's batches from step start_step on; close it, or use it in a `with`.
 
-        Each batch is {"image": uint8 [b, R, R, C], "label": int32 [b]}, or the stacked outputs of the transform.
+        Each batch is {"image": uint8 [b, H, W, C], "label": int32 [b]}, or the stacked outputs of the transform.
 
         Raises:
             ValueError: start_step is negative.
@@ -243,7 +244,7 @@ def read_in_order(
     stop: int | None = None,
     num_threads: int = 16,
     bad_records: list[tuple[int, str]] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yields examples start..stop-1 once, in order, in batches (the last may be smaller), for statistics and encoding.
 
     Args:
@@ -276,7 +277,7 @@ def read_in_order(
         except UserError as error:
             return index, error, None
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch]:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * batch_size, num_threads))
         examples = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
         rows, captions = [], []

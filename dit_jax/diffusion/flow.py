@@ -139,9 +139,13 @@ class Flow:
         return c.alpha * x0 + c.sigma * noise
 
     def predict(self, output, x_t, t):
-        return Prediction(*from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t)), 0.0)
+        x0, noise = from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t))
+        return Prediction(x0, noise, 0.0)
 
-    def loss(self, output, x0, noise, t):
+    def network_input(self, x_t, t):
+        return x_t
+
+    def loss(self, output, x0, noise, t, weight=None):
         """Mean squared error of the velocity.
 
         Returns:
@@ -150,7 +154,7 @@ class Flow:
         Source: Ma et al. 2024 (SiT), section 2.
         """
         target = velocity_of(x0, noise, self.expanded(t, x0))
-        mse = mean_over_example(jnp.square(target - output[..., : x0.shape[-1]]))
+        mse = mean_over_example(jnp.square(target - output[..., : x0.shape[-1]]), weight)
         return mse, {"mse": mse}
 
     def grid(self, num_steps, spacing="even"):

@@ -10,22 +10,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dit_jax.diffusion.process import Denoise, Network
+from dit_jax.diffusion.process import Network, Prediction
 from dit_jax.errors import UserError
 
 
 class Memory(NamedTuple):
-    """What is known of the blocks' sum at the last full step.
+    """What is known of the blocks' sum.
 
     Fields:
-        terms: float32[order + 1, B, N, D], its derivatives by t from order 0 on, by backward differences.
-        t: float32, the time of that step.
-        count: int32, full steps so far.
+        terms: float32[order + 1, B, N, D], the derivatives by t at the last full call, by backward differences.
+        t: float32, the time of the last full call.
+        count: int32, full calls so far.
+        calls: int32, all calls so far.
     """
 
     terms: jax.Array
     t: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    calls: jax.Array
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Forecast:
         return min(num_steps, self.warmup_steps) + max(0, num_steps - self.warmup_steps) // self.interval
 
     def is_full(self, step):
-        """Whether the blocks run at this step (0, 1, ...)."""
+        """Whether the blocks run at this call (0, 1, ...)."""
         return (step < self.warmup_steps) | ((step - self.warmup_steps + 1) % self.interval == 0)
 
     def learn(self, memory: Memory, residual, t) -> Memory:
@@ -73,7 +75,7 @@ class Forecast:
             known = memory.count > order  # as many differences as there were full steps before this one
             slope = (terms[-1] - memory.terms[order]) / jnp.where(known, t - memory.t, 1.0)
             terms.append(jnp.where(known, slope, 0.0))
-        return Memory(jnp.stack(terms), t, memory.count + 1)
+        return Memory(jnp.stack(terms), t, memory.count + 1, memory.calls)
 
     def predict(self, memory: Memory, t):
         """What the blocks would add at t, float32[B, N, D]."""
@@ -86,7 +88,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class ForecastingDenoise:
-    """A `Denoise` whose blocks run at some steps only; `scan_steps` carries what it remembers.
+    """A `Denoise` that runs the network's blocks at some calls only and forecasts what they add at the others.
 
     Fields:
         run: (x, network time, cond) -> (the network's output, what its blocks added [B, N, D]).
@@ -97,56 +99,35 @@ class ForecastingDenoise:
     forecast: Forecast
     run: Callable
     run_head: Callable
-    denoise_with: Callable[[Network], Denoise]
+    denoise_with: Callable[[Network], Callable[..., Prediction]]
 
-    def __call__(self, x, t):
-        """Runs the blocks and remembers nothing: for a call outside of the loop."""
-        return self.denoise_with(lambda *args: self.run(*args)[0])(x, t)
-
-    def start(self, x) -> Memory:
-        """An empty memory for samples like x."""
-        found = []
+    def init(self, x) -> Memory:
+        shapes = []
 
         def probe(*args):
             output, residual = self.run(*args)
-            found.append(residual.shape)
+            shapes.append(residual.shape)
             return output
 
         jax.eval_shape(self.denoise_with(probe), x, jnp.ones((), x.dtype))
-        return Memory(jnp.zeros((self.forecast.order + 1, *found[0])), jnp.zeros(()), jnp.zeros((), jnp.int32))
+        none = jnp.zeros((), jnp.int32)
+        return Memory(jnp.zeros((self.forecast.order + 1, *shapes[0])), jnp.zeros(()), none, none)
 
-    def at(self, memory: Memory, step) -> "OneStep":
-        return OneStep(self, memory, step)
-
-
-class OneStep:
-    """The `Denoise` of one step, to be called once; then `memory` is what the next step needs.
-
-    Raises:
-        UserError: called again, by a sampler that evaluates the network several times a step.
-    """
-
-    def __init__(self, denoise: ForecastingDenoise, memory: Memory, step):
-        self._denoise, self.memory, self._step, self._called = denoise, memory, step, False
-
-    def __call__(self, x, t):
-        if self._called:
-            raise UserError(
-                "forecast.interval is above 1 and the sampler evaluates the network several times a step; choose one "
-                "evaluation a step, as ddim, ddpm or dpmpp, or set the interval to 1"
-            )
-        self._called = True
-        forecast, before = self._denoise.forecast, self.memory
+    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+        after = []
 
         def network(x, time, cond):
             def full():
-                output, residual = self._denoise.run(x, time, cond)
-                return output, forecast.learn(before, residual, t)
+                output, residual = self.run(x, time, cond)
+                return output, self.forecast.learn(memory, residual, t)
 
             def forecasted():
-                return self._denoise.run_head(x, time, cond, forecast.predict(before, t)), before
+                return self.run_head(x, time, cond, self.forecast.predict(memory, t)), memory
 
-            output, self.memory = jax.lax.cond(forecast.is_full(self._step), full, forecasted)
+            output, learned = jax.lax.cond(self.forecast.is_full(memory.calls), full, forecasted)
+            after.append(learned)
             return output
 
-        return self._denoise.denoise_with(network)(x, t)
+        prediction = self.denoise_with(network)(x_t, t)
+        (learned,) = after
+        return prediction, learned._replace(calls=memory.calls + 1)

@@ -166,7 +166,10 @@ class Gaussian:
         fraction = (rest + 1) / 2 if self.learned else float(self.variance == "fixed_large")
         return Prediction(x0, noise, fraction)
 
-    def loss(self, output, x0, noise, t):
+    def network_input(self, x_t, t):
+        return x_t
+
+    def loss(self, output, x0, noise, t, weight=None):
         """Mean squared error of the prediction, plus the variational bound with the mean frozen if the variance is learned.
 
         Returns:
@@ -179,13 +182,13 @@ class Gaussian:
         alpha, sigma = expand(self.alpha(t), x0), expand(self.sigma(t), x0)
         target = {"noise": noise, "x0": x0, "v": alpha * noise - sigma * x0}[self.prediction]
         mean = output[..., :channels]
-        mse = mean_over_example(jnp.square(target - mean))
+        mse = mean_over_example(jnp.square(target - mean), weight)
         if self.min_snr_gamma is not None:
             mse = mse * self.min_snr_weight(t)
         if not self.learned:
             return mse, {"mse": mse}
         frozen = jnp.concatenate([jax.lax.stop_gradient(mean), output[..., channels:]], axis=-1)
-        vb = self.bound(frozen, x0, self.perturb(x0, noise, t), t)
+        vb = self.bound(frozen, x0, self.perturb(x0, noise, t), t, weight)
         return mse + vb, {"mse": mse, "vb": vb}
 
     def min_snr_weight(self, t):
@@ -194,8 +197,8 @@ class Gaussian:
         Source: Hang et al. 2023, equation 6 and section 3.4.
         """
         snr = jnp.square(self.alpha(t) / self.sigma(t))
-        implied = {"noise": snr, "x0": 1.0, "v": snr + 1}[self.prediction]
-        return jnp.minimum(snr, self.min_snr_gamma) / implied
+        implied: dict[str, jax.Array | float] = {"noise": snr, "x0": 1.0, "v": snr + 1}
+        return jnp.minimum(snr, jnp.float32(self.min_snr_gamma)) / implied[self.prediction]
 
     @cached_property
     def posterior_tables(self) -> dict[str, np.ndarray]:
@@ -214,7 +217,7 @@ class Gaussian:
         }
         return {name: np.concatenate([[0.0], table]) for name, table in tables.items()}
 
-    def bound(self, output, x0, x_t, t):
+    def bound(self, output, x0, x_t, t, weight=None):
         """The bound's term of one step, f32[B] in bits per dimension: KL to the posterior; at the last step the decoder's NLL.
 
         Source: Ho et al. 2020, equation 5; the decoder is equation 13.
@@ -229,7 +232,7 @@ class Gaussian:
         kl = normal_kl(c["x0"] * x0 + c["x_t"] * x_t, c["log_small"], mean, log_variance)
         log_scale = jnp.broadcast_to(0.5 * log_variance, x0.shape)
         nll = -discretized_log_likelihood(x0, mean, log_scale)
-        return mean_over_example(jnp.where(expand(self.index(t), x0) == 1, nll, kl)) / math.log(2)
+        return mean_over_example(jnp.where(expand(self.index(t), x0) == 1, nll, kl), weight) / math.log(2)
 
     def prior_bound(self, x0):
         """KL(q(x_T | x0) || N(0, 1)), f32[B] in bits per dimension: the part of the bound that no network changes."""

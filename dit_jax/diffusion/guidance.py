@@ -1,4 +1,4 @@
-"""Label dropout and guidance: small functions around a network, which knows of neither.
+"""Condition dropout and guidance: small functions around a network, which knows of neither.
 
 B batch, C data channels.
 """
@@ -13,15 +13,15 @@ from dit_jax.diffusion.process import Network, expand
 from dit_jax.errors import UserError
 
 
-def drop_labels(key, labels, null_label: int, rate: float):
-    """Replaces each label by the null label with probability `rate`.
+def replace_condition(dropped, cond, null_cond):
+    """The null condition for each example where `dropped`, bool[B]; the whole condition of an example is dropped or none of it.
 
     Args:
-        labels: int32[B].
+        cond, null_cond: pytrees of arrays [B, ...] with the same keys and shapes.
 
     Source: Ho & Salimans 2022, algorithm 1.
     """
-    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null_label, labels)
+    return jax.tree.map(lambda x, null: jnp.where(expand(dropped, x), null, x), cond, null_cond)
 
 
 def run_pairs(network: Network, x, time, cond, null_cond):
@@ -63,6 +63,11 @@ class Guidance:
     def active(self) -> bool:
         return self.scale != 1.0
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some times are not guided."""
+        return (self.low, self.high) != (0.0, 1.0)
+
     def __call__(self, network: Network, cond, null_cond, weak: Network | None = None) -> Callable:
         """Binds the conditions.
 
@@ -86,7 +91,7 @@ class Guidance:
             time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
             if not self.active:
                 return unguided(x, time)
-            if (self.low, self.high) == (0.0, 1.0):
+            if not self.is_partial:
                 return guided(x, time, True)
             inside = jnp.asarray((self.low <= t) & (t <= self.high))
             return jax.lax.cond(inside.any(), lambda: guided(x, time, inside), lambda: unguided(x, time))

@@ -5,7 +5,8 @@ B batch; every array may have any rank after its batch axis ([B, H, W, C], [B, F
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,35 @@ class Prediction(NamedTuple):
     variance_fraction: jax.Array | float
 
 
-Network = Callable[..., jax.Array]  # (x_t, f32[B] network time, cond dict) -> [B, ..., output channels]
-Denoise = Callable[[jax.Array, jax.Array], Prediction]  # (x_t, scalar t) -> Prediction; params and cond already bound
+Network = Callable[..., jax.Array]  # (network input, f32[B] network time, cond, control=None) -> [B, ..., output channels]
+Memory = Any  # a pytree of arrays; () where nothing is remembered
+
+
+class Denoise(Protocol):
+    """What a sampler calls: the network with its parameters, condition and guidance bound.
+
+    A denoiser may remember something from one call to the next (forecasts, self-conditioning). A sampler hands the memory
+    that one call returns to the next call.
+    """
+
+    def init(self, x) -> Memory:
+        """The memory before the first call, for samples like x [B, ...]."""
+
+    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+        """The prediction for x_t at t (a scalar or f32[B]), and the memory for the next call."""
+
+
+@dataclass(frozen=True)
+class Memoryless:
+    """A `Denoise` of a function (x_t, t) -> Prediction, which remembers nothing."""
+
+    function: Callable[[Any, Any], Prediction]
+
+    def init(self, x) -> Memory:
+        return ()
+
+    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+        return self.function(x_t, t), memory
 
 
 class Process(Protocol):
@@ -51,8 +79,15 @@ class Process(Protocol):
     def perturb(self, x0, noise, t) -> jax.Array:
         """alpha(t) x0 + sigma(t) noise; t is f32[B]."""
 
-    def loss(self, output, x0, noise, t) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss per example f32[B], unreduced, and its named parts, also f32[B]."""
+    def network_input(self, x_t, t) -> jax.Array:
+        """What the network is fed for x_t: x_t itself, or x_t scaled (Karras et al. 2022, EDM, equation 7)."""
+
+    def loss(self, output, x0, noise, t, weight=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss per example f32[B], and its named parts, also f32[B].
+
+        weight: broadcasts to x0; it multiplies the error of each element before the mean over an example. A mask of zeros
+            and ones leaves elements out, and the mean is still over all elements. None weighs all alike.
+        """
 
     def predict(self, output, x_t, t) -> Prediction:
         """Reads the network's output; t is f32[B] or a scalar."""
@@ -79,9 +114,14 @@ def expand(c, x):
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
 
 
-def mean_over_example(x):
-    """[B, ...] -> f32[B]."""
-    return x.astype(jnp.float32).reshape(x.shape[0], -1).mean(-1)
+def mean_over_example(x, weight=None):
+    """Mean of weight * x over all but the first axis: [B, ...] -> f32[B].
+
+    weight: broadcasts to x; None weighs all elements alike.
+    """
+    x = x.astype(jnp.float32)
+    x = x if weight is None else x * weight
+    return x.reshape(x.shape[0], -1).mean(-1)
 
 
 def noise_like(keys, shape, step=None):

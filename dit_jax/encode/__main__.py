@@ -14,21 +14,18 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution.",
-    lock_config=True,
+CONFIG = config_file.DEFINE_config(
+    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
 )
 DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
 CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL, or --workdir of a run that trained one.")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side of the square images in pixels.")
+RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: the side of squares, or height x width, as in 256x384.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What --codec computes in; float32 if not given.")
 OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
 MIRROR = flags.DEFINE_boolean("mirror", None, "Encode mirror images too. If not given: yes, or as --config.transform.flip.")
@@ -42,23 +39,27 @@ SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard; 
 MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Share of the records that may be unreadable; they are left out.")
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that read and decode images.")
 VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache, change nothing.")
+processes.define_flags()
 
 
 def job_of_flags():
+    from dit_jax.data.size import parse_size
     from dit_jax.data.sources.named import named_source
     from dit_jax.encode.writer import Job
     from dit_jax.interop import vae
 
-    missing = [name for name, flag in (("data", DATA), ("codec", CODEC), ("resolution", RESOLUTION)) if flag.value is None]
-    if missing:
-        raise UserError(f"give --{', --'.join(missing)}; or --config=configs/<name>.py, which has them")
-    path = vae.find(CODEC.value)
+    data, codec_path, resolution = DATA.value, CODEC.value, RESOLUTION.value
+    if data is None or codec_path is None or resolution is None:
+        given = {"data": data, "codec": codec_path, "resolution": resolution}
+        missing = [f"--{name}" for name, value in given.items() if value is None]
+        raise UserError(f"give {', '.join(missing)}; or --config=configs/<name>.py, which has them")
+    size, path = parse_size(resolution), vae.find(codec_path)
     codec = vae.read_codec(path, DTYPE.value or "float32")
     return Job(
-        named_source(DATA.value, SPLIT.value),
+        named_source(data, SPLIT.value),
         codec,
         vae.load_diffusers(path, codec),
-        RESOLUTION.value,
+        size,
         MIRROR.value is not False,
         bool(UPRIGHT.value),
         BATCH_SIZE.value,
@@ -67,10 +68,8 @@ def job_of_flags():
 
 
 def job_of_config():
-    from dit_jax import build
-    from dit_jax.data.latents import LatentCache
+    from dit_jax.build import Run
     from dit_jax.encode.writer import Job
-    from dit_jax.interop import codec_folder
 
     given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
     if given:
@@ -78,31 +77,29 @@ def job_of_config():
             f"--config and --{given[0]} are both given: omit one of them; override a field of the config with, for example, "
             "--config.transform.resolution=64"
         )
-    config, params = codec_folder.settle(console.given_config(CONFIG), None)
-    if not params:
+    run = Run(CONFIG.read())
+    if not run.has_codec_weights:
         raise UserError(
-            f"the config has task.name = {config.task.name!r} and codec.name = {config.codec.name!r}: give a config of "
-            "diffusion in the latents of a kl_vae"
+            f"the config has task.name = {run.config.task.name!r} and codec.name = {run.config.codec.name!r}: a config that "
+            "diffuses in the latents of a kl_vae is needed"
         )
-    source, codec, transform = build.construct("data", config.data), build.codec(config), config.transform
-    if isinstance(source, LatentCache):
+    if run.entry != "image":
         raise UserError(
             "the config's data.name is 'latents', which is already encoded: give the images with --data, --codec and --resolution"
         )
-    if transform.channels != codec.image_channels:
-        raise UserError(
-            f"transform.channels = {transform.channels} and codec.image_channels = {codec.image_channels} must be equal"
-        )
+    run = run.with_codec_weights()
+    transform, size = run.transform, run.image_shape[:2]
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
-    upright = transform.get("upright", False) if UPRIGHT.value is None else UPRIGHT.value
-    return Job(source, codec, params, transform.resolution, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    upright = transform.upright if UPRIGHT.value is None else UPRIGHT.value
+    source, params = run.source, run.codec_params
+    return Job(source, run.codec, params, size, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
 def summary(manifest: dict) -> dict:
     """JSON summary of a finished cache; prints the statistics of the latents and the scale of unit variance."""
-    from dit_jax.data.latent_files import sealed
+    from dit_jax.storage.sealed import sealed
 
-    latents, (h, w, channels) = manifest["latents"], manifest["moments"]["shape"]
+    latents, (*grid, channels) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]
     center = sum(mean) / len(mean)
     scale = (sum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(std)) ** -0.5
@@ -116,7 +113,7 @@ def summary(manifest: dict) -> dict:
         "images": manifest["count"],
         "shards": len(manifest["shards"]),
         "bad_records": manifest["bad_records"]["count"],
-        "latent_shape": [h, w, channels // 2],
+        "latent_shape": [*grid, channels // 2],
         "views": manifest["views"],
         "unit_scale": scale,
         "manifest_sha256": hashlib.sha256(sealed(manifest)).hexdigest(),
@@ -136,7 +133,7 @@ def main() -> dict:
     processes.join()
     from dit_jax.encode.writer import encode
 
-    job = job_of_flags() if CONFIG.value is None else job_of_config()
+    job = job_of_config() if CONFIG.given else job_of_flags()
     console.say(
         f"encoding {len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on "
         f"{jax.device_count()} devices of {jax.process_count()} processes"

@@ -1,48 +1,38 @@
 """The folder of a latent cache during encoding: its settings, its finished shards, and the manifest at the end."""
 
 import contextlib
-import fcntl
 import hashlib
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, damage, digest, read_sealed, sealed, shard_file, write
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
+from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.sealed import damage, digest, read_sealed, sealed, write_sealed
 
 LISTED = 100  # number of bad records in the manifest; the facts of the shards list all
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, wanted: dict, process_index: int):
-    """Context manager that yields the folder's settings (the wanted ones if it has none) and locks it in the first process.
+    """Context manager that yields the folder's settings (the wanted ones if it has none); the first process claims the folder.
 
     Raises:
         UserError: the folder contains something else or a cache of another job, cannot be written, or is in use.
     """
-    path = folder / SETTINGS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = stored_settings(folder, wanted)
-        if settings is None:
-            settings = wanted
-            own = folder / f"{SETTINGS}.{process_index}"  # all processes write equal settings, so none has to wait
-            write(own, [sealed(settings)])
-            os.replace(own, path)
-        lock = open(path, "r+b")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--out={folder} cannot be written ({error.strerror}): give another folder") from None
-    with lock:
-        if process_index == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"{folder} cannot be locked ({error.strerror}): another command is probably encoding into it"
-                ) from None
+    with claim(folder, "encoding", "--out") if process_index == 0 else contextlib.nullcontext():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = stored_settings(folder, wanted)
+            if settings is None:
+                settings = wanted
+                write_sealed(folder / SETTINGS, settings)  # all processes write equal settings, so none has to wait
+        except OSError as error:
+            raise UserError(f"--out={folder} cannot be written ({error.strerror}): give another folder") from None
         yield settings
 
 
@@ -56,7 +46,8 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
         settings = read_sealed(folder / SETTINGS)
     except FileNotFoundError:
         # Another process of this command may already have created files.
-        strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith(SETTINGS))
+        names = sorted(path.name for path in folder.iterdir())
+        strange = [name for name in names if not (name.startswith(SETTINGS) or name == LOCK or is_partial(name))]
         if (folder / SETTINGS).exists():  # created in the meantime
             return stored_settings(folder, wanted)
         if strange:
@@ -143,8 +134,9 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     if first and not (path.exists() and path.read_bytes() == text):
         if path.exists():
             say(f"{path} does not match the shards; writing it again")
-        write(path, [text])
-        for leftover in {*folder.glob("*.partial"), *folder.glob(f"{SETTINGS}.*")}:  # left by killed commands
+        write_atomic(path, text)
+        remove_leftovers(folder)
+        for leftover in folder.glob(f"{SETTINGS}.*"):  # of killed commands of earlier versions
             leftover.unlink()
     return manifest
 
@@ -160,7 +152,7 @@ def check_bad(bad: list, records: int, max_bad_share: float):
 
 def manifest_of(settings: dict, facts: list[dict], bad: list) -> dict:
     encoding = settings["encoding"]
-    h, w, _ = encoding["moments"]["shape"]
+    *grid, _ = encoding["moments"]["shape"]
 
     def file(name: str, content: dict) -> dict:
         text = sealed(content)
@@ -177,7 +169,7 @@ def manifest_of(settings: dict, facts: list[dict], bad: list) -> dict:
         "source": encoding["source"],
         "count": sum(shard["count"] for shard in facts),
         "bad_records": {"count": len(bad), "first": bad[:LISTED]},
-        "latents": latent_statistics(facts, encoding["views"] * h * w),
+        "latents": latent_statistics(facts, encoding["views"] * math.prod(grid)),
         "num_classes": encoding["num_classes"],
         "class_names": encoding["class_names"],
         "captions": sum(shard["captions"] for shard in facts),

@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dit_jax
 from dit_jax.codecs.kl_vae import KLVAE, LOG_VARIANCE_RANGE
-from dit_jax.data.latent_files import FORMAT, MANIFEST, digest, npy, sealed, shard_file, write
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SUFFIXES, shard_file
 from dit_jax.data.latents import codec_fields
 from dit_jax.data.loader import read_in_order
 from dit_jax.data.sources import Source
@@ -38,6 +38,8 @@ from dit_jax.errors import UserError
 from dit_jax.interop.vae import weights_sha256
 from dit_jax.pixels import to_float
 from dit_jax.runtime.console import Progress, say
+from dit_jax.storage.atomic import npy, remove_leftovers
+from dit_jax.storage.sealed import digest, write_listed, write_sealed
 
 SHARD_BYTES = 2**29
 SHARD_MULTIPLE = 8  # records per shard are a multiple of this: complete chunks on every platform
@@ -59,28 +61,28 @@ class Job:
 
     Fields:
         params: of the codec.
-        resolution: side of the square images in pixels.
-        mirror: whether to encode the mirror image of every image too.
-        upright: whether to rotate photographs according to their EXIF orientation.
-        device_batch_size: images per device and call, a multiple of `chunk_size`; the bytes do not depend on it.
-        shard_records: S; None means as many records as fit into SHARD_BYTES.
+        size: (height, width) of the images in pixels.
+        mirror: encode every image's mirror image too.
+        upright: turn photographs as their EXIF orientation asks.
+        device_batch_size: images per device and call, whole chunks of `images_at_once`; no byte depends on it.
+        shard_records: S; None takes the most whose moments fit in SHARD_BYTES.
 
     Raises:
-        UserError: the codec does not support the resolution; a number is below 1; the batch size is not a multiple of the chunk
-            size; the data set is empty.
+        UserError: a size that does not suit the codec; a number below 1; a batch that is no multiple of a chunk; an
+            empty data set.
     """
 
     source: Source
     codec: KLVAE
     params: Any
-    resolution: int
+    size: tuple[int, int]
     mirror: bool = True
     upright: bool = False
     device_batch_size: int = 16
     shard_records: int | None = None
 
     def __post_init__(self):
-        self.codec.latent_shape(self.resolution)
+        self.codec.latent_shape(self.transform.shape)
         for name in ("device_batch_size", "shard_records"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -94,16 +96,16 @@ class Job:
 
     @property
     def transform(self) -> ImageTransform:
-        return ImageTransform(self.resolution, self.codec.image_channels, flip=False, upright=self.upright)
+        return ImageTransform(self.size[0], self.codec.image_channels, flip=False, upright=self.upright, size=self.size)
 
     @property
     def views(self) -> int:
         return 2 if self.mirror else 1
 
     @property
-    def moments_shape(self) -> tuple[int, int, int]:
-        h, w, c = self.codec.latent_shape(self.resolution)
-        return h, w, 2 * c
+    def moments_shape(self) -> tuple[int, ...]:
+        *grid, channels = self.codec.latent_shape(self.transform.shape)
+        return *grid, 2 * channels
 
     @property
     def records_per_shard(self) -> int:
@@ -130,12 +132,7 @@ class Job:
                             "dtype": jnp.dtype(codec.dtype).name,
                             "weights_sha256": weights_sha256(self.params),
                         },
-                        "transform": {
-                            "resolution": self.resolution,
-                            "channels": codec.image_channels,
-                            "upright": self.upright,
-                            "crop": "adm_center",
-                        },
+                        "transform": self.transform.describe(),
                         "views": self.views,
                         "moments": {"shape": self.moments_shape, "dtype": "float16"},
                         "source": {"fingerprint": source.fingerprint, "records": len(source)},
@@ -152,7 +149,7 @@ class Job:
                         "images_at_once": chunk_size(),
                         "pillow": PIL.__version__,
                         "device": jax.local_devices()[0].device_kind,
-                        "matmul_precision": jax.config.jax_default_matmul_precision,
+                        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # set by JAX
                     },
                 }
             )
@@ -202,6 +199,7 @@ def encode_shards(
         if facts:
             say(f"{folder}: {len(facts)} of {len(mine)} shards of this process are intact; encoding the others")
         (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is a complete cache
+        remove_leftovers(folder, *(shard_file(k, job.num_shards, kind) for k in missing for kind in SUFFIXES))
 
         size = job.records_per_shard
         images = sum(min(len(job.source), (k + 1) * size) - k * size for k in missing)
@@ -242,7 +240,7 @@ class DeviceEncoder:
         def chunk(params, images):
             images = to_float(images)
             if job.mirror:
-                images = jnp.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
+                images = jnp.stack([images, images[..., ::-1, :]], axis=1).reshape(-1, *images.shape[1:])
             return job.codec.encode(params, images)
 
         def moments(params, images):
@@ -261,8 +259,8 @@ class DeviceEncoder:
         )
 
     def start(self, images: np.ndarray) -> jax.Array:
-        """Starts encoding uint8 [n, R, R, C], n <= batch size; returns moments in which rows past n * views are padding."""
-        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * 3
+        """uint8 [n, H, W, C], n at most the batch size -> moments that are being computed, rows past n * views padding."""
+        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
         return self._program(self._params, jax.device_put(np.pad(images, padding), self._rows))
 
     def __call__(self, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
@@ -317,7 +315,7 @@ class Shard:
         views = self.job.views
         with np.errstate(over="ignore"):  # overflow becomes infinity and is reported below
             half = moments.astype(np.float16)
-        lost = np.flatnonzero(~np.isfinite(half).all(axis=(1, 2, 3)))
+        lost = np.flatnonzero(~np.isfinite(half).reshape(len(half), -1).all(axis=1))
         if lost.size:
             worst, record = moments[lost[0]], int(batch["index"][lost[0] // views])
             raise UserError(
@@ -340,24 +338,19 @@ class Shard:
             return folder / shard_file(self.number, self.job.num_shards, kind)
 
         path("facts").unlink(missing_ok=True)  # facts of a damaged shard are invalid while its files are replaced
-        files = {kind: write(path(kind), content) for kind, content in parts.items()}
-        write(
+        files = {kind: write_listed(path(kind), content) for kind, content in parts.items()}
+        # An error of Pillow names the address of an object, which is another in every process.
+        bad = [(index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)]
+        write_sealed(
             path("facts"),
-            [
-                sealed(
-                    {
-                        "settings": settings_digest,
-                        "count": self.count,
-                        # Pillow's errors contain the address of an object, which differs between processes.
-                        "bad_records": [
-                            (index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)
-                        ],
-                        "captions": sum(caption is not None for caption in self.captions),
-                        "sums": sums(moments),
-                        "files": files,
-                    }
-                )
-            ],
+            {
+                "settings": settings_digest,
+                "count": self.count,
+                "bad_records": bad,
+                "captions": sum(caption is not None for caption in self.captions),
+                "sums": sums(moments),
+                "files": files,
+            },
         )
 
 
@@ -368,11 +361,11 @@ def record_name(source: Source, index: int) -> str:
 def sums(moments: np.ndarray) -> dict[str, list[float]]:
     """Sums per channel over all rows and pixels, float64: posterior mean, its square, and posterior variance.
 
-    moments: float16 [rows, h, w, 2c].
+    moments: float16 [rows, ..., 2c].
     """
     total = np.zeros((3, moments.shape[-1] // 2))
     for start in range(0, len(moments), STATISTICS_ROWS):
         mean, log_variance = np.split(moments[start : start + STATISTICS_ROWS].astype(np.float64), 2, axis=-1)
         parts = (mean, mean**2, np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)))
-        total += [part.sum(axis=(0, 1, 2)) for part in parts]
+        total += [part.sum(axis=tuple(range(part.ndim - 1))) for part in parts]
     return dict(zip(("mean", "square", "variance"), total.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Conditioners: from labels or text to the condition of a network."""

@@ -10,7 +10,6 @@ is also written to a file, with everything that the numbers depend on. A referen
 refused. After an interruption, the same command resumes. Several processes divide the images among themselves.
 """  # noqa: E501
 
-import json
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
+from dit_jax.storage.atomic import check_writable, resumable_path, write_atomic, write_json
 
 SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C], or a folder of samples of dit_jax.sample.")
 REFERENCE = flags.DEFINE_string(
@@ -37,27 +37,30 @@ LEVEL = flags.DEFINE_float("level", 0.95, "Of the bootstrap interval.")
 MAKE_REFERENCE = flags.DEFINE_string("make_reference", None, "Write the statistics of --data to this npz.")
 DATA = flags.DEFINE_string("data", None, "digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side in pixels that --data is cropped to.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution", None, "Size in pixels that --data is cropped to: the side of squares, or height x width, as in 256x384."
+)
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of --data: 3, or 1 for grey.")
 KEEP_FEATURES = flags.DEFINE_boolean(
     "keep_features", None, "Store the features too, which precision, recall and KID need. If not given: up to 50,000 images."
 )
 TABLE = flags.DEFINE_list("table", None, "Result files to compare.")
 FORMAT = flags.DEFINE_string("format", "text", "Of the table: text, csv or markdown.")
+processes.define_flags()
 
 KEPT_IMAGES = 50_000
 
 
-def make_table() -> dict:
+def make_table(results: list[str]) -> dict:
     from dit_jax.evaluate.table import table
 
-    text = table(TABLE.value, FORMAT.value)
+    text = table(results, FORMAT.value)
     if OUT.value is None:
         print(text, flush=True)
-        return {"results": len(TABLE.value)}
+        return {"results": len(results)}
     path = result_path(OUT.value)
-    path.write_text(text + "\n")
-    return {"results": len(TABLE.value), "out": str(path)}
+    write_atomic(path, text + "\n")
+    return {"results": len(results), "out": str(path)}
 
 
 def options():
@@ -74,42 +77,38 @@ def result_path(name: str) -> Path:
         raise UserError(f"{path} is a folder; give the name of a file")
     if jax.process_index() == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            probe = path.with_name(f".{path.name}.partial")
-            probe.touch()
-            probe.unlink()
+            check_writable(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None
     return path
 
 
-def partial_folder(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-def make_reference() -> dict:
+def make_reference(out: str) -> dict:
+    from dit_jax.data.size import parse_size
     from dit_jax.evaluate import reference, snapshots
     from dit_jax.evaluate.extractors import load
-    from dit_jax.evaluate.images import NpzImages, open_images
+    from dit_jax.evaluate.images import DIGITS_SHAPE, Images, NpzImages, cropped
     from dit_jax.evaluate.scores import make_reference
 
     if DATA.value is None:
         raise UserError("give --data=<digits, an npz, a folder, tfds:NAME:PATH or tars:PATTERN> for --make_reference")
-    if not MAKE_REFERENCE.value.endswith(".npz"):
-        raise UserError(f"--make_reference={MAKE_REFERENCE.value} must end in .npz")
-    path = result_path(MAKE_REFERENCE.value)
+    if not out.endswith(".npz"):
+        raise UserError(f"--make_reference={out} must end in .npz")
+    path = result_path(out)
+    images: Images
     if DATA.value.endswith(".npz"):
         images = NpzImages(Path(DATA.value).expanduser())
-    elif RESOLUTION.value is None and DATA.value != "digits":
-        raise UserError(f"give --resolution=<side in pixels> for --data={DATA.value}")
     else:
-        shape = (8, 8, 1) if DATA.value == "digits" else (RESOLUTION.value, RESOLUTION.value, CHANNELS.value)
-        images = open_images(DATA.value, shape, SPLIT.value)
+        *own_size, channels = DIGITS_SHAPE if DATA.value == "digits" else (CHANNELS.value,)
+        if RESOLUTION.value is None and not own_size:
+            raise UserError(f"give --resolution=<side, or height x width, in pixels> for --data={DATA.value}")
+        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else tuple(own_size)
+        images = cropped(DATA.value, size, channels, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
-    made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), partial_folder(path))
+    made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))
     if jax.process_index() == 0:
         reference.write(path, made)
-        snapshots.remove(partial_folder(path))
+        snapshots.remove(resumable_path(path))
     console.say(f"wrote statistics of {len(images)} images to {path}, {'with' if keep else 'without'} their features")
     return {
         "out": str(path),
@@ -127,16 +126,14 @@ def score() -> dict:
     from dit_jax.evaluate.scores import METRICS, evaluate
 
     samples = Path(SAMPLES.value).expanduser()
+    if not samples.exists():
+        raise UserError(f"--samples={SAMPLES.value} does not exist; give an npz of images or a folder of dit_jax.sample")
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
-    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json") if samples.exists() else None
-    result = evaluate(
-        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=path and partial_folder(path)
-    )
+    path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json")
+    result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=resumable_path(path))
     result["out"] = str(path)
     if jax.process_index() == 0:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, result)
     for remark in result["remarks"]:
         console.say(remark)
     numbers = ", ".join(f"{name} {result[name]:.6g}" for name in METRICS if name in result)
@@ -152,9 +149,9 @@ def main() -> dict:
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
     if TABLE.value:
-        return make_table()
+        return make_table(TABLE.value)
     processes.join()
-    return make_reference() if MAKE_REFERENCE.value else score()
+    return make_reference(MAKE_REFERENCE.value) if MAKE_REFERENCE.value else score()
 
 
 if __name__ == "__main__":

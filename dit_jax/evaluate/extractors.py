@@ -1,15 +1,16 @@
 """Loads feature extractors by name, with their weights and the hash of the weights."""
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dit_jax import registry
 from dit_jax.errors import UserError
 from dit_jax.metrics.features import Extractor, Pixels
 
-NAMES = ("pixels", "inception", "dinov2")
 MAX_PIXEL_FEATURES = 4_096
 
 
@@ -25,19 +26,19 @@ class Loaded(NamedTuple):
         return {"name": self.extractor.name, "weights_sha256": self.weights_sha256, **self.extractor.recipe()}
 
 
-def check_name(name: str, weights: str | None):
-    """Raises UserError if the features are unknown, or if weights are missing or superfluous."""
-    if name not in NAMES:
-        raise UserError(f"unknown features {name!r}; choose one of {', '.join(NAMES)}")
-    if name == "pixels" and weights:
-        raise UserError(f"features 'pixels' have no weights: omit --weights={weights}")
-    if name != "pixels" and not weights:
-        raise UserError(f"features {name!r} need --weights=<.safetensors written by python -m dit_jax.convert --from={name}>")
+def check_name(name: str, weights: str | None) -> None:
+    """Raises UserError if the extractor is unknown, or weights are missing or unused."""
+    parameter = inspect.signature(registry.get("metric", name)).parameters.get("weights")
+    if parameter is None and weights:
+        raise UserError(f"features {name!r} have no weights: omit --weights={weights}")
+    made_by = f"python -m dit_jax.convert --from={name}" if registry.origin("metric", name) is None else f"the owner of {name!r}"
+    if parameter is not None and parameter.default is parameter.empty and not weights:
+        raise UserError(f"features {name!r} need --weights=<.safetensors written by {made_by}>")
     if weights and not Path(weights).expanduser().is_file():
-        raise UserError(f"--weights={weights} is not a file; write one with python -m dit_jax.convert --from={name}")
+        raise UserError(f"--weights={weights} is not a file; {made_by} writes one")
 
 
-def check_shape(name: str, shape: tuple[int, int, int]):
+def check_shape(name: str, shape: tuple[int, ...]):
     """Raises UserError if the covariance of pixel features of this image shape would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(
@@ -47,21 +48,38 @@ def check_shape(name: str, shape: tuple[int, int, int]):
 
 
 def load(name: str, weights: str | None = None) -> Loaded:
-    """Loads the extractor of that name with its weights.
+    """The extractor of that name with its weights.
+
+    What is registered in the section "metric" is called as `constructor()` and returns an `Extractor` without parameters, or, if
+    it takes `weights`, as `constructor(weights: Path)` and returns (extractor, params), params as NumPy or jax arrays.
 
     Raises:
-        UserError: see `check_name`; or the file does not contain weights of that extractor.
+        UserError: see `check_name`; a file that is not the weights of that extractor.
     """
     check_name(name, weights)
-    if name == "pixels":
-        return Loaded(Pixels(), {}, None)
+    constructor = registry.get("metric", name)
+    if "weights" not in inspect.signature(constructor).parameters:
+        return Loaded(constructor(), {}, None)
     from dit_jax.interop.vae import weights_sha256
 
-    if name == "inception":
-        from dit_jax.interop.inception import load as load_weights
-        from dit_jax.metrics.inception import Inception as Network
-    else:
-        from dit_jax.interop.dinov2 import load as load_weights
-        from dit_jax.metrics.dinov2 import DINOv2 as Network
-    params = load_weights(Path(weights).expanduser())
-    return Loaded(Network(), params, weights_sha256(jax.tree.map(np.asarray, params)))
+    extractor, params = constructor(Path(weights).expanduser()) if weights else constructor()
+    return Loaded(extractor, params, weights_sha256(jax.tree.map(np.asarray, params)))
+
+
+def inception(weights: Path) -> tuple[Extractor, Any]:
+    from dit_jax.interop.inception import load as load_weights
+    from dit_jax.metrics.inception import Inception
+
+    return Inception(), load_weights(weights)
+
+
+def dinov2(weights: Path) -> tuple[Extractor, Any]:
+    from dit_jax.interop.dinov2 import load as load_weights
+    from dit_jax.metrics.dinov2 import DINOv2
+
+    return DINOv2(), load_weights(weights)
+
+
+registry.register("metric", "pixels", Pixels)
+registry.register("metric", "inception", inception)
+registry.register("metric", "dinov2", dinov2)

@@ -12,34 +12,45 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
 from dit_jax.data.loader import read_in_order
-from dit_jax.data.sources import Source
+from dit_jax.data.size import size_text
 from dit_jax.data.sources.named import named_source
+from dit_jax.data.sources.source import Source
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.sample import shards
 
 ARRAY = "arr_0.npy"
+DIGITS_SHAPE = (8, 8, 1)
 READ_BYTES = 2**24
 
 
 class Images(Protocol):
-    """A set of images and its metadata.
+    """Images with what is known of them."""
 
-    Fields:
-        name: its name in results.
-        made_by: how the images were made, if their file records it.
-        identity: what is known without reading all images; a resumed extraction compares it.
-    """
+    @property
+    def name(self) -> str:
+        """What results call them."""
+        ...
 
-    name: str
-    shape: tuple[int, int, int]
-    made_by: dict | None
-    identity: dict
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[H, W, C], of one image."""
+        ...
+
+    @property
+    def made_by(self) -> dict | None:
+        """How they were made, if their file says so."""
+        ...
+
+    @property
+    def identity(self) -> dict:
+        """What can be known without reading all of them; extraction that goes on compares it."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -79,6 +90,8 @@ class NpzImages:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:
             raise UserError(f"{path} is not a readable npz of images: {error}") from None
+        if len(shape) == 5:
+            raise _is_clips(path, shape)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(
                 f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; it must be uint8 "
@@ -90,7 +103,8 @@ class NpzImages:
                 f"{self._member.file_size - self._header_bytes} bytes"
             )
         self._count, self.shape = shape[0], tuple(shape[1:])
-        self._stream, self._position = None, 0  # of a compressed file, which can only be read sequentially
+        self._stream: IO[bytes] | None = None  # of a compressed file, which can only be read sequentially
+        self._position = 0
         self.identity = {
             "npz": str(path.absolute()),
             "bytes": path.stat().st_size,
@@ -124,7 +138,7 @@ class NpzImages:
         except ValueError as error:
             raise self._damaged(error) from None
         for start in range(0, len(content), READ_BYTES):
-            crc = zlib.crc32(content[start : start + READ_BYTES], crc)
+            crc = zlib.crc32(content[start : start + READ_BYTES].data, crc)
         if crc != self._member.CRC:
             raise self._damaged("the CRC-32 of arr_0 does not match")
         return content
@@ -150,6 +164,7 @@ class NpzImages:
 
     def _read(self, count: int) -> bytes:
         """Reads the next bytes of a compressed file; zipfile checks the CRC-32 at its end."""
+        assert self._stream is not None  # `_unpacked` has opened it
         try:
             data = self._stream.read(count)
         except (zlib.error, zipfile.BadZipFile, EOFError) as error:
@@ -181,13 +196,8 @@ class SourceImages:
 
     def __init__(self, source: Source, transform: ImageTransform, name: str):
         self.source, self._transform, self.name, self.made_by = source, transform, name, None
-        self.shape = (transform.resolution, transform.resolution, transform.channels)
-        self.transform = {
-            "resolution": transform.resolution,
-            "channels": transform.channels,
-            "upright": transform.upright,
-            "crop": "adm_center",
-        }
+        self.shape = transform.shape
+        self.transform = transform.describe()
         self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
 
     def __len__(self) -> int:
@@ -216,6 +226,13 @@ class ArrayImages:
             yield self.images[first : min(first + size, stop)]
 
 
+def _is_clips(path: Path, shape: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"{path} holds clips, {' x '.join(map(str, shape))}, and these metrics are of images: the Frechet video distance needs "
+        "an extractor of clips (I3D), which dit_jax does not have yet. To score single frames, write them to an npz"
+    )
+
+
 def open_samples(path: str) -> Images:
     """Opens the images of an npz, or of a finished folder of `dit_jax.sample`.
 
@@ -223,10 +240,20 @@ def open_samples(path: str) -> Images:
         UserError: it does not exist or contains no images; see `NpzImages` and `sample.shards.read`.
     """
     location = Path(path).expanduser()
-    return shards.read(location) if location.is_dir() else NpzImages(location)
+    if not location.is_dir():
+        return NpzImages(location)
+    samples = shards.read(location)
+    if len(samples.shape) != 3:
+        raise _is_clips(location, (len(samples), *samples.shape))
+    return samples
 
 
-def open_images(data: str, shape: tuple[int, int, int], split: str | None = None) -> Images:
+def cropped(data: str, size: tuple[int, int], channels: int, split: str | None = None) -> SourceImages:
+    """The images of a data set as in `named_source`, centre-cropped to (height, width)."""
+    return SourceImages(named_source(data, split), ImageTransform(size[0], channels, flip=False, size=size), data)
+
+
+def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> Images:
     """Opens the images that the command line names: an npz, or a centre-cropped data set as in `named_source`.
 
     Args:
@@ -234,14 +261,16 @@ def open_images(data: str, shape: tuple[int, int, int], split: str | None = None
     Raises:
         UserError: the data set does not exist, or its images have another shape.
     """
+    images: Images
     if data.endswith(".npz"):
         images = NpzImages(Path(data).expanduser())
     else:
-        resolution, channels = (8, 1) if data == "digits" else (shape[0], shape[2])
-        images = SourceImages(named_source(data, split), ImageTransform(resolution, channels, flip=False), data)
+        *size, channels = DIGITS_SHAPE if data == "digits" else shape
+        images = cropped(data, tuple(size), channels, split)
     if images.shape != tuple(shape):
         raise UserError(
-            f"the samples are {' x '.join(map(str, shape))}, but the reference {data} is "
-            f"{' x '.join(map(str, images.shape))}; they must have the same shape"
+            f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "
+            f"{' x '.join(map(str, images.shape))}; they must be equal: give images of that size, or make "
+            f"a reference with --make_reference --resolution={size_text(shape[:2])}"
         )
     return images

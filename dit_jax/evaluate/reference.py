@@ -20,6 +20,7 @@ from dit_jax.evaluate.extractors import Loaded
 from dit_jax.evaluate.images import ARRAY, Images, NpzImages, SourceImages
 from dit_jax.evaluate.statistics import Extracted
 from dit_jax.metrics.frechet import Moments
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 FORMAT = 1
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -75,12 +76,13 @@ def write(path: Path, reference: Reference):
         UserError: it cannot be written.
     """
     arrays = _arrays(reference.moments, reference.features)
-    partial = path.with_name(f".{path.name}.partial.npz")
+    recipe = json.dumps(reference.recipe)
+    seal = _sha256(arrays, recipe)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe = json.dumps(reference.recipe)
-        np.savez(partial, **arrays, recipe=np.array(recipe), seal=np.array(_sha256(arrays, recipe)), format=np.array(FORMAT))
-        partial.replace(path)
+        remove_leftovers(path.parent, path.name)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            facts = {"recipe": np.array(recipe), "seal": np.array(seal), "format": np.array(FORMAT)}
+            np.savez(file, allow_pickle=False, **arrays, **facts)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
 
@@ -97,7 +99,7 @@ def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
     digest = hashlib.sha256(recipe.encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 

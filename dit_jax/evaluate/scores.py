@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 import dit_jax
+from dit_jax.data.size import size_text
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference as references
@@ -51,7 +53,7 @@ class Options(NamedTuple):
     every_seconds: float = 30.0
 
 
-def check(reference: str, features: str, weights: str | None, shape: tuple[int, int, int]):
+def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]):
     """Raises UserError if samples of `shape` cannot be scored; call before drawing them. A folder is listed, not read."""
     check_name(features, weights)
     check_shape(features, shape)
@@ -65,7 +67,7 @@ def check_options(options: Options):
         bootstrap.check(options.replicates, options.level)
 
 
-def open_reference(reference: str, shape: tuple[int, int, int]) -> Reference | Images:
+def open_reference(reference: str, shape: tuple[int, ...]) -> Reference | Images:
     """Opens a reference: an npz of statistics, or images of that shape.
 
     Raises:
@@ -104,7 +106,7 @@ def evaluate(
     check_shape(features, images.shape)
     against = None if reference is None else open_reference(reference, images.shape)
     loaded = load(features, weights)
-    if isinstance(against, Reference):
+    if reference is not None and isinstance(against, Reference):
         check_comparable(against, reference, loaded, images)
     metrics, remarks = choose_metrics(images, against, loaded, options)
 
@@ -218,7 +220,7 @@ def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Im
         raise UserError(
             f"the samples are {' x '.join(map(str, images.shape))}, but the reference {name} was made of "
             f"{' x '.join(map(str, shape))} images; they must have the same shape: make a reference with "
-            f"--resolution={images.shape[0]}"
+            f"--resolution={size_text(images.shape[:2])}"
         )
 
 
@@ -246,23 +248,26 @@ def choose_metrics(images: Images, reference: Reference | Images | None, loaded:
 def _obstacle(
     metric: str, images: Images, reference: Reference | Images | None, extractor: str, outputs: dict[str, int], options: Options
 ) -> str | None:
-    if reference is None and metric != "is":
-        return "it needs a reference"
-    statistics = isinstance(reference, Reference)
-    if metric == "sfid":
-        if "spatial" not in outputs:
-            return f"the extractor {extractor} has no spatial features"
-        if statistics and "spatial" not in reference.moments:
-            return "the reference has no spatial statistics (mu_s, sigma_s)"
     if metric == "is":
         if "probabilities" not in outputs:
             return f"the extractor {extractor} has no class probabilities"
-        if len(images) < TENTHS:
-            return f"{len(images)} samples are fewer than its {TENTHS} splits"
+        return f"{len(images)} samples are fewer than its {TENTHS} parts" if len(images) < TENTHS else None
+    if reference is None:
+        return "it needs a reference"
+    if metric == "sfid":
+        if "spatial" not in outputs:
+            return f"the extractor {extractor} has no spatial features"
+        if isinstance(reference, Reference) and "spatial" not in reference.moments:
+            return "the reference has no spatial statistics (mu_s, sigma_s)"
     if metric in OF_FEATURES:
-        if statistics and reference.features is None and reference.images is None:
+        if not isinstance(reference, Reference):
+            others = len(reference)
+        elif reference.features is not None:
+            others = len(reference.features)
+        elif reference.images is not None:
+            others = len(reference.images)
+        else:
             return "the reference has only statistics, neither features nor images; make it with --keep_features"
-        others = len(reference if not statistics else reference.images if reference.features is None else reference.features)
         fewest = options.kid_subset_size if metric == "kid" else NEIGHBOURS + 1
         if min(len(images), others) < fewest:
             remedy = ", or a smaller --kid_subset_size" if metric == "kid" else ""
@@ -289,17 +294,20 @@ def compute(
 ) -> tuple[dict, list[str]]:
     """Computes metrics; returns ({metric or related value: number}, remarks)."""
     result, remarks = {}, []
+    moments, theirs, count = {}, None, None
+    if reference is not None:
+        moments, theirs, count = reference.moments, reference.features, reference.recipe["count"]
     if "fid" in metrics:
-        result |= _fid(samples, reference.moments["features"], options)
+        result |= _fid(samples, moments["features"], options)
         width = len(samples.moments["features"].mean)
-        if min(samples.count, reference.recipe["count"] or width + 1) <= width:
+        if min(samples.count, count or width + 1) <= width:
             remarks.append(
-                f"fid: {samples.count} samples and {reference.recipe['count']} reference images for {width} features: "
+                f"fid: {samples.count} samples and {count} reference images for {width} features: "
                 "a covariance is singular, and the value depends more on these counts than on the images; compare "
                 "it only at equal counts"
             )
     if "sfid" in metrics:
-        result["sfid"] = frechet_distance(samples.moments["spatial"], reference.moments["spatial"])
+        result["sfid"] = frechet_distance(samples.moments["spatial"], moments["spatial"])
     if "is" in metrics:
         scores = {name: inception_score(samples.class_sums[name]) for name in PARTITIONS}
         result |= {
@@ -310,13 +318,19 @@ def compute(
             "is_shuffled_std": scores["shuffled"][1],
         }
     if "precision" in metrics or "recall" in metrics:
-        precision, recall = precision_recall(samples.features, reference.features, NEIGHBOURS)
+        precision, recall = precision_recall(_kept(samples.features), _kept(theirs), NEIGHBOURS)
         result |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in metrics}
         result["neighbours"] = NEIGHBOURS
     if "kid" in metrics:
-        mean, std = kernel_distance(samples.features, reference.features, subset_size=options.kid_subset_size)
+        mean, std = kernel_distance(_kept(samples.features), _kept(theirs), subset_size=options.kid_subset_size)
         result |= {"kid": mean, "kid_std": std, "kid_subset_size": options.kid_subset_size}
     return result, remarks
+
+
+def _kept(features: np.ndarray | None) -> np.ndarray:
+    """The features themselves; `choose_metrics` and `wanted_of_samples` see to it that those needed are kept."""
+    assert features is not None
+    return features
 
 
 def _fid(samples: Extracted, reference: Moments, options: Options) -> dict:
@@ -325,7 +339,7 @@ def _fid(samples: Extracted, reference: Moments, options: Options) -> dict:
         return {"fid": frechet_distance(mine, reference)}
     gradient = frechet_gradient(mine, reference)
     interval = bootstrap_interval(
-        gradient.distance, influences(samples.features, mine.mean, gradient), options.replicates, options.level
+        gradient.distance, influences(_kept(samples.features), mine.mean, gradient), options.replicates, options.level
     )
     return {
         "fid": gradient.distance,

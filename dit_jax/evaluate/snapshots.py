@@ -7,7 +7,6 @@ The key is a digest of everything that determines the result. Each file is writt
 damaged, extraction starts again.
 """
 
-import io
 import shutil
 import time
 import zipfile
@@ -16,9 +15,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_jax.data.latent_files import digest, write
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import replacing
+from dit_jax.storage.sealed import digest
 
 
 class Snapshots:
@@ -90,6 +90,5 @@ def remove(folder: Path):
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]):
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    write(path, [content.getvalue()])
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)

@@ -54,7 +54,7 @@ class Extracted(NamedTuple):
     The latter is the SHA-256 of the SHA-256s of the chunks' bytes, so that several processes can compute it.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     moments: dict[str, Moments]
     class_sums: dict[str, ClassSums]
     features: np.ndarray | None
@@ -67,7 +67,7 @@ def default_batch_size() -> int:
     return 64 if devices[0].platform == "cpu" else 128 * len(devices)
 
 
-def output_shapes(extractor: Extractor, params, shape: tuple[int, int, int]) -> dict[str, int]:
+def output_shapes(extractor: Extractor, params, shape: tuple[int, ...]) -> dict[str, int]:
     """{name: width} of an extractor's outputs for images of this shape, without computing them."""
     image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     return {name: x.shape[1] for name, x in jax.eval_shape(extractor, params, image).items()}
@@ -301,8 +301,8 @@ def _in_turn(images: Images, digests: list[bytes], features: list, width: int | 
     """Gathers the digests and features of all chunks in order, from those of each process."""
     chunks = -(-len(images) // CHUNK_IMAGES)
     most = math.ceil(chunks / total)
-    mine = np.frombuffer(b"".join(digests).ljust(32 * most, b"\0"), np.uint8)
-    hashes = _all_processes(mine).reshape(total, most, 32)
+    padded = np.frombuffer(b"".join(digests).ljust(32 * most, b"\0"), np.uint8)
+    hashes = _all_processes(padded).reshape(total, most, 32)
     ordered = [hashes[k % total, k // total].tobytes() for k in range(chunks)]
     if width is None:
         return ordered, features
@@ -310,5 +310,5 @@ def _in_turn(images: Images, digests: list[bytes], features: list, width: int | 
     if features:
         mine = np.concatenate(features)
         rows[: len(mine)] = mine
-    rows = _all_processes(rows).reshape(total, most, CHUNK_IMAGES, width)
-    return ordered, [rows[k % total, k // total, : _size(images, k)] for k in range(chunks)]
+    parts = _all_processes(rows).reshape(total, most, CHUNK_IMAGES, width)
+    return ordered, [parts[k % total, k // total, : _size(images, k)] for k in range(chunks)]

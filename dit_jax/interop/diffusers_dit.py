@@ -17,7 +17,8 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop.official import POSITION, Architecture
-from dit_jax.interop.tensors import Tensor, Tensors, replacing, write_safetensors
+from dit_jax.interop.tensors import Tensor, Tensors, write_safetensors
+from dit_jax.storage.atomic import write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
@@ -74,7 +75,8 @@ def names(official: str, depth: int) -> list[str]:
 
 def expected(official: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, tuple[int, ...]]:
     """Maps official names and shapes to those of diffusers."""
-    blank = {name: Tensor(shape, np.dtype(np.float32), lambda: None) for name, shape in official.items()}
+    nothing = np.zeros(0)
+    blank = {name: Tensor(shape, np.dtype(np.float32), lambda: nothing) for name, shape in official.items()}
     return {name: tensor.shape for name, tensor in from_official(blank, depth).items()}
 
 
@@ -121,8 +123,7 @@ def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int
     write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
     # The paper's code uses 1e-6 in every norm.
     config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
-    with replacing(folder / "config.json") as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
 
 
 def find_weights(path: Path) -> Path:
@@ -168,12 +169,11 @@ def check_config(config: Mapping, architecture: Architecture, what: str):
     Raises:
         UserError: lists all fields that differ.
     """
-    sizes = [config.get(name) for name in ("num_attention_heads", "attention_head_dim", "sample_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(
-            f"{what}: num_attention_heads, attention_head_dim and sample_size are {sizes}; they must be positive integers"
-        )
-    wanted = _config(architecture, sizes[0], sizes[2])
+    sizes = {name: config.get(name) for name in ("num_attention_heads", "attention_head_dim", "sample_size")}
+    whole = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
+    if len(whole) < len(sizes):
+        raise UserError(f"{what}: {', '.join(sizes)} are {list(sizes.values())}; whole numbers are needed")
+    wanted = _config(architecture, whole["num_attention_heads"], whole["sample_size"])
     stored = {"out_channels": config.get("in_channels")} if config.get("out_channels") is None else {}
     stored = dict(config) | stored
     problems = [

@@ -65,9 +65,13 @@ def _from_transformers(tensors: Tensors) -> Tensors:
     for name, parts in joined.items():
         ordered = [parts[part] for part in ("query", "key", "value") if part in parts]
         if len({(part.shape[1:], part.dtype) for part in ordered}) == 1:  # otherwise `_check` reports it as missing
-            shape = sum(part.shape[0] for part in ordered), *ordered[0].shape[1:]
-            renamed[name] = Tensor(shape, ordered[0].dtype, lambda ordered=ordered: np.concatenate([p.load() for p in ordered]))
+            renamed[name] = _joined(ordered)
     return renamed
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    rows = sum(part.shape[0] for part in parts)
+    return Tensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: np.concatenate([part.load() for part in parts]))
 
 
 def load(path) -> dict:

@@ -3,7 +3,6 @@
 Most publishers give no hash. The first download therefore records the hash next to the file, and later runs compare with it.
 """
 
-import hashlib
 import http.client
 import json
 import urllib.error
@@ -14,7 +13,8 @@ from typing import NamedTuple
 
 from dit_jax.errors import UserError
 from dit_jax.interop.pt_reader import is_pt
-from dit_jax.interop.tensors import replacing
+from dit_jax.storage.atomic import commit, resumable_path, write_atomic
+from dit_jax.storage.sealed import sha256_of
 
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20
@@ -54,11 +54,6 @@ PUBLISHED = {
 }
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def download(published: Published, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     """Downloads the published file to `path` unless it exists, verifies it and returns its SHA-256.
 
@@ -75,7 +70,7 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = resumable_path(path)
         _fetch(published.url, partial, progress)
         if not is_pt(partial):
             partial.unlink()
@@ -83,11 +78,11 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
                 f"{published.url} did not send a PyTorch file; it may have moved. Give the file with --weights instead"
             )
         digest = _check(published, partial, path)
-        partial.rename(path)
+        commit(partial, path)
         partial.with_name(partial.name + ".json").unlink(missing_ok=True)
     else:
         digest = _check(published, path, path)
-    _record(path).write_text(f"{digest}  {path.name}\n")
+    write_atomic(_record(path), f"{digest}  {path.name}\n")
     return digest
 
 
@@ -97,7 +92,7 @@ def _record(path: Path) -> Path:
 
 def _check(published: Published, file: Path, path: Path) -> str:
     """Returns the file's hash; raises if it differs from the published one or, without one, from the recorded one."""
-    digest = sha256(file)
+    digest = sha256_of(file)
     wanted, source = published.sha256, "the published hash"
     if wanted is None and _record(path).exists():
         wanted, source = _record(path).read_text().split(maxsplit=1)[0], f"the hash recorded in {_record(path)}"
@@ -128,8 +123,7 @@ def _fetch(url: str, partial: Path, progress):
                 have = 0
             total = _total(response, have)
             validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-            with replacing(state) as path:
-                path.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
+            write_atomic(state, json.dumps({"url": url, "validator": validator, "total": total}))
             done = _append(response, partial, have, total, progress)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the partial file is longer than the published one

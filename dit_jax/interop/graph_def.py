@@ -17,7 +17,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-FLOATS = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2")}  # by DataType's numbers
+FLOATS: dict[int, np.dtype] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2")}  # by DataType's numbers
 VALUES = {1: 5, 2: 6}  # field of TensorProto that has the values if tensor_content is empty
 LARGEST_RANK = 8
 

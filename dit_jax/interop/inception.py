@@ -9,6 +9,7 @@ http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; A
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ CONVOLUTIONS = _convolutions()
 
 def _layout() -> dict[str, tuple[int, ...]]:
     """All tensors of the port, {name: shape}."""
-    layout = {}
+    layout: dict[str, tuple[int, ...]] = {}
     for name, (_, conv, channels) in CONVOLUTIONS.items():
         layout[f"{name}.conv.weight"] = conv.features, channels, conv.height, conv.width
         layout |= {f"{name}.bn.{part}": (conv.features,) for part in NORM}
@@ -75,7 +76,7 @@ def from_port(tensors: Tensors, what: str) -> Tensors:
         UserError: tensors are missing, extra or misshapen (all are listed), have several dtypes, or hold impossible values.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bn.num_batches_tracked")}
-    if kept.get("fc.weight", Tensor((), None, None)).shape == (1000, FEATURES):
+    if "fc.weight" in kept and kept["fc.weight"].shape == (1000, FEATURES):
         raise UserError(
             f"{what} is torchvision's Inception-v3, with 1000 classes. FID needs the network of 2015 with {CLASSES}; "
             "download it with python -m dit_jax.convert --download=inception"
@@ -90,7 +91,8 @@ def from_graph(path: Path) -> Tensors:
     Raises:
         UserError: the file is not a frozen graph; or as `from_port`.
     """
-    tensors, constants = {}, read_constants(path)
+    constants = read_constants(path)
+    tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}  # and the axes of the port in those of the graph
     for name, (graph, *_) in CONVOLUTIONS.items():
         tensors[f"{name}.conv.weight"] = constants.pop(f"{graph}/conv2d_params", None), (3, 2, 0, 1)  # HWIO to OIHW
         for part, theirs in NORM.items():
@@ -126,7 +128,7 @@ def load(path) -> dict:
     """
     path, tensors = open_converted(path, "Inception-v3", "inception", "--download=inception")
     _check(tensors, str(path))
-    params = {"fc": np.ascontiguousarray(tensors["fc.weight"].load().T, np.float32)}
+    params: dict[str, Any] = {"fc": np.ascontiguousarray(tensors["fc.weight"].load().T, np.float32)}
     for name in CONVOLUTIONS:
         node = params
         for key in name.split("."):

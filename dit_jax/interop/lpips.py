@@ -12,6 +12,8 @@ Convert it to a .safetensors of 59 MB; this does not need PyTorch:
 The written file keeps the names of the package.
 """
 
+from typing import Any
+
 import numpy as np
 
 from dit_jax.codecs.perceptual import STAGES
@@ -27,7 +29,8 @@ def _layout() -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
 
     A convolution's number is its index in torchvision's vgg16().features.
     """
-    layout = {f"scaling_layer.{name}": (("scaling", name), (1, 3, 1, 1)) for name in ("shift", "scale")}
+    layout: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    layout |= {f"scaling_layer.{name}": (("scaling", name), (1, 3, 1, 1)) for name in ("shift", "scale")}
     place, before = 0, 3
     for stage, widths in enumerate(STAGES, 1):
         for layer, width in enumerate(widths, 1):
@@ -76,7 +79,7 @@ def load(path) -> dict:
     """
     path, tensors = open_converted(path, "LPIPS", "lpips", "--from=lpips --weights=lpips_vgg.pt")
     _check(tensors, str(path))
-    params = {}
+    params: dict[str, Any] = {}
     for name, (keys, shape) in LAYOUT.items():
         array = tensors[name].load()
         # OIHW to HWIO; [1, C, 1, 1] to [C].

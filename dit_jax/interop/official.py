@@ -178,7 +178,7 @@ def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
 
             theirs[name] = Tensor(shape, tensor.dtype, load)
     bias = ours["patch_embedding/bias"]
-    table = sincos_2d(*bias.shape, side, side)[None].astype(bias.dtype)
+    table = sincos_2d(bias.shape[0], side, side)[None].astype(bias.dtype)
     return theirs | {POSITION: Tensor(table.shape, table.dtype, lambda: table)}
 
 

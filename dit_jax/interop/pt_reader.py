@@ -149,7 +149,8 @@ def _read_legacy(path: Path):
     if not _unpickle(content)["little_endian"]:
         raise UserError("was written on a big-endian machine; save it again on a little-endian one")
 
-    storages, places = {}, {}
+    storages: dict[str, Storage] = {}
+    places: dict[str, slice] = {}
 
     def storage(dtype, key, size):
         entry = storages.setdefault(key, Storage(dtype, size, lambda: memoryview(content)[places[key]]))

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.interop.pt_reader import STORAGES
-from dit_jax.interop.tensors import Tensor, Tensors, raw_bytes, replacing
+from dit_jax.interop.tensors import Tensor, Tensors, raw_bytes
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 ROOT = "archive"
@@ -17,6 +18,7 @@ LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 def write(path: Path, tensors: Tensors):
     """Writes a dict of tensors that torch.load(weights_only=True) reads. An existing file is replaced atomically."""
+    remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", _pickle(tensors))
         _add(archive, "byteorder", b"little")
@@ -27,6 +29,7 @@ def write(path: Path, tensors: Tensors):
 
 def _add(archive: zipfile.ZipFile, name: str, content):
     member = zipfile.ZipInfo(f"{ROOT}/{name}")  # has a fixed date, so that equal weights give equal files
+    assert archive.fp is not None  # it is open
     start = archive.fp.tell() + LOCAL_HEADER + len(member.filename) + 4
     padding = -start % ALIGNMENT
     member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding

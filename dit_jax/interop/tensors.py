@@ -3,13 +3,12 @@
 Nothing here holds all of a model's weights, so that a conversion needs the memory of its largest tensor, not of the model.
 """
 
+import functools
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 DTYPES = {
     np.dtype(name): code
@@ -116,7 +116,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             part = file.get_slice(name)
             if part.get_dtype() not in CODES:
                 raise UserError(f"{path}: {name} has dtype {part.get_dtype()}; one of {', '.join(CODES)} is needed")
-            tensors[name] = Tensor(tuple(part.get_shape()), CODES[part.get_dtype()], lambda name=name: file.get_tensor(name))
+            tensors[name] = Tensor(tuple(part.get_shape()), CODES[part.get_dtype()], functools.partial(file.get_tensor, name))
     except SafetensorError as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}); download or write it again") from None
     return tensors, file.metadata() or {}
@@ -179,13 +179,15 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
 
     The library's writer takes all arrays at once. This one holds a single tensor in memory.
     """
-    header, position = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+    position = 0
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -205,21 +207,9 @@ def write_foreign(path: Path, tensors: Tensors, origin: Mapping):
     write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})
 
 
-@contextmanager
-def replacing(path: Path):
-    """Yields a temporary path; on success it replaces `path` atomically, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's values in row-major order, little-endian."""
     array = np.asarray(tensor.load())
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise ValueError(f"a tensor declared as {tensor.dtype} {tensor.shape} was loaded as {array.dtype} {array.shape}")
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import math
-import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import replacing, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 # Our module path, with "." for "/", to diffusers' path. Every pattern is applied; no two overlap.
-TO_DIFFUSERS = [
+TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\b(down|up)_(\d+)_resnet_(\d+)\b", r"\1_blocks.\2.resnets.\3"),
     (r"\bdown_(\d+)_downsample\b", r"down_blocks.\1.downsamplers.0.conv"),
     (r"\bup_(\d+)_upsample\b", r"up_blocks.\1.upsamplers.0.conv"),
@@ -37,7 +39,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 # Normalisation of latents, which the diffusion model chooses.
 NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # diffusers' defaults for fields missing from config.json; older files lack several.
-CONFIG_DEFAULTS = {
+CONFIG_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "block_out_channels": [64],
@@ -181,13 +183,10 @@ def save_diffusers(path, codec, params):
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "AutoencoderKL", **_config(codec)}
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(path / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
         path = path / WEIGHTS_NAME
-    partial = path.with_name(path.name + ".partial")
-    save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers requires a format
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers requires a format
 
 
 def _expected(codec):

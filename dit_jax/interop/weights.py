@@ -16,15 +16,17 @@ import numpy as np
 from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor, check, common_dtype, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
+from dit_jax.runtime import user_code
+from dit_jax.storage.upgrade import upgrade
 
 VERSION = "1"
-SECTIONS = ("model", "process", "codec", "transform", "sampler", "guidance", "ema_decay")
+SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sampler", "guidance", "ema_decay", "imports")
 
 
 class Weights(NamedTuple):
     """Parameters by path, the config sections that describe their model, and their origin."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     sections: dict[str, Any]
     origin: dict[str, Any]
 
@@ -67,9 +69,10 @@ def read(path: Path) -> Weights:
             "with python -m dit_jax.convert --from=official, sit or diffusers"
         )
     try:
-        sections, origin = json.loads(metadata["config"]), json.loads(metadata["origin"])
+        sections, origin = upgrade(json.loads(metadata["config"])), json.loads(metadata["origin"])
     except (KeyError, ValueError) as error:
         raise UserError(f"the header of {path} is damaged ({error!r}); convert the weights again") from None
+    user_code.expect(sections.get("imports", ()))
     return Weights(tensors, sections, origin)
 
 

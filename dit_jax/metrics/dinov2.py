@@ -5,6 +5,7 @@ Source: Oquab et al. 2023 (DINOv2); Darcet et al. 2023 (registers); Stein et al.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -145,4 +146,5 @@ class DINOv2:
         x = bicubic_pillow(to_rgb(images), INPUT_SIZE).astype(jnp.float32) / 255
         x = (x - jnp.array(MEAN)) / jnp.array(DEVIATION)
         with jax.default_matmul_precision("highest"):  # by default TPUs round float32 to bfloat16, and GPUs to TF32
-            return {"features": network(params).apply({"params": params}, x)}
+            features: Any = network(params).apply({"params": params}, x)
+        return {"features": features}

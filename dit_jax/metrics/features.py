@@ -18,7 +18,8 @@ class Extractor(Protocol):
     float32 [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. Each row depends on its image alone.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def recipe(self) -> dict:
         """Describes resize, input size and precision for result files. Results with different recipes are not compared."""

@@ -13,7 +13,7 @@ from dit_jax.errors import UserError
 class Moments(NamedTuple):
     """Count (None if the statistics file does not record it), mean float64[F], covariance float64[F, F] (over count - 1)."""
 
-    count: int | None
+    count: int | None  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     mean: np.ndarray
     covariance: np.ndarray
 

@@ -8,7 +8,7 @@ Source: Szegedy et al. 2016 (Rethinking the Inception Architecture), table 1; He
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -250,7 +250,7 @@ class Inception:
             ValueError: images of another dtype, rank or channel count.
         """
         x = bilinear_tensorflow(to_rgb(images), INPUT_SIZE)
-        activations = InceptionV3().apply({"params": params}, (x - 128) / 128)
+        activations: Any = InceptionV3().apply({"params": params}, (x - 128) / 128)
         return {
             "features": activations["features"],
             "spatial": activations["spatial"],

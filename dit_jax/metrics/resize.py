@@ -5,6 +5,7 @@ Letters: N images; H, W image; C channels; S side of the result; K taps.
 
 from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -70,7 +71,7 @@ def _pillow_pass(spec: str, x, length: int, size: int):
     # A coefficient has 24 bits, too many for a float32 product. Split into three parts of 8 bits, the products and their sums
     # (up to 256 terms) are integers below 2^24: exact in float32, in TF32, and in bfloat16 with float32 accumulation.
     coefficients = _pillow_coefficients(length, size)
-    total = 1 << (FIXED_BITS - 1)
+    total: jax.Array | int = 1 << (FIXED_BITS - 1)
     for shift, part in ((16, coefficients >> 16), (8, coefficients >> 8 & 255), (0, coefficients & 255)):
         product = jnp.einsum(spec, part.astype(np.float32), x.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         total += product.astype(jnp.int32) << shift

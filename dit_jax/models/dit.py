@@ -3,14 +3,43 @@
 B batch, H x W x C input, p patch, N = HW / p^2 tokens, M conditioning tokens, D width.
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dit_jax.errors import UserError
 from dit_jax.models import layers, position
+from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
+from dit_jax.models.network import Shape, check_entries
+from dit_jax.models.patches import patchify, unpatchify
+from dit_jax.models.sizes import fields as fields_of_size
 from dit_jax.parallel.mesh import constrain_batch
+from dit_jax.parallel.rules import Rules
 
+# The spec covers the trailing dimensions; a stack of blocks adds a leading one, which stays whole.
+RULES: Rules = (
+    (r"(attention|cross_attention)/qkv/kernel", ("fsdp", None, "tensor", None)),  # [D, 3, H, E]
+    (r"(attention|cross_attention)/qkv/bias", (None, "tensor", None)),
+    (r"cross_attention/query/kernel", ("fsdp", "tensor", None)),  # [D, H, E]
+    (r"cross_attention/query/bias", ("tensor", None)),
+    (r"cross_attention/key_value/kernel", ("fsdp", None, "tensor", None)),  # [D, 2, H, E]
+    (r"cross_attention/key_value/bias", (None, "tensor", None)),
+    (r"(attention|cross_attention)/out/kernel", ("tensor", None, "fsdp")),  # [H, E, D]
+    (r"mlp/in/kernel", ("fsdp", "tensor")),  # [D, 4D]
+    (r"mlp/in/bias", ("tensor",)),
+    (r"mlp/out/kernel", ("tensor", "fsdp")),  # [4D, D]
+    # Never over tensor: with gate and MLP both split over (fsdp, tensor), XLA gave wrong numbers on meshes such as (2, 2, 2).
+    (r"modulation/linear/kernel", ("fsdp", None, None)),  # [D, 6, D]
+    (r"patch_embedding/kernel", (None, "fsdp")),
+    (r"time_embedding/(in|out)/kernel", (None, "fsdp")),
+    (r"label_embedding/embedding", (None, "fsdp")),
+    (r"final/linear/kernel", ("fsdp", None)),
+    (r"(out|linear|patch_embedding|time_embedding/in)/bias", ()),
+    (r"norm(_\w+)?/(scale|bias)", ()),
+)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
@@ -28,6 +57,11 @@ REMAT_POLICIES = {
     ),
 }
 
+STORES_NOTHING_INSIDE = ("full", "offload")  # policies that keep no more than a block's input on the device
+# Activations of one block that its gradient reads, in units of [B, N, D]: its input; then qkv, attention, and both products of
+# the MLP. The compiler keeps more (norms, scores, float32 copies); this is the least.
+STORED_AT_ENTRY, STORED_INSIDE = 1, 9
+
 
 def form_of_loop(unroll: bool | None, remat: str, platform: str) -> tuple[bool, str]:
     """(unroll, remat) where they are left to the platform ("cpu", "gpu", "tpu"): None and "auto".
@@ -37,20 +71,6 @@ def form_of_loop(unroll: bool | None, remat: str, platform: str) -> tuple[bool, 
     """
     unroll = platform == "gpu" if unroll is None else unroll
     return unroll, ("none" if unroll else "elementwise") if remat == "auto" else remat
-
-
-def patchify(x, p: int):
-    """[B, H, W, C] -> [B, (H/p) (W/p), p p C], patches in row-major order, channels last inside a patch."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // p, p, w // p, p, c)
-    return jnp.einsum("bhpwqc->bhwpqc", x).reshape(b, (h // p) * (w // p), p * p * c)
-
-
-def unpatchify(x, p: int, height: int, width: int):
-    """[B, (height/p) (width/p), p p C] -> [B, height, width, C], the inverse of patchify."""
-    b, _, k = x.shape
-    x = x.reshape(b, height // p, width // p, p, p, k // (p * p))
-    return jnp.einsum("bhwpqc->bhpwqc", x).reshape(b, height, width, -1)
 
 
 class Modulation(nn.Module):
@@ -72,8 +92,8 @@ class Modulation(nn.Module):
 class Block(nn.Module):
     """One transformer block.
 
-    Called with x [B, N, D], the pooled condition c [B, D] and the conditioning tokens [B, M, D]; returns (x, None), the form
-    that `nn.scan` asks for.
+    Called with x [B, N, D], the pooled condition c [B, D], the conditioning tokens [B, M, D] and `keep`, a boolean scalar (False
+    returns x as it is) or None for True. Returns (x, None), the form that `nn.scan` asks for.
       adaln_zero       shift, scale and gate of both sub-layers regressed from c; gates start at zero (identity block)
       adaln            shift and scale only
       cross_attention  self-attention, cross-attention to the conditioning tokens, MLP; norms with parameters
@@ -89,8 +109,8 @@ class Block(nn.Module):
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x, c, tokens):
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    def __call__(self, x, c, tokens, keep=None):
+        start, dtypes = x, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = layers.Attention(self.heads, self.attention, **dtypes, name="attention")
         mlp = layers.MLP(int(x.shape[-1] * self.mlp_ratio), **dtypes, name="mlp")
         if self.conditioning in ("adaln_zero", "adaln"):
@@ -112,7 +132,8 @@ class Block(nn.Module):
                 cross = layers.Attention(self.heads, self.attention, **dtypes, name="cross_attention")
                 x = x + cross(norm("norm_cross")(x), tokens)
             x = x + mlp(norm("norm_mlp")(x))
-        return constrain_batch(x.astype(self.dtype), tokens=True), None
+        x = x.astype(self.dtype) if keep is None else jnp.where(keep, x.astype(self.dtype), start)
+        return constrain_batch(x, tokens=True), None
 
 
 class FinalLayer(nn.Module):
@@ -134,18 +155,31 @@ class FinalLayer(nn.Module):
         return nn.Dense(self.features, kernel_init=layers.zeros, **dtypes, name="linear")(x)
 
 
+class Embedded(NamedTuple):
+    """What the blocks start from.
+
+    Fields:
+        x: [B, N, D] tokens; with in-context conditioning [B, N + M, D].
+        c: [B, D] the pooled condition.
+        tokens: [B, M, D] the conditioning tokens.
+    """
+
+    x: jax.Array
+    c: jax.Array
+    tokens: jax.Array
+
+
 class DiT(nn.Module):
     """Diffusion Transformer: (x_t [B, H, W, C], t f32[B] network time, cond {"label": int[B]}) -> f32[B, H, W, out_channels].
 
-    A pure function: no dropout, no random numbers, no guidance. Label `num_classes` is the null label; with
-    `num_classes = 0` the network is unconditional and reads no label. The blocks' parameters are one stack of length
-    `depth` under `blocks`, whether or not the loop over them is unrolled. With `mutable=["blocks"]` it also returns what
-    the blocks add to the tokens, {"blocks": {"residual": [B, N, D]}}; given a `residual`, it adds that in their place.
+    A `models.network.Network`. Label `num_classes` is the null label; with `num_classes = 0` the network is unconditional and
+    takes no label. The blocks' parameters are one stack of length `depth` under `blocks`, whether or not the loop over them is
+    unrolled. control {"keep": bool[depth]} leaves out the blocks where it is False (skip-layer guidance).
 
     Fields:
         out_channels: 2 C when the process learns its variance, else C.
         conditioning: one of CONDITIONINGS.
-        attention: see `layers.dot_product_attention`.
+        attention: see `attention.attention_kernel`.
         remat: what a block stores for its gradient, beside its input; the rest is computed again.
             "auto": see `form_of_loop`.
             "none": everything.
@@ -171,21 +205,101 @@ class DiT(nn.Module):
     dtype: layers.Dtype = jnp.float32
     param_dtype: layers.Dtype = jnp.float32
 
-    @property
-    def null_label(self) -> int:
-        return self.num_classes
+    rules = RULES
 
-    def check(self, height: int, width: int):
-        """Raises a UserError if the fields do not fit each other or an input of height x width."""
+    @classmethod
+    def of(cls, size: str, *, num_classes: int, out_channels: int, **fields) -> "DiT":
+        """The paper's "S/8" .. "XL/2".
+
+        Raises:
+            UserError: no such size or patch.
+        """
+        return cls(**fields_of_size(size), num_classes=num_classes, out_channels=out_channels, **fields)
+
+    def setup(self):
+        self._check_fields()
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.patch_embedding = nn.Dense(self.width, kernel_init=layers.xavier_uniform, **dtypes)
+        self.time_embedding = layers.TimeEmbedding(self.width, **dtypes)
+        if self.num_classes:
+            self.label_embedding = nn.Embed(self.num_classes + 1, self.width, embedding_init=layers.normal_002, **dtypes)
+        block, (unroll, remat) = Block, form_of_loop(self.unroll, self.remat, jax.default_backend())
+        if remat != "none":
+            # Written out, XLA would merge what is computed again with what was computed before; a loop keeps them apart.
+            block = nn.remat(Block, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=self.depth,
+            unroll=self.depth if unroll else 1,
+        )(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes)
+        modulated = self.conditioning in ("adaln_zero", "adaln")
+        self.final = FinalLayer(self.patch_size**2 * self.out_channels, modulated, **dtypes)
+
+    def __call__(self, x_t, t, cond, control=None):
+        embedded = self.embed(x_t, t, cond)
+        x = self.run_blocks(embedded, control)  # [B, N, D]
+        return self.head(x, embedded, x_t.shape)  # [B, H, W, out_channels]
+
+    def embed(self, x_t, t, cond) -> Embedded:
+        """The first part: patches, positions, time and label."""
+        self.check(x_t.shape[1:])
+        check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
+        _, h, w, _ = x_t.shape
+        p = self.patch_size
+        x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
+        x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
+        tokens = [self.time_embedding(t)]
+        if self.num_classes:
+            tokens.append(self.label_embedding(cond["label"]))
+        c = sum(tokens)  # [B, D]
+        tokens = jnp.stack(tokens, axis=1)  # [B, M, D]
+        if self.conditioning == "in_context":
+            x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
+        return Embedded(constrain_batch(x, tokens=True), c, tokens)
+
+    def run_blocks(self, embedded: Embedded, control=None) -> jax.Array:
+        """The second part: the tokens [B, N, D] after all blocks."""
+        check_entries("control", control, ("keep",), type(self).__name__)
+        keep = None if control is None else control["keep"]
+        return self.blocks(embedded.x, embedded.c, embedded.tokens, keep)[0]
+
+    def head(self, x, embedded: Embedded, shape: Shape) -> jax.Array:
+        """The last part: tokens to f32[B, H, W, out_channels] for an input of this shape [B, H, W, C]."""
+        if self.conditioning == "in_context":
+            x = x[:, : -embedded.tokens.shape[1]]
+        x = self.final(x.astype(self.dtype), embedded.c)
+        return unpatchify(x, self.patch_size, *shape[1:3]).astype(jnp.float32)
+
+    def check(self, latent_shape: Shape) -> None:
+        """Raises a UserError if the fields do not fit one another or an input of latent_shape (h, w, c)."""
+        self._check_fields()
+        if len(latent_shape) != 3:
+            raise UserError(
+                f"the network's input is {' x '.join(map(str, latent_shape))}, and DiT takes images, height x width x channels; "
+                "choose a network for clips"
+            )
+        height, width, _ = latent_shape
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
+                f"{self.patch_size}; change the resolution or the patch size"
+            )
+
+    def _check_fields(self) -> None:
         if self.conditioning not in CONDITIONINGS:
             raise UserError(f"model.conditioning is {self.conditioning!r}; it must be one of {', '.join(CONDITIONINGS)}")
         if self.remat not in ("auto", "none", *REMAT_POLICIES):
             raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, none, {', '.join(REMAT_POLICIES)}")
-        if self.attention not in ("auto", "xla", "cudnn"):
-            raise UserError(f"model.attention is {self.attention!r}; it must be one of auto, xla, cudnn")
+        if self.attention not in IMPLEMENTATIONS:
+            raise UserError(f"model.attention is {self.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
         for name in ("patch_size", "depth", "width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_classes < 0:
+            raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
         if self.mlp_ratio <= 0:
             raise UserError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
         if self.width % self.heads:
@@ -195,56 +309,62 @@ class DiT(nn.Module):
             )
         if self.width % 4:
             raise UserError(f"model.width = {self.width} is not a multiple of 4, which the position table needs")
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
-                f"{self.patch_size}; change the resolution or the patch size"
-            )
 
-    @nn.compact
-    def __call__(self, x_t, t, cond, residual=None):
-        _, h, w, _ = x_t.shape
-        self.check(h, w)
-        p, dtypes = self.patch_size, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    def num_tokens(self, latent_shape: Shape) -> int:
+        height, width, _ = latent_shape
+        return (height // self.patch_size) * (width // self.patch_size)
 
-        x = nn.Dense(self.width, kernel_init=layers.xavier_uniform, **dtypes, name="patch_embedding")(
-            patchify(x_t, p).astype(self.dtype)
-        )  # [B, N, D]
-        x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
-        tokens = [layers.TimeEmbedding(self.width, **dtypes, name="time_embedding")(t)]
-        if self.num_classes:
-            tokens.append(
-                nn.Embed(self.num_classes + 1, self.width, embedding_init=layers.normal_002, **dtypes, name="label_embedding")(
-                    cond["label"]
-                )
-            )
-        c = sum(tokens)  # [B, D]
-        tokens = jnp.stack(tokens, axis=1)  # [B, M, D]
-        if self.conditioning == "in_context":
-            x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
+    def macs(self, latent_shape: Shape, cond_shapes: Mapping[str, Shape] | None = None) -> int:
+        return sum(self.macs_by_part(latent_shape).values())
 
-        block, (unroll, remat) = Block, form_of_loop(self.unroll, self.remat, jax.default_backend())
-        if remat != "none":
-            # Written out, XLA would merge what is computed again with what was computed before; a loop keeps them apart.
-            block = nn.remat(Block, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=self.depth,
-            unroll=self.depth if unroll else 1,
-        )
-        x = start = constrain_batch(x, tokens=True)
-        if residual is None:
-            x, _ = blocks(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes, name="blocks")(x, c, tokens)
-            if self.is_mutable_collection("blocks") and not self.is_initializing():
-                self.sow("blocks", "residual", x - start, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    def macs_by_part(self, latent_shape: Shape) -> dict[str, int]:
+        """Part of the network -> multiply-adds of its matrix products.
+
+        Norms, softmax and other elementwise work are left out, as in the paper. XLA's own count would miss all but one pass of
+        the scanned blocks.
+        """
+        channels, d, p, depth = latent_shape[-1], self.width, self.patch_size, self.depth
+        patches = self.num_tokens(latent_shape)
+        conditions = 2 if self.num_classes else 1
+        tokens = patches + conditions * (self.conditioning == "in_context")
+        vectors = {"adaln_zero": 6, "adaln": 4}.get(self.conditioning, 0)
+        parts = {
+            "patch_embedding": patches * p * p * channels * d,
+            "time_embedding": 256 * d + d * d,
+            "attention_linear": depth * tokens * 4 * d * d,
+            "attention_product": depth * 2 * tokens * tokens * d,
+            "mlp": depth * tokens * 2 * d * int(d * self.mlp_ratio),
+            "modulation": depth * vectors * d * d + (2 * d * d if vectors else 0),
+            "final": patches * d * p * p * self.out_channels,
+        }
+        if self.conditioning == "cross_attention":
+            parts["cross_attention"] = depth * (2 * tokens * d * d + 2 * conditions * d * d + 2 * tokens * conditions * d)
+        return parts
+
+    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        if self.remat in STORES_NOTHING_INSIDE:
+            stored = STORED_AT_ENTRY
         else:
-            x = (start + residual).astype(self.dtype)
+            stored = STORED_AT_ENTRY + STORED_INSIDE // mesh_shape["tensor"]
+        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
+        return self.depth * stored * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
 
-        if self.conditioning == "in_context":
-            x = x[:, : -tokens.shape[1]]
-        modulated = self.conditioning in ("adaln_zero", "adaln")
-        x = FinalLayer(p * p * self.out_channels, modulated, **dtypes, name="final")(x, c)
-        return unpatchify(x, p, h, w).astype(jnp.float32)
+    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        saved = {}
+        for policy, cost in (("elementwise", "recomputes what is cheap"), ("full", "a third more arithmetic")):
+            if self.remat == "none" or (policy == "full" and self.remat in ("dots", "elementwise")):
+                kept = self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
+                # One block at a time has all of its activations.
+                saved[f"--config.model.remat={policy} ({cost})"] = int((activations - kept) * (1 - 1 / self.depth))
+        return saved
+
+    def describe(self) -> str:
+        return (
+            f"{type(self).__name__} depth {self.depth} width {self.width} heads {self.heads} patch {self.patch_size} "
+            f"({self.conditioning}, {jnp.dtype(self.dtype).name})"
+        )
+
+    def for_platform(self, platform: str) -> "DiT":
+        unroll, remat = form_of_loop(self.unroll, self.remat, platform)
+        kernel = attention_kernel(self.attention, self.dtype, self.width // self.heads, platform)
+        return self.clone(unroll=unroll, remat=remat, attention=kernel)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dit_jax.models.attention import attention_kernel, dot_product_attention
+
 Dtype = Any
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
@@ -75,33 +77,6 @@ def frequency_embedding(t, width: int = 256, max_period: float = 10000.0):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def attention_kernel(implementation: str, dtype) -> str:
-    """ "xla" or "cudnn" (GPU, 16-bit, E a multiple of 8); "auto" is cudnn on a GPU in 16 bits, else xla."""
-    if implementation != "auto":
-        return implementation
-    return "cudnn" if jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 else "xla"
-
-
-def dot_product_attention(q, k, v, implementation: str = "auto"):
-    """softmax(q k^T / sqrt(E)) v with the softmax in float32.
-
-    Args:
-        q: [B, N, H, E].
-        k, v: [B, M, H, E].
-        implementation: see `attention_kernel`.
-
-    Returns:
-        [B, N, H, E] in the dtype of q.
-    """
-    if attention_kernel(implementation, q.dtype) == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    # Plain matrix products per head: a CPU needs a quarter less time for them than for jax.nn's einsums.
-    q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))  # [B, H, N or M, E]
-    scores = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
-    return jnp.swapaxes(jnp.matmul(weights.astype(q.dtype), v), 1, 2)
-
-
 class Projections(nn.Module):
     """`count` linear layers of x in one kernel [D, count, H, E] and bias [count, H, E]: x [B, N, D] -> count of [B, N, H, E].
 
@@ -149,7 +124,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, context=None):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel = attention_kernel(self.implementation, self.dtype)
+        kernel = attention_kernel(self.implementation, self.dtype, x.shape[-1] // self.heads)
 
         def project(x, count, name):
             return Projections(count, self.heads, kernel == "cudnn", **dtypes, name=name)(x)

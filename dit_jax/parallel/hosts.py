@@ -31,14 +31,20 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             f"--{' and --'.join(missing)} must be given too: --coordinator_address, --num_processes and --process_id "
             "go together; give none of them if the cluster is detected automatically"
         )
-    if not missing and not (num_processes >= 1 and 0 <= process_id < num_processes):
-        raise UserError(f"--process_id={process_id} must lie in 0 to num_processes - 1 = {num_processes - 1}")
-    if not missing and not coordinator_address.rpartition(":")[2].isdigit():
-        raise UserError(f"--coordinator_address={coordinator_address} must be host:port, for example 10.0.0.1:1234")
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
+        if not (num_processes >= 1 and 0 <= process_id < num_processes):
+            raise UserError(f"--process_id={process_id} must lie in 0 to num_processes - 1 = {num_processes - 1}")
+        if not coordinator_address.rpartition(":")[2].isdigit():
+            raise UserError(f"--coordinator_address={coordinator_address} must be host:port, for example 10.0.0.1:1234")
     # JAX's own handler would swallow every SIGTERM, so that only SIGKILL could end a process. `SharedFlag` replaces it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        jax.distributed.initialize(
+            coordinator_address=coordinator_address,
+            num_processes=num_processes,
+            process_id=process_id,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except ValueError as error:
         alone = str(error) == "coordinator_address should be defined." and not missing_steps(os.environ)
         if not alone:
@@ -92,10 +98,11 @@ class SharedFlag:
     def __init__(self, delay: int):
         mesh = Mesh(np.array(jax.devices()), ("device",))
         split = NamedSharding(mesh, PartitionSpec("device"))
-        self._values = [
-            jax.make_array_from_callback((mesh.size,), split, lambda _, raised=raised: np.array([raised], np.int32))
-            for raised in (0, 1)
-        ]
+
+        def everywhere(raised: int) -> jax.Array:
+            return jax.make_array_from_callback((mesh.size,), split, lambda index: np.array([raised], np.int32))
+
+        self._values = everywhere(0), everywhere(1)
         self._greatest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._delay, self._pending = delay, deque()
 

@@ -12,37 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
-# The spec covers the trailing dimensions; a stack of blocks adds a leading one, which is not split.
-TRANSFORMER_RULES: Rules = (
-    (r"(attention|cross_attention)/qkv/kernel", ("fsdp", None, "tensor", None)),  # [D, 3, H, E]
-    (r"(attention|cross_attention)/qkv/bias", (None, "tensor", None)),
-    (r"cross_attention/query/kernel", ("fsdp", "tensor", None)),  # [D, H, E]
-    (r"cross_attention/query/bias", ("tensor", None)),
-    (r"cross_attention/key_value/kernel", ("fsdp", None, "tensor", None)),  # [D, 2, H, E]
-    (r"cross_attention/key_value/bias", (None, "tensor", None)),
-    (r"(attention|cross_attention)/out/kernel", ("tensor", None, "fsdp")),  # [H, E, D]
-    (r"mlp/in/kernel", ("fsdp", "tensor")),  # [D, 4D]
-    (r"mlp/in/bias", ("tensor",)),
-    (r"mlp/out/kernel", ("tensor", "fsdp")),  # [4D, D]
-    # Not over tensor: with gate and MLP both split over (fsdp, tensor), XLA gave wrong numbers on meshes such as (2, 2, 2).
-    (r"modulation/linear/kernel", ("fsdp", None, None)),  # [D, 6, D]
-    (r"patch_embedding/kernel", (None, "fsdp")),
-    (r"time_embedding/(in|out)/kernel", (None, "fsdp")),
-    (r"label_embedding/embedding", (None, "fsdp")),
-    (r"final/linear/kernel", ("fsdp", None)),
-    (r"(out|linear|patch_embedding|time_embedding/in)/bias", ()),
-    (r"norm(_\w+)?/(scale|bias)", ()),
-)
-# Convolutions [k, k, in, out], linear layers [in, out], and vectors. Convolutions are not split over tensor: split over fsdp and
-# tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
-AUTOENCODER_RULES: Rules = (
-    (
-        r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
-        (None, None, "fsdp", None),
-    ),
-    (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
-    (r"\w+/(bias|scale)", ()),
-)
 TOO_MUCH = 0.1  # share of a device's bytes that may stay unsplit without a warning
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
@@ -91,7 +60,7 @@ def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> Part
     return PartitionSpec(*axes)
 
 
-def shardings(tree, mesh: Mesh, rules: Rules = TRANSFORMER_RULES):
+def shardings(tree, mesh: Mesh, rules: Rules):
     """NamedShardings for a pytree of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree
@@ -119,7 +88,7 @@ def unsplit_bytes(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, flo
         held += size
         if axis in rule_of(name, x.shape, rules) and axis not in spec:
             whole[name] = size
-    return held, sum(whole.values()), max(whole, key=whole.get)
+    return held, sum(whole.values()), max(whole, key=lambda name: whole[name])
 
 
 def warnings(tree, mesh: Mesh, rules: Rules) -> list[str]:

@@ -17,13 +17,13 @@ device by kind, whether the run fits, compute and communication, and an estimate
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
 MODELS = flags.DEFINE_bool("models", False, "The table of models.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run to plan.", lock_config=True)
+CONFIG = config_file.DEFINE_config("Config file of the run to plan.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this machine if not given."
 )
@@ -53,17 +53,15 @@ TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size o
 
 def cost(config) -> dict:
     """Counts the cost of a config's network from shapes and architecture, without creating arrays."""
-    from dit_jax import build
-    from dit_jax.models.macs import dit_macs
+    from dit_jax.build import Run
     from dit_jax.tasks.state import count_parameters
 
-    task = build.task(config)
-    macs = dit_macs(task.network, task.latent_shape)
+    task = Run(config).task
     return {
-        "tokens": (task.latent_shape[0] // config.model.patch_size) * (task.latent_shape[1] // config.model.patch_size),
+        "tokens": task.network.num_tokens(task.latent_shape),
         "params": count_parameters(jax.eval_shape(task.init, jax.random.key(0)).params),
-        "gmacs": macs / 1e9,
-        "train_flops_per_image": 6 * macs,
+        "gmacs": task.macs() / 1e9,
+        "train_flops_per_image": 6 * task.macs(),
     }
 
 
@@ -104,7 +102,7 @@ def print_plan(config, topology) -> dict:
     from dit_jax.plan import estimate, text
 
     if SAMPLER.value:
-        estimate.check_sampling(config)
+        estimate.check_sampling(estimate.run_on(config, topology))
     console.say(f"compiling the training step for {topology.name}")
     plan = estimate.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
     for line in (*text.training(plan), *(text.traffic(plan["traffic"], topology.chip) if TRAFFIC.value else ())):
@@ -166,12 +164,12 @@ def main() -> dict:
         return print_models()
     if TABLE.value:
         return print_table()
-    if CONFIG.value is None:
+    if not CONFIG.given:
         raise UserError(
             "choose what to plan: --models prints the table of models, --config=configs/<name>.py with "
             "--topology=v5p:4x4x4 plans a run"
         )
-    config = console.given_config(CONFIG)
+    config = CONFIG.read()
     from dit_jax.programs import topology
 
     place = topology.find(TOPOLOGY.value)

@@ -6,11 +6,8 @@ from typing import Any
 
 import jax
 
-from dit_jax import build
-from dit_jax.codecs.macs import gmacs
+from dit_jax.build import Run
 from dit_jax.errors import UserError
-from dit_jax.models.dit import form_of_loop
-from dit_jax.models.macs import dit_macs
 from dit_jax.plan import lowering
 from dit_jax.plan.remedies import remedies
 from dit_jax.programs import collectives, hlo, jaxpr_flops, memory, overlap, roofline
@@ -42,20 +39,23 @@ class Compiled:
     seconds: float
 
 
-def mesh_of(config, topology: Topology):
-    """The config's mesh over the topology's devices.
+def run_on(config, topology: Topology) -> Run:
+    """The objects of a config on the topology's devices, with the network's choices for that platform.
 
     Raises:
-        UserError: the product of the axes is not the number of devices, or the mesh does not fit the slice's torus.
+        UserError: the axes do not multiply to the devices, or cannot be laid on the slice.
     """
+    platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
+    run = Run(config, devices=topology.devices, platform=platform)
     try:
-        return build.mesh(config, topology.devices)
+        run.mesh
     except NotImplementedError:
         axes = " x ".join(f"{name}={size}" for name, size in config.mesh.items())
         raise UserError(
             f"the mesh {axes} cannot be laid on {topology.name}: on a torus each axis must be a product of whole "
             "sides; choose axes that are"
         ) from None
+    return run
 
 
 def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
@@ -102,29 +102,6 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
     )
 
 
-def model_flops(config, task) -> int:
-    """FLOPs of training on one batch: three forward passes of the trained network, 2 per multiply-add.
-
-    Rematerialisation and frozen networks do not count.
-    """
-    if config.task.name == "autoencoder":
-        return round(6e9 * sum(gmacs(task.codec, task.resolution))) * config.batch_size
-    return 6 * dit_macs(task.network, task.latent_shape) * config.batch_size
-
-
-def for_topology(config, topology: Topology):
-    """Returns the config with the settings that depend on the platform: the form of the loop over blocks, and attention."""
-    config = config.copy_and_resolve_references()
-    if "model" not in config:
-        return config
-    platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
-    with config.unlocked():
-        config.model.unroll, config.model.remat = form_of_loop(config.model.unroll, config.model.remat, platform)
-        if platform == "gpu" and config.model.attention == "auto" and config.model.dtype != "float32":
-            config.model.attention = "cudnn"
-    return config
-
-
 def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
     """Bytes of one device by purpose, from shapes and shardings, without arrays in host memory."""
     state = arguments["state"]
@@ -146,15 +123,14 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
     Raises:
         UserError: the config, the mesh and the topology do not fit together.
     """
-    config = for_topology(config, topology)
-    mesh = mesh_of(config, topology)
-    task = build.task(config)
-    lowering.check_batch(config, mesh)
-    traced, arguments = lowering.train_step(config, task, mesh, resident_rows)
+    run = run_on(config, topology)
+    run.check_batch()
+    task, mesh = run.task, run.mesh
+    traced, arguments = lowering.train_step(run, resident_rows)
     compiled = compile_program(traced, arguments, mesh)
     by_kind = state_memory(arguments)
     padding = max(0, compiled.memory["arguments"] - sum(by_kind.values()))
-    flops = model_flops(config, task)
+    flops = 6 * task.macs() * config.batch_size  # three forwards, 2 per multiply-add; no rematerialisation, no frozen network
     report = _report(topology, mesh, compiled) | {
         "flops_per_step": flops,
         "memory": by_kind | {"padding": padding} | {k: compiled.memory[k] for k in ("outputs", "aliased", "temporaries", "code")},
@@ -162,7 +138,7 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
         "microbatches": config.microbatches,
         "zero1": task.zero1,
         "offload": task.offload,
-        "remat": config.model.remat if "model" in config else None,
+        "remat": task.remat,
     }
     if traffic:
         report["traffic"] = compiled.traffic_by_place
@@ -170,17 +146,16 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
     report["mfu"] = flops / (step * mesh.devices.size * peak) if step else None
     report["images_per_second"] = config.batch_size / step if step else None
     over = compiled.memory["total"] - topology.chip.usable_bytes
-    report["remedies"] = [] if report["fits"] else remedies(config, task, mesh, compiled.memory["temporaries"], by_kind, over)
+    report["remedies"] = [] if report["fits"] else remedies(run, compiled.memory["temporaries"], by_kind, over)
     return report
 
 
-def check_sampling(config):
+def check_sampling(run: Run) -> None:
     """Raises UserError if `plan_sampling` would refuse the config; call before compiling the training step."""
-    if config.task.name == "diffusion":
-        build.sampler(config)
-        build.guidance(config)
-        if config.evaluation.batch_size < 1:
-            raise UserError(f"evaluation.batch_size is {config.evaluation.batch_size}; it must be at least 1")
+    if run.task.draws_samples:
+        run.sampler, run.guidance
+        if run.config.evaluation.batch_size < 1:
+            raise UserError(f"evaluation.batch_size is {run.config.evaluation.batch_size}; it must be at least 1")
 
 
 def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
@@ -188,11 +163,11 @@ def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
 
     The seconds are None if the sampler chooses its own number of steps.
     """
-    if config.task.name != "diffusion":
+    run = run_on(config, topology)
+    if not run.task.draws_samples:
         return None
-    config = for_topology(config, topology)
-    mesh, task = mesh_of(config, topology), build.task(config)
-    traced, arguments, batch_size, evaluations = lowering.sampling(config, task, mesh)
+    mesh = run.mesh
+    traced, arguments, batch_size, evaluations = lowering.sampling(run)
     compiled = compile_program(traced, arguments, mesh)
     report = _report(topology, mesh, compiled)
     seconds = report["step_seconds"] if evaluations is not None else None

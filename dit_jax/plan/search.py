@@ -4,9 +4,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from dit_jax import build
 from dit_jax.errors import UserError
-from dit_jax.plan import estimate, lowering
+from dit_jax.plan import estimate
 from dit_jax.plan.remedies import least_bytes
 from dit_jax.programs import memory
 from dit_jax.programs.topology import Topology
@@ -76,15 +75,15 @@ def bound(config, topology: Topology, resident_rows: int) -> int:
     Raises:
         UserError: as `estimate.plan_training`.
     """
-    mesh, task = estimate.mesh_of(config, topology), build.task(config)
-    lowering.check_batch(config, mesh)
+    run = estimate.run_on(config, topology)
+    run.check_batch()
     arguments = {
-        "state": lowering.abstract_state(task, mesh),
+        "state": run.abstract_state,
         "sums": {},
-        "constants": lowering.abstract_constants(config, task, mesh, resident_rows),
-        "batch": build.abstract_batch(config, task, mesh),
+        "constants": run.abstract_constants(resident_rows),
+        "batch": run.abstract_batch,
     }
-    return least_bytes(config, task, mesh, estimate.state_memory(arguments))
+    return least_bytes(run, estimate.state_memory(arguments))
 
 
 def search(

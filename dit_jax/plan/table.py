@@ -14,7 +14,7 @@ def config(size: str, batch_size: int):
     """The paper's config at 256 pixels with a latent cache."""
     c = recipes.dit(size, 256)
     c.data = {"name": "latents", "path": "", "verify": True}
-    c.loader = {"resident": False}
+    c.loader = recipes.loader("latents")
     c.batch_size = batch_size
     return c.lock()
 

@@ -1,11 +1,11 @@
 """Writes a TFDS data set of ArrayRecord shards (records, shards, metadata) without TensorFlow."""
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import commit, partial_path
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk, for random access; images do not compress further
 
@@ -62,8 +62,9 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    partial = partial_path(file)
     with writing(file):
-        writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     count = 0
     try:
         for record in records:
@@ -72,18 +73,18 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
             count += 1
         with writing(file):  # a full disk is reported here
             writer.close()
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-            stored, size = measure(file)
+            stored, size = measure(partial)
         if stored != count:
             raise UserError(
                 f"{file} holds only {stored} of the {count} records written: check the disk and run the command again"
             )
+        with writing(file):
+            commit(partial, file)
         return count, size
     except BaseException:
         with contextlib.suppress(RuntimeError):
             writer.close()
-        file.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -104,7 +105,7 @@ def write_metadata(
     splits: dict[str, list[tuple[int, int]]],
     class_names: Sequence[str],
     captions: bool,
-    resolution: int,
+    size: tuple[int, int] | None,
 ) -> None:
     """Writes TFDS's metadata of the shards in <data_dir>/<dataset>/<version>; overwrites that of an earlier call.
 
@@ -112,12 +113,12 @@ def write_metadata(
 
     Args:
         splits: {name: [(records, bytes) of each shard]}.
-        resolution: 0 for images of any size and format, R for PNGs of R x R.
+        size: (height, width) of PNGs; None for images of any size and format.
     """
     import tensorflow_datasets as tfds
 
-    size = resolution or None
-    features = {"image": tfds.features.Image(shape=(size, size, 3), encoding_format="png" if size else None)}
+    shape = (*(size or (None, None)), 3)
+    features = {"image": tfds.features.Image(shape=shape, encoding_format="png" if size else None)}
     if class_names:
         features["label"] = tfds.features.ClassLabel(names=list(class_names))
     if captions:

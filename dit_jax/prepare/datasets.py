@@ -6,11 +6,9 @@ function of (source, seed), so that a shard can be written at any time, always w
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections import deque
@@ -22,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder, Source
+from dit_jax.data.size import size_json
+from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
 from dit_jax.data.transforms import FORMATS, center_crop, decode
@@ -30,12 +29,15 @@ from dit_jax.errors import UserError
 from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
 from dit_jax.runtime import console
+from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, write_json
+from dit_jax.storage.claim import LOCK, claim
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
 PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the time
 SIZED = 512  # number of records whose mean size determines the number of shards
 MAX_SHARDS = 99_999  # a shard's name has five digits
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+Files = ImageFolder | TarSource  # whose examples hold the bytes of image files
 
 
 @dataclass(frozen=True)
@@ -43,30 +45,32 @@ class Request:
     """The data set to write and its settings.
 
     Fields:
-        out: TFDS data_dir; gets a folder called `dataset`.
-        dataset: name in TFDS: lower-case letters, digits and _; not a name that TFDS has.
+        out: TFDS data_dir, the folder that gets a folder called `dataset`.
+        dataset: name in TFDS, lower case, digits and _; none of TFDS's own.
         seed: of the order of the records, at least 0.
-        shard_bytes: approximate size of a shard, at least 1.
-        resolution: 0 keeps the files bit for bit; R stores the centre crop R x R, RGB, as PNG.
-        num_threads: threads that read and crop; affects only the speed.
-        max_bad_share: largest share of a split's images that may be unreadable and skipped, in [0, 1).
+        shard_bytes: about the size of a shard, at least 1.
+        size: None keeps the files bit for bit; (H, W) stores the centre crop of that height and width, RGB, as PNG.
+        num_threads: that read and crop; changes the speed only.
+        max_bad_share: of the images of a split that may be unreadable and left out, in [0, 1).
 
     Raises:
-        UserError: a value is out of range, or TFDS has or does not accept the name.
+        UserError: a value out of range, or a name that TFDS has or does not take.
     """
 
     out: Path
     dataset: str
     seed: int = 0
     shard_bytes: int = 256 << 20
-    resolution: int = 0
+    size: tuple[int, int] | None = None
     num_threads: int = 16
     max_bad_share: float = 0.001
 
     def __post_init__(self):
-        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("resolution", 0), ("num_threads", 1)):
+        for name, lowest in (("seed", 0), ("shard_bytes", 1), ("num_threads", 1)):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"size={self.size} must be at least 1 pixel in height and width; None keeps the files")
         if not 0 <= self.max_bad_share < 1:
             raise UserError(f"max_bad_share={self.max_bad_share} must lie in [0, 1)")
         if not NAME.fullmatch(self.dataset):
@@ -81,6 +85,11 @@ class Request:
                 f"dataset={self.dataset}: TFDS has code for a data set of this name and would not read this one: "
                 f"choose another name, such as my_{self.dataset}"
             )
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """The size as recorded in the plan: 0 for none, R for R x R, otherwise [H, W]."""
+        return 0 if self.size is None else size_json(self.size)
 
     @property
     def folder(self) -> Path:
@@ -100,7 +109,7 @@ class BadRecord:
     reason: str
 
 
-def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> ImageFolder | TarSource:
+def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> Files:
     """Opens the source at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
 
     Args:
@@ -122,6 +131,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         raise UserError(
             f"{path} contains both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for the tars"
         )
+    source: Files
     if given.is_dir() and not tars:
         source = ImageFolder(path)
     elif first and CLASS_TAR.fullmatch(first.name):
@@ -166,10 +176,10 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
             raise UserError(
                 f"split={split!r} must be lower-case letters, digits and _, starting with a letter, and not 'all': train"
             )
-    with _locked(request.folder):
+    with claim(request.folder, "writing shards", "--dataset or --out"):
         plan = _read_plan(request.folder)
         class_names = tuple(plan["class_names"]) if plan else None
-        sources = {}
+        sources: dict[str, Files] = {}
         for split, path in paths.items():
             sources[split] = open_source(path, class_names_file, class_names)
             class_names = sources[split].class_names
@@ -187,20 +197,6 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
         return _verified(request, plan)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / ".lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {folder}; wait for it, or give another --dataset or --out") from None
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written or locked ({error.strerror}); give another --out") from None
-        yield
-
-
 def _read_plan(folder: Path) -> dict | None:
     file = folder / PLAN
     try:
@@ -209,7 +205,7 @@ def _read_plan(folder: Path) -> dict | None:
             raise ValueError(f"format {plan['format']}, not {FORMAT}")
         return plan
     except FileNotFoundError:
-        strange = [entry.name for entry in folder.iterdir() if entry.name not in (".lock", f"{PLAN}.partial")]
+        strange = [entry.name for entry in folder.iterdir() if entry.name != LOCK and not is_partial(entry.name)]
         if strange:
             raise UserError(
                 f"{folder} contains {_some(strange)} but no {PLAN}: it was not written by this command; give another --dataset"
@@ -220,20 +216,15 @@ def _read_plan(folder: Path) -> dict | None:
 
 
 def _save(folder: Path, plan: dict) -> None:
-    partial = folder / f"{PLAN}.partial"
     with writing(folder):
-        with open(partial, "w") as out:
-            out.write(json.dumps(plan, indent=1) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, folder / PLAN)
+        write_json(folder / PLAN, plan)
 
 
 def _order(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
-def _planned(request: Request, plan: dict | None, sources: dict[str, Source]) -> dict:
+def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> dict:
     """The plan with all requested splits.
 
     Raises:
@@ -300,8 +291,7 @@ def _missing(request: Request, plan: dict, split: str) -> list[int]:
 
 
 def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) -> None:
-    for stale in request.folder.glob("*.partial"):
-        stale.unlink()
+    remove_leftovers(request.folder)
     needed = 0
     for split, numbers in missing.items():
         facts = plan["splits"][split]
@@ -314,11 +304,11 @@ def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) ->
         )
 
 
-def _write_split(request: Request, plan: dict, split: str, source: Source, missing: list[int]) -> None:
+def _write_split(request: Request, plan: dict, split: str, source: Files, missing: list[int]) -> None:
     facts = plan["splits"][split]
     images, order, shards = facts["images"], _order(request.seed, facts["images"]), request.shards(plan, split)
     ends = [images * number // len(shards) for number in range(len(shards) + 1)]
-    bad = [BadRecord(*one) for i, (_, shard) in enumerate(shards) if i not in missing for one in shard["bad"]]
+    bad = [BadRecord(*one) for i, shard in enumerate(facts["shards"]) if i not in missing for one in shard["bad"]]
     progress = console.Progress(f"{request.dataset} {split}: images", sum(ends[i + 1] - ends[i] for i in missing))
     done = 0
 
@@ -341,23 +331,24 @@ def _write_split(request: Request, plan: dict, split: str, source: Source, missi
     with ThreadPoolExecutor(request.num_threads) as pool:
         for number in missing:
             file, known = shards[number][0], len(bad)
-            partial = file.with_name(f"{file.name}.partial")
             records = _in_threads(pool, request, plan, source, order[ends[number] : ends[number + 1]].tolist())
-            count, size = write_shard(partial, good(records))
+            count, size = write_shard(file, good(records))
             facts["shards"][number] = {"records": count, "bytes": size, "bad": [[one.name, one.reason] for one in bad[known:]]}
             _save(request.folder, plan)
-            with writing(file):
-                os.replace(partial, file)
 
 
 def _in_threads(
-    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Source, numbers: list[int]
+    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Files, numbers: list[int]
 ) -> Iterator[bytes | BadRecord]:
     """Yields the records of examples in their order, computing a few in advance."""
+
+    def record(number: int) -> bytes | BadRecord:
+        return _record(source[number], request, plan)
+
     waiting = deque()
     try:
         for number in numbers:
-            waiting.append(pool.submit(lambda number=number: _record(source[number], request, plan)))
+            waiting.append(pool.submit(record, number))
             if len(waiting) >= 2 * request.num_threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -370,6 +361,7 @@ def _in_threads(
 def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
     """Converts an example to a record; a `BadRecord` if its image cannot be read."""
     image, name = example["image"], example["name"]
+    assert isinstance(image, bytes)  # of `Files`
     if not image:
         return BadRecord(name, "zero bytes")
     try:
@@ -378,15 +370,15 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
         pass  # it is a huge image; whoever decodes it decides what to do
     except Exception:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
         return BadRecord(name, f"not one of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
-    if request.resolution:
+    if request.size:
         try:
-            picture = center_crop(decode(image, 3, name), request.resolution)
+            picture = center_crop(decode(image, 3, name), request.size)
         except UserError as error:
             return BadRecord(name, str(error))
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=PNG_LEVEL)
         image = file.getvalue()
-    fields = {"image": image}
+    fields: dict[str, bytes | int] = {"image": image}
     if plan["class_names"]:
         fields["label"] = example["label"]
     if plan["captions"]:
@@ -399,9 +391,10 @@ def _finish(request: Request, plan: dict) -> None:
     bad = _bad_records(plan)
     if bad:
         with writing(request.folder / BAD_LIST):
-            (request.folder / BAD_LIST).write_text("".join(f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad))
+            lines = (f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad)
+            write_atomic(request.folder / BAD_LIST, "".join(lines))
     splits = {split: [(shard["records"], shard["bytes"]) for shard in facts["shards"]] for split, facts in plan["splits"].items()}
-    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.resolution)
+    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.size)
     plan["complete"] = True
     _save(request.folder, plan)
 
@@ -419,8 +412,8 @@ def _verified(request: Request, plan: dict) -> dict:
     """Checks the bytes and records of every shard and TFDS's count of records; returns the result."""
     result = {}
     for split in plan["splits"]:
-        shards = request.shards(plan, split)
-        for file, facts in shards:
+        shards = plan["splits"][split]["shards"]
+        for (file, _), facts in zip(request.shards(plan, split), shards, strict=True):
             try:
                 measured = measure(file)
             except (OSError, RuntimeError) as error:
@@ -430,14 +423,14 @@ def _verified(request: Request, plan: dict) -> dict:
                     f"{file} has {measured[0]} records in {measured[1]:,} bytes instead of {facts['records']} in "
                     f"{facts['bytes']:,}: remove it and run the command again"
                 )
-        records = sum(facts["records"] for _, facts in shards)
+        records = sum(facts["records"] for facts in shards)
         counted = len(TFDS(request.dataset, str(request.out), split, label_key="label" if plan["class_names"] else None))
         if counted != records:
             raise UserError(
                 f"TFDS counts {counted} records in split {split} of {request.folder}, but {records} were written: "
                 f"remove that folder and run the command again"
             )
-        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for _, facts in shards)}
+        result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for facts in shards)}
     return {
         "out": str(request.out),
         "dataset": request.dataset,

@@ -40,7 +40,7 @@ class Chip:
     hbm_bandwidth: float | None
     link_bandwidth: float | None
     network_bandwidth: float | None = None
-    wraps: int | None = None
+    wraps: int = 1
 
 
 CHIPS = {

@@ -133,7 +133,9 @@ class Program:
         if following.opcode != "add" or element_of(body, following.operands[0]) != place:
             return None
         step = constant_of(body, following.operands[1])
-        return None if None in (start, limit, step) else max(0, -(-(limit - start) // step))
+        if start is None or limit is None or step is None:
+            return None
+        return max(0, -(-(limit - start) // step))
 
     def executed(self, into_fusions: bool = False) -> Iterator[tuple[Computation, Instruction, int]]:
         """Yields (computation, instruction, number of executions) of all executed instructions; every branch of a conditional.
@@ -158,8 +160,15 @@ class Program:
 
 
 def named(instruction: Instruction, attribute: str) -> str:
-    """The name of the computation in an attribute."""
-    return re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)[1]
+    """The name of the computation in an attribute.
+
+    Raises:
+        ValueError: the instruction has no such attribute.
+    """
+    match = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
+    if match is None:
+        raise ValueError(f"the instruction {instruction.name} has no {attribute}= in {instruction.attributes!r}")
+    return match[1]
 
 
 def root_of(computation: Computation) -> Instruction:
@@ -182,7 +191,8 @@ def constant_of(computation: Computation, name: str) -> int | None:
 def element_of(computation: Computation, name: str) -> int | None:
     """The index at which a value is taken from a tuple, or None."""
     source = behind_copies(computation, name)
-    return int(re.search(r"index=(\d+)", source.attributes)[1]) if source.opcode == "get-tuple-element" else None
+    index = re.search(r"index=(\d+)", source.attributes)
+    return int(index[1]) if index and source.opcode == "get-tuple-element" else None
 
 
 def parse(text: str) -> Program:

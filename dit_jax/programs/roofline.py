@@ -69,7 +69,7 @@ def estimate(
         hidden_share: share of the sent bytes that overlap, see `overlap.hidden_share`.
     """
     chip = topology.chip
-    if chip.peak_flops is None:
+    if chip.peak_flops is None or chip.hbm_bandwidth is None:
         return None
     hbm = chip.hbm_bandwidth * chips.HBM_EFFICIENCY
     sending = sum(c.times * c.sent_bytes / (bandwidth(topology, mesh, c) * chips.LINK_EFFICIENCY) for c in collective_ops)
@@ -87,16 +87,22 @@ def bandwidth(topology: Topology, mesh, collective: collectives.Collective) -> f
 
     On a torus, a group uses both links of each dimension that it spans, or one link if that side is not a ring. A permute uses
     both, because the compiler sends half to each neighbour at the same time.
+
+    Raises:
+        ValueError: the chip has no figures for its links.
     """
     chip, groups = topology.chip, collective.groups
+    within = bool(topology.sides) or len({index // GPUS_PER_HOST for index in groups[0]}) == 1
+    link = chip.link_bandwidth if within else chip.network_bandwidth
+    if link is None:
+        raise ValueError(f"{chip.name} has no figures for its links in dit_jax/programs/chips.py")
     if not topology.sides:
-        within = len({index // GPUS_PER_HOST for index in groups[0]}) == 1
-        return chip.link_bandwidth if within else chip.network_bandwidth
+        return link
     if collective.kind == "collective-permute":
-        return 2 * chip.link_bandwidth
+        return 2 * link
     coordinates = np.asarray([device.coords for device in mesh.devices.flat])
     links = 0
     for dimension, count in collectives.spans(groups, coordinates):
         closed = count == topology.sides[dimension] and count % chip.wraps == 0
         links += 2 if closed else 1
-    return max(links, 1) * chip.link_bandwidth
+    return max(links, 1) * link

@@ -35,7 +35,7 @@ ENVIRONMENT = {
 # XLA's description of the device to compile for. H100 and H200 differ only in their memory.
 GPU_TARGET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98
 device_memory_size: {memory} shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 minor: 0 }}
 registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
 platform_name: "CUDA" device_description_str: "NVIDIA {name}"
@@ -140,7 +140,7 @@ def _gpus(kind: str, count: int) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     chip = chips.CHIPS[kind]
-    target = GPU_TARGET.format(bandwidth=int(chip.hbm_bandwidth), memory=chip.hbm_bytes, name=chip.name)
+    target = GPU_TARGET.format(bandwidth=chip.hbm_bandwidth, memory=chip.hbm_bytes, name=chip.name)
     hosts = -(-count // GPUS_PER_HOST)
     shape = f"1x{hosts}x{count // hosts}"
     return tuple(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target).devices)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dit_jax.programs.collectives import KINDS
 from dit_jax.programs.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, RUNS, Computation, Instruction, Program
@@ -81,9 +81,9 @@ def hbm_traffic(program: Program) -> Traffic:
     return Traffic(total[True], total[False])
 
 
-def by_place(program: Program) -> list[dict[str, str | int]]:
+def by_place(program: Program) -> list[dict[str, Any]]:
     """Totals per kind and place, {"kind", "place", "kernels", "bytes"}, in descending order of bytes."""
-    rows: dict[tuple[str, str], dict[str, str | int]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for work in works(program):
         row = rows.setdefault((work.kind, work.place), {"kind": work.kind, "place": work.place, "kernels": 0, "bytes": 0})
         row["kernels"] += work.times

@@ -17,9 +17,11 @@ def use():
     (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. The folder may be
     deleted at any time, and a broken entry is compiled again. If the folder cannot be written, a line on stderr reports it.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    # type: ignore: JAX adds the attributes of its options when it is imported.
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return
-    folder = jax.config.jax_compilation_cache_dir or str(Path("~/.cache/dit_jax/xla").expanduser() / cpu_kind())
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    folder = folder or str(Path("~/.cache/dit_jax/xla").expanduser() / cpu_kind())
     if "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

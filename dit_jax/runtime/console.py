@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
@@ -12,10 +13,14 @@ import jax
 from absl import app, flags, logging
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import compilation_cache
+from dit_jax.runtime import compilation_cache, user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
 
+flags.disclaim_key_flags()  # --help lists --import as the verb's own
+
 USER_ERROR_STATUS = 2
+CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.DEFINE_config`
+FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 
 
@@ -31,22 +36,6 @@ def duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-def given_config(flag):
-    """The value of a config flag, as `config_flags.DEFINE_config_file` returns it.
-
-    Raises:
-        UserError: its file does not exist or cannot be read, which ml_collections only tells at the first use.
-    """
-    try:
-        flag.value.keys()
-    except OSError:
-        from ml_collections import config_flags
-
-        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
-        raise UserError(f"--{flag.name}={name} does not exist or cannot be read") from None
-    return flag.value
 
 
 class Progress:
@@ -72,19 +61,43 @@ def verb_of(program: str) -> str:
     return path.parent.name if path.stem == "__main__" else path.stem
 
 
+def config_fields(argv: list[str]) -> list[str]:
+    """The arguments with every --config.<path>=<value> as --config.<field>=<path>=<value>, a flag that absl can parse.
+
+    absl would refuse the flags of fields, as it does not know the config. The other forms of a flag are read too: --config.path
+    value, --config.path and --noconfig.path of a field that is true or false.
+    """
+    found: list[str] = []
+    may_take_value = False
+    for number, text in enumerate(argv):
+        if text == "--":
+            return found + argv[number:]
+        field = FIELD.match(text)
+        if field:
+            found.append(f"--{CONFIG_FIELD}={text[field.end() :]}" + ("=false" if field["no"] else ""))
+        elif may_take_value and not text.startswith("--"):
+            found[-1] += f"={text}"
+        else:
+            found.append(text)
+        may_take_value = field is not None and not field["no"] and "=" not in text
+    return found
+
+
 def _parse_flags(argv):
+    takes_config = CONFIG_FIELD in flags.FLAGS
     try:
-        return flags.FLAGS(argv)
+        if takes_config:
+            argv = config_fields(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+        rest = flags.FLAGS(argv)
+        if takes_config and "config" in flags.FLAGS and flags.FLAGS["config"].value is None and flags.FLAGS[CONFIG_FIELD].value:
+            raise flags.Error(f"--config.{flags.FLAGS[CONFIG_FIELD].value[0]} is given without --config=configs/<name>.py")
+        return rest
     except SystemExit:  # --help: absl leaves with 1
         sys.exit(0)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        # ml_collections says nothing but the name of an unknown field, in as many quotes as there were exceptions.
-        bare = str(error).strip("'\"") if isinstance(error, (KeyError, AttributeError)) else ""
-        missing = f"the config has no field {bare!r}" if bare.replace(".", "").isidentifier() else ""
-        message = missing or str(error).strip() or type(error).__name__
-        if "Traceback (most recent call last)" in message:  # of a config file: what ml_collections says ends with the reason
-            message = f"{message.splitlines()[0]} {message.splitlines()[-1].removeprefix('dit_jax.errors.UserError: ')}"
-        print(f"error: {message}", file=sys.stderr)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        if takes_config and isinstance(error, flags.UnrecognizedFlagError):
+            print(f"A field of the config is given as --config.{error.flagname}=<value>.", file=sys.stderr)
         print(f"See python -m dit_jax.{verb_of(argv[0])} --help.", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
 
@@ -106,12 +119,12 @@ def _leave(status: int):
 
 
 def run(main):
-    """Runs a verb; main() returns a dict, which is printed as the last line of stdout.
+    """Runs a verb: imports what --import names, then calls main(), which returns a dict, printed as the last line of stdout.
 
-    Exit status: 0 if everything is done; 75 (STOPPED_STATUS), on every process, if the result says `stopped`: a signal ended the
-    work early and everything is saved. A UserError becomes one or two lines on stderr and exit status 2, without a stack trace;
-    with several processes the message names the process. JAX then ends the other processes: immediately if process 0, which they
-    are all connected to, failed, otherwise within 100 s.
+    Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a
+    signal ended the work early with everything saved. A UserError becomes one or two lines on stderr and exit status 2,
+    without a stack trace; of several processes it says which. JAX ends the others: at once where the first failed, which they
+    all talk to, else within 100 s.
     """
 
     def guarded(argv):
@@ -119,6 +132,7 @@ def run(main):
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
+            user_code.import_all(flags.FLAGS["import"].value)
             result = main()
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
@@ -135,6 +149,9 @@ def run(main):
         if result.get("stopped"):
             sys.exit(STOPPED_STATUS)
 
+    flags.DEFINE_multi_string(
+        "import", [], "Python file or module to import first, which calls dit_jax.register; may be given several times."
+    )
     reuse_freed_memory()
     compilation_cache.use()
     app.run(guarded, flags_parser=_parse_flags)

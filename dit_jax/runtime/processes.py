@@ -2,13 +2,19 @@
 
 from absl import flags
 
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the cluster is not detected.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator_address.")
+flags.disclaim_key_flags()  # --help lists them as the verb's own
 
 
-def join():
+def define_flags() -> None:
+    """Defines --coordinator_address, --num_processes and --process_id, for a verb that calls `join`."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the cluster is not detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
+    flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator_address.")
+
+
+def join() -> None:
     """Joins the other processes, if there are any; call before anything else uses JAX. Raises as `hosts.initialize`."""
     from dit_jax.parallel import hosts
 
-    hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    values = flags.FLAGS
+    hosts.initialize(values.coordinator_address, values.num_processes, values.process_id)

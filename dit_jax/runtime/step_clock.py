@@ -157,5 +157,6 @@ class StepClock:
         idle = Counter()
         for kind, start, end in spans:
             idle[kind] += max(0.0, end - max(start, self._at))
-        idle["init" if first else "other"] += max(0.0, when - self._at - idle.total())
+        rest = max(0.0, when - self._at - idle.total())
+        idle["init" if first else "other"] += rest  # type: ignore[assignment]  # typeshed has a Counter of int alone
         return idle

@@ -58,7 +58,7 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
             with open(self.file, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             for child in multiprocessing.active_children():

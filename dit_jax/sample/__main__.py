@@ -12,13 +12,13 @@ of devices and processes and with any --batch_size: to the bit with --fsdp=1, el
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 from absl import flags
 
-from dit_jax import recipes
+from dit_jax import recipes, registry
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
+from dit_jax.runtime.field_values import FieldType
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
 STEP = flags.DEFINE_string(
@@ -29,7 +29,7 @@ CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of 
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
 LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; `balanced`, all in turn, if not given.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
-SAMPLER = flags.DEFINE_string("sampler", None, "One of recipes.SAMPLERS (ddpm, ddim, heun, ...); the config's if not given.")
+SAMPLER = flags.DEFINE_string("sampler", None, "A registered sampler, such as ddpm, ddim or heun; the config's if not given.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -60,6 +60,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or a folder of shards.")
+processes.define_flags()
 
 
 def override(config: ml_collections.ConfigDict):
@@ -72,13 +73,14 @@ def override(config: ml_collections.ConfigDict):
         config.sampler.num_steps = NUM_STEPS.value
     for text in SAMPLER_FIELDS.value:
         key, _, value = text.partition("=")
-        if key not in config.sampler or key == "name":
-            fields = ", ".join(field for field in config.sampler if field != "name")
-            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {fields}")
+        fields = registry.parameters("sampler", config.sampler.name)
+        if key not in fields:
+            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {', '.join(fields)}")
+        wanted = FieldType.of_annotation(fields[key].annotation)
         try:
-            config.sampler[key] = type(config.sampler[key])(value)
+            config.sampler[key] = wanted.parse(value)
         except ValueError:
-            raise UserError(f"--sampler_fields={text}: {key} is a {type(config.sampler[key]).__name__}") from None
+            raise UserError(f"--sampler_fields={text}: {key} must be {wanted.describe()}") from None
     for key, flag in (("interval", FORECAST_INTERVAL), ("order", FORECAST_ORDER)):
         if flag.value is not None:
             config.forecast = {**config.get("forecast", {}), key: flag.value}
@@ -100,46 +102,12 @@ def override(config: ml_collections.ConfigDict):
         config.codec.path, config.codec.sha256 = CODEC_PATH.value, ""
 
 
-def read_source(path: Path) -> tuple[ml_collections.ConfigDict, dict | None]:
-    """The config of a run or of a weights file, and where the file's weights came from (None for a run)."""
-    if path.suffix == ".safetensors":
-        from dit_jax.convert.formats import config_of
-        from dit_jax.interop import weights
-
-        found = weights.read(path)
-        return config_of(found.sections), found.origin
-    from dit_jax.storage.run_folder import read_config
-
-    return ml_collections.ConfigDict(read_config(path)), None
-
-
-def load_params(path: Path, task, mesh, step: int | None = None):
-    """(moving-average parameters on the mesh, their step or None) of a run or a weights file.
-
-    Raises:
-        UserError: the run has no such checkpoint.
-    """
-    from dit_jax.interop import weights
-    from dit_jax.parallel.mesh import place
-    from dit_jax.storage.checkpoints import restore_subtree
-    from dit_jax.tasks.state import abstract_state
-
-    abstract = abstract_state(task, mesh).ema_params
-    if path.suffix == ".safetensors":
-        return place(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
-    try:
-        restored, _, step = restore_subtree(path / "checkpoints", {"ema_params": abstract}, step)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    return restored["ema_params"], step
-
-
 def chosen_step(workdir: Path) -> int | None:
     """The checkpoint that --step names; None for the newest."""
     if STEP.value is None:
         return None
     if STEP.value == "best":
-        from dit_jax.training.scoring import read_best
+        from dit_jax.storage.run_folder import read_best
 
         best = read_best(workdir)
         if best is None:
@@ -150,18 +118,7 @@ def chosen_step(workdir: Path) -> int | None:
     return int(STEP.value)
 
 
-def what_is_predicted(config) -> dict:
-    """The part of a config that two networks must share for one to guide the other."""
-    training_only = ("min_snr_gamma", "time_distribution", "logit_mean", "logit_std")
-    return {
-        "process": {k: v for k, v in config.process.items() if k not in training_only},
-        "codec": {k: v for k, v in config.codec.items() if k not in ("path", "sha256", "dtype")},
-        "resolution": config.transform.resolution,
-        "number of classes": config.model.num_classes,
-    }
-
-
-def load_weak(config, mesh) -> tuple[Any, Any]:
+def load_weak(run) -> tuple[Any, Any]:
     """(task, parameters) of the network of --autoguidance_workdir; (None, None) without it.
 
     Raises:
@@ -169,24 +126,19 @@ def load_weak(config, mesh) -> tuple[Any, Any]:
     """
     if AUTOGUIDANCE.value is None:
         return None, None
-    from dit_jax import build
+    from dit_jax.build import Run
+    from dit_jax.sample import trained
 
-    if config.guidance.scale == 1.0:
+    if run.config.guidance.scale == 1.0:
         raise UserError("--autoguidance_workdir needs --guidance_scale above 1; at 1 guidance is off")
     path = Path(AUTOGUIDANCE.value).expanduser().absolute()
-    other, _ = read_source(path)
-    mine, others = what_is_predicted(config), what_is_predicted(other)
-    for name, value in mine.items():
-        if others[name] != value:
-            raise UserError(
-                f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not "
-                f"{value}); both must have the same"
-            )
-    other.codec = config.codec
+    config, _ = trained.read(path)
     if DTYPE.value is not None:
-        other.model.dtype = DTYPE.value
-    task = build.task(other)
-    return task, load_params(path, task, mesh)[0]
+        config.model.dtype = DTYPE.value
+    trained.check_guides(run, Run(config), path)
+    config.codec, config.mesh = run.config.codec, run.config.mesh
+    weak = Run(config)
+    return weak.task, trained.load_params(weak, path)[0]
 
 
 def choose_labels(num_classes: int):
@@ -212,11 +164,10 @@ def main() -> dict:
         raise UserError("give --workdir=<folder of a run of dit_jax.main> or --weights=<file of dit_jax.convert>, one of them")
     out = Path(OUT.value).expanduser().absolute()
     processes.join()
-    from dit_jax import build
-    from dit_jax.interop import codec_folder
-    from dit_jax.sample import drawing, samples_file
+    from dit_jax.build import Run
+    from dit_jax.sample import drawing, samples_file, trained
     from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
-    from dit_jax.sample.weights import hold, weights_fingerprint
+    from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 
     drawing.check_out(out)
     source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
@@ -224,40 +175,33 @@ def main() -> dict:
         raise UserError(f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; a run is given by --workdir")
     if WEIGHTS.value is not None and STEP.value is not None:
         raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
-    config, origin = read_source(source)
-    if config.task.name != "diffusion":
-        raise UserError(
-            f"{source} is the run of an autoencoder, which draws nothing by itself: give {source} as codec.path to a "
-            "diffusion run"
-        )
+    config, origin = trained.read(source)
     override(config)
     config.mesh = {"data": -1, "fsdp": FSDP.value}  # the devices at hand now, whatever trained it
-    mesh = build.mesh(config)
     own_codec = WORKDIR.value is not None and CODEC_PATH.value is None
-    config, codec_params = codec_folder.settle(config, source if own_codec else None)
-    task = build.task(config)
-    labels, labels_mode = choose_labels(task.num_classes)
-    batch_size = BATCH_SIZE.value if BATCH_SIZE.value is not None else min(config.evaluation.batch_size, NUM_SAMPLES.value)
-    sampler, guidance = build.sampler(config), build.guidance(config, weak=AUTOGUIDANCE.value is not None)
-    (weak_task, weak_params), forecast = load_weak(config, mesh), build.forecast(config)
-    generator = Generator(task, drawing_mesh(mesh), sampler, guidance, batch_size, SEED.value, weak_task, forecast=forecast)
-    codec = build.constants(config, mesh, None, codec_params)["codec"]
-    params, step = load_params(source, task, mesh, chosen_step(source))
+    run = Run(config).with_codec_weights(source if own_codec else None)
+    labels, labels_mode = choose_labels(run.conditioner.num_classes)
+    requests = run.conditioner.from_requests({"label": labels} if run.conditioner.num_classes else {})
+    batch_size = min(config.evaluation.batch_size, NUM_SAMPLES.value) if BATCH_SIZE.value is None else BATCH_SIZE.value
+    sampler, forecast = run.sampler, run.forecast
+    guidance = run.guidance if AUTOGUIDANCE.value is None else run.guidance_by_second_network
+    weak_task, weak_params = load_weak(run)
+    mesh = drawing_mesh(run.mesh)
+    generator = Generator(run.task, mesh, sampler, guidance, batch_size, SEED.value, weak_task, forecast=forecast)
+    params, step = trained.load_params(run, source, chosen_step(source))
     console.say(
-        f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance "
-        f"{config.guidance.scale}"
+        f"sampling from {source}{'' if step is None else f' at step {step}'}: {dict(config.sampler)}, guidance {guidance.scale}"
     )
-    params, codec, weak_params = on_mesh((params, codec, weak_params), generator.mesh)
-    made_by = samples_file.describe(config, params, step, SEED.value) | {"labels": labels_mode}
+    params, constants, weak_params = on_mesh((params, run.frozen, weak_params), generator.mesh)
+    made_by = samples_file.describe(run.config, params, step, SEED.value) | {"labels": labels_mode}
     made_by |= {"origin": origin} if origin else {}
-    params = hold(task, params)  # what it was cast from goes
+    params = cast_for_inference(run.task, params)  # the parameters as they were trained are freed
     if weak_task is not None:
         made_by |= {"autoguidance": AUTOGUIDANCE.value, "autoguidance_weights": weights_fingerprint(weak_params)}
-        weak_params = hold(weak_task, weak_params)
-    shape = (config.transform.resolution, config.transform.resolution, config.transform.channels)
-    drawn = drawing.draw(out, generator, params, {"codec": codec}, labels, shape, made_by, weak_params)
-    # Per image; an adaptive sampler chooses its number, and an interval halves some: then null.
-    per_image = sampler.evaluations(task.process) if (guidance.low, guidance.high) == (0.0, 1.0) else None
+        weak_params = cast_for_inference(weak_task, weak_params)
+    drawn = drawing.draw(out, generator, params, constants, requests, len(labels), made_by, weak_params)
+    # Per image. It is null for an adaptive sampler, which chooses its number, and where an interval of guidance halves some.
+    per_image = None if guidance.is_partial else sampler.evaluations(run.process)
     return {
         "out": str(out),
         "grid": str(drawn.grid),

@@ -3,7 +3,6 @@
 Part p of P draws the shards p, p + P, ...: a part is a process, or the processes that hold the same rows of a batch.
 """
 
-import contextlib
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from dit_jax import __version__
+from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import shard_batch
@@ -23,6 +23,7 @@ from dit_jax.sample import samples_file, shards
 from dit_jax.sample.generator import Generator, has_whole_params
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
+from dit_jax.storage.atomic import check_writable
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def made_with(generator: Generator) -> dict:
         "jax": jax.__version__,
         "device": jax.local_devices()[0].device_kind,
         "matmul_precision": jax.config.jax_default_matmul_precision,
-        "rows_at_once": generator.rows_at_once,
+        "rows_at_once": generator.chunk_size,
     }
     if not has_whole_params(generator.mesh):
         found["mesh"] = dict(generator.mesh.shape)
@@ -70,11 +71,8 @@ def check_out(out: Path):
         raise UserError(f"{out} is a folder; give the name of a file")
     if out.suffix != ".npz" and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a folder, or a name that ends in .npz, is needed")
-    probe = out.parent / f".{out.name}.partial"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        check_writable(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another place") from None
 
@@ -84,39 +82,42 @@ def draw(
     generator: Generator,
     params,
     constants,
-    labels: np.ndarray,
-    shape: tuple[int, int, int],
+    requests: Requests,
+    num_images: int,
     made_by: dict,
     weak_params=None,
     replace: bool = False,
 ) -> Drawn:
-    """Image k for labels[k], k = 0, 1, ..., into an npz or a folder of shards; what is there and whole is not drawn again.
+    """Draws image k for request k, k = 0, 1, ..., into an npz or a folder of shards; finished shards are not drawn again.
 
-    All processes call this alike, and see the same files. Killed at any time and called again it goes on.
+    All processes call this alike, and see the same files. Killed at any time and called again, it continues.
 
     Args:
-        generator: on the `drawing_mesh`, and params, constants, weak_params with it.
-        params, weak_params: of `held_weights.hold`.
-        shape: [H, W, C] of an image.
+        generator: on the `drawing_mesh`, as are params, constants and weak_params.
+        params, weak_params: of `weights.cast_for_inference`.
+        requests: host arrays [num_images, ...], as `Conditioner.from_requests` returns them. The labels are stored with the
+            images; zeros are where there are none.
         made_by: everything else that the images depend on, the weights' fingerprints too, JSON values.
-        replace: samples that were drawn otherwise are replaced, and not refused.
+        replace: samples that were drawn with other settings are replaced. False refuses them.
 
     Raises:
-        UserError: see `check_out`, `shards.claimed`; the npz is there and was drawn otherwise; a full disk.
+        UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk.
     """
-    if SHARD_IMAGES % generator.rows_at_once:
-        raise UserError(f"rows_at_once is {generator.rows_at_once}; it must divide {SHARD_IMAGES}, the images of a shard")
+    if SHARD_IMAGES % generator.chunk_size:
+        raise UserError(f"chunk_size is {generator.chunk_size}; it must divide {SHARD_IMAGES}, the images of a shard")
     start = time.monotonic()
     check_out(out)
-    wanted = Shards(folder_of(out), shards.settings_of(labels, shape, made_by, made_with(generator)), labels)
+    labels = requests.get("label", np.zeros(num_images, np.int32))
+    settings = shards.settings_of(labels, generator.image_shape, made_by, made_with(generator), requests)
+    wanted = Shards(folder_of(out), settings, labels)
     grid = out.with_suffix(".png") if out.suffix == ".npz" else out / shards.GRID
     done = out.suffix == ".npz" and hosts.is_first() and _is_done(out, wanted, replace)
     if _greatest(int(done)):
         return Drawn(out, grid, 0, time.monotonic() - start, False)
     if not hosts.is_first():
-        return _draw_folder(out, grid, generator, (params, constants, weak_params), wanted.path, start)
+        return _draw_folder(out, grid, generator, (params, constants, weak_params), requests, wanted.path, start)
     with shards.claimed(wanted, replace):
-        return _draw_folder(out, grid, generator, (params, constants, weak_params), wanted.path, start)
+        return _draw_folder(out, grid, generator, (params, constants, weak_params), requests, wanted.path, start)
 
 
 def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
@@ -144,20 +145,20 @@ def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
     return True
 
 
-def _draw_folder(out, grid, generator, arrays, path, start) -> Drawn:
+def _draw_folder(out, grid, generator, arrays, requests, path, start) -> Drawn:
     hosts.wait_for_all("the folder of samples is claimed")
     found = shards.opened(path)
     if found is None:
         raise UserError(f"{path} is not seen by every process: all need the same --out, in a file system that they share")
-    place = generator.place
-    mine = range(place.part, found.total, place.parts)
+    share = generator.share
+    mine = range(share.part, found.total, share.parts)
     missing = found.missing(mine)
     hosts.wait_for_all("the shards are looked through")  # before one of a part writes what another still reads
     if len(missing) < len(mine):
-        whose = "of this process " if place.parts > 1 else ""
+        whose = "of this process " if share.parts > 1 else ""
         say(f"{path}: {len(mine) - len(missing)} of {len(mine)} shards {whose}are there and whole")
-    with StopSignal() as stop, ShardWriter(found, missing, place.is_writer) as writer:
-        stopped = _draw_shards(generator, arrays, writer, stop)
+    with StopSignal() as stop, ShardWriter(found, missing, share.is_writer) as writer:
+        stopped = _draw_shards(generator, arrays, requests, writer, stop)
     hosts.wait_for_all("every shard of the samples is written")
     if not stopped and hosts.is_first():
         _finish(out, grid, found)
@@ -173,17 +174,17 @@ def _greatest(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def _draw_shards(generator: Generator, arrays, writer: "ShardWriter", stop: StopSignal) -> bool:
+def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "ShardWriter", stop: StopSignal) -> bool:
     """Draws what the writer waits for; whether a signal ended it early.
 
     Every process makes as many calls, so that they may communicate in them, and stops after the same one.
     """
     params, constants, weak_params = arrays
-    parts, size = generator.place.parts, generator.place.rows
-    indices = writer.indices(generator.rows_at_once)
+    parts, size = generator.share.parts, generator.share.rows
+    indices = writer.indices(generator.chunk_size)
     calls = _greatest(-(-len(indices) // size))
     indices = np.append(indices, np.zeros(calls * size - len(indices), np.int32))
-    labels = writer.shards.labels[np.minimum(indices, len(writer.shards) - 1)]
+    requests = {name: x[np.minimum(indices, len(writer.shards) - 1)] for name, x in requests.items()}
     progress = Progress("sampling" if parts == 1 else f"sampling, part 1 of {parts}", writer.waiting)
     waiting: deque[jax.Array] = deque()
     stopped = False
@@ -196,7 +197,7 @@ def _draw_shards(generator: Generator, arrays, writer: "ShardWriter", stop: Stop
 
     for call in range(calls):
         rows = slice(call * size, (call + 1) * size)
-        batch = shard_batch(generator.mesh, (indices[rows], labels[rows]))
+        batch = shard_batch(generator.mesh, (indices[rows], {name: x[rows] for name, x in requests.items()}))
         waiting.append(generator.start(params, constants, *batch, weak_params))
         waiting[-1].copy_to_host_async()
         if len(waiting) == generator.calls_in_flight:
@@ -240,9 +241,9 @@ class ShardWriter:
             if kind is None:
                 self._settle()
 
-    def indices(self, rows_at_once: int) -> np.ndarray:
+    def indices(self, chunk_size: int) -> np.ndarray:
         """int32 indices of the images to draw; each shard is filled up to whole chunks, so that those begin alike always."""
-        self._rows = {k: -(-self.shards.count(k) // rows_at_once) * rows_at_once for k in self._missing}
+        self._rows = {k: -(-self.shards.count(k) // chunk_size) * chunk_size for k in self._missing}
         return np.concatenate(
             [np.arange(k * SHARD_IMAGES, k * SHARD_IMAGES + rows, dtype=np.int32) for k, rows in self._rows.items()]
             or [np.zeros(0, np.int32)]
@@ -285,6 +286,4 @@ def _finish(out: Path, grid: Path, found: Shards):
     except OSError as error:
         raise shards.unwritable(out, error) from None
     if out.suffix == ".npz":
-        shards.clear(found.path)
-        with contextlib.suppress(OSError):  # a network file system may keep the open lock for a moment
-            found.path.rmdir()
+        shards.remove(found.path)

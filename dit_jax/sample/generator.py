@@ -1,8 +1,8 @@
-"""Many images from one network: image k depends on (params, seed, k, its label) alone.
+"""Many images from one network: image k depends on (params, seed, k, its request) alone.
 
-R rows of a device and call, worked on in chunks of C, and decoded in smaller ones. XLA rounds a row otherwise in a batch of
-another size, so C and a row's place in its chunk are what its last bits depend on; R, the number of devices and that of
-processes are not.
+A device works on chunks of C rows at a time and decodes smaller ones. XLA rounds a row differently in a batch of another size,
+so the last bits of an image depend on C and on the row's place in its chunk. They do not depend on the batch size, the number of
+devices or the number of processes.
 """
 
 import functools
@@ -18,21 +18,19 @@ from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
 from dit_jax.runtime.console import Progress
-from dit_jax.tasks.diffusion import DiffusionTask
+from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
-FEWEST_ROWS, MOST_ROWS = 8, 64
-DECODED_AT_ONCE = 8  # a decoder fills a device with a few images, and takes 160 MB for each of 256 px in float32
-TOKENS_AT_ONCE = 16384  # enough to fill an accelerator's matrix units, and to hide launches and the reading of the weights
+SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
+DECODER_CHUNK = 8  # a few images fill a device; each of 256 px takes 160 MB in float32
+CHUNK_TOKENS = 16384  # fills an accelerator's matrix units, and hides launches and the reading of the weights
 
 
-def default_rows_at_once(task: DiffusionTask, platform: str) -> int:
-    """C if none is asked for: a power of two, 8 on a CPU, elsewhere 8 to 64, so that a chunk has TOKENS_AT_ONCE tokens."""
-    height, width, _ = task.latent_shape
-    tokens = height * width // task.network.patch_size**2
-    rows = FEWEST_ROWS
-    while platform != "cpu" and rows < MOST_ROWS and 2 * rows * tokens <= TOKENS_AT_ONCE:
-        rows *= 2
-    return rows
+def default_chunk_size(num_tokens: int, platform: str) -> int:
+    """C if none is asked for: a power of two, 8 on a CPU, elsewhere 8 to 64, so that a chunk has CHUNK_TOKENS tokens."""
+    size = SMALLEST_CHUNK
+    while platform != "cpu" and size < LARGEST_CHUNK and 2 * size * num_tokens <= CHUNK_TOKENS:
+        size *= 2
+    return size
 
 
 def has_whole_params(mesh: Mesh) -> bool:
@@ -58,25 +56,29 @@ def on_mesh(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
-def in_chunks(function, rows: int, ways: int, *arrays):
-    """function(*arrays) over chunks of the batch, one after another; chunk i is the i-th `rows` rows of every device.
+def in_chunks(function, chunk_size: int, ways: int, *trees):
+    """function(*trees) over chunks of the batch, one after another; chunk i is the i-th `chunk_size` rows of every device.
 
-    ways: over how many devices the rows of the arrays are split.
+    Args:
+        ways: over how many devices the rows of the arrays are split.
+        trees: pytrees of arrays [B, ...].
     """
 
     def split(x):
-        return x.reshape(ways, -1, rows, *x.shape[1:]).swapaxes(0, 1).reshape(-1, ways * rows, *x.shape[1:])
+        x = x.reshape(ways, -1, chunk_size, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(-1, ways * chunk_size, *x.shape[3:])
 
-    done = jax.lax.map(lambda chunk: function(*chunk), tuple(map(split, arrays)))
-    done = done.reshape(len(done), ways, rows, *done.shape[2:]).swapaxes(0, 1)
+    done = jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, trees))
+    done = done.reshape(len(done), ways, chunk_size, *done.shape[2:]).swapaxes(0, 1)
     return done.reshape(-1, *done.shape[3:])
 
 
-class Place(NamedTuple):
-    """One of the parts that draw images, each its own: a process, or the processes that hold the same rows of a batch.
+class Share(NamedTuple):
+    """This process's share of each batch. A part is a process, or all processes that have the same rows of a batch.
 
     Fields:
-        rows: of a call.
+        part, parts: which part this process belongs to, and how many there are.
+        rows: images of a call that fall to the part.
         is_writer: whether this process is the first of its part.
     """
 
@@ -89,14 +91,15 @@ class Place(NamedTuple):
 class Generator:
     """Draws images in calls of one size on a mesh.
 
-    batch_size: images of a call over all devices: the one asked for, rounded up to whole chunks on every device.
-    program: jitted (params, {"codec": ...}, int32[batch_size] indices, int32[batch_size] labels, weak_params)
-        -> uint8[batch_size, H, W, C], rows over the mesh. Parameters are those of `held_weights.hold`: it casts none before its
-        loop, so others would be cast at every step.
+    Fields:
+        image_shape: (H, W, C) or (F, H, W, C) of one sample.
+        batch_size: images of a call over all devices: the one asked for, rounded up to whole chunks on every device.
+        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params) -> uint8 [batch_size, H, W, C], rows
+            split over the mesh. Pass parameters of `weights.cast_for_inference`: others would be cast at every step.
 
     Args:
-        rows_at_once: C; images of two generators with the same C are equal to the bit on devices of one kind where the
-            parameters are whole on each (`has_whole_params`), and else to rounding.
+        chunk_size: C; images of two generators with the same C are equal to the bit on devices of one kind if every device holds
+            all parameters (`has_whole_params`), and else to rounding.
     """
 
     def __init__(
@@ -108,90 +111,96 @@ class Generator:
         batch_size: int,
         seed: int,
         weak_task: DiffusionTask | None = None,
-        rows_at_once: int | None = None,
+        chunk_size: int | None = None,
         forecast: Forecast | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"sampling batch_size {batch_size}: it must be at least 1")
         if not 0 <= seed < 2**32:
             raise UserError(f"sampling seed {seed}: it must lie in 0 to 2**32 - 1")
-        self.mesh, self.seed = mesh, seed
-        self.rows_at_once = rows_at_once or default_rows_at_once(task, mesh.devices.flat[0].platform)
+        if guidance.active and weak_task is None and not task.has_null_condition:
+            raise UserError(
+                f"guidance.scale is {guidance.scale} and the network was never trained without its condition "
+                f"(task.cond_dropout is {task.cond_dropout}); set the scale to 1, or guide by a second network (autoguidance)"
+            )
+        self.mesh, self.seed, self.image_shape = mesh, seed, task.image_shape
+        self.chunk_size = chunk_size or default_chunk_size(
+            task.network.num_tokens(task.latent_shape), mesh.devices.flat[0].platform
+        )
         ways = rows_per_step(mesh)
-        self.batch_size = -(-batch_size // (ways * self.rows_at_once)) * ways * self.rows_at_once
+        self.batch_size = -(-batch_size // (ways * self.chunk_size)) * ways * self.chunk_size
 
-        def rows(params, constants, indices, labels, weak_params, ways):
-            def latents(indices, labels):
+        def images(params, constants, indices, requests, weak_params, ways):
+            def latents(indices, requests):
                 def weak(x, t, cond):
-                    return weak_task.network.apply({"params": weak_params}, x, t, cond)
+                    return weak_task.apply(weak_params, x, t, cond)
 
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-                return task.draw_latents(params, keys, labels, sampler, guidance, weak if weak_task else None, forecast)
+                second = weak if weak_task else None
+                return task.draw_latents(params, constants, keys, requests, sampler, guidance, second, forecast)
 
-            drawn = in_chunks(latents, self.rows_at_once, ways, indices, labels)
-            return in_chunks(lambda x: task.decode(constants, x), math.gcd(self.rows_at_once, DECODED_AT_ONCE), ways, drawn)
+            drawn = in_chunks(latents, self.chunk_size, ways, indices, requests)
+            return in_chunks(lambda x: task.decode(constants, x), math.gcd(self.chunk_size, DECODER_CHUNK), ways, drawn)
 
-        def draw(params, constants, indices, labels, weak_params):
-            args = params, constants, indices, labels, weak_params
+        def draw(params, constants, indices, requests, weak_params):
+            args = params, constants, indices, requests, weak_params
             if not has_whole_params(mesh):
-                return rows(*args, ways)
-            whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
-            return jax.shard_map(
-                lambda *args: rows(*args, 1),
-                mesh=mesh,
-                in_specs=(whole, whole, split, split, whole),
-                out_specs=split,
-                check_vma=False,
-            )(*args)
+                return images(*args, ways)
+            replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
+            in_specs = (replicated, replicated, split, split, replicated)
+            return jax.shard_map(lambda *args: images(*args, 1), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
+                *args
+            )
 
         self.program = jax.jit(draw, out_shardings=batch_sharding(mesh))
 
     @property
     def calls_in_flight(self) -> int:
-        """How many calls may wait for their images at once: XLA on CPU devices deadlocks with two programs that communicate."""
+        """How many calls may be unfinished at once. XLA on CPU devices deadlocks with two programs that communicate."""
         return 1 if not has_whole_params(self.mesh) and self.mesh.devices.flat[0].platform == "cpu" else 2
 
     @functools.cached_property
-    def place(self) -> Place:
-        """What of every call falls to this process."""
+    def share(self) -> Share:
+        """This process's share of each batch."""
         processes = [device.process_index for device in self.mesh.devices.flat]
         if set(processes) == {jax.process_index()}:
-            return Place(jax.process_index(), jax.process_count(), self.batch_size, True)
-        held: dict[int, set] = {}
+            return Share(jax.process_index(), jax.process_count(), self.batch_size, True)
+        rows_of: dict[int, set] = {}
         for device, index in batch_sharding(self.mesh).devices_indices_map((self.batch_size,)).items():
-            held.setdefault(device.process_index, set()).add(index[0].indices(self.batch_size))
-        first = min(process for process, rows in held.items() if rows == held[jax.process_index()])
+            rows_of.setdefault(device.process_index, set()).add(index[0].indices(self.batch_size))
+        first = min(process for process, rows in rows_of.items() if rows == rows_of[jax.process_index()])
         part, parts = reader_place(self.mesh)
-        return Place(part, parts, self.batch_size // parts, first == jax.process_index())
+        return Share(part, parts, self.batch_size // parts, first == jax.process_index())
 
-    def start(self, params, constants, indices, labels, weak_params=None) -> jax.Array:
-        """The images of a call, which are being drawn.
+    def start(self, params, constants, indices, requests, weak_params=None) -> jax.Array:
+        """Starts a call and returns its images, which may not be finished yet.
 
         Args:
-            constants: {"codec": ...}; anything else in it is left out.
-            indices, labels: int32[batch_size], global.
+            constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; a data set in it is left out.
+            indices: int32[batch_size], global.
+            requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
         """
+        constants = {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
         with jax.set_mesh(self.mesh):
-            images = self.program(params, {"codec": constants["codec"]}, indices, labels, weak_params)
-        return images
+            return self.program(params, constants, indices, requests, weak_params)
 
-    def __call__(self, params, constants, labels: np.ndarray, weak_params=None, say_progress: bool = False) -> np.ndarray:
-        """Image k for labels[k], k = 0, 1, ...: for as many as fit in memory; `drawing.draw` is for more.
+    def __call__(self, params, constants, requests, num_images: int, weak_params=None, say_progress: bool = False) -> np.ndarray:
+        """Images 0 .. num_images - 1, for as many as fit in memory; `drawing.draw` is for more.
 
         Args:
-            labels: int32[N].
+            requests: host arrays [num_images, ...].
             weak_params: of the second network of autoguidance, if there is one.
 
         Returns:
-            uint8[N, H, W, C], whole on every process.
+            uint8 [num_images, H, W, C], all of them on every process.
         """
-        count, size = len(labels), self.batch_size
-        progress = Progress("sampling", count)
+        size = self.batch_size
+        progress = Progress("sampling", num_images)
         images = []
-        for start in range(0, count, size):
-            indices = np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
-            rows = split_rows(self.mesh, indices), split_rows(self.mesh, labels[indices])
+        for start in range(0, num_images, size):
+            indices = np.minimum(np.arange(start, start + size, dtype=np.int32), num_images - 1)
+            rows = jax.tree.map(lambda x: split_rows(self.mesh, x), (indices, {k: x[indices] for k, x in requests.items()}))
             images.append(hosts.to_host(self.start(params, constants, *rows, weak_params)))
             if say_progress:
-                progress.update(min(start + size, count))
-        return np.concatenate(images)[:count]
+                progress.update(min(start + size, num_images))
+        return np.concatenate(images)[:num_images]

@@ -1,11 +1,12 @@
-"""Images side by side in one picture file."""
+"""Images side by side in one picture file, and clips as rows of frames."""
 
-import contextlib
 import math
-import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dit_jax.storage.atomic import replacing
 
 _SMALLEST_SIDE = 64
 GAP = 4  # pixels between images and around them
@@ -15,17 +16,24 @@ GAP_LEVEL = 40  # dark grey, so that black images have an edge
 def write_image_grid(path, images, columns=None, scale=None):
     """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
+    A clip is a row of its frames, one clip below another whatever `columns` says.
+
     Args:
         path: file to write, atomically; its suffix is the format, its folder is created.
-        images: uint8 [N, H, W, C], N >= 1, C = 1 or 3.
+        images: uint8 [N, H, W, C], or clips [N, F, H, W, C]; N >= 1, C = 1 or 3.
         columns: images per row; None makes the grid about square.
         scale: integer enlargement by nearest neighbour; None enlarges until the longer side of an image is at least
             64 pixels.
-    Raises: ValueError for another dtype or shape, or for columns or scale below 1.
+    Raises: ValueError for another dtype or shape, an unknown suffix, or for columns or scale below 1.
     """
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"images are {images.dtype}{list(images.shape)}: a grid needs uint8 [N >= 1, H, W, 1 or 3]")
+    if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images are {images.dtype}{list(images.shape)}: a grid needs uint8 [N >= 1, (F,) H, W, 1 or 3]")
+    if images.ndim == 5:
+        columns, images = images.shape[1], images.reshape(-1, *images.shape[2:])
+    file_format = Image.registered_extensions().get(Path(path).suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{path} has a suffix that is no picture format; use .png")
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     scale = max(1, math.ceil(_SMALLEST_SIDE / max(height, width))) if scale is None else scale
@@ -38,13 +46,6 @@ def write_image_grid(path, images, columns=None, scale=None):
         top, left = GAP + index // columns * high, GAP + index % columns * wide
         grid[top : top + height * scale, left : left + width * scale] = image
 
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    partial = os.path.join(folder, f".{os.getpid()}.{name}")
-    try:
-        Image.fromarray(grid[..., 0] if channels == 1 else grid).save(partial)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+    with replacing(path) as partial:
+        Image.fromarray(grid[..., 0] if channels == 1 else grid).save(partial, file_format)
     return grid

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dit_jax.encoders.conditioner import Conditioner, Requests
 from dit_jax.errors import UserError
 
 
@@ -31,3 +32,14 @@ def random_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
     """int32[num_images], each drawn evenly from all classes; label k depends on the seed alone, not on num_images."""
     spread_labels(num_images, num_classes)  # for its checks
     return np.random.default_rng(seed).integers(0, max(num_classes, 1), num_images, np.int32)
+
+
+def spread_requests(conditioner: Conditioner, num_images: int) -> Requests:
+    """Requests for all classes in turn; for a network without classes, requests for nothing.
+
+    Raises:
+        UserError: fewer than one image.
+    """
+    return conditioner.from_requests(
+        {"label": spread_labels(num_images, conditioner.num_classes)} if conditioner.num_classes else {}
+    )

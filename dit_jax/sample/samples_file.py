@@ -1,9 +1,9 @@
-"""The file that samples travel in: npz with arr_0 uint8 [N, H, W, C], labels int32 [N], and made_by, a JSON text."""
+"""The file that samples travel in: npz with arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] of clips, labels int32 [N], and
+made_by, a JSON text.
+"""
 
-import contextlib
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +13,7 @@ from PIL import Image
 
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.weights import weights_fingerprint
+from dit_jax.storage.atomic import remove_leftovers, replacing
 
 READ_BYTES = 2**24
 
@@ -36,7 +37,6 @@ def describe(config, params, step: int | None, seed: int) -> dict:
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):
     """Writes the npz, atomically, and a grid of the first 100 images beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_stream(path, images.shape, [images], labels, made_by)
     write_image_grid(path.with_suffix(".png"), images[:100], columns=10 if len(images) >= 10 else None)
 
@@ -45,30 +45,22 @@ def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray
     """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
 
     Args:
-        shape: [N, H, W, C] of all blocks together.
+        shape: [N, H, W, C], or [N, F, H, W, C], of all blocks together.
         made_by: to which "images_sha256" is added, of the bytes of all images.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    remove_leftovers(path.parent, path.name)
     sha256 = hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                with _member(archive, "arr_0") as member:
-                    np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
-                    for block in blocks:
-                        data = np.ascontiguousarray(block).reshape(-1).data
-                        sha256.update(data)
-                        member.write(data)
-                text = json.dumps({**made_by, "images_sha256": sha256.hexdigest()})
-                for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text))):
-                    with _member(archive, name) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with _member(archive, "arr_0") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+            for block in blocks:
+                data = np.ascontiguousarray(block).reshape(-1).data
+                sha256.update(data)
+                member.write(data)
+        text = json.dumps({**made_by, "images_sha256": sha256.hexdigest()})
+        for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text))):
+            with _member(archive, name) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _member(archive: zipfile.ZipFile, name: str):
@@ -105,8 +97,6 @@ def is_sound(path: Path, made_by: dict) -> bool:
 
 def write_picture(path: Path, picture: np.ndarray) -> Path:
     """Writes uint8 [H, W, 3] as PNG, atomically; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    Image.fromarray(picture).save(partial, format="PNG")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG")
     return path

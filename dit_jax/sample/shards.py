@@ -2,7 +2,8 @@
 
     manifest.json                    settings: everything that the images depend on, sealed; written first
     labels.npy                       int32 [N]
-    shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on
+    shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on;
+                                     [..., F, H, W, C] of clips, which are counted as images are
     shards/00007-of-00782.json       size and SHA-256 of that file, and the digest of the settings, sealed
     samples.png                      a grid of the first 100
 
@@ -10,26 +11,27 @@ What a file is called follows from its number alone: nothing that is read from t
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.latent_files import digest, npy, read_sealed, sealed, sha256_of, write
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
+from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every power of two that a device may work on at once
-MANIFEST, LABELS, SHARDS, GRID, LOCK = "manifest.json", "labels.npy", "shards", "samples.png", ".lock"
+MANIFEST, LABELS, SHARDS, GRID = "manifest.json", "labels.npy", "shards", "samples.png"
 # Where things lay and where weights came from: what was drawn is told by their hashes.
 NOT_COMPARED = ("origin", "autoguidance", "images_sha256")
 
@@ -38,8 +40,8 @@ class Shards:
     """A folder of samples, whole or not.
 
     Fields:
-        settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C], "labels_sha256", "made_by" (how the
-            images were made) and "made_with" (versions and the kind of device, which the last bits depend on).
+        settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C] or [F, H, W, C], "labels_sha256",
+            "made_by" (how the images were made) and "made_with" (versions and the kind of device, which the last bits depend on).
         labels: int32[N].
     """
 
@@ -81,8 +83,8 @@ class Shards:
         facts = self.file(shard, ".json")
         try:
             facts.unlink(missing_ok=True)  # of a damaged shard: not true while its file is replaced
-            found = write(self.file(shard), npy(np.ascontiguousarray(images)))
-            write(facts, [sealed({"settings": self.digest, "bytes": found["bytes"], "sha256": found["sha256"]})])
+            written = write_atomic(self.file(shard), npy(np.ascontiguousarray(images)))
+            write_sealed(facts, {"settings": self.digest, "bytes": written.size, "sha256": written.sha256})
         except OSError as error:
             raise unwritable(self.file(shard), error) from None
 
@@ -154,22 +156,28 @@ GO_ON = "the dit_jax.sample that drew these images mends it if it is started aga
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What to tell of a file that could not be written; what was half written is removed."""
-    with contextlib.suppress(OSError):
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+    """The error to raise for a file that could not be written."""
     return UserError(
         f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
         "keeps the finished shards"
     )
 
 
-def settings_of(labels: np.ndarray, shape: tuple[int, int, int], made_by: dict, made_with: dict) -> dict:
-    """The settings of a folder of samples: see `Shards`."""
+def settings_of(
+    labels: np.ndarray, shape: tuple[int, ...], made_by: dict, made_with: dict, requests: Mapping[str, np.ndarray] | None = None
+) -> dict:
+    """The settings of a folder of samples: see `Shards`.
+
+    requests: entries other than labels, arrays [N, ...], are told by their hashes.
+    """
+    others = {name: x for name, x in sorted((requests or {}).items()) if name != "label"}
+    hashes = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in others.items()}
     return {
         "format": FORMAT,
         "num_images": len(labels),
         "shape": list(shape),
         "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
+        **({"requests_sha256": hashes} if hashes else {}),
         "made_by": made_by,
         "made_with": made_with,
     }
@@ -227,7 +235,7 @@ def opened(path: Path) -> Shards | None:
     if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
         raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
     shape, count = settings.get("shape"), settings.get("num_images")
-    whole = [count, *shape] if isinstance(shape, list) and len(shape) == 3 else [0]
+    whole = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
     if not all(isinstance(size, int) and size > 0 for size in whole) or math.prod(whole) >= 2**63:
         raise UserError(f"{path / MANIFEST} says {count!r} images of {shape!r}, which no samples have; give another folder")
     try:
@@ -242,7 +250,7 @@ def opened(path: Path) -> Shards | None:
 
 @contextlib.contextmanager
 def claimed(wanted: Shards, replace: bool = False):
-    """Makes the folder that of the wanted samples, or goes on with one that is, and locks it while the block runs.
+    """Makes the folder that of the wanted samples, or goes on with one that is, and claims it while the block runs.
 
     Of several processes the first does this, and the others come after.
 
@@ -252,31 +260,18 @@ def claimed(wanted: Shards, replace: bool = False):
         UserError: the folder holds something else, or other samples, with the differences; another command is at work in it;
             it cannot be written.
     """
-    path = wanted.path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be locked ({error.strerror}): is another command drawing into it? Wait for it, or "
-                "give another --out"
-            ) from None
+    with claim(wanted.path, "drawing samples", "--out"):
         try:
             _prepare(wanted, replace)
         except OSError as error:
-            raise unwritable(path / MANIFEST, error) from None
+            raise unwritable(wanted.path / MANIFEST, error) from None
         yield
 
 
 def _prepare(wanted: Shards, replace: bool):
     path = wanted.path
     own = (MANIFEST, LABELS, SHARDS, GRID, LOCK)
-    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.endswith(".partial"))
+    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not is_partial(p.name))
     if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
         raise UserError(
             f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
@@ -302,15 +297,23 @@ def _prepare(wanted: Shards, replace: bool):
             clear(path)
             found = None
     (path / SHARDS).mkdir(exist_ok=True)
-    for leftover in (path / SHARDS).glob("*.partial"):  # of a command that was killed
-        leftover.unlink()
+    remove_leftovers(path)
+    remove_leftovers(path / SHARDS)
     if found is None:
-        write(path / LABELS, npy(wanted.labels))
-        write(path / MANIFEST, [sealed(wanted.settings)])
+        write_atomic(path / LABELS, npy(wanted.labels))
+        write_sealed(path / MANIFEST, wanted.settings)
 
 
 def clear(path: Path):
     """Removes what `claimed` and `Shards.write` made, the manifest last."""
     shutil.rmtree(path / SHARDS, ignore_errors=True)
-    for name in (LABELS, GRID, MANIFEST, LOCK):
+    for name in (LABELS, GRID, MANIFEST):
         (path / name).unlink(missing_ok=True)
+
+
+def remove(path: Path):
+    """Removes a folder that this process has claimed, once its samples are elsewhere."""
+    clear(path)
+    (path / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a network file system may keep the open lock for a moment
+        path.rmdir()

@@ -1,7 +1,7 @@
-"""The parameters of a network as samples are drawn with them, and the digest that tells them from others.
+"""The parameters of a network for sampling, and the digest that identifies them.
 
 A sampler evaluates one network with the same parameters hundreds of times. What the network casts before every use is cast
-once: in bfloat16 half the memory, and no cast of every layer's weights at every step.
+once. In bfloat16 that takes half the memory, and no layer's weights are cast at every step.
 """
 
 import functools
@@ -26,11 +26,11 @@ def weights_fingerprint(params) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def hold(task, params):
-    """The parameters on the devices, each in the narrowest dtype that leaves every bit of the network's output as it is.
+def cast_for_inference(task, params):
+    """Casts each parameter to the narrowest dtype that leaves every bit of the network's output as it is.
 
-    A parameter is cast where the network uses it in that one, narrower dtype only; a norm's scale, which works in float32 beside
-    bfloat16 layers, stays. Arrays that need no cast are returned as they are, those in host memory are brought to the devices.
+    A parameter is cast if the network uses it in one, narrower dtype only. A norm's scale, which works in float32 beside
+    bfloat16 layers, stays. Arrays that need no cast are returned as they are; those in host memory are brought to the devices.
 
     Args:
         task: a `DiffusionTask`, whose network is traced.
@@ -58,18 +58,20 @@ def _cast(arrays, dtypes):
 def used_dtypes(task, params) -> list[jnp.dtype]:
     """For each leaf the one, narrower dtype that the network casts it to before any arithmetic; else the leaf's own."""
 
-    def network(params, x, t, labels):
-        return task.network.apply({"params": params}, x, t, task.condition(labels))
+    def network(params, requests, x, t):
+        cond, _ = task.condition(params, {}, requests)
+        return task.apply(params, x, t, cond)
 
-    x, t, labels = jnp.zeros((1, *task.latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    jaxpr = jax.make_jaxpr(network)(shapes, *jax.eval_shape(lambda: (x, t, labels))).jaxpr
-    found = []
-    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # after them x, t and the labels
+    requests = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in task.conditioner.batch_spec().items()}
+    x, t = jax.ShapeDtypeStruct((1, *task.latent_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    jaxpr = jax.make_jaxpr(network)(shapes, requests, x, t).jaxpr
+    dtypes_of_leaves = []
+    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # after them the requests, x and t
         dtypes = _uses(jaxpr, var)
         narrower = len(dtypes) == 1 and min(dtypes).itemsize < leaf.dtype.itemsize
-        found.append(dtypes.pop() if narrower else leaf.dtype)
-    return found
+        dtypes_of_leaves.append(dtypes.pop() if narrower else leaf.dtype)
+    return dtypes_of_leaves
 
 
 def _uses(jaxpr, var) -> set[jnp.dtype]:

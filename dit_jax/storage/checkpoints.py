@@ -8,6 +8,7 @@ leftovers of a killed process, deleted at the next start of the training job. On
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,7 +79,7 @@ class Checkpointer:
         self._root = _absolute(directory)
         self._every_steps, self._keep_last, self._keep_every_steps = every_steps, keep_last, keep_every_steps
         self.best_step = None
-        self._manager = None
+        self._manager: Any = None
         self._pending = None  # (step, treedef, names, fingerprints) of a save whose commit is not confirmed
         self._read_back = None  # (step, future) of a committed step that is being verified
         self._verified = set()
@@ -221,7 +222,8 @@ class Checkpointer:
         if self._pending is None:
             return
         (step, treedef, names, stored), self._pending = self._pending, None
-        path, error = self._root / str(step), None
+        path = self._root / str(step)
+        error: Exception | None = None
         try:
             self._manager.wait_until_finished()
             if not path.exists():

@@ -90,7 +90,7 @@ def _word_type(dtype):
     dtype = jnp.dtype(dtype)
     if dtype == np.bool_:
         return np.uint8
-    info = {True: jnp.iinfo, False: jnp.finfo}[jnp.issubdtype(dtype, jnp.integer)]
-    if jnp.issubdtype(dtype, jnp.complexfloating) or info(dtype).bits < 8:
+    bits = (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
+    if jnp.issubdtype(dtype, jnp.complexfloating) or bits < 8:
         raise ValueError(f"dtype {dtype} has no fingerprint: use bool, or an integer or float of 8 to 64 bits")
     return _UNSIGNED[dtype.itemsize]

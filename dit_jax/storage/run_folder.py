@@ -9,14 +9,21 @@ stacks.txt    see `runtime.watchdog`
 codec/        the frozen codec of a diffusion run, or the result of an autoencoder run (see `interop.codec_folder`)
 """
 
-import fcntl
+import contextlib
 import json
-import os
 from pathlib import Path
 
 import ml_collections
+from absl import logging
 
 from dit_jax.errors import UserError
+from dit_jax.runtime import user_code
+from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import remove_leftovers, write_json
+from dit_jax.storage.claim import claim
+from dit_jax.storage.upgrade import upgrade
+
+SCORES, BEST_SCORE = "scores", "best.json"
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -32,6 +39,7 @@ RESUMABLE = (
     "guidance",
     "forecast",
     "scoring",
+    "imports",
 )
 # Fields that change a network's speed but not its result, and paths whose content is compared by hash.
 RESUMABLE_FIELDS = (
@@ -70,16 +78,16 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 class Workdir:
-    """Opens or creates a run's folder for training; a context manager that holds the folder's lock.
+    """Opens or creates a run's folder for training; a context manager that holds the claim on it.
 
     Raises on entry:
-        UserError: another process trains in it; its config differs; it contains something else.
+        UserError: another command is at work in it; its config differs; it holds something else.
     """
 
     def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
         self.path = Path(path).expanduser().absolute()
         self.config, self.first = plain(config), first
-        self._lock = None
+        self._claim = contextlib.ExitStack()
 
     @property
     def checkpoints(self) -> Path:
@@ -94,46 +102,56 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
-            lines = differences(read_config(self.path), self.config)
+            before = read_config(self.path)
+            lines = differences(before, self.config)
             if lines and self.checkpoints.exists():  # without a checkpoint there is nothing to resume
                 raise UserError(
                     f"{self.path} contains a run with another config; use that config, or give a new --workdir. "
                     f"Different:\n  " + "\n  ".join(lines)
                 )
+            for line in user_code.changes(before.get("imports", ()), self.config.get("imports", ())):
+                say(line)
         elif self.checkpoints.exists():
             raise UserError(
                 f"{self.path} has checkpoints but no config.json: it is not a complete run of this program; "
                 "give another --workdir"
             )
         if self.first:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = open(self.path / ".lock", "w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is training in {self.path}; wait for it or give another --workdir") from None
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.config, indent=2) + "\n")
-            os.replace(partial, file)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(claim(self.path, "training"))
+                write_json(file, self.config, indent=2)
+                remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
+                self._claim = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info):
-        if self._lock is not None:
-            self._lock.close()
+        self._claim.close()
 
 
 def read_config(workdir) -> dict:
-    """Reads the config of a run.
+    """Reads the config of a run and upgrades it to the current fields; user code that it names is not imported.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     file = Path(workdir).expanduser() / "config.json"
     try:
-        return json.loads(file.read_text())
+        config = upgrade(json.loads(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: {workdir} is not the --workdir of a dit_jax.main run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
+    user_code.expect(config.get("imports", ()))
+    return config
+
+
+def read_best(workdir: Path) -> dict | None:
+    """The best score of a run so far, {"step", "fid", ...}; None if there is none."""
+    file = workdir / SCORES / BEST_SCORE
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
+        return None

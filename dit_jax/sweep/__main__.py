@@ -23,6 +23,7 @@ import sys
 import jax
 from absl import flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console
 
@@ -41,22 +42,7 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Estimate device hours by the roofline of dit_jax.plan, as in v5p:4x4x4; compiles every run's step."
 )
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Estimate device hours from results of dit_jax.benchmark --what=train_step.")
-CONFIG_PREFIX = "--config."
-
-
-def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separates --config.<path>=<value> from the other arguments, because absl does not know their config yet.
-
-    Returns:
-        (the other arguments, the overrides).
-    """
-    rest, taken, given = [], [], iter(argv)
-    for text in given:
-        if not text.startswith(CONFIG_PREFIX):
-            rest.append(text)
-        else:
-            taken.append(text if "=" in text else f"{text}={next(given, '')}")
-    return rest, taken
+FIELDS = config_file.DEFINE_fields()
 
 
 def check_flags():
@@ -141,7 +127,7 @@ def main() -> dict:
     from dit_jax.sweep.folder import Folder
 
     sweep = grid.load(SWEEP.value)
-    runs = grid.expand(sweep, OVERRIDES)
+    runs = grid.expand(sweep, [f"--config.{text}" for text in FIELDS.value])
     starts_here = LAUNCH.value == "local" and not (LIST.value or REPORT.value)
     if not LIST.value:
         report.check_possible(sweep, SWEEP.value)
@@ -169,7 +155,7 @@ def main() -> dict:
         if LAUNCH.value != "local" and not REPORT.value:
             return launch_elsewhere(sweep, runs, folder)
         failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder)
-        command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:], *OVERRIDES])
+        command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:]])
         written = report.write(sweep, SWEEP.value, runs, costs, folder, command)
         result = {
             "runs": len(runs),
@@ -186,8 +172,5 @@ def main() -> dict:
     return result
 
 
-OVERRIDES: list[str] = []
-
 if __name__ == "__main__":
-    sys.argv, OVERRIDES = take_overrides(sys.argv)
     console.run(main)

@@ -8,10 +8,8 @@ import ml_collections
 
 from dit_jax import build, recipes
 from dit_jax.errors import UserError
-from dit_jax.interop import codec_folder
-from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sweep.grid import Run
-from dit_jax.training.loop import SHOWN_BY
+from dit_jax.training.results import check_results
 
 LINES_SHOWN = 12
 
@@ -47,11 +45,10 @@ def check(runs: list[Run], samplers: Sequence[tuple[str, int | None]], where: st
 
 
 def _objects(config):
-    task = build.task(config)
-    jax.eval_shape(task.init, jax.random.key(0))
-    if config.task.name == "diffusion":
-        build.sampler(config)
-        build.guidance(config)
+    run = build.Run(config)
+    jax.eval_shape(run.task.init, jax.random.key(0))
+    if run.task.draws_samples:
+        run.sampler, run.guidance
 
 
 def with_sampler(config, name: str, num_steps: int | None) -> ml_collections.ConfigDict:
@@ -77,7 +74,7 @@ def with_sampler(config, name: str, num_steps: int | None) -> ml_collections.Con
 def _samplers(config, samplers):
     if not samplers:
         return
-    if config.task.name != "diffusion":
+    if not build.Run(config).task.draws_samples:
         raise UserError("samplers are set, but an autoencoder does not sample; leave samplers empty")
     if not config.evaluation.num_images or not config.evaluation.reference:
         raise UserError(
@@ -85,16 +82,18 @@ def _samplers(config, samplers):
             "evaluation.reference, or leave samplers empty"
         )
     for name, num_steps in samplers:
-        build.sampler(with_sampler(config, name, num_steps))
+        build.Run(with_sampler(config, name, num_steps)).sampler
 
 
 def _shown(config):
-    SHOWN_BY[config.task.name].check(config)
+    check_results(build.Run(config))
 
 
 def _files(config):
-    config, _ = codec_folder.settle(config, None)
-    build.loader(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    one_device = config.copy_and_resolve_references()
+    with one_device.unlocked():
+        one_device.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})
+    build.Run(one_device, devices=jax.devices()[:1]).with_codec_weights().loader
 
 
 def _paths_given(config):

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -15,12 +14,13 @@ import numpy as np
 from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.evaluate import table
+from dit_jax.storage.atomic import write_atomic, write_json
+from dit_jax.storage.run_folder import SCORES
 from dit_jax.sweep.cost import Cost
-from dit_jax.sweep.folder import Folder, write_json
+from dit_jax.sweep.folder import Folder
 from dit_jax.sweep.grid import Run
 from dit_jax.sweep.local import last_lines
 from dit_jax.sweep.scores import file_of
-from dit_jax.training.scoring import FOLDER as SCORES
 
 CURVE_FIELDS = ("run", "step", "loss")
 # Settings that a FID depends on besides the model, with the names of `evaluate`'s table.
@@ -220,9 +220,7 @@ def _write_csv(path: Path, rows: list[dict], names: Sequence[str] = ()):
     writer = csv.DictWriter(text, names or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text.getvalue())
-    os.replace(partial, path)
+    write_atomic(path, text.getvalue())
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -17,7 +17,6 @@ from dit_jax.programs import chips
 from dit_jax.runtime.console import say
 from dit_jax.sweep.grid import Run
 from dit_jax.tasks.state import count_parameters
-from dit_jax.training.meter import training_flops
 
 FORWARDS_PER_STEP = 3
 
@@ -40,8 +39,8 @@ class Cost:
 
 def count(run: Run) -> Cost:
     """Counts the cost from shapes and architecture, without creating arrays."""
-    config, task = run.config, build.task(run.config)
-    gmacs = training_flops(task) / (2e9 * FORWARDS_PER_STEP)
+    config, task = run.config, build.Run(run.config).task
+    gmacs = task.macs() / 1e9
     parameters = count_parameters(jax.eval_shape(task.init, jax.random.key(0)).params)
     return Cost(parameters, gmacs, gmacs * config.batch_size * config.num_steps * FORWARDS_PER_STEP)
 

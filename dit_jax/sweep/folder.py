@@ -10,26 +10,19 @@ launch/              scripts for other machines
 results.json, results.csv, curves.csv, report.html, figures/
 """
 
-import fcntl
+import contextlib
 import json
-import os
 from pathlib import Path
 
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
+from dit_jax.storage.atomic import write_json
+from dit_jax.storage.claim import Claim, claim
 from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, plain, read_config
 from dit_jax.sweep.grid import Run
 
 # Sections that affect only a run's speed and output files, not its result.
-FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring")
-
-
-def write_json(path: Path, value):
-    """Writes atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring", "imports")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -44,38 +37,31 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Folder:
-    """A sweep's folder; as a context manager it holds a lock against a second sweep.
+    """A sweep's folder; entered, it is claimed, so that no second sweep works in it, and knows its runs.
 
     Raises on entry:
-        UserError: it cannot be written; another sweep is running in it, or the folder belongs to another sweep.
+        UserError: it cannot be written; another command is at work in it; it holds another sweep.
     """
 
     def __init__(self, path, title: str):
         self.path, self.title = Path(path).expanduser().absolute(), title
-        self._lock = None
+        self._exit = contextlib.ExitStack()
+        self._claim: Claim | None = None
 
     def __enter__(self):
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another sweep, or a run left by a killed sweep, is running in {self.path}; wait for it, "
-                "end it, or give another --workdir"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written or locked ({error.strerror}); give another --workdir") from None
-        self.check_title()
+        with contextlib.ExitStack() as stack:
+            self._claim = stack.enter_context(claim(self.path, "sweeping"))
+            self.check_title()
+            self._exit = stack.pop_all()
         return self
 
     @property
     def lock(self) -> int:
         """Descriptor of the lock, while entered."""
-        return self._lock.fileno()
+        return self._claim.descriptor
 
     def __exit__(self, *exc_info):
-        self._lock.close()
+        self._exit.close()
 
     def check_title(self):
         """Raises UserError if the folder contains another sweep, or something else."""

@@ -7,7 +7,6 @@ A sweep file is a Python file with `get_sweep()`, which returns a `Sweep`:
                      grid={"model.width": [64, 128], "optimizer.learning_rate": [1e-3, 2e-3]}, seeds=[0, 1])
 """
 
-import importlib.util
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
+from dit_jax import config_file
 from dit_jax.errors import UserError
+from dit_jax.runtime import user_code
+from dit_jax.storage.upgrade import upgrade_path
 
 UNFIT_FOR_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 
@@ -30,17 +30,16 @@ class Sweep:
 
     Fields:
         title: heading of the report.
-        base: config file of the runs, as for --config: "configs/digits.py", optionally with a colon and its argument. If empty,
-            the sweep file itself, which then also has a `get_config`.
-        variants: {name: argument of the config file, or {config path: value}}; if empty, a single variant without a name.
-        grid: {config path: values}; a single value applies to all runs.
-        seeds: values of `seed`; the config's if empty.
-        samplers: (name in `recipes.SAMPLERS`, steps). Once it is finished, the first seed of every model is sampled and scored
-            with each of them. Steps are None for a sampler that chooses its own.
-        paper: whether the report also shows the twelve models of Peebles & Xie (2023).
-        reference_curves: CSV of earlier loss curves in the format of a report's curves.csv, in the sweep file's folder; none if
-            empty.
-        note: a sentence or two for the report's method section.
+        base: config file of the runs, as --config takes it: "configs/digits.py", after a colon its argument; the sweep file
+            itself if empty, which then has a `get_config` too.
+        variants: {name: the argument of the config file, or {config path: value}}; one without a name if empty.
+        grid: {config path: values}; a single value is a setting of all runs.
+        seeds: values of `seed`; that of the config if empty.
+        samplers: (name of a registered sampler, steps): the first seed of every model is sampled and scored with each, once it is
+            finished; None for the steps of one that chooses its own.
+        paper: the report shows the twelve models of Peebles & Xie (2023) beside the runs.
+        reference_curves: CSV of earlier loss curves, as a report writes it (curves.csv), beside the sweep file; none if empty.
+        note: a sentence or two for the report's method.
     """
 
     title: str
@@ -76,7 +75,12 @@ class Run:
 
     @property
     def flags(self) -> list[str]:
-        return [f"--config={self.config_file}", *self.overrides]
+        return [*user_code.flags(), f"--config={self.config_file}", *self.overrides]
+
+    @property
+    def imports(self) -> list[str]:
+        """The --import flags of verbs that read this run's folder."""
+        return [f"--import={entry['name']}" for entry in self.config.get("imports", ())]
 
 
 def load(path: str) -> Sweep:
@@ -88,19 +92,10 @@ def load(path: str) -> Sweep:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"--sweep={path} does not exist; give a file such as configs/sweeps/digits.py")
-    spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
-    if spec is None:
-        raise UserError(f"--sweep={path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_sweep"):
-            raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
-        sweep = module.get_sweep()
-    except UserError:
-        raise
-    except Exception as error:  # of the user's code
-        raise UserError(f"--sweep={path} fails: {type(error).__name__}: {error}") from error
+    module = user_code.load_file(file, f"--sweep={path}")
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
+    sweep = user_code.run(module.get_sweep, str(file))
     if not isinstance(sweep, Sweep):
         raise UserError(
             f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a dit_jax.sweep.grid.Sweep"
@@ -146,14 +141,14 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
     for variant, choice in (sweep.variants or {"": {}}).items():
         for values in itertools.product(*sweep.grid.values()):
             settings = dict(zip(sweep.grid, values, strict=True))
-            own, config_file = _variant(sweep.base, variant, choice, settings)
+            own, file = _variant(sweep.base, variant, choice, settings)
             parts = [variant] * bool(variant) + [f"{labels[path]}={settings[path]}" for path in axes]
             group = _name(parts or ["run"])
             for seed in sweep.seeds or (None,):
                 chosen = settings | own | ({} if seed is None else {"seed": seed})
                 name = f"{group}_seed={seed}" if len(sweep.seeds) > 1 else group
                 given = (*overrides, *(f"--config.{path}={value}" for path, value in chosen.items()))
-                runs.append(Run(name, group, variant or group, config_file, given, chosen, resolve(config_file, given, chosen)))
+                runs.append(Run(name, group, variant or group, file, given, chosen, resolve(file, given, chosen)))
     _check_names(runs)
     return runs
 
@@ -186,40 +181,16 @@ def _check_names(runs: list[Run]):
             )
 
 
-def resolve(config_file: str, overrides: Sequence[str], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Resolves the config that `python -m dit_jax.main --config=config_file *overrides` trains, with the same parser.
+def resolve(name: str, overrides: Sequence[str], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config that `python -m dit_jax.main --config=name *overrides` trains.
 
     Raises:
-        UserError: main would refuse it; or a flag cannot express a setting, or would set another value.
+        UserError: as main would refuse it; or a setting that would arrive as another value.
     """
-    for path, value in settings.items():
-        if value is None:
-            raise UserError(
-                f"{path} is None, which a flag cannot express; set None in the config file (as a variant of its argument) instead"
-            )
-    values, arguments = flags.FlagValues(), ["main", f"--config={config_file}", *overrides]
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=arguments)
-    try:
-        values(arguments)
-        config = holder.value
-        config.keys()
-    except UserError:
-        raise
-    except OSError:
-        raise UserError(
-            f"the base config {config_file} does not exist in {Path.cwd()}; start from the folder that contains it"
-        ) from None
-    except (AttributeError, KeyError) as error:
-        hint = " ".join(str(error.args[0]).split())  # its own text breaks the line
-        raise UserError(f"the config {config_file} has no field {hint}; it was given by the sweep file or a flag") from None
-    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{config_file} {' '.join(overrides)}: {text[-1].removeprefix('dit_jax.errors.UserError: ')}") from None
-    except Exception as error:  # of the user's config file
-        raise UserError(f"{config_file} fails: {type(error).__name__}: {error}") from error
+    config = config_file.read(name, [text.removeprefix("--config.") for text in overrides])
     for path, value in settings.items():
         arrived = config
-        for key in path.split("."):
+        for key in upgrade_path(path).split("."):
             arrived = arrived[key]
         wanted = tuple(value) if isinstance(value, list) else value
         if arrived != wanted:

@@ -9,12 +9,12 @@ runs.
 """
 
 import hashlib
-import os
 import re
 import shlex
 from pathlib import Path
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import write_atomic
 from dit_jax.sweep.grid import Run
 from dit_jax.sweep.local import main_command
 
@@ -48,10 +48,7 @@ def write(kind: str, title: str, runs: list[Run], folder: Path, workdir: str, ar
         name, text = f"{kind}.sh", _script(template, title, runs, commands, arguments)
         start = ["bash"]
     script = folder / "launch" / name
-    script.parent.mkdir(parents=True, exist_ok=True)
-    partial = script.with_name(f".{name}.partial")
-    partial.write_text(text)
-    os.replace(partial, script)
+    write_atomic(script, text)
     return script, shlex.join([*start, str(script)])
 
 

@@ -1,11 +1,11 @@
 """Writes the report of a sweep: tables and figures as files, and one self-contained HTML page."""
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from dit_jax.runtime.console import say
+from dit_jax.storage.atomic import write_atomic
 from dit_jax.sweep import collect, figures, page, points, style
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.cost import Cost
@@ -59,9 +59,7 @@ def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], fol
     commands = [command, *(shlex.join(["python", *main_command(run, folder.of(run))]) for run in runs)]
     text = page.write(sweep, rows, others, protocol, commands, parts)
     file = folder.path / "report.html"
-    partial = file.with_name(".report.html.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    write_atomic(file, text)
     done = sum(row.state == "done" for row in rows)
     say(f"wrote the report with {done} of {len(rows)} runs finished: {file}")
     return Written(done, {"report": str(file), **files, "figures": [str(path) for path in paths]})

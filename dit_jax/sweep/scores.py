@@ -53,6 +53,7 @@ def score(run: Run, sampler: str, num_steps: int | None, folder: Folder, child: 
         [
             *python,
             "dit_jax.sample",
+            *run.imports,
             f"--workdir={folder.of(run)}",
             f"--sampler={sampler}",
             *steps,
@@ -70,6 +71,7 @@ def score(run: Run, sampler: str, num_steps: int | None, folder: Folder, child: 
         [
             *python,
             "dit_jax.evaluate",
+            *run.imports,
             f"--samples={images}",
             f"--reference={wanted.reference}",
             f"--features={wanted.features}",

@@ -3,18 +3,21 @@
 B batch, H x W x C images, h x w x c latents, n = H W C.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dit_jax.codecs import perceptual
+from dit_jax.codecs.codec import AUTOENCODER_RULES
 from dit_jax.codecs.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
 from dit_jax.codecs.kl_vae import KLVAE, split_moments
-from dit_jax.codecs.macs import gmacs
 from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
 from dit_jax.errors import UserError
-from dit_jax.parallel.rules import AUTOENCODER_RULES
+from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters
 from dit_jax.tasks.task import accumulate, moving_average, named_key, only_if, step_sums
@@ -36,13 +39,16 @@ class AutoencoderTask:
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021 (VQGAN), equations 6 and 7.
 
+    Fields:
+        image_shape: (H, W, C).
+
     Raises:
-        UserError: a weight or step out of range.
+        UserError: a weight or step out of range; images that do not suit the codec or a loss.
     """
 
     codec: KLVAE
     optimizer: optax.GradientTransformation
-    resolution: int
+    image_shape: tuple[int, int, int]
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.0
     discriminator: PatchDiscriminator | None = None
@@ -53,6 +59,9 @@ class AutoencoderTask:
     zero1: bool = False
     offload: str = "none"
 
+    name = "autoencoder"
+    draws_samples = False
+    remat = None
     rules = AUTOENCODER_RULES
 
     def __post_init__(self):
@@ -60,24 +69,24 @@ class AutoencoderTask:
             if not getattr(self, name) >= 0:
                 raise UserError(f"task.{name} is {getattr(self, name)}; it must be at least 0 (0 turns it off)")
         check_offload(self.offload)
-        self.codec.latent_shape(self.resolution)
-        if self.perceptual_weight and self.resolution < SMALLEST_SIDE:
+        self.codec.latent_shape(self.image_shape)
+        side = min(self.image_shape[:2])
+        if self.perceptual_weight and side < SMALLEST_SIDE:
             raise UserError(
                 f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "
-                f"{SMALLEST_SIDE} pixels, not {self.resolution}; set it to 0"
+                f"{SMALLEST_SIDE} pixels, not {side}; set it to 0"
             )
-        if self.discriminator is not None and self.resolution < self.discriminator.smallest_side:
+        if self.discriminator is not None and side < self.discriminator.smallest_side:
             raise UserError(
                 f"task.discriminator.num_layers is {self.discriminator.num_layers}, which needs images of at least "
-                f"{self.discriminator.smallest_side} pixels, not {self.resolution}; lower it, or set "
+                f"{self.discriminator.smallest_side} pixels, not {side}; lower it, or set "
                 "task.discriminator_weight to 0"
             )
 
     def init(self, key) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}
         if self.discriminator is not None:
-            side, channels = self.resolution, self.codec.image_channels
-            images = jnp.zeros((1, side, side, channels))
+            images = jnp.zeros((1, *self.image_shape))
             params["discriminator"] = self.discriminator.init(named_key(key, "discriminator"), images)["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -156,7 +165,7 @@ class AutoencoderTask:
 
     def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
         images = to_float(batch["image"])
-        latent_shape = self.codec.latent_shape(self.resolution)
+        latent_shape = self.codec.latent_shape(self.image_shape)
         inputs = {"images": images, "noise": jax.random.normal(named_key(key, "posterior"), (len(images), *latent_shape))}
         playing = state.step >= self.discriminator_start_step
         grads, values = accumulate(
@@ -172,11 +181,35 @@ class AutoencoderTask:
         new = TrainState(state.step + 1, params, ema_params, opt_state)
         return only_if(finite, new, state), step_sums(values, {"grad_norm": grad_norm}, finite)
 
+    def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
+        if entry != "image":
+            raise UserError("data.name is 'latents', and an autoencoder is trained on images; give a data set of images")
+        return {"label": jax.ShapeDtypeStruct((), jnp.int32), "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8)}
+
+    def constants(self) -> dict[str, Any]:
+        return {"perceptual": perceptual.shapes()} if self.perceptual_weight else {}
+
+    def constant_rules(self) -> dict[str, Rules]:
+        return {}
+
+    @property
+    def has_auxiliary_networks(self) -> bool:
+        return self.discriminator is not None or bool(self.perceptual_weight)
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        return 0
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        return {}
+
+    def macs(self) -> int:
+        return sum(self.codec.macs(self.image_shape))
+
     def description(self) -> list[str]:
         params = jax.eval_shape(self.init, jax.random.key(0)).params
         sizes = ", ".join(f"{name} {count_parameters(part) / 1e6:.2f} M" for name, part in params.items())
-        encode, decode = gmacs(self.codec, self.resolution)
-        latent = " x ".join(map(str, self.codec.latent_shape(self.resolution)))
+        encode, decode = (macs / 1e9 for macs in self.codec.macs(self.image_shape))
+        latent = " x ".join(map(str, self.codec.latent_shape(self.image_shape)))
         return [
             f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; "
             f"{encode:.3f} GMACs to encode an image, {decode:.3f} to decode"

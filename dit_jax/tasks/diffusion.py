@@ -3,10 +3,10 @@
 B batch, H x W x C images, h x w x c latents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,29 +14,31 @@ import optax
 from dit_jax.codecs.codec import Codec
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
-from dit_jax.diffusion.process import Process, noise_like
+from dit_jax.diffusion.process import Memoryless, Process, noise_like
+from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.errors import UserError
-from dit_jax.models.macs import dit_macs
-from dit_jax.parallel.rules import TRANSFORMER_RULES
+from dit_jax.models.network import Network
+from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
 from dit_jax.tasks.task import accumulate, mean_of, moving_average, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
+CONDITIONER = "conditioner"  # beside the network's entries in the parameters, where the conditioner is trained
 
 
 @dataclass(frozen=True)
 class DiffusionTask:
     """Trains a network to undo a diffusion process on a codec's latents.
 
-    constants: {"codec": the codec's frozen parameters}, and {"moments": [N, h, w, 2c]} where the data set lives on the devices.
-    batch: {"label": int32[B]} and one of {"image": uint8[B, H, W, C]}, {"moments": [B, h, w, 2c]} of a latent cache, and
-        {"row": int32[B]}, rows of constants["moments"].
+    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} where there is one, and
+        {"moments": [N, h, w, 2c]} where the data set lives on the devices.
+    batch: what the conditioner reads (`batch_spec`; {"label": int32[B]}), and one of {"image": uint8[B, H, W, C]},
+        {"moments": [B, h, w, 2c]} of a latent cache, and {"row": int32[B]}, rows of constants["moments"].
 
     Fields:
-        latent_shape: (h, w, c).
-        num_classes: also the null label; 0 for unconditional.
-        label_dropout: rate at which labels become the null label.
+        image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
+        cond_dropout: rate at which the condition of an example becomes the null condition.
         microbatches: gradients are averaged over so many parts of the batch, one after another.
         zero1, offload: see `state.abstract_state`.
 
@@ -44,34 +46,84 @@ class DiffusionTask:
         UserError: a rate or number out of range.
     """
 
-    network: nn.Module
+    network: Network
     process: Process
     codec: Codec
+    conditioner: Conditioner
     optimizer: optax.GradientTransformation
-    latent_shape: tuple[int, int, int]
-    num_classes: int
-    label_dropout: float = 0.1
+    image_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    cond_dropout: float = 0.1
     ema_decay: float = 0.9999
     microbatches: int = 1
     zero1: bool = False
     offload: str = "none"
 
-    rules = TRANSFORMER_RULES
+    name = "diffusion"
+    draws_samples = True
+    has_auxiliary_networks = False
 
     def __post_init__(self):
-        if self.num_classes < 0:
-            raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
-        if not 0 <= self.label_dropout < 1:
-            raise UserError(f"task.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if not 0 <= self.cond_dropout < 1:
+            raise UserError(f"task.cond_dropout is {self.cond_dropout}; it must lie in [0, 1)")
         check_offload(self.offload)
+
+    @property
+    def rules(self) -> Rules:
+        return self.network.rules + self.conditioner.rules
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether the network is trained on the null condition, which classifier-free guidance needs."""
+        return bool(self.conditioner.cond_spec()) and self.cond_dropout > 0
 
     def init(self, key) -> TrainState:
         x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,))
-        params = self.network.init(key, x, t, self.condition(jnp.zeros((1,), jnp.int32)))["params"]
+        cond = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.conditioner.cond_spec().items()}
+        params = self.network.init(key, x, t, cond)["params"]
+        if encoder := self.conditioner.init(named_key(key, CONDITIONER)):
+            params = {**params, CONDITIONER: encoder}
         return new_state(params, self.optimizer)
 
-    def condition(self, labels):
-        return {"label": labels} if self.num_classes else {}
+    def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
+        *grid, channels = self.latent_shape
+        entries = {
+            "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8),
+            "moments": jax.ShapeDtypeStruct((*grid, 2 * channels), jnp.float16),
+            "row": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        return {"label": jax.ShapeDtypeStruct((), jnp.int32), **self.conditioner.batch_spec(), entry: entries[entry]}
+
+    def constants(self) -> dict[str, Any]:
+        return {"codec": jax.eval_shape(self.codec.init, jax.random.key(0))}
+
+    def constant_rules(self) -> dict[str, Rules]:
+        return {"codec": self.codec.rules}
+
+    def macs(self) -> int:
+        cond_shapes = {name: x.shape for name, x in self.conditioner.cond_spec().items()}
+        return self.network.macs(self.latent_shape, cond_shapes)
+
+    @property
+    def remat(self) -> str | None:
+        return getattr(self.network, "remat", None)
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        return self.network.activation_bytes(self.latent_shape, rows, mesh_shape)
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        return self.network.savings(self.latent_shape, rows, mesh_shape, activations)
+
+    def condition(self, params, constants, batch):
+        """(condition, null condition) of the entries of a batch or of requests."""
+        params, constants = params.get(CONDITIONER, {}), constants.get(CONDITIONER, {})
+        cond = self.conditioner.from_batch(params, constants, batch)
+        return cond, self.conditioner.null(params, constants, cond)
+
+    def apply(self, params, x_t, t, cond, control=None):
+        """The network with its parameters."""
+        params = {name: x for name, x in params.items() if name != CONDITIONER}
+        return self.network.apply({"params": params}, x_t, t, cond, control)
 
     def moments(self, constants, batch):
         """The codec's moments of a batch: from the cache on the devices, from the cache on disk, or of the images."""
@@ -82,33 +134,36 @@ class DiffusionTask:
         return self.codec.encode(constants["codec"], to_float(batch["image"]))
 
     def draw_inputs(self, constants, batch, key) -> dict[str, Any]:
-        """All that is random in a step, for the whole batch at once: latents, noise, times, dropped labels."""
+        """All that is random in a step, for the whole batch at once: latents, noise, times, whose condition is dropped."""
         x0 = self.codec.sample_latent(named_key(key, "posterior"), self.moments(constants, batch))
-        labels = batch["label"]
-        if self.num_classes and self.label_dropout:
-            labels = guiding.drop_labels(named_key(key, "label_dropout"), labels, self.num_classes, self.label_dropout)
-        return {
+        inputs = {
             "x0": x0,
             "noise": jax.random.normal(named_key(key, "noise"), x0.shape, jnp.float32),
             "t": self.process.sample_time(named_key(key, "time"), x0.shape[0]),
-            "cond": self.condition(labels),
+            "batch": {name: batch[name] for name in self.conditioner.batch_spec()},
         }
+        if self.has_null_condition:
+            inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
+        return inputs
 
-    def loss(self, params, x0, noise, t, cond):
+    def loss(self, params, constants, x0, noise, t, batch, dropped=None):
         """Mean loss, and per example the loss and its named parts."""
         x_t = self.process.perturb(x0, noise, t)
-        output = self.network.apply({"params": params}, x_t, self.process.network_time(t), cond)
+        cond, null = self.condition(params, constants, batch)
+        if dropped is not None:
+            cond = guiding.replace_condition(dropped, cond, null)
+        output = self.apply(params, self.process.network_input(x_t, t), self.process.network_time(t), cond)
         loss, parts = self.process.loss(output, x0, noise, t)
         return loss.mean(), {"loss": loss, **parts}
 
-    def gradients(self, params, inputs):
+    def gradients(self, params, constants, inputs):
         """(gradients of the mean loss, per-example losses [B])."""
-        gradient = jax.grad(lambda params, part: self.loss(params, **part), has_aux=True)
+        gradient = jax.grad(lambda params, part: self.loss(params, constants, **part), has_aux=True)
         return accumulate(lambda part: gradient(params, part), inputs, self.microbatches)
 
     def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
         inputs = self.draw_inputs(constants, batch, key)
-        grads, losses = self.gradients(state.params, inputs)
+        grads, losses = self.gradients(state.params, constants, inputs)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
 
@@ -124,47 +179,64 @@ class DiffusionTask:
         return {f"loss_t{b / TIME_BUCKETS:.2f}": mean_of(loss, finite & (bucket == b)) for b in range(TIME_BUCKETS)}
 
     def description(self) -> list[str]:
-        net = self.network
         params = count_parameters(jax.eval_shape(self.init, jax.random.key(0)).params)
         return [
-            f"model      {type(net).__name__} depth {net.depth} width {net.width} heads {net.heads} patch {net.patch_size} "
-            f"({net.conditioning}, {jnp.dtype(net.dtype).name}): {params / 1e6:.2f} M parameters, "
-            f"{dit_macs(net, self.latent_shape) / 1e9:.3f} GMACs per image",
+            f"model      {self.network.describe()}: {params / 1e6:.2f} M parameters, {self.macs() / 1e9:.3f} GMACs per image",
             f"latents    {' x '.join(map(str, self.latent_shape))} of {type(self.codec).__name__}",
         ]
 
-    def draw_latents(self, params, keys, labels, sampler, guidance, weak=None, forecast: Forecast | None = None):
+    def draw_latents(self, params, constants, keys, requests, sampler, guidance, weak=None, forecast: Forecast | None = None):
         """Latents from the network, for `decode`.
 
         Args:
-            params: of the network, usually the moving average.
-            keys: [B] one key per image: an image depends on its key and label alone.
-            labels: int32[B]; the null label `num_classes` asks for an unconditional image.
+            params: usually the moving average.
+            constants: {"conditioner": ...} of a frozen encoder; {} for labels.
+            keys: [B] one key per image: an image depends on its key and its request alone.
+            requests: arrays [B, ...] as `Conditioner.from_requests` returns them.
             weak: a second network for autoguidance, called as a `Network`, its parameters bound.
             forecast: at which steps the network's blocks run; None for all.
 
         Returns:
             float32[B, h, w, c].
         """
-        variables, null = {"params": params}, self.condition(jnp.full_like(labels, self.num_classes))
+        cond, null = self.condition(params, constants, requests)
 
         def network(*args):
-            return self.network.apply(variables, *args)
+            return self.apply(params, *args)
 
-        def run(*args):
-            output, found = self.network.apply(variables, *args, mutable=["blocks"])
-            return output, found["blocks"]["residual"]
+        def predict_with(network):
+            guided = guidance(network, cond, null, weak)
 
-        def denoise_with(network):
-            guided = guidance(network, self.condition(labels), null, weak)
-            return lambda x, t: self.process.predict(guided(x, t, self.process.network_time(t)), x, t)
+            def predict(x_t, t):
+                output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
+                return self.process.predict(output, x_t, t)
 
-        denoise = denoise_with(network)
+            return predict
+
+        denoise = Memoryless(predict_with(network))
         if forecast and forecast.active:
-            denoise = ForecastingDenoise(forecast, run, network, denoise_with)  # `network` can also be given what its blocks add
+            denoise = ForecastingDenoise(forecast, *self.parts(params), predict_with)
         noise = noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
+
+    def parts(self, params):
+        """(run, run_head) of a network in three parts, as `ForecastingDenoise` takes them."""
+        params = {name: x for name, x in params.items() if name != CONDITIONER}
+
+        def part(name, *args):
+            return self.network.apply({"params": params}, *args, method=name)
+
+        def run(x, time, cond):
+            embedded = part("embed", x, time, cond)
+            after = part("run_blocks", embedded)
+            return part("head", after, embedded, x.shape), after - embedded.x
+
+        def run_head(x, time, cond, residual):
+            embedded = part("embed", x, time, cond)
+            return part("head", embedded.x + residual, embedded, x.shape)
+
+        return run, run_head
 
     def decode(self, constants, latents):
         """uint8[B, H, W, C] images of latents [B, h, w, c]."""

@@ -21,7 +21,16 @@ class Task(Protocol):
 
     `constants` is what a step reads and does not change (weights of a frozen network, a data set that lives on the devices):
     it travels as an argument, so that it can live sharded on the mesh.
+
+    Fields:
+        name: by which a config chooses the task.
+        image_shape: of one example, (H, W, C) or (F, H, W, C).
+        microbatches: into how many parts a batch is split, one after another.
     """
+
+    name: str
+    image_shape: tuple[int, ...]
+    microbatches: int
 
     @property
     def rules(self) -> Rules:
@@ -47,6 +56,52 @@ class Task(Protocol):
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
+        ...
+
+    def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of a training batch by name, each of one example.
+
+        Args:
+            entry: what the data set gives: "image", "moments" of a latent cache, or "row" of a cache on the devices.
+
+        Raises:
+            UserError: the task cannot be trained on that.
+        """
+        ...
+
+    def constants(self) -> dict[str, Any]:
+        """The frozen weights that `step` reads, as pytrees of ShapeDtypeStruct by name."""
+        ...
+
+    def constant_rules(self) -> dict[str, Rules]:
+        """How each of `constants` is split over the mesh; an entry without rules is replicated."""
+        ...
+
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass of the trained network on one example; three times that is a training step."""
+        ...
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the trained network draws samples from noise."""
+        ...
+
+    @property
+    def has_auxiliary_networks(self) -> bool:
+        """Whether a step runs networks that `macs` does not count: a discriminator, a perceptual distance."""
+        ...
+
+    @property
+    def remat(self) -> str | None:
+        """The network's rematerialisation policy; None where it has none."""
+        ...
+
+    def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples; 0 if unknown."""
+        ...
+
+    def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        """See `Network.savings`."""
         ...
 
     def description(self) -> list[str]:

@@ -1,5 +1,7 @@
 """The training loop: config -> mesh -> data -> step -> records, previews, checkpoints."""
 
+import contextlib
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-from jax.sharding import Mesh
 
-from dit_jax import build
+from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
@@ -23,63 +23,58 @@ from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.run_folder import Workdir, plain
 from dit_jax.tasks.compiled_step import compile_in_background
-from dit_jax.tasks.state import TrainState, abstract_state, create_sharded
-from dit_jax.tasks.task import Task
-from dit_jax.training import reconstructions, samples, summary
+from dit_jax.tasks.state import TrainState, create_sharded
+from dit_jax.training import summary
+from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
+from dit_jax.training.results import Results, results_of
 from dit_jax.training.scoring import Scorer
 from dit_jax.training.wandb_writer import WandbWriter
 
-SHOWN_BY = {"diffusion": samples, "autoencoder": reconstructions}  # previews and final images of each task
-
 
 @dataclass
-class Run:
-    """What training leaves behind, for sampling in the same process."""
+class TrainResult:
+    """What training leaves behind, for sampling in the same process.
 
-    config: ml_collections.ConfigDict
-    task: Task
-    source: Any
-    mesh: Mesh
-    constants: Any
-    state: TrainState
-    stopped: bool
-    loss: float | None
-    images_per_second: float | None
-
-
-def restore_or_create(config, task: Task, mesh: Mesh, checkpointer: Checkpointer, fingerprint: str) -> TrainState:
-    """The newest good checkpoint, or a new state where there is none.
-
-    Raises:
-        UserError: the data set is not the one that the checkpoint was trained on.
+    Fields:
+        run: the run with its codec's weights.
+        results: what the run shows for itself; `finish` of it makes the final samples and their score.
+        constants: what a step reads and does not change, on the mesh.
+        stopped: a signal ended it before its last step, with everything saved.
+        loss, images_per_second: of the last interval that was logged; None if nothing was trained.
     """
-    restored = checkpointer.restore(abstract_state(task, mesh))
-    if restored is None:
-        return create_sharded(task, jax.random.key(config.seed), mesh)
-    state, meta = restored
-    if meta["data"] != fingerprint:
-        raise UserError(
-            "the data set has changed since this run began (another version, split, file list or count); restore it, "
-            "or give a new --workdir"
-        )
-    say(f"going on from step {int(state.step)}")
-    return state
+
+    run: Run
+    results: Results
+    state: TrainState
+    constants: dict[str, Any]
+    stopped: bool
+    loss: float | None = None
+    images_per_second: float | None = None
 
 
-def score(scorer: Scorer, step: int, state: TrainState, constants, records: Records, checkpointer: Checkpointer) -> bool:
-    """Scores the moving average and keeps the checkpoint of the best step; False if a signal stopped it."""
-    result = scorer(step, state.ema_params, constants["codec"])
-    if result is None:
-        return False
-    records.scalars(step, {"fid": result["fid"], "best_fid": scorer.best["fid"], "scoring_seconds": result["seconds"]})
-    checkpointer.best_step = scorer.best["step"]
-    return True
+class Stepper:
+    """The compiled step with its state and sums, which it replaces at each call."""
+
+    def __init__(self, compiled, zeros, state: TrainState, constants):
+        self.state, self.sums, self._zeros = state, zeros(), zeros
+        self._compiled, self._constants = compiled, constants
+        self._copy = jax.jit(jnp.copy)  # of a sum, which the next step donates
+
+    def __call__(self, batch) -> jax.Array:
+        """Takes one step; returns a small array of it that nobody donates."""
+        self.state, self.sums = self._compiled(self.state, self.sums, self._constants, batch)
+        return self._copy(self.sums["skipped"])
+
+    def take_sums(self):
+        """The sums since the last call, which begin again at zero."""
+        sums, self.sums = self.sums, self._zeros()
+        return sums
 
 
-def train(config, workdir) -> Run:
-    """Trains to config.num_steps, or goes on where the folder stands; the same command again continues.
+def train(run: Run, workdir: Path) -> TrainResult:
+    """Trains to config.num_steps, or continues where the folder stands; the same command again continues.
 
     Returns early, with `stopped` set and everything saved, after SIGTERM or Ctrl-C.
 
@@ -87,102 +82,132 @@ def train(config, workdir) -> Run:
         UserError: something in the config, the data or the folder is wrong; before any work.
         Diverged: see `meter`.
     """
-    clock = StepClock()
-    workdir = Path(workdir).expanduser().absolute()
-    mesh = build.mesh(config)
-    build.task(config)
-    config, codec_params = codec_folder.settle(config, workdir)
-    task = build.task(config)
-    loader = build.loader(config, mesh)
-    constants = build.constants(config, mesh, loader, codec_params)
-    preview = SHOWN_BY[config.task.name].make_preview(config, task, mesh, loader.source)
-    scorer = Scorer(config, task, mesh, workdir) if "scoring" in config and config.scoring.every_steps else None
-    fingerprint = loader.source.fingerprint
-    profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=hosts.is_first())
-    wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
-    watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
+    clock, workdir, num_steps = StepClock(), Path(workdir).expanduser().absolute(), run.config.num_steps
+    run.task  # fails before weights and data are read
+    run = run.with_codec_weights(workdir)
+    with contextlib.ExitStack() as stack:
+        training = Training(run, workdir, clock, stack)
+        state = training.restore_or_create()
+        step = int(state.step)
+        if training.score and training.score.scorer.unfinished(step) and training.score(step, state):
+            return TrainResult(run, training.results, state, training.constants, stopped=True)
+        if step >= num_steps:
+            say(f"step {step} of {num_steps} is reached: nothing to train")
+            return TrainResult(run, training.results, state, training.constants, stopped=False)
 
-    with (
-        Workdir(workdir, config, hosts.is_first()) as folder,
-        Checkpointer(folder.checkpoints, **config.checkpoint) as checkpointer,
-        Records(folder.path, hosts.is_first(), wandb) as records,
-        StopSignal() as stop,
-    ):
-        if hosts.is_first() and codec_params:
-            codec_folder.keep(folder.path, task.codec, codec_params)
-        program = task, mesh, config.seed, abstract_state(task, mesh), constants, build.abstract_batch(config, task, mesh)
-        begun = checkpointer.latest_step or 0
-        compiling = compile_in_background(*program) if begun < config.num_steps else None
-        state = restore_or_create(config, task, mesh, checkpointer, fingerprint)
-        done = int(state.step)
-        records.rewind(done)
-        say(summary.text(config, task, mesh, folder.path))
-        if scorer is not None:
-            scorer.forget_after(done)
-            checkpointer.best_step = scorer.best and scorer.best["step"]
-            if scorer.unfinished(done) and not score(scorer, done, state, constants, records, checkpointer):
-                return Run(config, task, loader.source, mesh, constants, state, True, None, None)
-        if done >= config.num_steps:
-            say(f"step {done} of {config.num_steps} is reached: nothing to train")
-            return Run(config, task, loader.source, mesh, constants, state, False, None, None)
+        stepper, batches, batch = training.start(state)
+        stopping = interrupted = False
+        while step < num_steps and not (stopping or interrupted):
+            clock.wait(step + 1 - IN_FLIGHT)
+            with training.profile.step(step):
+                dispatched = time.monotonic()
+                output = stepper(batch)
+                step += 1
+                clock.dispatched(step, dispatched, output)
+            training.profile.finish(step, clock)
+            stopping = training.stop.requested(step)
+            for event in training.events:
+                if event.due(step, stopping):
+                    with clock.spend(event.kind):
+                        interrupted = event(step, stepper.state) or interrupted
+            if step < num_steps and not (stopping or interrupted):
+                batch = training.next_batch(batches)
+        training.finish(step)
+    stopped = interrupted or (stopping and step < num_steps)
+    meter = training.meter
+    return TrainResult(run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second)
 
-        records.prepare()
-        profile.resumed(done)
-        with loader.batches(done) as batches, clock, watchdog, profile:
-            with clock.spend("data"):
-                batch = shard_batch(mesh, next(batches))
-            with clock.spend("compile"):
-                step, zeros, seconds = (compiling or compile_in_background(*program)).result()
-            say(f"compiled the training step in {seconds:.1f} s")
-            records.scalars(done, {"compile_seconds": seconds})
-            copy = jax.jit(jnp.copy)  # of a sum, which the step after donates
-            sums, meter = zeros(), Meter(records, clock, config, task, mesh, done)
-            stopped = unscored = False
-            while done < config.num_steps and not (stopped or unscored):
-                clock.wait(done + 1 - IN_FLIGHT)
-                with profile.step(done):
-                    dispatched = time.monotonic()
-                    state, sums = step(state, sums, constants, batch)
-                    done += 1
-                    clock.dispatched(done, dispatched, copy(sums["skipped"]))
-                profile.finish(done, clock)
-                last = done == config.num_steps
-                meter.report()
-                meter.bad_records = len(batches.bad_records)
-                if done % config.log.every_steps == 0 or last:
-                    meter.defer(done, sums)
-                    sums = zeros()
-                stopped = stop.requested(done)
-                scored = scorer is not None and scorer.due(done)
-                if checkpointer.due(done) or scored or last or stopped:
-                    with clock.spend("checkpoint"):
-                        checkpointer.save(done, state, {"data": fingerprint})
-                if config.preview.every_steps and (done % config.preview.every_steps == 0 or last):
-                    meter.report()
-                    with clock.spend("preview"):
-                        seconds = preview(folder.samples, records, done, state, constants)
-                    records.scalars(done, {"preview_seconds": seconds})
-                if scored and not stopped:
-                    meter.report()
-                    clock.wait(done)
-                    with clock.spend("scoring"):
-                        unscored = not score(scorer, done, state, constants, records, checkpointer)
-                if not (last or stopped or unscored):
-                    with clock.spend("data"):
-                        batch = shard_batch(mesh, next(batches))
-            meter.report()
-            clock.wait(done)
-            with clock.spend("checkpoint"):
-                checkpointer.wait()
-            meter.finish(done)
-    return Run(
-        config,
-        task,
-        loader.source,
-        mesh,
-        constants,
-        state,
-        unscored or (stopped and done < config.num_steps),
-        meter.loss,
-        meter.images_per_second,
-    )
+
+class Training:
+    """What the loop works with: the folder, the checkpoints, the records and the events.
+
+    Raises:
+        UserError: something in the config, the data or the folder is wrong.
+    """
+
+    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
+        config, first = run.config, hosts.is_first()
+        self.run, self.clock, self.stack = run, clock, stack
+        self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
+        self.results = results_of(run)
+        scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
+        self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
+        wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
+        self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
+        self.folder = stack.enter_context(Workdir(workdir, config, first))
+        self.checkpointer = stack.enter_context(Checkpointer(self.folder.checkpoints, **config.checkpoint))
+        self.records = stack.enter_context(Records(self.folder.path, first, wandb))
+        self.stop = stack.enter_context(StopSignal())
+        if first and run.has_codec_weights:
+            codec_folder.keep(self.folder.path, run.codec, run.codec_params)
+        self.score = scorer and Score(scorer, self.constants, self.records, self.checkpointer)
+        # The step is compiled while the state is restored or created.
+        begun = self.checkpointer.latest_step or 0
+        self._compiling = self._compile() if begun < config.num_steps else None
+
+    def _compile(self):
+        run = self.run
+        return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
+
+    def restore_or_create(self) -> TrainState:
+        """The newest good checkpoint, or a new state where there is none; says what the run is.
+
+        Raises:
+            UserError: the data set is not the one that the checkpoint was trained on.
+        """
+        run, restored = self.run, self.checkpointer.restore(self.run.abstract_state)
+        if restored is None:
+            state = create_sharded(run.task, jax.random.key(run.config.seed), run.mesh)
+        else:
+            state, meta = restored
+            if meta["data"] != self.fingerprint:
+                raise UserError(
+                    "the data set has changed since this run began (another version, split, file list or count); restore it, "
+                    "or give a new --workdir"
+                )
+            say(f"continuing from step {int(state.step)}")
+        self.records.rewind(int(state.step))
+        say(summary.text(run, self.folder.path))
+        if self.score:
+            self.score.scorer.forget_after(int(state.step))
+            best = self.score.scorer.best
+            self.checkpointer.best_step = best and best["step"]
+        return state
+
+    def start(self, state: TrainState) -> tuple[Stepper, Any, Any]:
+        """(the compiled step, this host's batches, the first of them), from the step of the state on; makes the events."""
+        config, step = self.run.config, int(state.step)
+        self.records.prepare()
+        self.profile.resumed(step)
+        batches = self.stack.enter_context(self.run.loader.batches(step))
+        for context in (self.clock, self.watchdog, self.profile):
+            self.stack.enter_context(context)
+        batch = self.next_batch(batches)
+        with self.clock.spend("compile"):
+            compiled, zeros, seconds = (self._compiling or self._compile()).result()
+        say(f"compiled the training step in {seconds:.1f} s")
+        self.records.scalars(step, {"compile_seconds": seconds})
+        stepper = Stepper(compiled, zeros, state, self.constants)
+        meter = Meter(self.records, self.clock, self.run.task, self.run.mesh, config.batch_size, config.num_steps, step)
+        self.meter, last = meter, config.num_steps
+        scorer = self.score.scorer if self.score else None
+        self.events: list[Event] = [
+            Log(meter, stepper, batches, config.log.every_steps, last),
+            Save(self.checkpointer, self.fingerprint, scorer, last),
+            Preview(self.results, meter, self.records, self.folder.samples, self.constants, config.preview.every_steps, last),
+        ]
+        if self.score:
+            self.events.append(dataclasses.replace(self.score, meter=meter, clock=self.clock))
+        return stepper, batches, batch
+
+    def next_batch(self, batches):
+        with self.clock.spend("data"):
+            return shard_batch(self.run.mesh, next(batches))
+
+    def finish(self, step: int) -> None:
+        """Waits for what is under way and says where the time went."""
+        self.meter.report()
+        self.clock.wait(step)
+        with self.clock.spend("checkpoint"):
+            self.checkpointer.wait()
+        self.meter.finish(step)

@@ -4,13 +4,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.codecs.macs import gmacs
 from dit_jax.errors import UserError
-from dit_jax.models.macs import dit_macs
 from dit_jax.programs import chips
 from dit_jax.runtime.console import duration, say
 from dit_jax.runtime.step_clock import KINDS, StepClock
-from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.task import Task
 from dit_jax.training.records import Records
 
@@ -19,16 +16,6 @@ MAX_SKIPPED_STEPS = 10
 
 class Diverged(RuntimeError):
     """The loss or its gradient was not finite for many steps on end."""
-
-
-def training_flops(task: Task) -> float:
-    """FLOPs that training on one image needs: three forwards of the trained network at two per multiply-add.
-
-    What is computed again to save memory, frozen networks and the optimizer are not counted.
-    """
-    if isinstance(task, AutoencoderTask):
-        return 6e9 * sum(gmacs(task.codec, task.resolution))
-    return 6 * dit_macs(task.network, task.latent_shape)
 
 
 def peak_flops(mesh: Mesh) -> float | None:
@@ -53,7 +40,8 @@ class Meter:
 
     A record has, beside the means of the task's sums:
         images_per_second: of the time from the end of the interval before to the end of this one, without previews and scores.
-        mfu: images_per_second x `training_flops` / `peak_flops`; whatever held the devices up lowers it.
+        mfu: images_per_second x 6 x `Task.macs` / `peak_flops`: three forwards at two FLOPs per multiply-add. Recomputation,
+            frozen networks and the optimizer are not counted; whatever held the devices up lowers it.
         step_seconds_p50, step_seconds_p99: how long the devices worked on a step, see `StepClock`.
         data_wait_seconds: the loop waited for batches; hidden behind the devices' work unless they ran out of it.
         checkpoint_seconds: the loop was blocked by saving (the writing itself goes on in the background).
@@ -61,10 +49,12 @@ class Meter:
         skipped, bad_records: steps whose loss or gradient was not finite; records of the data set that cannot be read.
     """
 
-    def __init__(self, records: Records, clock: StepClock, config, task: Task, mesh: Mesh, step: int):
-        self.records, self.clock, self.batch_size, self.num_steps = records, clock, config.batch_size, config.num_steps
-        self.flops_per_image, self.peak_flops = training_flops(task), peak_flops(mesh)
-        self.first_step = self.last_step = step
+    def __init__(
+        self, records: Records, clock: StepClock, task: Task, mesh: Mesh, batch_size: int, num_steps: int, first_step: int
+    ):
+        self.records, self.clock, self.batch_size, self.num_steps = records, clock, batch_size, num_steps
+        self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step is three forwards
+        self.first_step = self.last_step = first_step
         self.first_time = self.last_time = None
         self.loss = self.images_per_second = None
         self.skipped_in_a_row = 0

@@ -3,27 +3,29 @@
 N images, H x W x C images, h x w x c latents.
 """
 
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import build
+from dit_jax.build import Run
 from dit_jax.codecs.kl_vae import normalised, split_moments
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
 from dit_jax.evaluate import extractors, scores
 from dit_jax.interop import codec_folder
-from dit_jax.metrics.reconstruction import psnr, ssim
+from dit_jax.metrics.image_quality import psnr, ssim
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import batch_sharding, rows_per_step, split_rows
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.runtime.console import say
 from dit_jax.sample import samples_file
 from dit_jax.sample.grid import write_image_grid
-from dit_jax.tasks.state import on_device
+from dit_jax.tasks.state import TrainState, on_device
 from dit_jax.training.latent_plane import PALETTE, plane_picture
 
 STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
@@ -55,42 +57,10 @@ class Reconstructor:
         return tuple(np.concatenate(part)[:count] for part in zip(*parts, strict=True))
 
 
-def evaluation_source(config):
-    """The images that are kept for judging: `data` with `evaluation.split`, where the data set has splits."""
-    fields = config.data.to_dict()
-    if config.evaluation.get("split") is not None:
-        fields["split"] = config.evaluation.split
-    return build.construct("data", fields)
-
-
-def check(config):
-    """Raises a UserError for what would only be found after the training."""
-    wanted, split = config.evaluation.num_images, config.evaluation.get("split")
-    available = len(evaluation_source(config))
-    if wanted > available:
-        raise UserError(
-            f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; ask for at most as many"
-        )
-    if wanted == 1:
-        raise UserError("evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)")
-    if wanted and config.evaluation.features:
-        side = config.transform.resolution
-        extractors.check_name(config.evaluation.features, config.evaluation.weights or None)
-        extractors.check_shape(config.evaluation.features, (side, side, config.transform.channels))
-    if config.evaluation.normalize not in ("scale", "channel"):
-        raise UserError(f"evaluation.normalize is {config.evaluation.normalize!r}; it must be scale (one number) or channel")
-    classes = len(build.construct("data", config.data).class_names)
-    if is_plane(build.codec(config), config.transform.resolution) and classes > len(PALETTE):
-        raise UserError(
-            f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
-            "choose the images of some classes, or merge classes"
-        )
-
-
-def read(config, source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [N, H, W, C], labels int32 [N]) of the first readable `count` images, never mirrored."""
+def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [N, H, W, C], labels int32 [N]) of the first readable `count` images of a data set, never mirrored."""
     images, labels, bad = [], [], []
-    for batch in read_in_order(source, build.transform(config), 256, bad_records=bad):
+    for batch in read_in_order(source, run.transform, 256, bad_records=bad):
         images.append(batch["image"])
         labels.append(batch["label"])
         if sum(map(len, labels)) >= count:
@@ -107,9 +77,9 @@ def side_by_side(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     return np.stack([images, reconstructions], 1).reshape(-1, *images.shape[1:])
 
 
-def is_plane(codec, resolution: int) -> bool:
-    """Whether the whole latent of an image is 2 numbers."""
-    return int(np.prod(codec.latent_shape(resolution))) == 2
+def is_plane(latent_shape: tuple[int, ...]) -> bool:
+    """Whether the latent of an image is 2 numbers in all."""
+    return math.prod(latent_shape) == 2
 
 
 def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
@@ -125,88 +95,117 @@ def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
     return plane_picture(decode, means, labels, len(names), names=names)
 
 
-def make_preview(config, task, mesh, source):
-    """(folder, records, step, state, constants) -> seconds: writes images beside their reconstructions."""
-    count = config.preview.num_images
-    if config.preview.every_steps and count < 1:
-        raise UserError(f"preview.num_images is {count}; it must be at least 1 (preview.every_steps = 0 turns previews off)")
-    images = read(config, evaluation_source(config), count)[0] if config.preview.every_steps else None
-    reconstructor = Reconstructor(task.codec, mesh, count)
+class Reconstructions:
+    """The `Results` of an autoencoder's run: images next to their reconstructions, their scores, and the finished codec."""
 
-    def preview(folder, records, step, state, constants):
+    def __init__(self, run: Run):
+        self.run, preview = run, run.config.preview
+        if preview.every_steps and preview.num_images < 1:
+            raise UserError(
+                f"preview.num_images is {preview.num_images}; it must be at least 1 (preview.every_steps = 0 turns previews off)"
+            )
+        self.images = read(run, run.evaluation_source, preview.num_images)[0] if preview.every_steps else None
+        self.reconstructor = Reconstructor(run.task.codec, run.mesh, preview.num_images)
+
+    @staticmethod
+    def check(run: Run) -> None:
+        """Raises a UserError for what would only be found after the training."""
+        evaluation = run.config.evaluation
+        wanted, split, available = evaluation.num_images, evaluation.get("split"), len(run.evaluation_source)
+        if wanted > available:
+            raise UserError(
+                f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; ask for no more"
+            )
+        if wanted == 1:
+            raise UserError(
+                "evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)"
+            )
+        if wanted and evaluation.features:
+            extractors.check_name(evaluation.features, evaluation.weights or None)
+            extractors.check_shape(evaluation.features, run.image_shape)
+        if evaluation.normalize not in ("scale", "channel"):
+            raise UserError(f"evaluation.normalize is {evaluation.normalize!r}; it must be scale (one number) or channel")
+        classes = len(run.source.class_names)
+        if is_plane(run.latent_shape) and classes > len(PALETTE):
+            raise UserError(
+                f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
+                "choose the images of some classes, or merge classes"
+            )
+
+    def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
         start = time.monotonic()
-        decoded, _, _ = reconstructor(state.ema_params["codec"], images)
+        decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
         if hosts.is_first():
             path = folder / f"{step:08d}.png"
-            quality = float(np.mean(psnr(images, decoded)))
-            records.images(step, {"reconstructions": write_image_grid(path, side_by_side(images, decoded), columns=10)})
+            quality = float(np.mean(psnr(self.images, decoded)))
+            pairs = side_by_side(self.images, decoded)
+            records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10)})
             records.scalars(step, {"psnr": quality})
             say(f"images and their reconstructions in {path}, PSNR {quality:.2f} dB")
         return time.monotonic() - start
 
-    return preview
+    def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
+        """Writes the finished codec to <workdir>/codec, with the scale of its latents, and scores its reconstructions.
 
+        The scale makes one posterior sample of a training image have unit variance over all channels (Rombach et al. 2022,
+        appendix G), or, with evaluation.normalize = "channel", zero mean and unit variance in each channel.
+        """
+        run, evaluation = self.run, self.run.config.evaluation
+        on_devices, trained = state.ema_params["codec"], run.task.codec
+        params = jax.tree.map(hosts.to_host, on_devices)
+        reconstructor = Reconstructor(trained, run.mesh, evaluation.batch_size)
 
-def finish(run, workdir: Path) -> dict:
-    """Writes the finished codec to <workdir>/codec, with the scale of its latents, and scores its reconstructions.
+        images, labels = read(run, run.source, STATISTICS_IMAGES)
+        _, means, variances = reconstructor(on_devices, images)
+        by_channel = evaluation.normalize == "channel"
+        axes = (0, 1, 2) if by_channel else None
+        codec = normalised(trained, means.mean(axes) if by_channel else 0.0, np.sqrt(means.var(axes) + variances.mean(axes)))
+        folder = workdir / codec_folder.FOLDER
+        result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
+        if hosts.is_first():
+            codec_folder.replace(folder, codec, params)
+            say(f"the codec is in {folder}: give that folder, or {workdir}, as codec.path")
+        if is_plane(run.latent_shape) and hosts.is_first():
+            picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
+            result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
+            say(f"the latent plane is in {result['plane']}")
+        if evaluation.num_images:
+            result |= self.judge(reconstructor, on_devices, workdir, int(state.step))
+        return result
 
-    The scale makes one posterior sample of a training image have unit variance over all channels (Rombach et al. 2022,
-    appendix G), or, with evaluation.normalize = "channel", zero mean and unit variance in each channel.
-    """
-    config, params = run.config, jax.tree.map(hosts.to_host, run.state.ema_params["codec"])
-    codec = run.task.codec
-    reconstructor = Reconstructor(codec, run.mesh, config.evaluation.batch_size)
-    placed = run.state.ema_params["codec"]
+    def judge(self, reconstructor: Reconstructor, params, workdir: Path, step: int) -> dict[str, Any]:
+        """PSNR, SSIM and, with evaluation.features, the Frechet distance of the evaluation images' reconstructions.
 
-    images, labels = read(config, run.source, STATISTICS_IMAGES)
-    _, means, variances = reconstructor(placed, images)
-    axes = (0, 1, 2) if config.evaluation.normalize == "channel" else None
-    std = np.sqrt(means.var(axes) + variances.mean(axes))
-    codec = normalised(codec, means.mean(axes) if config.evaluation.normalize == "channel" else 0.0, std)
-    folder = workdir / codec_folder.FOLDER
-    result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
-    if hosts.is_first():
-        codec_folder.replace(folder, codec, params)
-        say(f"the codec is in {folder}: give that folder, or {workdir}, as codec.path")
-    if is_plane(codec, config.transform.resolution) and hosts.is_first():
-        picture = draw_plane(run.task.codec, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
-        result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
-        say(f"the latent plane is in {result['plane']}")
-    if config.evaluation.num_images:
-        result |= judge(config, reconstructor, placed, workdir, int(run.state.step))
-    return result
-
-
-def judge(config, reconstructor: Reconstructor, params, workdir: Path, step: int) -> dict:
-    """PSNR, SSIM and, with evaluation.features, Frechet distance of the evaluation images' reconstructions; writes both sets."""
-    start = time.monotonic()
-    images, labels = read(config, evaluation_source(config), config.evaluation.num_images)
-    decoded, _, _ = reconstructor(params, images)
-    original, path = (workdir / "samples" / f"{step:08d}_{name}.npz" for name in ("originals", "reconstructions"))
-    result = {"samples": str(path)}
-    if hosts.is_first():
-        made_by = {"step": step, "codec": config.codec.to_dict(), "data": config.data.to_dict()}
-        samples_file.write(original, images, labels, {"data": config.data.to_dict()})
-        samples_file.write(path, decoded, labels, made_by)
-        write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
-        if config.evaluation.features:
-            result |= scores.evaluate(
-                str(path),
-                str(original),
-                config.evaluation.features,
-                config.evaluation.weights or None,
-                scores.Options(("fid",)),
-                processes=(0, 1),
+        Writes both sets.
+        """
+        start, run, evaluation = time.monotonic(), self.run, self.run.config.evaluation
+        images, labels = read(run, run.evaluation_source, evaluation.num_images)
+        decoded, _, _ = reconstructor(params, images)
+        original, path = (workdir / "samples" / f"{step:08d}_{name}.npz" for name in ("originals", "reconstructions"))
+        result = {"samples": str(path)}
+        if hosts.is_first():
+            data = run.config.data.to_dict()
+            samples_file.write(original, images, labels, {"data": data})
+            samples_file.write(path, decoded, labels, {"step": step, "codec": run.config.codec.to_dict(), "data": data})
+            write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
+            if evaluation.features:
+                result |= scores.evaluate(
+                    str(path),
+                    str(original),
+                    evaluation.features,
+                    evaluation.weights or None,
+                    scores.Options(("fid",)),
+                    processes=(0, 1),
+                )
+            side = min(images.shape[1:3])
+            window = min(11, side - 1 + side % 2)
+            result |= {
+                "psnr": float(psnr(images, decoded).mean()),
+                "ssim": float(ssim(images, decoded, window).mean()),
+                "ssim_window": window,
+            }
+            say(
+                f"{len(images)} reconstructions in {time.monotonic() - start:.1f} s: PSNR {result['psnr']:.2f} dB, SSIM "
+                f"{result['ssim']:.3f}, {path.with_suffix('.png')}"
             )
-        side = images.shape[1]
-        window = min(11, side - 1 + side % 2)
-        result |= {
-            "psnr": float(psnr(images, decoded).mean()),
-            "ssim": float(ssim(images, decoded, window).mean()),
-            "ssim_window": window,
-        }
-        say(
-            f"{len(images)} reconstructions in {time.monotonic() - start:.1f} s: PSNR {result['psnr']:.2f} dB, SSIM "
-            f"{result['ssim']:.3f}, {path.with_suffix('.png')}"
-        )
-    return result
+        return result

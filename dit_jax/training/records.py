@@ -10,6 +10,8 @@ import time
 import numpy as np
 from absl import logging
 
+from dit_jax.storage.atomic import write_atomic
+
 
 class Records:
     """Scalars and images of one run, appended to `workdir`; a sink that fails is counted and never stops the run.
@@ -163,12 +165,7 @@ class Records:
                 if not is_late:
                     kept.append(line.rstrip("\n") + "\n")
         logging.info("%s: %d lines after step %d and %d broken lines dropped.", self._path, late, step, broken)
-        partial = f"{self._path}.{os.getpid()}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self._path)
+        write_atomic(self._path, "".join(kept))
 
 
 def _number(name, value):

@@ -1,15 +1,10 @@
 """The cheap score of a run while it trains: few steps, fewer images, from the moving average; and which checkpoint was best."""
 
-import json
-import os
 import shutil
 import time
 from pathlib import Path
 
-import ml_collections
-from absl import logging
-
-from dit_jax import build
+from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate import scores
@@ -19,41 +14,31 @@ from dit_jax.runtime.console import say
 from dit_jax.sample import samples_file
 from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
-from dit_jax.sample.labels import spread_labels
-from dit_jax.sample.weights import hold
+from dit_jax.sample.labels import spread_requests
+from dit_jax.sample.weights import cast_for_inference
+from dit_jax.storage.atomic import write_json
+from dit_jax.storage.run_folder import BEST_SCORE, SCORES, read_best
 
-FOLDER, REFERENCE, BEST = "scores", "reference.npz", "best.json"
-
-
-def scoring_config(config) -> ml_collections.ConfigDict:
-    """The config with the sampler of config.scoring in place of that of the final samples."""
-    found = ml_collections.ConfigDict(config.to_dict())
-    found.sampler = config.scoring.sampler
-    return found
+REFERENCE = "reference.npz"
 
 
-def image_shape(config) -> tuple[int, int, int]:
-    return (config.transform.resolution, config.transform.resolution, config.transform.channels)
-
-
-def check(config):
+def check(run: Run) -> None:
     """Raises a UserError for what would only be found at the first score: before any training."""
-    every_steps, num_images = config.scoring.every_steps, config.scoring.num_images
-    if not every_steps:
+    scoring, evaluation = run.config.scoring, run.config.evaluation
+    if not scoring.every_steps:
         return
-    if every_steps < 1 or num_images < 2:
+    if scoring.every_steps < 1 or scoring.num_images < 2:
         raise UserError(
-            f"scoring.every_steps is {every_steps} and scoring.num_images {num_images}; at least 1 and 2 are needed "
-            "(scoring.every_steps = 0 turns scoring off)"
+            f"scoring.every_steps is {scoring.every_steps} and scoring.num_images {scoring.num_images}; at least 1 and 2 are "
+            "needed (scoring.every_steps = 0 turns scoring off)"
         )
-    if not config.evaluation.reference:
+    if not evaluation.reference:
         raise UserError(
-            f"scoring.every_steps is {every_steps} and evaluation.reference is empty: name the images or statistics "
+            f"scoring.every_steps is {scoring.every_steps} and evaluation.reference is empty: name the images or statistics "
             "to score against, or set scoring.every_steps to 0"
         )
-    scores.check(config.evaluation.reference, config.evaluation.features, config.evaluation.weights or None, image_shape(config))
-    found = scoring_config(config)
-    build.sampler(found), build.forecast(found)
+    scores.check(evaluation.reference, evaluation.features, evaluation.weights or None, run.image_shape)
+    run.checked_forecast(run.scoring_sampler)
 
 
 class Scorer:
@@ -65,9 +50,10 @@ class Scorer:
     best: {"step", "fid", ...} of the lowest score so far, or None.
     """
 
-    def __init__(self, config, task, mesh, workdir: Path):
-        self.every_steps, self._config = config.scoring.every_steps, config
-        self._folder, self._task, self._mesh = workdir / FOLDER, task, drawing_mesh(mesh)
+    def __init__(self, run: Run, workdir: Path):
+        self._run, self._scoring, self._evaluation = run, run.config.scoring, run.config.evaluation
+        self.every_steps = self._scoring.every_steps
+        self._folder, self._mesh = workdir / SCORES, drawing_mesh(run.mesh)
         self._has_reference = False
         self.best = read_best(workdir)
 
@@ -84,28 +70,23 @@ class Scorer:
             say(f"the best step so far, {self.best['step']}, lies after step {step}: forgotten")
             self.best = None
 
-    def __call__(self, step: int, params, codec) -> dict | None:
+    def __call__(self, step: int, params, constants) -> dict | None:
         """The score of these parameters and what it depends on, written to `<workdir>/scores`; None if a signal stopped it."""
-        start, config = time.monotonic(), scoring_config(self._config)
-        labels = spread_labels(config.scoring.num_images, config.model.num_classes)
-        generator = Generator(
-            self._task,
-            self._mesh,
-            build.sampler(config),
-            build.guidance(config),
-            config.evaluation.batch_size,
-            config.seed,
-            forecast=build.forecast(config),
-        )
-        params, codec = on_mesh((params, codec), self._mesh)
-        made_by = samples_file.describe(config, params, step, config.seed) | {"labels": "balanced"}
+        start, run, num_images = time.monotonic(), self._run, self._scoring.num_images
+        requests, seed = spread_requests(run.conditioner, num_images), run.config.seed
+        sampler = run.scoring_sampler
+        forecast = run.checked_forecast(sampler)
+        generator = Generator(run.task, self._mesh, sampler, run.guidance, self._evaluation.batch_size, seed, forecast=forecast)
+        params, codec = on_mesh((params, constants["codec"]), self._mesh)
+        made_by = samples_file.describe(run.config, params, step, seed) | {"labels": "balanced"}
+        made_by["sampler"] = self._scoring.sampler.to_dict()
         drawn = draw(
             self._samples(step),
             generator,
-            hold(self._task, params),
+            cast_for_inference(run.task, params),
             {"codec": codec},
-            labels,
-            image_shape(config),
+            requests,
+            num_images,
             made_by,
             replace=True,
         )
@@ -114,19 +95,19 @@ class Scorer:
         result = scores.evaluate(
             str(drawn.samples),
             self._reference_file(),
-            config.evaluation.features,
-            config.evaluation.weights or None,
+            self._evaluation.features,
+            self._evaluation.weights or None,
             scores.Options(("fid",), replicates=0),
         )
         result |= {"step": step, "seconds": time.monotonic() - start}
         if self.best is None or result["fid"] < self.best["fid"]:
             self.best = {key: result[key] for key in ("step", "fid", "features", "num_samples", "reference")}
         if hosts.is_first():
-            _write(self._result(step), result)
-            _write(self._folder / BEST, self.best)
+            write_json(self._result(step), result)
+            write_json(self._folder / BEST_SCORE, self.best)
             shutil.rmtree(self._samples(step), ignore_errors=True)
         say(
-            f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {len(labels)} images, "
+            f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {num_images} images, "
             f"{result['seconds']:.0f} s; best {self.best['fid']:.4f} at step {self.best['step']}"
         )
         return result
@@ -139,8 +120,8 @@ class Scorer:
 
     def _reference_file(self) -> str:
         """The statistics to compare with: those that the config names, or made once from the images that it names."""
-        evaluation, file = self._config.evaluation, self._folder / REFERENCE
-        found = scores.open_reference(evaluation.reference, image_shape(self._config))
+        evaluation, file = self._evaluation, self._folder / REFERENCE
+        found = scores.open_reference(evaluation.reference, self._run.image_shape)
         if isinstance(found, references.Reference):
             return evaluation.reference
         if self._has_reference:
@@ -155,25 +136,6 @@ class Scorer:
         return str(file)
 
 
-def read_best(workdir: Path) -> dict | None:
-    """{"step", "fid", ...} of the best score of a run so far; None if there is none."""
-    file = workdir / FOLDER / BEST
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
-        return None
-
-
 def _was_made_of(reference: references.Reference, images, loaded) -> bool:
     recipe = reference.recipe
     return (recipe["source"], recipe["count"], recipe["extractor"]) == (images.name, len(images), loaded.describe())
-
-
-def _write(path: Path, result: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 
+from dit_jax.build import Run
 from dit_jax.parallel import rules
-from dit_jax.tasks.task import Task
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -38,8 +38,9 @@ def git_commit() -> str:
         return "unknown"
 
 
-def text(config, task: Task, mesh, workdir) -> str:
+def text(run: Run, workdir) -> str:
     """The summary that a run begins with."""
+    task, mesh = run.task, run.mesh
     device = mesh.devices.flat[0]
     state = jax.eval_shape(task.init, jax.random.key(0))
     split = state.replace(params={}) if task.zero1 else state
@@ -50,7 +51,7 @@ def text(config, task: Task, mesh, workdir) -> str:
             *task.description(),
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
-            f"training   to step {config.num_steps}, batch {config.batch_size}",
+            f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
             *(f"warning    {text}" for text in rules.warnings(split, mesh, task.rules)),
             "versions   " + " ".join(f"{name} {version}" for name, version in versions().items()),
         )

@@ -3,6 +3,8 @@
 import secrets
 from pathlib import Path
 
+from dit_jax.storage.atomic import write_atomic
+
 
 class WandbWriter:
     """One W&B run for one workdir: its id is kept in `workdir`/wandb_id.txt, so that a run that goes on continues its curves.
@@ -47,8 +49,7 @@ class WandbWriter:
             raise self._failed
         file = self._workdir / "wandb_id.txt"
         if not file.exists():
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            file.write_text(secrets.token_hex(4))
+            write_atomic(file, secrets.token_hex(4))
         try:
             # Not the console: the last line of stdout is a result, and W&B would wrap it.
             return wandb.init(

@@ -13,7 +13,7 @@ import tiny
 from verbs import ROOT, refused, run_verbs, start
 
 from dit_jax import build, recipes
-from dit_jax.benchmark import checkpoint, images, latents, machine, network, peer, scaling, startup, subject, timing
+from dit_jax.benchmark import images, latents, machine, network, peer, saving, scaling, startup, subject, timing
 from dit_jax.benchmark.timing import Timing, Work
 from dit_jax.data.latents import LatentCache
 from dit_jax.diffusion import samplers
@@ -29,7 +29,7 @@ def small(**overrides):
 
 def one_device(**overrides):
     """A tiny subject on one device, as --compare wants it."""
-    task = build.task(tiny.config(**overrides))
+    task = build.Run(tiny.config(**overrides)).task
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     return subject.Subject(task, mesh, 4, samplers.DDIM(3), Guidance(1.5), {"codec": {}})
 
@@ -122,8 +122,8 @@ def test_utilization_by_hand():
 def test_models_are_the_recipes(name):
     """A --model that is not the network, process or task that the paper's config trains."""
     config = recipes.dit(name, 256)
-    bare, whole = subject.of_model(name, 256, 8, "bfloat16").task, build.task(config.lock())
-    for field in ("network", "process", "codec", "latent_shape", "num_classes", "label_dropout", "ema_decay", "microbatches"):
+    bare, whole = subject.of_model(name, (256, 256), 8, "bfloat16").task, build.Run(config.lock()).task
+    for field in ("network", "process", "codec", "latent_shape", "num_classes", "cond_dropout", "ema_decay", "microbatches"):
         assert getattr(bare, field) == getattr(whole, field), field
 
 
@@ -135,7 +135,7 @@ def program(text):
 def test_batches_are_what_the_tasks_read():
     """Noise of another shape, dtype or sharding than the loader's batches."""
     autoencoder = subject.of_config(tiny.autoencoder())
-    subjects = {"pixels": small(), "latents": subject.of_model("S/8", 64, 8, "float32"), "autoencoder": autoencoder}
+    subjects = {"pixels": small(), "latents": subject.of_model("S/8", (64, 64), 8, "float32"), "autoencoder": autoencoder}
     shapes = {name: {k: (x.shape, x.dtype.name) for k, x in it.batch().items()} for name, it in subjects.items()}
     assert shapes == {
         "pixels": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")},
@@ -155,10 +155,10 @@ def test_a_skipped_step_is_no_speed():
 @pytest.mark.parametrize(
     "argument, text",
     [
-        (("S/3", 256, 8, "float32"), "choose one of S/8"),
-        (("S/2", 250, 8, "float32"), "not a positive multiple"),
-        (("S/8", 72, 8, "float32"), "not a multiple of model.patch_size"),
-        (("S/8", 64, 12, "float32"), "batch size 12"),
+        (("S/3", (256, 256), 8, "float32"), "choose one of S/8"),
+        (("S/2", (250, 250), 8, "float32"), "not a positive multiple"),
+        (("S/8", (72, 72), 8, "float32"), "not a multiple of model.patch_size"),
+        (("S/8", (64, 64), 12, "float32"), "batch size 12"),
     ],
 )
 def test_bad_models(argument, text):
@@ -300,7 +300,7 @@ def test_forward():
 def test_images(monkeypatch):
     """Images that are counted twice or not at all, or another number of threads than was asked for."""
     monkeypatch.setattr(images, "SYNTHETIC_IMAGES", 3)
-    result = images.run(None, 16, 4, 0.0, [1, 2])
+    result = images.run(None, (16, 24), 4, 0.0, [1, 2])
     assert [row["threads"] for row in result["by_threads"]] == [1, 2] and result["num_images"] == 3
     for row in result["by_threads"]:
         check(row, 4)
@@ -310,11 +310,11 @@ def test_images(monkeypatch):
 
 def test_latents(tmp_path):
     """A made-up cache that is not one, or bytes per second of another row."""
-    latents.write_cache(tmp_path, records=10, resolution=16)
+    latents.write_cache(tmp_path, records=10, size=(16, 16))
     cache = LatentCache(tmp_path, verify=True)
     assert len(cache) == 10 and cache.views == 2 and cache.moments_shape == (2, 2, 8) and len(cache.manifest["shards"]) == 4
     assert 0.9 < cache.slice(0, 20).astype(np.float32).std() < 1.1
-    result = latents.run(str(tmp_path), 16, 10, 4, 0.0)
+    result = latents.run(str(tmp_path), (16, 16), 10, 4, 0.0)
     check(result, 4)
     assert result["cache_bytes"] == 10 * 2 * 2 * 2 * 8 * 2
     assert result["bytes_per_second"] == pytest.approx(64 * result["images_per_second"])
@@ -322,9 +322,9 @@ def test_latents(tmp_path):
 
 def test_checkpoint(tmp_path, monkeypatch):
     """A state of zeros, which compresses to nothing; seconds out of order; files left behind."""
-    monkeypatch.setattr(checkpoint, "REPEATS", 1)
+    monkeypatch.setattr(saving, "REPEATS", 1)
     it = one_device()
-    result = checkpoint.run(it, str(tmp_path))
+    result = saving.run(it, str(tmp_path))
     state = abstract_state(it.task, it.mesh)
     assert result["state_bytes"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert result["written_bytes"] > 0.8 * result["state_bytes"]
@@ -358,7 +358,7 @@ def test_startup_stops_the_watch_at_the_first_step(monkeypatch, tmp_path):
 
     monkeypatch.setattr(startup, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(startup, "child", lambda *_: [sys.executable, "-c", CHILD, str(looked)])
-    found = startup.run(None, {}, [])
+    found = startup.run(None, [], [])
     assert (found["cold_seconds"], found["cached_seconds"]) == (5.0, 2.0)
     assert (found["cache_files"], found["cache_bytes"]) == (1, 4)
 
@@ -367,7 +367,7 @@ def test_startup_that_fails(monkeypatch):
     """A number for a process that never took a step."""
     monkeypatch.setattr(startup, "child", lambda *_: [sys.executable, "-c", "import sys; sys.exit('error: no data')"])
     with pytest.raises(UserError, match="status 1: no data"):
-        startup.run(None, {}, [])
+        startup.run(None, [], [])
 
 
 @pytest.mark.slow
@@ -437,7 +437,7 @@ def test_peer_is_refused(torch):
 
 def test_evaluation(monkeypatch):
     """Compilation or the first batches counted as time of the images that follow; images counted that were not waited for."""
-    from dit_jax.benchmark import evaluation
+    from dit_jax.benchmark import features
 
     class Slow:
         name = "slow"
@@ -450,10 +450,10 @@ def test_evaluation(monkeypatch):
         def init(self, key, x):
             return {"params": {}}
 
-    monkeypatch.setattr(evaluation, "Inception", Slow)
-    monkeypatch.setattr(evaluation, "InceptionV3", Weights)
-    result = evaluation.run(4, 8, 48)
+    monkeypatch.setattr(features, "Inception", Slow)
+    monkeypatch.setattr(features, "InceptionV3", Weights)
+    result = features.run((4, 4), 8, 48)
     assert result["images"] == 40 and result["measured_seconds"] < result["total_seconds"]
     assert result["images_per_second"] == 40 / result["measured_seconds"]
     with pytest.raises(UserError, match="give at least 32"):
-        evaluation.run(4, 8, 31)
+        features.run((4, 4), 8, 31)

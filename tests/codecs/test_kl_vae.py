@@ -11,6 +11,7 @@ from vae_oracle import LAYOUTS, TINY, diffusers_decode, diffusers_encode, diffus
 
 from dit_jax.codecs import kl_vae
 from dit_jax.codecs.kl_vae import KLVAE, PRESETS, normalised, spatial_attention, split_moments, tile_axis
+from dit_jax.codecs.pixels import Pixels
 from dit_jax.errors import UserError
 from dit_jax.interop.vae import load_diffusers
 
@@ -156,8 +157,8 @@ def test_presets_have_the_published_sizes():
 
     assert count(PRESETS["sd"]) == 83_653_863
     assert count(PRESETS["sd3"]) == count(PRESETS["flux"]) == 83_819_683
-    assert PRESETS["sd"].latent_shape(256) == (32, 32, 4)
-    assert PRESETS["f16"].latent_shape(256) == (16, 16, 16)
+    assert PRESETS["sd"].latent_shape((256, 256, 3)) == (32, 32, 4)
+    assert PRESETS["f16"].latent_shape((256, 256, 3)) == (16, 16, 16)
 
 
 def test_kernels_start_as_in_pytorch():
@@ -191,7 +192,7 @@ def test_init_gives_usable_parameters():
         (lambda c, p: c.decode_tiled(p, jnp.zeros((1, 8, 8, 4)), 4, 4), "overlap 4"),
         (lambda c, p: c.decode_tiled(p, jnp.zeros((1, 8, 8, 4)), 4, -1), "overlap -1"),
         (lambda c, p: c.sample_latent(jax.random.key(0), jnp.zeros((1, 2, 2, 4))), "must be 8"),
-        (lambda c, p: c.latent_shape(250), "250 is not a positive multiple of the codec's downsample 8"),
+        (lambda c, p: c.latent_shape((256, 250, 3)), "250 is not a positive multiple of the codec's downsample 8"),
         (lambda c, p: KLVAE(block_out_channels=(48,)), "norm_groups 32"),
         (lambda c, p: KLVAE(scale=0.0), "scale 0.0"),
         (lambda c, p: KLVAE(layers_per_block=0), "layers_per_block 0"),
@@ -271,3 +272,53 @@ def test_normalised():
     np.testing.assert_allclose(whole.sample_latent(jax.random.key(0), moments).std(), 1, atol=0.01)
     with pytest.raises(UserError, match="must be positive"):
         normalised(codec, mean, [1.0, 0.0, 1.0, 1.0])
+
+
+def test_the_stable_diffusion_codec_costs_what_it_is_known_to_cost():
+    """A layer counted twice or at the wrong resolution: 136.4 and 311.1 GMACs at 256 px."""
+    assert np.array(PRESETS["sd"].macs((256, 256, 3))) / 1e9 == pytest.approx((136.4, 311.1), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "codec, shape",
+    [
+        (PRESETS["sd"], (128, 128, 3)),
+        (PRESETS["f16"], (128, 128, 3)),
+        (PRESETS["f16"], (64, 160, 3)),
+        (KLVAE((64, 96), layers_per_block=3, latent_channels=16, use_quant_conv=False, image_channels=1), (96, 128, 1)),
+    ],
+    ids=["sd", "f16", "f16_wide", "other"],
+)
+def test_the_count_agrees_with_xla(codec, shape):
+    """A term missing for other widths, depths, channels or sides. XLA leaves out padding (up to 5 %) and adds norms."""
+    params = jax.eval_shape(codec.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, *codec.latent_shape(shape)), jnp.float32)
+    xla = [
+        jax.jit(function).lower(params, x).cost_analysis()["flops"] / 2
+        for function, x in ((codec.encode, images), (codec.decode, latents))
+    ]
+    assert codec.macs(shape) == pytest.approx(xla, rel=0.05)
+    assert codec.macs(shape)[0] != pytest.approx(codec.macs(shape)[1], rel=0.2)  # the order (encode, decode) is seen
+
+
+def test_attention_grows_with_the_square_of_the_tokens():
+    """The attention products left out, or counted as linear: q k^T and the sum of values are N^2 C each."""
+    grown = PRESETS["sd"].macs((1024, 4096, 3))[0] - 64 * PRESETS["sd"].macs((128, 512, 3))[0]
+    assert grown == 2 * (65536**2 - 64 * 1024**2) * 512
+
+
+def test_shapes_of_latents():
+    """Height and width swapped; a codec that takes what it cannot encode, or that refuses what it can."""
+    assert PRESETS["sd"].latent_shape((256, 384, 3)) == (32, 48, 4)
+    assert Pixels(1).latent_shape((8, 12, 1)) == (8, 12, 1) and Pixels(3).latent_shape((5, 8, 12, 3)) == (5, 8, 12, 3)
+    assert Pixels(3).macs((8, 12, 3)) == (0, 0)
+    for codec, shape, message in (
+        (PRESETS["sd"], (250, 256, 3), "height 250"),
+        (PRESETS["sd"], (256, 0, 3), "width 0"),
+        (PRESETS["sd"], (256, 256, 1), "must be equal"),
+        (PRESETS["sd"], (5, 256, 256, 3), "codec for clips"),
+        (Pixels(3), (8, 8, 1), "must be equal"),
+    ):
+        with pytest.raises(UserError, match=message):
+            codec.latent_shape(shape)

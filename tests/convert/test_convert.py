@@ -83,9 +83,9 @@ def test_sits_weights_become_a_flow(tmp_path):
     assert same_bits(found, sit)
     assert found.sections["process"] == sit.sections["process"]
     assert found.sections["process"]["name"] == "flow"
-    network = build.network(formats.config_of(found.sections))
+    network = build.Run(formats.config_of(found.sections)).network
     assert network.out_channels == 8
-    build.sampler(formats.config_of(found.sections))
+    build.Run(formats.config_of(found.sections)).sampler
 
 
 @pytest.mark.parametrize("recipe", [recipes.dit, recipes.sit])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from latents import CODEC, contents, flip_byte, job, params
 
-from dit_jax.data.latent_files import read_sealed, sealed
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
+from dit_jax.data.transforms import ImageTransform
 from dit_jax.encode.writer import encode
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
+from dit_jax.storage.sealed import read_sealed, sealed
 
 N = 68
 
@@ -191,10 +192,10 @@ def test_bad_arguments(cache, fields, error, text):
 def test_check(weights, cache, tmp_path):
     """Latents of other weights or another size of image, taken for the config's; scale and dtype, which do not matter."""
     sha256 = cache.manifest["codec"]["weights_sha256"]
-    cache.check(CODEC, sha256, 8, 3, flip=True)
-    cache.check(dataclasses.replace(CODEC, scale=(3.0, 4.0), shift=1.0, dtype="bfloat16"), sha256, 8, 3, False)
+    cache.check(CODEC, sha256, ImageTransform(8, 3, flip=True))
+    cache.check(dataclasses.replace(CODEC, scale=(3.0, 4.0), shift=1.0, dtype="bfloat16"), sha256, ImageTransform(8, 3, False))
     with pytest.raises(UserError) as error:
-        cache.check(dataclasses.replace(CODEC, norm_groups=2), "0" * 64, 16, 1, True, upright=True)
+        cache.check(dataclasses.replace(CODEC, norm_groups=2), "0" * 64, ImageTransform(16, 1, True, upright=True))
     for field in (
         "codec.norm_groups: 4 in the cache, 2 wanted",
         "codec.weights_sha256",
@@ -207,7 +208,7 @@ def test_check(weights, cache, tmp_path):
     still = LatentCache(tmp_path)
     assert still.views == 1 and LatentLoader(still, 8, 0, flip=False).rows(0)[1].max() < N
     with pytest.raises(UserError, match="no mirror images"):
-        still.check(CODEC, sha256, 8, 3, True)
+        still.check(CODEC, sha256, ImageTransform(8, 3, True))
     with pytest.raises(UserError, match="no mirror images"):
         LatentLoader(still, 8, 0, flip=True)
 

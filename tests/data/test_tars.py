@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tar_files import encoded, tar_bytes, write_ilsvrc_train, write_ilsvrc_validation, write_tar
 
-from dit_jax.data.sources import tar_headers, tars
+from dit_jax.data.sources import tar_headers, tar_index, tars
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import TarShards, tar_files
 from dit_jax.errors import UserError
@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_written(shards, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr(tar_index, "replacing", refuse)
     with caplog.at_level("WARNING", logger="absl"):
         assert len(TarShards(str(shards))) == 12
     assert "cannot be stored" in caplog.text

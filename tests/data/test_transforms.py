@@ -1,6 +1,7 @@
 """Transforms: the paper's crop byte for byte, and every pixel format a photo folder holds."""
 
 import io
+import json
 import struct
 import warnings
 import zlib
@@ -39,14 +40,14 @@ def png(pixels: np.ndarray, color_type: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def whole_crop(image: Image.Image, size: int) -> np.ndarray:
+def whole_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
     """The published recipe with nothing left out: every image is scaled whole and cut at the end."""
-    while min(image.size) >= 2 * size:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
-    factor = size / min(image.size)
+    factor = max(height / image.height, width / image.width)
     pixels = np.array(image.resize(tuple(round(side * factor) for side in image.size), Image.Resampling.BICUBIC))
-    y, x = ((side - size) // 2 for side in pixels.shape[:2])
-    return pixels[y : y + size, x : x + size]
+    y, x = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[y : y + height, x : x + width]
 
 
 def cubic_matrix(old: int, new: int) -> np.ndarray:
@@ -60,20 +61,21 @@ def cubic_matrix(old: int, new: int) -> np.ndarray:
     return weight / weight.sum(1, keepdims=True)
 
 
-def restated_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The recipe in float64 NumPy: mean of 2x2 while the short side is at least 2 size, bicubic, centre cut.
+def restated_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The recipe in float64 NumPy: mean of 2x2 while both sides are at least twice those of size, bicubic, centre cut.
 
     For sides that stay even while they are halved.
     """
     x = pixels.astype(np.float64)
-    while min(x.shape[:2]) >= 2 * size:
+    while x.shape[0] >= 2 * size[0] and x.shape[1] >= 2 * size[1]:
         x = np.floor((x[:, 0::2] + x[:, 1::2]) / 2 + 0.5)  # 8 bits between the two passes, as in Pillow
         x = np.floor((x[0::2] + x[1::2]) / 2 + 0.5)
-    height, width = (round(s * size / min(x.shape[:2])) for s in x.shape[:2])
+    scale = max(size[0] / x.shape[0], size[1] / x.shape[1])
+    height, width = (round(side * scale) for side in x.shape[:2])
     x = np.clip(np.floor(np.einsum("Ww,hwc->hWc", cubic_matrix(x.shape[1], width), x) + 0.5), 0, 255)
     x = np.clip(np.floor(np.einsum("Hh,hwc->Hwc", cubic_matrix(x.shape[0], height), x) + 0.5), 0, 255)
-    top, left = (height - size) // 2, (width - size) // 2
-    return x[top : top + size, left : left + size]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return x[top : top + size[0], left : left + size[1]]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +89,18 @@ def restated_crop(pixels: np.ndarray, size: int) -> np.ndarray:
         (20, 31, 32),
         (63, 63, 32),
         (68, 64, 16),
+        (64, 96, (32, 48)),
+        (130, 100, (16, 40)),
+        (100, 130, (40, 16)),
+        (128, 200, (32, 50)),
+        (20, 31, (24, 64)),
     ],
 )
 def test_center_crop_follows_the_recipe(height, width, size):
     """Catches one halving too many or too few, another filter, a crop off by a pixel, height and width swapped."""
-    pixels = smooth(height, width)
+    pixels, size = smooth(height, width), (size, size) if isinstance(size, int) else size
     result = np.asarray(center_crop(Image.fromarray(pixels), size))
-    assert result.shape == (size, size, 3)
+    assert result.shape == (*size, 3)
     # Pillow's fixed-point weights differ from float64 by at most one level, and that rarely.
     difference = np.abs(result.astype(np.int32) - restated_crop(pixels, size))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02
@@ -108,10 +115,25 @@ def test_center_crop_equals_the_whole_recipe():
         for size in (1, 7, 16, 41):
             for picture in (image, image.convert("L")):
                 what = f"{picture.mode} {width} x {height} to {size}"
-                np.testing.assert_array_equal(np.asarray(center_crop(picture, size)), whole_crop(picture, size), what)
+                np.testing.assert_array_equal(
+                    np.asarray(center_crop(picture, (size, size))), whole_crop(picture, size, size), what
+                )
     for sides in ((20_000, 3), (3, 20_000), (20_000, 100), (100, 20_000)):
         image = Image.fromarray(rng.integers(0, 256, sides[::-1], np.uint8))
-        np.testing.assert_array_equal(np.asarray(center_crop(image, 12)), whole_crop(image, 12), f"{sides}")
+        np.testing.assert_array_equal(np.asarray(center_crop(image, (12, 12))), whole_crop(image, 12, 12), f"{sides}")
+
+
+def test_center_crop_to_other_shapes_equals_the_whole_recipe():
+    """Catches height and width swapped, an image that does not cover the target, and the shortcut along the wrong axis."""
+    rng = np.random.default_rng(1)
+    sides = [(1, 1), (1, 70), (70, 1), (97, 2), (171, 5), (3, 100), (1000, 30), (31, 1000), (2, 64), (500, 2), (2, 500)]
+    for width, height in [*sides, *rng.integers(1, 150, (30, 2)).tolist()]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        for size in ((1, 7), (16, 5), (12, 41), (64, 2), (3, 200)):
+            what = f"{width} x {height} to {size}"
+            result = np.asarray(center_crop(image, size))
+            assert result.shape == (*size, 3), what
+            np.testing.assert_array_equal(result, whole_crop(image, *size), what)
 
 
 def test_elongated_images_stay_small_in_memory(monkeypatch):
@@ -124,16 +146,19 @@ def test_elongated_images_stay_small_in_memory(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "resize", measured)
     for sides in ((20_000, 3), (3, 20_000), (1, 6_000_000), (6_000_000, 1)):
-        assert center_crop(Image.new("L", sides, 9), 512).getextrema() == (9, 9)
+        assert center_crop(Image.new("L", sides, 9), (512, 512)).getextrema() == (9, 9)
+    assert max(areas) <= 512 * 512
+    for sides, size in (((20_000, 3), (512, 64)), ((3, 20_000), (64, 512)), ((40, 40), (2, 4096)), ((40, 40), (4096, 2))):
+        assert center_crop(Image.new("L", sides, 9), size).getextrema() == (9, 9)
     assert max(areas) <= 512 * 512
 
 
 def test_crop_margin_and_threshold():
     """Catches an uneven margin cut on the wrong side, and a bicubic step instead of box halving at exactly 2 size."""
     ramp = np.tile(np.arange(7, dtype=np.uint8) * 30, (4, 1))
-    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(ramp), 4)), ramp[:, 1:5])
+    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(ramp), (4, 4))), ramp[:, 1:5])
     checks = np.kron(np.eye(4, dtype=np.uint8), np.array([[0, 200], [100, 100]], np.uint8))
-    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(checks), 4)), 100 * np.eye(4, dtype=np.uint8))
+    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(checks), (4, 4))), 100 * np.eye(4, dtype=np.uint8))
 
 
 def test_exact_size_is_untouched():
@@ -149,6 +174,36 @@ def test_transform_output():
     example = ImageTransform(8, 1, False)({"image": np.full((20, 30), 7, np.uint8), "label": 4})
     assert example["image"].shape == (8, 8, 1) and example["image"].dtype == np.uint8
     assert example["label"] == 4 and example["label"].dtype == np.int32
+
+
+def test_size_wins_over_resolution():
+    """Catches a size that is ignored, or taken width first, and a description that changes for squares."""
+    transform = ImageTransform(8, 3, False, size=[16, 24])  # a list, as a config that was read from JSON has it
+    pixels = smooth(30, 40)
+    example = transform({"image": file(Image.fromarray(pixels), "PNG"), "label": 0})
+    assert example["image"].shape == transform.shape == (16, 24, 3)
+    np.testing.assert_array_equal(example["image"], whole_crop(Image.fromarray(pixels), 16, 24))
+    square = {"resolution": 8, "channels": 3, "upright": False, "crop": "adm_center"}
+    assert json.dumps(ImageTransform(8, 3, False).describe()) == json.dumps(square)
+    assert ImageTransform(16, 3, False, size=(8, 8)).describe() == square
+    assert transform.describe() == square | {"resolution": None, "size": [16, 24]}
+    for size in ((8,), (8, 0), (8, 8, 3), (8.5, 8)):
+        with pytest.raises(UserError, match=r"transform\.size=.* must be \(height, width\)"):
+            ImageTransform(8, 3, False, size=size)
+
+
+def test_clips_are_cropped_and_mirrored_frame_by_frame():
+    """Catches a clip mirrored upside down or in time, frames mirrored one by one, and a clip taken for an image."""
+    clip = np.stack([smooth(12, 20, seed) for seed in range(5)])
+    still, flipped = ImageTransform(8, 3, False), ImageTransform(8, 3, True)
+    frames = np.stack([still({"image": frame, "label": 0})["image"] for frame in clip])
+    seen = set()
+    for seed in range(20):
+        found = flipped.random_map({"image": clip, "label": 2}, np.random.default_rng(seed))
+        mirrored = np.array_equal(found["image"], frames[:, :, ::-1])
+        assert found["image"].shape == (5, 8, 8, 3) and (mirrored or np.array_equal(found["image"], frames))
+        seen.add(mirrored)
+    assert seen == {True, False}
 
 
 def test_flip_follows_the_generator():

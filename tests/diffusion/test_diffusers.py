@@ -10,6 +10,7 @@ import pytest
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow, shifted
 from dit_jax.diffusion.gaussian import Gaussian, betas
+from dit_jax.diffusion.process import Memoryless
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,7 +44,7 @@ def ours(process, sampler):
     def denoise(x, t):
         return process.predict(sign * network(x, t, jnp), x, t)
 
-    return jax.jit(lambda x: sampler(process, denoise, x, None))(START)
+    return jax.jit(lambda x: sampler(process, Memoryless(denoise), x, None))(START)
 
 
 def theirs(scheduler, times):

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from dit_jax import build, recipes
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise, Memory
+from dit_jax.diffusion.process import Memoryless
 from dit_jax.errors import UserError
 from dit_jax.models.dit import DiT
 
@@ -28,7 +31,7 @@ def test_series(order, error):
 
 
 def forecast_start(order):
-    return Memory(jnp.zeros((order + 1, 1, 2, 1)), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    return Memory(jnp.zeros((order + 1, 1, 2, 1)), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
@@ -91,12 +94,17 @@ def test_of_a_network(sampler):
     params = network.init(jax.random.key(1), noise, jnp.zeros(2), {})["params"]
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
+    def part(name, *args):
+        return network.apply({"params": params}, *args, method=name)
+
     def run(x, time, cond):
-        output, kept = network.apply({"params": params}, x, time, cond, mutable=["blocks"])
-        return output, kept["blocks"]["residual"]
+        embedded = part("embed", x, time, cond)
+        after = part("run_blocks", embedded)
+        return part("head", after, embedded, x.shape), after - embedded.x
 
     def run_head(x, time, cond, residual):
-        return network.apply({"params": params}, x, time, cond, residual)
+        embedded = part("embed", x, time, cond)
+        return part("head", embedded.x + residual, embedded, x.shape)
 
     def denoise_with(network):
         return lambda x, t: Flow().predict(network(x, jnp.broadcast_to(t, x.shape[:1]), {}), x, t)
@@ -107,7 +115,7 @@ def test_of_a_network(sampler):
         return jax.jit(lambda x: sampler(Flow(), denoise, x, keys))(noise)
 
     whole, repeated, forecast = sample(Forecast(1)), sample(Forecast(3, 0)), sample(Forecast(3, 1))
-    plain = denoise_with(lambda *args: run(*args)[0])
+    plain = Memoryless(denoise_with(lambda *args: network.apply({"params": params}, *args)))
     wanted = jax.jit(lambda x: sampler(Flow(), plain, x, jax.random.split(jax.random.key(2), 2)))(noise)
     np.testing.assert_allclose(whole, wanted, atol=2e-5)
     # A line through states that fresh noise has moved is no better than the last of them.
@@ -115,10 +123,12 @@ def test_of_a_network(sampler):
     assert 1e-5 < np.abs(forecast - whole).max() < bound
 
 
-def test_several_evaluations_a_step():
-    """Heun's second evaluation taken for the next step's."""
+@pytest.mark.parametrize("overrides", [{"sampler": {"name": "heun", "num_steps": 5}}, {"sampler": {"name": "dopri5"}}])
+def test_several_evaluations_a_step(overrides):
+    """Heun's second evaluation, or a step that dopri5 takes back, taken for the next step's."""
+    config = tiny.config(process=recipes.flow(), forecast={"interval": 2}, **overrides)
     with pytest.raises(UserError, match="several times a step"):
-        samplers.Heun(5)(Flow(), counting(Forecast(2), []), jnp.ones((2, 1, 1, 1)), None)
+        build.Run(config).forecast
 
 
 @pytest.mark.parametrize("field", [{"interval": 0}, {"order": -1}, {"warmup_steps": 0}])

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tiny
 
-from dit_jax import build
-from dit_jax.diffusion import samplers
+from dit_jax import build, registry
 from dit_jax.diffusion.flow import Flow
-from dit_jax.diffusion.guidance import Guidance, drop_labels
+from dit_jax.diffusion.guidance import Guidance, replace_condition
+from dit_jax.diffusion.process import Memoryless
 from dit_jax.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_off_runs_the_network_once():
     assert batches == [3, 6, 3]
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", registry.names("sampler"))
 def test_every_sampler_runs_both_at_once_and_only_inside(name):
     """The second forward computed and thrown away outside of the interval, or beside the first instead of with it, at a sampler's
     later evaluations of a step too."""
@@ -69,12 +69,13 @@ def test_every_sampler_runs_both_at_once_and_only_inside(name):
         jax.debug.callback(lambda t: calls.append((len(x), float(t))), t[0])
         return 0.1 * x * cond["label"][:, None, None, None]
 
-    sampler = samplers.CLASSES[name](**samplers.SAMPLERS[name] | ({} if name == "dopri5" else {"num_steps": 10}))
+    sampler = registry.get("sampler", name)(**({} if name == "dopri5" else {"num_steps": 10}))
     cond, null = {"label": jnp.ones(1)}, {"label": jnp.zeros(1)}
     guided = Guidance(2.0, None, 0.25, 0.75)(counting, cond, null)
 
     def draw(x):
-        return sampler(Flow(), lambda x, t: Flow().predict(guided(x, t, Flow().network_time(t)), x, t), x, KEYS)
+        denoise = Memoryless(lambda x, t: Flow().predict(guided(x, t, Flow().network_time(t)), x, t))
+        return sampler(Flow(), denoise, x, KEYS)
 
     jax.block_until_ready(jax.jit(draw)(jnp.ones((1, 1, 1, 1))))
     jax.effects_barrier()
@@ -82,13 +83,13 @@ def test_every_sampler_runs_both_at_once_and_only_inside(name):
     assert {rows for rows, t in calls if 0.25 <= t <= 0.75} == {2} and {rows for rows, t in calls if not 0.25 <= t <= 0.75} == {1}
 
 
-def test_drop_labels_rate():
-    """Labels dropped at another rate, twice, or to another label (10 % +- 4 deviations)."""
-    labels = jnp.arange(40_000) % 7
-    dropped = drop_labels(jax.random.key(0), labels, 7, 0.1)
-    changed = dropped != labels
-    assert (dropped[changed] == 7).all()
-    assert abs(changed.mean() - 0.1) < 4 * np.sqrt(0.09 / 40_000)
+def test_replace_condition():
+    """A part of an example's condition dropped without the rest, or that of another example."""
+    cond = {"label": jnp.arange(3), "context": jnp.ones((3, 2, 4))}
+    null = {"label": jnp.full(3, 7), "context": jnp.zeros((3, 2, 4))}
+    found = replace_condition(jnp.array([False, True, False]), cond, null)
+    np.testing.assert_array_equal(found["label"], [0, 7, 2])
+    np.testing.assert_array_equal(found["context"][:, 0, 0], [1, 0, 1])
 
 
 @pytest.mark.parametrize("fields", [{"low": 0.6, "high": 0.4}, {"high": 1.5}, {"channels": 0}])
@@ -102,10 +103,11 @@ def test_bad_fields(fields):
     "overrides, text",
     [
         ({"guidance__channels": 3}, "the data has 1"),
-        ({"guidance__scale": 1.5, "model__num_classes": 0}, "no classes to be guided by"),
+        ({"guidance__scale": 1.5, "task__cond_dropout": 0.0}, "task.cond_dropout = 0.0"),
+        ({"guidance__scale": 1.5, "model__num_classes": 0}, "knows no null condition"),
     ],
 )
 def test_refused_before_training(overrides, text):
     """Guidance that fails at the first preview, or pays for a second forward that changes nothing."""
     with pytest.raises(UserError, match=text):
-        build.guidance(tiny.config(**overrides))
+        build.Run(tiny.config(**overrides)).guidance

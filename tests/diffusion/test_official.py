@@ -10,6 +10,7 @@ from dit_jax.diffusion import likelihood, samplers
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
+from dit_jax.diffusion.process import Memoryless
 from dit_jax.diffusion.samplers import ancestral, sde
 
 GOLDEN = dict(np.load(GOLDEN_FOLDER / "diffusion.npz"))
@@ -36,6 +37,7 @@ def draw(process, sampler, guidance=None):
     def denoise(x, t):
         return process.predict(guided(x, t, process.network_time(t)), x, t)
 
+    denoise = Memoryless(denoise)
     return denoise, jax.jit(lambda x: sampler(process, denoise, x, KEYS))(IN["start"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from dit_jax.diffusion import samplers as s
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
-from dit_jax.diffusion.process import Prediction, expand, noise_like
+from dit_jax.diffusion.process import Memoryless, Prediction, expand, noise_like
 from dit_jax.diffusion.samplers import adaptive, sde
 from dit_jax.errors import UserError
 
@@ -110,7 +110,7 @@ def correlated_denoise(process):
         whitened = off / (alpha**2 * VALUES + sigma**2)
         return Prediction(MEAN + alpha * (VALUES * whitened) @ VECTORS.T, sigma * whitened @ VECTORS.T, 0.0)
 
-    return denoise
+    return Memoryless(denoise)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_evaluations(process, sampler):
         jax.debug.callback(lambda t: times.append(float(t)), t)
         return Prediction(x, x, 0.0)
 
-    sampler(process, denoise, jnp.ones((1, 1, 1, 1)), jax.random.split(jax.random.key(0), 1))
+    sampler(process, Memoryless(denoise), jnp.ones((1, 1, 1, 1)), jax.random.split(jax.random.key(0), 1))
     jax.effects_barrier()
     assert len(times) == sampler.evaluations(process)
     assert min(times) >= process.min_time and max(times) == 1

@@ -11,8 +11,9 @@ from jax.extend.core import jaxprs_in_params
 from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.models import dit, layers, position
+from dit_jax.models.attention import attention_kernel
 from dit_jax.models.dit import CONDITIONINGS, DiT
-from dit_jax.models.macs import dit_macs
+from dit_jax.models.patches import patchify, unpatchify
 
 PAPER_PARAMETERS = {  # trainable, 256 px, learned variance, 1000 + 1 classes
     "S/8": 33142016,
@@ -82,7 +83,7 @@ def test_size_table(size):
     assert parameters(paper_model(size)) == PAPER_PARAMETERS[size]
     for side, gmacs in zip((32, 64), PAPER_GMACS[size], strict=True):
         # The paper prints two decimals.
-        assert dit_macs(paper_model(size), (side, side, 4)) / 1e9 == pytest.approx(gmacs, rel=3e-3, abs=0.0051)
+        assert paper_model(size).macs((side, side, 4)) / 1e9 == pytest.approx(gmacs, rel=3e-3, abs=0.0051)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -91,7 +92,7 @@ def test_conditioning_table(conditioning):
     millions, gmacs = PAPER_CONDITIONING[conditioning]
     net = paper_model("XL/2", conditioning)
     assert round(parameters(net) / 1e6) == millions
-    assert dit_macs(net, (32, 32, 4)) / 1e9 == pytest.approx(gmacs, rel=3e-3)
+    assert net.macs((32, 32, 4)) / 1e9 == pytest.approx(gmacs, rel=3e-3)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -100,8 +101,9 @@ def test_macs_match_traced_products(conditioning, num_classes):
     """A matrix product that the analytic count forgets or counts twice."""
     net = tiny.dit(conditioning, num_classes=num_classes)
     x, t, cond = inputs(batch=1)
+    cond = cond if num_classes else {}
     params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
-    assert traced_macs(jax.make_jaxpr(net.apply)(params, x, t, cond).jaxpr) == dit_macs(net, (8, 8, 1))
+    assert traced_macs(jax.make_jaxpr(net.apply)(params, x, t, cond).jaxpr) == net.macs((8, 8, 1))
 
 
 def traced_macs(jaxpr):
@@ -124,14 +126,30 @@ def test_macs_match_xla(conditioning):
     x, t, cond = inputs(batch=1)
     params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
     xla = jax.jit(net.apply).lower(params, x, t, cond).cost_analysis()["flops"] / 2
-    assert 1 < xla / dit_macs(net, (8, 8, 1)) < 1.03
+    assert 1 < xla / net.macs((8, 8, 1)) < 1.03
+
+
+@pytest.mark.parametrize(
+    "dtype, width, platform, kernel",
+    [
+        ("bfloat16", 72, "gpu", "cudnn"),
+        ("bfloat16", 12, "gpu", "xla"),
+        ("bfloat16", 256, "gpu", "xla"),
+        ("float32", 64, "gpu", "xla"),
+        ("bfloat16", 64, "tpu", "xla"),
+    ],
+)
+def test_attention_kernel(dtype, width, platform, kernel):
+    """A head width or dtype that cuDNN refuses, chosen for it by "auto"."""
+    assert attention_kernel("auto", dtype, width, platform) == kernel
+    assert attention_kernel("xla", dtype, width, platform) == "xla"
 
 
 def test_patchify_inverse():
     """Rows and columns, or patch and channel, exchanged."""
     x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    tokens = dit.patchify(x, 2)
-    assert (dit.unpatchify(tokens, 2, 4, 6) == x).all()
+    tokens = patchify(x, 2)
+    assert (unpatchify(tokens, 2, 4, 6) == x).all()
     np.testing.assert_array_equal(tokens[1, 4].reshape(2, 2, 3), x[1, 2:4, 2:4])  # second row, second column
 
 

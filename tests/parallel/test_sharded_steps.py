@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +16,11 @@ from jax.sharding import PartitionSpec
 from paths import ROOT
 
 from dit_jax import build, recipes
+from dit_jax.codecs.codec import AUTOENCODER_RULES
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.models.dit import RULES
 from dit_jax.parallel.mesh import make_mesh, place, shard_batch
-from dit_jax.parallel.rules import AUTOENCODER_RULES, TRANSFORMER_RULES, shardings, spec_of, warnings
+from dit_jax.parallel.rules import shardings, spec_of, warnings
 from dit_jax.pixels import to_float
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -42,8 +45,8 @@ def one_device():
 def task_of(block, zero1=False, **fields):
     fields |= {"mesh__zero1": zero1, "optimizer__eps": 1e-3}
     if block == "autoencoder":
-        return build.task(tiny.autoencoder(**fields))
-    return build.task(tiny.config(**TINY | {"model__conditioning": block} | fields))
+        return build.Run(tiny.autoencoder(**fields)).task
+    return build.Run(tiny.config(**TINY | {"model__conditioning": block} | fields)).task
 
 
 def randomized(task, mesh):
@@ -61,14 +64,15 @@ def diffusion(task, constants, params, batch, key):
     """(output of the network, gradients)."""
     inputs = task.draw_inputs(constants, batch, key)
     x_t = task.process.perturb(inputs["x0"], inputs["noise"], inputs["t"])
-    output = task.network.apply({"params": params}, x_t, task.process.network_time(inputs["t"]), inputs["cond"])
-    return output, task.gradients(params, inputs)[0]
+    cond, _ = task.condition(params, constants, inputs["batch"])
+    output = task.apply(params, x_t, task.process.network_time(inputs["t"]), cond)
+    return output, task.gradients(params, constants, inputs)[0]
 
 
 def autoencoding(task, constants, params, batch, key):
     """(reconstructions, gradients of the autoencoder and of its discriminator)."""
     images = to_float(batch["image"])
-    noise = jax.random.normal(key, (len(images), *task.codec.latent_shape(task.resolution)))
+    noise = jax.random.normal(key, (len(images), *task.codec.latent_shape(task.image_shape)))
     latents, _ = task.encode(params["codec"], images, noise)
     return task.codec.decode(params["codec"], latents), task.gradients(params, constants, images, noise, True)[0]
 
@@ -160,12 +164,12 @@ FIVE = (*BLOCKS, "autoencoder")
 )
 def test_sixteen_devices(shape, zero1, block):
     """A mesh that is only wrong beyond 8 devices."""
-    program = f"import test_parallel as t; t.compare({block!r}, {shape}, {zero1})"
+    program = f"import test_sharded_steps as t; t.compare({block!r}, {shape}, {zero1})"
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "16",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", Path(__file__).parent))),
     }
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -209,7 +213,7 @@ def bytes_of(tree, specs, mesh_shape):
     return sum(x.size * x.dtype.itemsize / n for x, n in zip(tree, ways, strict=True))
 
 
-def specs_of(tree, fsdp, tensor=1, rules=TRANSFORMER_RULES):
+def specs_of(tree, fsdp, tensor=1, rules=RULES):
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     shape = {"data": 1, "fsdp": fsdp, "tensor": tensor, "sequence": 1}
     names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
@@ -221,7 +225,7 @@ def specs_of(tree, fsdp, tensor=1, rules=TRANSFORMER_RULES):
 def test_width_1152_is_split(fsdp, share):
     """XL/2, whose width 256 devices do not divide: what can be split must be, over 128 all of it."""
     config = recipes.dit("XL/2")
-    params = jax.eval_shape(build.task(config).init, jax.random.key(0)).params
+    params = jax.eval_shape(build.Run(config).task.init, jax.random.key(0)).params
     specs, size = specs_of(params, fsdp)
     assert size < 1.01 * share * specs_of(params, 1)[1] + 2**21  # and the biases
     assert "fsdp" in specs["blocks/mlp/in/kernel"] and "fsdp" in specs["blocks/mlp/out/kernel"]
@@ -231,7 +235,7 @@ def test_depth_is_split_last():
     """A kernel that stays whole although its stack could be split; a stack gathered whole where a side of the kernel would do."""
     mesh_shape = {"data": 1, "fsdp": 8, "tensor": 2, "sequence": 1}
     specs = {
-        name: spec_of(f"params/blocks/{name}/kernel", shape, mesh_shape, TRANSFORMER_RULES)
+        name: spec_of(f"params/blocks/{name}/kernel", shape, mesh_shape, RULES)
         for name, shape in (
             ("attention/out", (8, 3, 12, 36)),
             ("cross_attention/query", (8, 36, 3, 16)),
@@ -256,7 +260,7 @@ def test_depth_is_split_last():
 )
 def test_what_stays_whole_is_said(size, mesh_shape, text):
     """A pod that runs out of memory because 256 does not divide 1152, without a word; a warning where nothing is wrong."""
-    task = build.task(recipes.dit(size))
+    task = build.Run(recipes.dit(size)).task
     mesh = SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor", "sequence"), mesh_shape, strict=True)))
     found = warnings(jax.eval_shape(task.init, jax.random.key(0)), mesh, task.rules)
     assert len(found) == (text is not None)
@@ -267,7 +271,7 @@ def test_what_stays_whole_is_said(size, mesh_shape, text):
 def test_heads_that_do_not_divide_stay_whole(size):
     """6 or 12 heads over 4 or 8 devices: an attention that is split through a head computes other scores."""
     heads = recipes.SIZES[size.partition("/")[0]].heads
-    params = jax.eval_shape(build.task(recipes.dit(size)).init, jax.random.key(0)).params
+    params = jax.eval_shape(build.Run(recipes.dit(size)).task.init, jax.random.key(0)).params
     for tensor in (4, 8):
         specs, _ = specs_of(params, 1, tensor)
         assert ("tensor" in specs["blocks/attention/qkv/kernel"]) == (heads % tensor == 0)
@@ -280,10 +284,11 @@ def test_frozen_codec_is_split():
     config = tiny.digits_latent("").copy_and_resolve_references()
     config.codec.update({"scale": 1.0, "shift": 0.0})
     params = jax.tree.map(
-        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), jax.eval_shape(build.codec(config).init, jax.random.key(0))
+        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape),
+        jax.eval_shape(build.Run(config).codec.init, jax.random.key(0)),
     )
-    mesh = make_mesh(1, 8)
-    placed = build.constants(config, mesh, None, params)["codec"]
+    config.mesh.update({"data": 1, "fsdp": 8})
+    placed = build.Run(config, codec_params=params).frozen["codec"]
     assert held(placed) < 0.4 * sum(x.nbytes for x in jax.tree.leaves(params))
     assert tiny.distance(placed, params) == 0
     real = jax.eval_shape(KLVAE().init, jax.random.key(0))

@@ -38,7 +38,7 @@ def found():
 def test_memory_is_what_the_run_allocates(found):
     """Bytes per device from shapes that are not those of the arrays, or a program that is not the one a run compiles."""
     config = tiny.config(mesh__fsdp=4)
-    mesh, task = build.mesh(config), build.task(config)
+    mesh, task = build.Run(config).mesh, build.Run(config).task
     state = create_sharded(task, jax.random.key(0), mesh)
     device = mesh.devices.flat[5]
 
@@ -60,7 +60,7 @@ def test_memory_is_what_the_run_allocates(found):
 def test_offloaded_moments_are_not_on_the_device(found):
     """Moments in host memory that the plan counts as the device's, or forgets; memory of another program than the run's."""
     config = tiny.config(mesh__fsdp=4, mesh__offload="optimizer_and_ema")
-    mesh, task = build.mesh(config), build.task(config)
+    mesh, task = build.Run(config).mesh, build.Run(config).task
     state = create_sharded(task, jax.random.key(0), mesh)
     device, held = mesh.devices.flat[5], {"device": 0, "pinned_host": 0}
     for x in jax.tree.leaves(state):
@@ -95,7 +95,7 @@ def test_more_fsdp_is_less_memory(found):
 
 
 def state_bytes(config):
-    state = abstract_state(build.task(config), build.mesh(config))
+    state = abstract_state(build.Run(config).task, build.Run(config).mesh)
     return estimate.state_memory({"state": state, "constants": {}, "batch": {}, "sums": {}})
 
 
@@ -113,15 +113,15 @@ def test_plan_says_what_a_script_asks(found):
 def test_flops(remat, forwards):
     """Rematerialisation that is not counted, or counted as useful; FLOPs of one block out of all."""
     config = tiny.config(model__remat=remat, model__depth=4)
-    traced, _ = lowering.train_step(config, build.task(config), build.mesh(config))
-    executed, useful = estimate.jaxpr_flops.count(traced.jaxpr), estimate.model_flops(config, build.task(config))
+    traced, _ = lowering.train_step(config, build.Run(config).task, build.Run(config).mesh)
+    executed, useful = estimate.jaxpr_flops.count(traced.jaxpr), estimate.model_flops(config, build.Run(config).task)
     assert executed == pytest.approx(useful * forwards / 3, rel=0.05)
 
 
 def test_model_flops_are_the_papers():
     """MFU against other FLOPs than 3 forwards of 118.6 GMACs at 2 per MAC."""
     config = recipes.dit("XL/2", 256)
-    assert estimate.model_flops(config, build.task(config)) == pytest.approx(256 * 711.73e9, rel=1e-4)
+    assert estimate.model_flops(config, build.Run(config).task) == pytest.approx(256 * 711.73e9, rel=1e-4)
 
 
 class Refused:
@@ -140,7 +140,7 @@ class Refused:
 def test_too_large_gets_remedies(monkeypatch):
     """A program that the compiler refuses taken for a crash, or no word of what would help."""
     config = tiny.config(model__remat="none")
-    state = abstract_state(build.task(config), build.mesh(config))
+    state = abstract_state(build.Run(config).task, build.Run(config).mesh)
     monkeypatch.setattr(lowering, "train_step", lambda *_: (Refused, {"state": state, "constants": {}, "batch": {}, "sums": {}}))
     found = estimate.plan_training(config, eight())
     assert not found["fits"] and found["limit"] == "hbm capacity" and found["step_seconds"] is None and found["mfu"] is None
@@ -169,7 +169,7 @@ def test_more_than_there_is_does_not_fit():
     """A program that compiles, for devices that are too small for it, and is said to fit."""
     sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 100, "code": 0, "host": 0, "total": 100}
     compiled = estimate.Compiled(sizes, None, 1, Traffic(1, 1), [], [], None, 0, 1.0)
-    mesh = build.mesh(tiny.config())
+    mesh = build.Run(tiny.config()).mesh
     assert estimate._report(eight(usable_bytes=100), mesh, compiled)["fits"]
     assert not estimate._report(eight(usable_bytes=99), mesh, compiled)["fits"]
 
@@ -177,7 +177,7 @@ def test_more_than_there_is_does_not_fit():
 def test_bound_is_below_what_is_needed(found):
     """A bound that prunes what would fit."""
     config = tiny.config(mesh__fsdp=4)
-    least = least_bytes(config, build.task(config), build.mesh(config), state_bytes(config))
+    least = least_bytes(config, build.Run(config).task, build.Run(config).mesh, state_bytes(config))
     assert 0 < least < found["bytes_per_device"]
 
 
@@ -185,7 +185,7 @@ def test_sampling():
     """A sampler planned without its steps or its decoder, or for a batch that is not rounded up to whole chunks."""
     found = estimate.plan_sampling(tiny.config(evaluation__batch_size=17, sampler__num_steps=3), eight())
     assert found["fits"] and found["evaluations"] == 3 and found["batch_size"] == 64
-    one = estimate.dit_macs(build.network(tiny.config()), (8, 8, 1))
+    one = estimate.macs_of(build.Run(tiny.config()).network, (8, 8, 1))
     assert found["executed_flops"] == pytest.approx(3 * 64 * 2 * one, rel=0.05)
     assert estimate.plan_sampling(tiny.autoencoder(), eight()) is None
 
@@ -195,7 +195,7 @@ def test_sampler_holds_bfloat16_weights():
 
     def held(dtype):
         config = tiny.config(model__dtype=dtype)
-        return memory.bytes_per_device(lowering.sampling(config, build.task(config), build.mesh(config))[1]["params"])
+        return memory.bytes_per_device(lowering.sampling(config, build.Run(config).task, build.Run(config).mesh)[1]["params"])
 
     assert held("float32") == 2 * held("bfloat16") > 0
 
@@ -203,7 +203,7 @@ def test_sampler_holds_bfloat16_weights():
 def test_codec_and_resident_cache_are_counted():
     """A frozen encoder, LPIPS or a data set on the devices that the plan forgets; a guess where only the data can tell."""
     config = tiny.digits_latent("")
-    mesh, task = build.mesh(config), build.task(config)
+    mesh, task = build.Run(config).mesh, build.Run(config).task
     frozen = memory.bytes_per_device(lowering.abstract_constants(config, task, mesh, 0))
     assert frozen == 4 * sum(x.size for x in jax.tree.leaves(jax.eval_shape(task.codec.init, jax.random.key(0)))) > 0
     config.unlock()
@@ -221,9 +221,11 @@ def test_codec_and_resident_cache_are_counted():
 def test_autoencoder():
     """A plan that only knows diffusion."""
     config = tiny.autoencoder(task__discriminator_weight=0.0)
-    traced, args = lowering.train_step(config, build.task(config), build.mesh(config))
+    traced, args = lowering.train_step(config, build.Run(config).task, build.Run(config).mesh)
     assert args["state"].params["codec"]
-    assert estimate.jaxpr_flops.count(traced.jaxpr) == pytest.approx(estimate.model_flops(config, build.task(config)), rel=0.2)
+    assert estimate.jaxpr_flops.count(traced.jaxpr) == pytest.approx(
+        estimate.model_flops(config, build.Run(config).task), rel=0.2
+    )
 
 
 def test_search_ranks_and_prunes(monkeypatch):
@@ -390,7 +392,7 @@ def test_tpu_slices(name):
     assert sum(found["collectives"].get("all-reduce", {}).values()) > 0
     held = sum(found["memory"][part] for part in ("parameters", "moving_average", "optimizer"))
     mesh = estimate.mesh_of(config, place)
-    state = lowering.abstract_state(build.task(config), mesh)
+    state = lowering.abstract_state(build.Run(config).task, mesh)
     assert held == memory.bytes_per_device(state)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -11,25 +10,25 @@ import pytest
 import tiny
 
 from dit_jax import build
-from dit_jax.data.latent_files import sealed
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sample import drawing, samples_file, shards
 from dit_jax.sample.drawing import draw
-from dit_jax.sample.generator import Generator, default_rows_at_once, in_chunks
+from dit_jax.sample.generator import Generator, default_chunk_size, in_chunks
 from dit_jax.sample.labels import spread_labels
 from dit_jax.sample.weights import weights_fingerprint
+from dit_jax.storage.sealed import sealed
 from dit_jax.tasks.state import abstract_state
 
 CONFIG = tiny.config(model__depth=1, sampler__num_steps=2)
-TASK = build.task(CONFIG)
+TASK = build.Run(CONFIG).task
 COUNT = 150  # three shards, the last of them no whole number of chunks
 LABELS = spread_labels(COUNT, 10)
 
 
 def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
     mesh = make_mesh(devices // fsdp, fsdp, devices=jax.devices()[:devices])
-    made = Generator(TASK, mesh, build.sampler(sampler), build.guidance(CONFIG), batch_size, seed)
+    made = Generator(TASK, mesh, build.Run(sampler).sampler, build.Run(CONFIG).guidance, batch_size, seed)
     rng = np.random.default_rng(7)
     like = abstract_state(TASK, mesh).ema_params
     made.params = jax.tree.map(lambda x: jax.device_put((0.1 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding), like)
@@ -39,7 +38,7 @@ def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
 def run(out, made=None, labels=LABELS, **more):
     made = made or generator()
     made_by = {"seed": made.seed, "weights": weights_fingerprint(made.params)}
-    return draw(out, made, made.params, {"codec": {}}, labels, (8, 8, 1), made_by, **more)
+    return draw(out, made, made.params, {"codec": {}}, {"label": labels}, len(labels), made_by, **more)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +200,8 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(path, parts)
 
-    real = shards.write
-    monkeypatch.setattr(shards, "write", full)
+    real = shards.write_atomic
+    monkeypatch.setattr(shards, "write_atomic", full)
     with pytest.raises(UserError, match=r"00000-of-00003.npy cannot be written \(No space left on device\)"):
         run(tmp_path / "out")
 
@@ -233,11 +232,17 @@ def test_chunks():
     assert found.tolist() == [i + 100 * (39 if i % 4 > 1 else 27) for i in range(12)]
 
 
-def test_rows_at_once():
+def test_default_chunk_size():
     """Chunks that starve an accelerator, or that a shard is no multiple of."""
+    assert [default_chunk_size(tokens, "tpu") for tokens in (256, 1024, 16)] == [64, 16, 64]
+    assert default_chunk_size(16, "cpu") == 8
 
-    def task(side, patch):
-        return types.SimpleNamespace(latent_shape=(side, side, 4), network=types.SimpleNamespace(patch_size=patch))
 
-    assert [default_rows_at_once(task(*shape), "tpu") for shape in ((32, 2), (64, 2), (32, 8))] == [64, 16, 64]
-    assert default_rows_at_once(task(32, 8), "cpu") == 8
+def test_a_folder_whose_samples_are_replaced_stays_claimed(tmp_path):
+    """A second command that draws into a folder because the first removed its lock with the old samples."""
+    labels = np.zeros(3, np.int32)
+    old, new = (shards.Shards(tmp_path, shards.settings_of(labels, (4, 4, 3), {"seed": seed}, {}), labels) for seed in (0, 1))
+    with shards.claimed(old):
+        pass
+    with shards.claimed(new, replace=True), pytest.raises(UserError, match="another command"), shards.claimed(new):
+        pass

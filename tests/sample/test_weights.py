@@ -10,14 +10,14 @@ import tiny
 
 from dit_jax import build
 from dit_jax.sample.generator import Generator
-from dit_jax.sample.weights import hold
+from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.state import abstract_state
 
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 
 def task_of(**overrides):
-    return build.task(tiny.config(model__dtype="bfloat16", sampler__num_steps=2, **overrides))
+    return build.Run(tiny.config(model__dtype="bfloat16", sampler__num_steps=2, **overrides)).task
 
 
 def params_of(task, mesh):
@@ -40,29 +40,31 @@ def test_samples_keep_every_bit(conditioning, unroll, kept):
     not; casts that are done in another order."""
     config = tiny.config(model__conditioning=conditioning, model__unroll=unroll)
     task = task_of(model__conditioning=conditioning, model__unroll=unroll)
-    params = params_of(task, build.mesh(config))
-    held = hold(task, params)
+    params = params_of(task, build.Run(config).mesh)
+    held = cast_for_inference(task, params)
     assert sorted(name for name, x in by_name(held).items() if x.dtype != BFLOAT16) == sorted(
         name for name in by_name(params) if "norm" in name
     )
     assert sum(x.dtype == FLOAT32 for x in jax.tree.leaves(held)) == kept
     keys, labels = jax.random.split(jax.random.key(1), 4), jnp.arange(4)
-    sampler, guidance = build.sampler(config), build.guidance(tiny.config(guidance__scale=1.5))
-    draw = jax.jit(lambda params: task.draw_latents(params, keys, labels, sampler, guidance))
+    sampler, guidance = build.Run(config).sampler, build.Run(tiny.config(guidance__scale=1.5)).guidance
+    draw = jax.jit(lambda params: task.draw_latents(params, {}, keys, {"label": labels}, sampler, guidance))
     wanted = np.asarray(draw(params))
     assert wanted.dtype == np.float32 and wanted.std() > 0.1
     np.testing.assert_array_equal(draw(held), wanted)
 
 
 def uses(network, **params):
-    """The dtypes that `hold` gives the parameters of a network (params, x) -> output."""
+    """The dtypes that `cast_for_inference` gives the parameters of a network (params, x) -> output."""
 
-    def apply(variables, x, t, cond):
-        return network(variables["params"], x)
-
-    task = types.SimpleNamespace(network=types.SimpleNamespace(apply=apply), latent_shape=(2, 2, 1), condition=lambda labels: {})
+    task = types.SimpleNamespace(
+        apply=lambda params, x, t, cond: network(params, x),
+        latent_shape=(2, 2, 1),
+        condition=lambda params, constants, requests: ({}, {}),
+        conditioner=types.SimpleNamespace(batch_spec=dict),
+    )
     one = jax.devices()[0]
-    return {name: x.dtype for name, x in hold(task, jax.device_put(params, one)).items()}
+    return {name: x.dtype for name, x in cast_for_inference(task, jax.device_put(params, one)).items()}
 
 
 def test_what_may_be_cast():
@@ -95,18 +97,18 @@ def test_arrays_stay_where_they_are():
     """Split parameters that are gathered by the cast, a copy of float32 weights where nothing is to be cast, a moving average
     that is drawn from in host memory; a plan for other arrays than a sampler has."""
     config = tiny.config(mesh__fsdp=4, model__dtype="bfloat16")
-    task, mesh = build.task(config), build.mesh(config)
+    task, mesh = build.Run(config).task, build.Run(config).mesh
     params = params_of(task, mesh)
-    held = hold(task, params)
-    abstract = hold(task, abstract_state(task, mesh).ema_params)
+    held = cast_for_inference(task, params)
+    abstract = cast_for_inference(task, abstract_state(task, mesh).ema_params)
     for kept, x, like in zip(*map(jax.tree.leaves, (held, params, abstract)), strict=True):
         assert kept.sharding.is_equivalent_to(x.sharding, x.ndim) and like.sharding.is_equivalent_to(x.sharding, x.ndim)
         assert kept.dtype == like.dtype == BFLOAT16
-    plain = build.task(tiny.config(mesh__fsdp=4))
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (hold(plain, params), params)), strict=True))
-    offloaded = build.task(tiny.config(mesh__fsdp=4, mesh__offload="optimizer_and_ema"))
+    plain = build.Run(tiny.config(mesh__fsdp=4)).task
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (cast_for_inference(plain, params), params)), strict=True))
+    offloaded = build.Run(tiny.config(mesh__fsdp=4, mesh__offload="optimizer_and_ema")).task
     away = params_of(offloaded, mesh)
-    for kept, x in zip(*map(jax.tree.leaves, (hold(offloaded, away), params)), strict=True):
+    for kept, x in zip(*map(jax.tree.leaves, (cast_for_inference(offloaded, away), params)), strict=True):
         assert kept.sharding.memory_kind == x.sharding.memory_kind and kept.sharding.is_equivalent_to(x.sharding, x.ndim)
         np.testing.assert_array_equal(kept, x)
 
@@ -114,14 +116,14 @@ def test_arrays_stay_where_they_are():
 def test_no_weight_is_cast_in_the_loop():
     """A sampler that casts every layer's weights at every step, after all."""
     config = tiny.config(model__dtype="bfloat16")
-    task, mesh = build.task(config), build.mesh(config)
-    generator = Generator(task, mesh, build.sampler(config), build.guidance(config), 8, 0)
+    task, mesh = build.Run(config).task, build.Run(config).mesh
+    generator = Generator(task, mesh, build.Run(config).sampler, build.Run(config).guidance, 8, 0)
     rows = jnp.zeros(generator.batch_size, jnp.int32)
 
     def casts(params):
         with jax.set_mesh(mesh):
-            text = str(generator.program.trace(params, {"codec": {}}, rows, rows, None).jaxpr)
+            text = str(generator.program.trace(params, {"codec": {}}, rows, {"label": rows}, None).jaxpr)
         return text.count("bf16[32,128] = convert_element_type")  # of an MLP's kernel, in the loop over the blocks
 
     params = abstract_state(task, mesh).ema_params
-    assert (casts(params), casts(hold(task, params))) == (1, 0)
+    assert (casts(params), casts(cast_for_inference(task, params))) == (1, 0)

@@ -46,7 +46,7 @@ def same_bits(a: Weights, b: Weights) -> bool:
 
 def our_forward(found: Weights, x, t, labels):
     """x [B, H, W, C] -> [B, H, W, out]."""
-    net = formats.build.network(formats.config_of(found.sections))
+    net = formats.build.Run(formats.config_of(found.sections)).network
     params = {}
     for name, array in arrays(found).items():
         *parents, leaf = name.split("/")

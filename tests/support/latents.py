@@ -8,7 +8,7 @@ from dit_jax.encode.writer import Job
 from dit_jax.errors import UserError
 
 CODEC = KLVAE((8, 16), layers_per_block=1, norm_groups=4, latent_channels=2)
-RESOLUTION = 8
+SIZE = (8, 8)
 
 
 class Photographs:
@@ -36,7 +36,7 @@ def params(codec=CODEC):
 
 
 def job(shared_params, **fields):
-    fields = {"source": Photographs(), "resolution": RESOLUTION, "device_batch_size": 2, "shard_records": 30} | fields
+    fields = {"source": Photographs(), "size": SIZE, "device_batch_size": 2, "shard_records": 30} | fields
     return Job(codec=CODEC, params=shared_params, **fields)
 
 

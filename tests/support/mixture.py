@@ -5,6 +5,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from dit_jax.diffusion.flow import velocity_of
+from dit_jax.diffusion.process import Memoryless
 
 WEIGHTS, MEANS, VARIANCES = np.array([0.3, 0.7]), np.array([-1.0, 0.8]), np.array([0.3, 0.2])
 
@@ -25,7 +26,7 @@ def flow_denoise(process):
         c = process.expanded(t, x)
         return process.predict(velocity_of(*expectations(x, c.alpha, c.sigma), c), x, t)
 
-    return denoise
+    return Memoryless(denoise)
 
 
 def gaussian_denoise(process):
@@ -35,7 +36,7 @@ def gaussian_denoise(process):
         alpha_bar = jnp.asarray(process.alpha_bar)[process.index(t)]
         return process.predict(expectations(x, jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar))[1], x, t)
 
-    return denoise
+    return Memoryless(denoise)
 
 
 def flow_solution(process, noise):

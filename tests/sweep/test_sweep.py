@@ -19,7 +19,6 @@ from dit_jax.errors import UserError
 from dit_jax.programs import chips
 from dit_jax.storage.run_folder import plain
 from dit_jax.sweep import checks, cost, grid, local, remote, scores
-from dit_jax.sweep.__main__ import take_overrides
 from dit_jax.sweep.folder import Folder, write_json
 from dit_jax.sweep.grid import Sweep
 from dit_jax.sweep.local import Child, Pace
@@ -87,9 +86,9 @@ def test_sweep_file_as_its_own_config(tmp_path):
     "fields, text",
     [
         ({"grid": {"model.wid": [1]}}, "no field"),
-        ({"grid": {"model.width": [32.5]}}, "invalid literal"),
+        ({"grid": {"model.width": [32.5]}}, "width must be a whole number"),
         ({"grid": {"mesh.zero1": ["False"]}}, "the flag would set False"),
-        ({"grid": {"optimizer.clip_norm": [None]}}, "a flag cannot express"),
+        ({"grid": {"model.width": [None]}}, "width must be a whole number"),
         ({"base": "configs/nowhere.py"}, "does not exist"),
         ({"variants": {"a": "process=steam"}}, "no process 'steam'"),
         ({"variants": {"a/b": {"model.width": 32}, "a-b": {"model.width": 64}}}, "same folder"),
@@ -128,8 +127,6 @@ def test_flags_of_all_runs_may_not_fight_the_grid():
     sweep = Sweep(title="t", base=DIGITS, grid={"model.width": [32, 64]})
     with pytest.raises(UserError, match=r"the sweep itself sets model\.width"):
         grid.expand(sweep, ["--config.model.width=16"])
-    assert take_overrides(["sweep", "--config.a=1", "--list"]) == (["sweep", "--list"], ["--config.a=1"])
-    assert take_overrides(["sweep", "--config.a", "1", "--list"]) == (["sweep", "--list"], ["--config.a=1"])
 
 
 def test_every_mistake_is_found_before_the_first_run():
@@ -143,7 +140,12 @@ def test_every_mistake_is_found_before_the_first_run():
 
 @pytest.mark.parametrize(
     "sampler, text",
-    [(("ddim", 2000), "steps"), (("dopri5", 5), "chooses its own"), (("ddim", None), "give its"), (("magic", 5), "no sampler")],
+    [
+        (("ddim", 2000), "steps"),
+        (("dopri5", 5), "chooses its own"),
+        (("ddim", None), "give its"),
+        (("magic", 5), "is not registered"),
+    ],
 )
 def test_bad_samplers(sampler, text):
     """A sampler that only fails when all models are trained."""
@@ -197,7 +199,7 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
     runs = expand()
     with Folder(tmp_path, "t") as folder:
         folder.record(runs)
-        with pytest.raises(UserError, match="another sweep, or a run"), Folder(tmp_path, "t"):
+        with pytest.raises(UserError, match="a process that a killed one left behind"), Folder(tmp_path, "t"):
             pass
         finish(folder, runs[0])
         folder.check_configs(runs)
@@ -223,7 +225,7 @@ def test_a_run_left_behind_keeps_the_folder(tmp_path):
         time.sleep(0.05)
     sweep.kill()
     sweep.wait()
-    with pytest.raises(UserError, match="left by a killed"), Folder(tmp_path / "w", "t"):
+    with pytest.raises(UserError, match="left behind"), Folder(tmp_path / "w", "t"):
         pass
     os.kill(int(left[0]), signal.SIGKILL)
     deadline = time.monotonic() + 10

@@ -25,7 +25,7 @@ FIELDS = {"task__kl_weight": 0.1, "task__discriminator_start_step": 1}
 
 @functools.cache
 def task_of(**fields):
-    return build.task(tiny.autoencoder(**FIELDS | fields))
+    return build.Run(tiny.autoencoder(**FIELDS | fields)).task
 
 
 @functools.cache
@@ -146,4 +146,4 @@ def test_posterior_is_sampled_anew():
 def test_bad_values(changes, text):
     """A mistake that is only found when the first batch reaches the network, or never."""
     with pytest.raises(UserError, match=text):
-        build.task(tiny.autoencoder(**changes))
+        build.Run(tiny.autoencoder(**changes)).task

@@ -43,7 +43,7 @@ def one_step(task, mesh, steps=1):
 
 @pytest.fixture(scope="module")
 def single():
-    task = build.task(tiny.config(model__heads=8))
+    task = build.Run(tiny.config(model__heads=8)).task
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     samples = draw(task, mesh, 16)
     return one_step(task, mesh), samples
@@ -51,13 +51,13 @@ def single():
 
 def draw(task, mesh, count, batch_size=16, guidance=1.5):
     generator = Generator(task, mesh, Ancestral(4), Guidance(guidance), batch_size, seed=3)
-    return generator(randomized(task, mesh).params, CONSTANTS, spread_labels(count, 10))
+    return generator(randomized(task, mesh).params, CONSTANTS, {"label": spread_labels(count, 10)}, count)
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_one_device_is_every_mesh(single, shape):
     """A sharding under which XLA gives other numbers (seen with gate and MLP split alike), in a step or a sample."""
-    task, mesh = build.task(tiny.config(model__heads=8)), make_mesh(*shape)
+    task, mesh = build.Run(tiny.config(model__heads=8)).task, make_mesh(*shape)
     (state, sums), samples = single
     sharded, sharded_sums = one_step(task, mesh)
     # Adam's first step is the sign of the gradient times the rate: compare what does not blow rounding up, too.
@@ -71,7 +71,7 @@ def test_one_device_is_every_mesh(single, shape):
 
 def test_state_is_split():
     """Parameters, moments or the average that stay whole on every device although the mesh could split them."""
-    task = build.task(tiny.config(model__heads=8))
+    task = build.Run(tiny.config(model__heads=8)).task
     state = create_sharded(task, jax.random.key(0), make_mesh(2, 2, 2))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     assert held < 0.45 * sum(x.nbytes for x in jax.tree.leaves(state))
@@ -79,7 +79,7 @@ def test_state_is_split():
 
 def test_starts_at_the_parameters():
     """An average that starts from zeros, or shares its buffer with the parameters (donation would fail)."""
-    task = build.task(tiny.config())
+    task = build.Run(tiny.config()).task
     state = create_sharded(task, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
     assert tiny.distance(state.ema_params, state.params) == 0
     kernel = state.params["patch_embedding"]["kernel"]
@@ -88,7 +88,7 @@ def test_starts_at_the_parameters():
 
 def test_ema_follows_in_float32():
     """A decay applied to the wrong side, or an average kept in 16 bits, where 1 - 0.9999 vanishes."""
-    task = build.task(tiny.config(model__param_dtype="bfloat16", ema_decay=0.9999))
+    task = build.Run(tiny.config(model__param_dtype="bfloat16", ema_decay=0.9999)).task
     state = create_sharded(task, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
     new, _ = jax.jit(task.step)(state, CONSTANTS, BATCH, jax.random.key(1))
     for old, params, ema in zip(*(jax.tree.leaves(x) for x in (state.ema_params, new.params, new.ema_params)), strict=True):
@@ -99,15 +99,15 @@ def test_ema_follows_in_float32():
 def test_microbatches_change_nothing():
     """Gradients that are summed instead of averaged, other noise per part, or losses given to the wrong time."""
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    whole, sums = one_step(build.task(tiny.config()), mesh)
-    parts, part_sums = one_step(build.task(tiny.config(microbatches=4)), mesh)
+    whole, sums = one_step(build.Run(tiny.config()).task, mesh)
+    parts, part_sums = one_step(build.Run(tiny.config(microbatches=4)).task, mesh)
     assert tiny.distance(parts.opt_state, whole.opt_state) < 1e-5
     assert tiny.distance(part_sums, sums) < 1e-5
 
 
 def test_skips_a_step_that_is_not_finite():
     """A NaN that reaches parameters, moments or the average; a step count that stands still (its batch would repeat)."""
-    task = build.task(tiny.config())
+    task = build.Run(tiny.config()).task
     state = randomized(task, make_mesh(1, 1, 1, jax.devices()[:1]))
     bad = state.replace(params=jax.tree.map(lambda x: x, state.params))
     bad.params["final"]["linear"]["bias"] = bad.params["final"]["linear"]["bias"] + jnp.nan
@@ -119,7 +119,7 @@ def test_skips_a_step_that_is_not_finite():
 
 def test_loss_by_time():
     """Buckets that miss or double examples: their sums must add up to the whole."""
-    task = build.task(tiny.config())
+    task = build.Run(tiny.config()).task
     _, sums = jax.jit(task.step)(randomized(task, make_mesh(1, 1, 1, jax.devices()[:1])), CONSTANTS, BATCH, jax.random.key(1))
     buckets = sum(sums[f"loss_t{b / 4:.2f}"] for b in range(4))
     np.testing.assert_allclose(buckets, sums["loss"], rtol=1e-5)
@@ -128,7 +128,7 @@ def test_loss_by_time():
 
 def test_sample_does_not_depend_on_its_batch():
     """One key per batch instead of per image: image k would change with the batch size or the number asked for."""
-    task, mesh = build.task(tiny.config()), make_mesh(1, 1, 1, jax.devices()[:1])
+    task, mesh = build.Run(tiny.config()).task, make_mesh(1, 1, 1, jax.devices()[:1])
     few, many = draw(task, mesh, 5, batch_size=4), draw(task, mesh, 11, batch_size=8)
     assert np.abs(few.astype(int) - many[:5]).max() <= 1
     assert np.abs(many[0].astype(int) - many[10]).max() > 1  # same label, another key
@@ -136,11 +136,13 @@ def test_sample_does_not_depend_on_its_batch():
 
 def test_label_and_guidance_reach_the_samples():
     """Labels that are ignored or null in the sampler, guidance that changes nothing."""
-    task, mesh = build.task(tiny.config()), make_mesh(1, 1, 1, jax.devices()[:1])
+    task, mesh = build.Run(tiny.config()).task, make_mesh(1, 1, 1, jax.devices()[:1])
     params = randomized(task, mesh).params
 
     def images(scale, labels):
-        return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(params, CONSTANTS, np.array(labels))
+        return Generator(task, mesh, DDIM(4), Guidance(scale), 4, seed=0)(
+            params, CONSTANTS, {"label": np.array(labels)}, len(labels)
+        )
 
     base = images(1.0, [3, 3, 3, 3]).astype(int)
     assert np.abs(images(1.0, [4, 4, 4, 4]) - base).max() > 1
@@ -150,9 +152,9 @@ def test_label_and_guidance_reach_the_samples():
 
 def test_unconditional():
     """A network of 0 classes that still reads labels."""
-    task, mesh = build.task(tiny.config(model__num_classes=0)), make_mesh(1, 1, 1, jax.devices()[:1])
+    task, mesh = build.Run(tiny.config(model__num_classes=0)).task, make_mesh(1, 1, 1, jax.devices()[:1])
     state = create_sharded(task, jax.random.key(0), mesh)
     assert "label_embedding" not in state.params
     new, _ = jax.jit(task.step)(state, CONSTANTS, BATCH, jax.random.key(1))
-    images = Generator(task, mesh, DDIM(2), Guidance(1.0), 4, seed=0)(new.params, CONSTANTS, spread_labels(4, 0))
+    images = Generator(task, mesh, DDIM(2), Guidance(1.0), 4, seed=0)(new.params, CONSTANTS, {}, 4)
     assert images.shape == (4, 8, 8, 1)

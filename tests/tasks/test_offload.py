@@ -9,7 +9,7 @@ from dit_jax import build
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import shard_batch
 from dit_jax.sample.generator import Generator
-from dit_jax.sample.weights import hold
+from dit_jax.sample.weights import cast_for_inference
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.state import abstract_state, create_sharded
@@ -22,7 +22,7 @@ BATCH = {
 
 def start(config):
     """(task, mesh, new state, a function that takes one step)."""
-    task, mesh = build.task(config), build.mesh(config)
+    task, mesh = build.Run(config).task, build.Run(config).mesh
     state, batch, constants = create_sharded(task, jax.random.key(0), mesh), shard_batch(mesh, BATCH), {"codec": {}}
     step, zeros, _ = compile_step(task, mesh, 0, state, constants, batch)
     return task, mesh, state, lambda state: step(state, zeros(), constants, batch)[0]
@@ -58,9 +58,11 @@ def test_same_numbers_from_host_memory(tmp_path, zero1):
     state, wanted = step(restored), plain_step(wanted)
     equal(state, wanted)
     assert kinds(state.opt_state) == {"pinned_host"}
-    sampler, guidance = build.sampler(config), build.guidance(config)
+    sampler, guidance = build.Run(config).sampler, build.Run(config).guidance
     samples = [
-        Generator(t, mesh, sampler, guidance, 8, 0)(hold(t, average), {"codec": {}}, BATCH["label"][:8])
+        Generator(t, mesh, sampler, guidance, 8, 0)(
+            cast_for_inference(t, average), {"codec": {}}, {"label": BATCH["label"][:8]}, 8
+        )
         for t, average in ((task, state.ema_params), (plain_task, wanted.ema_params))
     ]
     equal(*samples)
@@ -69,7 +71,7 @@ def test_same_numbers_from_host_memory(tmp_path, zero1):
 def test_only_the_optimizer():
     """An average that moves although only the optimizer was asked for."""
     config = tiny.autoencoder(mesh__offload="optimizer")
-    state = create_sharded(build.task(config), jax.random.key(0), build.mesh(config))
+    state = create_sharded(build.Run(config).task, jax.random.key(0), build.Run(config).mesh)
     assert kinds(state.opt_state) == {"pinned_host"} and kinds((state.params, state.ema_params)) == {"device"}
 
 
@@ -77,4 +79,4 @@ def test_unknown_part():
     """A word that is taken for none."""
     for config in (tiny.config(mesh__offload="ema"), tiny.autoencoder(mesh__offload="ema")):
         with pytest.raises(UserError, match=r"mesh\.offload is 'ema'; it must be one of none, optimizer, optimizer_and_ema"):
-            build.task(config)
+            build.Run(config).task

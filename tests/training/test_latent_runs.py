@@ -11,12 +11,14 @@ import tiny
 from verbs import run
 
 from dit_jax import build
+from dit_jax.data.latents import LatentCache
+from dit_jax.data.sources import Digits
 from dit_jax.encode.writer import Job, encode
 from dit_jax.errors import UserError
 from dit_jax.interop import vae
 from dit_jax.tasks.task import named_key
-from dit_jax.training import reconstructions
 from dit_jax.training.loop import train
+from dit_jax.training.results import check_results
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,9 @@ def first_stage(tmp_path_factory):
     """The folder of a finished autoencoder run."""
     workdir = tmp_path_factory.mktemp("vae") / "run"
     config = tiny.autoencoder(evaluation__num_images=20, preview__every_steps=4)
-    reconstructions.check(config)
-    result = reconstructions.finish(train(config, workdir), workdir)
+    check_results(build.Run(config))
+    trained = train(build.Run(config), workdir)
+    result = trained.results.finish(trained.state, trained.constants, workdir)
     assert np.isfinite([result["psnr"], result["ssim"], result["fid"]]).all()
     return workdir
 
@@ -36,7 +39,7 @@ def cache(first_stage, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "latents"
     path = vae.find(first_stage)
     codec = vae.read_codec(path)
-    encode(Job(build.Digits(), codec, vae.load_diffusers(path, codec), 8, mirror=True, shard_records=128), folder)
+    encode(Job(Digits(), codec, vae.load_diffusers(path, codec), 8, mirror=True, shard_records=128), folder)
     return folder
 
 
@@ -44,7 +47,7 @@ def test_scale_gives_unit_variance(first_stage):
     """A scale measured on other latents than those that diffusion sees, or its inverse."""
     codec = vae.read_codec(vae.find(first_stage))
     params = vae.load_diffusers(vae.find(first_stage), codec)
-    images = np.stack([build.Digits(split="train")[i]["image"] for i in range(1500)]) / 127.5 - 1
+    images = np.stack([Digits(split="train")[i]["image"] for i in range(1500)]) / 127.5 - 1
     latents = codec.sample_latent(jax.random.key(0), codec.encode(params, jnp.asarray(images, jnp.float32)))
     assert 0.9 < latents.std() < 1.1
 
@@ -52,30 +55,30 @@ def test_scale_gives_unit_variance(first_stage):
 def test_second_stage_needs_its_own_folder_alone(first_stage, tmp_path):
     """A run that cannot be sampled or resumed once the autoencoder's folder has moved."""
     moved = shutil.copytree(first_stage, tmp_path / "vae")
-    short = train(tiny.digits_latent(moved, num_steps=2), tmp_path / "run")
-    assert short.config.codec.scale == vae.read_codec(vae.find(first_stage)).scale
+    short = train(build.Run(tiny.digits_latent(moved, num_steps=2)), tmp_path / "run")
+    assert short.run.config.codec.scale == vae.read_codec(vae.find(first_stage)).scale
     shutil.rmtree(moved)
-    run = train(tiny.digits_latent(moved), tmp_path / "run")
-    whole = train(tiny.digits_latent(first_stage), tmp_path / "whole")
+    run = train(build.Run(tiny.digits_latent(moved)), tmp_path / "run")
+    whole = train(build.Run(tiny.digits_latent(first_stage)), tmp_path / "whole")
     for a, b in zip(jax.tree.leaves(run.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_another_codec_is_refused(first_stage, tmp_path):
     """Going on in the latents of another autoencoder; a pinned hash that is not looked at."""
-    train(tiny.digits_latent(first_stage, num_steps=2), tmp_path / "run")
+    train(build.Run(tiny.digits_latent(first_stage, num_steps=2)), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "codec")
     other = shutil.copytree(vae.find(first_stage), tmp_path / "other")
     codec = vae.read_codec(other)
     vae.save_diffusers(other, codec, codec.init(jax.random.key(5)))
     with pytest.raises(UserError, match=r"codec.sha256: '.*' -> '.*'"):
-        train(tiny.digits_latent(other), tmp_path / "run")
-    with pytest.raises(UserError, match=r"codec\.sha256 is 00"):
-        train(tiny.digits_latent(first_stage, codec__sha256="00"), tmp_path / "new")
+        train(build.Run(tiny.digits_latent(other)), tmp_path / "run")
+    with pytest.raises(UserError, match=r"codec\.sha256 asks for 00"):
+        train(build.Run(tiny.digits_latent(first_stage, codec__sha256="00")), tmp_path / "new")
     with pytest.raises(UserError, match=r"codec\.path is empty"):
-        train(tiny.digits_latent(""), tmp_path / "new")
+        train(build.Run(tiny.digits_latent("")), tmp_path / "new")
     with pytest.raises(UserError, match="disagrees with the codec"):
-        train(tiny.digits_latent(first_stage, codec__latent_channels=3), tmp_path / "new")
+        train(build.Run(tiny.digits_latent(first_stage, codec__latent_channels=3)), tmp_path / "new")
 
 
 def cached(first_stage, cache, **overrides):
@@ -91,7 +94,7 @@ def cached(first_stage, cache, **overrides):
 def test_training_from_the_cache(first_stage, cache, tmp_path):
     """Rows gathered from the devices' own copy that are not those of the files, on one device and on eight."""
     runs = [
-        train(cached(first_stage, cache, **overrides), tmp_path / str(i))
+        train(build.Run(cached(first_stage, cache, **overrides)), tmp_path / str(i))
         for i, overrides in enumerate(({}, {"loader__resident": True}, {"loader__resident": True, "mesh__fsdp": 2}))
     ]
     for other in runs[1:]:
@@ -101,11 +104,13 @@ def test_training_from_the_cache(first_stage, cache, tmp_path):
 
 def test_cache_and_online_encoding_see_the_same(first_stage, cache):
     """Latents without posterior noise, with one fixed flip, or scaled twice: mean, deviation, flip rate and noise must agree."""
-    config = build_settled(cached(first_stage, cache))
-    task, mesh = build.task(config), build.make_mesh(1, 1, 1, jax.devices()[:1])
+    config = cached(first_stage, cache).copy_and_resolve_references()
+    config.mesh.data = 1
+    run = build.Run(config, devices=jax.devices()[:1]).with_codec_weights()
+    task = run.task
     params = vae.load_diffusers(vae.find(first_stage), task.codec)
-    loader = build.loader(config.copy_and_resolve_references(), mesh)
-    online = {"image": np.stack([build.Digits()[i]["image"] for i in range(1797)]), "label": np.zeros(1797, np.int32)}
+    loader = run.loader
+    online = {"image": np.stack([Digits()[i]["image"] for i in range(1797)]), "label": np.zeros(1797, np.int32)}
     with loader.batches(0) as batches:
         rows = [next(batches) for _ in range(224)]
     stored = {"moments": np.concatenate([r["moments"] for r in rows]), "label": np.concatenate([r["label"] for r in rows])}
@@ -125,12 +130,6 @@ def test_cache_and_online_encoding_see_the_same(first_stage, cache):
     np.testing.assert_allclose(b, exact, rtol=1e-5, atol=1e-5)
 
 
-def build_settled(config):
-    from dit_jax.interop import codec_folder
-
-    return codec_folder.settle(config, None)[0]
-
-
 @pytest.mark.parametrize(
     "changes, text",
     [
@@ -143,13 +142,13 @@ def test_a_cache_of_something_else_is_refused(first_stage, cache, tmp_path, chan
     """Training on latents that were made at another size, or have other classes, than the config says."""
     if text:
         with pytest.raises(UserError, match=text):
-            train(cached(first_stage, cache, **changes), tmp_path / "run")
+            train(build.Run(cached(first_stage, cache, **changes)), tmp_path / "run")
     else:
         other = shutil.copytree(vae.find(first_stage), tmp_path / "other")
         codec = vae.read_codec(other)
         vae.save_diffusers(other, codec, codec.init(jax.random.key(5)))
         with pytest.raises(UserError, match="sha256"):
-            train(cached(other, cache), tmp_path / "run")
+            train(build.Run(cached(other, cache)), tmp_path / "run")
 
 
 def test_a_flipped_byte_stops_the_start(first_stage, cache, tmp_path):
@@ -160,15 +159,15 @@ def test_a_flipped_byte_stops_the_start(first_stage, cache, tmp_path):
     data[-7] ^= 1
     shard.write_bytes(data)
     with pytest.raises(UserError, match=shard.name):
-        train(cached(first_stage, broken), tmp_path / "run")
+        train(build.Run(cached(first_stage, broken)), tmp_path / "run")
 
 
 def test_labels_travel(cache):
     """Labels shifted against their latents on the way through the cache."""
     manifest = json.loads((cache / "manifest.json").read_text())
     assert manifest["class_names"] == list("0123456789")
-    labels = build.LatentCache(cache).labels
-    np.testing.assert_array_equal(labels, [build.Digits()[i]["label"] for i in range(1797)])
+    labels = LatentCache(cache).labels
+    np.testing.assert_array_equal(labels, [Digits()[i]["label"] for i in range(1797)])
 
 
 @pytest.mark.slow

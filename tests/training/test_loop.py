@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from dit_jax import build
 from dit_jax.errors import UserError
 from dit_jax.storage.run_folder import Workdir
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -30,14 +31,14 @@ def losses(workdir):
 def whole(tmp_path_factory):
     """Six steps without a break."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    return train(tiny.config(num_steps=6), workdir), workdir
+    return train(build.Run(tiny.config(num_steps=6)), workdir), workdir
 
 
 def test_six_steps_are_three_and_three(whole, tmp_path):
     """State that a checkpoint forgets, a batch or key that depends on how often the run was started; bit for bit."""
-    first = train(tiny.config(num_steps=3), tmp_path / "run")
+    first = train(build.Run(tiny.config(num_steps=3)), tmp_path / "run")
     assert int(first.state.step) == 3 and not first.stopped
-    second = train(tiny.config(num_steps=6), tmp_path / "run")
+    second = train(build.Run(tiny.config(num_steps=6)), tmp_path / "run")
     for a, b in zip(leaves(second), leaves(whole[0]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert losses(tmp_path / "run")[-1] == losses(whole[1])[-1]
@@ -47,7 +48,7 @@ def test_six_steps_are_three_and_three(whole, tmp_path):
 
 def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
     """A step that is compiled only once the state is there, so that a start takes the sum of both times."""
-    compiled, background, create = threading.Event(), loop.compile_in_background, loop.restore_or_create
+    compiled, background, create = threading.Event(), loop.compile_in_background, loop.Training.restore_or_create
 
     def compiling(*args):
         program = background(*args)
@@ -59,15 +60,15 @@ def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
         return create(*args)
 
     monkeypatch.setattr(loop, "compile_in_background", compiling)
-    monkeypatch.setattr(loop, "restore_or_create", creating)
-    assert int(train(tiny.config(num_steps=1), tmp_path / "run").state.step) == 1
+    monkeypatch.setattr(loop.Training, "restore_or_create", creating)
+    assert int(train(build.Run(tiny.config(num_steps=1)), tmp_path / "run").state.step) == 1
 
 
 def test_nothing_to_train_compiles_nothing(whole, monkeypatch):
     """A finished run that compiles its step again at every start."""
     compiled = []
     monkeypatch.setattr(loop, "compile_in_background", lambda *args: compiled.append(args))
-    assert int(train(tiny.config(num_steps=6), whole[1]).state.step) == 6 and not compiled
+    assert int(train(build.Run(tiny.config(num_steps=6)), whole[1]).state.step) == 6 and not compiled
 
 
 def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
@@ -82,8 +83,8 @@ def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "shard_batch", crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(tiny.config(num_steps=6, log__every_steps=1), tmp_path / "run")
-    run = train(tiny.config(num_steps=6, log__every_steps=1), tmp_path / "run")
+        train(build.Run(tiny.config(num_steps=6, log__every_steps=1)), tmp_path / "run")
+    run = train(build.Run(tiny.config(num_steps=6, log__every_steps=1)), tmp_path / "run")
     for a, b in zip(leaves(run), leaves(whole[0]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -91,23 +92,23 @@ def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
 
 def test_goes_on_on_another_mesh(whole, tmp_path):
     """A checkpoint that can only be restored onto the mesh that wrote it."""
-    train(tiny.config(num_steps=3, mesh__fsdp=4, mesh__tensor=2), tmp_path / "run")
-    run = train(tiny.config(num_steps=6, mesh__fsdp=2), tmp_path / "run")
+    train(build.Run(tiny.config(num_steps=3, mesh__fsdp=4, mesh__tensor=2)), tmp_path / "run")
+    run = train(build.Run(tiny.config(num_steps=6, mesh__fsdp=2)), tmp_path / "run")
     assert tiny.distance(run.state.ema_params, whole[0].state.ema_params) < 1e-3
 
 
 def test_stop_signal_saves(tmp_path, monkeypatch):
     """SIGTERM that loses steps: the state must be saved at the step that was reached, and the run must say it stopped."""
     monkeypatch.setattr(loop.StopSignal, "requested", lambda self, step: step == 2)
-    run = train(tiny.config(num_steps=6), tmp_path / "run")
+    run = train(build.Run(tiny.config(num_steps=6)), tmp_path / "run")
     assert run.stopped and (tmp_path / "run" / "checkpoints" / "2").is_dir()
     monkeypatch.undo()
-    assert int(train(tiny.config(num_steps=4), tmp_path / "run").state.step) == 4
+    assert int(train(build.Run(tiny.config(num_steps=4)), tmp_path / "run").state.step) == 4
 
 
 def test_finished_run_trains_no_more(whole):
     """A second call of a finished run that trains on, or fails."""
-    run = train(tiny.config(num_steps=6), whole[1])
+    run = train(build.Run(tiny.config(num_steps=6)), whole[1])
     for a, b in zip(leaves(run), leaves(whole[0]), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -116,12 +117,12 @@ def test_diverged_run_stops(tmp_path, monkeypatch):
     """A run that goes on with NaN for days, or one bad step that ends it."""
     monkeypatch.setattr(DiffusionTask, "loss", nan_loss(DiffusionTask.loss))
     with pytest.raises(Diverged, match=r"not finite for the last 1\d steps"):
-        train(tiny.config(num_steps=30), tmp_path / "run")
+        train(build.Run(tiny.config(num_steps=30)), tmp_path / "run")
 
 
 def nan_loss(real):
-    def loss(self, params, x0, noise, t, cond):
-        value, parts = real(self, params, x0, noise, t, cond)
+    def loss(self, *args, **kwargs):
+        value, parts = real(self, *args, **kwargs)
         return value * np.nan, {name: part * np.nan for name, part in parts.items()}
 
     return loss
@@ -130,21 +131,21 @@ def nan_loss(real):
 def test_other_config_is_refused(whole):
     """A folder that silently goes on with another model, data set or seed."""
     with pytest.raises(UserError, match=r"model.width: 32 -> 64(.|\n)*seed: 0 -> 1"):
-        train(tiny.config(model__width=64, seed=1), whole[1])
+        train(build.Run(tiny.config(model__width=64, seed=1)), whole[1])
 
 
 def test_other_data_is_refused(whole, monkeypatch):
     """A data set that changed under the run."""
-    monkeypatch.setattr("dit_jax.data.sources.fingerprint", lambda **facts: "another")
+    monkeypatch.setattr("dit_jax.data.sources.digits.fingerprint", lambda **facts: "another")
     with pytest.raises(UserError, match="data set has changed"):
-        train(tiny.config(num_steps=8), whole[1])
+        train(build.Run(tiny.config(num_steps=8)), whole[1])
 
 
 def test_one_process_at_a_time(tmp_path):
     """Two processes that write checkpoints into one folder."""
     with (
         Workdir(tmp_path / "run", tiny.config()),
-        pytest.raises(UserError, match="another process is training"),
+        pytest.raises(UserError, match="another command"),
         Workdir(tmp_path / "run", tiny.config()),
     ):
         pass
@@ -171,7 +172,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_refused_before_any_work(tmp_path, overrides, text):
     """A mistake that leaves a half-made workdir behind."""
     with pytest.raises(UserError, match=text):
-        train(tiny.config(**overrides), tmp_path / "run")
+        train(build.Run(tiny.config(**overrides)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -192,7 +193,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_preview_and_records(tmp_path):
     """A preview that is not written, is not from the step it names, or is missing from the TensorBoard events."""
-    train(tiny.config(num_steps=2, preview__every_steps=2, preview__num_images=20), tmp_path / "run")
+    train(build.Run(tiny.config(num_steps=2, preview__every_steps=2, preview__num_images=20)), tmp_path / "run")
     assert (tmp_path / "run" / "samples" / "00000002.png").is_file()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["width"] == 32
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))

@@ -38,7 +38,7 @@ def together(processes, folder, verb, *args, devices=8):
         *map(str, args),
     ]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT / "tests" / "support")}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     return process.stdout
@@ -68,7 +68,7 @@ def trained(folder, name, processes):
     (folder / "config.py").write_text(f"import tiny\n\n\ndef get_config():\n    return tiny.{make}(**{fields})\n")
     workdir = folder / str(processes)
     together(processes, folder, "main", f"--config={folder / 'config.py'}", f"--workdir={workdir}")
-    task = build.task(getattr(tiny, make)(**fields))
+    task = build.Run(getattr(tiny, make)(**fields)).task
     with Checkpointer(workdir / "checkpoints", every_steps=1) as checkpointer:
         state, _ = checkpointer.restore(abstract_state(task, make_mesh(1, 1, 1, jax.devices()[:1])))
     return state

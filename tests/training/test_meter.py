@@ -18,8 +18,8 @@ def mesh_of(kind, platform, count):
 
 def test_speed_and_utilization():
     """MACs taken for FLOPs, one device's peak for all, a preview or a late first step counted as training."""
-    config = recipes.dit("XL/2", 256)
-    it = meter.Meter(None, None, config, build.task(config.lock()), mesh_of("TPU v5p", "tpu", 4), 10)
+    task = build.Run(recipes.dit("XL/2", 256)).task
+    it = meter.Meter(None, None, task, mesh_of("TPU v5p", "tpu", 4), 256, 400_000, 10)
     assert it.peak_flops == 4 * 459e12 and it.flops_per_image == pytest.approx(6 * 118.64e9, rel=1e-3)
 
     def step(number, dispatched, at, seconds, **idle):
@@ -41,5 +41,5 @@ def test_no_figure_no_mfu(kind, platform):
 
 def test_autoencoder_flops():
     """A run of an autoencoder that fails, or counts the decoder alone."""
-    task = build.task(tiny.autoencoder())
-    assert meter.training_flops(task) == pytest.approx(6e9 * sum(meter.gmacs(task.codec, 8)))
+    task = build.Run(tiny.autoencoder()).task
+    assert 6 * task.macs() == pytest.approx(6 * sum(task.codec.macs((8, 8, 1))))

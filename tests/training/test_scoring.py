@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 
+from dit_jax import build
 from dit_jax.errors import UserError
 from dit_jax.sample import drawing
 from dit_jax.training import scoring
@@ -37,7 +38,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     evaluate, make = scoring.scores.evaluate, scoring.scores.make_reference
     monkeypatch.setattr(scoring.scores, "evaluate", lambda *args: evaluate(*args) | {"fid": next(values)})
     monkeypatch.setattr(scoring.scores, "make_reference", lambda *args: made.append(1) or make(*args))
-    train(config(), tmp_path)
+    train(build.Run(config()), tmp_path)
     assert {step: (line["fid"], line["best_fid"]) for step, line in records(tmp_path).items()} == {
         2: (3.0, 3.0),
         4: (1.0, 1.0),
@@ -60,9 +61,9 @@ def test_a_stopped_score_is_finished_by_the_next_start(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "draw", interrupted)
-        run = train(config(), tmp_path)
+        run = train(build.Run(config()), tmp_path)
     assert run.stopped and int(run.state.step) == 2 and not records(tmp_path)
-    assert not train(config(), tmp_path).stopped
+    assert not train(build.Run(config()), tmp_path).stopped
     assert sorted(records(tmp_path)) == [2, 4, 6]
 
 
@@ -70,8 +71,10 @@ def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
     """A signal that comes just before a score: the score of that step was never taken."""
     with monkeypatch.context() as patch:
         patch.setattr("dit_jax.runtime.signals.StopSignal.requested", lambda self, step: step == 2)
-        assert train(config(num_steps=4), tmp_path).stopped and not (tmp_path / "metrics.jsonl").read_text().count('"fid"')
-    train(config(num_steps=4), tmp_path)
+        assert train(build.Run(config(num_steps=4)), tmp_path).stopped and not (tmp_path / "metrics.jsonl").read_text().count(
+            '"fid"'
+        )
+    train(build.Run(config(num_steps=4)), tmp_path)
     assert sorted(records(tmp_path)) == [2, 4]
 
 
@@ -87,4 +90,4 @@ def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
 def test_mistakes_are_found_before_training(overrides, text):
     """A run that fails at its first score, hours after its start."""
     with pytest.raises(UserError, match=text):
-        scoring.check(config(**overrides))
+        scoring.check(build.Run(config(**overrides)))

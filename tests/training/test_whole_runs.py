@@ -82,7 +82,7 @@ def arrays(checkpoints):
     from dit_jax.tasks.state import abstract_state
 
     config = ml_collections.ConfigDict(read_config(checkpoints.parent))
-    state = abstract_state(build.task(config), build.make_mesh(1, 1, 1, jax.devices()[:1]))
+    state = abstract_state(build.Run(config).task, build.make_mesh(1, 1, 1, jax.devices()[:1]))
     names = ("params", "ema_params", "opt_state")
     restored, _, step = restore_subtree(checkpoints, {name: getattr(state, name) for name in names})
     assert step == 120

@@ -1,7 +1,10 @@
 """Opens data sets by a name on the command line."""
 
-from dit_jax.data.sources import TFDS, Digits, ImageFolder, Source
+from dit_jax.data.sources.digits import Digits
+from dit_jax.data.sources.folder import ImageFolder
+from dit_jax.data.sources.source import Source
 from dit_jax.data.sources.tars import TarShards
+from dit_jax.data.sources.tfds import TFDS
 from dit_jax.errors import UserError
 
 

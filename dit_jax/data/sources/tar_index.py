@@ -5,8 +5,6 @@ Letters: N is the number of samples.
 
 import dataclasses
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from dit_jax.data.sources import fingerprint
+from dit_jax.data.sources.source import fingerprint
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import replacing
 
 FORMAT = 1
 SCAN_THREADS = 16  # for slow storage; the scan of local files is limited by the interpreter
@@ -71,7 +70,7 @@ class TarIndex:
         """Hex digest over all columns."""
         digest = hashlib.sha256()
         for column in _columns(self).values():
-            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)))
+            digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).data)
         return digest.hexdigest()
 
 
@@ -86,7 +85,7 @@ def of_rows(rows: Sequence[Row]) -> TarIndex:
     kinds = (np.int32, np.int64, np.int64, np.int64, np.int64, np.int64, bool)
     arrays = [np.array(column, kind) for column, kind in zip(columns[1:], kinds, strict=True)]
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return TarIndex(*arrays, ends, np.frombuffer(b"".join(names), np.uint8))
+    return TarIndex(*[*arrays, ends, np.frombuffer(b"".join(names), np.uint8)])
 
 
 def joined(parts: Sequence[TarIndex]) -> TarIndex:
@@ -97,10 +96,14 @@ def joined(parts: Sequence[TarIndex]) -> TarIndex:
     return TarIndex(**columns)
 
 
+def _rows_of(job: Callable[[], list[Row]]) -> TarIndex:
+    return of_rows(job())
+
+
 def scanned(jobs: Iterable[Callable[[], list[Row]]]) -> TarIndex:
     """Runs the jobs in threads and makes an index of all their rows, in order; the first error ends the jobs."""
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        futures = [pool.submit(lambda job=job: of_rows(job())) for job in jobs]
+        futures = [pool.submit(_rows_of, job) for job in jobs]
         try:
             parts = [future.result() for future in futures]
         finally:
@@ -134,7 +137,8 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
         logging.warning("the index %s is damaged (%s); building it again", kept, error)
     index = build()
     try:
-        _write(kept, index)
+        with replacing(kept) as partial, open(partial, "wb") as file:  # several hosts may write it at once, all the same
+            np.savez(file, allow_pickle=False, **_columns(index))
     except OSError as error:
         logging.warning(
             "the index of %d tars cannot be stored in %s (%s): every start reads all their headers again",
@@ -143,19 +147,6 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
             error.strerror,
         )
     return index
-
-
-def _write(path: Path, index: TarIndex) -> None:
-    # A unique name: several hosts may write at once, and their files are equal.
-    fd, partial = tempfile.mkstemp(prefix=".dit_jax-index-", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            np.savez(file, **_columns(index))
-        os.chmod(partial, 0o644)  # by default only the owner can read a temporary file
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def reject(index: TarIndex, bad: np.ndarray, says: Callable[[int], str]) -> None:

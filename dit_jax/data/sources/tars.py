@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_jax.data.sources import Example, fingerprint, tar_index
+import dit_jax.data.sources.tar_index as tar_index
+from dit_jax.data.sources.source import Example, fingerprint
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.errors import UserError
@@ -73,13 +74,16 @@ class TarSource:
         index = self.index
         file, name = self.files[index.tar[i]], self._name(int(i))
         image = self._read(file, index.offset[i], index.size[i], name)
-        example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
+        example: Example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
         if index.caption_size[i] >= 0:
             data = self._read(file, index.caption_offset[i], index.caption_size[i], name)
             try:
-                example["caption"] = _caption_field(json.loads(data)) if index.caption_is_json[i] else data.decode()
+                caption = _caption_field(json.loads(data)) if index.caption_is_json[i] else data.decode()
+                if caption is None:
+                    raise ValueError("the .json had one when it was indexed")
             except ValueError as error:
                 raise UserError(f"the caption of {name} cannot be read ({error}): write it as UTF-8") from None
+            example["caption"] = caption
         return example
 
     def _name(self, i: int) -> str:

@@ -1,24 +1,23 @@
 """From noise to data.
 
 A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...].
-`denoise(x_t, t)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
+`denoise(x_t, t, memory)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
 Coefficients are derived in float64 before the loop. One key per example: example k is the same in any batch.
 `evaluations(process)` is the number of calls of `denoise`; None where it depends on the example.
 
 In comments and names: now = t, next = the following, less noisy time of the grid.
 """
 
+from dit_jax import registry
 from dit_jax.diffusion.samplers.adaptive import DormandPrince
 from dit_jax.diffusion.samplers.ancestral import DDIM, Ancestral, ddim_invert
 from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, UniPC
 from dit_jax.diffusion.samplers.ode import AdamsBashforth, Euler, Heun
 from dit_jax.diffusion.samplers.sde import EulerMaruyama
-from dit_jax.errors import UserError
+from dit_jax.registry import register
 
 __all__ = [
-    "CLASSES",
     "DDIM",
-    "SAMPLERS",
     "AdamsBashforth",
     "Ancestral",
     "DPMSolverPlusPlus2M",
@@ -31,28 +30,15 @@ __all__ = [
     "default_sampler",
 ]
 
-CLASSES = {
-    "ddpm": Ancestral,
-    "ddim": DDIM,
-    "euler": Euler,
-    "heun": Heun,
-    "ab": AdamsBashforth,
-    "dopri5": DormandPrince,
-    "sde": EulerMaruyama,
-    "dpmpp": DPMSolverPlusPlus2M,
-    "unipc": UniPC,
-}
-SAMPLERS = {  # the fields of each, with numbers of steps that suit it
-    "ddpm": {"num_steps": 100, "spacing": "even"},
-    "ddim": {"num_steps": 50, "eta": 0.0, "spacing": "even"},
-    "euler": {"num_steps": 50},
-    "heun": {"num_steps": 25},
-    "ab": {"num_steps": 25, "order": 2},
-    "dopri5": {"rtol": 1e-3, "atol": 1e-6},
-    "sde": {"num_steps": 250, "diffusion": "sigma", "norm": 1.0, "last_step": "mean", "last_step_size": 0.04},
-    "dpmpp": {"num_steps": 20},
-    "unipc": {"num_steps": 20},
-}
+register("sampler", "ddpm", Ancestral)
+register("sampler", "ddim", DDIM)
+register("sampler", "euler", Euler)
+register("sampler", "heun", Heun)
+register("sampler", "ab", AdamsBashforth)
+register("sampler", "dopri5", DormandPrince)
+register("sampler", "sde", EulerMaruyama)
+register("sampler", "dpmpp", DPMSolverPlusPlus2M)
+register("sampler", "unipc", UniPC)
 
 
 def default_sampler(name: str) -> dict:
@@ -61,6 +47,4 @@ def default_sampler(name: str) -> dict:
     Raises:
         UserError: no such sampler.
     """
-    if name not in SAMPLERS:
-        raise UserError(f"no sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-    return {"name": name, **SAMPLERS[name]}
+    return {"name": name, **registry.defaults("sampler", name)}

@@ -54,20 +54,23 @@ class DormandPrince:
         require_continuous(process, "dopri5")
         stages, nodes, error_weights = (jnp.asarray(a, noise.dtype) for a in (STAGES, NODES, STAGES[-1] - FOURTH_ORDER))
 
-        def slope(x, s):  # s = 1 - t is f[B]
-            return process.slope(denoise(x, 1 - s), 1 - s)
+        def slope(x, s, memory):  # s = 1 - t is f[B]
+            prediction, memory = denoise(x, 1 - s, memory)
+            return process.slope(prediction, 1 - s), memory
 
         def attempt(state):
-            x, s, h, first = state
+            x, s, h, first, memory = state
             h = jnp.minimum(h, 1 - s)  # 0 for an example that has arrived
             slopes = jnp.zeros((7, *x.shape), x.dtype).at[0].set(first)
 
             def stage(carry, c):
-                slopes, _ = carry
+                slopes, _, memory = carry
                 point = x + expand(h, x) * jnp.tensordot(c["weights"], slopes, axes=1)
-                return (slopes.at[c["index"]].set(slope(point, s + c["node"] * h)), point), None
+                new, memory = slope(point, s + c["node"] * h, memory)
+                return (slopes.at[c["index"]].set(new), point, memory), None
 
-            (slopes, new), _ = jax.lax.scan(stage, (slopes, x), {"weights": stages, "node": nodes, "index": jnp.arange(1, 7)})
+            rows = {"weights": stages, "node": nodes, "index": jnp.arange(1, 7)}
+            (slopes, new, memory), _ = jax.lax.scan(stage, (slopes, x, memory), rows)
             error = expand(h, x) * jnp.tensordot(error_weights, slopes, axes=1)
             relative = error / (self.atol + self.rtol * jnp.maximum(jnp.abs(x), jnp.abs(new)))
             ratio = jnp.sqrt(jnp.mean(jnp.square(relative).reshape(len(x), -1), axis=1))
@@ -79,8 +82,10 @@ class DormandPrince:
                 jnp.where(accept, s + h, s),
                 jnp.maximum(h * factor, SHORTEST_STEP),
                 jnp.where(expand(accept, x), slopes[6], first),
+                memory,
             )
 
         start = jnp.zeros(len(noise), noise.dtype)
-        state = noise, start, jnp.full_like(start, FIRST_STEP), slope(noise, start)
+        first, memory = slope(noise, start, denoise.init(noise))
+        state = noise, start, jnp.full_like(start, FIRST_STEP), first, memory
         return jax.lax.while_loop(lambda state: (state[1] < 1).any(), attempt, state)[0]

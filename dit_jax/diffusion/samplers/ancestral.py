@@ -33,7 +33,7 @@ class Ancestral:
     Source: Ho et al. 2020, algorithm 2; respaced and with learned variance as in Nichol & Dhariwal 2021, section 4.
     """
 
-    num_steps: int = 250
+    num_steps: int = 100
     spacing: str = "even"
 
     def evaluations(self, process: Process) -> int:
@@ -46,18 +46,18 @@ class Ancestral:
         # The last step has variance 0; it is never used, because that step adds no noise.
         log_small = np.log(np.append(variance[:-1], variance[-2] if self.num_steps > 1 else beta[-1]))
 
-        def step(x, c, denoise):
-            prediction = denoise(x, c["t"])
+        def step(carry, c):
+            x, memory = carry
+            prediction, memory = denoise(x, c["t"], memory)
             mean = c["from_x"] * x + c["from_x0"] * prediction.x0
             fraction = prediction.variance_fraction
             log_variance = fraction * c["log_large"] + (1 - fraction) * c["log_small"]
             z = noise_like(keys, x.shape[1:], c["step"])
-            return mean + c["noisy"] * jnp.exp(0.5 * log_variance) * z
+            return mean + c["noisy"] * jnp.exp(0.5 * log_variance) * z, memory
 
-        return scan_steps(
+        x0, _ = scan_steps(
             step,
-            noise,
-            denoise,
+            (noise, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "from_x": ratio * sigma[1:] ** 2 / sigma[:-1] ** 2,
@@ -67,6 +67,7 @@ class Ancestral:
                 "noisy": times[1:] > 0,
             },
         )
+        return x0
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,17 @@ class DDIM:
         alpha, sigma = process.alpha_sigma(times)
         deviation = self.eta * np.sqrt(posterior_variance(alpha, sigma)[2])
 
-        def step(x, c, denoise):
-            prediction = denoise(x, c["t"])
+        def step(carry, c):
+            x, memory = carry
+            prediction, memory = denoise(x, c["t"], memory)
             x = c["alpha_next"] * prediction.x0 + c["direction"] * prediction.noise
             if self.eta:
                 x = x + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
-            return x
+            return x, memory
 
-        return scan_steps(
+        x0, _ = scan_steps(
             step,
-            noise,
-            denoise,
+            (noise, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "alpha_next": alpha[1:],
@@ -117,6 +118,7 @@ class DDIM:
                 "deviation": deviation,
             },
         )
+        return x0
 
 
 def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing: str = "even"):
@@ -130,17 +132,18 @@ def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing:
     times = process.grid(num_steps, spacing)[::-1]
     scale, clock = process.ode(times)
 
-    def step(x, c, denoise):
-        slope = process.slope(denoise(x, c["t"]), c["t"])
-        return c["from_x"] * x + c["from_slope"] * slope
+    def step(carry, c):
+        x, memory = carry
+        prediction, memory = denoise(x, c["t"], memory)
+        return c["from_x"] * x + c["from_slope"] * process.slope(prediction, c["t"]), memory
 
-    return scan_steps(
+    noise, _ = scan_steps(
         step,
-        x0,
-        denoise,
+        (x0, denoise.init(x0)),
         {
             "t": np.append(times[1] if process.min_time > 0 else times[0], times[1:-1]),
             "from_x": scale[1:] / scale[:-1],
             "from_slope": scale[1:] * np.diff(clock),
         },
     )
+    return noise

@@ -42,16 +42,16 @@ class DPMSolverPlusPlus2M:
         times = process.grid(self.num_steps)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
 
-        def step(carry, c, denoise):
-            x, x0_before = carry
-            x0 = denoise(x, c["t"]).x0
+        def step(carry, c):
+            x, x0_before, memory = carry
+            prediction, memory = denoise(x, c["t"], memory)
+            x0 = prediction.x0
             x = c["from_x"] * x + c["from_x0"] * (x0 + c["extrapolate"] * (x0 - x0_before))
-            return x, x0
+            return x, x0, memory
 
-        x, _ = scan_steps(
+        x, *_ = scan_steps(
             step,
-            (noise, jnp.zeros_like(noise)),
-            denoise,
+            (noise, jnp.zeros_like(noise), denoise.init(noise)),
             {
                 "t": times[:-1],
                 "from_x": sigma[1:] / sigma[:-1],
@@ -82,19 +82,19 @@ class UniPC:
         from_x, from_x0 = sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
         to_before, to_now = corrector_weights(h, ratio)
 
-        def step(carry, c, denoise):
-            predicted, corrected, x0_now, x0_before = carry  # of the step before this one
-            x0 = denoise(predicted, c["t"]).x0
+        def step(carry, c):
+            predicted, corrected, x0_now, x0_before, memory = carry  # of the step before this one
+            prediction, memory = denoise(predicted, c["t"], memory)
+            x0 = prediction.x0
             target = x0_now + c["to_before"] * (x0_before - x0_now) + c["to_now"] * (x0 - x0_now)
             x = jnp.where(c["step"] > 0, c["last_from_x"] * corrected + c["last_from_x0"] * target, predicted)
             predicted = c["from_x"] * x + c["from_x0"] * (x0 + c["extrapolate"] * (x0 - x0_now))
-            return predicted, x, x0, x0_now
+            return predicted, x, x0, x0_now, memory
 
         nothing = jnp.zeros_like(noise)
         predicted, *_ = scan_steps(
             step,
-            (noise, noise, nothing, nothing),
-            denoise,
+            (noise, noise, nothing, nothing, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "from_x": from_x,

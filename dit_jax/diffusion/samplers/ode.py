@@ -25,20 +25,21 @@ class Euler:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
-        def step(x, c, denoise):
-            slope = process.slope(denoise(x, c["t"]), c["t"])
-            return c["from_x"] * x + c["from_slope"] * slope
+        def step(carry, c):
+            x, memory = carry
+            prediction, memory = denoise(x, c["t"], memory)
+            return c["from_x"] * x + c["from_slope"] * process.slope(prediction, c["t"]), memory
 
-        return scan_steps(
+        x0, _ = scan_steps(
             step,
-            noise,
-            denoise,
+            (noise, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "from_x": scale[1:] / scale[:-1],
                 "from_slope": scale[1:] * np.diff(clock),
             },
         )
+        return x0
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,25 @@ class Heun:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
-        def step(x, c, denoise):
-            def slope(x, t):
-                return process.slope(denoise(x, t), t)
+        def step(carry, c):
+            x, memory = carry
 
-            first = slope(x, c["t"])
+            def slope(x, t, memory):
+                prediction, memory = denoise(x, t, memory)
+                return process.slope(prediction, t), memory
+
+            first, memory = slope(x, c["t"], memory)
             euler = c["from_x"] * x + c["from_slope"] * first
 
             def corrected():
-                return c["from_x"] * x + c["from_slope"] * (first + slope(euler, c["t_next"])) / 2
+                second, after = slope(euler, c["t_next"], memory)
+                return c["from_x"] * x + c["from_slope"] * (first + second) / 2, after
 
-            return jax.lax.cond(c["correct"], corrected, lambda: euler)
+            return jax.lax.cond(c["correct"], corrected, lambda: (euler, memory))
 
-        return scan_steps(
+        x0, _ = scan_steps(
             step,
-            noise,
-            denoise,
+            (noise, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "t_next": times[1:],
@@ -83,6 +87,7 @@ class Heun:
                 "from_slope": scale[1:] * np.diff(clock),
             },
         )
+        return x0
 
 
 def integral_weights(nodes, start: float, end: float) -> np.ndarray:
@@ -141,17 +146,17 @@ class AdamsBashforth:
         rows, last = self.schedule(clock)
         points, weights, is_base = (np.array(column) for column in zip(*rows, strict=True))
 
-        def step(carry, c, denoise):
-            base, slopes = carry
+        def step(carry, c):
+            base, slopes, memory = carry
             y = base + jnp.tensordot(c["weights"], slopes, axes=1)
-            slope = process.slope(denoise(c["scale"] * y, c["t"]), c["t"])
-            return jnp.where(c["is_base"], y, base), slopes.at[c["slot"]].set(slope)
+            prediction, memory = denoise(c["scale"] * y, c["t"], memory)
+            slope = process.slope(prediction, c["t"])
+            return jnp.where(c["is_base"], y, base), slopes.at[c["slot"]].set(slope), memory
 
         slopes = jnp.zeros((self.order, *noise.shape), noise.dtype)
-        base, slopes = scan_steps(
+        base, slopes, _ = scan_steps(
             step,
-            (noise / scale[0], slopes),
-            denoise,
+            (noise / scale[0], slopes, denoise.init(noise)),
             {
                 "t": times[points],
                 "scale": scale[points],

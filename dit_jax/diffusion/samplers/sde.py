@@ -69,20 +69,21 @@ class EulerMaruyama:
     def __call__(self, process: Process, denoise: Denoise, noise, keys):
         require_continuous(process, "sde")
         times = self.times(process)
-        c = process.coefficients(times[:-1] if self.last_step == "none" else times, np)
+        noisy = times[:-1] if self.last_step == "none" else times
+        c = process.coefficients(noisy, np)  # type: ignore[attr-defined]  # of a continuous process
         w = DIFFUSIONS[self.diffusion](times[: len(c.sigma)], c, self.norm)
         size = -np.diff(times)
         score_of_noise = -w / c.sigma  # w score = score_of_noise * noise
 
-        def step(x, c, denoise):
-            prediction = denoise(x, c["t"])
+        def step(carry, c):
+            x, memory = carry
+            prediction, memory = denoise(x, c["t"], memory)
             drift = process.slope(prediction, c["t"]) + c["score_of_noise"] * prediction.noise
-            return x + c["size"] * drift + c["deviation"] * noise_like(keys, x.shape[1:], c["step"])
+            return x + c["size"] * drift + c["deviation"] * noise_like(keys, x.shape[1:], c["step"]), memory
 
-        x = scan_steps(
+        x, memory = scan_steps(
             step,
-            noise,
-            denoise,
+            (noise, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "size": size,
@@ -93,7 +94,7 @@ class EulerMaruyama:
         if self.last_step == "none":
             return x
         t = jnp.asarray(times[-1], x.dtype)
-        prediction = denoise(x, t)
+        prediction, _ = denoise(x, t, memory)
         if self.last_step == "tweedie":
             return prediction.x0
         drift = process.slope(prediction, t)

@@ -8,6 +8,7 @@ import numpy as np
 
 from dit_jax.benchmark import machine
 from dit_jax.benchmark.timing import Timing
+from dit_jax.data.size import size_json
 from dit_jax.errors import UserError
 from dit_jax.evaluate.images import ArrayImages
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Wanted, default_batch_size, extract
@@ -32,14 +33,14 @@ class Clocked(ArrayImages):
             yield batch
 
 
-def run(resolution: int, batch_size: int | None, records: int | None) -> dict:
+def run(size: tuple[int, int], batch_size: int | None, records: int | None) -> dict:
     """Measures the work of `dit_jax.evaluate` for FID, sFID and the Inception Score: resize, Inception-v3, sums in float64.
 
     Weights and images are random, which does not affect the speed. Compilation and the first images do not count.
 
     Args:
         batch_size: of `extract`; None for its default.
-        records: images of `resolution` x `resolution`; None for BATCHES batches.
+        records: images of this (height, width); None for BATCHES batches.
 
     Raises:
         UserError: too few images to measure.
@@ -49,7 +50,7 @@ def run(resolution: int, batch_size: int | None, records: int | None) -> dict:
     fewest = min(4 * batch_size, CHUNK_IMAGES + 1)
     if records < fewest:
         raise UserError(f"--records={records} are too few to measure with a batch size of {batch_size}; give at least {fewest}")
-    images = Clocked(np.random.default_rng(0).integers(0, 256, (records, resolution, resolution, 3), np.uint8))
+    images = Clocked(np.random.default_rng(0).integers(0, 256, (records, *size, 3), np.uint8))
     params = jax.jit(InceptionV3().init)(jax.random.key(0), jnp.zeros((1, INPUT_SIZE, INPUT_SIZE, 3)))["params"]
     cpu, start = time.process_time(), time.perf_counter()
     extract(images, Inception(), params, Wanted(("features", "spatial"), classes=True), batch_size=batch_size, processes=(0, 1))
@@ -60,7 +61,7 @@ def run(resolution: int, batch_size: int | None, records: int | None) -> dict:
     return {
         "extractor": "Inception-v3",
         "dtype": "float32",
-        "resolution": resolution,
+        "resolution": size_json(size),
         "batch_size": batch_size,
         "records": records,
         "images": records - done,

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from dit_jax.errors import UserError
-from dit_jax.metrics.reconstruction import psnr, ssim
+from dit_jax.metrics.image_quality import psnr, ssim
 
 
 def pairs(shape, noise=30.0, seed=0):

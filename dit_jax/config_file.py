@@ -1,0 +1,281 @@
+"""A config from its file and from the fields that a command line gives.
+
+    --config=configs/imagenet.py:B/4,256 --config.batch_size=512 --config.process.name=flow
+
+What follows the colon is the argument of the file's `get_config`. Fields may be given in any order, before --config too.
+Names are applied first: where `<section>.name` differs from the file's, the section becomes the defaults of that constructor, and
+of its recipe where there is one; no other field of the file's section stays. Then the fields that were given are set.
+"""
+
+import copy
+import difflib
+import inspect
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from dit_jax import registry
+from dit_jax.errors import UserError
+from dit_jax.runtime import console, user_code
+from dit_jax.runtime.field_values import NONE, FieldType
+from dit_jax.storage.upgrade import upgrade, upgrade_path
+
+if typing.TYPE_CHECKING:  # a benchmark of --model runs without ml_collections
+    from ml_collections import ConfigDict
+
+flags.disclaim_key_flags()  # --help lists --config as the verb's own
+
+CONFIGS_SHOWN = 20
+
+
+class ConfigFlag(NamedTuple):
+    """The flag --config and the flags of fields."""
+
+    file: flags.FlagHolder
+    fields: flags.FlagHolder
+
+    @property
+    def given(self) -> bool:
+        return self.file.value is not None
+
+    def read(self) -> "ConfigDict":
+        """The config that the flags name, see `read`."""
+        return read(self.file.value, self.fields.value)
+
+
+def DEFINE_config(help_text: str) -> ConfigFlag:
+    """Defines --config and the flags of fields, in a verb's `__main__`."""
+    return ConfigFlag(flags.DEFINE_string("config", None, help_text), DEFINE_fields())
+
+
+def DEFINE_fields() -> flags.FlagHolder:
+    """Defines the flags of fields alone: texts "<path>=<value>", or "<path>" where no value was given."""
+    return flags.DEFINE_multi_string(
+        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow."
+    )
+
+
+def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
+    """The config of a file with these fields, locked.
+
+    Args:
+        config_file: "configs/digits.py", or with an argument "configs/digits.py:process=flow".
+        fields: texts "<path>=<value>", as in "optimizer.learning_rate=1e-3"; the last one of a path counts. "<path>" alone sets
+            a field to True.
+
+    Raises:
+        UserError: there is no such file, or its code fails; a field that the config lacks; a value of another type; a field
+            without a default that a new section needs.
+    """
+    from ml_collections import ConfigDict
+
+    given: dict[str, str | None] = {}
+    for text in fields:
+        path, equals, value = text.partition("=")
+        given[upgrade_path(path)] = value if equals else None
+    config = copy.deepcopy(load(config_file)).unlock()  # with the references between its fields
+    if (upgraded := upgrade(config.to_dict())) != config.to_dict():
+        config = ConfigDict(upgraded)
+    remade = _apply_names(config, given)
+    for path, value in given.items():
+        _set(config, path, value)
+    for place in remade:
+        _check_complete(config, place)
+    if found := _imports(config, config_file):
+        config.imports = found
+    return config.lock()
+
+
+def load(config_file: str) -> "ConfigDict":
+    """What `get_config` of a config file returns.
+
+    Raises:
+        UserError: there is no such file; its code fails; it has no `get_config` that takes the argument and returns a ConfigDict.
+    """
+    from ml_collections import ConfigDict
+
+    file, colon, argument = config_file.partition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--config={file} does not exist; {_configs_near(path)}")
+    module = user_code.load_file(path, f"--config={file}")
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{file} has no get_config(); a config file defines it and returns a ConfigDict, see configs/digits.py")
+    arguments = (argument,) if colon else ()
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError:
+        wrong = f"takes no argument; leave out :{argument}" if colon else f"needs an argument; write --config={file}:<argument>"
+        raise UserError(f"{config_file}: get_config() {wrong}") from None
+    config = user_code.run(lambda: module.get_config(*arguments), file)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() returns a {type(config).__name__}; it must return a ml_collections.ConfigDict")
+    return config
+
+
+def _configs_near(path: Path) -> str:
+    """The config files in the folder of one that is missing."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} below {Path.cwd()}"
+    names = sorted(file.name for file in path.parent.glob("*.py"))
+    if not names:
+        return f"the folder {path.parent} has no *.py"
+    names = list(dict.fromkeys([*difflib.get_close_matches(path.name, names, 1), *names]))
+    return f"the folder {path.parent} has {', '.join(names[:CONFIGS_SHOWN])}{', ...' * (len(names) > CONFIGS_SHOWN)}"
+
+
+def _apply_names(config: "ConfigDict", given: Mapping[str, str | None]) -> list[str]:
+    """Remakes the sections whose given name differs from the config's; returns their places, such as "scoring.sampler".
+
+    The section `loader` goes with data.name, since a latent cache has a loader of its own.
+    """
+    remade = []
+    for path, name in given.items():
+        place, _, field = path.rpartition(".")
+        outer, _, kind = place.rpartition(".")
+        if field != "name" or kind not in registry.SECTIONS or name is None:
+            continue
+        old = _section(config, place, path).get("name")
+        if name == old:
+            continue
+        from dit_jax import recipes
+
+        if kind == "task" and "autoencoder" in (old, name):
+            raise UserError(f"--config.{path}={name}: configs of {old!r} have other sections; give a config file of {name!r}")
+        _section(config, outer, path)[kind] = new_section(kind, name)
+        remade.append(place)
+        if place == "data" and recipes.loader(name).keys() != recipes.loader(old).keys():
+            config.loader = recipes.loader(name)
+    return remade
+
+
+def new_section(kind: str, name: str) -> dict[str, Any]:
+    """`name`, every field of the constructor that has a default, and what its recipe adds; optional fields are placeholders.
+
+    Raises:
+        UserError: the name is not registered.
+    """
+    from ml_collections import config_dict
+
+    from dit_jax import recipes
+
+    parameters, fields = _parameters(kind, name), registry.defaults(kind, name)
+    for key, parameter in parameters.items():
+        if key in fields and fields[key] is None:
+            allowed = [t for t in FieldType.of_annotation(parameter.annotation).allowed if t is not NONE]
+            fields[key] = config_dict.placeholder(allowed[0] if len(allowed) == 1 else object)
+    return {"name": name, **fields, **recipes.section(kind, name)}
+
+
+def _parameters(kind: str, name: str) -> dict[str, inspect.Parameter]:
+    from dit_jax import build  # noqa: F401 - registers the package's constructors
+
+    return registry.parameters(kind, name)
+
+
+def _check_complete(config: "ConfigDict", place: str) -> None:
+    section, kind = _section(config, place, place), place.rpartition(".")[2]
+    missing = [key for key, p in _parameters(kind, section.name).items() if p.default is p.empty and key not in section]
+    if missing:
+        raise UserError(
+            f"--config.{place}.name={section.name}: {registry.noun(kind)} {section.name!r} needs {', '.join(missing)}; add "
+            + " ".join(f"--config.{place}.{key}=..." for key in missing)
+        )
+
+
+def _section(config: "ConfigDict", place: str, path: str) -> "ConfigDict":
+    """The section at a place such as "scoring.sampler"; the config itself at "".
+
+    Raises:
+        UserError: there is none, so that the field `path` does not exist.
+    """
+    from ml_collections import ConfigDict
+
+    section = config
+    for name in place.split(".") if place else []:
+        if not isinstance(section.get(name), ConfigDict):
+            names = [key for key, value in section.items() if isinstance(value, ConfigDict)]
+            raise UserError(f"--config.{path}: the config has no section {place}{_choice(name, names)}")
+        section = section[name]
+    return section
+
+
+def _choice(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """The nearest of the names, or else of the paths elsewhere with that last part; then all names."""
+    near = difflib.get_close_matches(name, names, 1) or [path for path in elsewhere if path.rpartition(".")[2] == name]
+    return f"; did you mean {near[0]}? There are {', '.join(names)}" if near else f"; there are {', '.join(names)}"
+
+
+def _paths(section: "ConfigDict", prefix: str = "") -> Iterator[str]:
+    from ml_collections import ConfigDict
+
+    for key, value in section.items():
+        yield from _paths(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else (f"{prefix}{key}",)
+
+
+def _set(config: "ConfigDict", path: str, text: str | None) -> None:
+    """Sets a field from its text.
+
+    Raises:
+        UserError: there is no such field, or its type has no such value.
+    """
+    from ml_collections import ConfigDict
+    from ml_collections.config_dict import FieldReference
+
+    place, _, field = path.rpartition(".")
+    section, kind = _section(config, place, path), place.rpartition(".")[2]
+    values = dict(section.items(preserve_field_references=True))
+    named = kind in registry.SECTIONS and "name" in section
+    parameter = _parameters(kind, section.name).get(field) if named and field != "name" else None
+    if field not in section and parameter is None:
+        names = [key for key in (*section, *(_parameters(kind, section.name) if named else ())) if key != "name"]
+        owner = f"{registry.noun(kind)} {section.name!r}" if named else place or "the config"
+        raise UserError(
+            f"--config.{path}: {owner} has no field {field}{_choice(field, list(dict.fromkeys(names)), [*_paths(config)])}"
+        )
+    if isinstance(values.get(field), ConfigDict):
+        raise UserError(
+            f"--config.{path}: {field} is a section; give its fields, as in --config.{path}.{next(iter(values[field]))}=..."
+        )
+    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
+    if not wanted.allowed and field in section:
+        wanted = FieldType.of_value(section[field])
+        if isinstance(values[field], FieldReference):
+            wanted = FieldType.of_annotation(section.get_type(field))
+    if field in section and (section[field] is None or isinstance(values[field], FieldReference)):
+        wanted = wanted.optional()
+    if text is None and bool not in wanted.allowed:
+        raise UserError(f"--config.{path} has no value; write --config.{path}=...")
+    try:
+        value = wanted.parse("true" if text is None else text)
+    except ValueError:
+        raise UserError(f"--config.{path}={text}: {field} must be {wanted.describe()}") from None
+    with config.ignore_type():
+        section[field] = value
+
+
+def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
+    """As config.json holds them: what --import imported, and the config file where it registered what the config names."""
+    found = user_code.imports()
+    covered = {name for entry in found for name in entry.registers}
+    used = {f"{kind}.{name}" for kind, name in _names(config) if name in registry.names(kind) and registry.origin(kind, name)}
+    if own := sorted(used - covered):
+        file = config_file.partition(":")[0]
+        found.append(user_code.Import(file, user_code.file_sha256(Path(file).expanduser()), tuple(own)))
+    return [entry.describe() for entry in found]
+
+
+def _names(config: "ConfigDict") -> Iterator[tuple[str, str]]:
+    """(kind, name) of every section that names a constructor, and of the extractors that score."""
+    from ml_collections import ConfigDict
+
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            if key in registry.SECTIONS and "name" in value:
+                yield key, value.name
+            if isinstance(value.get("features"), str):
+                yield "metric", value.features
+            yield from _names(value)

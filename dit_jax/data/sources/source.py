@@ -1,0 +1,59 @@
+"""What a data set is: random access, a number in, one undecoded example out.
+
+Letters: H, W, C are the height, width and channels of an image as stored.
+"""
+
+import hashlib
+import json
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import numpy as np
+
+from dit_jax.errors import UserError
+
+
+class Example(TypedDict):
+    """One record of a source; `name` is what an error message calls it, `caption` a text that describes the image."""
+
+    image: np.ndarray | bytes
+    label: int
+    name: NotRequired[str]
+    caption: NotRequired[str]
+
+
+class Source(Protocol):
+    """A data set that gives example i in any order, from many threads at once.
+
+    It is pickled into the worker processes of the loader, so files are opened on first use and never travel.
+    `fingerprint` changes when the examples or their numbering do: resuming compares it.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Example with `image` uint8 [H, W, C] or the bytes of an image file, and `label` in [0, num_classes)."""
+        ...
+
+
+def fingerprint(**facts: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the facts that identify a data set, written as sorted JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def caption_text(text: bytes, name: str) -> str:
+    """The text of a caption, UTF-8 with or without a byte order mark, without the white space around it.
+
+    Args:
+        name: what the error message calls the caption.
+
+    Raises:
+        UserError: not UTF-8.
+    """
+    try:
+        return text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the caption {name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error

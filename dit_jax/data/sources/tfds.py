@@ -1,0 +1,171 @@
+"""TensorFlow Datasets by random access, without TensorFlow."""
+
+import functools
+import os
+import threading
+
+from dit_jax.data.sources.source import Example, caption_text, fingerprint
+from dit_jax.errors import UserError
+
+
+class TFDS:
+    """A TensorFlow Datasets data set read by random access, images left encoded; needs no TensorFlow.
+
+    Nothing is downloaded or prepared: the data set must lie at `path` in a format with random access (array_record).
+
+    Args:
+        dataset: as TFDS writes it, `imagenet2012`, `name/config` or `name/config:1.0.0`.
+        path: the TFDS data_dir, the folder that holds a folder called `dataset`.
+        split: a split or a slice of one, `train`, `train[:50%]`.
+        image_key: name of the Image feature.
+        label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
+            label is 0, which is the null label of a network for 0 classes.
+        caption_key: name of the Text feature that describes the image; None for no captions.
+
+    Raises:
+        UserError: no such data set, split or feature, no random access, shards missing; and from
+            `source[i]`, a record that cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        path: str,
+        split: str,
+        image_key: str = "image",
+        label_key: str | None = "label",
+        caption_key: str | None = None,
+    ):
+        if not path:
+            raise UserError(f"data.path is empty; give the TFDS folder (data_dir) that holds {dataset}")
+        self.dataset, self.path, self.split = dataset, os.path.expanduser(path), split
+        self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
+        self._lock = threading.Lock()
+        info = self._builder.info
+        self._check_features(info.features)
+        self._check_split(info)
+        # Reads no file yet; where the data set has several formats, info.splits now means the array_record files.
+        self._length = len(self._records)
+        self._check_shards(info)
+        label = info.features[label_key] if label_key is not None else None
+        self.num_classes = label.num_classes if label is not None else 0
+        self.class_names = tuple(label.names) if label is not None else ()
+        self.fingerprint = fingerprint(
+            name=info.full_name,
+            split=split,
+            count=self._length,
+            class_names=self.class_names,
+            shards=[[os.path.basename(i.filename), i.skip, i.take] for i in info.splits[split].file_instructions],
+            **({} if caption_key is None else {"caption_key": caption_key}),
+        )
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_builder", "_records")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds
+
+        root = tfds.core.Path(self.path)
+        if not root.exists():
+            raise UserError(f"TFDS folder {self.path} does not exist: pass the data_dir the data set was prepared in")
+        try:
+            builder = tfds.builder(self.dataset, data_dir=self.path, try_gcs=False)
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
+            raise self._not_found(root) from error
+        if not (tfds.core.Path(builder.data_dir) / "dataset_info.json").exists():
+            raise self._not_found(root)
+        return builder
+
+    def _not_found(self, root) -> UserError:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:20]) or "nothing"
+        hint = ""
+        if (root / "dataset_info.json").exists():
+            hint = "; this is the folder of one version: pass the folder that holds the folder of the data set"
+        return UserError(
+            f"TFDS data set {self.dataset!r} is not prepared in {self.path}, which holds {found}{hint}. Prepare it with "
+            f"tfds.builder({self.dataset!r}, data_dir={self.path!r}, file_format='array_record').download_and_prepare()"
+        )
+
+    def _check_features(self, features) -> None:
+        import tensorflow_datasets as tfds
+
+        wanted = [("image_key", self.image_key, tfds.features.Image)]
+        if self.label_key is not None:
+            wanted.append(("label_key", self.label_key, tfds.features.ClassLabel))
+        if self.caption_key is not None:
+            wanted.append(("caption_key", self.caption_key, tfds.features.Text))
+        for argument, key, kind in wanted:
+            if key not in features or not isinstance(features[key], kind):
+                listing = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
+                what = {"label_key": "labels", "caption_key": "captions"}.get(argument)
+                remedy = f"; {argument}=None reads it without {what}" if what else ""
+                raise UserError(f"{argument}={key!r} names no {kind.__name__} feature of {self.dataset} ({listing}){remedy}")
+
+    def _check_split(self, info) -> None:
+        written = sorted(f.value for f in info.available_file_formats())
+        if "array_record" not in written:
+            raise UserError(
+                f"{self.dataset} in {self.path} is written as {' and '.join(written)}, which has no random access: "
+                f"prepare it with file_format='array_record', or convert it with the TFDS script convert_format"
+            )
+        try:
+            count = info.splits[self.split].num_examples
+        except (KeyError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{self.dataset} has no split {self.split!r}: it has {', '.join(info.splits) or 'none'}; slices are "
+                f"written train[:50%]"
+            ) from error
+        if not count:
+            raise UserError(f"split {self.split!r} of {self.dataset} is empty")
+
+    def _check_shards(self, info) -> None:
+        files = {os.path.basename(i.filename) for i in info.splits[self.split].file_instructions}
+        folder = info.data_dir
+        # On a bucket (gs://) the reader is the first to tell.
+        missing = sorted(files - set(os.listdir(folder)) if os.path.isdir(folder) else ())
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(files)} shards of {self.dataset} split {self.split!r} are missing from {folder}, "
+                f"the first is {missing[0]}: copy or prepare the data set again"
+            )
+
+    @functools.cached_property
+    def _records(self):
+        import tensorflow_datasets as tfds
+
+        # Undecoded, the image needs no TensorFlow here and keeps the transform in charge of its pixels.
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        return self._builder.as_data_source(split=self.split, decoders=decoders, file_format="array_record")
+
+    @property
+    def text_features(self) -> tuple[str, ...]:
+        """Names of the features that could be a caption_key."""
+        import tensorflow_datasets as tfds
+
+        return tuple(name for name, kind in self._builder.info.features.items() if isinstance(kind, tfds.features.Text))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        with self._lock:  # two threads must not open the files twice
+            records = self._records
+        name = f"{self.dataset} split {self.split!r} record {index}"
+        try:
+            record = records[index]
+        except Exception as error:  # array_record raises its own kinds for a broken chunk, tfds others for a bad field
+            raise UserError(f"{name} in {self.path} cannot be read ({error}): copy that shard again") from error
+        image, label = record[self.image_key], 0 if self.label_key is None else record[self.label_key]
+        caption = b"" if self.caption_key is None else record[self.caption_key]
+        if not image or label is None or caption is None:  # what array_record makes of some truncated files
+            raise UserError(f"{name} in {self.path} is empty: copy that shard again")
+        if self.label_key is not None and not 0 <= label < self.num_classes:
+            raise UserError(f"{name} has label {label}, outside [0, {self.num_classes}): prepare the data set again")
+        example: Example = {"image": image, "label": int(label), "name": name}
+        if self.caption_key is not None:
+            example["caption"] = caption_text(caption, f"of {name}")
+        return example

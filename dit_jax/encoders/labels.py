@@ -1,0 +1,59 @@
+"""Class labels as the condition.
+
+B batch, N requests.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.encoders.conditioner import Requests
+from dit_jax.errors import UserError
+from dit_jax.parallel.rules import Rules
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label of an example, an integer in [0, num_classes), as {"label": int32[B]}. The null label is `num_classes`.
+
+    The network embeds it. With num_classes = 0 there is no condition.
+
+    Source: Ho & Salimans 2022, section 3.2.
+    """
+
+    num_classes: int
+
+    rules: Rules = ()
+
+    def __post_init__(self):
+        if self.num_classes < 0:
+            raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
+
+    def init(self, key):
+        return {}
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"label": jax.ShapeDtypeStruct((), jnp.int32)} if self.num_classes else {}
+
+    def cond_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return self.batch_spec()
+
+    def from_batch(self, params, constants, batch):
+        return {"label": batch["label"]} if self.num_classes else {}
+
+    def from_requests(self, requests: Requests) -> Requests:
+        """{"label": int32[N]}, the null label included; {} for an unconditional network."""
+        if unknown := sorted(requests.keys() - {"label"}):
+            raise UserError(f"the network is conditioned on labels and cannot take {', '.join(unknown)}; ask for labels")
+        if not self.num_classes or "label" not in requests:
+            return {}
+        labels = np.asarray(requests["label"], np.int32)
+        if labels.size and not 0 <= labels.min() <= labels.max() <= self.num_classes:
+            wrong = labels[(labels < 0) | (labels > self.num_classes)][0]
+            raise UserError(f"label {wrong} is out of range: 0 to {self.num_classes - 1}, or {self.num_classes} for no label")
+        return {"label": labels}
+
+    def null(self, params, constants, cond):
+        return {name: jnp.full_like(label, self.num_classes) for name, label in cond.items()}

@@ -1,0 +1,77 @@
+"""What a network is to the rest of the code, and the checks that all networks share."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from dit_jax.errors import UserError
+from dit_jax.parallel.rules import Rules
+
+Shape = tuple[int, ...]  # of one example, without the batch axis: (h, w, c) or (f, h, w, c)
+Cond = Mapping[str, jax.Array]  # arrays [B, ...]
+
+
+class Network(Protocol):
+    """A Linen module that also says what it is. It is a pure function: no random numbers, no dropout, no guidance.
+
+    Fields:
+        rules: how its parameters are split over the mesh (`parallel.rules`).
+    """
+
+    rules: Rules
+
+    def __call__(self, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
+        """The output [B, ..., output channels] in float32.
+
+        Args:
+            x_t: [B, h, w, c] or [B, f, h, w, c], as `Process.network_input` returns it.
+            t: f32[B], as `Process.network_time` returns it.
+            cond: arrays [B, ...] by name. A network takes the entries that it knows; any other entry is an error.
+            control: settings of a call that are the same for all examples, without a batch axis, such as keep[L] of
+                skip-layer guidance; None leaves the network as it is.
+        """
+        ...
+
+    def check(self, latent_shape: Shape) -> None:
+        """Raises a UserError if the fields do not fit one another or the input."""
+        ...
+
+    def macs(self, latent_shape: Shape, cond_shapes: Mapping[str, Shape]) -> int:
+        """Multiply-adds of one forward pass of one example. FLOPs are twice that."""
+        ...
+
+    def num_tokens(self, latent_shape: Shape) -> int:
+        """How many tokens (or pixels of the finest level) one example has; decides how many examples run at once."""
+        ...
+
+    def describe(self) -> str:
+        """One line: the kind of network and its sizes."""
+        ...
+
+    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples; 0 if unknown."""
+        ...
+
+    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        """Changes of the network's fields that store less for the gradient: {the config override: bytes per device saved}.
+
+        activations: bytes per device that the compiled step takes for them now.
+        """
+        ...
+
+    def for_platform(self, platform: str) -> "Network":
+        """The same network with all choices made that are left to the platform ("cpu", "gpu", "tpu")."""
+        ...
+
+
+def check_entries(what: str, given: Mapping[str, Any] | None, known: tuple[str, ...], network: str) -> None:
+    """Raises a UserError if `given` has an entry that the network does not know.
+
+    what: "cond" or "control".
+    """
+    unknown = sorted(set(given or ()) - set(known))
+    if unknown:
+        raise UserError(
+            f"{network} knows no {what} entry {', '.join(map(repr, unknown))}; it takes {', '.join(map(repr, known)) or 'none'}"
+        )

@@ -1,0 +1,182 @@
+"""Files and folders replaced in one step: a reader sees the old content or the new, also after a kill or a power failure.
+
+Content goes to a partial file in the same folder, `.<name>.<8 hex digits>.partial`, is synced to the disk and renamed. The digits
+are random, so processes on several hosts may write one file at once: the last rename wins. A writer that fails removes its
+partial file. A killed one leaves it, and `remove_leftovers` removes it.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PARTIAL = ".partial"
+_OWN_NAME = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # of file systems that sync no folders
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Written(NamedTuple):
+    """Size in bytes and SHA-256, in hex, of what was written: of the memory, not of what the disk gives back."""
+
+    size: int
+    sha256: str
+
+
+def write_atomic(path: str | os.PathLike, content: str | Buffer | Iterable[Buffer]) -> Written:
+    """Replaces a file by `content`: text in UTF-8, bytes, or buffers one after another.
+
+    Raises:
+        OSError: the file cannot be written; the old one stands.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    sha256, size = hashlib.sha256(), 0
+    with replacing(path) as partial, open(partial, "wb") as file:
+        for part in [content] if isinstance(content, Buffer) else content:
+            file.write(part)
+            sha256.update(part)
+            size += memoryview(part).nbytes
+    return Written(size, sha256.hexdigest())
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int = 1) -> Written:
+    """Replaces a file by JSON text and a newline."""
+    return write_atomic(path, json.dumps(value, indent=indent) + "\n")
+
+
+def npy(array: np.ndarray) -> list[Buffer]:
+    """The parts of an .npy file of a C-contiguous array, for `write_atomic`: header and data, the latter not copied."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return [header.getvalue(), array.reshape(-1).view(np.uint8).data]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a path to write to, in the folder of `path`, and renames it to `path` when the block ends without an error.
+
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays)
+
+    Raises:
+        OSError: as the block does; the file cannot be written. The old file stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        yield partial
+        commit(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it must not hide the first error
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a new folder to fill, beside `path`, and renames it to `path` when the block ends without an error.
+
+    No system call replaces a folder that is not empty: for a moment `path` does not exist, and the old folder is `<name>.old`.
+
+    Raises:
+        OSError: as the block does; the folder cannot be written. The old folder stands.
+    """
+    path = Path(path)
+    partial, old = partial_path(path), path.with_name(f"{path.name}.old")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for inside in partial.rglob("*"):
+            sync(inside)
+        sync(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """A new name in the folder of `path` for what will replace it. For a writer that `replacing` does not suit; see `commit`."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+
+
+def resumable_path(path: str | os.PathLike) -> Path:
+    """`<path>.partial`, for unfinished work that is kept after a failure because the same command goes on with it."""
+    path = Path(path)
+    return path.with_name(f"{path.name}{PARTIAL}")
+
+
+def is_partial(name: str) -> bool:
+    """True for names of unfinished files, also of earlier versions of dit_jax."""
+    return name.endswith(PARTIAL)
+
+
+def commit(partial: Path, path: Path) -> None:
+    """Makes a finished partial file `path`, durably. Raises: OSError."""
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Removes the partial files and folders that killed writers left in `folder`.
+
+    A living writer's partial file looks the same. Call this only while nobody else writes here, such as under a claim.
+
+    Args:
+        names: remove only what would have replaced these. Without names every partial file goes, also one of an earlier version
+            and a resumable one, so the folder must be dit_jax's own.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        own = _OWN_NAME.fullmatch(path.name)
+        if path.is_dir():
+            if own and (not names or own["name"] in names):
+                shutil.rmtree(path, ignore_errors=True)
+        elif (own and own["name"] in names) if names else is_partial(path.name):
+            path.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises an OSError if `path` could not be written; makes its folder. For use before the work whose result goes there."""
+    partial = partial_path(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    partial.unlink()
+
+
+def sync(path: Path) -> None:
+    """Returns once a file, or the names in a folder, are on the disk. Raises: OSError."""
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
+            raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

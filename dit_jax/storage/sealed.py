@@ -1,0 +1,82 @@
+"""JSON that ends in a seal, the SHA-256 of the rest, so that a flipped byte is found; and files listed with their hashes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dit_jax.errors import UserError
+from dit_jax.storage.atomic import Buffer, Written, write_atomic
+
+
+def digest(content: dict) -> str:
+    """SHA-256 of a JSON object, independent of how it is laid out; key order counts."""
+    return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
+
+
+def sealed(content: dict) -> bytes:
+    """JSON text of an object and its digest under the key "seal"."""
+    return (json.dumps({**content, "seal": digest(content)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def write_sealed(path: Path, content: dict) -> Written:
+    """Replaces a file by the `sealed` text of an object. Raises: OSError."""
+    return write_atomic(path, sealed(content))
+
+
+def read_sealed(path: Path) -> dict:
+    """The object in a file of `write_sealed`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: any byte of it has changed.
+    """
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+        content.pop("seal")
+        intact = sealed(content) == data
+    except (ValueError, AttributeError, KeyError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path} is damaged: its content does not fit its seal")
+    return content
+
+
+def write_listed(path: Path, content: Buffer | Iterable[Buffer]) -> dict:
+    """Replaces a file as `write_atomic` does; returns its entry in a list of files: {"name", "bytes", "sha256"}."""
+    written = write_atomic(path, content)
+    return {"name": path.name, "bytes": written.size, "sha256": written.sha256}
+
+
+def damage(folder: Path, files: list[dict], hashes: bool) -> dict[str, str]:
+    """{name: line} of the files, given as `write_listed` returns them, that are missing or of another size.
+
+    Hashing runs in as many threads as there are cores.
+
+    Args:
+        hashes: read every byte and compare the SHA-256 too.
+    """
+
+    def problem(file: dict) -> str | None:
+        path = folder / file["name"]
+        try:
+            if (size := path.stat().st_size) != file["bytes"]:
+                return f"{file['name']} has {size} bytes instead of {file['bytes']}"
+            if hashes and sha256_of(path) != file["sha256"]:
+                return f"{file['name']} has other bytes than when it was written"
+        except OSError as error:
+            return f"{file['name']}: {error.strerror}"
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = zip(files, pool.map(problem, files), strict=True)
+        return {file["name"]: line for file, line in lines if line}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,129 @@
+"""What the training loop does between steps: a table of events.
+
+The loop asks each event in turn whether it is due after a step, and runs it. Saving comes before what needs the saved step.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dit_jax.runtime.step_clock import StepClock
+from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.tasks.state import TrainState
+from dit_jax.training.meter import Meter
+from dit_jax.training.records import Records
+from dit_jax.training.results import Results
+from dit_jax.training.scoring import Scorer
+
+
+class Event(Protocol):
+    """Something that happens between two steps.
+
+    Fields:
+        kind: what the clock counts its time as, one of `step_clock.KINDS`.
+    """
+
+    kind: str
+
+    def due(self, step: int, stopping: bool) -> bool:
+        """Whether it happens after this step; stopping: a signal asked the run to save and stop."""
+        ...
+
+    def __call__(self, step: int, state: TrainState) -> bool | None:
+        """Does it; True if a signal interrupted it and the run is to stop."""
+        ...
+
+
+@dataclass
+class Log:
+    """Records the means of an interval of steps.
+
+    It is due after every step: the sums of an interval are read one step late, while the devices work on the next step.
+    """
+
+    meter: Meter
+    stepper: Any
+    batches: Any
+    every_steps: int
+    num_steps: int
+
+    kind = "other"
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return True
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        self.meter.report()
+        self.meter.bad_records = len(self.batches.bad_records)
+        if step % self.every_steps == 0 or step == self.num_steps:
+            self.meter.defer(step, self.stepper.take_sums())
+
+
+@dataclass
+class Save:
+    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run is to stop."""
+
+    checkpointer: Checkpointer
+    fingerprint: str
+    scorer: Scorer | None
+    num_steps: int
+
+    kind = "checkpoint"
+
+    def due(self, step: int, stopping: bool) -> bool:
+        scored = self.scorer is not None and self.scorer.due(step)
+        return self.checkpointer.due(step) or scored or stopping or step == self.num_steps
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        self.checkpointer.save(step, state, {"data": self.fingerprint})
+
+
+@dataclass
+class Preview:
+    """Writes pictures of what the moving average makes: at its interval and at the last step."""
+
+    results: Results
+    meter: Meter
+    records: Records
+    folder: Any
+    constants: Any
+    every_steps: int
+    num_steps: int
+
+    kind = "preview"
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return bool(self.every_steps) and (step % self.every_steps == 0 or step == self.num_steps)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        self.meter.report()
+        seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
+        self.records.scalars(step, {"preview_seconds": seconds})
+
+
+@dataclass
+class Score:
+    """Scores samples of the moving average, and keeps the checkpoint of the best step."""
+
+    scorer: Scorer
+    constants: Any
+    records: Records
+    checkpointer: Checkpointer
+    meter: Meter | None = None
+    clock: StepClock | None = None
+
+    kind = "scoring"
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return self.scorer.due(step) and not stopping
+
+    def __call__(self, step: int, state: TrainState) -> bool:
+        if self.meter is not None and self.clock is not None:  # in the loop; not where a stopped score is continued
+            self.meter.report()
+            self.clock.wait(step)
+        result = self.scorer(step, state.ema_params, self.constants)
+        if result is None:
+            return True
+        best = self.scorer.best
+        self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
+        self.checkpointer.best_step = best["step"]
+        return False

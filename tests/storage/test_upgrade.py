@@ -1,0 +1,28 @@
+"""Configs of older versions."""
+
+from dit_jax.storage.upgrade import upgrade, upgrade_path
+
+OLD = {"seed": 0, "task": {"name": "diffusion", "label_dropout": 0.2}, "model": {"num_classes": 10}}
+
+
+def test_an_older_config_gets_todays_fields():
+    """A run of e778c7f that is refused, or trained without its dropout; a config that is changed where it is kept."""
+    new = upgrade(OLD)
+    assert new["task"] == {"name": "diffusion", "cond_dropout": 0.2} and new["conditioner"] == {"name": "labels"}
+    assert OLD["task"] == {"name": "diffusion", "label_dropout": 0.2} and "conditioner" not in OLD
+    assert upgrade(new) == new
+    assert upgrade_path("task.label_dropout") == "task.cond_dropout" and upgrade_path("task.name") == "task.name"
+
+
+def test_what_a_config_has_is_kept():
+    """Today's conditioner replaced by that of older configs; an autoencoder that gets one; sections of weights without a task."""
+    conditioned = OLD | {"conditioner": {"name": "none"}}
+    assert upgrade(conditioned)["conditioner"] == {"name": "none"}
+    assert upgrade({"task": {"name": "autoencoder"}}) == {"task": {"name": "autoencoder"}}
+    assert upgrade({"model": {"name": "dit"}, "ema_decay": 0.9}) == {"model": {"name": "dit"}, "ema_decay": 0.9}
+
+
+def test_the_older_name_wins():
+    """A config file that sets label_dropout on top of a recipe with cond_dropout, and has no effect."""
+    both = {"task": {"name": "diffusion", "label_dropout": 0.5, "cond_dropout": 0.1}}
+    assert upgrade(both)["task"] == {"name": "diffusion", "cond_dropout": 0.5}

@@ -1,0 +1,37 @@
+"""Short runs against golden/loss_curves.json, which golden/make_loss_curves.py wrote."""
+
+import json
+
+import numpy as np
+import pytest
+from make_loss_curves import FILE, GROUPS, curves
+
+TOLERANCE = 1e-3
+
+GOLDEN = json.loads(FILE.read_text())
+
+
+def drifts(golden: dict, found: dict) -> list[str]:
+    """A line for each number that is not the golden one."""
+    lines = []
+    for curve, numbers in golden.items():
+        for name, values in numbers.items():
+            now = found[curve].get(name)
+            if now is None or len(now) != len(values):
+                lines.append(f"{curve}: {name} was {values} and is {now}")
+            elif not np.allclose(now, values, rtol=TOLERANCE, atol=0):
+                worst = np.abs(np.array(now) / np.array(values) - 1).max()
+                lines.append(f"{curve}: {name} was {values} and is {now}, off by up to {worst:.1e}")
+    return lines
+
+
+def test_every_curve_is_recorded():
+    """A run that was added to the table and not to the file, which would then be checked against nothing."""
+    assert {group: set(runs) for group, runs in GROUPS.items()} == {group: set(runs) for group, runs in GOLDEN.items()}
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, marks=[] if group == "quick" else pytest.mark.slow) for group in GROUPS])
+def test_curves(group, tmp_path):
+    """A recipe that drifts silently: another initialisation, noise, order of data, target, weight, rate or clipping."""
+    lines = drifts(GOLDEN[group], curves(group, tmp_path))
+    assert not lines, "training differs from golden/loss_curves.json:\n" + "\n".join(lines)
