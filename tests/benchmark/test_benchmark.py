@@ -228,8 +228,8 @@ def test_bare_machine(tmp_path):
 
 
 MISTAKES = {
-    "nothing": ([], "say what to measure"),
-    "useless flag": (["--what=images", "--model=S/2"], "--model means nothing with --what=images"),
+    "nothing": ([], "choose what to measure"),
+    "useless flag": (["--what=images", "--model=S/2"], "--model has no effect with --what=images"),
     "two subjects": (["--what=forward", "--config=configs/digits.py", "--batch_size=8"], "--config.batch_size=64"),
     "peers": (["--what=forward", "--peers=eager"], "without --compare"),
     "peer": (["--what=forward", "--compare", "--peers=lazy"], "names lazy"),
@@ -275,7 +275,7 @@ def test_a_config(outcomes):
 def test_scaling(monkeypatch):
     """A batch that does not grow with the devices, a mesh over others than were asked for, an efficiency upside down."""
     assert scaling.counts(8, 1) == [1, 2, 4, 8] and scaling.counts(7, 2) == [1, 2]
-    with pytest.raises(UserError, match="at least 6 devices, and there are 5"):
+    with pytest.raises(UserError, match="at least 6 devices, but there are 5"):
         scaling.counts(5, 3)
     monkeypatch.setattr(scaling, "counts", lambda devices, group: [1, 2])
     config = tiny.config(model__depth=1, batch_size=4, mesh__tensor=2)

@@ -105,7 +105,7 @@ def test_plan_says_what_a_script_asks(found):
     assert found["mesh"]["data"] == 2 and found["mesh"]["fsdp"] == 4 and found["unknown_loops"] == 0
     assert "fsdp" in found["collectives"]["all-gather"]
     assert found["collectives_hidden"] == 0  # simulated devices wait for every collective
-    assert "0% travel beside matrix products" in "".join(plan_text.training(found))
+    assert "0% of these bytes overlap with matrix products" in "".join(plan_text.training(found))
     json.dumps(found)
 
 
@@ -306,11 +306,11 @@ def test_estimate_by_hand():
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("v5p:4x4", "has 2 sides and v5p has 3"),
+        ("v5p:4x4", "has 2 sides, but v5p has 3"),
         ("v9:4x4", "known are v4"),
         ("v5litepod-16", "known are"),
         ("cpu:0", "known are"),
-        ("cpu:64", "64 simulated devices and this process has 8"),
+        ("cpu:64", "64 simulated devices, but this process has 8"),
         ("h200:2x2", "sides"),
     ],
 )
@@ -354,7 +354,7 @@ def test_batch_must_split():
     """A batch that does not divide, planned as another."""
     with pytest.raises(UserError, match="not a multiple"):
         estimate.plan_training(tiny.config(batch_size=12), eight())
-    with pytest.raises(UserError, match="needs as many devices"):
+    with pytest.raises(UserError, match="devices, but there are 8"):
         estimate.plan_training(tiny.config(mesh__fsdp=3), eight())
 
 
@@ -375,7 +375,7 @@ def test_verb(tmp_path):
     for key in ("bytes_per_device", "hbm_bytes", "flops_per_step", "collective_bytes", "step_seconds", "mfu", "limit"):
         assert key in done
     assert "temporaries" in stderr and "fits in" in stderr
-    for outcome, text in zip(mistakes, ("known are v4", "does not exist", "--models", "no policy some"), strict=True):
+    for outcome, text in zip(mistakes, ("known are v4", "does not exist", "--models", "unknown policy some"), strict=True):
         refused(outcome, text)
 
 

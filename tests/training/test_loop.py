@@ -163,7 +163,7 @@ def test_one_process_at_a_time(tmp_path):
         ({"preview__every_steps": 5, "preview__num_images": 0}, "preview.num_images is 0"),
         ({"log__every_steps": 0}, "log.every_steps is 0"),
         ({"log__watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
-        ({"profile__num_steps": 9}, "does not lie within 0 to num_steps = 6"),
+        ({"profile__num_steps": 9}, "do not lie within 0 to num_steps = 6"),
         ({"seed": -1}, "seed is -1"),
         ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
         ({"loader__num_threads": 0}, "num_threads=0"),
