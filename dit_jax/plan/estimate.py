@@ -39,14 +39,18 @@ class Compiled:
     seconds: float
 
 
+def platform_of(topology: Topology) -> str:
+    """ "cpu", "gpu" or "tpu": what the topology's chips are to JAX."""
+    return "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
+
+
 def run_on(config, topology: Topology) -> Run:
     """The objects of a config on the topology's devices, with the network's choices for that platform.
 
     Raises:
         UserError: the axes do not multiply to the devices, or cannot be laid on the slice.
     """
-    platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
-    run = Run(config, devices=topology.devices, platform=platform)
+    run = Run(config, devices=topology.devices, platform=platform_of(topology))
     try:
         run.mesh
     except NotImplementedError:

@@ -105,7 +105,8 @@ def place(instruction: Instruction) -> str:
         if "jvp(" in name
         else "step"
     )
-    modules = [part for part in parts if "(" not in part and part not in STRUCTURE]
+    # Linen names a method other than __call__ "Class.method", beside the path of modules.
+    modules = [part for part in parts if "(" not in part and part not in STRUCTURE and "." not in part]
     return " ".join([when, "/".join(modules) or ("loop" if "while" in parts else "other")])
 
 
