@@ -1,15 +1,13 @@
 """What a number was measured on: devices, their peak, memory, versions, load."""
 
-import importlib.metadata
 import os
 import platform
 
 import jax
 
-import dit_jax
 from dit_jax.programs import chips
+from dit_jax.runtime.versions import versions
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 MFU_FORMULA = "images/s x FLOPs per image / (devices x peak bfloat16 FLOP/s)"
 
 
@@ -35,12 +33,6 @@ def describe() -> dict:
 
     compilation_cache: whether a compile may have been a read.
     """
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -50,7 +42,7 @@ def describe() -> dict:
         "cpu": cpu_model(),
         "cores": cores(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"dit_jax": dit_jax.__version__, "python": platform.python_version(), **found},
+        "versions": versions("python", "jax", "jaxlib", "flax", "optax", "numpy"),
     }
 
 

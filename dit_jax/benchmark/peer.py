@@ -58,7 +58,9 @@ class Peer:
         if self.device == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True  # what XLA does with float32
         torch.manual_seed(0)
-        h, _, self.channels = self.task.latent_shape
+        h, w, self.channels = self.task.latent_shape
+        if h != w:
+            raise UserError(f"--compare: diffusers has DiT for squares only, and the latents are {h} x {w}; choose a square")
         self.model = DiTTransformer2DModel(
             num_attention_heads=net.heads,
             attention_head_dim=net.width // net.heads,

@@ -126,7 +126,7 @@ def write(found: Weights, layout: str, out: Path) -> dict:
         return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256_of(out)}
     config = config_of(found.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
-    input_size = Run(config).latent_shape[0]
+    input_size = _side(config)
     tensors = official.to_theirs(found.tensors, patch_size, input_size // patch_size)
     file = out
     if layout == "diffusers":
@@ -246,7 +246,19 @@ def _read_diffusers(source: Source) -> Weights:
 
 def _tokens_per_side(sections) -> int:
     config = config_of(sections)
-    return Run(config).latent_shape[0] // config.model.patch_size
+    return _side(config) // config.model.patch_size
+
+
+def _side(config) -> int:
+    """Side of the network's input.
+
+    Raises:
+        UserError: it is not a square, which is what the layouts of other code describe.
+    """
+    height, width, _ = Run(config).latent_shape
+    if height != width:
+        raise UserError(f"the network's input is {height} x {width}; the layouts official and diffusers are of squares only")
+    return height
 
 
 def _origin(source: Source, files: list[Path]) -> dict:

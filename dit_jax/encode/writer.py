@@ -21,10 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import dit_jax
 from dit_jax.codecs.kl_vae import KLVAE, LOG_VARIANCE_RANGE
 from dit_jax.data.latent_files import FORMAT, MANIFEST, SUFFIXES, shard_file
 from dit_jax.data.latents import codec_fields
@@ -36,6 +34,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop.vae import weights_sha256
 from dit_jax.pixels import to_float
 from dit_jax.runtime.console import Progress, say
+from dit_jax.runtime.versions import arithmetic, version, versions
 from dit_jax.storage.atomic import npy, remove_leftovers
 from dit_jax.storage.sealed import digest, write_listed, write_sealed
 
@@ -141,13 +140,10 @@ class Job:
                     "scale": codec.scale,  # of the codec as it was given first: the moments do not depend on them
                     "shift": codec.shift,
                     "made_with": {
-                        "dit_jax": dit_jax.__version__,
-                        "jax": jax.__version__,
-                        "numpy": np.__version__,
+                        **versions("jax", "numpy"),
                         "images_at_once": images_at_once(),
-                        "pillow": PIL.__version__,
-                        "device": jax.local_devices()[0].device_kind,
-                        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # set by JAX
+                        "pillow": version("pillow"),
+                        **arithmetic(),
                     },
                 }
             )

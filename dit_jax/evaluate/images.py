@@ -88,8 +88,7 @@ class NpzImages:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:
             raise UserError(f"{path} is not a readable npz of images: {error}") from None
-        if len(shape) == 5:
-            raise _is_clips(path, shape)
+        check_is_images(shape[1:], str(path))
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(
                 f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; uint8 "
@@ -224,11 +223,13 @@ class ArrayImages:
             yield self.images[first : min(first + size, stop)]
 
 
-def _is_clips(path: Path, shape: tuple[int, ...]) -> UserError:
-    return UserError(
-        f"{path} holds clips, {' x '.join(map(str, shape))}, and these metrics are of images: the Frechet video distance needs "
-        "an extractor of clips (I3D), which dit_jax does not have yet. To score single frames, write them to an npz"
-    )
+def check_is_images(shape: tuple[int, ...], name: str) -> None:
+    """Raises a UserError if examples of this shape are clips, (F, H, W, C)."""
+    if len(shape) == 4:
+        raise UserError(
+            f"{name} has clips of {' x '.join(map(str, shape))}, and these metrics are of images: a Frechet video distance needs "
+            "an extractor of clips (I3D), which dit_jax does not have. To score single frames, write them to an npz"
+        )
 
 
 def open_samples(path: str) -> Images:
@@ -241,8 +242,7 @@ def open_samples(path: str) -> Images:
     if not found.is_dir():
         return NpzImages(found)
     samples = shards.read(found)
-    if len(samples.shape) != 3:
-        raise _is_clips(found, (len(samples), *samples.shape))
+    check_is_images(samples.shape, path)
     return samples
 
 

@@ -11,15 +11,14 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-import dit_jax
 from dit_jax.errors import UserError
 from dit_jax.evaluate.extractors import Loaded
 from dit_jax.evaluate.images import ARRAY, Images, NpzImages, SourceImages
 from dit_jax.evaluate.statistics import Extracted
 from dit_jax.metrics.frechet import Moments
+from dit_jax.runtime.versions import device_kind, versions
 from dit_jax.storage.atomic import remove_leftovers, replacing
 
 FORMAT = 1
@@ -59,8 +58,8 @@ def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
         "images_sha256": extracted.sha256,
         "made_by": images.made_by,
         "extractor": loaded.describe(),
-        "versions": {"dit_jax": dit_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "device": jax.local_devices()[0].device_kind,
+        "versions": versions("jax", "numpy"),
+        "device": device_kind(),
     }
 
 

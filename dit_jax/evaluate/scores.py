@@ -10,14 +10,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import dit_jax
 from dit_jax.data.size import size_text
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
-from dit_jax.evaluate.images import Images, open_images, open_samples
-from dit_jax.evaluate.provenance import provenance
+from dit_jax.evaluate.images import Images, check_is_images, open_images, open_samples
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots, remove
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
@@ -29,6 +27,7 @@ from dit_jax.metrics.inception_score import PARTITIONS, TENTHS, inception_score
 from dit_jax.metrics.kernel_distance import kernel_distance
 from dit_jax.metrics.precision_recall import precision_recall
 from dit_jax.runtime.console import say
+from dit_jax.runtime.versions import device_kind, provenance, version
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_FEATURES = ("precision", "recall", "kid")  # those that need the reference's features, not their moments alone
@@ -52,6 +51,7 @@ class Options(NamedTuple):
 def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]):
     """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
     check_name(features, weights)
+    check_is_images(shape, "the run")
     check_shape(features, shape)
     open_reference(reference, shape)
 
@@ -177,9 +177,9 @@ def take_features(
             "chunk_images": CHUNK_IMAGES,
             "batch_size": options.batch_size or default_batch_size(),
             "devices": jax.local_device_count(),
-            "device": jax.local_devices()[0].device_kind,
-            "jax": jax.__version__,
-            "dit_jax": dit_jax.__version__,
+            "device": device_kind(),
+            "jax": version("jax"),
+            "dit_jax": version("dit_jax"),
         }
         snapshots = Snapshots(folder, key, index, total, options.every_seconds)
     if wanted.features:

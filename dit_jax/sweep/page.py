@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.benchmark import machine
+from dit_jax.runtime import versions
 from dit_jax.runtime.console import duration
 from dit_jax.sweep import paper, points, style
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.grid import Sweep
-from dit_jax.training.summary import versions
 
 CSS = """
 :root { --page: #fefefd; --ink: #1c1c1b; --soft: #5d5d5a; --grid: #dededc; color-scheme: light dark; }
@@ -125,7 +125,6 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
     )
     steps = sorted({(row.num_steps, row.batch_size) for row in rows})
     work = "; ".join(f"{count:,} steps at batch {batch}" for count, batch in steps[:4])
-    software = ", ".join(f"{name} {version}" for name, version in versions().items())
     return "".join(
         f"<p>{html.escape(text)}</p>"
         for text in (
@@ -136,7 +135,7 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
             "Time is training, sampling and scoring of a run, whatever else the machine did.",
             _origin(rows),
             f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} "
-            f"cores, with {software}.",
+            f"cores, with {versions.one_line()}.",
         )
     )
 

@@ -7,15 +7,16 @@ import types
 import jax
 import numpy as np
 import pytest
-from latents import CODEC, contents, flip_byte, job, params
+from latents import CODEC, Photographs, contents, flip_byte, job, params
 
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.transforms import ImageTransform
-from dit_jax.encode.writer import encode
+from dit_jax.encode.cache_folder import finish
+from dit_jax.encode.writer import Job, Shard, encode
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.storage.sealed import read_sealed, sealed
+from dit_jax.storage.sealed import digest, read_sealed, sealed
 
 N = 68
 
@@ -211,6 +212,59 @@ def test_check(weights, cache, tmp_path):
         still.check(CODEC, sha256, ImageTransform(8, 3, True))
     with pytest.raises(UserError, match="no mirror images"):
         LatentLoader(still, 8, 0, flip=True)
+
+
+def test_check_knows_images_that_are_not_square(weights, tmp_path):
+    """Latents of another shape taken for the config's: height and width swapped, or a square of the same height."""
+    encode(job(weights, size=(8, 12)), tmp_path, 0.05)
+    wide = LatentCache(tmp_path)
+    sha256 = wide.manifest["codec"]["weights_sha256"]
+    assert wide.moments_shape == (4, 6, 4)
+    wide.check(CODEC, sha256, ImageTransform(99, 3, True, size=(8, 12)))
+    for transform, text in (
+        (ImageTransform(8, 3, True), "transform.size: .8, 12. in the cache, None wanted"),
+        (ImageTransform(8, 3, True, size=(12, 8)), "transform.size: .8, 12. in the cache, .12, 8. wanted"),
+    ):
+        with pytest.raises(UserError, match=text):
+            wide.check(CODEC, sha256, transform)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipCodec:
+    """Says the shapes of a codec that halves time and space; it encodes nothing."""
+
+    image_channels: int = 3
+    scale: float = 1.0
+    shift: float = 0.0
+    dtype: str = "float32"
+
+    def latent_shape(self, shape):
+        return 2, 4, 6, 2
+
+
+def test_moments_of_clips(tmp_path):
+    """Statistics over some axes only, rows that lose their frames, a loader or device copy that knows images alone."""
+    cache_job = Job(Photographs(10, ()), ClipCodec(), {}, (8, 12), shard_records=4)
+    (tmp_path / "settings.json").write_bytes(sealed(cache_job.settings))
+    x = np.random.default_rng(0).standard_normal((20, 2, 4, 6, 4)).astype(np.float16)
+    for number in range(cache_job.num_shards):
+        shard = Shard(cache_job, number)
+        shard.count = shard.stop - shard.start
+        shard.moments[:] = x[2 * shard.start : 2 * shard.stop]
+        shard.labels[:], shard.index[:] = 0, np.arange(shard.start, shard.stop)
+        shard.captions = [None] * shard.count
+        shard.write(tmp_path, digest(cache_job.settings))
+    manifest = finish(tmp_path, 0.0, first=True)
+    mean, log_variance = np.split(x.astype(np.float64), 2, axis=-1)
+    np.testing.assert_allclose(manifest["latents"]["mean"], mean.mean((0, 1, 2, 3)), rtol=1e-12)
+    variance = mean.var((0, 1, 2, 3)) + np.exp(log_variance).mean((0, 1, 2, 3))
+    np.testing.assert_allclose(np.square(manifest["latents"]["std"]), variance, rtol=1e-12)
+    clips = LatentCache(tmp_path)
+    np.testing.assert_array_equal(clips.gather(np.array([13, 0, 19])), x[[13, 0, 19]])
+    loader = LatentLoader(clips, 6, 0, flip=True)
+    np.testing.assert_array_equal(loader.batch(3)["moments"], x[loader.rows(3)[1]])
+    resident = resident_moments(clips, make_mesh(2, 1, 1, devices=jax.devices()[:2]))
+    np.testing.assert_array_equal(np.asarray(resident)[:20], x)
 
 
 def test_what_is_no_cache_is_refused(copy, tmp_path):

@@ -64,6 +64,22 @@ def take(loader: Loader, steps: int, start_step: int = 0) -> list[dict[str, np.n
         return [next(batches) for _ in range(steps)]
 
 
+def test_clips_pass_through_the_loader():
+    """Frames that become rows of the batch, and a batch of clips that a transform or the stacking cannot hold."""
+
+    class Clips(Numbers):
+        def __getitem__(self, index):
+            clip = np.full((3, 4, 4, 1), index, np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
+            return {"image": clip, "label": index}
+
+    source = Clips(10)
+    (batch,) = take(Loader(source, FLIP, 6, 0), 1)
+    assert batch["image"].shape == (6, 3, 4, 4, 1)
+    (rows,) = read_in_order(source, STILL, 10)
+    np.testing.assert_array_equal(rows["image"], np.stack([source[i]["image"] for i in range(10)]))
+    np.testing.assert_array_equal(batch["image"], rows["image"][batch["label"]])
+
+
 def assert_same(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):

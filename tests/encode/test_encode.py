@@ -99,6 +99,23 @@ def test_the_manifest_says_what_a_reader_needs(whole):
     assert [shard["count"] for shard in manifest["shards"]] == [29, 29, 10]
 
 
+def test_images_that_are_not_square(weights, tmp_path):
+    """Height and width swapped anywhere between the crop and the files; a size that the manifest does not say."""
+    wide = job(weights, size=(8, 12), source=Photographs(6, ()), shard_records=4)
+    manifest, _ = encode(wide, tmp_path / "cache")
+    transform = {"resolution": None, "size": [8, 12], "channels": 3, "upright": False, "crop": "adm_center"}
+    assert manifest["transform"] == transform and manifest["moments"]["shape"] == [4, 6, 4]
+    images = np.stack([wide.transform(wide.source[i])["image"] for i in range(6)])
+    assert images.shape == (6, 8, 12, 3)
+    images = np.stack([images, images[:, :, ::-1]], 1).reshape(-1, 8, 12, 3)
+    expected = np.asarray(jax.jit(CODEC.encode)(weights, to_float(images)))
+    np.testing.assert_allclose(LatentCache(tmp_path / "cache").gather(np.arange(12)), expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(UserError, match=r"transform\.size"):
+        encode(dataclasses.replace(wide, size=(12, 8)), tmp_path / "cache")
+    with pytest.raises(UserError, match="width 7 is not a positive multiple"):
+        job(weights, size=(8, 7))
+
+
 def test_stopped_at_every_rename_it_ends_with_the_same_bytes(whole, weights, compiled, tmp_path, monkeypatch):
     """A state on disk from which the same command does not reach the cache of an undisturbed run."""
     replace = os.replace
@@ -233,7 +250,7 @@ def test_the_batch_size_does_not_bind(whole, weights, tmp_path):
 
 def test_other_versions_may_check_and_not_add(whole, weights, tmp_path, monkeypatch):
     """Shards of two versions of a library in one cache; a finished cache that a newer version refuses to check."""
-    monkeypatch.setattr(writer.PIL, "__version__", "99.0")
+    monkeypatch.setattr(writer, "version", {"pillow": "99.0"}.get)
     _, rate = encode(job(weights), whole[0], SHARE)
     assert rate is None and contents(whole[0]) == whole[2]
     folder = copy_to(tmp_path / "cache", {k: v for k, v in whole[2].items() if not k.startswith("00002")})

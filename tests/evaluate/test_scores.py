@@ -16,7 +16,8 @@ from PIL import Image
 
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference, scores, snapshots, statistics
-from dit_jax.evaluate.images import ArrayImages, NpzImages, open_images, open_samples
+from dit_jax.evaluate.extractors import load as load_pixels
+from dit_jax.evaluate.images import ArrayImages, NpzImages, cropped, open_images, open_samples
 from dit_jax.evaluate.statistics import Wanted, extract
 from dit_jax.metrics.frechet import frechet_distance, moments
 from dit_jax.metrics.inception_score import class_sums, inception_score, partition
@@ -259,6 +260,7 @@ def test_folder_of_samples(tmp_path):
         ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8)}, "uint8"),
         ({"arr_0": np.zeros((1, 8, 8, 1), np.uint8)}, "N >= 2"),
         ({"arr_0": np.array([{}, {}])}, "uint8"),
+        ({"arr_0": np.zeros((3, 5, 8, 8, 1), np.uint8)}, "has clips of 5 x 8 x 8 x 1.*I3D"),
         (None, "not a readable npz"),
     ],
 )
@@ -297,6 +299,38 @@ def test_other_shapes_and_names(tmp_path):
     ):
         with pytest.raises(UserError, match=text):
             scores.evaluate(str(path), name, features)
+
+
+def test_images_that_are_not_square(tmp_path):
+    """A reference that is cropped to a square, or with height and width swapped; a remedy that gives the same error again."""
+    rng, folder, path = np.random.default_rng(0), tmp_path / "photographs", tmp_path / "x.npz"
+    folder.mkdir()
+    for k in range(20):
+        Image.fromarray(rng.integers(0, 256, (24, 30, 3), np.uint8)).save(folder / f"{k:02d}.png")
+    reference_images = open_images(str(folder), (8, 12, 3))
+    crops = np.concatenate(list(reference_images.batches(0, 20, 7)))
+    assert crops.shape == (20, 8, 12, 3) and reference_images.transform["size"] == [8, 12]
+    np.savez(path, arr_0=crops)
+    options = scores.Options(("fid",), replicates=0)
+    assert scores.evaluate(str(path), str(folder), "pixels", options=options)["fid"] == pytest.approx(0, abs=1e-4)
+    reference.write(tmp_path / "tall.npz", scores.make_reference(cropped(str(folder), (12, 8), 3), load_pixels("pixels"), False))
+    with pytest.raises(UserError, match=r"8 x 12 x 3 .* 12 x 8 x 3 .*--resolution=8x12"):
+        scores.evaluate(str(path), str(tmp_path / "tall.npz"), "pixels", options=options)
+
+
+def test_clips_are_refused(tmp_path):
+    """Frames scored as if they were images, or a stack trace after hours of drawing."""
+    labels = np.zeros(70, np.int32)
+    folder = shards.Shards(tmp_path / "f", shards.settings_of(labels, (5, 4, 6, 3), {"seed": 1}, {}), labels)
+    clips = np.random.default_rng(0).integers(0, 256, (70, 5, 4, 6, 3), np.uint8)
+    with shards.claimed(folder):
+        for k in range(folder.total):
+            folder.write(k, clips[64 * k : 64 * (k + 1)])
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows, _ in shards.read(tmp_path / "f").rows(30)]), clips)
+    with pytest.raises(UserError, match=r"has clips of 5 x 4 x 6 x 3.*I3D"):
+        open_samples(str(tmp_path / "f"))
+    with pytest.raises(UserError, match=r"has clips of 5 x 4 x 6 x 3.*I3D"):
+        scores.check("digits", "pixels", None, (5, 4, 6, 3))
 
 
 def test_whole_evaluation(tmp_path, monkeypatch):
