@@ -3,8 +3,9 @@
     python -m dit_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
 
-Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, makes
-its section the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
+Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, resets
+its section to the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
+The same command again resumes.
 
 The last line of stdout is also in <workdir>/result.json when all is done. Several processes find each other on TPU pods, GKE and
 SLURM; elsewhere give --coordinator_address, --num_processes and --process_id.
