@@ -212,7 +212,7 @@ def test_codec_and_resident_cache_are_counted():
         build.Run(config).abstract_constants()
     constants = build.Run(config).abstract_constants(100)
     assert memory.bytes_per_device(constants["moments"]) == 13 * 4 * 4 * 4 * 2
-    autoencoder = tiny.autoencoder(task__perceptual_weight=1.0)
+    autoencoder = tiny.autoencoder(task__perceptual_weight=1.0, transform__resolution=16)
     constants = build.Run(autoencoder).abstract_constants()["perceptual"]
     assert constants["conv1_1"]["kernel"].shape == (3, 3, 3, 64) and constants["lin5"].shape == (512,)
     assert constants["scaling"]["scale"].shape == (3,)
@@ -239,7 +239,7 @@ def test_search_ranks_and_prunes(monkeypatch):
     def compiled(config, *_):
         return {"fits": True, "bytes_per_device": 1, "images_per_second": next(speeds), "compile_seconds": 1.0, "mesh": {}}
 
-    monkeypatch.setattr(search.plan, "plan_training", compiled)
+    monkeypatch.setattr(search.estimate, "plan_training", compiled)
     lines = []
     two = dataclasses.replace(eight(), devices=tuple(jax.devices()[:2]))
     result = search.search(tiny.config(), two, ["none"], [16], [1], 3, lines.append)
