@@ -5,7 +5,6 @@
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, resets
 its section to the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
-The same command again resumes.
 
 The last line of stdout is also in <workdir>/result.json when all is done. Several processes find each other on TPU pods, GKE and
 SLURM; elsewhere give --coordinator_address, --num_processes and --process_id.
