@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.interop import weights
 from dit_jax.interop.tensors import Tensor
@@ -46,7 +47,7 @@ def same_bits(a: Weights, b: Weights) -> bool:
 
 def our_forward(found: Weights, x, t, labels):
     """x [B, H, W, C] -> [B, H, W, out]."""
-    net = formats.build.Run(formats.config_of(found.sections)).network
+    net = Run(formats.config_of(found.sections)).network
     params = {}
     for name, array in arrays(found).items():
         *parents, leaf = name.split("/")
