@@ -36,6 +36,7 @@ from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder, lpips, vae
 from dit_jax.models.dit import DiT
+from dit_jax.models.network import for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -168,7 +169,7 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
-        return network if self.platform is None else network.for_platform(self.platform)
+        return network if self.platform is None else for_platform(network, self.platform)
 
     @cached_property
     def conditioner(self):

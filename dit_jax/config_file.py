@@ -10,6 +10,7 @@ of its recipe where there is one; no other field of the file's section stays. Th
 import copy
 import difflib
 import inspect
+import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,16 +47,21 @@ class ConfigFlag(NamedTuple):
         return read(self.file.value, self.fields.value)
 
 
-def DEFINE_config(help_text: str) -> ConfigFlag:
+def define_flags(help_text: str) -> ConfigFlag:
     """Defines --config and the flags of fields, in a verb's `__main__`."""
-    return ConfigFlag(flags.DEFINE_string("config", None, help_text), DEFINE_fields())
+    return ConfigFlag(flags.DEFINE_string("config", None, help_text), define_fields())
 
 
-def DEFINE_fields() -> flags.FlagHolder:
+def define_fields() -> flags.FlagHolder:
     """Defines the flags of fields alone: texts "<path>=<value>", or "<path>" where no value was given."""
     return flags.DEFINE_multi_string(
-        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow."
+        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
     )
+
+
+def plain(config: "ConfigDict") -> dict[str, Any]:
+    """The config as JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
@@ -80,8 +86,8 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     if (upgraded := upgrade(config.to_dict())) != config.to_dict():
         config = ConfigDict(upgraded)
     remade = _apply_names(config, given)
-    for path, value in given.items():
-        _set(config, path, value)
+    for path, given_value in given.items():
+        _set(config, path, given_value)
     for place in remade:
         _check_complete(config, place)
     if found := _imports(config, config_file):

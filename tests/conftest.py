@@ -25,8 +25,9 @@ def known(flag):
 # Compiling is most of the time: compile quickly rather than well, and what several tests compile alike only once.
 jax.config.update("jax_disable_most_optimizations", True)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # those inherit it, as the verbs that tests start do; nothing of the user is touched
-    _CACHE = tempfile.TemporaryDirectory(prefix="jax_cache_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    # DIT_JAX_TEST_CACHE=<folder> keeps compiled programs from one run of the tests to the next.
+    _CACHE = os.environ.get("DIT_JAX_TEST_CACHE") or tempfile.TemporaryDirectory(prefix="jax_cache_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE if isinstance(_CACHE, str) else _CACHE.name
     # Loops that XLA writes itself, in place of those that go through MLIR, which take up to half of the time to compile.
     _FLAG = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = _FLAG if known(_FLAG) else ""

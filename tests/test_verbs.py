@@ -90,7 +90,7 @@ MISTAKES = {
     "no workdir": ("main", ["--config=configs/digits.py"], "--workdir"),
     "patch": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.transform.resolution=9"], "not a multiple"),
     "heads": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.heads=5"], "does not divide"),
-    "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs as many devices"),
+    "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs 64 devices"),
     "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "codec.path is empty"),
     "no reference": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.evaluation.reference=/none"], "/none does"),
     "no run": ("sample", ["--workdir=W"], "config.json does not exist"),

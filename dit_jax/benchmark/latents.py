@@ -1,4 +1,4 @@
-"""Batches of a latent cache from the page cache: what a host can feed."""
+"""Measures the speed at which a host reads batches of a latent cache from the page cache."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ NUM_SHARDS = 4
 
 
 class Nothing:
-    """A data set of `count` records that is only counted: its moments are made up."""
+    """A data set that has only a number of records; its moments are synthetic."""
 
     num_classes, class_names, fingerprint = CLASSES, tuple(map(str, range(CLASSES))), "made up by dit_jax.benchmark"
 
@@ -35,7 +35,7 @@ class Nothing:
 
 
 def write_cache(folder: Path, records: int, size: tuple[int, int]):
-    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec for images of this (height, width)."""
+    """Writes a complete cache of normal random numbers, with mirror images, for Stable Diffusion's codec and this size."""
     job = Job(Nothing(records), KLVAE(), {}, size, shard_records=-(-records // NUM_SHARDS))
     write_sealed(folder / SETTINGS, job.settings)
     rng = np.random.default_rng(0)
@@ -51,10 +51,10 @@ def write_cache(folder: Path, records: int, size: tuple[int, int]):
 
 
 def run(data: str | None, resolution: int, records: int, batch_size: int, seconds: float) -> dict:
-    """Shuffled training batches with flips through `LatentLoader`.
+    """Measures shuffled training batches with flips of `LatentLoader`.
 
     Args:
-        data: folder of a cache; None for one of `records` records at `resolution`, made for the occasion.
+        data: folder of a cache; None generates one of `records` records at `resolution`.
     """
     if data is not None:
         return {"data": data, **_measured(data, batch_size, seconds)}
@@ -65,7 +65,7 @@ def run(data: str | None, resolution: int, records: int, batch_size: int, second
 
 
 def _measured(folder: str, batch_size: int, seconds: float) -> dict:
-    cache = LatentCache(folder, verify=True)  # hashing reads every byte: after it they are in the page cache, if they fit
+    cache = LatentCache(folder, verify=True)  # hashing reads every byte into the page cache, if it fits
     flip = cache.views == 2
     with LatentLoader(cache, batch_size, 0, flip).batches() as batches:
         work = Work(lambda: next(batches), batch_size)

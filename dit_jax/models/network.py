@@ -49,8 +49,12 @@ class Network(Protocol):
         """One line: the kind of network and its sizes."""
         ...
 
+
+class Planned(Protocol):
+    """What a network may say beyond `Network`, for plans and for choices that depend on the platform. All of it is optional."""
+
     def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples; 0 if unknown."""
+        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples."""
         ...
 
     def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
@@ -63,6 +67,24 @@ class Network(Protocol):
     def for_platform(self, platform: str) -> "Network":
         """The same network with all choices made that are left to the platform ("cpu", "gpu", "tpu")."""
         ...
+
+
+def activation_bytes(network: Network, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
+    """See `Planned`; 0 where the network does not say."""
+    method = getattr(network, "activation_bytes", None)
+    return 0 if method is None else method(latent_shape, rows, mesh_shape)
+
+
+def savings(network: Network, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+    """See `Planned`; none where the network does not say."""
+    method = getattr(network, "savings", None)
+    return {} if method is None else method(latent_shape, rows, mesh_shape, activations)
+
+
+def for_platform(network: Network, platform: str) -> Network:
+    """See `Planned`; the network itself where it leaves nothing to the platform."""
+    method = getattr(network, "for_platform", None)
+    return network if method is None else method(platform)
 
 
 def check_entries(what: str, given: Mapping[str, Any] | None, known: tuple[str, ...], network: str) -> None:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-NONE = types.NoneType
+NONE: type = type(None)
 WORDS_FOR_NONE = ("", "none", "null")
 WORDS_FOR_BOOL = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 LARGEST_EXPONENT = 30

@@ -12,13 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_jax import __version__
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import shard_batch
 from dit_jax.runtime.console import Progress, say
 from dit_jax.runtime.signals import StopSignal
+from dit_jax.runtime.versions import arithmetic, versions
 from dit_jax.sample import samples_file, shards
 from dit_jax.sample.generator import Generator, has_whole_params
 from dit_jax.sample.grid import write_image_grid
@@ -46,13 +46,7 @@ class Drawn:
 
 def made_with(generator: Generator) -> dict:
     """Versions, kind of device and what else the last bits of an image depend on."""
-    found = {
-        "dit_jax": __version__,
-        "jax": jax.__version__,
-        "device": jax.local_devices()[0].device_kind,
-        "matmul_precision": jax.config.jax_default_matmul_precision,
-        "rows_at_once": generator.chunk_size,
-    }
+    found = {**versions("jax"), **arithmetic(), "rows_at_once": generator.chunk_size}
     if not has_whole_params(generator.mesh):
         found["mesh"] = dict(generator.mesh.shape)
     return found

@@ -25,7 +25,7 @@ def read(path: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any] | None]:
         stored = weights.read(path)
         return config_of(stored.sections), stored.origin
     config = ml_collections.ConfigDict(read_config(path))
-    if config.task.name != "diffusion":
+    if not Run(config).task.draws_samples:
         raise UserError(
             f"{path} is the run of an autoencoder, which draws nothing by itself: give {path} as codec.path to a diffusion run"
         )

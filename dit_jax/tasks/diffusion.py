@@ -17,6 +17,7 @@ from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Memoryless, Process, noise_like
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.errors import UserError
+from dit_jax.models import network as networks
 from dit_jax.models.network import Network
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
@@ -109,10 +110,10 @@ class DiffusionTask:
         return getattr(self.network, "remat", None)
 
     def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        return self.network.activation_bytes(self.latent_shape, rows, mesh_shape)
+        return networks.activation_bytes(self.network, self.latent_shape, rows, mesh_shape)
 
     def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        return self.network.savings(self.latent_shape, rows, mesh_shape, activations)
+        return networks.savings(self.network, self.latent_shape, rows, mesh_shape, activations)
 
     def condition(self, params, constants, batch):
         """(condition, null condition) of the entries of a batch or of requests."""

