@@ -69,7 +69,7 @@ def abstract_state(task, mesh: Mesh) -> TrainState:
 def in_host_memory(tree):
     """Moves ShapeDtypeStructs of two or more dimensions to pinned host memory.
 
-    Vectors would save no memory, and TPUs cannot write a part of one to the host (libtpu 0.0.42, a bias that is updated in parts).
+    Vectors would save no memory, and TPUs cannot write part of one to the host (libtpu 0.0.42, a bias updated in parts).
     """
     return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind(HOST)) if x.ndim > 1 else x, tree)
 
