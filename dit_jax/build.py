@@ -1,7 +1,7 @@
-"""From a config to objects: the only module that knows both.
+"""Builds objects from a config.
 
-Adding a model, a process, a codec, a data source or an optimizer is its own file and one line here; user code needs no line
-here and calls `dit_jax.register`. Samplers are registered in `diffusion.samplers`.
+A new model, process, codec, data source or optimizer of the package is a file and one `register` line here. User code calls
+`dit_jax.register`. Samplers are registered in `diffusion.samplers`.
 """
 
 import inspect
@@ -68,10 +68,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def construct(section: str, fields: Mapping, **more):
-    """The object of a section: its registered constructor, called with the section's fields and `more`.
+    """Calls the registered constructor of a section with the section's fields and `more`.
 
     Raises:
-        UserError: an unknown name, an unknown field, a missing field, or whatever the constructor refuses.
+        UserError: an unknown name, an unknown or missing field, or an error of the constructor.
     """
     fields = dict(fields)
     name = fields.pop("name")
@@ -94,31 +94,32 @@ def construct(section: str, fields: Mapping, **more):
     return constructor(**fields)
 
 
-CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are no fields of a codec
-MESH_FLAGS = ("zero1", "offload")  # fields of the section `mesh` that are no axes
+CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are not fields of a codec
+MESH_FLAGS = ("zero1", "offload")  # fields of the section `mesh` that are not axes
 TASK_FILES = ("perceptual_path",)
 TRAINING_ONLY = (
     "min_snr_gamma",
     "time_distribution",
     "logit_mean",
     "logit_std",
-)  # fields of processes that samples do not depend on
+)  # fields of a process that do not change samples
 
 
 class Run:
-    """The objects of one config, each built once, when it is first asked for.
+    """The objects of one config, each built on first use and then cached.
 
-    A `Run` reads no weights and no data until `source`, `loader` or `constants` are asked for, so that a plan or a check costs
-    nothing. `with_codec_weights` gives the run that trains or samples.
+    A `Run` reads weights and data only when `source`, `loader` or `constants` are used, so plans and checks are cheap.
+    `with_codec_weights` returns the run for training or sampling.
 
     Args:
         config: a resolved config, as `recipes` makes it.
-        devices: of the mesh; all devices if None.
+        devices: devices of the mesh; None means all.
         codec_params: weights of the frozen codec as NumPy arrays.
-        platform: "cpu", "gpu" or "tpu": what the network leaves to the platform is chosen for it now, and not where it runs.
+        platform: "cpu", "gpu" or "tpu": resolves the network's platform-dependent choices for this platform instead of the
+            default backend.
 
     Raises:
-        UserError: whatever is wrong with the part of the config that is asked for.
+        UserError: the part of the config that is used is invalid.
     """
 
     def __init__(self, config, *, devices=None, codec_params=None, platform: str | None = None):
@@ -126,7 +127,7 @@ class Run:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh that the config asks for."""
+        """The mesh of the config."""
         axes = {axis: size for axis, size in self.config.mesh.items() if axis not in MESH_FLAGS}
         return make_mesh(**axes, devices=self.devices)
 
@@ -136,7 +137,7 @@ class Run:
 
     @cached_property
     def codec(self):
-        """The codec; fields that are None have the constructor's default until `with_codec_weights` reads them."""
+        """The codec. Fields that are None take the constructor's default until `with_codec_weights` reads them."""
         return construct("codec", {k: v for k, v in self.config.codec.items() if v is not None and k not in CODEC_FILES})
 
     @cached_property
@@ -148,7 +149,7 @@ class Run:
         """(H, W, C) or (F, H, W, C) of one example.
 
         Raises:
-            UserError: the images have other channels than the codec.
+            UserError: the images and the codec have different numbers of channels.
         """
         shape, channels = self.transform.shape, getattr(self.codec, "image_channels", self.transform.shape[-1])
         if shape[-1] != channels:
@@ -157,7 +158,7 @@ class Run:
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """(h, w, c) or (f, h, w, c) of what the network sees.
+        """(h, w, c) or (f, h, w, c) of the latents.
 
         Raises:
             UserError: the image size does not fit the codec.
@@ -181,7 +182,7 @@ class Run:
 
     @cached_property
     def task(self):
-        """The training task. Building it checks all that can be checked without data or devices."""
+        """The training task. Building it makes all checks that need neither data nor devices."""
         config = self.config
         check_numbers(config)
         fields = {k: v for k, v in config.task.items() if k not in TASK_FILES} | {
@@ -197,7 +198,7 @@ class Run:
 
     @cached_property
     def entry(self) -> str:
-        """What of the data set a batch holds: "image", "moments" of a latent cache, or "row" of one on the devices."""
+        """The kind of data in a batch: "image", "moments" of a latent cache, or "row" of a cache on the devices."""
         if registry.get("data", self.config.data.name) is not LatentCache:
             return "image"
         return "row" if self.config.loader.get("resident") else "moments"
@@ -209,13 +210,13 @@ class Run:
 
     @cached_property
     def evaluation_source(self):
-        """The images that are kept for evaluation: `data` with `evaluation.split`, where the data set has splits."""
+        """The images of evaluation: `data` with `evaluation.split` if it is set."""
         split = self.config.evaluation.get("split")
         return construct("data", self.config.data, **({} if split is None else {"split": split}))
 
     @cached_property
     def loader(self):
-        """This host's training batches; checks the data set against the model and the batch against the mesh."""
+        """This host's loader of training batches. Checks the data set against the model and the batch against the mesh."""
         config = self.config
         self.check_batch()
         self.task.batch_spec(self.entry)
@@ -247,7 +248,7 @@ class Run:
 
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A global batch as ShapeDtypeStructs with shardings; nothing is read."""
+        """A global batch as ShapeDtypeStructs with shardings; reads nothing."""
         rows, sharding = self.config.batch_size, batch_sharding(self.mesh)
         spec = self.task.batch_spec(self.entry)
         return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding) for name, x in spec.items()}
@@ -257,39 +258,39 @@ class Run:
         """The frozen weights that the task reads, on the mesh.
 
         Raises:
-            UserError: task.perceptual_weight is not 0 and task.perceptual_path is empty or not LPIPS's weights.
+            UserError: task.perceptual_weight is not 0, and task.perceptual_path is empty or has no LPIPS weights.
         """
         arrays = {name: CONSTANTS[name](self) for name in self.task.constants()}
         return {name: place(tree, self._sharding_of_constant(name, tree)) for name, tree in arrays.items()}
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """What a training step reads and does not change, on the mesh: frozen weights, and a data set that lives there."""
+        """The arrays that a training step reads and does not change, on the mesh: frozen weights, and a resident data set."""
         return self.frozen | ({"moments": resident_moments(self.source, self.mesh)} if self.entry == "row" else {})
 
     def abstract_constants(self, resident_rows: int = 0) -> dict[str, Any]:
-        """`constants` as ShapeDtypeStructs with shardings; nothing is read.
+        """`constants` as ShapeDtypeStructs with shardings; reads nothing.
 
-        resident_rows: of the latent cache that lives on the devices, where the config asks for one.
+        resident_rows: rows of the latent cache on the devices, if loader.resident is set.
 
         Raises:
-            UserError: the config asks for such a cache and resident_rows is 0.
+            UserError: loader.resident is set and resident_rows is 0.
         """
-        found = {}
+        abstract = {}
         for name, tree in self.task.constants().items():
             sharding = self._sharding_of_constant(name, tree)
             sharding = jax.tree.map(lambda _, s=sharding: s, tree) if isinstance(sharding, NamedSharding) else sharding
-            found[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+            abstract[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
         if self.entry == "row":
             if resident_rows < 1:
                 raise UserError(
-                    "loader.resident keeps the latent cache on the devices, and only the data tells its size: give "
-                    "--resident_rows=<images, twice as many where it holds mirror images>"
+                    "loader.resident keeps the latent cache on the devices, and its size is not in the config; give "
+                    "--resident_rows=<number of images, doubled if the cache holds mirror images>"
                 )
             ways, moments = rows_per_step(self.mesh), self.task.batch_spec("moments")["moments"]
             shape = (-(-resident_rows // ways) * ways, *moments.shape)
-            found["moments"] = jax.ShapeDtypeStruct(shape, moments.dtype, sharding=batch_sharding(self.mesh))
-        return found
+            abstract["moments"] = jax.ShapeDtypeStruct(shape, moments.dtype, sharding=batch_sharding(self.mesh))
+        return abstract
 
     def _sharding_of_constant(self, name: str, tree):
         rules = self.task.constant_rules().get(name)
@@ -300,7 +301,7 @@ class Run:
         """The codec's parameters as NumPy arrays.
 
         Raises:
-            UserError: the codec has weights and they were not read (`with_codec_weights`).
+            UserError: the codec has weights, and they were not read (`with_codec_weights`).
         """
         if self._codec_params is not None:
             return self._codec_params
@@ -310,18 +311,17 @@ class Run:
 
     @property
     def has_codec_weights(self) -> bool:
-        """Whether a frozen codec's weights must be read; the codec of an autoencoder's run is trained."""
+        """Whether the weights of a frozen codec must be read. An autoencoder's run trains its codec."""
         return "path" in self.config.codec
 
     def with_codec_weights(self, workdir: Path | None = None) -> "Run":
-        """This run with the frozen codec's weights, and with the fields of `codec` that only the weights can tell.
+        """This run with the frozen codec's weights, and the fields of `codec` that come with the weights.
 
-        The folder of a run that has its own copy of the codec is read first: the path in the config need not exist any more.
-        `codec.scale` and `codec.shift` that are None become those of the weights' folder. `codec.sha256` becomes the hash of
-        the weights.
+        A run's own copy of the codec is preferred; the path in the config need not exist any more. If `codec.scale` or
+        `codec.shift` is None, it is read from the folder of the weights. `codec.sha256` is set to the hash of the weights.
 
         Raises:
-            UserError: the codec needs weights and there are none; they do not fit the config; the hash is not the one asked for.
+            UserError: the codec's weights are missing, do not fit the config, or have another hash than `codec.sha256`.
         """
         if not self.has_codec_weights:
             return self
@@ -333,10 +333,10 @@ class Run:
                 if section.get(field) is None:
                     section[field] = getattr(stored, field)
                 elif getattr(self.codec, field) != getattr(stored, field) and path != own:
-                    say(f"codec.{field} {section[field]} of the config is used, not {getattr(stored, field)} of {path}")
+                    say(f"using codec.{field} {section[field]} of the config, not {getattr(stored, field)} of {path}")
         elif section.get("scale") is None:
             raise UserError(
-                f"codec.path {path} is a single file, which does not hold the scale of the latents; give codec.scale, or the "
+                f"codec.path {path} is a file, which does not contain the scale of the latents; give codec.scale, or the "
                 "folder with config.json"
             )
         config = ml_collections.ConfigDict(self.config.to_dict())
@@ -346,7 +346,7 @@ class Run:
         sha256, wanted = vae.weights_sha256(params), section.get("sha256")
         if wanted and sha256 != wanted:
             raise UserError(
-                f"the weights in {path} have the SHA-256 {sha256} and codec.sha256 asks for {wanted}; give those weights, or "
+                f"the weights in {path} have the SHA-256 {sha256}, and codec.sha256 is {wanted}; give those weights, or "
                 "leave codec.sha256 empty"
             )
         config.codec.sha256 = sha256
@@ -356,7 +356,7 @@ class Run:
         given = self.config.codec.path
         if own and own.exists():
             if given and not Path(given).expanduser().exists():
-                say(f"codec.path {given} does not exist; the copy in {own} is used")
+                say(f"codec.path {given} does not exist; using the copy in {own}")
             return own
         if not given:
             raise UserError(NO_CODEC_PATH)
@@ -368,14 +368,14 @@ class Run:
 
     @cached_property
     def scoring_sampler(self):
-        """The cheap sampler of scores while training."""
+        """The cheap sampler of scores during training."""
         return self.checked_sampler(self.config.scoring.sampler)
 
     def checked_sampler(self, fields: Mapping):
-        """A sampler, traced on the process, so that a pair that does not fit fails before any training.
+        """Builds a sampler and traces it with the process, so that an incompatible pair fails before training.
 
         Raises:
-            UserError: the sampler does not suit the process, or its steps exceed the process's timesteps.
+            UserError: the sampler does not support the process, or has more steps than the process has timesteps.
         """
         sampler = construct("sampler", fields)
         x, keys = jax.eval_shape(lambda: (jnp.zeros((1, 1, 1, 1)), jax.random.split(jax.random.key(0), 1)))
@@ -388,61 +388,61 @@ class Run:
         """The guidance of samples, checked against the network.
 
         Raises:
-            UserError: more channels than the data has; a scale other than 1 where the null condition was never trained.
+            UserError: more channels than the data has; a scale other than 1 and the null condition is not trained.
         """
         guidance = self.guidance_by_second_network
         if guidance.active and not self.task.has_null_condition:
             raise UserError(
-                f"guidance.scale is {guidance.scale} and the network knows no null condition (model.num_classes = "
+                f"guidance.scale is {guidance.scale}, and the network is not trained on the null condition (model.num_classes = "
                 f"{self.conditioner.num_classes}, task.cond_dropout = {self.task.cond_dropout}); set the scale to 1"
             )
         return guidance
 
     @cached_property
     def guidance_by_second_network(self):
-        """The guidance where a second network is what it leads away from (autoguidance): no null condition is needed."""
+        """The guidance for a second, weaker network (autoguidance), which needs no null condition."""
         guidance, channels = construct("guidance", self.config.guidance), self.latent_shape[-1]
         if guidance.channels is not None and guidance.channels > channels:
             raise UserError(
-                f"guidance.channels is {guidance.channels} and the data has {channels}; ask for at most {channels}, or None "
+                f"guidance.channels is {guidance.channels} and the data has {channels}; it must be at most {channels}, or None "
                 "for all"
             )
         return guidance
 
     @cached_property
     def forecast(self) -> Forecast:
-        """At which calls of the network its blocks run."""
+        """Selects the calls of the network that run its blocks."""
         return self.checked_forecast(self.sampler)
 
     def checked_forecast(self, sampler) -> Forecast:
-        """`forecast` with this sampler; at all calls where the config has no such section.
+        """`forecast` for this sampler. Without the section in the config, all calls run the blocks.
 
         Raises:
-            UserError: the sampler, the guidance or the network do not allow forecasts.
+            UserError: the sampler, the guidance or the network does not support forecasts.
         """
         forecast = Forecast(**self.config.get("forecast", {}))
         if not forecast.active:
             return forecast
         if sampler.evaluations(self.process) != getattr(sampler, "num_steps", 0):
             raise UserError(
-                f"forecast.interval is {forecast.interval} and the sampler {type(sampler).__name__} evaluates the network "
-                "several times a step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or set "
+                f"forecast.interval is {forecast.interval}, and the sampler {type(sampler).__name__} evaluates the network "
+                "several times per step or goes back in t; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or set "
                 "the interval to 1"
             )
         if self.guidance_by_second_network.active and self.guidance_by_second_network.is_partial:
             raise UserError(
-                f"forecast.interval is {forecast.interval} and guidance acts on an interval of t, outside of which half of what "
-                "would be forecast from is not computed; set guidance.low = 0 and high = 1, or interval 1"
+                f"forecast.interval is {forecast.interval}, and guidance acts on an interval of t; the forecast needs the "
+                "unconditional output at every t. Set guidance.low = 0 and high = 1, or interval 1"
             )
         if not hasattr(self.network, "run_blocks"):
             raise UserError(
-                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no blocks to forecast; set it "
+                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no method run_blocks; set it "
                 "to 1"
             )
         return forecast
 
     def predicts(self) -> dict[str, Any]:
-        """What two networks must share for one to guide the other: {what: value}."""
+        """The settings that must be equal for one network to guide another: {name: value}."""
         config = self.config
         return {
             "process": {k: v for k, v in config.process.items() if k not in TRAINING_ONLY},
@@ -453,7 +453,7 @@ class Run:
 
 
 NO_CODEC_PATH = (
-    "codec.path is empty; give the folder or .safetensors file of the VAE's weights, or the --workdir of a run that trained one "
+    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, or the --workdir of a run that trained one "
     "(--config.codec.path=... or, to sample, --codec_path=...)"
 )
 
@@ -468,15 +468,15 @@ def _diffusion_parts(run: Run) -> dict[str, Any]:
 
 
 def _autoencoder_parts(run: Run) -> dict[str, Any]:
-    """The discriminator that an autoencoder's loss asks for; None where its weight is 0.
+    """The discriminator of an autoencoder's loss; None if its weight is 0.
 
     Raises:
-        UserError: the codec has nothing to train, or does not fit the images.
+        UserError: the codec has no parameters to train, or does not fit the images.
     """
     task = run.config.task
     if not isinstance(run.codec, KLVAE):
         raise UserError(
-            f"codec.name is {run.config.codec.name!r}, which has nothing to train; name an autoencoder, such as kl_vae"
+            f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae"
         )
     return {"discriminator": PatchDiscriminator(**task.discriminator) if task.discriminator_weight else None}
 
@@ -485,18 +485,18 @@ def _perceptual(run: Run):
     path = run.config.task.perceptual_path
     if not path:
         raise UserError(
-            "task.perceptual_weight is not 0 and task.perceptual_path is empty: give LPIPS's weights as "
-            "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0"
+            "task.perceptual_weight is not 0 and task.perceptual_path is empty; give the LPIPS weights that "
+            "dit_jax.convert --from=lpips writes, or set --config.task.perceptual_weight=0"
         )
     return lpips.load(path)
 
 
-TASK_PARTS = {"diffusion": _diffusion_parts, "autoencoder": _autoencoder_parts}  # what a task is made of, beside its section
+TASK_PARTS = {"diffusion": _diffusion_parts, "autoencoder": _autoencoder_parts}  # the parts of a task that are not in its section
 CONSTANTS = {"codec": lambda run: run.codec_params, "perceptual": _perceptual}  # by the names of `Task.constants`
 
 
 def check_numbers(config) -> None:
-    """Raises a UserError for a number of the training loop that is out of its range."""
+    """Raises a UserError if a number of the training loop is out of range."""
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay is {config.ema_decay}; it must lie in [0, 1)")
     for field in ("num_steps", "batch_size", "microbatches"):

@@ -1,4 +1,4 @@
-"""A config from its file and from the fields that a command line gives."""
+"""Reads a config from its file and from fields on the command line."""
 
 import subprocess
 import sys
@@ -147,7 +147,7 @@ def test_fields_that_follow_others(tmp_path):
         ("x = 1\n", "has no get_config"),
         ("def get_config():\n    return {}\n", "returns a dict"),
         ("def get_config(size):\n    return {}\n", "needs an argument; write --config=.*:<argument>"),
-        ("from dit_jax import recipes\ndef get_config():\n    return recipes.digits('vp')\n", "no process 'vp'"),
+        ("from dit_jax import recipes\ndef get_config():\n    return recipes.digits('vp')\n", "process 'vp' does not exist"),
     ],
 )
 def test_failing_files(tmp_path, text, said):
@@ -160,7 +160,7 @@ def test_failing_files(tmp_path, text, said):
 def test_missing_files(tmp_path, monkeypatch):
     """A name that is mistyped, and a message that does not say what there is."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"--config=configs/x\.py does not exist; there is no folder configs below"):
+    with pytest.raises(UserError, match=r"--config=configs/x\.py does not exist; the folder configs does not exist in"):
         read("configs/x.py")
     (tmp_path / "configs").mkdir()
     with pytest.raises(UserError, match=r"the folder configs has no \*\.py"):

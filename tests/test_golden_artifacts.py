@@ -42,11 +42,17 @@ def differences(expected, found, path: str = "") -> list[str]:
         if "size" in expected and expected["shape"] == found.get("shape"):  # sums of an array, which may cancel
             near = all(abs(found[k] - expected[k]) <= FLOATS * max(expected["size"], 1e-6) for k in ("sum", "size"))
             return [] if near else [f"{path}: the array was {expected} and is {found}"]
-        return [line for key in {**expected, **found}
-                for line in differences(expected.get(key), found.get(key), f"{path} / {key}".removeprefix(" / "))]
+        return [
+            line
+            for key in {**expected, **found}
+            for line in differences(expected.get(key), found.get(key), f"{path} / {key}".removeprefix(" / "))
+        ]
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        return [line for number, pair in enumerate(zip(expected, found, strict=True))
-                for line in differences(*pair, f"{path}[{number}]")]
+        return [
+            line
+            for number, pair in enumerate(zip(expected, found, strict=True))
+            for line in differences(*pair, f"{path}[{number}]")
+        ]
     if isinstance(expected, float) and isinstance(found, (int, float)):
         return [] if abs(found - expected) <= FLOATS * abs(expected) else [f"{path}: was {expected}, is {found}"]
     return [] if expected == found else [f"{path}: was {expected}, is {found}"]

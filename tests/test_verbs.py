@@ -119,7 +119,7 @@ def test_sampling_mistakes(workdir, tmp_path):
     mistakes = {
         "--labels=3,10": "label 10 is out of range",
         "--out=/proc/x.npz": "cannot be written",
-        "--labels=three": "whole numbers",
+        "--labels=three": "separated by commas",
         "--num_samples=0": "at least 1",
         "--sampler=magic": "sampler 'magic' is not registered",
         "--num_steps=1001": "1 to 1000",

@@ -1,6 +1,6 @@
-"""Flow matching between data and noise in continuous time, as SiT uses it.
+"""Flow matching between data and noise in continuous time, as in SiT.
 
-Velocity means d x / d (1 - t) everywhere here: it points from noise to data, which is SiT's sign (SiT's time is 1 - t).
+Velocity always means d x / d (1 - t): it points from noise to data, which is SiT's sign (SiT's time is 1 - t).
 """
 
 import math
@@ -72,7 +72,7 @@ def from_score(score, x_t, c: Coefficients):
 
 
 def shifted(t, shift: float):
-    """Resolution shift of a time: more noise for shift > 1; 0 and 1 stay (Esser et al. 2024, SD3, equation 23)."""
+    """Resolution shift of a time. shift > 1 gives more noise; 0 and 1 are fixed points (Esser et al. 2024, SD3, equation 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -80,14 +80,14 @@ def shifted(t, shift: float):
 class Flow:
     """An interpolant x_t = alpha(t) x0 + sigma(t) noise whose velocity the network learns (Ma et al. 2024, SiT).
 
-    The network returns d x / d (1 - t) and is fed 1 - t, both as in SiT, so that SiT's weights fit unchanged.
+    The network's time input is 1 - t and its output is d x / d (1 - t), both as in SiT, so that SiT's weights need no change.
 
     Fields:
         interpolant: one of INTERPOLANTS.
         time_distribution: of training times: "uniform", or "logit_normal", where logit(t) is normal with mean logit_mean and
             deviation logit_std (SD3, section 3.1).
         shift: `shifted` is applied to training times and to the sampling grid; 1 is off.
-        spare_channels: the network returns 2C channels of which the second half is ignored, as in SiT's released models.
+        spare_channels: the network returns 2C channels and the second half is ignored, as in SiT's released models.
     """
 
     interpolant: str = "linear"
@@ -161,12 +161,12 @@ class Flow:
         """num_steps + 1 even times from 1 to 0, shifted.
 
         Raises:
-            UserError: less than one step, or a spacing of discrete timesteps.
+            UserError: fewer than one step, or a spacing of discrete timesteps.
         """
         if num_steps < 1:
-            raise UserError(f"{num_steps} sampling steps: at least 1 is needed")
+            raise UserError(f"the number of sampling steps is {num_steps}; it must be at least 1")
         if spacing != "even":
-            raise UserError(f"spacing {spacing!r} picks discrete timesteps, which process 'flow' has not; use 'even'")
+            raise UserError(f"spacing {spacing!r} selects discrete timesteps, which process 'flow' does not have; use 'even'")
         return shifted(np.linspace(1, 0, num_steps + 1), self.shift)
 
     def alpha_sigma(self, times):

@@ -1,6 +1,6 @@
-"""The discrete Gaussian process of DDPM, as DiT uses it.
+"""The discrete Gaussian process of DDPM, as in DiT.
 
-T timesteps; index i = 0..T stands for t = i / T, with alpha_bar[0] = 1 (data). The paper's timestep i - 1 is our index i.
+T timesteps; index i = 0..T is t = i / T, with alpha_bar[0] = 1 (data). The paper's timestep i - 1 is our index i.
 """
 
 import math
@@ -37,9 +37,9 @@ def betas(schedule: str, num_timesteps: int) -> np.ndarray:
 
 
 def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` of 0..T-1, evenly spread and with both ends (the respacing of Nichol & Dhariwal 2021, section 4).
+    """`num_steps` of 0..T-1, evenly spaced, both ends included (the respacing of Nichol & Dhariwal 2021, section 4).
 
-    The stride is summed up, not multiplied: the paper's code does so, and its rounding decides where a step lies at a half.
+    The stride is accumulated, not multiplied, as in the paper's code: its rounding errors decide how halves are rounded.
     """
     stride = (num_timesteps - 1) / max(num_steps - 1, 1)
     kept, at = [], 0.0
@@ -61,7 +61,7 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
 
 
 def discretized_log_likelihood(x, mean, log_scale):
-    """Log-probability in nats of x in bins of width 2/255 under N(mean, e^log_scale), the end bins open to infinity.
+    """Log-probability in nats of x in bins of width 2/255 under N(mean, e^log_scale); the first and last bin extend to infinity.
 
     Uses the tanh approximation of the normal cdf, as the paper's code does.
     Source: Ho et al. 2020, equation 13.
@@ -90,7 +90,7 @@ class Gaussian:
         variance: of the reverse steps: the posterior variance ("fixed_small"), beta ("fixed_large"), or a fraction between
             their logarithms that the network returns in C more channels ("learned_range", trained by the variational
             bound with the mean frozen).
-        min_snr_gamma: weight the squared error by min(SNR, gamma) in x0 terms (Hang et al. 2023); None for weight 1.
+        min_snr_gamma: weights the squared error by min(SNR, gamma) in x0 terms (Hang et al. 2023); None for weight 1.
     """
 
     schedule: str = "linear"
@@ -107,8 +107,8 @@ class Gaussian:
             raise UserError(f"process.num_timesteps is {self.num_timesteps}; it must be at least 2")
         if self.schedule == "linear" and self.num_timesteps <= 20:
             raise UserError(
-                f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T and stay "
-                "below 1 only from 21 on: take more timesteps, or process.schedule = cosine"
+                f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T, which "
+                "is below 1 only for T > 20; take more timesteps, or set process.schedule to cosine"
             )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
@@ -192,7 +192,7 @@ class Gaussian:
         return mse + vb, {"mse": mse, "vb": vb}
 
     def min_snr_weight(self, t):
-        """f32 weight of the squared error: min(SNR, gamma) over the weight the prediction implies by itself.
+        """f32 weight of the squared error: min(SNR, gamma) divided by the weight that the prediction type implies.
 
         Source: Hang et al. 2023, equation 6 and section 3.4.
         """
@@ -218,7 +218,7 @@ class Gaussian:
         return {name: np.concatenate([[0.0], table]) for name, table in tables.items()}
 
     def bound(self, output, x0, x_t, t, weight=None):
-        """The bound's term of one step, f32[B] in bits per dimension: KL to the posterior; at the last step the decoder's NLL.
+        """One term of the variational bound, f32[B] in bits per dimension: KL to the posterior, or the decoder's NLL at i = 1.
 
         Source: Ho et al. 2020, equation 5; the decoder is equation 13.
         """
@@ -235,7 +235,7 @@ class Gaussian:
         return mean_over_example(jnp.where(expand(self.index(t), x0) == 1, nll, kl), weight) / math.log(2)
 
     def prior_bound(self, x0):
-        """KL(q(x_T | x0) || N(0, 1)), f32[B] in bits per dimension: the part of the bound that no network changes."""
+        """KL(q(x_T | x0) || N(0, 1)), f32[B] in bits per dimension: the term of the bound that does not depend on the network."""
         alpha_bar = self.alpha_bar[-1]
         kl = normal_kl(math.sqrt(alpha_bar) * x0, math.log(1 - alpha_bar), 0.0, 0.0)
         return mean_over_example(kl) / math.log(2)
@@ -243,22 +243,22 @@ class Gaussian:
     def grid(self, num_steps, spacing="even"):
         """Descending times of `num_steps` of the T timesteps, then 0.
 
-        spacing: "even" spreads them with both ends, as the paper does; "stride" takes every k-th from the first on with an
-            integer k, as DDIM does (Song et al. 2021), and exists only for some counts.
+        spacing: "even" spaces them evenly with both ends, as the paper does; "stride" takes every k-th from the first on with an
+            integer k, as DDIM does (Song et al. 2021), and exists only for some numbers of steps.
 
         Raises:
-            UserError: more steps than T, or no stride gives that count.
+            UserError: more steps than T, or no stride gives that number of steps.
         """
         T = self.num_timesteps
         if not 1 <= num_steps <= T:
-            raise UserError(f"{num_steps} sampling steps: the process has num_timesteps = {T}, so ask for 1 to {T}")
+            raise UserError(f"the number of sampling steps is {num_steps}; it must lie in 1 to process.num_timesteps = {T}")
         if spacing == "even":
             kept = even_timesteps(T, num_steps)
         else:
             stride = next((k for k in range(1, T + 1) if len(range(0, T, k)) == num_steps), None)
             if stride is None:
                 raise UserError(
-                    f"no integer stride over {T} timesteps gives {num_steps} steps; ask for another number, or use spacing 'even'"
+                    f"no integer stride over {T} timesteps gives {num_steps} steps; choose another number, or spacing 'even'"
                 )
             kept = list(range(0, T, stride))
         return np.array([*((i + 1) / T for i in reversed(kept)), 0.0])

@@ -1,4 +1,4 @@
-"""No condition."""
+"""The conditioner of an unconditional network."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from dit_jax.parallel.rules import Rules
 
 @dataclass(frozen=True)
 class Unconditional:
-    """Every condition is empty."""
+    """Returns an empty condition."""
 
     rules: Rules = ()
     num_classes: int = 0

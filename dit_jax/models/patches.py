@@ -1,4 +1,4 @@
-"""Between a grid of values and a sequence of tokens.
+"""Converts a grid of values to a sequence of tokens, and back.
 
 B batch, H x W x C grid, p patch side.
 """

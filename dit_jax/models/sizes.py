@@ -30,5 +30,5 @@ def fields(model: str) -> dict[str, int]:
     """
     match = re.fullmatch(r"(\w+)/(\d+)", model)
     if not match or match[1] not in SIZES or int(match[2]) not in PATCHES:
-        raise UserError(f"no model {model!r}; choose one of {', '.join(MODELS)}")
+        raise UserError(f"model {model!r} does not exist; choose one of {', '.join(MODELS)}")
     return {"patch_size": int(match[2]), **SIZES[match[1]]._asdict()}

@@ -1,7 +1,7 @@
-"""Many images from one network: image k depends on (params, seed, k, its request) alone.
+"""Generates images in batches: image k depends only on (params, seed, k, its request).
 
-A device works on chunks of C rows at a time and decodes smaller ones. XLA rounds a row differently in a batch of another size,
-so the last bits of an image depend on C and on the row's place in its chunk. They do not depend on the batch size, the number of
+A device samples chunks of C rows and decodes smaller chunks. XLA rounds a row differently in a batch of another size, so the
+last bits of an image depend on C and on the row's place in its chunk. They do not depend on the batch size, the number of
 devices or the number of processes.
 """
 
@@ -21,32 +21,32 @@ from dit_jax.runtime.console import Progress
 from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
-DECODER_CHUNK = 8  # a few images fill a device; each of 256 px takes 160 MB in float32
-CHUNK_TOKENS = 16384  # fills an accelerator's matrix units, and hides launches and the reading of the weights
+DECODER_CHUNK = 8  # a few images fill a device; one of 256 px takes 160 MB in float32
+CHUNK_TOKENS = 16384  # fills an accelerator's matrix units; hides kernel launches and reads of the weights
 
 
 def default_chunk_size(num_tokens: int, platform: str) -> int:
-    """C if none is asked for: a power of two, 8 on a CPU, elsewhere 8 to 64, so that a chunk has CHUNK_TOKENS tokens."""
+    """The default of C: 8 on a CPU, elsewhere a power of two from 8 to 64 for at most CHUNK_TOKENS tokens per chunk."""
     size = SMALLEST_CHUNK
     while platform != "cpu" and size < LARGEST_CHUNK and 2 * size * num_tokens <= CHUNK_TOKENS:
         size *= 2
     return size
 
 
-def has_whole_params(mesh: Mesh) -> bool:
-    """Whether every device holds all parameters, so that it draws its images without the others."""
+def has_replicated_params(mesh: Mesh) -> bool:
+    """Whether every device holds all parameters, so that it samples without communication."""
     return mesh.size == mesh.shape["data"]
 
 
 def drawing_mesh(mesh: Mesh) -> Mesh:
-    """The devices of this process alone where that is enough to draw images; else the mesh, whose processes go in step."""
-    if jax.process_count() == 1 or not has_whole_params(mesh):
+    """The devices of this process if they hold all parameters; else the mesh, whose processes call in lockstep."""
+    if jax.process_count() == 1 or not has_replicated_params(mesh):
         return mesh
     return make_mesh(devices=jax.local_devices())
 
 
 def on_mesh(tree, mesh: Mesh):
-    """Arrays that every device holds whole, as arrays of the `drawing_mesh`; nothing is copied."""
+    """Converts replicated arrays to arrays of the `drawing_mesh`, without a copy."""
 
     def one(x):
         if x.sharding.device_set == set(mesh.devices.flat):
@@ -57,10 +57,10 @@ def on_mesh(tree, mesh: Mesh):
 
 
 def in_chunks(function, chunk_size: int, ways: int, *trees):
-    """function(*trees) over chunks of the batch, one after another; chunk i is the i-th `chunk_size` rows of every device.
+    """function(*trees) over chunks of the batch in sequence; chunk i is the i-th `chunk_size` rows of every device.
 
     Args:
-        ways: over how many devices the rows of the arrays are split.
+        ways: number of devices over which the rows are split.
         trees: pytrees of arrays [B, ...].
     """
 
@@ -74,11 +74,11 @@ def in_chunks(function, chunk_size: int, ways: int, *trees):
 
 
 class Share(NamedTuple):
-    """This process's share of each batch. A part is a process, or all processes that have the same rows of a batch.
+    """This process's share of each batch. A part is a process, or all processes that hold the same rows of a batch.
 
     Fields:
-        part, parts: which part this process belongs to, and how many there are.
-        rows: images of a call that fall to the part.
+        part, parts: index of this process's part, and number of parts.
+        rows: number of images of a call that belong to the part.
         is_writer: whether this process is the first of its part.
     """
 
@@ -89,17 +89,17 @@ class Share(NamedTuple):
 
 
 class Generator:
-    """Draws images in calls of one size on a mesh.
+    """Samples images on a mesh, in calls of a fixed size.
 
     Fields:
         image_shape: (H, W, C) or (F, H, W, C) of one sample.
-        batch_size: images of a call over all devices: the one asked for, rounded up to whole chunks on every device.
+        batch_size: images of a call over all devices: the argument, rounded up to full chunks on every device.
         program: jitted (params, constants, int32[batch_size] indices, requests, weak_params) -> uint8 [batch_size, H, W, C], rows
-            split over the mesh. Pass parameters of `weights.cast_for_inference`: others would be cast at every step.
+            split over the mesh. Pass parameters from `weights.cast_for_inference`; others are cast at every step.
 
     Args:
-        chunk_size: C; images of two generators with the same C are equal to the bit on devices of one kind if every device holds
-            all parameters (`has_whole_params`), and else to rounding.
+        chunk_size: C. Two generators with the same C give the same bits on devices of one kind if every device holds all
+            parameters (`has_replicated_params`), and otherwise agree up to rounding.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class Generator:
         forecast: Forecast | None = None,
     ):
         if batch_size < 1:
-            raise UserError(f"sampling batch_size {batch_size}: it must be at least 1")
+            raise UserError(f"the batch size of sampling is {batch_size}; it must be at least 1")
         if not 0 <= seed < 2**32:
-            raise UserError(f"sampling seed {seed}: it must lie in 0 to 2**32 - 1")
+            raise UserError(f"the seed of sampling is {seed}; it must lie in 0 to 2**32 - 1")
         if guidance.active and weak_task is None and not task.has_null_condition:
             raise UserError(
                 f"guidance.scale is {guidance.scale} and the network was never trained without its condition "
@@ -144,7 +144,7 @@ class Generator:
 
         def draw(params, constants, indices, requests, weak_params):
             args = params, constants, indices, requests, weak_params
-            if not has_whole_params(mesh):
+            if not has_replicated_params(mesh):
                 return images(*args, ways)
             replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
             in_specs = (replicated, replicated, split, split, replicated)
@@ -156,8 +156,8 @@ class Generator:
 
     @property
     def calls_in_flight(self) -> int:
-        """How many calls may be unfinished at once. XLA on CPU devices deadlocks with two programs that communicate."""
-        return 1 if not has_whole_params(self.mesh) and self.mesh.devices.flat[0].platform == "cpu" else 2
+        """Number of calls that may run at once. On CPU devices, two XLA programs that communicate deadlock."""
+        return 1 if not has_replicated_params(self.mesh) and self.mesh.devices.flat[0].platform == "cpu" else 2
 
     @functools.cached_property
     def share(self) -> Share:
@@ -173,10 +173,10 @@ class Generator:
         return Share(part, parts, self.batch_size // parts, first == jax.process_index())
 
     def start(self, params, constants, indices, requests, weak_params=None) -> jax.Array:
-        """Starts a call and returns its images, which may not be finished yet.
+        """Dispatches a call and returns its images, which may not be computed yet.
 
         Args:
-            constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; a data set in it is left out.
+            constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; other entries are ignored.
             indices: int32[batch_size], global.
             requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
         """
@@ -185,14 +185,14 @@ class Generator:
             return self.program(params, constants, indices, requests, weak_params)
 
     def __call__(self, params, constants, requests, num_images: int, weak_params=None, say_progress: bool = False) -> np.ndarray:
-        """Images 0 .. num_images - 1, for as many as fit in memory; `drawing.draw` is for more.
+        """Images 0 .. num_images - 1, as many as fit in memory; use `drawing.draw` for more.
 
         Args:
             requests: host arrays [num_images, ...].
-            weak_params: of the second network of autoguidance, if there is one.
+            weak_params: parameters of autoguidance's second network, if there is one.
 
         Returns:
-            uint8 [num_images, H, W, C], all of them on every process.
+            uint8 [num_images, H, W, C], the same on every process.
         """
         size = self.batch_size
         progress = Progress("sampling", num_images)

@@ -1,4 +1,4 @@
-"""Diffusion: one training step and one draw of samples, as pure functions of arrays.
+"""The training step and the sampling of a diffusion model, as pure functions of arrays.
 
 B batch, H x W x C images, h x w x c latents.
 """
@@ -25,22 +25,22 @@ from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new
 from dit_jax.tasks.task import accumulate, mean_of, moving_average, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
-CONDITIONER = "conditioner"  # beside the network's entries in the parameters, where the conditioner is trained
+CONDITIONER = "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys
 
 
 @dataclass(frozen=True)
 class DiffusionTask:
-    """Trains a network to undo a diffusion process on a codec's latents.
+    """Trains a network to reverse a diffusion process on a codec's latents.
 
-    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} where there is one, and
-        {"moments": [N, h, w, 2c]} where the data set lives on the devices.
-    batch: what the conditioner reads (`batch_spec`; {"label": int32[B]}), and one of {"image": uint8[B, H, W, C]},
+    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} if there is one, and
+        {"moments": [N, h, w, 2c]} if the data set is kept on the devices.
+    batch: the entries that the conditioner reads (`batch_spec`; {"label": int32[B]}), and one of {"image": uint8[B, H, W, C]},
         {"moments": [B, h, w, 2c]} of a latent cache, and {"row": int32[B]}, rows of constants["moments"].
 
     Fields:
         image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
         cond_dropout: rate at which the condition of an example becomes the null condition.
-        microbatches: gradients are averaged over so many parts of the batch, one after another.
+        microbatches: number of parts of the batch, computed in sequence, over which gradients are averaged.
         zero1, offload: see `state.abstract_state`.
 
     Raises:
@@ -116,7 +116,7 @@ class DiffusionTask:
         return networks.savings(self.network, self.latent_shape, rows, mesh_shape, activations)
 
     def condition(self, params, constants, batch):
-        """(condition, null condition) of the entries of a batch or of requests."""
+        """(condition, null condition) for a batch or for requests."""
         params, constants = params.get(CONDITIONER, {}), constants.get(CONDITIONER, {})
         cond = self.conditioner.from_batch(params, constants, batch)
         return cond, self.conditioner.null(params, constants, cond)
@@ -135,7 +135,7 @@ class DiffusionTask:
         return self.codec.encode(constants["codec"], to_float(batch["image"]))
 
     def draw_inputs(self, constants, batch, key) -> dict[str, Any]:
-        """All that is random in a step, for the whole batch at once: latents, noise, times, whose condition is dropped."""
+        """Draws the random inputs of a step for the batch: latents, noise, times, and which conditions are dropped."""
         x0 = self.codec.sample_latent(named_key(key, "posterior"), self.moments(constants, batch))
         inputs = {
             "x0": x0,
@@ -192,10 +192,10 @@ class DiffusionTask:
         Args:
             params: usually the moving average.
             constants: {"conditioner": ...} of a frozen encoder; {} for labels.
-            keys: [B] one key per image: an image depends on its key and its request alone.
+            keys: [B] one key per image: an image depends only on its key and its request.
             requests: arrays [B, ...] as `Conditioner.from_requests` returns them.
-            weak: a second network for autoguidance, called as a `Network`, its parameters bound.
-            forecast: at which steps the network's blocks run; None for all.
+            weak: the second network of autoguidance, called as a `Network` with its parameters bound.
+            forecast: selects the steps that run the network's blocks; None for all.
 
         Returns:
             float32[B, h, w, c].
@@ -222,7 +222,7 @@ class DiffusionTask:
         return sampler(self.process, denoise, noise, step_keys)
 
     def parts(self, params):
-        """(run, run_head) of a network in three parts, as `ForecastingDenoise` takes them."""
+        """(run, run_head) of a network in three parts, for `ForecastingDenoise`."""
         params = {name: x for name, x in params.items() if name != CONDITIONER}
 
         def part(name, *args):

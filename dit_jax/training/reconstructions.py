@@ -1,4 +1,4 @@
-"""What an autoencoder's run shows for itself: images beside their reconstructions, their scores, and the finished codec.
+"""The results of an autoencoder's run: images with their reconstructions, scores, and the finished codec.
 
 N images, H x W x C images, h x w x c latents.
 """
@@ -28,11 +28,11 @@ from dit_jax.sample.grid import write_image_grid
 from dit_jax.tasks.state import TrainState, on_device
 from dit_jax.training.latent_plane import PALETTE, plane_picture
 
-STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
+STATISTICS_IMAGES = 10_000  # gives the scale of the latents to about a percent
 
 
 class Reconstructor:
-    """Images through a codec and back, by the mean of the posterior, in batches of one size."""
+    """Encodes images and decodes the posterior mean, in batches of one size."""
 
     def __init__(self, codec, mesh, batch_size: int):
         self.mesh = mesh
@@ -48,7 +48,7 @@ class Reconstructor:
         self._run = jax.jit(run, out_shardings=batch_sharding(mesh))
 
     def __call__(self, params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, whole on every host."""
+        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host."""
         parts, count = [], len(images)
         with jax.set_mesh(self.mesh):
             for start in range(0, count, self.batch_size):
@@ -58,7 +58,7 @@ class Reconstructor:
 
 
 def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [N, H, W, C], labels int32 [N]) of the first readable `count` images of a data set, never mirrored."""
+    """(uint8 [N, H, W, C], labels int32 [N]) of the first `count` readable images of a data set, not mirrored."""
     images, labels, bad = [], [], []
     for batch in read_in_order(source, run.transform, 256, bad_records=bad):
         images.append(batch["image"])
@@ -66,14 +66,14 @@ def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
         if sum(map(len, labels)) >= count:
             break
     if bad:
-        say(f"{len(bad)} unreadable images left out, the first: {bad[0][1]}")
+        say(f"{len(bad)} unreadable images skipped, the first: {bad[0][1]}")
     if not images:
         raise UserError(f"none of the {len(source)} images can be read")
     return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
 
 def side_by_side(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Originals and their reconstructions in turn, [2N, H, W, C]: with an even number of columns each pair lies together."""
+    """Originals and reconstructions alternate, [2N, H, W, C]; an even number of columns keeps each pair in one row."""
     return np.stack([images, reconstructions], 1).reshape(-1, *images.shape[1:])
 
 
@@ -83,7 +83,7 @@ def is_plane(latent_shape: tuple[int, ...]) -> bool:
 
 
 def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
-    """The latent plane as uint8 RGB: images decoded over it, and where the given ones lie."""
+    """The latent plane as uint8 RGB: images decoded over it, and the posterior means of the given images."""
     reconstructor = Reconstructor(codec, mesh, 256)
     means = reconstructor(params, images)[1].reshape(-1, 2)
 
@@ -96,7 +96,7 @@ def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
 
 
 class Reconstructions:
-    """The `Results` of an autoencoder's run: images next to their reconstructions, their scores, and the finished codec."""
+    """The `Results` of an autoencoder's run: images with their reconstructions, scores, and the finished codec."""
 
     def __init__(self, run: Run):
         self.run, preview = run, run.config.preview
@@ -109,17 +109,13 @@ class Reconstructions:
 
     @staticmethod
     def check(run: Run) -> None:
-        """Raises a UserError for what would only be found after the training."""
+        """Raises the UserErrors that `finish` would raise, before training."""
         evaluation = run.config.evaluation
         wanted, split, available = evaluation.num_images, evaluation.get("split"), len(run.evaluation_source)
         if wanted > available:
-            raise UserError(
-                f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; ask for no more"
-            )
+            raise UserError(f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; lower it")
         if wanted == 1:
-            raise UserError(
-                "evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)"
-            )
+            raise UserError("evaluation.num_images is 1; it must be at least 2, which the Frechet distance needs, or 0 (off)")
         if wanted and evaluation.features:
             extractors.check_name(evaluation.features, evaluation.weights or None)
             extractors.check_shape(evaluation.features, run.image_shape)
@@ -128,8 +124,8 @@ class Reconstructions:
         classes = len(run.source.class_names)
         if is_plane(run.latent_shape) and classes > len(PALETTE):
             raise UserError(
-                f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
-                "choose the images of some classes, or merge classes"
+                f"the data set has {classes} classes, and the picture of a latent of 2 numbers at most {len(PALETTE)} colours; "
+                "choose images of fewer classes, or merge classes"
             )
 
     def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
@@ -164,7 +160,7 @@ class Reconstructions:
         result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
         if hosts.is_first():
             codec_folder.replace(folder, codec, params)
-            say(f"the codec is in {folder}: give that folder, or {workdir}, as codec.path")
+            say(f"the codec is in {folder}; give that folder, or {workdir}, as codec.path")
         if is_plane(run.latent_shape) and hosts.is_first():
             picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
             result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))

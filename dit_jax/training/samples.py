@@ -1,4 +1,4 @@
-"""What a diffusion run shows for itself: grids of images while it trains, samples and their score at the end."""
+"""The results of a diffusion run: grids of samples during training, samples and their score at the end."""
 
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ MOST_COLUMNS = 20  # of a preview with a column for each class
 
 
 class Samples:
-    """The `Results` of a diffusion run: previews drawn on the training mesh, final samples on the devices of each process."""
+    """The `Results` of a diffusion run: previews are drawn on the training mesh, final samples on the devices of each process."""
 
     def __init__(self, run: Run):
         self.run, preview = run, run.config.preview
@@ -44,7 +44,7 @@ class Samples:
 
     @staticmethod
     def check(run: Run) -> None:
-        """Raises a UserError for what would only be found when the images are drawn or scored."""
+        """Raises the UserErrors of sampling and scoring, before training."""
         scoring.check(run)
         evaluation = run.config.evaluation
         if evaluation.num_images and evaluation.reference:
@@ -63,7 +63,7 @@ class Samples:
         return time.monotonic() - start
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
-        """Draws evaluation.num_images samples from the moving average; scores them if the config names a reference."""
+        """Draws evaluation.num_images samples with the moving average; scores them if the config names a reference."""
         run, evaluation, step = self.run, self.run.config.evaluation, int(state.step)
         if not evaluation.num_images:
             return {"samples": None}

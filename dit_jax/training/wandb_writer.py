@@ -1,4 +1,4 @@
-"""Metrics of a run on Weights & Biases (wandb.ai), for those who have the package `wandb`."""
+"""Metrics of a run on Weights & Biases (wandb.ai); needs the package `wandb`."""
 
 import secrets
 from pathlib import Path
@@ -7,10 +7,10 @@ from dit_jax.storage.atomic import write_atomic
 
 
 class WandbWriter:
-    """One W&B run for one workdir: its id is kept in `workdir`/wandb_id.txt, so that a run that goes on continues its curves.
+    """One W&B run for one workdir: its id is kept in `workdir`/wandb_id.txt, so that a resumed run continues its curves.
 
-    What was logged up to the step that W&B has is not sent again: training repeats it exactly. WANDB_MODE=offline works
-    without a network; `wandb sync` sends it later. The first use takes seconds, and a failed one is final.
+    Steps that W&B already has are not sent again: a resumed run repeats them exactly. WANDB_MODE=offline works
+    without a network; `wandb sync` sends it later. The first use takes seconds. If it fails, later uses fail with the same error.
 
     Args:
         workdir: holds the id and W&B's own files, in `wandb/`.
@@ -23,15 +23,15 @@ class WandbWriter:
         self._run, self._failed = None, None
 
     def scalars(self, step: int, numbers: dict[str, float]):
-        """Raises whatever wandb does."""
+        """Logs scalars. Raises the exceptions of wandb."""
         self._log(step, lambda wandb: numbers)
 
     def image(self, step: int, name: str, image):
-        """uint8 [H, W, C], C = 1 or 3. Raises whatever wandb does."""
+        """Logs an image, uint8 [H, W, C], C = 1 or 3. Raises the exceptions of wandb."""
         self._log(step, lambda wandb: {name: wandb.Image(image.squeeze(-1) if image.shape[-1] == 1 else image)})
 
     def close(self):
-        """Sends what is left."""
+        """Sends pending data and finishes the run."""
         run, self._run = self._run, None
         if run is not None:
             run.finish()
@@ -51,7 +51,7 @@ class WandbWriter:
         if not file.exists():
             write_atomic(file, secrets.token_hex(4))
         try:
-            # Not the console: the last line of stdout is a result, and W&B would wrap it.
+            # The console is not captured: the last line of stdout is the result, and W&B would wrap it.
             return wandb.init(
                 project=self._project,
                 id=file.read_text().strip(),

@@ -26,16 +26,27 @@ from PIL import Image
 
 FILES = GOLDEN / "e778c7f"
 ARCHIVES = ("run", "autoencoder", "latent_run", "cache", "samples", "sweep")
-LOOSE = ("samples.npz", "weights.safetensors", "official.pt", "reference.npz", "reference_kept.npz", "samples.pixels.json",
-         "samples.kept.json")
+LOOSE = (
+    "samples.npz",
+    "weights.safetensors",
+    "official.pt",
+    "reference.npz",
+    "reference_kept.npz",
+    "samples.pixels.json",
+    "samples.kept.json",
+)
 LEFT_OUT = ("tensorboard", ".lock", "log.txt", "attempts.jsonl", "figures", "report.html")  # of the archives
 
 EVERY = {"batch_size": 16, "log.every_steps": 10, "preview.every_steps": 0, "evaluation.num_images": 0, "ema_decay": 0.9}
 OPTIMIZER = {"optimizer.warmup_steps": 5, "optimizer.decay_steps": 100}
 NETWORK = {"model.depth": 2, "model.width": 8, "model.heads": 2, "sampler.num_steps": 6}
 CODEC = {"codec.block_out_channels": "(4,4)", "codec.norm_groups": 2}
-DISCRIMINATOR = {"task.discriminator_weight": 0.5, "task.discriminator.base_features": 4, "task.discriminator.num_layers": 1,
-                 "task.discriminator.norm_groups": 2}
+DISCRIMINATOR = {
+    "task.discriminator_weight": 0.5,
+    "task.discriminator.base_features": 4,
+    "task.discriminator.num_layers": 1,
+    "task.discriminator.norm_groups": 2,
+}
 
 
 def train(config: str, workdir: str, num_steps: int, fields: dict) -> list[str]:
@@ -52,15 +63,31 @@ def train_autoencoder(num_steps: int = 30) -> list[str]:
 
 
 def train_latent_run(num_steps: int = 40) -> list[str]:
-    return train("digits_latent.py", "latent_run", num_steps, OPTIMIZER | NETWORK | CODEC | {
-        "model.patch_size": 2, "codec.path": "autoencoder", "checkpoint.every_steps": 40})
+    return train(
+        "digits_latent.py",
+        "latent_run",
+        num_steps,
+        OPTIMIZER | NETWORK | CODEC | {"model.patch_size": 2, "codec.path": "autoencoder", "checkpoint.every_steps": 40},
+    )
 
 
 def train_on_cache(resident: bool) -> list[str]:
     sizes = {"codec.image_channels": 1, "codec.latent_channels": 2, "transform.channels": 1, "transform.flip": True}
-    return train("folder_latent.py:S/2,8,2", f"on_cache{int(resident)}", 20, NETWORK | CODEC | sizes | {
-        "codec.path": "autoencoder", "data.path": "cache", "loader.resident": resident, "optimizer.learning_rate": 1e-3,
-        "checkpoint.every_steps": 20})
+    return train(
+        "folder_latent.py:S/2,8,2",
+        f"on_cache{int(resident)}",
+        20,
+        NETWORK
+        | CODEC
+        | sizes
+        | {
+            "codec.path": "autoencoder",
+            "data.path": "cache",
+            "loader.resident": resident,
+            "optimizer.learning_rate": 1e-3,
+            "checkpoint.every_steps": 20,
+        },
+    )
 
 
 ENCODE = ["encode", "--data=images", "--codec=autoencoder", "--resolution=8", "--shard_records=20"]
@@ -79,8 +106,12 @@ def get_sweep():
 def write_sweep_file(folder: Path):
     lines = (ROOT / "configs" / "sweeps" / "digits.py").read_text().splitlines()
     imports = "\n".join(line for line in lines if line.startswith(("from ", "import ")))
-    settings = EVERY | OPTIMIZER | {k: v for k, v in NETWORK.items() if k != "model.width"} | {
-        "num_steps": 20, "model.patch_size": 4, "evaluation.num_images": 20, "evaluation.batch_size": 20}
+    settings = (
+        EVERY
+        | OPTIMIZER
+        | {k: v for k, v in NETWORK.items() if k != "model.width"}
+        | {"num_steps": 20, "model.patch_size": 4, "evaluation.num_images": 20, "evaluation.batch_size": 20}
+    )
     (folder / "sweep.py").write_text(SWEEP.format(imports=imports, settings={k: [v] for k, v in settings.items()}))
 
 
@@ -99,19 +130,24 @@ def make(folder: Path):
     """Writes all files into the folder, then packs them into FILES."""
     write_images(folder)
     write_sweep_file(folder)
-    run(folder, [
-        train_run(), train_autoencoder(), train_latent_run(),
-        [*ENCODE, "--out=cache"],
-        [*SAMPLE, "--workdir=run", "--num_samples=80", "--out=samples"],
-        [*SAMPLE, "--workdir=run", "--num_samples=24", "--out=samples.npz"],
-        ["convert", "--from=workdir", "--weights=run", "--out=weights.safetensors"],
-        ["convert", "--from=workdir", "--weights=run", "--to=official", "--out=official.pt"],
-        ["evaluate", "--make_reference=reference.npz", "--data=digits", "--features=pixels", "--nokeep_features"],
-        ["evaluate", "--make_reference=reference_kept.npz", "--data=samples.npz", "--features=pixels"],
-        [*SCORE, "--samples=samples.npz", "--reference=reference.npz"],
-        [*SCORE, "--samples=samples.npz", *KEPT, "--out=samples.kept.json"],
-        ["sweep", "--sweep=sweep.py", "--workdir=sweep"],
-    ])
+    run(
+        folder,
+        [
+            train_run(),
+            train_autoencoder(),
+            train_latent_run(),
+            [*ENCODE, "--out=cache"],
+            [*SAMPLE, "--workdir=run", "--num_samples=80", "--out=samples"],
+            [*SAMPLE, "--workdir=run", "--num_samples=24", "--out=samples.npz"],
+            ["convert", "--from=workdir", "--weights=run", "--out=weights.safetensors"],
+            ["convert", "--from=workdir", "--weights=run", "--to=official", "--out=official.pt"],
+            ["evaluate", "--make_reference=reference.npz", "--data=digits", "--features=pixels", "--nokeep_features"],
+            ["evaluate", "--make_reference=reference_kept.npz", "--data=samples.npz", "--features=pixels"],
+            [*SCORE, "--samples=samples.npz", "--reference=reference.npz"],
+            [*SCORE, "--samples=samples.npz", *KEPT, "--out=samples.kept.json"],
+            ["sweep", "--sweep=sweep.py", "--workdir=sweep"],
+        ],
+    )
     pack_all(folder)
 
 
@@ -125,8 +161,11 @@ def pack_all(folder: Path):
     for name in LOOSE:
         (FILES / name).write_bytes(without_place(folder / name, folder))
     for name in ARCHIVES:
-        pack(folder, [name, *(["images"] if name == "cache" else ["sweep.py"] if name == "sweep" else [])],
-             FILES / f"{name}.tar.gz")
+        pack(
+            folder,
+            [name, *(["images"] if name == "cache" else ["sweep.py"] if name == "sweep" else [])],
+            FILES / f"{name}.tar.gz",
+        )
 
 
 def pack(folder: Path, names: list[str], out: Path):
@@ -157,13 +196,16 @@ def unpack(folder: Path, names=(*ARCHIVES, *LOOSE)):
 
 # What is computed from the files.
 
+
 def image_values(path: Path) -> dict:
     """The images and labels of an npz of samples."""
     with np.load(path) as file:
         images, labels = file["arr_0"], file["labels"]
     packed = base64.b64encode(zlib.compress(images.tobytes(), 9)).decode()
-    return {"images": {"shape": list(images.shape), "uint8": packed, "sha256": hashlib.sha256(images.tobytes()).hexdigest()},
-            "labels": labels.tolist()}
+    return {
+        "images": {"shape": list(images.shape), "uint8": packed, "sha256": hashlib.sha256(images.tobytes()).hexdigest()},
+        "labels": labels.tolist(),
+    }
 
 
 def array_sums(tree, prefix: str = "") -> dict[str, dict]:
@@ -178,8 +220,13 @@ def array_sums(tree, prefix: str = "") -> dict[str, dict]:
         values = np.asarray(tree).astype(np.float64)
         # Weights that differ from place to place: a transposed array has another sum.
         weights = 1 + np.arange(values.size).reshape(values.shape) / max(values.size, 1)
-        return {prefix: {"shape": list(values.shape), "sum": float(f"{(values * weights).sum():.9g}"),
-                         "size": float(f"{np.abs(values).sum():.9g}")}}
+        return {
+            prefix: {
+                "shape": list(values.shape),
+                "sum": float(f"{(values * weights).sum():.9g}"),
+                "size": float(f"{np.abs(values).sum():.9g}"),
+            }
+        }
     found = {}
     for key, value in items:
         found |= array_sums(value, f"{prefix}/{key}" if prefix else str(key))
@@ -230,30 +277,40 @@ def files(folder: Path) -> dict:
     """What needs no compiler: the cache checked, the old samples scored, the old results in a table, the run converted."""
     unpack(folder)
     write_sweep_file(folder)
-    checked, scored, kept, many, table, swept, *_ = run(folder, [
-        ["encode", "--verify", "--out=cache"],
-        [*SCORE, "--samples=samples.npz", "--reference=reference.npz", "--out=new.json"],
-        [*SCORE, "--samples=samples", *KEPT, "--out=new.kept.json"],
-        [*SCORE, "--samples=samples", "--reference=digits", "--out=many.json"],
-        ["evaluate", "--table=samples.pixels.json,new.json,samples.kept.json", "--format=csv", "--out=table.csv"],
-        ["sweep", "--sweep=sweep.py", "--workdir=sweep", "--report"],
-        ["convert", "--from=workdir", "--weights=run", "--out=again.safetensors"],
-        ["convert", "--from=workdir", "--weights=run", "--to=official", "--out=again.pt"],
-        ["convert", "--from=official", "--weights=official.pt", "--like=run", "--out=back.safetensors"],
-    ])
+    checked, scored, kept, many, table, swept, *_ = run(
+        folder,
+        [
+            ["encode", "--verify", "--out=cache"],
+            [*SCORE, "--samples=samples.npz", "--reference=reference.npz", "--out=new.json"],
+            [*SCORE, "--samples=samples", *KEPT, "--out=new.kept.json"],
+            [*SCORE, "--samples=samples", "--reference=digits", "--out=many.json"],
+            ["evaluate", "--table=samples.pixels.json,new.json,samples.kept.json", "--format=csv", "--out=table.csv"],
+            ["sweep", "--sweep=sweep.py", "--workdir=sweep", "--report"],
+            ["convert", "--from=workdir", "--weights=run", "--out=again.safetensors"],
+            ["convert", "--from=workdir", "--weights=run", "--to=official", "--out=again.pt"],
+            ["convert", "--from=official", "--weights=official.pt", "--like=run", "--out=back.safetensors"],
+        ],
+    )
     metrics = ("fid", "fid_interval", "is", "precision", "recall", "kid", "num_samples", "num_reference")
     moments = {path.name: array_sums(np.load(path)) for path in sorted((folder / "cache").glob("*.moments.npy"))}
     return {
-        "cache": {k: checked[k] for k in ("images", "shards", "bad_records", "latent_shape", "views", "unit_scale",
-                                          "manifest_sha256", "verified")} | {"moments": moments},
-        "scores": {name: {k: result[k] for k in metrics if k in result}
-                   for name, result in (("statistics", scored), ("kept features", kept), ("folder", many))},
+        "cache": {
+            k: checked[k]
+            for k in ("images", "shards", "bad_records", "latent_shape", "views", "unit_scale", "manifest_sha256", "verified")
+        }
+        | {"moments": moments},
+        "scores": {
+            name: {k: result[k] for k in metrics if k in result}
+            for name, result in (("statistics", scored), ("kept features", kept), ("folder", many))
+        },
         "table": {"results": table["results"], "lines": len((folder / "table.csv").read_text().splitlines())},
         "sweep": {"runs": swept["runs"], "done": swept["done"]},
         "weights again": safetensors_sums(folder / "again.safetensors"),
         "weights back": safetensors_sums(folder / "back.safetensors"),
-        "official": {"old": hashlib.sha256((folder / "official.pt").read_bytes()).hexdigest(),
-                     "again": hashlib.sha256((folder / "again.pt").read_bytes()).hexdigest()},
+        "official": {
+            "old": hashlib.sha256((folder / "official.pt").read_bytes()).hexdigest(),
+            "again": hashlib.sha256((folder / "again.pt").read_bytes()).hexdigest(),
+        },
     }
 
 
@@ -261,8 +318,10 @@ def resumed(folder: Path) -> dict:
     """The three old runs trained for ten more steps: losses since the start, and every array of the last checkpoint."""
     unpack(folder, ("run", "autoencoder", "latent_run"))
     run(folder, [train_run(50), train_latent_run(50), train_autoencoder(40)])
-    return {workdir: {"losses": losses(folder / workdir), "state": checkpoint_sums(folder / workdir / "checkpoints" / str(step))}
-            for workdir, step in (("run", 50), ("latent_run", 50), ("autoencoder", 40))}
+    return {
+        workdir: {"losses": losses(folder / workdir), "state": checkpoint_sums(folder / workdir / "checkpoints" / str(step))}
+        for workdir, step in (("run", 50), ("latent_run", 50), ("autoencoder", 40))
+    }
 
 
 def cached(folder: Path) -> dict:
@@ -270,10 +329,13 @@ def cached(folder: Path) -> dict:
     unpack(folder, ("autoencoder", "cache"))
     encode = [[*ENCODE, "--out=cache"], [*ENCODE, "--out=new"]]
     *_, kept, again = run(folder, [train_on_cache(False), train_on_cache(True), *encode])
-    return {"from disk": losses(folder / "on_cache0"), "resident": losses(folder / "on_cache1"),
-            "same command": {"manifest_sha256": kept["manifest_sha256"]},
-            "encoded again": {"unit_scale": again["unit_scale"]} | {
-                path.name: array_sums(np.load(path)) for path in sorted((folder / "new").glob("*.moments.npy"))}}
+    return {
+        "from disk": losses(folder / "on_cache0"),
+        "resident": losses(folder / "on_cache1"),
+        "same command": {"manifest_sha256": kept["manifest_sha256"]},
+        "encoded again": {"unit_scale": again["unit_scale"]}
+        | {path.name: array_sums(np.load(path)) for path in sorted((folder / "new").glob("*.moments.npy"))},
+    }
 
 
 OBSERVATIONS = {f.__name__: f for f in (quick_samples, files, samples, resumed, cached)}
@@ -283,8 +345,12 @@ def machine() -> dict:
     """What the last bits of images depend on."""
     with open("/proc/cpuinfo") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    return {"jax": importlib.metadata.version("jax"), "jaxlib": importlib.metadata.version("jaxlib"), "cores": os.cpu_count(),
-            "cpu": hashlib.sha256(flags.encode()).hexdigest()[:8]}
+    return {
+        "jax": importlib.metadata.version("jax"),
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "cores": os.cpu_count(),
+        "cpu": hashlib.sha256(flags.encode()).hexdigest()[:8],
+    }
 
 
 def main():

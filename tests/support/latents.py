@@ -31,7 +31,7 @@ class Photographs:
 
 
 def params(codec=CODEC):
-    """Random parameters with a log-variance that shows in the statistics."""
+    """Random parameters with a log-variance that changes the statistics."""
     return jax.tree.map(np.asarray, codec.init(jax.random.key(3)))
 
 
@@ -41,7 +41,7 @@ def job(shared_params, **fields):
 
 
 def contents(folder):
-    """{name: bytes} of all files."""
+    """All files, {name: bytes}."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Run folders as a training leaves them, made without training; configs read from their files."""
+"""Makes run folders without training; reads configs from their files."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ from dit_jax.storage.run_folder import Workdir
 
 
 def save_run(folder, config, seed):
-    """A run's folder with a checkpoint whose moving average is random, as if trained."""
+    """Writes a run's folder with a checkpoint whose moving average is random."""
     rng = np.random.default_rng(seed)
     average = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), formats.network_params(config))
     with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:

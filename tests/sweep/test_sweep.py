@@ -110,7 +110,7 @@ def test_names_in_the_grid_and_user_code(tmp_path):
         ({"grid": {"mesh.zero1": ["False"]}}, "the flag would set False"),
         ({"grid": {"model.width": [None]}}, "width must be a whole number"),
         ({"base": "configs/nowhere.py"}, "does not exist"),
-        ({"variants": {"a": "process=steam"}}, "no process 'steam'"),
+        ({"variants": {"a": "process=steam"}}, "process 'steam' does not exist"),
         ({"variants": {"a/b": {"model.width": 32}, "a-b": {"model.width": 64}}}, "same folder"),
         ({"variants": {"a": {"model.width": 32}}, "grid": {"model.width": [64]}}, "both set model.width"),
         ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "already has one"),

@@ -1,4 +1,4 @@
-"""The samplers of discrete diffusion: ancestral (DDPM) and DDIM, and DDIM run from data to noise."""
+"""The samplers of discrete diffusion: ancestral (DDPM), DDIM, and the inversion of DDIM."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ def posterior_variance(alpha, sigma):
 
 @dataclass(frozen=True)
 class Ancestral:
-    """DDPM's sampler over any subset of the timesteps: draws x_s from q(x_s | x_t, predicted x0) with the predicted variance.
+    """DDPM's sampler over any subset of the timesteps. It draws x_s from q(x_s | x_t, predicted x0) with the predicted variance.
 
     Fields:
         spacing: "even", or "stride" as in DDIM (`Gaussian.grid`).
@@ -43,7 +43,7 @@ class Ancestral:
         times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         ratio, beta, variance = posterior_variance(alpha, sigma)
-        # The last step has variance 0; it is never used, because that step adds no noise.
+        # The last step has variance 0. Its logarithm is not used: that step adds no noise.
         log_small = np.log(np.append(variance[:-1], variance[-2] if self.num_steps > 1 else beta[-1]))
 
         def step(carry, c):
@@ -72,11 +72,11 @@ class Ancestral:
 
 @dataclass(frozen=True)
 class DDIM:
-    """DDIM: x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z, with d = eta times the posterior's deviation.
+    """DDIM: x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z, with d = eta times the posterior's standard deviation.
 
     Fields:
         eta: 0 is deterministic; 1 is the ancestral sampler with the small variance.
-        spacing: "even" steps with both ends, or "stride", every k-th timestep from the first on, which exists only for some
+        spacing: "even" steps, both ends included, or "stride", every k-th timestep from the first on, which exists only for some
             num_steps (the paper's code calls it "ddim50"); see `Gaussian.grid`.
 
     Source: Song et al. 2021, equations 12 and 16.
@@ -88,9 +88,9 @@ class DDIM:
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
-            raise UserError(f"DDIM eta is {self.eta}; it must lie in [0, 1]")
+            raise UserError(f"sampler.eta is {self.eta}; it must lie in [0, 1]")
         if self.spacing not in SPACINGS:
-            raise UserError(f"DDIM spacing is {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+            raise UserError(f"sampler.spacing is {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
 
     def evaluations(self, process: Process) -> int:
         return self.num_steps
@@ -124,8 +124,8 @@ class DDIM:
 def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing: str = "even"):
     """The noise [B, ...] from which DDIM with eta 0 (or `Euler`) on the same grid returns to about x0 [B, ...].
 
-    Euler's method upwards: each step takes the slope where it starts. At t = 0, of which a process with timesteps knows
-    nothing, the first step takes the slope that the network gives for x0 at the first timestep.
+    Euler's method from t = 0 to t = 1: each step uses the slope at its start. A process with discrete timesteps is not defined
+    at t = 0, so its first step uses the slope for x0 at the first timestep.
 
     Source: Song et al. 2021, section 5.4 and equation 14.
     """
