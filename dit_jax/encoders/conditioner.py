@@ -25,8 +25,11 @@ class Conditioner(Protocol):
         num_classes: how many labels there are; 0 where the condition is not a label.
     """
 
-    rules: Rules
-    num_classes: int
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def num_classes(self) -> int: ...
 
     def init(self, key: jax.Array) -> Any:
         """Parameters to train; {} for a frozen conditioner."""
