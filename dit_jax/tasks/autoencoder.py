@@ -116,9 +116,11 @@ class AutoencoderTask:
 
         fidelity_gradient: [B, H, W, C]; to_last_layer turns such a gradient into that of the decoder's last kernel.
         """
+        discriminator = self.discriminator
+        assert discriminator is not None  # called only where there is one
 
         def judge(discriminator_params, x):
-            return self.discriminator.apply({"params": discriminator_params}, x)
+            return discriminator.apply({"params": discriminator_params}, x)
 
         def discriminator_loss(discriminator_params):
             real, fake = judge(discriminator_params, images), judge(discriminator_params, decoded)
