@@ -226,7 +226,7 @@ class Run:
                 f"the data set has {self.source.num_classes} classes and model.num_classes is {classes}; pass "
                 f"--config.model.num_classes={self.source.num_classes}, or 0 to train without labels"
             )
-        part = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
+        part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
             return Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
         self.source.check(self.codec, config.codec.sha256, self.transform)
