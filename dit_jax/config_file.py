@@ -10,6 +10,7 @@ and of its recipe, if there is one; no other field of the file's section is kept
 import copy
 import difflib
 import inspect
+import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,11 @@ def define_fields() -> flags.FlagHolder:
     return flags.DEFINE_multi_string(
         console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
     )
+
+
+def plain(config: "ConfigDict") -> dict[str, Any]:
+    """The config as JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":

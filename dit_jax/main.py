@@ -5,7 +5,6 @@
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, resets
 its section to the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
-The same command again resumes the run.
 
 The last line of stdout is a JSON object, also written to <workdir>/result.json at the end. On TPU pods, GKE and SLURM, processes
 find each other; elsewhere give --coordinator_address, --num_processes and --process_id.

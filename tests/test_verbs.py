@@ -155,3 +155,12 @@ def test_plan_models(tmp_path):
 def test_duration(seconds, text):
     """1m60s."""
     assert duration(seconds) == text
+
+
+def test_every_verb_is_listed():
+    """A verb that `python -m dit_jax` leaves out, or lists without saying what it does."""
+    from dit_jax.__main__ import ORDER, verbs
+
+    listed = verbs()
+    assert set(listed) == set(ORDER)
+    assert all(line.endswith(".") and 20 < len(line) <= 130 for line in listed.values()), listed

@@ -48,7 +48,7 @@ class Subject:
     sampler: Any = None
     guidance: Guidance = field(default_factory=Guidance)
     constants: Mapping[str, Any] = field(default_factory=dict)
-    entry: str = "moments"
+    entry: str = "image"
     seed: int = 0
 
     def __post_init__(self):
@@ -152,6 +152,7 @@ def of_model(
         batch_size,
         registry.get("sampler", draw.pop("name"))(**draw),
         Guidance(guidance_scale),
+        entry="moments",
     )
 
 
@@ -168,5 +169,5 @@ def of_config(config, devices=None) -> Subject:
     run = Run(config, devices=devices)
     draw = {"sampler": run.sampler, "guidance": run.guidance} if run.task.draws_samples else {}
     if run.has_codec_weights:  # the step begins at a latent cache and does not read them
-        return Subject(run.task, run.mesh, config.batch_size, seed=config.seed, **draw)
-    return Subject(run.task, run.mesh, config.batch_size, constants=run.frozen, entry="image", seed=config.seed, **draw)
+        return Subject(run.task, run.mesh, config.batch_size, entry="moments", seed=config.seed, **draw)
+    return Subject(run.task, run.mesh, config.batch_size, constants=run.frozen, seed=config.seed, **draw)

@@ -11,9 +11,9 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
-import ml_collections
 from absl import logging
 
 from dit_jax.errors import UserError
@@ -61,11 +61,6 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def plain(config: ml_collections.ConfigDict) -> dict:
-    """The config as JSON values (tuples become lists)."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
 def differences(old: dict, new: dict) -> list[str]:
     """Lines "field: old -> new" for changed fields that must not change when a run resumes."""
     old, new = flatten(old), flatten(new)
@@ -80,13 +75,15 @@ def differences(old: dict, new: dict) -> list[str]:
 class Workdir:
     """Opens or creates a run's folder for training; a context manager that holds the claim on it.
 
+    settings: the run's config as JSON values (`config_file.plain`).
+
     Raises on entry:
         UserError: another command is at work in it; its config differs; it holds something else.
     """
 
-    def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
+    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True):
         self.path = Path(path).expanduser().absolute()
-        self.config, self.first = plain(config), first
+        self.settings, self.first = settings, first
         self._claim = contextlib.ExitStack()
 
     @property
@@ -103,13 +100,13 @@ class Workdir:
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
             before = read_config(self.path)
-            lines = differences(before, self.config)
+            lines = differences(before, self.settings)
             if lines and self.checkpoints.exists():  # without a checkpoint there is nothing to resume
                 raise UserError(
                     f"{self.path} contains a run with another config; use that config, or give a new --workdir. "
                     f"Different:\n  " + "\n  ".join(lines)
                 )
-            for line in user_code.changes(before.get("imports", ()), self.config.get("imports", ())):
+            for line in user_code.changes(before.get("imports", ()), self.settings.get("imports", ())):
                 say(line)
         elif self.checkpoints.exists():
             raise UserError(
@@ -119,7 +116,7 @@ class Workdir:
         if self.first:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
-                write_json(file, self.config, indent=2)
+                write_json(file, self.settings, indent=2)
                 remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
                 self._claim = stack.pop_all()
         return self

@@ -14,11 +14,12 @@ import contextlib
 import json
 from pathlib import Path
 
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.claim import Claim, claim
-from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, plain, read_config
+from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, read_config
 from dit_jax.sweep.grid import Run
 
 # Sections that affect only a run's speed and output files, not its result.

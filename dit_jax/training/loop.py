@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.build import Run
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
@@ -21,7 +22,7 @@ from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import Workdir, plain
+from dit_jax.storage.run_folder import Workdir
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
 from dit_jax.training import summary
@@ -127,14 +128,15 @@ class Training:
 
     def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
+        settings = plain(config)
         self.run, self.clock, self.stack = run, clock, stack
         self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
         self.results = results_of(run)
         scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
-        wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
+        wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
         self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
-        self.folder = stack.enter_context(Workdir(workdir, config, first))
+        self.folder = stack.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(Checkpointer(self.folder.checkpoints, **config.checkpoint))
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal())

@@ -123,7 +123,17 @@ def test_models_are_the_recipes(name):
     """A --model that is not the network, process or task that the paper's config trains."""
     config = recipes.dit(name, 256)
     bare, whole = subject.of_model(name, (256, 256), 8, "bfloat16").task, build.Run(config.lock()).task
-    for field in ("network", "process", "codec", "latent_shape", "num_classes", "cond_dropout", "ema_decay", "microbatches"):
+    for field in (
+        "network",
+        "process",
+        "codec",
+        "image_shape",
+        "latent_shape",
+        "conditioner",
+        "cond_dropout",
+        "ema_decay",
+        "microbatches",
+    ):
         assert getattr(bare, field) == getattr(whole, field), field
 
 
@@ -143,7 +153,7 @@ def test_batches_are_what_the_tasks_read():
         "autoencoder": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")},
     }
     assert len(small().batch()["label"].sharding.device_set) == 8
-    assert small().macs() == pytest.approx(1e9 * small().describe()["gmacs"]) and autoencoder.macs() is None
+    assert small().macs == pytest.approx(1e9 * small().describe()["gmacs"]) and autoencoder.macs is None
 
 
 def test_a_skipped_step_is_no_speed():
@@ -234,7 +244,7 @@ MISTAKES = {
     "peers": (["--what=forward", "--peers=eager"], "without --compare"),
     "peer": (["--what=forward", "--compare", "--peers=lazy"], "names lazy"),
     "scaling": (["--what=scaling", "--config=configs/digits.py", "--config.mesh.data=4"], "lets it grow from 1"),
-    "threads": (["--what=images", "--threads=1,many"], "whole numbers"),
+    "threads": (["--what=images", "--threads=1,many"], "must be integers of at least 1"),
     "cache": (["--what=latents", "--data=/nowhere"], "not a latent cache"),
     "autoencoder": (["--what=forward", "--config=configs/vae_digits.py"], "trains an autoencoder"),
 }
@@ -293,7 +303,7 @@ def test_forward():
     """A forward that counts as a training step, or misses half of the batch."""
     it = one_device()
     work = network.forward(it)
-    assert work.call().shape == (4, 8, 8, 2) and work.facts["flops_per_image"] == 2 * it.macs()
+    assert work.call().shape == (4, 8, 8, 2) and work.facts["flops_per_image"] == 2 * it.macs
     check(network.run(it, work, 0.0, queue=True), 4)
 
 

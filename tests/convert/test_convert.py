@@ -14,10 +14,12 @@ from dit_files import held, same_bits, tiny_weights
 from verbs import run_verbs
 
 from dit_jax import build, recipes
+from dit_jax.config_file import plain
 from dit_jax.convert import formats
 from dit_jax.convert.formats import Source
 from dit_jax.errors import UserError
 from dit_jax.interop import dinov2, lpips, pt_reader, pt_writer
+from dit_jax.models.dit import DiT
 from dit_jax.parallel import rules
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.rules import path_name
@@ -216,9 +218,9 @@ def workdir(tmp_path_factory):
     params = formats.network_params(config)
     rng = np.random.default_rng(0)
     average = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), params)
-    split = jax.device_put(average, rules.shardings(params, make_mesh(data=2, fsdp=2, tensor=2)))
+    split = jax.device_put(average, rules.shardings(params, make_mesh(data=2, fsdp=2, tensor=2), DiT.rules))
     assert not split["blocks"]["mlp"]["in"]["kernel"].is_fully_replicated
-    with Workdir(folder, config), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
+    with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
         checkpointer.save(3, {"ema_params": split, "params": {"unused": jax.numpy.zeros(1)}}, {})
     return folder, average
 

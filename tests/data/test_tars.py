@@ -171,7 +171,7 @@ def test_layout_rules(tmp_path):
         ({"a.jpg": b"1", "a.json": b"{"}, r"a\.json cannot be read"),
         ({"a.jpg": b"1", "a.json": b"[1]"}, "not an object"),
         ({"a.jpg": b"1", "a.json": b'{"caption": 5}'}, "not a string"),
-        ({"a.jpg": b"1", "a.cls": b"1" * 100}, "may have 64"),
+        ({"a.jpg": b"1", "a.cls": b"1" * 100}, "may have at most 64"),
         ({".x": b"1"}, "no samples"),
     ],
 )

@@ -164,7 +164,7 @@ def test_published_statistics(tmp_path):
         scores.check_comparable(found, "adm.npz", load(), ArrayImages(images(20), "x"))
     for change, text in (
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, "have 2048"),
-        ({"sigma": np.eye(3)}, "are needed"),
+        ({"sigma": np.eye(3)}, "must be floats"),
         ({"mu": np.full(2048, np.nan)}, "NaN"),
     ):
         np.savez(path, **{**arrays, **change})
@@ -314,7 +314,7 @@ def test_images_that_are_not_square(tmp_path):
     options = scores.Options(("fid",), replicates=0)
     assert scores.evaluate(str(path), str(folder), "pixels", options=options)["fid"] == pytest.approx(0, abs=1e-4)
     reference.write(tmp_path / "tall.npz", scores.make_reference(cropped(str(folder), (12, 8), 3), load_pixels("pixels"), False))
-    with pytest.raises(UserError, match=r"8 x 12 x 3 .* 12 x 8 x 3 .*--resolution=8x12"):
+    with pytest.raises(UserError, match=r"8 x 12 x 3, .* of 12 x 8 x 3 images.*--resolution=8x12"):
         scores.evaluate(str(path), str(tmp_path / "tall.npz"), "pixels", options=options)
 
 

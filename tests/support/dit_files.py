@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.interop import weights
 from dit_jax.interop.tensors import Tensor
@@ -45,8 +46,8 @@ def same_bits(a: Weights, b: Weights) -> bool:
 
 
 def our_forward(found: Weights, x, t, labels):
-    """Output of the PyTorch network: x [B, H, W, C] -> [B, H, W, out]."""
-    net = formats.build.Run(formats.config_of(found.sections)).network
+    """Output of our network: x [B, H, W, C] -> [B, H, W, out]."""
+    net = Run(formats.config_of(found.sections)).network
     params = {}
     for name, array in arrays(found).items():
         *parents, leaf = name.split("/")

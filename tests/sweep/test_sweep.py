@@ -17,9 +17,9 @@ from user_files import forgetful as forgetful
 from user_files import write
 from verbs import ROOT, start
 
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.programs import chips
-from dit_jax.storage.run_folder import plain
 from dit_jax.sweep import checks, cost, grid, local, remote, scores
 from dit_jax.sweep.folder import Folder, write_json
 from dit_jax.sweep.grid import Sweep

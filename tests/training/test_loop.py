@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from dit_jax import build
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.storage.run_folder import Workdir
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -144,9 +145,9 @@ def test_other_data_is_refused(whole, monkeypatch):
 def test_one_process_at_a_time(tmp_path):
     """Two processes that write checkpoints into one folder."""
     with (
-        Workdir(tmp_path / "run", tiny.config()),
+        Workdir(tmp_path / "run", plain(tiny.config())),
         pytest.raises(UserError, match="another command"),
-        Workdir(tmp_path / "run", tiny.config()),
+        Workdir(tmp_path / "run", plain(tiny.config())),
     ):
         pass
 
@@ -178,16 +179,16 @@ def test_refused_before_any_work(tmp_path, overrides, text):
 
 def test_a_failed_start_binds_nobody(tmp_path):
     """A folder that refuses the corrected config because a start failed before its first checkpoint."""
-    with Workdir(tmp_path / "run", tiny.config(seed=5)):
+    with Workdir(tmp_path / "run", plain(tiny.config(seed=5))):
         pass
-    with Workdir(tmp_path / "run", tiny.config()) as folder:
+    with Workdir(tmp_path / "run", plain(tiny.config())) as folder:
         assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     """A stack trace for a mistyped --workdir."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"), Workdir(tmp_path / "file" / "run", tiny.config()):
+    with pytest.raises(UserError, match="cannot be written"), Workdir(tmp_path / "file" / "run", plain(tiny.config())):
         pass
 
 
