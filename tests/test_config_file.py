@@ -96,7 +96,7 @@ def test_every_field_of_a_constructor_can_be_given():
         (["batch_size=2.5"], "batch_size must be a whole number"),
         (["batch_size"], "batch_size has no value"),
         (["optimizer.clip_norm=x"], "clip_norm must be a number or None"),
-        (["task.name=autoencoder"], "give a config file of 'autoencoder'"),
+        (["task.name=autoencoder"], "give a config file of task 'autoencoder'"),
     ],
 )
 def test_mistakes(fields, text):
