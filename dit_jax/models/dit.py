@@ -247,6 +247,11 @@ class DiT(nn.Module):
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
         check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
+        if self.num_classes and "label" not in cond:
+            raise UserError(
+                f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
+                "model.num_classes to 0"
+            )
         _, h, w, _ = x_t.shape
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
