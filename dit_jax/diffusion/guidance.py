@@ -5,15 +5,17 @@ B batch, C data channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Network, expand
 from dit_jax.errors import UserError
 
 
-def replace_condition(dropped, cond, null_cond):
+def replace_condition(dropped: jax.Array, cond: Any, null_cond: Any) -> Any:
     """The null condition for each example where `dropped`, bool[B]; the whole condition of an example is dropped or none of it.
 
     Args:
@@ -24,7 +26,7 @@ def replace_condition(dropped, cond, null_cond):
     return jax.tree.map(lambda x, null: jnp.where(expand(dropped, x), null, x), cond, null_cond)
 
 
-def run_pairs(network: Network, x, time, cond, null_cond):
+def run_pairs(network: Network, x: jax.Array, time: jax.Array, cond: Any, null_cond: Any) -> tuple[jax.Array, jax.Array]:
     """(network's output with cond, with null_cond) in one call on 2B examples."""
     # Pairs stand next to each other, not in two halves, so that a batch split over devices stays where it is.
     pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), cond, null_cond)
@@ -68,7 +70,7 @@ class Guidance:
         """Whether some times are not guided."""
         return (self.low, self.high) != (0.0, 1.0)
 
-    def __call__(self, network: Network, cond, null_cond, weak: Network | None = None) -> Callable:
+    def __call__(self, network: Network, cond: Any, null_cond: Any, weak: Network | None = None) -> Callable:
         """Binds the conditions.
 
         Args:
@@ -98,7 +100,7 @@ class Guidance:
 
         return call
 
-    def lead(self, strong, weak, inside, channels: int):
+    def lead(self, strong: jax.Array, weak: jax.Array, inside: ArrayLike, channels: int) -> jax.Array:
         """strong [B, ..., C or more] with its first channels led away from weak's where `inside` (bool or bool[B])."""
         if self.channels is not None and self.channels > channels:
             raise UserError(
