@@ -1,7 +1,9 @@
 """The program of one training step, as the loop runs it, the benchmark times it and the plan compiles it; needs only JAX."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from dit_jax.tasks.state import on_device
 from dit_jax.tasks.task import Task
 
 
-def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+def trace_step(task: Task, mesh: Mesh, seed: int, state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
     """(traced step, sums as ShapeDtypeStructs): (state, sums, constants, batch) -> (state, sums), its first two donated.
 
     The new state lives where the old one does, in device or in host memory.
@@ -36,7 +38,9 @@ def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
         return jax.jit(step, donate_argnums=(0, 1), out_shardings=out).trace(state, sums, constants, batch), sums
 
 
-def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+def compile_step(
+    task: Task, mesh: Mesh, seed: int, state: Any, constants: Any, batch: Any
+) -> tuple[Any, Callable[[], Any], float]:
     """(compiled step, zero sums, seconds); arguments as `trace_step`."""
     start = time.monotonic()
     traced, sums = trace_step(task, mesh, seed, state, constants, batch)
@@ -46,7 +50,7 @@ def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
     return compiled, zeros, time.monotonic() - start
 
 
-def compile_in_background(*args) -> Future:
+def compile_in_background(*args: Any) -> Future:
     """`compile_step` in a thread of its own: it asks for the state's shapes alone, which may be created or read meanwhile.
 
     Who fails meanwhile says so before the thread is waited for.
