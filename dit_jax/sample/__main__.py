@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags
 
 from dit_jax import recipes, registry
@@ -63,7 +64,7 @@ OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or 
 processes.define_flags()
 
 
-def override(config: ml_collections.ConfigDict):
+def override(config: ml_collections.ConfigDict) -> None:
     """Puts the flags' choices into the config's sampler, guidance and codec."""
     if SAMPLER.value is not None and SAMPLER.value != config.sampler.name:
         config.sampler = ml_collections.ConfigDict(recipes.default_sampler(SAMPLER.value))
@@ -118,7 +119,7 @@ def chosen_step(workdir: Path) -> int | None:
     return int(STEP.value)
 
 
-def load_weak(run) -> tuple[Any, Any]:
+def load_weak(run: Any) -> tuple[Any, Any]:
     """(task, parameters) of the network of --autoguidance_workdir; (None, None) without it.
 
     Raises:
@@ -141,7 +142,7 @@ def load_weak(run) -> tuple[Any, Any]:
     return weak.task, trained.load_params(weak, path)[0]
 
 
-def choose_labels(num_classes: int):
+def choose_labels(num_classes: int) -> tuple[np.ndarray, str]:
     """(int32[num_samples] as --labels says, what it is called in the samples' description)."""
     from dit_jax.sample.labels import null_labels, random_labels, spread_labels
 
