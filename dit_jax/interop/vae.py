@@ -1,5 +1,7 @@
 """Reads and writes the KL autoencoder's weights in the format of diffusers' `AutoencoderKL` (safetensors), without PyTorch."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -189,8 +191,14 @@ def save_diffusers(path, codec, params):
         save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers requires a format
 
 
-def _expected(codec):
+def _expected(codec) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """{diffusers name: (our keys, shape of the stored tensor)} for every parameter of the codec."""
+    return _names_and_shapes(dataclasses.replace(codec, scale=1.0, shift=0.0))
+
+
+@functools.lru_cache(maxsize=8)
+def _names_and_shapes(codec):
+    # Traces the codec's init, which takes most of a second.
     shapes = jax.eval_shape(codec.init, jax.random.key(0))
     expected = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:

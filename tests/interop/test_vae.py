@@ -1,7 +1,9 @@
 """Weights of diffusers' AutoencoderKL in and out."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,20 +16,32 @@ from dit_jax.errors import UserError
 from dit_jax.interop.vae import WEIGHTS_NAME, find, load_diffusers, read_codec, save_diffusers, weights_sha256
 
 
-@pytest.fixture
+@functools.cache
+def shapes(codec):
+    return jax.eval_shape(codec.init, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
 def codec():
     return KLVAE(**TINY)
 
 
-@pytest.fixture
-def folder(codec, tmp_path):
+@pytest.fixture(scope="module")
+def written(codec, tmp_path_factory):
     """A folder as diffusers would write it, from random parameters of the codec."""
-    params = jax.tree.map(
-        lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
-        jax.eval_shape(codec.init, jax.random.key(0)),
+    folder = tmp_path_factory.mktemp("written")
+    save_diffusers(
+        folder,
+        codec,
+        jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), shapes(codec)),
     )
-    save_diffusers(tmp_path / "vae", codec, params)
-    return tmp_path / "vae"
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(written, tmp_path / "vae")
 
 
 def edit(folder, change):
@@ -44,7 +58,7 @@ def test_a_diffusers_folder_survives_the_round_trip_bit_for_bit(layout, tmp_path
     original = diffusers_vae(codec)
     original.save_pretrained(tmp_path / "theirs")
     params = load_diffusers(tmp_path / "theirs", codec)
-    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, jax.eval_shape(codec.init, jax.random.key(0)))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes(codec))
     save_diffusers(tmp_path / "ours", codec, params)
 
     read_back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
@@ -163,7 +177,7 @@ PER_CHANNEL = {"scale": (3.0, 0.7, 1.1, 0.2), "shift": (0.1, -0.3, 0.0, 7.0)}
 def test_a_folder_tells_the_codec(fields, tmp_path):
     """A size, scale or shift that is not written, or read back as another; a config of ours that ours refuses."""
     codec = KLVAE(**{**TINY, **fields})
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(codec.init, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(dataclasses.replace(codec, scale=1.0, shift=0.0)))
     save_diffusers(tmp_path, codec, params)
     found = read_codec(tmp_path)
     for name in ("scale", "shift"):

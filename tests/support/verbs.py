@@ -9,17 +9,26 @@ from paths import ROOT
 
 # Runs many verbs, each in a fork of one process that has imported the libraries: a start costs a second instead of six.
 FORK = """
-import json, os, runpy, sys
-import dit_jax.convert.formats, dit_jax.training.loop
+import json, os, runpy, sys, traceback
+import dit_jax.convert.formats, dit_jax.training.loop, sklearn.datasets
 results = []
 for name, *args in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:
         for number, file in ((1, "out"), (2, "err")):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = [name, *args]
-        runpy.run_module(f"dit_jax.{name}", run_name="__main__")
-        os._exit(0)
+        sys.argv, status = [name, *args], 0
+        try:
+            runpy.run_module(f"dit_jax.{name}", run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            print(*[ended.code] if isinstance(ended.code, str) else [], end="", file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # taking the interpreter down costs more than a verb that refuses
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     results.append((status, open("out").read(), open("err").read()))
 print(json.dumps(results))

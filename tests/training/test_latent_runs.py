@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import latents
 import numpy as np
 import pytest
 import tiny
@@ -72,7 +73,7 @@ def test_another_codec_is_refused(first_stage, tmp_path):
     shutil.rmtree(tmp_path / "run" / "codec")
     other = shutil.copytree(vae.find(first_stage), tmp_path / "other")
     codec = vae.read_codec(other)
-    vae.save_diffusers(other, codec, codec.init(jax.random.key(5)))
+    vae.save_diffusers(other, codec, latents.params(codec, 5))
     with pytest.raises(UserError, match=r"codec.sha256: '.*' -> '.*'"):
         train(build.Run(tiny.digits_latent(other)), tmp_path / "run")
     with pytest.raises(UserError, match=r"codec\.sha256 is 00"):
@@ -170,7 +171,7 @@ def test_a_cache_of_something_else_is_refused(first_stage, cache, tmp_path, chan
     else:
         other = shutil.copytree(vae.find(first_stage), tmp_path / "other")
         codec = vae.read_codec(other)
-        vae.save_diffusers(other, codec, codec.init(jax.random.key(5)))
+        vae.save_diffusers(other, codec, latents.params(codec, 5))
         with pytest.raises(UserError, match="sha256"):
             train(build.Run(cached(other, cache)), tmp_path / "run")
 
