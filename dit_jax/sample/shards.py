@@ -234,8 +234,8 @@ def opened(path: Path) -> Shards | None:
     if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
         raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
     shape, count = settings.get("shape"), settings.get("num_images")
-    whole = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
-    if not all(isinstance(size, int) and size > 0 for size in whole) or math.prod(whole) >= 2**63:
+    sizes = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) >= 2**63:
         raise UserError(f"{path / MANIFEST} says {count!r} images of shape {shape!r}, which is impossible; give another folder")
     try:
         labels = np.load(path / LABELS, allow_pickle=False)
