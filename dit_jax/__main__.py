@@ -1,6 +1,6 @@
 """Lists the verbs, one line each.
 
-    python -m dit_jax
+python -m dit_jax
 """
 
 import ast

@@ -31,6 +31,7 @@ from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.process import Memoryless, Prediction
+from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError
@@ -173,8 +174,12 @@ class Run:
         return network if self.platform is None else for_platform(network, self.platform)
 
     @cached_property
-    def conditioner(self):
-        return construct("conditioner", self.config.conditioner, num_classes=self.config.model.get("num_classes", 0))
+    def conditioner(self) -> Conditioner:
+        """The conditioner; one for labels has as many classes as the network."""
+        section = self.config.conditioner
+        takes_classes = "num_classes" in inspect.signature(registry.get("conditioner", section.name)).parameters
+        classes = {"num_classes": self.config.model.get("num_classes", 0)} if takes_classes else {}
+        return construct("conditioner", section, **classes)
 
     @cached_property
     def optimizer(self):
@@ -182,19 +187,15 @@ class Run:
 
     @cached_property
     def task(self):
-        """The training task. Building it makes all checks that need neither data nor devices."""
-        config = self.config
-        check_numbers(config)
-        fields = {k: v for k, v in config.task.items() if k not in TASK_FILES} | {
-            "codec": self.codec,
-            "optimizer": self.optimizer,
-            "image_shape": self.image_shape,
-            "ema_decay": config.ema_decay,
-            "microbatches": config.microbatches,
-            "zero1": config.mesh.get("zero1", False),
-            "offload": config.mesh.get("offload", "none"),
-        }
-        return construct("task", fields, **TASK_PARTS[config.task.name](self))
+        """The training task: its section, and the parts that its constructor has parameters for.
+
+        Building it makes all checks that need neither data nor devices.
+        """
+        check_numbers(self.config)
+        section = self.config.task
+        fields = {k: v for k, v in section.items() if k not in TASK_FILES}
+        parameters = inspect.signature(registry.get("task", section.name)).parameters
+        return construct("task", fields, **{name: part(self) for name, part in PARTS.items() if name in parameters})
 
     @cached_property
     def entry(self) -> str:
@@ -226,7 +227,7 @@ class Run:
                 f"the data set has {self.source.num_classes} classes and model.num_classes is {classes}; pass "
                 f"--config.model.num_classes={self.source.num_classes}, or 0 to train without labels"
             )
-        part = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
+        part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
             return Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
         self.source.check(self.codec, config.codec.sha256, self.transform)
@@ -458,27 +459,18 @@ NO_CODEC_PATH = (
 )
 
 
-def _diffusion_parts(run: Run) -> dict[str, Any]:
-    return {
-        "network": run.network,
-        "process": run.process,
-        "conditioner": run.conditioner,
-        "latent_shape": run.latent_shape,
-    }
-
-
-def _autoencoder_parts(run: Run) -> dict[str, Any]:
+def _discriminator(run: Run) -> PatchDiscriminator | None:
     """The discriminator of an autoencoder's loss; None if its weight is 0.
 
     Raises:
-        UserError: the codec has no parameters to train, or does not fit the images.
+        UserError: the codec has no parameters to train.
     """
-    task = run.config.task
+    section = run.config.task
     if not isinstance(run.codec, KLVAE):
         raise UserError(
             f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae"
         )
-    return {"discriminator": PatchDiscriminator(**task.discriminator) if task.discriminator_weight else None}
+    return PatchDiscriminator(**section.discriminator) if section.discriminator_weight else None
 
 
 def _perceptual(run: Run):
@@ -491,7 +483,20 @@ def _perceptual(run: Run):
     return lpips.load(path)
 
 
-TASK_PARTS = {"diffusion": _diffusion_parts, "autoencoder": _autoencoder_parts}  # the parts of a task that are not in its section
+PARTS = {  # of a task: parameters of its constructor that are not in its section
+    "network": lambda run: run.network,
+    "process": lambda run: run.process,
+    "codec": lambda run: run.codec,
+    "conditioner": lambda run: run.conditioner,
+    "optimizer": lambda run: run.optimizer,
+    "image_shape": lambda run: run.image_shape,
+    "latent_shape": lambda run: run.latent_shape,
+    "discriminator": _discriminator,
+    "ema_decay": lambda run: run.config.ema_decay,
+    "microbatches": lambda run: run.config.microbatches,
+    "zero1": lambda run: run.config.mesh.get("zero1", False),
+    "offload": lambda run: run.config.mesh.get("offload", "none"),
+}
 CONSTANTS = {"codec": lambda run: run.codec_params, "perceptual": _perceptual}  # by the names of `Task.constants`
 
 

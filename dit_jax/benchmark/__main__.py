@@ -198,6 +198,7 @@ def measure_network() -> dict:
 
     if unknown := [kind for kind in PEERS.value if kind not in peer.KINDS] or (not PEERS.value and ["nothing"]):
         raise UserError(f"--peers names {', '.join(unknown)}; choose from {', '.join(peer.KINDS)}")
+    assert WHAT.value is not None  # see `check_flags`
     it = subject()
     console.say(f"{WHAT.value}: {it.describe()}")
     peers = peer.works(WHAT.value, it, PEERS.value) if COMPARE.value else {}
@@ -264,7 +265,8 @@ def main() -> dict:
     check_flags()
     if WHAT.value == "startup":  # leaves the devices to the timed process
         jax.config.update("jax_platforms", "cpu")
-    if WHAT.value == "scaling" and jax.config.jax_num_cpu_devices == -1:
+    simulated = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # JAX adds it when it is imported
+    if WHAT.value == "scaling" and simulated == -1:
         jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
     if COMPARE.value:  # leaves GPU memory to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

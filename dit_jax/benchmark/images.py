@@ -1,5 +1,6 @@
 """Measures the speed at which a host's cores decode JPEG files and crop them."""
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _measured(source: ImageFolder, size: tuple[int, int], batch_size: int, secon
     for count in threads:
         loader = Loader(source, ImageTransform(size[0], 3, flip=True, size=size), batch_size, seed=0, num_threads=count)
         with loader.batches() as batches:
-            work = Work(lambda batches=batches: next(batches), batch_size)
+            work = Work(functools.partial(next, batches), batch_size)
             warm_up(work, WARM_UP_BATCHES)
             timing = measure(work, seconds)
         report(f"{count} threads", timing)

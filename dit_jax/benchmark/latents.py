@@ -50,17 +50,18 @@ def write_cache(folder: Path, records: int, size: tuple[int, int]):
     finish(folder, 0.0, first=True)
 
 
-def run(data: str | None, resolution: int, records: int, batch_size: int, seconds: float) -> dict:
+def run(data: str | None, size: tuple[int, int], records: int, batch_size: int, seconds: float) -> dict:
     """Measures shuffled training batches with flips of `LatentLoader`.
 
     Args:
-        data: folder of a cache; None generates one of `records` records at `resolution`.
+        size: (height, width) of the images in pixels.
+        data: folder of a cache; None generates one of `records` records of images of this size.
     """
     if data is not None:
         return {"data": data, **_measured(data, batch_size, seconds)}
     with tempfile.TemporaryDirectory(prefix="dit_jax_latents_") as folder:
         say(f"writing a cache of {records} records")
-        write_cache(Path(folder), records, resolution)
+        write_cache(Path(folder), records, size)
         return {"data": "synthetic", **_measured(folder, batch_size, seconds)}
 
 

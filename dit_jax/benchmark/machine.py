@@ -25,7 +25,7 @@ def utilization(images_per_second: float, flops_per_image: float, devices: list)
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> dict:
@@ -34,11 +34,12 @@ def describe() -> dict:
     compilation_cache: whether the compilation cache was enabled, so that compile times may be those of a read.
     """
     device = jax.devices()[0]
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it when it is imported
     return {
         "device": device.device_kind,
         "platform": device.platform,
         "num_devices": jax.device_count(),
-        "compilation_cache": jax.config.jax_compilation_cache_dir is not None,
+        "compilation_cache": cache is not None,
         "cpu": cpu_model(),
         "cores": cores(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -19,6 +19,7 @@ from dit_jax.sample.generator import Generator, default_chunk_size
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.compiled_step import compile_in_background
+from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.state import abstract_state, count_parameters, create_sharded
 
 WARM_UP_STEPS = 3
@@ -100,7 +101,7 @@ def forward(subject: Subject) -> Work:
             "parameters": count_parameters(params),
             "compile_seconds": seconds,
             "program_bytes": machine.program_bytes(compiled),
-            "flops_per_image": 2 * subject.macs,
+            "flops_per_image": 2 * task.macs(),
             "flops_formula": "2 x MACs",
         },
     )
@@ -138,19 +139,20 @@ def sampler(subject: Subject) -> Work:
             "guidance": dataclasses.asdict(guidance),
             "evaluations": evaluations,
             "decoded": False,
-            "flops_per_image": evaluations and 2 * subject.macs * evaluations,
+            "flops_per_image": evaluations and 2 * task.macs() * evaluations,
             "flops_formula": "2 x MACs x evaluations of the network",
         },
     )
 
 
-def diffusion_task(subject: Subject):
+def diffusion_task(subject: Subject) -> DiffusionTask:
+    """The subject's task. Raises a UserError if it draws no samples."""
     if not subject.task.draws_samples:
         raise UserError(
             "the config trains an autoencoder, which is not a diffusion model and has no sampler: measure it with "
             "--what=train_step or --what=vae"
         )
-    return subject.task
+    return subject.diffusion_task
 
 
 def run(subject: Subject, work: Work, seconds: float, queue: bool) -> dict:

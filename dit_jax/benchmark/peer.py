@@ -8,6 +8,7 @@ layout: NCHW in PyTorch, NHWC here.
 
 import contextlib
 import os
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -46,13 +47,14 @@ class Peer:
             raise UserError(f"--compare needs PyTorch and diffusers ({error}): pip install 'dit_jax[parity]'") from None
         self.torch, self.subject, self.task = torch, subject, diffusion_task(subject)
         self.device = self._device()
-        net = self.task.network
+        net: Any = self.task.network  # a DiT, whose fields are checked next
         same = (net.conditioning, net.mlp_ratio, net.param_dtype) == ("adaln_zero", 4.0, jnp.float32)
         if not same or not net.num_classes or not isinstance(self.task.process, Gaussian):
             raise UserError(
                 "--compare: diffusers only has DiT with adaLN-Zero, classes, an MLP of 4 x width and float32 weights, "
                 "and the peer's process is Gaussian; choose such a config"
             )
+        self.alpha_bar = self.task.process.alpha_bar
         self.autocast = jnp.dtype(net.dtype) == jnp.bfloat16
         torch.set_num_threads(machine.cores())
         if self.device == "cuda":
@@ -120,7 +122,7 @@ class Peer:
         parameters = list(self.model.parameters())
         average = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-        alpha_bar = torch.tensor(self.task.process.alpha_bar[1:], dtype=torch.float32, device=self.device)
+        alpha_bar = torch.tensor(self.alpha_bar[1:], dtype=torch.float32, device=self.device)
 
         def call():
             t = torch.randint(0, len(alpha_bar), (len(x0),), device=self.device)

@@ -54,6 +54,7 @@ def run(config: str | None, fields: Sequence[str], model_flags: list[str]) -> di
 def _seconds_to_first_step(command: list[str], environment: dict) -> float:
     start, first, lines = time.perf_counter(), None, []
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None  # a pipe
         for line in process.stderr:
             lines.append(line)
             if first is None and FIRST_STEP.search(line):

@@ -6,7 +6,7 @@ checks that both are equal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -82,17 +82,22 @@ class Subject:
         return None if self.task.has_auxiliary_networks else self.task.macs()
 
     @property
+    def diffusion_task(self) -> DiffusionTask:
+        """The task, where it draws samples."""
+        return cast(DiffusionTask, self.task)
+
+    @property
     def num_tokens(self) -> int:
-        return self.task.network.num_tokens(self.task.latent_shape)
+        return self.diffusion_task.network.num_tokens(self.diffusion_task.latent_shape)
 
     @property
     def num_classes(self) -> int:
-        return self.task.conditioner.num_classes if self.task.draws_samples else 0
+        return self.diffusion_task.conditioner.num_classes if self.task.draws_samples else 0
 
     def describe(self) -> dict:
         """The settings that determine the speed, for the result."""
-        task = self.task
-        trained = for_platform(task.network, jax.default_backend()) if task.draws_samples else task.codec
+        task: Any = self.task  # a diffusion task has a network and a codec, an autoencoder's has a codec
+        trained: Any = for_platform(task.network, jax.default_backend()) if task.draws_samples else task.codec
         names = ("depth", "width", "heads", "patch_size", "conditioning", "attention", "unroll", "remat")
         fields = {name: getattr(trained, name) for name in names if hasattr(trained, name)}
         return {

@@ -128,5 +128,5 @@ def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps
     return {
         **results["dit_jax"],
         "ratio": {name: medians["dit_jax"] / medians[name] for name in peers},
-        "peers": {name: results[name] | peers[name].facts for name in peers},
+        "peers": {name: {**results[name], **peers[name].facts} for name in peers},
     }

@@ -1,6 +1,8 @@
 """Measures the autoencoder: images to moments, latents to images."""
 
+import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
 from dit_jax.runtime.console import say
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "sd": {},  # Stable Diffusion 1 and 2, 4 channels
     "sd3": {"latent_channels": 16, "scale": 1.5305, "shift": 0.0609, "use_quant_conv": False},
     "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_groups": 16},  # recipes.FOLDER_CODEC
@@ -65,7 +67,7 @@ def run(codec: KLVAE, size: tuple[int, int], batch_size: int, seconds: float) ->
             compiled = jax.jit(function, out_shardings=rows).lower(params, x).compile()
         compile_seconds = time.monotonic() - start
         say(f"compiled {name} in {compile_seconds:.1f} s")
-        results[name] = _measured(name, Work(lambda f=compiled, x=x: f(params, x), batch_size), seconds, macs / 1e9, mesh) | {
+        results[name] = _measured(name, Work(functools.partial(compiled, params, x), batch_size), seconds, macs / 1e9, mesh) | {
             "compile_seconds": compile_seconds,
             "program_bytes": machine.program_bytes(compiled),
         }

@@ -56,6 +56,9 @@ class Codec(Protocol):
             UserError: as `latent_shape`.
         """
 
+    def init(self, key: jax.Array) -> Any:
+        """Random parameters."""
+
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
         """Images f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or other input of sample_latent."""
 

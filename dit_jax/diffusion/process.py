@@ -67,8 +67,11 @@ class Process(Protocol):
             process has a method `coefficients` (as `Flow`), and its ODE has scale 1 and clock 1 - t.
     """
 
-    min_time: float
-    continuous: bool
+    @property
+    def min_time(self) -> float: ...
+
+    @property
+    def continuous(self) -> bool: ...
 
     def output_channels(self, channels: int) -> int:
         """Number of channels that the network must return for data of `channels`."""

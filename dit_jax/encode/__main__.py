@@ -88,11 +88,11 @@ def job_of_config():
             "the config's data.name is 'latents', which is already encoded: give the images with --data, --codec and --resolution"
         )
     run = run.with_codec_weights()
-    transform, size = run.transform, run.image_shape[:2]
+    transform, (height, width) = run.transform, run.image_shape[:2]
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
     upright = transform.upright if UPRIGHT.value is None else UPRIGHT.value
     source, params = run.source, run.codec_params
-    return Job(source, run.codec, params, size, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    return Job(source, run.codec, params, (height, width), mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
 def summary(manifest: dict) -> dict:

@@ -25,8 +25,11 @@ class Conditioner(Protocol):
         num_classes: number of labels; 0 if the condition is not a label.
     """
 
-    rules: Rules
-    num_classes: int
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def num_classes(self) -> int: ...
 
     def init(self, key: jax.Array) -> Any:
         """Trainable parameters; {} for a frozen conditioner."""

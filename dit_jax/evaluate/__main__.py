@@ -99,10 +99,11 @@ def make_reference(out: str) -> dict:
     if DATA.value.endswith(".npz"):
         images = NpzImages(Path(DATA.value).expanduser())
     else:
-        *own_size, channels = DIGITS_SHAPE if DATA.value == "digits" else (CHANNELS.value,)
-        if RESOLUTION.value is None and not own_size:
+        is_digits = DATA.value == "digits"
+        if RESOLUTION.value is None and not is_digits:
             raise UserError(f"give --resolution=<side, or height x width, in pixels> for --data={DATA.value}")
-        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else tuple(own_size)
+        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else DIGITS_SHAPE[:2]
+        channels = DIGITS_SHAPE[2] if is_digits else CHANNELS.value
         images = cropped(DATA.value, size, channels, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
     made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))

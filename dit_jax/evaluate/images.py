@@ -265,8 +265,8 @@ def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> 
     if data.endswith(".npz"):
         images = NpzImages(Path(data).expanduser())
     else:
-        *size, channels = DIGITS_SHAPE if data == "digits" else shape
-        images = cropped(data, tuple(size), channels, split)
+        height, width, channels = DIGITS_SHAPE if data == "digits" else shape
+        images = cropped(data, (height, width), channels, split)
     if images.shape != tuple(shape):
         raise UserError(
             f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "

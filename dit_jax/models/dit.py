@@ -118,8 +118,8 @@ class Block(nn.Module):
             vectors = Modulation(6 if gated else 4, **dtypes, name="modulation")(c)
             parts = [vectors[:, i] for i in range(vectors.shape[1])]
             # The order of the paper's code: (shift, scale, gate) of attention, then of the MLP.
-            (shift_1, scale_1, *gate_1), (shift_2, scale_2, *gate_2) = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-            gate_1, gate_2 = (gate_1[0][:, None], gate_2[0][:, None]) if gated else (1, 1)
+            (shift_1, scale_1, *gates_1), (shift_2, scale_2, *gates_2) = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+            gate_1, gate_2 = (gates_1[0][:, None], gates_2[0][:, None]) if gated else (1, 1)
             x = x + gate_1 * attention(layers.modulate(layers.normalize(x), shift_1, scale_1).astype(self.dtype))
             x = x + gate_2 * mlp(layers.modulate(layers.normalize(x), shift_2, scale_2).astype(self.dtype))
         else:
@@ -247,15 +247,20 @@ class DiT(nn.Module):
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
         check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
+        if self.num_classes and "label" not in cond:
+            raise UserError(
+                f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
+                "model.num_classes to 0"
+            )
         _, h, w, _ = x_t.shape
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
         x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
-        tokens = [self.time_embedding(t)]
+        vectors = [self.time_embedding(t)]
         if self.num_classes:
-            tokens.append(self.label_embedding(cond["label"]))
-        c = sum(tokens)  # [B, D]
-        tokens = jnp.stack(tokens, axis=1)  # [B, M, D]
+            vectors.append(self.label_embedding(cond["label"]))
+        c = sum(vectors)  # [B, D]
+        tokens = jnp.stack(vectors, axis=1)  # [B, M, D]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
         return Embedded(constrain_batch(x, tokens=True), c, tokens)

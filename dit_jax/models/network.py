@@ -19,7 +19,16 @@ class Network(Protocol):
         rules: how its parameters are split over the mesh (`parallel.rules`).
     """
 
-    rules: Rules
+    @property
+    def rules(self) -> Rules: ...
+
+    def init(self, rngs: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """Linen's method: {"params": ...} for the arguments of `__call__`."""
+        ...
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's method: `__call__`, or another method by its name, with these parameters."""
+        ...
 
     def __call__(self, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
         """The output [B, ..., output channels] in float32.

@@ -189,7 +189,7 @@ def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
     fits = compiled.refusal is None and compiled.memory["total"] <= topology.chip.usable_bytes
     times = (
         roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives, compiled.hidden_share)
-        if fits
+        if fits and compiled.traffic is not None
         else None
     )
     table = collectives.by_kind_and_axis(compiled.collectives, dict(mesh.shape))

@@ -173,7 +173,9 @@ def main() -> dict:
     from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 
     drawing.check_out(out)
-    source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
+    given = WEIGHTS.value if WEIGHTS.value is not None else WORKDIR.value
+    assert given is not None  # one of them is, see above
+    source = Path(given).expanduser().absolute()
     if WEIGHTS.value is not None and source.suffix != ".safetensors":
         raise UserError(
             f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; give a run's folder as --workdir"

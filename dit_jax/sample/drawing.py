@@ -5,9 +5,10 @@ Part p of P draws the shards p, p + P, .... A part is a process, or all processe
 
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -191,8 +192,9 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
 
     for call in range(calls):
         rows = slice(call * size, (call + 1) * size)
-        batch = shard_batch(generator.mesh, (indices[rows], {name: x[rows] for name, x in requests.items()}))
-        waiting.append(generator.start(params, constants, *batch, weak_params))
+        batch = (indices[rows], {name: x[rows] for name, x in requests.items()})
+        call_indices, call_requests = shard_batch(generator.mesh, batch)
+        waiting.append(generator.start(params, constants, call_indices, call_requests, weak_params))
         waiting[-1].copy_to_host_async()
         if len(waiting) == generator.calls_in_flight:
             take(waiting.popleft())
@@ -225,7 +227,8 @@ class ShardWriter:
         self.waiting, self.done = sum(map(samples.count, missing)), 0
         self._missing = deque(missing)
         self._images: list[np.ndarray] = []
-        self._pool, self._writing = ThreadPoolExecutor(1), None
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[Any] | None = None
 
     def __enter__(self):
         return self

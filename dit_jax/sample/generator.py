@@ -7,7 +7,8 @@ devices or the number of processes.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -130,9 +131,10 @@ class Generator:
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // (ways * self.chunk_size)) * ways * self.chunk_size
 
-        def images(params, constants, indices, requests, weak_params, ways):
+        def images(ways, params, constants, indices, requests, weak_params):
             def latents(indices, requests):
                 def weak(x, t, cond):
+                    assert weak_task is not None  # called only where there is one
                     return weak_task.apply(weak_params, x, t, cond)
 
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
@@ -145,10 +147,10 @@ class Generator:
         def draw(params, constants, indices, requests, weak_params):
             args = params, constants, indices, requests, weak_params
             if not has_replicated_params(mesh):
-                return images(*args, ways)
+                return images(ways, *args)
             replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
             in_specs = (replicated, replicated, split, split, replicated)
-            return jax.shard_map(lambda *args: images(*args, 1), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
+            return jax.shard_map(lambda *args: images(1, *args), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
                 *args
             )
 
@@ -166,7 +168,8 @@ class Generator:
         if set(processes) == {jax.process_index()}:
             return Share(jax.process_index(), jax.process_count(), self.batch_size, True)
         rows_of: dict[int, set] = {}
-        for device, index in batch_sharding(self.mesh).devices_indices_map((self.batch_size,)).items():
+        places: Mapping[Any, Any] = batch_sharding(self.mesh).devices_indices_map((self.batch_size,))
+        for device, index in places.items():
             rows_of.setdefault(device.process_index, set()).add(index[0].indices(self.batch_size))
         first = min(process for process, rows in rows_of.items() if rows == rows_of[jax.process_index()])
         part, parts = reader_place(self.mesh)
@@ -199,8 +202,9 @@ class Generator:
         images = []
         for start in range(0, num_images, size):
             indices = np.minimum(np.arange(start, start + size, dtype=np.int32), num_images - 1)
-            rows = jax.tree.map(lambda x: split_rows(self.mesh, x), (indices, {k: x[indices] for k, x in requests.items()}))
-            images.append(hosts.to_host(self.start(params, constants, *rows, weak_params)))
+            rows = {name: x[indices] for name, x in requests.items()}
+            indices, rows = jax.tree.map(lambda x: split_rows(self.mesh, x), (indices, rows))
+            images.append(hosts.to_host(self.start(params, constants, indices, rows, weak_params)))
             if say_progress:
                 progress.update(min(start + size, num_images))
         return np.concatenate(images)[:num_images]

@@ -68,6 +68,7 @@ def estimate(runs, costs) -> tuple[list, str]:
     from dit_jax.programs import topology
     from dit_jax.sweep import cost
 
+    hours: list[float | None]
     if CHIP.value:
         hours = [cost.assumed_hours(c, CHIP.value, MFU.value) for c in costs]
         text = f"{CHIP.value} at an assumed MFU of {MFU.value:.0%} of the dense bfloat16 peak"
@@ -121,6 +122,7 @@ def run_here(sweep, runs, costs, folder) -> tuple[list[str], bool]:
 
 def main() -> dict:
     check_flags()
+    assert SWEEP.value is not None  # see `check_flags`
     # The runs need the accelerator, so this process, which only counts and waits, must not use it.
     jax.config.update("jax_platforms", "cpu")
     from dit_jax.sweep import checks, cost, grid, report
@@ -145,6 +147,7 @@ def main() -> dict:
         ]
         return {"runs": rows, "compute_gmacs": sum(c.compute_gmacs for c in costs), "device_hours_assume": assumption or None}
 
+    assert folder is not None  # only --list needs no --workdir
     with folder:
         folder.check_configs(runs)
         if others := folder.strangers(runs):

@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,14 @@ def protocol(result: dict) -> dict[str, Any]:
     """The entries of `PROTOCOL` that a result contains."""
     if result.get("fid") is None:
         return {}
-    values = {name: reduce(lambda inner, key: (inner or {}).get(key), table.PROTOCOL[name], result) for name in PROTOCOL}
+    values = {name: _value_at(result, table.PROTOCOL[name]) for name in PROTOCOL}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _value_at(result: Any, where: Sequence[str]) -> Any:
+    for key in where:
+        result = (result or {}).get(key)
+    return result
 
 
 def shared_protocol(rows: list[Row], of: str = "protocol") -> tuple[dict[str, Any], list[Row]]:

@@ -55,7 +55,9 @@ def assumed_hours(cost: Cost, chip: str, mfu: float) -> float:
         raise UserError(f"--chip={chip} is not in the table; choose one of {', '.join(chips.CHIPS)}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu} must lie in (0, 1], for example 0.4 for 40 %")
-    return 2e9 * cost.compute_gmacs / (chips.CHIPS[chip].peak_flops * mfu) / 3600
+    peak_flops = chips.CHIPS[chip].peak_flops
+    assert peak_flops is not None  # every chip of the table has one
+    return 2e9 * cost.compute_gmacs / (peak_flops * mfu) / 3600
 
 
 def planned_hours(run: Run, topology) -> float | None:

@@ -93,7 +93,7 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
         ends = np.array([min(getattr(p, by) for p in points), max(getattr(p, by) for p in points)])
         title += "\n" + line.text().replace("-", "\N{MINUS SIGN}").replace("% interval", "%:")
         ax.plot(ends, line(ends), color=style.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-        steps = np.geomspace(*ends, 200)
+        steps = np.geomspace(ends[0], ends[1], 200)
         along += zip(steps, line(steps), strict=True)
     ax.set_title(title)
     if xs:
@@ -138,7 +138,7 @@ def _between(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, floa
     """Points along a line on logarithmic axes, which labels must not cover."""
     points = []
     for i in range(len(xs) - 1):
-        points += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*ys[i : i + 2], 40), strict=True)
+        points += zip(np.geomspace(xs[i], xs[i + 1], 40), np.geomspace(ys[i], ys[i + 1], 40), strict=True)
     return points
 
 

@@ -31,7 +31,8 @@ class Fit:
 
     def text(self) -> str:
         """Formats the correlation: "r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
-        interval = "" if self.low is None else f"{LEVEL:.0%} interval {_r(self.low)} to {_r(self.high)}, ".replace("%", " %")
+        low, high = self.low, self.high
+        interval = "" if low is None or high is None else f"{LEVEL:.0%} interval {_r(low)} to {_r(high)}, ".replace("%", " %")
         return f"r = {_r(self.correlation)} ({interval}{self.num_points} models)"
 
 
@@ -40,7 +41,7 @@ def _r(value: float) -> str:
     return next(text for digits in range(2, 17) if abs(float(text := f"{value:.{digits}f}")) < 1 or abs(value) == 1)
 
 
-def log_linear(x: Sequence[float], y: Sequence[float]) -> Fit | None:
+def log_linear(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Fit | None:
     """Fits a line in log10(x); None if it would be meaningless: fewer than 3 different x, or all y equal.
 
     The interval treats the points as independent samples of a joint normal; for models on a grid it is only a rough guide.

@@ -59,6 +59,7 @@ class Folder:
     @property
     def lock(self) -> int:
         """Descriptor of the lock, while entered."""
+        assert self._claim is not None  # entered
         return self._claim.descriptor
 
     def __exit__(self, *exc_info):

@@ -35,7 +35,9 @@ class Child:
     """
 
     def __init__(self, lock: int | None = None):
-        self.stopping, self._process, self._previous = False, None, {}
+        self.stopping = False
+        self._process: subprocess.Popen | None = None
+        self._previous = {}
         self._kept = () if lock is None else (lock,)
 
     def __enter__(self):
@@ -164,6 +166,7 @@ def train_all(runs: list[Run], costs: list[Cost], folder: Folder, child: Child) 
                 say(f"    {line}")
             continue
         result = folder.result(run)
+        assert result is not None  # a run that is done has one
         if whole:
             pace.seen.append((cost.compute_gmacs, folder.attempts(run)[-1]["seconds"]))
         say(f"    done: loss {result['loss']}" + (f", Frechet distance {result['fid']:.4g}" if "fid" in result else ""))

@@ -89,8 +89,8 @@ def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
             f" The correlation of log GFLOPs and the Fréchet distance is {line.text()}; ten times the GFLOPs "
             f"{'lower' if line.slope < 0 else 'raise'} it by {abs(line.slope):.3g}."
         )
-    if sweep.paper:
-        text += f" In the paper: {points.fit(points.of_paper()).text()}."
+    if sweep.paper and (line := points.fit(points.of_paper())):
+        text += f" In the paper: {line.text()}."
     return html.escape(text.replace(" -", " \N{MINUS SIGN}"))
 
 

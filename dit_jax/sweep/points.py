@@ -62,7 +62,7 @@ def ours(rows: Sequence[Row]) -> list[Point]:
             repetitions[0].patch,
             repetitions[0].cost.gmacs,
             repetitions[0].cost.compute_gmacs,
-            tuple(row.fid for row in repetitions),
+            tuple(row.fid for row in repetitions if row.fid is not None),
             repetitions[0].fid_interval,
         )
         for group, repetitions in scored.items()

@@ -73,7 +73,7 @@ def pyplot():
     return plt
 
 
-def markers(patches: Sequence[int]) -> dict[int, str]:
+def markers(patches: Sequence[int]) -> dict[int | None, str]:
     others = itertools.cycle(OTHER_MARKERS)
     return {patch: MARKERS.get(patch) or next(others) for patch in sorted(set(patches))}
 
@@ -180,7 +180,9 @@ def log_ticks(axis):
 
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
-    subs = (1,) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 2, 3, 5, 7) if decades > 0.25 else range(1, 10)
+    subs: Sequence[int] = (
+        (1,) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 2, 3, 5, 7) if decades > 0.25 else range(1, 10)
+    )
     if not PLAIN[0] <= low < high <= PLAIN[1] and decades > 0.5:  # longer labels
         subs = (1,) if decades > 1.5 else (1, 3)
     axis.set_major_locator(ticker.LogLocator(subs=subs))
@@ -222,5 +224,6 @@ def inline_svg(figure, name: str, description: str) -> str:
     svg = svg.replace(f"stroke: {GRID}", "stroke: currentColor; stroke-opacity: 0.16")
     svg = svg.replace(INK, "currentColor").replace(PAGE, f"var(--page, {PAGE})")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None  # Matplotlib writes it
     head = f'<svg role="img" aria-label="{description}" viewBox="0 0 {size[1]} {size[2]}">'
     return head + svg[svg.index(">") + 1 :]

@@ -116,9 +116,11 @@ class AutoencoderTask:
 
         fidelity_gradient: [B, H, W, C]; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
         """
+        discriminator = self.discriminator
+        assert discriminator is not None  # called only where there is one
 
         def discriminate(discriminator_params, x):
-            return self.discriminator.apply({"params": discriminator_params}, x)
+            return discriminator.apply({"params": discriminator_params}, x)
 
         def discriminator_loss(discriminator_params):
             real, fake = discriminate(discriminator_params, images), discriminate(discriminator_params, decoded)

@@ -14,7 +14,7 @@ import optax
 from dit_jax.codecs.codec import Codec
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
-from dit_jax.diffusion.process import Memoryless, Process, noise_like
+from dit_jax.diffusion.process import Denoise, Memoryless, Process, noise_like
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
@@ -214,9 +214,10 @@ class DiffusionTask:
 
             return predict
 
-        denoise = Memoryless(predict_with(network))
+        denoise: Denoise = Memoryless(predict_with(network))
         if forecast and forecast.active:
-            denoise = ForecastingDenoise(forecast, *self.parts(params), predict_with)
+            run, run_head = self.parts(params)
+            denoise = ForecastingDenoise(forecast, run, run_head, predict_with)
         noise = noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)

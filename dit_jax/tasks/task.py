@@ -28,9 +28,14 @@ class Task(Protocol):
         microbatches: number of parts of a batch, computed in sequence.
     """
 
-    name: str
-    image_shape: tuple[int, ...]
-    microbatches: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def image_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def microbatches(self) -> int: ...
 
     @property
     def rules(self) -> Rules:
@@ -142,7 +147,8 @@ def moving_average(ema_params, params, decay: float):
 
 def only_if(finite, new: TrainState, old: TrainState) -> TrainState:
     """The new state if `finite`, else the old state with the new step count."""
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old.replace(step=new.step))
+    unchanged = TrainState(new.step, old.params, old.ema_params, old.opt_state)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
 
 
 def mean_of(values, where):

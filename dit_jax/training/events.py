@@ -124,6 +124,7 @@ class Score:
         if result is None:
             return True
         best = self.scorer.best
+        assert best is not None  # there is a score now
         self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
         self.checkpointer.best_step = best["step"]
         return False

@@ -1,5 +1,7 @@
 """The metrics of an interval of training: means over its steps, speed, and stalls."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -55,10 +57,12 @@ class Meter:
         self.records, self.clock, self.batch_size, self.num_steps = records, clock, batch_size, num_steps
         self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step costs three forward passes
         self.first_step = self.last_step = first_step
-        self.first_time = self.last_time = None
-        self.loss = self.images_per_second = None
+        self.first_time: float | None = None
+        self.last_time: float | None = None
+        self.loss: float | None = None
+        self.images_per_second: float | None = None
         self.skipped_in_a_row = 0
-        self.pending = None
+        self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
 
     def defer(self, step: int, sums):
@@ -74,6 +78,7 @@ class Meter:
         values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
+        assert self.first_time is not None and self.last_time is not None  # set by `speed`
         left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
         say(
             f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
@@ -92,7 +97,7 @@ class Meter:
 
     def speed(self, finished) -> dict[str, float]:
         """The fields of a record that the clock gives."""
-        if self.first_time is None:
+        if self.first_time is None or self.last_time is None:
             self.first_time = self.last_time = finished[0].dispatched
         # Stalls of the first step lie before first_time; they contain no preview or score.
         previews_and_scores = sum(x.idle["preview"] + x.idle["scoring"] for x in finished)
@@ -100,7 +105,7 @@ class Meter:
         self.last_time = finished[-1].at
         self.images_per_second = len(finished) * self.batch_size / seconds
         p50, p99 = np.quantile([x.seconds for x in finished], (0.5, 0.99))
-        values = {
+        values: dict[str, float] = {
             "images_per_second": self.images_per_second,
             "step_seconds_p50": float(p50),
             "step_seconds_p99": float(p99),

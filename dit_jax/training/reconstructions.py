@@ -54,7 +54,8 @@ class Reconstructor:
             for start in range(0, count, self.batch_size):
                 rows = np.minimum(np.arange(start, start + self.batch_size), count - 1)
                 parts.append([hosts.to_host(x) for x in self._run(params, split_rows(self.mesh, images[rows]))])
-        return tuple(np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        decoded, mean, variance = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        return decoded, mean, variance
 
 
 def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +131,7 @@ class Reconstructions:
 
     def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
         start = time.monotonic()
+        assert self.images is not None  # read where preview.every_steps is set
         decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
         if hosts.is_first():
             path = folder / f"{step:08d}.png"
@@ -178,7 +180,7 @@ class Reconstructions:
         images, labels = read(run, run.evaluation_source, evaluation.num_images)
         decoded, _, _ = reconstructor(params, images)
         original, path = (workdir / "samples" / f"{step:08d}_{name}.npz" for name in ("originals", "reconstructions"))
-        result = {"samples": str(path)}
+        result: dict[str, Any] = {"samples": str(path)}
         if hosts.is_first():
             data = run.config.data.to_dict()
             samples_file.write(original, images, labels, {"data": data})

@@ -2,6 +2,7 @@
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 from dit_jax.storage.atomic import write_atomic
 
@@ -20,7 +21,8 @@ class WandbWriter:
 
     def __init__(self, workdir, project: str, config: dict):
         self._workdir, self._project, self._config = Path(workdir), project, config
-        self._run, self._failed = None, None
+        self._run: Any = None  # wandb's run
+        self._failed: Exception | None = None
 
     def scalars(self, step: int, numbers: dict[str, float]):
         """Logs scalars. Raises the exceptions of wandb."""

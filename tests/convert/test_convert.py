@@ -360,3 +360,13 @@ def test_mistakes_on_the_command_line_are_one_or_two_lines(line, results):
     assert MISTAKES[line] in stderr
     assert not stdout
     assert len(stderr.strip().splitlines()) <= 2, stderr
+
+
+def test_other_layouts_are_of_squares(tmp_path):
+    """A table of positions of a square that is written for a network whose input is none."""
+    c = recipes.digits().to_dict()
+    sections = {name: c[name] for name in ("task", "model", "process", "codec", "transform", "conditioner") if name in c}
+    sections["transform"]["size"] = (8, 12)
+    for layout in ("official", "diffusers"):
+        with pytest.raises(UserError, match=r"input is 8 x 12; .* squares only"):
+            formats.write(formats.Weights({}, sections, {}), layout, tmp_path / "x")

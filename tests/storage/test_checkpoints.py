@@ -404,9 +404,9 @@ def test_save_never_does_nothing(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, every_steps=5) as checkpointer:
         assert [step for step in range(12) if checkpointer.due(step)] == [5, 10]
         checkpointer.save(5, state, {})
-        with pytest.raises(ValueError, match="step 5 is there"):
+        with pytest.raises(ValueError, match="step 5 exists"):
             checkpointer.save(5, state, {})
-        with pytest.raises(ValueError, match="step 5 is there"):
+        with pytest.raises(ValueError, match="step 5 exists"):
             checkpointer.save(4, state, {})
         with pytest.raises(ValueError, match="leaf step is a int32"):
             checkpointer.save(6, {**state, "step": np.int32(3)}, {})
