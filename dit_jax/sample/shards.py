@@ -191,7 +191,7 @@ def settings_in(made_by: dict) -> dict | None:
 
 
 def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]:
-    """Differences of two settings that can change images, as lines "field: stored, wanted".
+    """Differences of two settings that can change images, as lines "field: <stored> there, <wanted> now".
 
     same_versions: also compare "made_with".
     """
