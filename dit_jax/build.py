@@ -5,7 +5,7 @@ A new model, process, codec, data source or optimizer of the package is a file a
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 import dit_jax.diffusion.samplers  # noqa: F401 - registers the samplers
@@ -30,14 +31,14 @@ from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
-from dit_jax.diffusion.process import Memoryless, Prediction
+from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder, lpips, vae
 from dit_jax.models.dit import DiT
-from dit_jax.models.network import for_platform
+from dit_jax.models.network import Network, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -45,7 +46,7 @@ from dit_jax.runtime.console import say
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
-from dit_jax.tasks.state import abstract_state
+from dit_jax.tasks.state import TrainState, abstract_state
 
 register("task", "diffusion", DiffusionTask)
 register("task", "autoencoder", AutoencoderTask)
@@ -68,7 +69,7 @@ register("guidance", "classifier_free", Guidance)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def construct(section: str, fields: Mapping, **more):
+def construct(section: str, fields: Mapping, **more: Any) -> Any:
     """Calls the registered constructor of a section with the section's fields and `more`.
 
     Raises:
@@ -123,7 +124,14 @@ class Run:
         UserError: the part of the config that is used is invalid.
     """
 
-    def __init__(self, config, *, devices=None, codec_params=None, platform: str | None = None):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        devices: Sequence[Any] | None = None,
+        codec_params: Any = None,
+        platform: str | None = None,
+    ):
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
 
     @cached_property
@@ -133,16 +141,16 @@ class Run:
         return make_mesh(**axes, devices=self.devices)
 
     @cached_property
-    def transform(self):
+    def transform(self) -> ImageTransform:
         return construct("transform", self.config.transform)
 
     @cached_property
-    def codec(self):
+    def codec(self) -> Any:
         """The codec. Fields that are None take the constructor's default until `with_codec_weights` reads them."""
         return construct("codec", {k: v for k, v in self.config.codec.items() if v is not None and k not in CODEC_FILES})
 
     @cached_property
-    def process(self):
+    def process(self) -> Process:
         return construct("process", self.config.process)
 
     @cached_property
@@ -167,7 +175,7 @@ class Run:
         return self.codec.latent_shape(self.image_shape)
 
     @cached_property
-    def network(self):
+    def network(self) -> Network:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
@@ -182,11 +190,11 @@ class Run:
         return construct("conditioner", section, **classes)
 
     @cached_property
-    def optimizer(self):
+    def optimizer(self) -> optax.GradientTransformation:
         return construct("optimizer", self.config.optimizer)
 
     @cached_property
-    def task(self):
+    def task(self) -> Any:
         """The training task: its section, and the parts that its constructor has parameters for.
 
         Building it makes all checks that need neither data nor devices.
@@ -205,18 +213,18 @@ class Run:
         return "row" if self.config.loader.get("resident") else "moments"
 
     @cached_property
-    def source(self):
+    def source(self) -> Any:
         """The training data set, opened."""
         return construct("data", self.config.data)
 
     @cached_property
-    def evaluation_source(self):
+    def evaluation_source(self) -> Any:
         """The images of evaluation: `data` with `evaluation.split` if it is set."""
         split = self.config.evaluation.get("split")
         return construct("data", self.config.data, **({} if split is None else {"split": split}))
 
     @cached_property
-    def loader(self):
+    def loader(self) -> Loader | LatentLoader:
         """This host's loader of training batches. Checks the data set against the model and the batch against the mesh."""
         config = self.config
         self.check_batch()
@@ -243,7 +251,7 @@ class Run:
             )
 
     @cached_property
-    def abstract_state(self):
+    def abstract_state(self) -> TrainState:
         """The training state as ShapeDtypeStructs with shardings."""
         return abstract_state(self.task, self.mesh)
 
@@ -298,7 +306,7 @@ class Run:
         return replicated(self.mesh) if rules is None else shardings(tree, self.mesh, rules)
 
     @cached_property
-    def codec_params(self):
+    def codec_params(self) -> Any:
         """The codec's parameters as NumPy arrays.
 
         Raises:
@@ -364,15 +372,15 @@ class Run:
         return vae.find(given)
 
     @cached_property
-    def sampler(self):
+    def sampler(self) -> Any:
         return self.checked_sampler(self.config.sampler)
 
     @cached_property
-    def scoring_sampler(self):
+    def scoring_sampler(self) -> Any:
         """The cheap sampler of scores during training."""
         return self.checked_sampler(self.config.scoring.sampler)
 
-    def checked_sampler(self, fields: Mapping):
+    def checked_sampler(self, fields: Mapping) -> Any:
         """Builds a sampler and traces it with the process, so that an incompatible pair fails before training.
 
         Raises:
@@ -385,7 +393,7 @@ class Run:
         return sampler
 
     @cached_property
-    def guidance(self):
+    def guidance(self) -> Guidance:
         """The guidance of samples, checked against the network.
 
         Raises:
@@ -400,7 +408,7 @@ class Run:
         return guidance
 
     @cached_property
-    def guidance_by_second_network(self):
+    def guidance_by_second_network(self) -> Guidance:
         """The guidance for a second, weaker network (autoguidance), which needs no null condition."""
         guidance, channels = construct("guidance", self.config.guidance), self.latent_shape[-1]
         if guidance.channels is not None and guidance.channels > channels:
@@ -415,7 +423,7 @@ class Run:
         """Selects the calls of the network that run its blocks."""
         return self.checked_forecast(self.sampler)
 
-    def checked_forecast(self, sampler) -> Forecast:
+    def checked_forecast(self, sampler: Any) -> Forecast:
         """`forecast` for this sampler. Without the section in the config, all calls run the blocks.
 
         Raises:
@@ -500,7 +508,7 @@ PARTS = {  # of a task: parameters of its constructor that are not in its sectio
 CONSTANTS = {"codec": lambda run: run.codec_params, "perceptual": _perceptual}  # by the names of `Task.constants`
 
 
-def check_numbers(config) -> None:
+def check_numbers(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError if a number of the training loop is out of range."""
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay is {config.ema_decay}; it must lie in [0, 1)")

@@ -65,11 +65,11 @@ class Forecast:
         """Number of steps that run the blocks, out of num_steps."""
         return min(num_steps, self.warmup_steps) + max(0, num_steps - self.warmup_steps) // self.interval
 
-    def is_full(self, step):
+    def is_full(self, step: jax.Array) -> jax.Array:
         """Whether the blocks run at this call (0, 1, ...)."""
         return (step < self.warmup_steps) | ((step - self.warmup_steps + 1) % self.interval == 0)
 
-    def learn(self, memory: Memory, residual, t) -> Memory:
+    def learn(self, memory: Memory, residual: jax.Array, t: jax.Array) -> Memory:
         """The memory after a full step at t, in which the blocks added `residual` [B, N, D]."""
         terms = [residual.astype(jnp.float32)]
         for order in range(self.order):
@@ -78,7 +78,7 @@ class Forecast:
             terms.append(jnp.where(known, slope, 0.0))
         return Memory(jnp.stack(terms), t, memory.count + 1, memory.calls)
 
-    def predict(self, memory: Memory, t):
+    def predict(self, memory: Memory, t: jax.Array) -> jax.Array:
         """The forecast residual of the blocks at t, float32[B, N, D]."""
         weights, weight = [], jnp.ones((), jnp.float32)
         for order in range(self.order + 1):
@@ -102,7 +102,7 @@ class ForecastingDenoise:
     run_head: Callable
     denoise_with: Callable[[Network], Callable[..., Prediction]]
 
-    def init(self, x) -> Memory:
+    def init(self, x: jax.Array) -> Memory:
         shapes = []
 
         def probe(*args):
@@ -114,7 +114,7 @@ class ForecastingDenoise:
         none = jnp.zeros((), jnp.int32)
         return Memory(jnp.zeros((self.forecast.order + 1, *shapes[0])), jnp.zeros(()), none, none)
 
-    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
         after = []
 
         def network(x, time, cond):

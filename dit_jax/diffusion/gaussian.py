@@ -10,6 +10,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Prediction, expand, mean_over_example
 from dit_jax.errors import UserError
@@ -49,7 +50,9 @@ def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     return kept
 
 
-def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+def normal_kl(
+    mean_1: jax.Array | float, log_variance_1: jax.Array | float, mean_2: jax.Array | float, log_variance_2: jax.Array | float
+) -> jax.Array:
     """KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise."""
     return 0.5 * (
         log_variance_2
@@ -60,7 +63,7 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
     )
 
 
-def discretized_log_likelihood(x, mean, log_scale):
+def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
     """Log-probability in nats of x in bins of width 2/255 under N(mean, e^log_scale); the first and last bin extend to infinity.
 
     Uses the tanh approximation of the normal cdf, as the paper's code does.
@@ -133,27 +136,27 @@ class Gaussian:
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.learned else channels
 
-    def index(self, t):
+    def index(self, t: ArrayLike) -> jax.Array:
         """t -> int32 index 0..T of the nearest timestep."""
         return jnp.round(jnp.asarray(t) * self.num_timesteps).astype(jnp.int32)
 
-    def alpha(self, t):
+    def alpha(self, t: ArrayLike) -> jax.Array:
         return jnp.asarray(np.sqrt(self.alpha_bar), jnp.float32)[self.index(t)]
 
-    def sigma(self, t):
+    def sigma(self, t: ArrayLike) -> jax.Array:
         return jnp.asarray(np.sqrt(1 - self.alpha_bar), jnp.float32)[self.index(t)]
 
-    def sample_time(self, key, batch):
+    def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
         return jax.random.randint(key, (batch,), 1, self.num_timesteps + 1).astype(jnp.float32) / self.num_timesteps
 
-    def network_time(self, t):
+    def network_time(self, t: ArrayLike) -> jax.Array:
         """The paper's timesteps, 0..T-1, as float32."""
         return (self.index(t) - 1).astype(jnp.float32)
 
-    def perturb(self, x0, noise, t):
+    def perturb(self, x0: jax.Array, noise: jax.Array, t: ArrayLike) -> jax.Array:
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
-    def predict(self, output, x_t, t):
+    def predict(self, output: jax.Array, x_t: jax.Array, t: ArrayLike) -> Prediction:
         channels = x_t.shape[-1]
         mean, rest = output[..., :channels], output[..., channels:]
         alpha, sigma = expand(self.alpha(t), x_t), expand(self.sigma(t), x_t)
@@ -166,10 +169,12 @@ class Gaussian:
         fraction = (rest + 1) / 2 if self.learned else float(self.variance == "fixed_large")
         return Prediction(x0, noise, fraction)
 
-    def network_input(self, x_t, t):
+    def network_input(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         return x_t
 
-    def loss(self, output, x0, noise, t, weight=None):
+    def loss(
+        self, output: jax.Array, x0: jax.Array, noise: jax.Array, t: ArrayLike, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean squared error of the prediction, plus the variational bound with the mean frozen if the variance is learned.
 
         Returns:
@@ -191,7 +196,7 @@ class Gaussian:
         vb = self.bound(frozen, x0, self.perturb(x0, noise, t), t, weight)
         return mse + vb, {"mse": mse, "vb": vb}
 
-    def min_snr_weight(self, t):
+    def min_snr_weight(self, t: ArrayLike) -> jax.Array:
         """f32 weight of the squared error: min(SNR, gamma) divided by the weight that the prediction type implies.
 
         Source: Hang et al. 2023, equation 6 and section 3.4.
@@ -217,7 +222,7 @@ class Gaussian:
         }
         return {name: np.concatenate([[0.0], table]) for name, table in tables.items()}
 
-    def bound(self, output, x0, x_t, t, weight=None):
+    def bound(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: ArrayLike, weight: jax.Array | None = None) -> jax.Array:
         """One term of the variational bound, f32[B] in bits per dimension: KL to the posterior, or the decoder's NLL at i = 1.
 
         Source: Ho et al. 2020, equation 5; the decoder is equation 13.
@@ -234,13 +239,13 @@ class Gaussian:
         nll = -discretized_log_likelihood(x0, mean, log_scale)
         return mean_over_example(jnp.where(expand(self.index(t), x0) == 1, nll, kl), weight) / math.log(2)
 
-    def prior_bound(self, x0):
+    def prior_bound(self, x0: jax.Array) -> jax.Array:
         """KL(q(x_T | x0) || N(0, 1)), f32[B] in bits per dimension: the term of the bound that does not depend on the network."""
         alpha_bar = self.alpha_bar[-1]
         kl = normal_kl(math.sqrt(alpha_bar) * x0, math.log(1 - alpha_bar), 0.0, 0.0)
         return mean_over_example(kl) / math.log(2)
 
-    def grid(self, num_steps, spacing="even"):
+    def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
         """Descending times of `num_steps` of the T timesteps, then 0.
 
         spacing: "even" spaces them evenly with both ends, as the paper does; "stride" takes every k-th from the first on with an
@@ -263,15 +268,15 @@ class Gaussian:
             kept = list(range(0, T, stride))
         return np.array([*((i + 1) / T for i in reversed(kept)), 0.0])
 
-    def alpha_sigma(self, times):
+    def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(alpha, sigma), float64, at times on the grid."""
         alpha_bar = self.alpha_bar[np.rint(np.asarray(times) * self.num_timesteps).astype(int)]
         return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
-    def ode(self, times):
+    def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d (x / alpha) / d (sigma / alpha) = noise (Song et al. 2021, DDIM, equation 14)."""
         alpha, sigma = self.alpha_sigma(times)
         return alpha, sigma / alpha
 
-    def slope(self, prediction, t):
+    def slope(self, prediction: Prediction, t: ArrayLike) -> jax.Array:
         return prediction.noise

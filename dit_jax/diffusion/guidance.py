@@ -5,15 +5,17 @@ B batch, C data channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Network, expand
 from dit_jax.errors import UserError
 
 
-def replace_condition(dropped, cond, null_cond):
+def replace_condition(dropped: jax.Array, cond: Any, null_cond: Any) -> Any:
     """Replaces the condition of each example where `dropped`, bool[B], by the null condition, all entries together.
 
     Args:
@@ -24,7 +26,7 @@ def replace_condition(dropped, cond, null_cond):
     return jax.tree.map(lambda x, null: jnp.where(expand(dropped, x), null, x), cond, null_cond)
 
 
-def run_pairs(network: Network, x, time, cond, null_cond):
+def run_pairs(network: Network, x: jax.Array, time: jax.Array, cond: Any, null_cond: Any) -> tuple[jax.Array, jax.Array]:
     """Outputs of the network with cond and with null_cond, from one call on 2B examples."""
     # The pairs are interleaved, not concatenated, so that a batch split over devices does not move.
     pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), cond, null_cond)
@@ -68,7 +70,7 @@ class Guidance:
         """Whether some times are not guided."""
         return (self.low, self.high) != (0.0, 1.0)
 
-    def __call__(self, network: Network, cond, null_cond, weak: Network | None = None) -> Callable:
+    def __call__(self, network: Network, cond: Any, null_cond: Any, weak: Network | None = None) -> Callable:
         """Binds the conditions.
 
         Args:
@@ -98,7 +100,7 @@ class Guidance:
 
         return call
 
-    def extrapolate(self, strong, weak, inside, channels: int):
+    def extrapolate(self, strong: jax.Array, weak: jax.Array, inside: ArrayLike, channels: int) -> jax.Array:
         """strong [B, ..., C or more], its guided channels extrapolated from weak where `inside` (bool or bool[B])."""
         if self.channels is not None and self.channels > channels:
             raise UserError(

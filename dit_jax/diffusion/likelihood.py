@@ -1,5 +1,6 @@
 """The variational bound of a network with a Gaussian process, in bits per dimension."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,9 @@ class VariationalBound(NamedTuple):
     terms: jax.Array
 
 
-def bits_per_dimension(process: Gaussian, network, x0, keys) -> VariationalBound:
+def bits_per_dimension(
+    process: Gaussian, network: Callable[[jax.Array, jax.Array], jax.Array], x0: jax.Array, keys: jax.Array
+) -> VariationalBound:
     """The variational bound of each example, with one noise draw for each of the T timesteps; T calls of the network.
 
     The predicted x0 is not clipped, so that the bound also holds for latents.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 class Prediction(NamedTuple):
@@ -38,10 +39,10 @@ class Denoise(Protocol):
     call returns to the next call.
     """
 
-    def init(self, x) -> Memory:
+    def init(self, x: jax.Array) -> Memory:
         """The memory before the first call, for samples like x [B, ...]."""
 
-    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
         """The prediction for x_t at t (a scalar or f32[B]), and the memory for the next call."""
 
 
@@ -51,10 +52,10 @@ class Memoryless:
 
     function: Callable[[Any, Any], Prediction]
 
-    def init(self, x) -> Memory:
+    def init(self, x: jax.Array) -> Memory:
         return ()
 
-    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
         return self.function(x_t, t), memory
 
 
@@ -79,23 +80,25 @@ class Process(Protocol):
     def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
         """f32[batch] training times."""
 
-    def perturb(self, x0, noise, t) -> jax.Array:
+    def perturb(self, x0: jax.Array, noise: jax.Array, t: ArrayLike) -> jax.Array:
         """alpha(t) x0 + sigma(t) noise; t is f32[B]."""
 
-    def network_input(self, x_t, t) -> jax.Array:
+    def network_input(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         """The network's input for x_t: x_t itself, or x_t scaled (Karras et al. 2022, EDM, equation 7)."""
 
-    def loss(self, output, x0, noise, t, weight=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, output: jax.Array, x0: jax.Array, noise: jax.Array, t: ArrayLike, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss per example f32[B], and its named parts, also f32[B].
 
         weight: broadcasts to x0; it multiplies the error of each element before the mean over an example. A mask of zeros
             and ones leaves elements out; the mean is still over all elements. None weights all elements equally.
         """
 
-    def predict(self, output, x_t, t) -> Prediction:
+    def predict(self, output: jax.Array, x_t: jax.Array, t: ArrayLike) -> Prediction:
         """Converts the network's output to a `Prediction`; t is f32[B] or a scalar."""
 
-    def network_time(self, t) -> jax.Array:
+    def network_time(self, t: ArrayLike) -> jax.Array:
         """The network's time input for t."""
 
     def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
@@ -107,17 +110,17 @@ class Process(Protocol):
     def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(scale, clock) in float64: the ODE of the process is d (x / scale) / d clock = slope."""
 
-    def slope(self, prediction: Prediction, t) -> jax.Array:
+    def slope(self, prediction: Prediction, t: ArrayLike) -> jax.Array:
         """The right-hand side of the ODE, [B, ..., C]; t is f32[B] or a scalar."""
 
 
-def expand(c, x):
+def expand(c: ArrayLike, x: jax.Array) -> jax.Array:
     """Reshapes c [B] (or a scalar) to the rank of x [B, ...], so that they broadcast."""
     c = jnp.asarray(c)
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
 
 
-def mean_over_example(x, weight=None):
+def mean_over_example(x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """Mean of weight * x over all but the first axis: [B, ...] -> f32[B].
 
     weight: broadcasts to x; None weights all elements equally.
@@ -127,7 +130,7 @@ def mean_over_example(x, weight=None):
     return x.reshape(x.shape[0], -1).mean(-1)
 
 
-def noise_like(keys, shape, step=None):
+def noise_like(keys: jax.Array, shape: tuple[int, ...], step: ArrayLike | None = None) -> jax.Array:
     """Standard normal noise, one key per example: the noise of an example does not depend on its batch.
 
     Args:

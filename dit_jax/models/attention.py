@@ -3,6 +3,8 @@
 B batch, N tokens, M context tokens, H heads, E width of a head.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 CUDNN_HEAD_WIDTH = 128
 
 
-def attention_kernel(implementation: str, dtype, head_width: int, platform: str | None = None) -> str:
+def attention_kernel(implementation: str, dtype: Any, head_width: int, platform: str | None = None) -> str:
     """Returns "xla" or "cudnn". "auto" is cuDNN on a GPU, for 16-bit dtypes and head widths that it supports; else XLA.
 
     cuDNN supports multiples of 8 up to CUDNN_HEAD_WIDTH. (jax 0.11: up to 256 on Hopper; "auto" does not use that.)
@@ -23,7 +25,7 @@ def attention_kernel(implementation: str, dtype, head_width: int, platform: str 
     return "cudnn" if (platform or jax.default_backend()) == "gpu" and fits else "xla"
 
 
-def dot_product_attention(q, k, v, implementation: str = "auto"):
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "auto") -> jax.Array:
     """softmax(q k^T / sqrt(E)) v with the softmax in float32.
 
     Args:

@@ -4,7 +4,7 @@ B batch, H x W x C input, p patch, N = HW / p^2 tokens, M conditioning tokens, D
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
-from dit_jax.models.network import Shape, check_entries
+from dit_jax.models.network import Cond, Shape, check_entries
 from dit_jax.models.patches import patchify, unpatchify
 from dit_jax.models.sizes import fields as fields_of_size
 from dit_jax.parallel.mesh import constrain_batch
@@ -81,7 +81,7 @@ class Modulation(nn.Module):
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, c):
+    def __call__(self, c: jax.Array) -> jax.Array:
         linear = nn.DenseGeneral(
             (self.count, c.shape[-1]), kernel_init=layers.zeros, dtype=self.dtype, param_dtype=self.param_dtype, name="linear"
         )
@@ -109,7 +109,7 @@ class Block(nn.Module):
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x, c, tokens, keep=None):
+    def __call__(self, x: jax.Array, c: jax.Array, tokens: jax.Array, keep: jax.Array | None = None) -> tuple[jax.Array, None]:
         start, dtypes = x, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = layers.Attention(self.heads, self.attention, **dtypes, name="attention")
         mlp = layers.MLP(int(x.shape[-1] * self.mlp_ratio), **dtypes, name="mlp")
@@ -145,7 +145,7 @@ class FinalLayer(nn.Module):
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.modulated:
             vectors = Modulation(2, **dtypes, name="modulation")(c)
@@ -208,7 +208,7 @@ class DiT(nn.Module):
     rules = RULES
 
     @classmethod
-    def of(cls, size: str, *, num_classes: int, out_channels: int, **fields) -> "DiT":
+    def of(cls, size: str, *, num_classes: int, out_channels: int, **fields: Any) -> "DiT":
         """A model of the paper, "S/8" to "XL/2".
 
         Raises:
@@ -216,7 +216,7 @@ class DiT(nn.Module):
         """
         return cls(**fields_of_size(size), num_classes=num_classes, out_channels=out_channels, **fields)
 
-    def setup(self):
+    def setup(self) -> None:
         self._check_fields()
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.patch_embedding = nn.Dense(self.width, kernel_init=layers.xavier_uniform, **dtypes)
@@ -238,12 +238,12 @@ class DiT(nn.Module):
         modulated = self.conditioning in ("adaln_zero", "adaln")
         self.final = FinalLayer(self.patch_size**2 * self.out_channels, modulated, **dtypes)
 
-    def __call__(self, x_t, t, cond, control=None):
+    def __call__(self, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
         embedded = self.embed(x_t, t, cond)
         x = self.run_blocks(embedded, control)  # [B, N, D]
         return self.head(x, embedded, x_t.shape)  # [B, H, W, out_channels]
 
-    def embed(self, x_t, t, cond) -> Embedded:
+    def embed(self, x_t: jax.Array, t: jax.Array, cond: Cond) -> Embedded:
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
         check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
@@ -256,7 +256,7 @@ class DiT(nn.Module):
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
         x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
-        vectors = [self.time_embedding(t)]
+        vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
             vectors.append(self.label_embedding(cond["label"]))
         c = sum(vectors)  # [B, D]
@@ -265,13 +265,13 @@ class DiT(nn.Module):
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
         return Embedded(constrain_batch(x, tokens=True), c, tokens)
 
-    def run_blocks(self, embedded: Embedded, control=None) -> jax.Array:
+    def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
         check_entries("control", control, ("keep",), type(self).__name__)
         keep = None if control is None else control["keep"]
         return self.blocks(embedded.x, embedded.c, embedded.tokens, keep)[0]
 
-    def head(self, x, embedded: Embedded, shape: Shape) -> jax.Array:
+    def head(self, x: jax.Array, embedded: Embedded, shape: Shape) -> jax.Array:
         """Maps tokens to f32[B, H, W, out_channels], for an input of shape [B, H, W, C]."""
         if self.conditioning == "in_context":
             x = x[:, : -embedded.tokens.shape[1]]

@@ -23,7 +23,7 @@ PRODUCTS = ("qkv", "attention", "attention_out", "mlp_in", "mlp_out")
 
 
 @jax.checkpoint
-def gelu(x):
+def gelu(x: jax.Array) -> jax.Array:
     """GELU with the tanh approximation: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 
     The gradient stores only x: recomputing the rest costs no more than reading it.
@@ -36,7 +36,7 @@ def gelu(x):
     return nn.gelu(x, approximate=True)
 
 
-def normalize(x):
+def normalize(x: jax.Array) -> jax.Array:
     """Layer norm without scale or bias: zero mean, unit variance over the last axis, in float32, epsilon 1e-6.
 
     Args:
@@ -50,7 +50,7 @@ def normalize(x):
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON)
 
 
-def modulate(x, shift, scale):
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """x * (1 + scale) + shift, per example over tokens.
 
     Args:
@@ -62,7 +62,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def frequency_embedding(t, width: int = 256, max_period: float = 10000.0):
+def frequency_embedding(t: jax.Array, width: int = 256, max_period: float = 10000.0) -> jax.Array:
     """[cos(t f), sin(t f)] with width / 2 frequencies f from 1 down to about 1 / max_period.
 
     Args:
@@ -94,7 +94,7 @@ class Projections(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
         width = x.shape[-1]
         shape = (self.count, self.heads, width // self.heads)
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, context=None):
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         kernel = attention_kernel(self.implementation, self.dtype, x.shape[-1] // self.heads)
 
@@ -151,7 +151,7 @@ class MLP(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         def linear(features, name):
             return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
@@ -167,7 +167,7 @@ class TimeEmbedding(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, t: jax.Array) -> jax.Array:
         def linear(name):
             return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 

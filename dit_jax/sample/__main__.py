@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags
 
 from dit_jax import recipes, registry
@@ -64,7 +65,7 @@ OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of s
 processes.define_flags()
 
 
-def override(config: ml_collections.ConfigDict):
+def override(config: ml_collections.ConfigDict) -> None:
     """Sets the fields of the config that flags override."""
     if SAMPLER.value is not None and SAMPLER.value != config.sampler.name:
         config.sampler = ml_collections.ConfigDict(recipes.default_sampler(SAMPLER.value))
@@ -121,7 +122,7 @@ def chosen_step(workdir: Path) -> int | None:
     return int(STEP.value)
 
 
-def load_weak(run) -> tuple[Any, Any]:
+def load_weak(run: Any) -> tuple[Any, Any]:
     """(task, parameters) of the network of --autoguidance_workdir; (None, None) without it.
 
     Raises:
@@ -144,7 +145,7 @@ def load_weak(run) -> tuple[Any, Any]:
     return weak.task, trained.load_params(weak, path)[0]
 
 
-def choose_labels(num_classes: int):
+def choose_labels(num_classes: int) -> tuple[np.ndarray, str]:
     """(int32[num_samples] labels, their mode for the samples' description)."""
     from dit_jax.sample.labels import null_labels, random_labels, spread_labels
 

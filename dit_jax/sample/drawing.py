@@ -5,6 +5,7 @@ Part p of P draws the shards p, p + P, .... A part is a process, or all processe
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def folder_of(out: Path) -> Path:
     return out.with_suffix(".shards") if out.suffix == ".npz" else out
 
 
-def check_out(out: Path):
+def check_out(out: Path) -> None:
     """Raises a UserError if samples cannot be written to `out`, before any sampling."""
     if out.suffix not in ("", ".npz") and not out.is_dir():
         raise UserError(f"{out} must end in .npz, or be a folder whose name has no dot")
@@ -75,12 +76,12 @@ def check_out(out: Path):
 def draw(
     out: Path,
     generator: Generator,
-    params,
-    constants,
+    params: Any,
+    constants: Mapping[str, Any],
     requests: Requests,
     num_images: int,
     made_by: dict,
-    weak_params=None,
+    weak_params: Any = None,
     replace: bool = False,
 ) -> Drawn:
     """Draws image k for request k, k = 0, 1, ..., into an npz or a folder of shards; finished shards are not drawn again.
@@ -246,7 +247,7 @@ class ShardWriter:
             or [np.zeros(0, np.int32)]
         )
 
-    def add(self, images: np.ndarray):
+    def add(self, images: np.ndarray) -> None:
         """Takes the next images, uint8 [n, H, W, C]; those after the last needed image are ignored."""
         while len(images) and self._missing:
             shard, kept = self._missing[0], sum(map(len, self._images))

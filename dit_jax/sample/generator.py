@@ -7,7 +7,7 @@ devices or the number of processes.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.diffusion.forecast import Forecast
+from dit_jax.diffusion.guidance import Guidance
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
@@ -46,7 +47,7 @@ def drawing_mesh(mesh: Mesh) -> Mesh:
     return make_mesh(devices=jax.local_devices())
 
 
-def on_mesh(tree, mesh: Mesh):
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Converts replicated arrays to arrays of the `drawing_mesh`, without a copy."""
 
     def one(x):
@@ -57,7 +58,7 @@ def on_mesh(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
-def in_chunks(function, chunk_size: int, ways: int, *trees):
+def in_chunks(function: Callable[..., jax.Array], chunk_size: int, ways: int, *trees: Any) -> jax.Array:
     """function(*trees) over chunks of the batch in sequence; chunk i is the i-th `chunk_size` rows of every device.
 
     Args:
@@ -107,8 +108,8 @@ class Generator:
         self,
         task: DiffusionTask,
         mesh: Mesh,
-        sampler,
-        guidance,
+        sampler: Callable[..., jax.Array],
+        guidance: Guidance,
         batch_size: int,
         seed: int,
         weak_task: DiffusionTask | None = None,
@@ -175,7 +176,14 @@ class Generator:
         part, parts = reader_place(self.mesh)
         return Share(part, parts, self.batch_size // parts, first == jax.process_index())
 
-    def start(self, params, constants, indices, requests, weak_params=None) -> jax.Array:
+    def start(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        indices: jax.Array,
+        requests: Mapping[str, jax.Array],
+        weak_params: Any = None,
+    ) -> jax.Array:
         """Dispatches a call and returns its images, which may not be computed yet.
 
         Args:
@@ -187,7 +195,15 @@ class Generator:
         with jax.set_mesh(self.mesh):
             return self.program(params, constants, indices, requests, weak_params)
 
-    def __call__(self, params, constants, requests, num_images: int, weak_params=None, say_progress: bool = False) -> np.ndarray:
+    def __call__(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        requests: Mapping[str, np.ndarray],
+        num_images: int,
+        weak_params: Any = None,
+        say_progress: bool = False,
+    ) -> np.ndarray:
         """Images 0 .. num_images - 1, as many as fit in memory; use `drawing.draw` for more.
 
         Args:

@@ -13,7 +13,7 @@ GAP = 4  # pixels between images and around them
 GAP_LEVEL = 40  # dark grey, so that black images have an edge
 
 
-def write_image_grid(path, images, columns=None, scale=None):
+def write_image_grid(path: Path, images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
     """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
     Each clip is a row of its frames; `columns` is then ignored.

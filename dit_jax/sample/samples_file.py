@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from dit_jax.storage.atomic import remove_leftovers, replacing
 READ_BYTES = 2**24
 
 
-def describe(config, params, step: int | None, seed: int) -> dict:
+def describe(config: Any, params: Any, step: int | None, seed: int) -> dict:
     """The settings of samples, which are stored with them.
 
     params: in the dtype of training, which may differ from that of sampling.
@@ -33,13 +34,13 @@ def describe(config, params, step: int | None, seed: int) -> dict:
     }
 
 
-def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):
+def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict) -> None:
     """Writes the npz, atomically, and a grid of the first 100 images next to it."""
     write_stream(path, images.shape, [images], labels, made_by)
     write_image_grid(path.with_suffix(".png"), images[:100], columns=10 if len(images) >= 10 else None)
 
 
-def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict):
+def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict) -> None:
     """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
 
     Args:

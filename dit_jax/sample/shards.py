@@ -75,7 +75,7 @@ class Shards:
         """Number of images of a shard."""
         return min(SHARD_IMAGES, len(self) - shard * SHARD_IMAGES)
 
-    def write(self, shard: int, images: np.ndarray):
+    def write(self, shard: int, images: np.ndarray) -> None:
         """Writes a shard, and then the file with its size and hash.
 
         Raises:
@@ -306,14 +306,14 @@ def _prepare(wanted: Shards, replace: bool):
         write_sealed(path / MANIFEST, wanted.settings)
 
 
-def clear(path: Path):
+def clear(path: Path) -> None:
     """Removes the files of `claimed` and `Shards.write`, the manifest last."""
     shutil.rmtree(path / SHARDS, ignore_errors=True)
     for name in (LABELS, GRID, MANIFEST):
         (path / name).unlink(missing_ok=True)
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     """Removes a folder that this process has claimed, after its samples were copied."""
     clear(path)
     (path / LOCK).unlink(missing_ok=True)

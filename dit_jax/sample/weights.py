@@ -6,6 +6,7 @@ cast once. In bfloat16 this halves their memory, and no step casts weights.
 
 import functools
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from dit_jax.tasks.state import HOST, on_device
 LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose", "broadcast_in_dim", "copy"}
 
 
-def weights_fingerprint(params) -> str:
+def weights_fingerprint(params: Any) -> str:
     """64 hexadecimal digits that change with any bit, name or shape of the arrays; computed on the arrays' devices."""
     arrays = jax.tree.leaves(params)
     facts = [
@@ -26,7 +27,7 @@ def weights_fingerprint(params) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def cast_for_inference(task, params):
+def cast_for_inference(task: Any, params: Any) -> Any:
     """Casts each parameter to the narrowest dtype that does not change a bit of the network's output.
 
     A parameter is cast if the network uses it in one, narrower dtype only. A norm's scale, which is used in
@@ -55,7 +56,7 @@ def _cast(arrays, dtypes):
     return [on_device(x).astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
-def used_dtypes(task, params) -> list[jnp.dtype]:
+def used_dtypes(task: Any, params: Any) -> list[jnp.dtype]:
     """For each leaf, the narrower dtype that the network casts it to at every use; else the leaf's own dtype."""
 
     def network(params, requests, x, t):

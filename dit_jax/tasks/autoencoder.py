@@ -3,7 +3,7 @@
 B batch, H x W x C images, h x w x c latents, n = H W C.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class AutoencoderTask:
                 "task.discriminator_weight to 0"
             )
 
-    def init(self, key) -> TrainState:
+    def init(self, key: jax.Array) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}
         if self.discriminator is not None:
             images = jnp.zeros((1, *self.image_shape))
@@ -95,14 +95,16 @@ class AutoencoderTask:
             opt_state={name: self.optimizer.init(part) for name, part in params.items()},
         )
 
-    def encode(self, codec_params, images, noise):
+    def encode(self, codec_params: Any, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(posterior sample for this noise, as latents; KL [B] of the posterior to N(0, 1), summed over the latent)."""
         mean, log_variance = split_moments(self.codec.encode(codec_params, images))
         sample = mean + jnp.exp(0.5 * log_variance) * noise
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum((1, 2, 3))
         return (sample - self.codec.shift) * self.codec.scale, kl
 
-    def fidelity(self, constants, images, decoded):
+    def fidelity(
+        self, constants: Mapping[str, Any], images: jax.Array, decoded: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(batch mean of L1 plus the weighted perceptual distance, {name: per-image distance [B]})."""
         parts = {"l1": jnp.abs(images - decoded).mean((1, 2, 3))}
         total = parts["l1"]
@@ -111,7 +113,14 @@ class AutoencoderTask:
             total = total + self.perceptual_weight * parts["perceptual"]
         return total.mean(), parts
 
-    def adversarial(self, params, images, decoded, fidelity_gradient, to_last_layer):
+    def adversarial(
+        self,
+        params: Any,
+        images: jax.Array,
+        decoded: jax.Array,
+        fidelity_gradient: jax.Array,
+        to_last_layer: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """The adversarial losses: (gradient by the decoded images, gradient by the discriminator's parameters, metrics).
 
         fidelity_gradient: [B, H, W, C]; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
@@ -135,7 +144,9 @@ class AutoencoderTask:
             {"generator": generator, "discriminator": loss, "adversarial_weight": weight, "logit_real": real, "logit_fake": fake},
         )
 
-    def gradients(self, params, constants, images, noise, adversarial):
+    def gradients(
+        self, params: Any, constants: Mapping[str, Any], images: jax.Array, noise: jax.Array, adversarial: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """(gradients of params, values [B]); adversarial: whether the discriminator has started, bool scalar."""
         (latents, kl), to_encoder = jax.vjp(lambda p: self.encode(p, images, noise), params["codec"])
         decoded, to_decoder = jax.vjp(self.codec.decode, params["codec"], latents)
@@ -165,7 +176,9 @@ class AutoencoderTask:
         grads["codec"] = jax.tree.map(jnp.add, decoder_grads, encoder_grads)
         return grads, values
 
-    def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         images = to_float(batch["image"])
         latent_shape = self.codec.latent_shape(self.image_shape)
         inputs = {"images": images, "noise": jax.random.normal(named_key(key, "posterior"), (len(images), *latent_shape))}

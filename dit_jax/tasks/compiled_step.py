@@ -1,7 +1,9 @@
 """Compiles the training step for the loop, the benchmark and the plan. Needs only JAX."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from dit_jax.tasks.state import on_device
 from dit_jax.tasks.task import Task
 
 
-def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+def trace_step(task: Task, mesh: Mesh, seed: int, state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
     """Traces the step (state, sums, constants, batch) -> (state, sums), which donates state and sums.
 
     The new state has the memory kinds of the old one, device or host.
@@ -39,7 +41,9 @@ def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
         return jax.jit(step, donate_argnums=(0, 1), out_shardings=out).trace(state, sums, constants, batch), sums
 
 
-def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
+def compile_step(
+    task: Task, mesh: Mesh, seed: int, state: Any, constants: Any, batch: Any
+) -> tuple[Any, Callable[[], Any], float]:
     """(compiled step, function that returns zero sums, seconds); arguments as for `trace_step`."""
     start = time.monotonic()
     traced, sums = trace_step(task, mesh, seed, state, constants, batch)
@@ -49,7 +53,7 @@ def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
     return compiled, zeros, time.monotonic() - start
 
 
-def compile_in_background(*args) -> Future:
+def compile_in_background(*args: Any) -> Future:
     """Runs `compile_step` in a thread. It needs only the state's shapes, so the state can be created or restored meanwhile.
 
     If restoring fails, that error is raised before the compilation is awaited.

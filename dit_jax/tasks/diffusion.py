@@ -3,7 +3,7 @@
 B batch, H x W x C images, h x w x c latents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from dit_jax.diffusion.process import Denoise, Memoryless, Process, noise_like
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
-from dit_jax.models.network import Network
+from dit_jax.models.network import Cond, Network
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
@@ -78,7 +78,7 @@ class DiffusionTask:
         """Whether the network is trained on the null condition, which classifier-free guidance needs."""
         return bool(self.conditioner.cond_spec()) and self.cond_dropout > 0
 
-    def init(self, key) -> TrainState:
+    def init(self, key: jax.Array) -> TrainState:
         x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,))
         cond = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.conditioner.cond_spec().items()}
         params = self.network.init(key, x, t, cond)["params"]
@@ -115,18 +115,18 @@ class DiffusionTask:
     def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
         return networks.savings(self.network, self.latent_shape, rows, mesh_shape, activations)
 
-    def condition(self, params, constants, batch):
+    def condition(self, params: Any, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Cond, Cond]:
         """(condition, null condition) for a batch or for requests."""
         params, constants = params.get(CONDITIONER, {}), constants.get(CONDITIONER, {})
         cond = self.conditioner.from_batch(params, constants, batch)
         return cond, self.conditioner.null(params, constants, cond)
 
-    def apply(self, params, x_t, t, cond, control=None):
+    def apply(self, params: Any, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
         """The network with its parameters."""
         params = {name: x for name, x in params.items() if name != CONDITIONER}
         return self.network.apply({"params": params}, x_t, t, cond, control)
 
-    def moments(self, constants, batch):
+    def moments(self, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         """The codec's moments of a batch: from the cache on the devices, from the cache on disk, or of the images."""
         if "row" in batch:
             return constants["moments"][batch["row"]]
@@ -134,7 +134,7 @@ class DiffusionTask:
             return batch["moments"]
         return self.codec.encode(constants["codec"], to_float(batch["image"]))
 
-    def draw_inputs(self, constants, batch, key) -> dict[str, Any]:
+    def draw_inputs(self, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, Any]:
         """Draws the random inputs of a step for the batch: latents, noise, times, and which conditions are dropped."""
         x0 = self.codec.sample_latent(named_key(key, "posterior"), self.moments(constants, batch))
         inputs = {
@@ -147,7 +147,16 @@ class DiffusionTask:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         return inputs
 
-    def loss(self, params, constants, x0, noise, t, batch, dropped=None):
+    def loss(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        x0: jax.Array,
+        noise: jax.Array,
+        t: jax.Array,
+        batch: Mapping[str, jax.Array],
+        dropped: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
         x_t = self.process.perturb(x0, noise, t)
         cond, null = self.condition(params, constants, batch)
@@ -157,12 +166,14 @@ class DiffusionTask:
         loss, parts = self.process.loss(output, x0, noise, t)
         return loss.mean(), {"loss": loss, **parts}
 
-    def gradients(self, params, constants, inputs):
+    def gradients(self, params: Any, constants: Mapping[str, Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
         """(gradients of the mean loss, per-example losses [B])."""
         gradient = jax.grad(lambda params, part: self.loss(params, constants, **part), has_aux=True)
         return accumulate(lambda part: gradient(params, part), inputs, self.microbatches)
 
-    def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         inputs = self.draw_inputs(constants, batch, key)
         grads, losses = self.gradients(state.params, constants, inputs)
         grad_norm = optax.tree.norm(grads)
@@ -174,7 +185,7 @@ class DiffusionTask:
         sums = step_sums(losses, {"grad_norm": grad_norm}, finite) | self.loss_by_time(losses["loss"], inputs["t"], finite)
         return only_if(finite, new, state), sums
 
-    def loss_by_time(self, loss, t, finite):
+    def loss_by_time(self, loss: jax.Array, t: jax.Array, finite: jax.Array) -> dict[str, jax.Array]:
         """Sums of the loss over quarters of the time axis."""
         bucket = jnp.minimum((t * TIME_BUCKETS).astype(jnp.int32), TIME_BUCKETS - 1)
         return {f"loss_t{b / TIME_BUCKETS:.2f}": mean_of(loss, finite & (bucket == b)) for b in range(TIME_BUCKETS)}
@@ -186,7 +197,17 @@ class DiffusionTask:
             f"latents    {' x '.join(map(str, self.latent_shape))} of {type(self.codec).__name__}",
         ]
 
-    def draw_latents(self, params, constants, keys, requests, sampler, guidance, weak=None, forecast: Forecast | None = None):
+    def draw_latents(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        keys: jax.Array,
+        requests: Mapping[str, jax.Array],
+        sampler: Callable[..., jax.Array],
+        guidance: guiding.Guidance,
+        weak: Callable[..., jax.Array] | None = None,
+        forecast: Forecast | None = None,
+    ) -> jax.Array:
         """Latents from the network, for `decode`.
 
         Args:
@@ -222,7 +243,7 @@ class DiffusionTask:
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
 
-    def parts(self, params):
+    def parts(self, params: Any) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
         """(run, run_head) of a network in three parts, for `ForecastingDenoise`."""
         params = {name: x for name, x in params.items() if name != CONDITIONER}
 
@@ -240,6 +261,6 @@ class DiffusionTask:
 
         return run, run_head
 
-    def decode(self, constants, latents):
+    def decode(self, constants: Mapping[str, Any], latents: jax.Array) -> jax.Array:
         """uint8[B, H, W, C] images of latents [B, h, w, c]."""
         return to_uint8(self.codec.decode(constants["codec"], latents))

@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from dit_jax.errors import UserError
@@ -31,7 +32,7 @@ class TrainState:
     opt_state: Any
 
 
-def new_state(params, optimizer) -> TrainState:
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -40,13 +41,13 @@ def new_state(params, optimizer) -> TrainState:
     )
 
 
-def check_offload(offload: str):
+def check_offload(offload: str) -> None:
     """Raises a UserError if `offload` is not one of OFFLOADS."""
     if offload not in OFFLOADS:
         raise UserError(f"mesh.offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
 
 
-def abstract_state(task, mesh: Mesh) -> TrainState:
+def abstract_state(task: Any, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs that carry the shardings of the task's rules; nothing is computed.
 
     With task.zero1 the optimizer's state and the moving average are split over fsdp and the parameters are not. Each device
@@ -66,7 +67,7 @@ def abstract_state(task, mesh: Mesh) -> TrainState:
     return state.replace(**{part: in_host_memory(getattr(state, part)) for part in OFFLOADS[task.offload]})
 
 
-def in_host_memory(tree):
+def in_host_memory(tree: Any) -> Any:
     """Moves ShapeDtypeStructs of two or more dimensions to pinned host memory.
 
     Vectors would save no memory, and TPUs cannot write part of one to the host (libtpu 0.0.42, a bias updated in parts).
@@ -74,16 +75,16 @@ def in_host_memory(tree):
     return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind(HOST)) if x.ndim > 1 else x, tree)
 
 
-def on_device(tree):
+def on_device(tree: Any) -> Any:
     """Inside a jitted function: copies arrays in host memory to the device and leaves others unchanged."""
     return jax.device_put(tree, jax.memory.Space.Device)
 
 
-def create_sharded(task, key, mesh: Mesh) -> TrainState:
+def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:
     """Runs task.init under jit with the shardings of its rules: the arrays are created already sharded."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
     return jax.jit(task.init, out_shardings=shardings)(key)
 
 
-def count_parameters(params) -> int:
+def count_parameters(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))

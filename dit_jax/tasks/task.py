@@ -52,10 +52,10 @@ class Task(Protocol):
         """The parts of the state that are kept in host memory between steps, a key of `state.OFFLOADS`."""
         ...
 
-    def init(self, key) -> TrainState: ...
+    def init(self, key: jax.Array) -> TrainState: ...
 
     def step(
-        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Sums]:
         """The new state, and sums for averaging: {name: f32[2] (sum, count)}, including "loss" and "skipped".
 
@@ -114,12 +114,12 @@ class Task(Protocol):
         ...
 
 
-def named_key(key, name: str):
+def named_key(key: jax.Array, name: str) -> jax.Array:
     """A key that depends only on the name, not on the order of calls."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def accumulate(gradient: Callable, inputs, parts: int):
+def accumulate(gradient: Callable, inputs: Any, parts: int) -> tuple[Any, Any]:
     """Computes the parts of a batch in sequence; returns (averaged gradients, per-example values [B]).
 
     Args:
@@ -140,23 +140,23 @@ def accumulate(gradient: Callable, inputs, parts: int):
     return grads, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1), values)
 
 
-def moving_average(ema_params, params, decay: float):
+def moving_average(ema_params: Any, params: Any, decay: float) -> Any:
     """decay * ema + (1 - decay) * params in float32."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema_params, params)
 
 
-def only_if(finite, new: TrainState, old: TrainState) -> TrainState:
+def only_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """The new state if `finite`, else the old state with the new step count."""
     unchanged = TrainState(new.step, old.params, old.ema_params, old.opt_state)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
 
 
-def mean_of(values, where):
+def mean_of(values: jax.Array, where: jax.Array) -> jax.Array:
     """f32[2]: sum and count of values [B] over where [B]."""
     return jnp.stack([jnp.where(where, values, 0).sum(), where.sum().astype(jnp.float32)])
 
 
-def step_sums(values: Mapping[str, jax.Array], numbers: Mapping[str, jax.Array], finite) -> Sums:
+def step_sums(values: Mapping[str, jax.Array], numbers: Mapping[str, jax.Array], finite: jax.Array) -> Sums:
     """Sums of per-example values [B] and of per-step numbers; a skipped step counts only in "skipped"."""
     sums = {name: mean_of(x, jnp.broadcast_to(finite, x.shape)) for name, x in values.items()}
     sums |= {name: mean_of(x[None], finite[None]) for name, x in numbers.items()}

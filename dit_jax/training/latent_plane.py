@@ -4,7 +4,7 @@ Pillow and NumPy only. N images, H x W pixels, C channels; z1 goes right and z2 
 Source: Kingma & Welling 2014 (Auto-Encoding Variational Bayes), appendix A, figure 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -49,7 +49,7 @@ def grid_coordinates(side: int, extent: float) -> np.ndarray:
     return np.array([NORMAL.inv_cdf(p) for p in np.linspace(NORMAL.cdf(-extent), NORMAL.cdf(extent), side)])
 
 
-def latent_plane(decode, side: int, extent: float = 2.0) -> np.ndarray:
+def latent_plane(decode: Callable[[np.ndarray], np.ndarray], side: int, extent: float = 2.0) -> np.ndarray:
     """uint8 [side, side, H, W, C]: images decoded at the crossings of `grid_coordinates`, the top row at z2 = extent.
 
     Args:
@@ -72,7 +72,12 @@ def latent_plane(decode, side: int, extent: float = 2.0) -> np.ndarray:
 
 
 def scatter(
-    means, labels, num_classes: int, size: int, extent: float | None = None, names: Sequence[str] | None = None
+    means: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    size: int,
+    extent: float | None = None,
+    names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """uint8 [size, size + a legend's width, 3]: a dot per image, coloured by label, axes through the origin.
 
@@ -118,9 +123,9 @@ def scatter(
 
 
 def plane_picture(
-    decode,
-    means,
-    labels,
+    decode: Callable[[np.ndarray], np.ndarray],
+    means: np.ndarray,
+    labels: np.ndarray,
     num_classes: int,
     side: int = 20,
     extent: float = 2.0,

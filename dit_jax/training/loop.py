@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,17 @@ class TrainResult:
 class Stepper:
     """The compiled step with its state and sums, which each call replaces."""
 
-    def __init__(self, compiled, zeros, state: TrainState, constants):
+    def __init__(self, compiled: Callable[..., Any], zeros: Callable[[], Any], state: TrainState, constants: Any):
         self.state, self.sums, self._zeros = state, zeros(), zeros
         self._compiled, self._constants = compiled, constants
         self._copy = jax.jit(jnp.copy)  # the next step donates the sums
 
-    def __call__(self, batch) -> jax.Array:
+    def __call__(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Takes one step; returns a small array of the step that is not donated."""
         self.state, self.sums = self._compiled(self.state, self.sums, self._constants, batch)
         return self._copy(self.sums["skipped"])
 
-    def take_sums(self):
+    def take_sums(self) -> dict[str, jax.Array]:
         """The sums since the last call; resets them to zero."""
         sums, self.sums = self.sums, self._zeros()
         return sums
@@ -181,7 +182,7 @@ class Training:
         config, step = self.run.config, int(state.step)
         self.records.prepare()
         self.profile.resumed(step)
-        batches = self.stack.enter_context(self.run.loader.batches(step))
+        batches: Any = self.stack.enter_context(self.run.loader.batches(step))
         for context in (self.clock, self.watchdog, self.profile):
             self.stack.enter_context(context)
         batch = self.next_batch(batches)
@@ -202,7 +203,7 @@ class Training:
             self.events.append(dataclasses.replace(self.score, meter=meter, clock=self.clock))
         return stepper, batches, batch
 
-    def next_batch(self, batches):
+    def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         with self.clock.spend("data"):
             return shard_batch(self.run.mesh, next(batches))
 

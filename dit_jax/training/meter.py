@@ -1,5 +1,6 @@
 """The metrics of an interval of training: means over its steps, speed, and stalls."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -65,10 +66,10 @@ class Meter:
         self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
 
-    def defer(self, step: int, sums):
+    def defer(self, step: int, sums: dict[str, jax.Array]) -> None:
         self.pending = (step, sums)
 
-    def report(self):
+    def report(self) -> None:
         if self.pending is None:
             return
         (step, sums), self.pending = self.pending, None
@@ -95,7 +96,7 @@ class Meter:
                 "the last checkpoint"
             )
 
-    def speed(self, finished) -> dict[str, float]:
+    def speed(self, finished: Sequence[Any]) -> dict[str, float]:
         """The fields of a record that the clock gives."""
         if self.first_time is None or self.last_time is None:
             self.first_time = self.last_time = finished[0].dispatched
@@ -118,7 +119,7 @@ class Meter:
             values["peak_device_bytes"] = peak
         return values
 
-    def finish(self, step: int):
+    def finish(self, step: int) -> None:
         """Records and reports where the time of the run went."""
         times = self.clock.summary()
         self.records.scalars(step, times)

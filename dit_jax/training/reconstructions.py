@@ -5,15 +5,17 @@ N images, H x W x C images, h x w x c latents.
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_jax.build import Run
-from dit_jax.codecs.kl_vae import normalised, split_moments
+from dit_jax.codecs.kl_vae import KLVAE, normalised, split_moments
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
 from dit_jax.evaluate import extractors, scores
@@ -27,6 +29,7 @@ from dit_jax.sample import samples_file
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.tasks.state import TrainState, on_device
 from dit_jax.training.latent_plane import PALETTE, plane_picture
+from dit_jax.training.records import Records
 
 STATISTICS_IMAGES = 10_000  # gives the scale of the latents to about a percent
 
@@ -34,7 +37,7 @@ STATISTICS_IMAGES = 10_000  # gives the scale of the latents to about a percent
 class Reconstructor:
     """Encodes images and decodes the posterior mean, in batches of one size."""
 
-    def __init__(self, codec, mesh, batch_size: int):
+    def __init__(self, codec: KLVAE, mesh: Mesh, batch_size: int):
         self.mesh = mesh
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // ways) * ways
@@ -47,7 +50,7 @@ class Reconstructor:
 
         self._run = jax.jit(run, out_shardings=batch_sharding(mesh))
 
-    def __call__(self, params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host."""
         parts, count = [], len(images)
         with jax.set_mesh(self.mesh):
@@ -58,7 +61,7 @@ class Reconstructor:
         return decoded, mean, variance
 
 
-def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
+def read(run: Run, source: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [N, H, W, C], labels int32 [N]) of the first `count` readable images of a data set, not mirrored."""
     images, labels, bad = [], [], []
     for batch in read_in_order(source, run.transform, 256, bad_records=bad):
@@ -83,7 +86,9 @@ def is_plane(latent_shape: tuple[int, ...]) -> bool:
     return math.prod(latent_shape) == 2
 
 
-def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
+def draw_plane(
+    codec: KLVAE, params: Any, mesh: Mesh, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> np.ndarray:
     """The latent plane as uint8 RGB: images decoded over it, and the posterior means of the given images."""
     reconstructor = Reconstructor(codec, mesh, 256)
     means = reconstructor(params, images)[1].reshape(-1, 2)
@@ -129,7 +134,7 @@ class Reconstructions:
                 "choose images of fewer classes, or merge classes"
             )
 
-    def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
+    def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
         start = time.monotonic()
         assert self.images is not None  # read where preview.every_steps is set
         decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
@@ -171,7 +176,7 @@ class Reconstructions:
             result |= self.judge(reconstructor, on_devices, workdir, int(state.step))
         return result
 
-    def judge(self, reconstructor: Reconstructor, params, workdir: Path, step: int) -> dict[str, Any]:
+    def judge(self, reconstructor: Reconstructor, params: Any, workdir: Path, step: int) -> dict[str, Any]:
         """PSNR, SSIM and, with evaluation.features, the Frechet distance of the evaluation images' reconstructions.
 
         Writes both sets.

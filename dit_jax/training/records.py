@@ -6,6 +6,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 import numpy as np
 from absl import logging
@@ -25,22 +27,22 @@ class Records:
         wandb: a `WandbWriter`, or None.
     """
 
-    def __init__(self, workdir, enabled=True, wandb=None):
+    def __init__(self, workdir: str | os.PathLike, enabled: bool = True, wandb: Any = None):
         self._workdir = os.path.abspath(workdir)
         self._path = os.path.join(self._workdir, "metrics.jsonl")
         self._enabled = enabled
-        self._file = None
-        self._writer = None
-        self._purge_step = None
+        self._file: TextIO | None = None
+        self._writer: Any = None  # of tensorboardX
+        self._purge_step: int | None = None
         self._wandb = wandb
         self.dropped = {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 0}
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Imports the packages of the first scalar, which takes two seconds if PyTorch is installed."""
         if self._enabled:
             self._attempt("tensorboard", lambda: importlib.import_module("tensorboardX"))
 
-    def scalars(self, step, values):
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {name: number or array of one element} at `step`.
 
         Raises: ValueError for an array of several elements, or for the names "step" and "time".
@@ -65,7 +67,7 @@ class Records:
         if self._wandb is not None:
             self._attempt("wandb", lambda: self._wandb.scalars(int(step), numbers))
 
-    def images(self, step, images):
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, except in metrics.jsonl.
 
         Raises: ValueError for another dtype or shape.
@@ -83,7 +85,7 @@ class Records:
             if self._wandb is not None:
                 self._attempt("wandb", lambda name=name, image=image: self._wandb.image(int(step), name, image))
 
-    def rewind(self, step):
+    def rewind(self, step: int) -> None:
         """Drops the records after `step`, so that a run resumed there has no duplicates.
 
         metrics.jsonl is rewritten atomically, and TensorBoard hides the later events. Lines that are not JSON (truncated by a
@@ -96,14 +98,14 @@ class Records:
         if os.path.exists(self._path):
             self._attempt("metrics.jsonl", lambda: self._drop_lines_after(step))
 
-    def flush(self):
+    def flush(self) -> None:
         """Flushes all files to the operating system."""
         if self._file is not None:
             self._attempt("metrics.jsonl", self._file.flush)
         if self._writer is not None:
             self._attempt("tensorboard", self._writer.flush)
 
-    def close(self):
+    def close(self) -> None:
         """Flushes and closes all files; a later record opens them again."""
         if self._file is not None:
             self._attempt("metrics.jsonl", self._file.close)

@@ -20,6 +20,7 @@ from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.state import TrainState
 from dit_jax.training import scoring
+from dit_jax.training.records import Records
 
 MOST_COLUMNS = 20  # of a preview with a column for each class
 
@@ -50,7 +51,7 @@ class Samples:
         if evaluation.num_images and evaluation.reference:
             scores.check(evaluation.reference, evaluation.features, evaluation.weights or None, run.image_shape)
 
-    def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
+    def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
         start, count = time.monotonic(), self.num_previews
         classes = max(self.run.conditioner.num_classes, 1)
         requests = spread_requests(self.run.conditioner, count)

@@ -2,7 +2,9 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dit_jax.build import Run
 from dit_jax.errors import UserError
@@ -64,13 +66,13 @@ class Scorer:
         """Whether the score of this step is due and missing, because the run stopped before or during it."""
         return self.due(step) and not self._result(step).exists()
 
-    def forget_after(self, step: int):
+    def forget_after(self, step: int) -> None:
         """Drops the best step if the run continues from an earlier step."""
         if self.best and self.best["step"] > step:
             say(f"the best step so far, {self.best['step']}, is after step {step} and no longer counts")
             self.best = None
 
-    def __call__(self, step: int, params, constants) -> dict | None:
+    def __call__(self, step: int, params: Any, constants: Mapping[str, Any]) -> dict | None:
         """The score of these parameters with its settings, also written to `<workdir>/scores`; None if a signal stopped it."""
         start, run, num_images = time.monotonic(), self._run, self._scoring.num_images
         requests, seed = spread_requests(run.conditioner, num_images), run.config.seed

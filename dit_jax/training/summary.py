@@ -1,5 +1,7 @@
 """The summary of a run, printed before it starts."""
 
+from pathlib import Path
+
 import jax
 
 from dit_jax.build import Run
@@ -7,7 +9,7 @@ from dit_jax.parallel import rules
 from dit_jax.runtime import versions
 
 
-def text(run: Run, workdir) -> str:
+def text(run: Run, workdir: Path) -> str:
     """The lines of the summary: model, data shapes, devices, steps, warnings, versions."""
     task, mesh = run.task, run.mesh
     device = mesh.devices.flat[0]

@@ -1,8 +1,11 @@
 """Metrics of a run on Weights & Biases (wandb.ai); needs the package `wandb`."""
 
+import os
 import secrets
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dit_jax.storage.atomic import write_atomic
 
@@ -19,20 +22,20 @@ class WandbWriter:
         config: dict of the run's settings, shown there.
     """
 
-    def __init__(self, workdir, project: str, config: dict):
+    def __init__(self, workdir: str | os.PathLike, project: str, config: dict):
         self._workdir, self._project, self._config = Path(workdir), project, config
         self._run: Any = None  # wandb's run
         self._failed: Exception | None = None
 
-    def scalars(self, step: int, numbers: dict[str, float]):
+    def scalars(self, step: int, numbers: dict[str, float]) -> None:
         """Logs scalars. Raises the exceptions of wandb."""
         self._log(step, lambda wandb: numbers)
 
-    def image(self, step: int, name: str, image):
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Logs an image, uint8 [H, W, C], C = 1 or 3. Raises the exceptions of wandb."""
         self._log(step, lambda wandb: {name: wandb.Image(image.squeeze(-1) if image.shape[-1] == 1 else image)})
 
-    def close(self):
+    def close(self) -> None:
         """Sends pending data and finishes the run."""
         run, self._run = self._run, None
         if run is not None:

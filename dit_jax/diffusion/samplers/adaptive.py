@@ -50,7 +50,7 @@ class DormandPrince:
     def evaluations(self, process: Process) -> None:
         return None
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         require_continuous(process, "dopri5")
         stages, nodes, error_weights = (jnp.asarray(a, noise.dtype) for a in (STAGES, NODES, STAGES[-1] - FOURTH_ORDER))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +13,7 @@ from dit_jax.errors import UserError
 SPACINGS = ("even", "stride")
 
 
-def posterior_variance(alpha, sigma):
+def posterior_variance(alpha: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ratio, beta, variance) of the steps of a grid, float64[N]: ratio = alpha_t / alpha_s, beta = sigma_t^2 - ratio^2
     sigma_s^2 the variance of q(x_t | x_s), variance = beta sigma_s^2 / sigma_t^2 that of q(x_s | x_t, x0).
 
@@ -39,7 +40,7 @@ class Ancestral:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         ratio, beta, variance = posterior_variance(alpha, sigma)
@@ -95,7 +96,7 @@ class DDIM:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         deviation = self.eta * np.sqrt(posterior_variance(alpha, sigma)[2])
@@ -121,7 +122,7 @@ class DDIM:
         return x0
 
 
-def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing: str = "even"):
+def ddim_invert(process: Process, denoise: Denoise, x0: jax.Array, num_steps: int, spacing: str = "even") -> jax.Array:
     """The noise [B, ...] from which DDIM with eta 0 (or `Euler`) on the same grid returns to about x0 [B, ...].
 
     Euler's method from t = 0 to t = 1: each step uses the slope at its start. A process with discrete timesteps is not defined

@@ -1,5 +1,8 @@
 """The loop that samplers share: one `lax.scan` over rows of coefficients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from dit_jax.diffusion.process import Process
 from dit_jax.errors import UserError
 
 
-def scan_steps(step, carry, coefficients: dict[str, np.ndarray]):
+def scan_steps(step: Callable[[Any, Any], Any], carry: Any, coefficients: dict[str, np.ndarray]) -> Any:
     """Runs step(carry, c) -> carry over the rows of the coefficients.
 
     Floats get the dtype of the carry's first array; integers and booleans keep theirs. c["step"] is the index of the row.
@@ -22,7 +25,7 @@ def scan_steps(step, carry, coefficients: dict[str, np.ndarray]):
     return jax.lax.scan(lambda carry, c: (step(carry, c), None), carry, rows)[0]
 
 
-def require_continuous(process: Process, sampler: str):
+def require_continuous(process: Process, sampler: str) -> None:
     """Raises a UserError if the process has discrete timesteps."""
     if not process.continuous:
         raise UserError(

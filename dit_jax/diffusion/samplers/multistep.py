@@ -7,6 +7,7 @@ lambda is -inf at a flow's t = 1 and +inf at t = 0, so coefficients are written 
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +15,7 @@ from dit_jax.diffusion.process import Denoise, Process
 from dit_jax.diffusion.samplers.frame import scan_steps
 
 
-def log_snr_steps(process: Process, times):
+def log_snr_steps(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(alpha, sigma [N + 1], h [N], ratio [N]) in float64; ratio = h over the previous h, 0 for the first step."""
     alpha, sigma = process.alpha_sigma(times)
     with np.errstate(divide="ignore"):
@@ -38,7 +39,7 @@ class DPMSolverPlusPlus2M:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
 
@@ -76,7 +77,7 @@ class UniPC:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
         from_x, from_x0 = sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
@@ -109,7 +110,7 @@ class UniPC:
         return predicted
 
 
-def corrector_weights(h, ratio):
+def corrector_weights(h: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights on (x0 before - x0 now) and (x0 next - x0 now), float64[N], of the corrector of each step.
 
     The first step is corrected to order 1 with weight 1/2 on the second. Elsewhere the two weights solve UniC's linear system

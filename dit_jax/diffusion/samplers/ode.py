@@ -21,7 +21,7 @@ class Euler:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
@@ -56,7 +56,7 @@ class Heun:
     def evaluations(self, process: Process) -> int:
         return 2 * self.num_steps - (process.min_time > 0)
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
@@ -90,7 +90,7 @@ class Heun:
         return x0
 
 
-def integral_weights(nodes, start: float, end: float) -> np.ndarray:
+def integral_weights(nodes: np.ndarray, start: float, end: float) -> np.ndarray:
     """w, so that sum(w * f(nodes)) is the integral from start to end of the polynomial through (nodes, f(nodes)); float64."""
     powers = np.arange(len(nodes))
     u = (np.asarray(nodes) - start) / (end - start)
@@ -124,7 +124,7 @@ class AdamsBashforth:
     def evaluations(self, process: Process) -> int:
         return self.num_steps + (self.order - 1) * (self.order - 2) // 2
 
-    def schedule(self, clock):
+    def schedule(self, clock: np.ndarray) -> tuple[list[tuple[int, np.ndarray, bool]], np.ndarray]:
         """By evaluation: (point of the grid, weights on the slopes of the points that slots 0 .. order - 1 hold, whether the
         point becomes the base of the next); then the weights of the last step."""
 
@@ -141,7 +141,7 @@ class AdamsBashforth:
         rows += [(i, row(i, i - self.order, i - 1, i - 1), True) for i in range(self.order, self.num_steps)]
         return rows, row(self.num_steps, self.num_steps - self.order, self.num_steps - 1, self.num_steps - 1)
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
         rows, last = self.schedule(clock)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,7 +67,7 @@ class EulerMaruyama:
         end, steps = (margin, self.num_steps) if self.last_step == "none" else (self.last_step_size, self.num_steps - 1)
         return end + (1 - margin - end) * process.grid(steps)
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         require_continuous(process, "sde")
         times = self.times(process)
         noisy = times[:-1] if self.last_step == "none" else times
