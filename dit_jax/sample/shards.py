@@ -191,7 +191,7 @@ def settings_in(made_by: dict) -> dict | None:
 
 
 def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]:
-    """Differences of two settings that can change images, as lines "field: stored, wanted".
+    """Differences of two settings that can change images, as lines "field: <stored> there, <wanted> now".
 
     same_versions: also compare "made_with".
     """
@@ -235,14 +235,14 @@ def opened(path: Path) -> Shards | None:
     if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
         raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
     shape, count = settings.get("shape"), settings.get("num_images")
-    whole: list[Any] = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
-    if not all(isinstance(size, int) and size > 0 for size in whole) or math.prod(whole) >= 2**63:
+    sizes: list[Any] = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) >= 2**63:
         raise UserError(f"{path / MANIFEST} says {count!r} images of shape {shape!r}, which is impossible; give another folder")
     try:
         labels = np.load(path / LABELS, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path / LABELS} cannot be read ({error}); remove {path} and draw again") from None
-    same = settings_of(labels.astype(np.int32), tuple(whole[1:]), {}, {}) if labels.ndim == 1 else {}
+    same = settings_of(labels.astype(np.int32), tuple(sizes[1:]), {}, {}) if labels.ndim == 1 else {}
     if any(same.get(key) != settings.get(key) for key in ("num_images", "labels_sha256")):
         raise UserError(f"{path / LABELS} does not hold the labels that {MANIFEST} names; remove {path} and draw again")
     return Shards(path, settings, labels.astype(np.int32))

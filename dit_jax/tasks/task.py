@@ -98,7 +98,7 @@ class Task(Protocol):
 
     @property
     def remat(self) -> str | None:
-        """The network's rematerialisation policy; None where it has none."""
+        """The network's rematerialisation policy; None if it has none."""
         ...
 
     def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:

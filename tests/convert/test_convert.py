@@ -290,7 +290,7 @@ MISTAKES = {
     "convert --from=inception_tf --weights=lpips.pt --out=y.safetensors": "unpacked classify_image_graph_def.pb",
     "convert --download=dit-s --out=y.safetensors": "dit-xl2-256",
     "convert --download=sit-xl2-256 --from=official --out=y.safetensors": "leave out --from",
-    "sample --weights=x.safetensors --workdir=RUN": "one of them",
+    "sample --weights=x.safetensors --workdir=RUN": "give one of",
     "sample --weights=vae.safetensors": "--codec_path",
     "sample --weights=vae.safetensors --codec_path=nowhere": "nowhere",
     "sample --workdir=RUN --codec_path=nowhere": "has no weights",

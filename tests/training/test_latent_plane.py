@@ -123,7 +123,7 @@ def test_bad_points(changes, text):
         (show_latents, 4, 0.0, "extent 0"),
         (show_latents, 4, 9.0, "extent 9"),
         (lambda z: np.zeros((3, 2, 2, 1)), 4, 2.0, "for 16 latents"),
-        (lambda z: np.zeros((16, 2, 2, 1), np.uint8), 4, 2.0, "floating"),
+        (lambda z: np.zeros((16, 2, 2, 1), np.uint8), 4, 2.0, "must return floats"),
         (lambda z: np.full((16, 2, 2, 1), np.nan), 4, 2.0, "NaN"),
     ],
 )
