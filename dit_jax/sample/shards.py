@@ -250,7 +250,7 @@ def opened(path: Path) -> Shards | None:
 
 
 @contextlib.contextmanager
-def claimed(wanted: Shards, replace: bool = False):
+def claimed(wanted: Shards, replace: bool = False) -> Iterator[None]:
     """Makes the folder that of the wanted samples, or goes on with one that is, and claims it while the block runs.
 
     Of several processes the first does this, and the others come after.
