@@ -249,7 +249,7 @@ def opened(path: Path) -> Shards | None:
 
 
 @contextlib.contextmanager
-def claimed(wanted: Shards, replace: bool = False):
+def claimed(wanted: Shards, replace: bool = False) -> Iterator[None]:
     """Creates the folder of the wanted samples, or continues one, and claims it while the block runs.
 
     Only the first of several processes calls this; the others wait.

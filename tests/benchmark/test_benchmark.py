@@ -330,6 +330,12 @@ def test_latents(tmp_path):
     assert result["bytes_per_second"] == pytest.approx(64 * result["images_per_second"])
 
 
+def test_made_up_latents():
+    """A size that becomes the side of a square on its way to the cache that is made up."""
+    result = latents.run(None, (16, 24), 10, 4, 0.0)
+    assert result["data"] == "synthetic" and result["records"] == 10 and result["moments_shape"] == (2, 3, 8)
+
+
 def test_checkpoint(tmp_path, monkeypatch):
     """A state of zeros, which compresses to nothing; seconds out of order; files left behind."""
     monkeypatch.setattr(saving, "REPEATS", 1)
