@@ -256,7 +256,7 @@ class Gaussian:
         """
         T = self.num_timesteps
         if not 1 <= num_steps <= T:
-            raise UserError(f"the number of sampling steps is {num_steps}; it must lie in 1 to process.num_timesteps = {T}")
+            raise UserError(f"the number of sampling steps is {num_steps}; it must lie in 1 to {T} (process.num_timesteps)")
         if spacing == "even":
             kept = even_timesteps(T, num_steps)
         else:
