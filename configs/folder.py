@@ -14,4 +14,4 @@ def get_config(arg="S/8,32,1000"):
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"configs/folder.py:{arg}: write size, resolution and number of classes, as in S/8,32,10") from None
+        raise UserError(f"configs/folder.py:{arg}: give size, resolution and number of classes, as in S/8,32,10") from None

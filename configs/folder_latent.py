@@ -14,4 +14,4 @@ def get_config(arg="S/2,64,0"):
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"configs/folder_latent.py:{arg}: write size, resolution and classes, as in S/2,64,10") from None
+        raise UserError(f"configs/folder_latent.py:{arg}: give size, resolution and number of classes, as in S/2,64,10") from None

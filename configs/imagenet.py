@@ -7,5 +7,5 @@ from dit_jax.errors import UserError
 def get_config(arg="XL/2,256"):
     size, _, resolution = arg.partition(",")
     if resolution not in ("256", "512"):
-        raise UserError(f"configs/imagenet.py:{arg}: after the size comes the resolution, 256 or 512, as in B/4,256")
+        raise UserError(f"configs/imagenet.py:{arg}: give size and resolution (256 or 512), as in B/4,256")
     return recipes.dit(size, int(resolution))

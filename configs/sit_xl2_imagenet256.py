@@ -1,4 +1,4 @@
-"""SiT-XL/2, ImageNet 256 (Ma et al. 2024). Of the released weights its README says: FID-50K 2.06, IS 270.27."""
+"""SiT-XL/2, ImageNet 256 (Ma et al. 2024). Its README reports FID-50K 2.06 and IS 270.27 for the released weights."""
 
 from dit_jax import recipes
 

@@ -1,4 +1,4 @@
-"""The classic illustration: an autoencoder of the digits down to 2 numbers, and a picture of the plane that they span."""
+"""An autoencoder of the digits with a latent of 2 numbers, and a picture of its plane (Kingma & Welling 2014, figure 4)."""
 
 from dit_jax import recipes
 

@@ -9,5 +9,5 @@ from dit_jax.errors import UserError
 
 def get_config(arg="64"):
     if not arg.isdecimal():
-        raise UserError(f"configs/vae_folder.py:{arg}: write the resolution in pixels, as in vae_folder.py:64")
+        raise UserError(f"configs/vae_folder.py:{arg}: give the resolution in pixels, as in vae_folder.py:64")
     return recipes.vae_folder(int(arg))

@@ -1,15 +1,15 @@
 """Diffusion Transformers in JAX and Flax.
 
-Conventions, the same in every module:
+Conventions of all modules:
   images     NHWC float32 in [-1, 1]; uint8 only at the edge (files, batches on their way to the device, npz).
-  latents    what the network sees, about unit variance, NHWC float32.
-  t          float32 in [0, 1]: t = 0 is data, t = 1 is noise. What the backbone is fed is `process.network_time(t)`.
+  latents    the network's data, of about unit variance, NHWC float32.
+  t          float32 in [0, 1]: t = 0 is data, t = 1 is noise. The network's time input is `process.network_time(t)`.
   guidance   scale w means uncond + w (cond - uncond), so w = 1 is off.
   batch_size global, over all hosts and devices, unless a name says `per_host_`.
-  GMACs      multiply-adds of one forward of one image, in units of 1e9 (what the paper calls Gflops); FLOPs = 2 x MACs.
+  GMACs      multiply-adds of one forward pass of one image, in units of 1e9 (Gflops in the paper); FLOPs = 2 x MACs.
   counts end in `_steps` or `_images`, times in `_seconds`.
 
-`dit_jax.register(section, name, constructor)` makes user code known to configs and verbs, see `registry`.
+`dit_jax.register(section, name, constructor)` makes user code available to configs and verbs, see `registry`.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"register": "dit_jax.registry"}  # name: its module, imported at the first use
+_PUBLIC = {"register": "dit_jax.registry"}  # name: its module, imported on first use
 __all__ = ["register"]
 
 

@@ -1,11 +1,11 @@
-"""From a config to objects: the only module that knows both.
+"""Builds objects from a config.
 
-Adding a model, a process, a codec, a data source or an optimizer is its own file and one line here; user code needs no line
-here and calls `dit_jax.register`. Samplers are registered in `diffusion.samplers`.
+A new model, process, codec, data source or optimizer of the package is a file and one `register` line here. User code calls
+`dit_jax.register`. Samplers are registered in `diffusion.samplers`.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 import dit_jax.diffusion.samplers  # noqa: F401 - registers the samplers
@@ -30,13 +31,14 @@ from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
-from dit_jax.diffusion.process import Memoryless, Prediction
+from dit_jax.diffusion.process import Memoryless, Prediction, Process
+from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder, lpips, vae
 from dit_jax.models.dit import DiT
-from dit_jax.models.network import for_platform
+from dit_jax.models.network import Network, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -44,7 +46,7 @@ from dit_jax.runtime.console import say
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
-from dit_jax.tasks.state import abstract_state
+from dit_jax.tasks.state import TrainState, abstract_state
 
 register("task", "diffusion", DiffusionTask)
 register("task", "autoencoder", AutoencoderTask)
@@ -67,11 +69,11 @@ register("guidance", "classifier_free", Guidance)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def construct(section: str, fields: Mapping, **more):
-    """The object of a section: its registered constructor, called with the section's fields and `more`.
+def construct(section: str, fields: Mapping, **more: Any) -> Any:
+    """Calls the registered constructor of a section with the section's fields and `more`.
 
     Raises:
-        UserError: an unknown name, an unknown field, a missing field, or whatever the constructor refuses.
+        UserError: an unknown name, an unknown or missing field, or an error of the constructor.
     """
     fields = dict(fields)
     name = fields.pop("name")
@@ -94,53 +96,61 @@ def construct(section: str, fields: Mapping, **more):
     return constructor(**fields)
 
 
-CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are no fields of a codec
-MESH_FLAGS = ("zero1", "offload")  # fields of the section `mesh` that are no axes
+CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are not fields of a codec
+MESH_FLAGS = ("zero1", "offload")  # fields of the section `mesh` that are not axes
 TASK_FILES = ("perceptual_path",)
 TRAINING_ONLY = (
     "min_snr_gamma",
     "time_distribution",
     "logit_mean",
     "logit_std",
-)  # fields of processes that samples do not depend on
+)  # fields of a process that do not change samples
 
 
 class Run:
-    """The objects of one config, each built once, when it is first asked for.
+    """The objects of one config, each built on first use and then cached.
 
-    A `Run` reads no weights and no data until `source`, `loader` or `constants` are asked for, so that a plan or a check costs
-    nothing. `with_codec_weights` gives the run that trains or samples.
+    A `Run` reads weights and data only when `source`, `loader` or `constants` are used, so plans and checks are cheap.
+    `with_codec_weights` returns the run for training or sampling.
 
     Args:
         config: a resolved config, as `recipes` makes it.
-        devices: of the mesh; all devices if None.
+        devices: devices of the mesh; None means all.
         codec_params: weights of the frozen codec as NumPy arrays.
-        platform: "cpu", "gpu" or "tpu": what the network leaves to the platform is chosen for it now, and not where it runs.
+        platform: "cpu", "gpu" or "tpu": resolves the network's platform-dependent choices for this platform instead of the
+            default backend.
 
     Raises:
-        UserError: whatever is wrong with the part of the config that is asked for.
+        UserError: the part of the config that is used is invalid.
     """
 
-    def __init__(self, config, *, devices=None, codec_params=None, platform: str | None = None):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        devices: Sequence[Any] | None = None,
+        codec_params: Any = None,
+        platform: str | None = None,
+    ):
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh that the config asks for."""
+        """The mesh of the config."""
         axes = {axis: size for axis, size in self.config.mesh.items() if axis not in MESH_FLAGS}
         return make_mesh(**axes, devices=self.devices)
 
     @cached_property
-    def transform(self):
+    def transform(self) -> ImageTransform:
         return construct("transform", self.config.transform)
 
     @cached_property
-    def codec(self):
-        """The codec; fields that are None have the constructor's default until `with_codec_weights` reads them."""
+    def codec(self) -> Any:
+        """The codec. Fields that are None take the constructor's default until `with_codec_weights` reads them."""
         return construct("codec", {k: v for k, v in self.config.codec.items() if v is not None and k not in CODEC_FILES})
 
     @cached_property
-    def process(self):
+    def process(self) -> Process:
         return construct("process", self.config.process)
 
     @cached_property
@@ -148,7 +158,7 @@ class Run:
         """(H, W, C) or (F, H, W, C) of one example.
 
         Raises:
-            UserError: the images have other channels than the codec.
+            UserError: the images and the codec have different numbers of channels.
         """
         shape, channels = self.transform.shape, getattr(self.codec, "image_channels", self.transform.shape[-1])
         if shape[-1] != channels:
@@ -157,7 +167,7 @@ class Run:
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """(h, w, c) or (f, h, w, c) of what the network sees.
+        """(h, w, c) or (f, h, w, c) of the latents.
 
         Raises:
             UserError: the image size does not fit the codec.
@@ -165,57 +175,57 @@ class Run:
         return self.codec.latent_shape(self.image_shape)
 
     @cached_property
-    def network(self):
+    def network(self) -> Network:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
         return network if self.platform is None else for_platform(network, self.platform)
 
     @cached_property
-    def conditioner(self):
-        return construct("conditioner", self.config.conditioner, num_classes=self.config.model.get("num_classes", 0))
+    def conditioner(self) -> Conditioner:
+        """The conditioner; one for labels has as many classes as the network."""
+        section = self.config.conditioner
+        takes_classes = "num_classes" in inspect.signature(registry.get("conditioner", section.name)).parameters
+        classes = {"num_classes": self.config.model.get("num_classes", 0)} if takes_classes else {}
+        return construct("conditioner", section, **classes)
 
     @cached_property
-    def optimizer(self):
+    def optimizer(self) -> optax.GradientTransformation:
         return construct("optimizer", self.config.optimizer)
 
     @cached_property
-    def task(self):
-        """The training task. Building it checks all that can be checked without data or devices."""
-        config = self.config
-        check_numbers(config)
-        fields = {k: v for k, v in config.task.items() if k not in TASK_FILES} | {
-            "codec": self.codec,
-            "optimizer": self.optimizer,
-            "image_shape": self.image_shape,
-            "ema_decay": config.ema_decay,
-            "microbatches": config.microbatches,
-            "zero1": config.mesh.get("zero1", False),
-            "offload": config.mesh.get("offload", "none"),
-        }
-        return construct("task", fields, **TASK_PARTS[config.task.name](self))
+    def task(self) -> Any:
+        """The training task: its section, and the parts that its constructor has parameters for.
+
+        Building it makes all checks that need neither data nor devices.
+        """
+        check_numbers(self.config)
+        section = self.config.task
+        fields = {k: v for k, v in section.items() if k not in TASK_FILES}
+        parameters = inspect.signature(registry.get("task", section.name)).parameters
+        return construct("task", fields, **{name: part(self) for name, part in PARTS.items() if name in parameters})
 
     @cached_property
     def entry(self) -> str:
-        """What of the data set a batch holds: "image", "moments" of a latent cache, or "row" of one on the devices."""
+        """The kind of data in a batch: "image", "moments" of a latent cache, or "row" of a cache on the devices."""
         if registry.get("data", self.config.data.name) is not LatentCache:
             return "image"
         return "row" if self.config.loader.get("resident") else "moments"
 
     @cached_property
-    def source(self):
+    def source(self) -> Any:
         """The training data set, opened."""
         return construct("data", self.config.data)
 
     @cached_property
-    def evaluation_source(self):
-        """The images that are kept for evaluation: `data` with `evaluation.split`, where the data set has splits."""
+    def evaluation_source(self) -> Any:
+        """The images of evaluation: `data` with `evaluation.split` if it is set."""
         split = self.config.evaluation.get("split")
         return construct("data", self.config.data, **({} if split is None else {"split": split}))
 
     @cached_property
-    def loader(self):
-        """This host's training batches; checks the data set against the model and the batch against the mesh."""
+    def loader(self) -> Loader | LatentLoader:
+        """This host's loader of training batches. Checks the data set against the model and the batch against the mesh."""
         config = self.config
         self.check_batch()
         self.task.batch_spec(self.entry)
@@ -225,7 +235,7 @@ class Run:
                 f"the data set has {self.source.num_classes} classes and model.num_classes is {classes}; pass "
                 f"--config.model.num_classes={self.source.num_classes}, or 0 to train without labels"
             )
-        part = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
+        part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
             return Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
         self.source.check(self.codec, config.codec.sha256, self.transform)
@@ -241,13 +251,13 @@ class Run:
             )
 
     @cached_property
-    def abstract_state(self):
+    def abstract_state(self) -> TrainState:
         """The training state as ShapeDtypeStructs with shardings."""
         return abstract_state(self.task, self.mesh)
 
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A global batch as ShapeDtypeStructs with shardings; nothing is read."""
+        """A global batch as ShapeDtypeStructs with shardings; reads nothing."""
         rows, sharding = self.config.batch_size, batch_sharding(self.mesh)
         spec = self.task.batch_spec(self.entry)
         return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding) for name, x in spec.items()}
@@ -257,50 +267,50 @@ class Run:
         """The frozen weights that the task reads, on the mesh.
 
         Raises:
-            UserError: task.perceptual_weight is not 0 and task.perceptual_path is empty or not LPIPS's weights.
+            UserError: task.perceptual_weight is not 0, and task.perceptual_path is empty or has no LPIPS weights.
         """
         arrays = {name: CONSTANTS[name](self) for name in self.task.constants()}
         return {name: place(tree, self._sharding_of_constant(name, tree)) for name, tree in arrays.items()}
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """What a training step reads and does not change, on the mesh: frozen weights, and a data set that lives there."""
+        """The arrays that a training step reads and does not change, on the mesh: frozen weights, and a resident data set."""
         return self.frozen | ({"moments": resident_moments(self.source, self.mesh)} if self.entry == "row" else {})
 
     def abstract_constants(self, resident_rows: int = 0) -> dict[str, Any]:
-        """`constants` as ShapeDtypeStructs with shardings; nothing is read.
+        """`constants` as ShapeDtypeStructs with shardings; reads nothing.
 
-        resident_rows: of the latent cache that lives on the devices, where the config asks for one.
+        resident_rows: rows of the latent cache on the devices, if loader.resident is set.
 
         Raises:
-            UserError: the config asks for such a cache and resident_rows is 0.
+            UserError: loader.resident is set and resident_rows is 0.
         """
-        found = {}
+        abstract = {}
         for name, tree in self.task.constants().items():
             sharding = self._sharding_of_constant(name, tree)
             sharding = jax.tree.map(lambda _, s=sharding: s, tree) if isinstance(sharding, NamedSharding) else sharding
-            found[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+            abstract[name] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
         if self.entry == "row":
             if resident_rows < 1:
                 raise UserError(
-                    "loader.resident keeps the latent cache on the devices, and only the data tells its size: give "
-                    "--resident_rows=<images, twice as many where it holds mirror images>"
+                    "loader.resident keeps the latent cache on the devices, and its size is not in the config; give "
+                    "--resident_rows=<number of images, doubled if the cache holds mirror images>"
                 )
             ways, moments = rows_per_step(self.mesh), self.task.batch_spec("moments")["moments"]
             shape = (-(-resident_rows // ways) * ways, *moments.shape)
-            found["moments"] = jax.ShapeDtypeStruct(shape, moments.dtype, sharding=batch_sharding(self.mesh))
-        return found
+            abstract["moments"] = jax.ShapeDtypeStruct(shape, moments.dtype, sharding=batch_sharding(self.mesh))
+        return abstract
 
     def _sharding_of_constant(self, name: str, tree):
         rules = self.task.constant_rules().get(name)
         return replicated(self.mesh) if rules is None else shardings(tree, self.mesh, rules)
 
     @cached_property
-    def codec_params(self):
+    def codec_params(self) -> Any:
         """The codec's parameters as NumPy arrays.
 
         Raises:
-            UserError: the codec has weights and they were not read (`with_codec_weights`).
+            UserError: the codec has weights, and they were not read (`with_codec_weights`).
         """
         if self._codec_params is not None:
             return self._codec_params
@@ -310,18 +320,17 @@ class Run:
 
     @property
     def has_codec_weights(self) -> bool:
-        """Whether a frozen codec's weights must be read; the codec of an autoencoder's run is trained."""
+        """Whether the weights of a frozen codec must be read. An autoencoder's run trains its codec."""
         return "path" in self.config.codec
 
     def with_codec_weights(self, workdir: Path | None = None) -> "Run":
-        """This run with the frozen codec's weights, and with the fields of `codec` that only the weights can tell.
+        """This run with the frozen codec's weights, and the fields of `codec` that come with the weights.
 
-        The folder of a run that has its own copy of the codec is read first: the path in the config need not exist any more.
-        `codec.scale` and `codec.shift` that are None become those of the weights' folder. `codec.sha256` becomes the hash of
-        the weights.
+        A run's own copy of the codec is preferred; the path in the config need not exist any more. If `codec.scale` or
+        `codec.shift` is None, it is read from the folder of the weights. `codec.sha256` is set to the hash of the weights.
 
         Raises:
-            UserError: the codec needs weights and there are none; they do not fit the config; the hash is not the one asked for.
+            UserError: the codec's weights are missing, do not fit the config, or have another hash than `codec.sha256`.
         """
         if not self.has_codec_weights:
             return self
@@ -333,10 +342,10 @@ class Run:
                 if section.get(field) is None:
                     section[field] = getattr(stored, field)
                 elif getattr(self.codec, field) != getattr(stored, field) and path != own:
-                    say(f"codec.{field} {section[field]} of the config is used, not {getattr(stored, field)} of {path}")
+                    say(f"using codec.{field} {section[field]} of the config, not {getattr(stored, field)} of {path}")
         elif section.get("scale") is None:
             raise UserError(
-                f"codec.path {path} is a single file, which does not hold the scale of the latents; give codec.scale, or the "
+                f"codec.path {path} is a file, which does not contain the scale of the latents; give codec.scale, or the "
                 "folder with config.json"
             )
         config = ml_collections.ConfigDict(self.config.to_dict())
@@ -346,7 +355,7 @@ class Run:
         sha256, wanted = vae.weights_sha256(params), section.get("sha256")
         if wanted and sha256 != wanted:
             raise UserError(
-                f"the weights in {path} have the SHA-256 {sha256} and codec.sha256 asks for {wanted}; give those weights, or "
+                f"the weights in {path} have the SHA-256 {sha256}, and codec.sha256 is {wanted}; give those weights, or "
                 "leave codec.sha256 empty"
             )
         config.codec.sha256 = sha256
@@ -356,26 +365,26 @@ class Run:
         given = self.config.codec.path
         if own and own.exists():
             if given and not Path(given).expanduser().exists():
-                say(f"codec.path {given} does not exist; the copy in {own} is used")
+                say(f"codec.path {given} does not exist; using the copy in {own}")
             return own
         if not given:
             raise UserError(NO_CODEC_PATH)
         return vae.find(given)
 
     @cached_property
-    def sampler(self):
+    def sampler(self) -> Any:
         return self.checked_sampler(self.config.sampler)
 
     @cached_property
-    def scoring_sampler(self):
-        """The cheap sampler of scores while training."""
+    def scoring_sampler(self) -> Any:
+        """The cheap sampler of scores during training."""
         return self.checked_sampler(self.config.scoring.sampler)
 
-    def checked_sampler(self, fields: Mapping):
-        """A sampler, traced on the process, so that a pair that does not fit fails before any training.
+    def checked_sampler(self, fields: Mapping) -> Any:
+        """Builds a sampler and traces it with the process, so that an incompatible pair fails before training.
 
         Raises:
-            UserError: the sampler does not suit the process, or its steps exceed the process's timesteps.
+            UserError: the sampler does not support the process, or has more steps than the process has timesteps.
         """
         sampler = construct("sampler", fields)
         x, keys = jax.eval_shape(lambda: (jnp.zeros((1, 1, 1, 1)), jax.random.split(jax.random.key(0), 1)))
@@ -384,65 +393,65 @@ class Run:
         return sampler
 
     @cached_property
-    def guidance(self):
+    def guidance(self) -> Guidance:
         """The guidance of samples, checked against the network.
 
         Raises:
-            UserError: more channels than the data has; a scale other than 1 where the null condition was never trained.
+            UserError: more channels than the data has; a scale other than 1 and the null condition is not trained.
         """
         guidance = self.guidance_by_second_network
         if guidance.active and not self.task.has_null_condition:
             raise UserError(
-                f"guidance.scale is {guidance.scale} and the network knows no null condition (model.num_classes = "
+                f"guidance.scale is {guidance.scale}, and the network is not trained on the null condition (model.num_classes = "
                 f"{self.conditioner.num_classes}, task.cond_dropout = {self.task.cond_dropout}); set the scale to 1"
             )
         return guidance
 
     @cached_property
-    def guidance_by_second_network(self):
-        """The guidance where a second network is what it leads away from (autoguidance): no null condition is needed."""
+    def guidance_by_second_network(self) -> Guidance:
+        """The guidance for a second, weaker network (autoguidance), which needs no null condition."""
         guidance, channels = construct("guidance", self.config.guidance), self.latent_shape[-1]
         if guidance.channels is not None and guidance.channels > channels:
             raise UserError(
-                f"guidance.channels is {guidance.channels} and the data has {channels}; ask for at most {channels}, or None "
+                f"guidance.channels is {guidance.channels} and the data has {channels}; it must be at most {channels}, or None "
                 "for all"
             )
         return guidance
 
     @cached_property
     def forecast(self) -> Forecast:
-        """At which calls of the network its blocks run."""
+        """Selects the calls of the network that run its blocks."""
         return self.checked_forecast(self.sampler)
 
-    def checked_forecast(self, sampler) -> Forecast:
-        """`forecast` with this sampler; at all calls where the config has no such section.
+    def checked_forecast(self, sampler: Any) -> Forecast:
+        """`forecast` for this sampler. Without the section in the config, all calls run the blocks.
 
         Raises:
-            UserError: the sampler, the guidance or the network do not allow forecasts.
+            UserError: the sampler, the guidance or the network does not support forecasts.
         """
         forecast = Forecast(**self.config.get("forecast", {}))
         if not forecast.active:
             return forecast
         if sampler.evaluations(self.process) != getattr(sampler, "num_steps", 0):
             raise UserError(
-                f"forecast.interval is {forecast.interval} and the sampler {type(sampler).__name__} evaluates the network "
-                "several times a step or goes back in time; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or set "
+                f"forecast.interval is {forecast.interval}, and the sampler {type(sampler).__name__} evaluates the network "
+                "several times per step or goes back in t; choose ddpm, ddim, euler, ab of order 2, sde, dpmpp or unipc, or set "
                 "the interval to 1"
             )
         if self.guidance_by_second_network.active and self.guidance_by_second_network.is_partial:
             raise UserError(
-                f"forecast.interval is {forecast.interval} and guidance acts on an interval of t, outside of which half of what "
-                "would be forecast from is not computed; set guidance.low = 0 and high = 1, or interval 1"
+                f"forecast.interval is {forecast.interval}, and guidance acts on an interval of t; the forecast needs the "
+                "unconditional output at every t. Set guidance.low = 0 and high = 1, or interval 1"
             )
         if not hasattr(self.network, "run_blocks"):
             raise UserError(
-                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no blocks to forecast; set it "
+                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no method run_blocks; set it "
                 "to 1"
             )
         return forecast
 
     def predicts(self) -> dict[str, Any]:
-        """What two networks must share for one to guide the other: {what: value}."""
+        """The settings that must be equal for one network to guide another: {name: value}."""
         config = self.config
         return {
             "process": {k: v for k, v in config.process.items() if k not in TRAINING_ONLY},
@@ -453,50 +462,54 @@ class Run:
 
 
 NO_CODEC_PATH = (
-    "codec.path is empty; give the folder or .safetensors file of the VAE's weights, or the --workdir of a run that trained one "
+    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, or the --workdir of a run that trained one "
     "(--config.codec.path=... or, to sample, --codec_path=...)"
 )
 
 
-def _diffusion_parts(run: Run) -> dict[str, Any]:
-    return {
-        "network": run.network,
-        "process": run.process,
-        "conditioner": run.conditioner,
-        "latent_shape": run.latent_shape,
-    }
-
-
-def _autoencoder_parts(run: Run) -> dict[str, Any]:
-    """The discriminator that an autoencoder's loss asks for; None where its weight is 0.
+def _discriminator(run: Run) -> PatchDiscriminator | None:
+    """The discriminator of an autoencoder's loss; None if its weight is 0.
 
     Raises:
-        UserError: the codec has nothing to train, or does not fit the images.
+        UserError: the codec has no parameters to train.
     """
-    task = run.config.task
+    section = run.config.task
     if not isinstance(run.codec, KLVAE):
         raise UserError(
-            f"codec.name is {run.config.codec.name!r}, which has nothing to train; name an autoencoder, such as kl_vae"
+            f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae"
         )
-    return {"discriminator": PatchDiscriminator(**task.discriminator) if task.discriminator_weight else None}
+    return PatchDiscriminator(**section.discriminator) if section.discriminator_weight else None
 
 
 def _perceptual(run: Run):
     path = run.config.task.perceptual_path
     if not path:
         raise UserError(
-            "task.perceptual_weight is not 0 and task.perceptual_path is empty: give LPIPS's weights as "
-            "dit_jax.convert --from=lpips writes them, or set --config.task.perceptual_weight=0"
+            "task.perceptual_weight is not 0 and task.perceptual_path is empty; give the LPIPS weights that "
+            "dit_jax.convert --from=lpips writes, or set --config.task.perceptual_weight=0"
         )
     return lpips.load(path)
 
 
-TASK_PARTS = {"diffusion": _diffusion_parts, "autoencoder": _autoencoder_parts}  # what a task is made of, beside its section
+PARTS = {  # of a task: parameters of its constructor that are not in its section
+    "network": lambda run: run.network,
+    "process": lambda run: run.process,
+    "codec": lambda run: run.codec,
+    "conditioner": lambda run: run.conditioner,
+    "optimizer": lambda run: run.optimizer,
+    "image_shape": lambda run: run.image_shape,
+    "latent_shape": lambda run: run.latent_shape,
+    "discriminator": _discriminator,
+    "ema_decay": lambda run: run.config.ema_decay,
+    "microbatches": lambda run: run.config.microbatches,
+    "zero1": lambda run: run.config.mesh.get("zero1", False),
+    "offload": lambda run: run.config.mesh.get("offload", "none"),
+}
 CONSTANTS = {"codec": lambda run: run.codec_params, "perceptual": _perceptual}  # by the names of `Task.constants`
 
 
-def check_numbers(config) -> None:
-    """Raises a UserError for a number of the training loop that is out of its range."""
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError if a number of the training loop is out of range."""
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay is {config.ema_decay}; it must lie in [0, 1)")
     for field in ("num_steps", "batch_size", "microbatches"):

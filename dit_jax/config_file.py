@@ -1,15 +1,16 @@
-"""A config from its file and from the fields that a command line gives.
+"""Reads a config from its file and from fields on the command line.
 
     --config=configs/imagenet.py:B/4,256 --config.batch_size=512 --config.process.name=flow
 
-What follows the colon is the argument of the file's `get_config`. Fields may be given in any order, before --config too.
-Names are applied first: where `<section>.name` differs from the file's, the section becomes the defaults of that constructor, and
-of its recipe where there is one; no other field of the file's section stays. Then the fields that were given are set.
+The text after the colon is the argument of the file's `get_config`. Fields may be given in any order, also before --config.
+Names are applied first: if `<section>.name` differs from the file's, the section is reset to the defaults of the new constructor
+and of its recipe, if there is one; no other field of the file's section is kept. Then the given fields are set.
 """
 
 import copy
 import difflib
 import inspect
+import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from dit_jax.runtime import console, user_code
 from dit_jax.runtime.field_values import NONE, FieldType
 from dit_jax.storage.upgrade import upgrade, upgrade_path
 
-if typing.TYPE_CHECKING:  # a benchmark of --model runs without ml_collections
+if typing.TYPE_CHECKING:  # `benchmark --model` runs without ml_collections
     from ml_collections import ConfigDict
 
 flags.disclaim_key_flags()  # --help lists --config as the verb's own
@@ -42,7 +43,7 @@ class ConfigFlag(NamedTuple):
         return self.file.value is not None
 
     def read(self) -> "ConfigDict":
-        """The config that the flags name, see `read`."""
+        """The config that the flags select, see `read`."""
         return read(self.file.value, self.fields.value)
 
 
@@ -52,10 +53,15 @@ def define_flags(help_text: str) -> ConfigFlag:
 
 
 def define_fields() -> flags.FlagHolder:
-    """Defines the flags of fields alone: texts "<path>=<value>", or "<path>" where no value was given."""
+    """Defines only the flags of fields: texts "<path>=<value>", or "<path>" without a value."""
     return flags.DEFINE_multi_string(
         console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
     )
+
+
+def plain(config: "ConfigDict") -> dict[str, Any]:
+    """The config as JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
@@ -67,8 +73,8 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
             a field to True.
 
     Raises:
-        UserError: there is no such file, or its code fails; a field that the config lacks; a value of another type; a field
-            without a default that a new section needs.
+        UserError: the file does not exist or its code fails; a field does not exist or has a value of another type; a required
+            field of a new section is missing.
     """
     from ml_collections import ConfigDict
 
@@ -76,7 +82,7 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     for text in fields:
         path, equals, value = text.partition("=")
         given[upgrade_path(path)] = value if equals else None
-    config = copy.deepcopy(load(config_file)).unlock()  # with the references between its fields
+    config = copy.deepcopy(load(config_file)).unlock()  # keeps the references between its fields
     if (upgraded := upgrade(config.to_dict())) != config.to_dict():
         config = ConfigDict(upgraded)
     remade = _apply_names(config, given)
@@ -84,8 +90,8 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
         _set(config, path, given_value)
     for place in remade:
         _check_complete(config, place)
-    if found := _imports(config, config_file):
-        config.imports = found
+    if imports := _imports(config, config_file):
+        config.imports = imports
     return config.lock()
 
 
@@ -93,7 +99,8 @@ def load(config_file: str) -> "ConfigDict":
     """What `get_config` of a config file returns.
 
     Raises:
-        UserError: there is no such file; its code fails; it has no `get_config` that takes the argument and returns a ConfigDict.
+        UserError: the file does not exist; its code fails; its `get_config` is missing, does not take the argument, or does not
+            return a ConfigDict.
     """
     from ml_collections import ConfigDict
 
@@ -117,9 +124,9 @@ def load(config_file: str) -> "ConfigDict":
 
 
 def _configs_near(path: Path) -> str:
-    """The config files in the folder of one that is missing."""
+    """Lists the config files in the folder of a missing one."""
     if not path.parent.is_dir():
-        return f"there is no folder {path.parent} below {Path.cwd()}"
+        return f"the folder {path.parent} does not exist in {Path.cwd()}"
     names = sorted(file.name for file in path.parent.glob("*.py"))
     if not names:
         return f"the folder {path.parent} has no *.py"
@@ -128,9 +135,9 @@ def _configs_near(path: Path) -> str:
 
 
 def _apply_names(config: "ConfigDict", given: Mapping[str, str | None]) -> list[str]:
-    """Remakes the sections whose given name differs from the config's; returns their places, such as "scoring.sampler".
+    """Resets the sections whose given name differs from the config's; returns their places, such as "scoring.sampler".
 
-    The section `loader` goes with data.name, since a latent cache has a loader of its own.
+    data.name also resets the section `loader`, because a latent cache has its own loader.
     """
     remade = []
     for path, name in given.items():
@@ -144,7 +151,9 @@ def _apply_names(config: "ConfigDict", given: Mapping[str, str | None]) -> list[
         from dit_jax import recipes
 
         if kind == "task" and "autoencoder" in (old, name):
-            raise UserError(f"--config.{path}={name}: configs of {old!r} have other sections; give a config file of {name!r}")
+            raise UserError(
+                f"--config.{path}={name}: a config of task {old!r} has other sections; give a config file of task {name!r}"
+            )
         _section(config, outer, path)[kind] = new_section(kind, name)
         remade.append(place)
         if place == "data" and recipes.loader(name).keys() != recipes.loader(old).keys():
@@ -153,7 +162,7 @@ def _apply_names(config: "ConfigDict", given: Mapping[str, str | None]) -> list[
 
 
 def new_section(kind: str, name: str) -> dict[str, Any]:
-    """`name`, every field of the constructor that has a default, and what its recipe adds; optional fields are placeholders.
+    """`name`, all fields of the constructor with a default, and the fields of its recipe; optional fields are placeholders.
 
     Raises:
         UserError: the name is not registered.
@@ -190,7 +199,7 @@ def _section(config: "ConfigDict", place: str, path: str) -> "ConfigDict":
     """The section at a place such as "scoring.sampler"; the config itself at "".
 
     Raises:
-        UserError: there is none, so that the field `path` does not exist.
+        UserError: the section does not exist, and so neither does the field `path`.
     """
     from ml_collections import ConfigDict
 
@@ -204,7 +213,7 @@ def _section(config: "ConfigDict", place: str, path: str) -> "ConfigDict":
 
 
 def _choice(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """The nearest of the names, or else of the paths elsewhere with that last part; then all names."""
+    """A suggestion: the nearest name, or a path elsewhere that ends in this name; then all names."""
     near = difflib.get_close_matches(name, names, 1) or [path for path in elsewhere if path.rpartition(".")[2] == name]
     return f"; did you mean {near[0]}? There are {', '.join(names)}" if near else f"; there are {', '.join(names)}"
 
@@ -220,7 +229,7 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
     """Sets a field from its text.
 
     Raises:
-        UserError: there is no such field, or its type has no such value.
+        UserError: the field does not exist, or the text is not a value of its type.
     """
     from ml_collections import ConfigDict
     from ml_collections.config_dict import FieldReference
@@ -258,18 +267,18 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
 
 
 def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
-    """As config.json holds them: what --import imported, and the config file where it registered what the config names."""
-    found = user_code.imports()
-    covered = {name for entry in found for name in entry.registers}
+    """Entries for config.json: the files of --import, and the config file if it registered names that the config uses."""
+    imports = user_code.imports()
+    covered = {name for entry in imports for name in entry.registers}
     used = {f"{kind}.{name}" for kind, name in _names(config) if name in registry.names(kind) and registry.origin(kind, name)}
     if own := sorted(used - covered):
         file = config_file.partition(":")[0]
-        found.append(user_code.Import(file, user_code.file_sha256(Path(file).expanduser()), tuple(own)))
-    return [entry.describe() for entry in found]
+        imports.append(user_code.Import(file, user_code.file_sha256(Path(file).expanduser()), tuple(own)))
+    return [entry.describe() for entry in imports]
 
 
 def _names(config: "ConfigDict") -> Iterator[tuple[str, str]]:
-    """(kind, name) of every section that names a constructor, and of the extractors that score."""
+    """(kind, name) of every section with a constructor's name, and of the extractors of scores."""
     from ml_collections import ConfigDict
 
     for key, value in config.items():

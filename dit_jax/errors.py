@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this, and the message says how."""
+"""The exception for mistakes that the user can fix; the message says how."""
 
 
 class UserError(ValueError):

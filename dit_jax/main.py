@@ -1,16 +1,16 @@
-"""Trains a diffusion transformer or an autoencoder; then draws and scores what it learned. The same command again resumes.
+"""Trains a diffusion transformer or an autoencoder, then makes and scores its samples or reconstructions.
 
     python -m dit_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
 
-Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, makes
-its section the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
+Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, resets
+its section to the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
 
-The last line of stdout is also in <workdir>/result.json when all is done. Several processes find each other on TPU pods, GKE and
-SLURM; elsewhere give --coordinator_address, --num_processes and --process_id.
+The last line of stdout is a JSON object, also written to <workdir>/result.json at the end. On TPU pods, GKE and SLURM, processes
+find each other; elsewhere give --coordinator_address, --num_processes and --process_id.
 
 Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the run early with everything saved, so that a
-supervisor (launch/) can tell "start me again" from "done"; 2 for a user's mistake; anything else for a failure.
+supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 from dit_jax.storage.atomic import write_json
 
-CONFIG = config_file.define_flags("Config file; after a colon its argument: configs/imagenet.py:B/4,256.")
+CONFIG = config_file.define_flags("Config file, with its argument after a colon: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
 processes.define_flags()
 

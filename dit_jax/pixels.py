@@ -1,4 +1,4 @@
-"""The edge between files and arithmetic: uint8 and float32 in [-1, 1]."""
+"""Converts images between uint8 and float32 in [-1, 1]."""
 
 import jax.numpy as jnp
 

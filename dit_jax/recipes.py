@@ -1,10 +1,10 @@
-"""Complete configs, as functions, from the papers; `configs/*.py` call these.
+"""Functions that return the complete configs of the papers; `configs/*.py` call them.
 
-A config has one section per object. Most sections are a constructor's `name` and keyword arguments, so the constructors in
+A config has one section per object. Most sections are the `name` and keyword arguments of a constructor, so the constructors in
 `build.py` are the schema:
-  task       what is learned     model     network                 process    diffusion process
+  task       training task       model     network                 process    diffusion process
   codec      autoencoder         data      source of examples      transform  of an example
-  loader     how batches are read          optimizer               sampler, guidance, forecast of previews and the final samples
+  loader     reading of batches  optimizer                         sampler, guidance, forecast of previews and the final samples
 The others are read by the training loop: seed, num_steps, batch_size (global), microbatches, ema_decay, mesh, checkpoint, log,
 profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
@@ -39,12 +39,12 @@ def model(size: str) -> dict:
 
 
 def loader(data: str = "") -> dict:
-    """How batches of a data set of that name are read: a latent cache is mapped into memory, other records by threads."""
+    """The section `loader` for a data set: a latent cache is memory-mapped, other records are read by threads."""
     return {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
 
 
 def training() -> ml_collections.ConfigDict:
-    """The fields that every config has, with the paper's optimisation (section 4)."""
+    """The fields that every config has, with the optimizer of the paper (section 4)."""
     return ml_collections.ConfigDict(
         {
             "seed": 0,
@@ -75,7 +75,7 @@ def training() -> ml_collections.ConfigDict:
 
 
 def diffusion() -> ml_collections.ConfigDict:
-    """`training` for a diffusion model: labels, their dropout, guidance, samples scored against a reference."""
+    """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
     c.task = {"name": "diffusion", "cond_dropout": 0.1}
     c.conditioner = {"name": "labels"}
@@ -112,7 +112,7 @@ def flow() -> dict:
 
 
 def image_transform(resolution: int, channels: int, flip: bool) -> dict:
-    """Square centre crops; `size` (height, width) wins over the resolution where it is set."""
+    """Square centre crops; `size` (height, width) overrides the resolution if it is set."""
     return {
         "name": "image",
         "resolution": resolution,
@@ -127,7 +127,7 @@ PROCESSES = {"gaussian": gaussian, "flow": flow}
 
 
 def section(kind: str, name: str) -> dict:
-    """What a section of a config has besides, or in place of, its constructor's defaults: places that a user must give are "".
+    """Fields of a section that add to or replace its constructor's defaults; paths that a user must give are "".
 
     Args:
         kind: the section, as in "codec"; name: its constructor, as in "kl_vae".
@@ -136,7 +136,7 @@ def section(kind: str, name: str) -> dict:
         return PROCESSES[name]()
     if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
         return {"path": ""}
-    if (kind, name) == ("codec", "kl_vae"):  # the scale and shift are those of the weights
+    if (kind, name) == ("codec", "kl_vae"):  # scale and shift are read with the weights
         return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
     return {}
 
@@ -145,7 +145,7 @@ def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
     """ "key=value,key=value" -> dict, for the text after the colon of --config=file.py:text.
 
     Raises:
-        UserError: a key that is not among names or comes twice, or a part that is not key=value.
+        UserError: a key is not one of `names` or is repeated, or a part is not key=value.
     """
     chosen = {}
     for part in filter(None, arg.split(",")):
@@ -178,9 +178,9 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
 
 
 def sit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
-    """SiT on ImageNet (Ma et al. 2024): DiT's networks and optimisation, a flow in place of the Gaussian process.
+    """SiT on ImageNet (Ma et al. 2024): DiT's networks and optimizer, with a flow instead of the Gaussian process.
 
-    Like SiT's code, the network keeps the C channels that DiT spends on the variance, unused, so that its weights fit.
+    As in SiT's code, the network has the C channels that DiT uses for the variance; they are unused, so that its weights fit.
     Set `data.path` and `codec.path` as for `dit`.
     """
     c = dit(size, resolution)
@@ -209,7 +209,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
         UserError: no such process or sampler.
     """
     if process not in PROCESSES:
-        raise UserError(f"no process {process!r}; choose one of {', '.join(PROCESSES)}")
+        raise UserError(f"process {process!r} does not exist; choose one of {', '.join(PROCESSES)}")
     c = diffusion()
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 128, 0.99
     c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
@@ -227,7 +227,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
 
 
 def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDict:
-    """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are switched off."""
+    """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are off."""
     c = training()
     c.task = {
         "name": "autoencoder",
@@ -244,7 +244,7 @@ def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDi
     return c
 
 
-# Sizes of the autoencoders trained here; the configs that diffuse in their latents name the same.
+# Sizes of the autoencoders below; the configs of diffusion models in their latents use the same.
 DIGITS_CODEC = {
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
@@ -308,13 +308,13 @@ def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
 def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
     """A small autoencoder on the digits: 8 x 8 pixels to 4 x 4 x 2 numbers ("grid"), or to 2 ("plane").
 
-    Trains on the first 1,500, is judged on the other 297, which other people wrote.
+    Trains on the first 1,500 digits; evaluates on the other 297, which other people wrote.
 
     Raises:
         UserError: no such latent.
     """
     if latent not in ("grid", "plane"):
-        raise UserError(f"no latent {latent!r}; choose grid or plane")
+        raise UserError(f"latent {latent!r} does not exist; choose grid or plane")
     c = autoencoder(DIGITS_CODEC if latent == "grid" else PLANE_CODEC, kl_weight=1e-3 if latent == "grid" else 0.08)
     c.num_steps, c.batch_size, c.ema_decay = 800, 128, 0.99
     c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 800, "clip_norm": 1.0})
@@ -328,9 +328,9 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
 
 
 def in_latents(c: ml_collections.ConfigDict, codec: dict) -> ml_collections.ConfigDict:
-    """The config, diffusing in the latents of an autoencoder of these sizes; set `codec.path` to the run that trained it.
+    """The config with diffusion in the latents of an autoencoder of these sizes; set `codec.path` to the autoencoder's run.
 
-    The scale and shift of the latents are those that its run measured.
+    The scale and shift of the latents are those that the autoencoder's run measured.
     """
     c.codec = {
         "name": "kl_vae",

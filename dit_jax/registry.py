@@ -1,7 +1,7 @@
 """Constructors by config section and name.
 
-A config's section is `name` and keyword arguments of one constructor. The package registers its own constructors where they are
-built; user code adds others with `dit_jax.register`, in a config file or in a file given by --import:
+A section of a config is the `name` and the keyword arguments of one constructor. `build` registers the package's constructors,
+`diffusion.samplers` its samplers; user code adds others with `dit_jax.register`, in a config file or in a file given by --import:
 
     import dit_jax
     dit_jax.register("sampler", "my_euler", MyEuler)     # --config.sampler.name=my_euler
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dit_jax.errors import UserError
 
-# Arguments that `build` computes, by section: no config sets them.
+# Arguments that `build` computes, by section. A config does not set them.
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "task": (
         *("network", "process", "codec", "conditioner", "optimizer", "image_shape", "latent_shape", "discriminator"),
@@ -39,7 +39,7 @@ _PACKAGE = Path(__file__).parent
 
 
 class Entry(NamedTuple):
-    """A constructor, and the file whose code registered it (a module's name where there is no file)."""
+    """A constructor, and the file whose code registered it (the module's name if there is no file)."""
 
     constructor: Callable[..., Any]
     origin: str
@@ -50,16 +50,16 @@ _RECORDED: dict[tuple[str, str], str] = {}
 
 
 def register(section: str, name: str, constructor: Callable[..., Any]) -> None:
-    """Makes `constructor` what `<section>.name = name` of a config builds.
+    """Registers the constructor that a config selects with `<section>.name = name`.
 
-    The constructor's parameters are the section's fields; those without a default must be given. Registering again is allowed to
-    the file that registered first, which may be loaded twice.
+    The constructor's parameters are the section's fields; those without a default are required. The file that registered a name
+    may register it again, because it can be loaded twice.
 
     Raises:
-        UserError: no such section; the name is registered by another file.
+        UserError: the section does not exist; another file registered the name.
     """
     if section not in SECTIONS:
-        raise UserError(f"section {section!r} holds no constructors; register one of {', '.join(SECTIONS)}")
+        raise UserError(f"section {section!r} does not exist; register in one of {', '.join(SECTIONS)}")
     caller = sys._getframe(1).f_globals
     origin = os.path.realpath(caller["__file__"]) if "__file__" in caller else str(caller.get("__name__"))
     known = _ENTRIES[section].get(name)
@@ -69,7 +69,7 @@ def register(section: str, name: str, constructor: Callable[..., Any]) -> None:
 
 
 def noun(section: str) -> str:
-    """What messages call a constructor of the section: "network" of `model`, else the section's name."""
+    """The noun for a constructor of the section in messages: "network" for `model`, usually the section's name."""
     return _NOUNS.get(section, section)
 
 
@@ -79,10 +79,10 @@ def names(section: str) -> list[str]:
 
 
 def get(section: str, name: str) -> Callable[..., Any]:
-    """The constructor of that name.
+    """The constructor with this name.
 
     Raises:
-        UserError: it is not registered; the message says which names are, or which --import registers it.
+        UserError: the name is not registered. The message lists the registered names, or gives the --import.
     """
     if name in _ENTRIES[section]:
         return _ENTRIES[section][name].constructor
@@ -98,22 +98,22 @@ def origin(section: str, name: str) -> str | None:
         UserError: see `get`.
     """
     get(section, name)
-    found = _ENTRIES[section][name].origin
-    return None if Path(found).is_relative_to(_PACKAGE) else found
+    file = _ENTRIES[section][name].origin
+    return None if Path(file).is_relative_to(_PACKAGE) else file
 
 
 def entries() -> dict[tuple[str, str], Entry]:
-    """Everything that is registered, by (section, name)."""
-    return {(section, name): entry for section, found in _ENTRIES.items() for name, entry in found.items()}
+    """All registered constructors, by (section, name)."""
+    return {(section, name): entry for section, named in _ENTRIES.items() for name, entry in named.items()}
 
 
 def record_import(section: str, name: str, given: str) -> None:
-    """Lets `get` say `add --import=given` if the name is not registered; nothing is imported."""
+    """Makes `get` suggest `--import=given` if the name is not registered. Imports nothing."""
     _RECORDED[section, name] = given
 
 
 def parameters(section: str, name: str) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters that a config can set, annotations as types where they can be evaluated.
+    """The constructor's parameters that a config can set; annotations are types where they can be evaluated.
 
     Raises:
         UserError: see `get`.
@@ -121,14 +121,14 @@ def parameters(section: str, name: str) -> dict[str, inspect.Parameter]:
     constructor = get(section, name)
     try:
         signature = inspect.signature(constructor, eval_str=True)
-    except NameError:  # of an annotation that exists for type checkers only
+    except NameError:  # an annotation that exists only for type checkers
         signature = inspect.signature(constructor)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {key: p for key, p in signature.parameters.items() if p.kind in named and key not in SUPPLIED[section]}
 
 
 def defaults(section: str, name: str) -> dict[str, Any]:
-    """The fields of a section that have a default, as a config holds them: dtypes are names, optional fields may be None.
+    """The defaults of a section's fields, as in a config: dtypes are names, optional fields may be None.
 
     Raises:
         UserError: see `get`.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on GKE: fills in launch/gke_jobset_tpu.yaml or gke_jobset_gpu.yaml and applies it.
+# Trains on GKE: fills in and applies launch/gke_jobset_tpu.yaml or gke_jobset_gpu.yaml.
 set -euo pipefail
 
 usage() {
@@ -11,21 +11,21 @@ launch/gke.sh --name=N --image=I --bucket=B --accelerator=A (--topology=T | --no
         python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=/gcs/b4 --config.data.path=/gcs/tfds
     launch/gke.sh --name=b4 --image=... --bucket=my-bucket --accelerator=nvidia-h200-141gb --nodes=4 -- python -m dit_jax.main ...
 
-  --name=N               of the JobSet
-  --image=I              of launch/Dockerfile, by tag or digest; `latest` is refused, because a restart could run other code
-  --bucket=B             Cloud Storage bucket, seen by every pod at --mount; it must have a hierarchical namespace (checkpoints
-                         are committed by renaming a folder), and the service account must be allowed to write there
+  --name=N               name of the JobSet
+  --image=I              image of launch/Dockerfile, by tag or digest; `latest` is refused, because a restart could run other code
+  --bucket=B             Cloud Storage bucket, mounted in every pod at --mount; it needs a hierarchical namespace (checkpoints
+                         are committed by renaming a folder), and the service account needs write access
   --mount=FOLDER         default /gcs
-  --accelerator=A        label of the nodes: gke-tpu-accelerator (tpu-v6e-slice, tpu-v5p-slice, ...) or gke-accelerator
-  --topology=T           TPU: chips of the slice, 4x4 or 4x4x4
-  --nodes=K              GPU: number of nodes
-  --chips-per-host=C     chips or GPUs of a node; default 4 with --topology, 8 with --nodes
+  --accelerator=A        node label: gke-tpu-accelerator (tpu-v6e-slice, tpu-v5p-slice, ...) or gke-accelerator
+  --topology=T           for TPUs: chips of the slice, 4x4 or 4x4x4
+  --nodes=K              for GPUs: number of nodes
+  --chips-per-host=C     chips or GPUs per node; default 4 with --topology, 8 with --nodes
   --namespace=S --service-account=S   default `default`
   --dry-run              print the manifest and the command, apply nothing
 
-COMMAND is handed on verbatim, once per node; its --workdir= (or --out=) must lie under --mount. Needs kubectl, python3 and JobSet
-v0.7 or newer in the cluster. Applying the same again changes nothing; a JobSet that has ended, or that differs, is refused with
-what to do. Preempted or stopped (exit status 75) pods are restarted without limit, other failures three times.
+COMMAND runs unchanged, once per node; its --workdir= (or --out=) must be under --mount. Needs kubectl, python3 and JobSet v0.7 or
+newer in the cluster. Applying the same command again changes nothing. A JobSet that has ended, or that differs, is refused with
+instructions. Preempted or stopped (exit status 75) pods are restarted without limit, other failures three times.
 TEXT
 }
 
@@ -62,12 +62,12 @@ done
 
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "--name=$name must be 1 to 40 lower-case letters, digits and -"
 for word in "$namespace" "$service_account" "$accelerator"; do
-    [[ $word =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] || die "'$word' (--accelerator, --namespace or --service-account) is no Kubernetes name"
+    [[ $word =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] || die "'$word' (--accelerator, --namespace or --service-account) is not a Kubernetes name"
 done
 [[ $bucket =~ ^[a-z0-9][-a-z0-9_.]+$ ]] || die "--bucket=$bucket must be a bucket's name, without gs://"
 [[ $mount =~ ^/[-a-zA-Z0-9_./]+$ ]] || die "--mount=$mount must be an absolute path"
 [[ $image =~ ^[a-zA-Z0-9][-a-zA-Z0-9_./:@]+$ && ${image##*/} == *[:@]* && $image != *:latest ]] ||
-    die "--image=$image must name a tag other than latest, or a digest"
+    die "--image=$image must have a tag other than latest, or a digest"
 ((${#command[@]})) || die "give the command after --, as in -- python -m dit_jax.main --config=... --workdir=..."
 [[ -z $topology || -z $nodes ]] || die "give --topology (TPU) or --nodes (GPU), not both"
 
@@ -80,7 +80,7 @@ elif [[ $nodes =~ ^[1-9][0-9]*$ ]]; then
 else
     die "give --topology=4x4 or 4x4x4 (TPU), or --nodes=K (GPU); got --topology=$topology --nodes=$nodes"
 fi
-[[ $chips =~ ^[1-9][0-9]*$ ]] || die "--chips-per-host=$chips must be a whole number of at least 1"
+[[ $chips =~ ^[1-9][0-9]*$ ]] || die "--chips-per-host=$chips must be an integer of at least 1"
 if [[ $kind == tpu ]]; then
     total=$((${topology//x/*}))
     ((total % chips == 0)) || die "--chips-per-host=$chips does not divide the $total chips of --topology=$topology"
@@ -94,9 +94,9 @@ for ((i = 0; i < ${#command[@]}; i++)); do
         --workdir | --out) folder=${command[i + 1]:-} ;;
     esac
 done
-[[ $folder == "$mount"/* ]] || die "the command's --workdir= (or --out=) is '$folder'; a pod's own disk dies with it: put it under $mount"
+[[ $folder == "$mount"/* ]] || die "the command's --workdir= (or --out=) is '$folder'; a pod's own disk is lost with the pod: choose a folder under $mount"
 
-# Kubernetes expands $(NAME) in commands, also where a user means something else; $$ stands for $.
+# Kubernetes expands $(NAME) in commands, even where the user means something else; $$ stands for $.
 manifest=$(python3 - "$(dirname "${BASH_SOURCE[0]}")/gke_jobset_$kind.yaml" "${command[@]//\$/\$\$}" <<PYTHON
 import json, re, sys
 
@@ -116,14 +116,14 @@ if [[ -n $dry_run ]]; then
 fi
 
 ended=$(kubectl get jobset "$name" --namespace="$namespace" --ignore-not-found '--output=jsonpath={.status.terminalState}')
-[[ -z $ended ]] || die "JobSet $name is $ended. To start it again, which goes on from its workdir:
-  kubectl delete jobset $name --namespace=$namespace   and then the same call"
+[[ -z $ended ]] || die "JobSet $name is $ended. To start it again and resume from its workdir, run
+  kubectl delete jobset $name --namespace=$namespace   and then the same command"
 echo "$manifest" | kubectl apply --filename=- ||
     die "not applied. If JobSet $name differs from these options (most fields of a JobSet cannot be changed), stop it first:
-  kubectl delete jobset $name --namespace=$namespace   saves and stops; then the same call"
+  kubectl delete jobset $name --namespace=$namespace   saves and stops; then run the same command"
 job=$name-$([[ $kind == tpu ]] && echo slice || echo nodes)-0
 cat >&2 <<TEXT
-gke: $name is applied and WILL BE BILLED while its nodes are up, through restarts, until it ends.
+gke: $name is applied and WILL BE BILLED while its nodes are running, including restarts, until it ends.
   first pod's log   kubectl logs --follow --namespace=$namespace --container=main --selector=batch.kubernetes.io/job-name=$job,batch.kubernetes.io/job-completion-index=0
   state             kubectl get jobset $name --namespace=$namespace
   save and stop     kubectl delete jobset $name --namespace=$namespace

@@ -1,14 +1,14 @@
-"""Starts one verb as N processes on this machine, which find each other over a local port: a pod in small.
+"""Starts one verb as N processes on this machine, connected over a local port: a small pod.
 
     python launch/local.py --processes=2 --devices=4 -- python -m dit_jax.main --config=configs/digits.py --workdir=runs/two
 
-Everything after -- is the command, started N times with --coordinator_address, --num_processes and --process_id appended.
-Process 0 writes to this terminal, the others to <logs>/process_<i>.log. --devices gives each process so many simulated CPU
-devices; without it the processes share the real ones as they find them.
+Everything after -- is the command. It is started N times with --coordinator_address, --num_processes and --process_id appended.
+Process 0 writes to this terminal, the others to <logs>/process_<i>.log. --devices sets the number of simulated CPU devices per
+process; without it the processes share the real devices.
 
-After Ctrl-C or SIGTERM all save and stop together; a second one kills them. If one process fails, the
-others get --grace seconds to end by themselves and are then killed: none is left running. Exit status: 0 if all ended with 0;
-75 if they were stopped and want to be started again; otherwise that of the process that failed first (128 + n: signal n).
+After Ctrl-C or SIGTERM all processes save and stop together; a second signal kills them. If one process fails, the others get
+--grace seconds to end and are then killed, so that none is left running. Exit status: 0 if all ended with 0; 75 if they were
+stopped and can be started again; otherwise that of the process that failed first (128 + n: signal n).
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-STOPPED_STATUS = 75  # dit_jax.runtime.console.STOPPED_STATUS; not imported, so that this starts at once and runs any command
+STOPPED_STATUS = 75  # dit_jax.runtime.console.STOPPED_STATUS; not imported, for a fast start and to run any command
 LINES_SHOWN = 15
 
 
@@ -32,11 +32,11 @@ def free_port() -> int:
 
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="how many; default 2")
-    parser.add_argument("--devices", type=int, default=0, help="simulated CPU devices per process; 0 leaves the real ones")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes; default 2")
+    parser.add_argument("--devices", type=int, default=0, help="simulated CPU devices per process; 0 uses the real ones")
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the other processes' output")
     parser.add_argument("--grace", type=float, default=30, help="seconds from a failure until the rest are killed; default 30")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command, after --")
     options = parser.parse_args(argv)
     options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not options.command or options.processes < 1 or options.devices < 0 or options.grace < 0:
@@ -45,7 +45,7 @@ def parse(argv) -> argparse.Namespace:
 
 
 def start(options, processes: list):
-    """Appends each process as it starts, so that none is lost if a later one cannot be."""
+    """Starts the processes and appends each to `processes`, so that none is lost if a later one cannot be started."""
     environment = dict(os.environ)
     if options.devices:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
@@ -54,7 +54,8 @@ def start(options, processes: list):
     for i in range(options.processes):
         flags = [f"--coordinator_address={address}", f"--num_processes={options.processes}", f"--process_id={i}"]
         output = None if i == 0 else open(log_file(options, i), "wb")  # noqa: SIM115
-        # In sessions of their own: the terminal's Ctrl-C would reach them beside ours, and a second signal ends them at once.
+        # Each has its own session. Otherwise the terminal's Ctrl-C would reach it in addition to our signal, and a second signal
+        # ends it immediately.
         processes.append(
             subprocess.Popen([*options.command, *flags], env=environment, stdout=output, stderr=output, start_new_session=True)
         )
@@ -69,7 +70,7 @@ def status_of(process) -> int:
 
 
 def wait(processes, grace: float) -> list[int]:
-    """The processes that failed by themselves, in the order in which they did; no process is alive afterwards."""
+    """Waits for all processes; returns those that failed on their own, in order. None is alive afterwards."""
     failed, deadline = [], None
     while True:
         alive = [process for process in processes if process.poll() is None]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice made of TPU VMs, from request to result, through preemptions.
+# Requests a Cloud TPU slice of TPU VMs, trains on it, and survives preemptions.
 set -euo pipefail
 
 usage() {
@@ -7,44 +7,44 @@ usage() {
 launch/tpu_vm.sh --name=N --zone=Z --accelerator-type=T --runtime-version=R [options] -- COMMAND...
 launch/tpu_vm.sh --name=N --zone=Z --stop | --delete
 
-Requests a TPU slice as a queued resource, waits for it, copies this repository's commit to all workers and installs it there,
-runs COMMAND on all of them at once, shows the log of worker 0 and writes each worker's to a file. When the slice is preempted
-or lost it is deleted and requested anew, and COMMAND is run again: dit_jax.main goes on from its workdir. The same call again
-adopts whatever exists: a waiting request, an idle slice, a run in progress.
+Requests a TPU slice as a queued resource, waits for it, copies this repository's commit to all workers, installs it there, and
+runs COMMAND on all of them. Shows the log of worker 0 and writes each worker's log to a file. If the slice is preempted or lost,
+it is deleted and requested again, and COMMAND runs again: dit_jax.main resumes from its workdir. The same command again adopts
+what exists: a waiting request, an idle slice, or a run in progress.
 
     launch/tpu_vm.sh --name=b4 --zone=europe-west4-b --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite \
         --spot --bucket=my-bucket -- \
         python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=/mnt/my-bucket/b4 --config.data.path=/mnt/my-bucket/tfds
 
-  --name --zone --accelerator-type --runtime-version   as in gcloud; --name is that of the request and of the TPU
+  --name --zone --accelerator-type --runtime-version   as in gcloud; --name is the name of the request and of the TPU
   --project=P            as in gcloud; without it gcloud's own default
-  --spot                 spot VMs: cheaper, and taken away at any time
-  --create-flag=FLAG     one more flag for `queued-resources create`, such as --network=N or --valid-until-duration=6h; repeatable
-  --ssh-flag=FLAG        one more flag for `tpu-vm ssh` and `scp`, such as --internal-ip; repeatable
-  --bucket=B             mount gs://B on every worker with gcsfuse; it must have a hierarchical namespace, because checkpoints
-                         are committed by renaming a folder, which only such a bucket does at once
-  --mount=FOLDER         where; default /mnt/B
-  --revision=C           commit to run; default HEAD, and then nothing may be uncommitted
+  --spot                 spot VMs: cheaper, but they can be preempted at any time
+  --create-flag=FLAG     additional flag for `queued-resources create`, such as --network=N or --valid-until-duration=6h; repeatable
+  --ssh-flag=FLAG        additional flag for `tpu-vm ssh` and `scp`, such as --internal-ip; repeatable
+  --bucket=B             mount gs://B on every worker with gcsfuse; it needs a hierarchical namespace, because checkpoints are
+                         committed by renaming a folder, which is atomic only in such a bucket
+  --mount=FOLDER         mount point of the bucket; default /mnt/B
+  --revision=C           commit to run; default HEAD, which requires a clean work tree
   --logs=FOLDER          default logs/N; each start of COMMAND has its own folder there with worker_<i>.log
-  --poll-seconds=S       between looks at the state; default 30
+  --poll-seconds=S       interval between checks of the state; default 30
   --delete-when-done     delete the slice once COMMAND has ended with 0
-  --stop                 ask the run to save and stop (no restart); the slice stays
-  --delete               delete the slice and its request, whatever runs there
+  --stop                 make the run save and stop (without restart); the slice is kept
+  --delete               delete the slice and its request, even if something runs there
   --dry-run              print every command and run none
 
-COMMAND is handed on verbatim, with `python` from the installed environment and the repository as its folder. Its --workdir= (or
---out=) must lie on --mount or a shared disk: every worker refuses one that would die with the VM. COMMAND runs detached: Ctrl-C
-here, or a lost connection, leaves it running and billed, and the same call again shows it.
+COMMAND runs unchanged, with `python` from the installed environment, in the repository's folder. Its --workdir= (or --out=) must be
+on --mount or a shared disk: every worker refuses a folder that would be lost with the VM. COMMAND runs detached: after Ctrl-C here,
+or a lost connection, it continues to run and to be billed, and the same command again shows it.
 
-Exit status: 0 COMMAND is done; 75 it was stopped with --stop; 130 left with Ctrl-C; otherwise that of COMMAND or of gcloud.
-Whatever the end, the last lines say what still exists and costs money.
+Exit status: 0 if COMMAND is done; 75 if it was stopped with --stop; 130 after Ctrl-C; otherwise that of COMMAND or of gcloud.
+The last lines always report what still exists and costs money.
 TEXT
 }
 
 STOPPED_BY_HAND=76 # of tpu_worker.sh
-SETTLING=4         # looks at the state after a failure: a preemption may show there later than in the run
-TRIES=3            # requests that fail in a row before giving up
-RECONNECTIONS=20   # lost connections in a row, while the slice is well, before giving up
+SETTLING=4         # checks of the state after a failure: it may show a preemption later than the run does
+TRIES=3            # failed requests in a row before giving up
+RECONNECTIONS=20   # lost connections in a row, while the slice is healthy, before giving up
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name='' zone='' accelerator_type='' runtime_version='' project='' spot='' bucket='' mount='' revision=HEAD logs='' poll_seconds=30
@@ -93,13 +93,13 @@ parse() {
     [[ $action == run ]] || return 0
     [[ -n $accelerator_type && -n $runtime_version ]] || die "give --accelerator-type and --runtime-version" 2
     ((${#command[@]})) || die "give the command after --, as in -- python -m dit_jax.main --config=... --workdir=..." 2
-    [[ -z $bucket || $bucket != gs://* ]] || die "--bucket=$bucket is a name without gs://" 2
+    [[ -z $bucket || $bucket != gs://* ]] || die "--bucket=$bucket must be a bucket's name, without gs://" 2
     [[ -z $mount || -n $bucket ]] || die "--mount=$mount needs --bucket" 2
     mount=${mount:-${bucket:+/mnt/$bucket}}
     find_folder
 }
 
-# Where COMMAND writes what must survive.
+# Finds the folder to which COMMAND writes results.
 find_folder() {
     local i word
     folder=''
@@ -114,7 +114,7 @@ find_folder() {
     [[ -z $mount || $folder == "$mount"/* ]] || say "note: $folder is not under $mount; it must be on another shared disk"
 }
 
-# Runs a gcloud command, and shows it first.
+# Prints a gcloud command and runs it.
 cloud() {
     local words=(gcloud "$@" --quiet)
     [[ -z $project ]] || words+=("--project=$project")
@@ -130,8 +130,8 @@ on_workers() { # worker(s), command line
     cloud compute tpus tpu-vm ssh "$name" "--zone=$zone" "--worker=$1" "--command=$2" ${ssh_flags[@]+"${ssh_flags[@]}"}
 }
 
-# A field of the request or the TPU; ABSENT where there is none. Other failures of gcloud are tried again, because taking one
-# for ABSENT would request a second slice.
+# Prints a field of the request or the TPU, or ABSENT if it does not exist. Other failures of gcloud are retried: treating one as
+# ABSENT would request a second slice.
 field() { # queued-resources or tpu-vm, format
     local answer errors try
     errors=$(mktemp)
@@ -149,11 +149,11 @@ field() { # queued-resources or tpu-vm, format
         sleep "$poll_seconds"
     done
     rm "$errors"
-    say "error: gcloud cannot tell the state of $name; it may exist and be billed"
+    say "error: gcloud cannot determine the state of $name; it may exist and be billed"
     return 1
 }
 
-# ABSENT, WAITING, READY, LEAVING, LOST (preempted, suspended) or FAILED.
+# Prints the state: ABSENT, WAITING, READY, LEAVING, LOST (preempted, suspended) or FAILED.
 look() {
     local request node
     request=$(field queued-resources 'value(state.state)') || return
@@ -190,16 +190,16 @@ check_bucket() {
     if [[ -n $dry_run ]]; then
         echo "$answer"
     elif [[ $answer != True ]]; then
-        die "gs://$bucket has no hierarchical namespace: a checkpoint cannot be committed at once there. Create one with
+        die "gs://$bucket has no hierarchical namespace, so that checkpoints cannot be committed atomically. Create a bucket with
   gcloud storage buckets create gs://OTHER --location=... --uniform-bucket-level-access --enable-hierarchical-namespace" 2
     fi
 }
 
-# The commit, as a file to copy; its date settles the versions of all dependencies.
+# Packs the commit into a file to copy; its date determines the versions of all dependencies.
 pack() {
-    commit=$(git -C "$root" rev-parse --verify --quiet "$revision^{commit}") || die "--revision=$revision is no commit of $root" 2
+    commit=$(git -C "$root" rev-parse --verify --quiet "$revision^{commit}") || die "--revision=$revision is not a commit of $root" 2
     if [[ $revision == HEAD && -n $(git -C "$root" status --porcelain) ]]; then
-        die "uncommitted changes in $root would not reach the workers; commit them, or name --revision" 2
+        die "uncommitted changes in $root would not reach the workers; commit them, or give --revision" 2
     fi
     date=$(git -C "$root" show --no-patch --format=%cI "$commit")
     checkout=dit_jax-${commit:0:12}
@@ -218,7 +218,7 @@ prepare() {
     if [[ -n $dry_run ]]; then
         echo "$type"
     elif [[ $type != "$accelerator_type" ]]; then
-        die "$name exists and is a $type, not a $accelerator_type; give another --name, or --delete it first" 2
+        die "$name exists as a $type, not a $accelerator_type; give another --name, or --delete it first" 2
     fi
     cloud compute tpus tpu-vm scp "$scratch/$checkout.tar.gz" "$name:" "--zone=$zone" --worker=all \
         ${ssh_flags[@]+"${ssh_flags[@]}"} &&
@@ -228,8 +228,8 @@ tar -xzf $checkout.tar.gz -C $checkout.partial && mv $checkout.partial $checkout
         if [[ -n $bucket ]]; then on_workers all "$(worker_script mount "$bucket" "$mount")"; fi
 }
 
-# Worker 0 to stdout, every worker to a file, what gcloud says to stderr. gcloud's own --output-directory is not used: version
-# 528 writes to a folder called None (tpu_vm/ssh.py: output_directory_path is reset before its use).
+# Copies worker 0 to stdout, every worker to a file, and gcloud's own messages to stderr. gcloud's --output-directory does not work:
+# version 528 writes to a folder called None (tpu_vm/ssh.py resets output_directory_path before its use).
 split_logs() {
     local line worker
     while IFS= read -r line; do
@@ -260,7 +260,7 @@ run() { # attempt
     on_workers all "$line" | split_logs "$folder_of_logs"
 }
 
-# Until the command has ended for good; sets `status`.
+# Runs the command until it has ended for good; sets `status`.
 train() {
     local attempt requests=0 failures=0 lost=0 state shown='' try
     attempt=$(date +%s).$$
@@ -289,7 +289,7 @@ train() {
                 ;;
             READY)
                 failures=0 status=0
-                # set -e does not act inside what stands before ||: prepare and run return what fails in them themselves.
+                # set -e has no effect on the left of ||, so prepare and run return their failures.
                 { prepare && run "$attempt"; } || status=$?
                 case $status in
                     0 | 2) return 0 ;;
@@ -298,7 +298,7 @@ train() {
                         return 0
                         ;;
                 esac
-                say "the command ended with $status; looking whether $name was preempted"
+                say "the command ended with $status; checking whether $name was preempted"
                 for ((try = 0; try < SETTLING; try++)); do
                     sleep "$poll_seconds"
                     state=$(look)
@@ -306,7 +306,7 @@ train() {
                 done
                 if [[ $state != READY || $status == 75 ]]; then
                     attempt=$(date +%s).$$.$((++starts)) lost=0
-                elif [[ $status == 255 ]]; then # of ssh: the command itself may well be running, or have ended
+                elif [[ $status == 255 ]]; then # of ssh: the command may still be running, or have ended
                     ((++lost < RECONNECTIONS)) || die "$RECONNECTIONS connections in a row were lost" 255
                 else
                     return 0
@@ -321,7 +321,7 @@ train() {
 farewell() {
     [[ -z ${scratch:-} ]] || rm -rf "$scratch"
     [[ -n $exists ]] || return 0
-    say "$name in $zone EXISTS AND IS BILLED; a command that runs there goes on, and the same call again shows it. To end the cost:"
+    say "$name in $zone EXISTS AND IS BILLED; a command there continues to run, and the same command again shows it. To end the cost:"
     say "  ${BASH_SOURCE[0]} --name=$name --zone=$zone${project:+ --project=$project} --delete"
 }
 

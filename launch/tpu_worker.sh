@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# What one TPU VM worker does for launch/tpu_vm.sh, which copies the repository here and calls this over ssh. Not for operators.
+# The worker's part of launch/tpu_vm.sh, which copies the repository to a TPU VM and calls this script over ssh. Internal.
 #
-#   tpu_worker.sh install DATE               a virtual environment in this checkout, with dependencies as of DATE
-#   tpu_worker.sh mount BUCKET FOLDER        gs://BUCKET at FOLDER, by gcsfuse
+#   tpu_worker.sh install DATE               make a virtual environment in this checkout, with dependencies as of DATE
+#   tpu_worker.sh mount BUCKET FOLDER        mount gs://BUCKET at FOLDER with gcsfuse
 #   tpu_worker.sh run ATTEMPT HOSTS FOLDER COMMAND...   start COMMAND, or adopt it if it runs or if ATTEMPT has started it before;
 #                                            show its log, end with its status; FOLDER must outlive this VM
-#   ~/dit_jax_run/worker.sh mark             this script, wherever the checkout is: what ends next was stopped by hand
-#   ~/dit_jax_run/worker.sh stop             SIGTERM to COMMAND, once; wait until it has saved and ended
+#   ~/dit_jax_run/worker.sh mark             (a link to this script) record that the user is stopping the command
+#   ~/dit_jax_run/worker.sh stop             send SIGTERM to COMMAND once; wait until it has saved and ended
 #
-# All it remembers lies in ~/dit_jax_run and dies with the VM: attempt, command, pid, supervisor, status, log, and `stopped`.
+# Its state is in ~/dit_jax_run and is lost with the VM: attempt, command, pid, supervisor, status, log, and `stopped`.
 set -euo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 run=$HOME/dit_jax_run
-STOPPED=75         # dit_jax.main has saved and is to be started again
-STOPPED_BY_HAND=76 # it has saved and is not to be started again, because `stop` asked
+STOPPED=75         # dit_jax.main has saved and should be started again
+STOPPED_BY_HAND=76 # it has saved and should not be started again, because of `stop`
 
 die() {
     echo "error: $1" >&2
@@ -27,7 +27,7 @@ install() {
     # The VM images have Python 3.10; uv brings its own 3.12.
     [[ -x $uv ]] || python3 -m pip install --quiet --user uv
     "$uv" venv --quiet --clear --python 3.12 "$checkout/.venv"
-    # Versions as of the commit's date: a worker installed after a preemption gets the very same ones.
+    # Versions as of the commit's date, so that a worker installed after a preemption gets the same ones.
     "$uv" pip install --quiet --python "$checkout/.venv/bin/python" --exclude-newer "$1" -e "${checkout}[tpu]"
     touch "$marker"
 }
@@ -46,17 +46,17 @@ mount_bucket() {
     gcsfuse --implicit-dirs "$bucket" "$folder"
 }
 
-# What is written to the VM's own disk would be lost with the first preemption, or be one of several.
+# Refuses a folder on the VM's own disk: it would be lost with a preemption, and other workers would not see it.
 check_folder() {
-    local hosts=$1 folder=$2 parent=$2 filesystem target remedy="put it under --mount's folder or on a shared disk"
+    local hosts=$1 folder=$2 parent=$2 filesystem target remedy="choose a folder under --mount or on a shared disk"
     while [[ ! -e $parent ]]; do parent=$(dirname "$parent"); done
     filesystem=$(findmnt --noheadings --output FSTYPE --target "$parent")
     target=$(findmnt --noheadings --output TARGET --target "$parent")
     case $filesystem in
         fuse* | nfs* | lustre | ceph | gpfs | beegfs) ;;
-        tmpfs | ramfs | overlay) die "$folder is on $filesystem, which dies with this VM; $remedy" 2 ;;
+        tmpfs | ramfs | overlay) die "$folder is on $filesystem, which is lost with this VM; $remedy" 2 ;;
         *)
-            [[ $target != / ]] || die "$folder is on the boot disk, which dies with this VM; $remedy" 2
+            [[ $target != / ]] || die "$folder is on the boot disk, which is lost with this VM; $remedy" 2
             ((hosts == 1)) || die "$folder is on $filesystem, the disk of one of $hosts hosts; $remedy" 2
             ;;
     esac
@@ -66,8 +66,8 @@ alive() {
     [[ -e $run/pid ]] && kill -0 "$(<"$run/pid")" 2>/dev/null
 }
 
-# Parent of COMMAND, in a session of its own, so that a lost ssh connection ends neither. A shutdown sends SIGTERM to both; it
-# is not handed on, because a second SIGTERM would end the run before it has saved.
+# The parent of COMMAND, in its own session, so that a lost ssh connection ends neither. A shutdown sends SIGTERM to both. The
+# parent does not forward it, because a second SIGTERM would end the run before it has saved.
 supervise() {
     local child status=0
     trap : TERM HUP INT
@@ -104,7 +104,7 @@ start() {
     exec 9>&-
 }
 
-# The log from its first line until the command has ended, each line headed by the number of this worker.
+# Prints the log from its first line until the command has ended, each line prefixed with the number of this worker.
 follow() {
     local worker
     worker=$(curl -fs --max-time 5 -H 'Metadata-Flavor: Google' \
@@ -130,7 +130,7 @@ mark() {
     touch "$run/stopped"
 }
 
-# On one worker only: JAX hands the request on to the others, and a worker that has agreed to stop would die of a second one.
+# On one worker only: JAX forwards the request to the others, and a second signal would end a worker immediately.
 stop() {
     kill -TERM "$(<"$run/pid")"
     until [[ -e $run/status ]]; do sleep 0.5; done

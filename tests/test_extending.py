@@ -7,7 +7,7 @@ from user_files import forgetful as forgetful
 from user_files import write
 from verbs import refused, run_verbs
 
-from dit_jax.config_file import read
+from dit_jax.config_file import plain, read
 from dit_jax.storage.run_folder import Workdir, read_config
 
 USER_FILE = '''
@@ -151,8 +151,8 @@ def test_import_comes_before_the_config(outcomes):
 def test_a_run_may_go_on_with_other_code(tmp_path, capsys):
     """A file that was edited between two starts: refused though it may be a comment, or not mentioned."""
     file = write(tmp_path / "mine.py", USER_FILE)
-    with Workdir(tmp_path / "run", read(str(file))) as folder:
+    with Workdir(tmp_path / "run", plain(read(str(file)))) as folder:
         folder.checkpoints.mkdir()
     file.write_text(file.read_text() + "# a comment\n")
-    with Workdir(tmp_path / "run", read(str(file))):
+    with Workdir(tmp_path / "run", plain(read(str(file)))):
         assert f"{file} has changed since this run last started" in capsys.readouterr().err

@@ -72,9 +72,13 @@ def test_flow_through_the_task():
     params = jax.jit(task.init)(jax.random.key(0)).params
     batch = {"image": np.zeros((64, 8, 8, 1), np.uint8), "label": np.arange(64, dtype=np.int32) % 10}
     constants = {"codec": {}}
-    loss, _ = jax.jit(lambda params, key: task.loss(params, **task.draw_inputs(constants, batch, key)))(params, jax.random.key(1))
+
+    def first_loss(params, key):
+        return task.loss(params, constants, **task.draw_inputs(constants, batch, key))[0]
+
+    loss = jax.jit(first_loss)(params, jax.random.key(1))
     # The network starts at zero, so the loss is the mean of (x0 - noise)^2 with x0 = (-1 + 0.39) / 0.75 everywhere.
     np.testing.assert_allclose(loss, 1 + (0.61 / 0.75) ** 2, rtol=0.1)
     generator = Generator(task, mesh, build.Run(config).sampler, build.Run(config).guidance, 4, seed=0)
-    images = generator(params, {"codec": {}}, spread_labels(4, 10))
+    images = generator(params, {"codec": {}}, {"label": spread_labels(4, 10)}, 4)
     assert images.shape == (4, 8, 8, 1) and images.std() > 0  # a zero velocity gives back the noise

@@ -59,7 +59,7 @@ def test_names_are_not_taken_twice(tmp_path):
         load(tmp_path / "b.py", text)
     with pytest.raises(UserError, match="sampler 'ddim' is registered twice"):
         dit_jax.register("sampler", "ddim", Steps)
-    with pytest.raises(UserError, match="section 'samplers' holds no constructors; register one of task, model"):
+    with pytest.raises(UserError, match="section 'samplers' does not exist; register in one of task, model"):
         dit_jax.register("samplers", "mine", Steps)
 
 

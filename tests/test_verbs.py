@@ -90,7 +90,7 @@ MISTAKES = {
     "no workdir": ("main", ["--config=configs/digits.py"], "--workdir"),
     "patch": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.transform.resolution=9"], "not a multiple"),
     "heads": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.heads=5"], "does not divide"),
-    "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs as many devices"),
+    "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs 64 devices"),
     "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "codec.path is empty"),
     "no reference": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.evaluation.reference=/none"], "/none does"),
     "no run": ("sample", ["--workdir=W"], "config.json does not exist"),
@@ -119,10 +119,10 @@ def test_sampling_mistakes(workdir, tmp_path):
     mistakes = {
         "--labels=3,10": "label 10 is out of range",
         "--out=/proc/x.npz": "cannot be written",
-        "--labels=three": "whole numbers",
+        "--labels=three": "separated by commas",
         "--num_samples=0": "at least 1",
         "--sampler=magic": "sampler 'magic' is not registered",
-        "--num_steps=1001": "1 to 1000",
+        "--num_steps=1001": "lie in 1 to process.num_timesteps = 1000",
         "--step=3": "no checkpoint of step 3",
         "--out=x.png": "must end in .npz",
     }
@@ -155,3 +155,12 @@ def test_plan_models(tmp_path):
 def test_duration(seconds, text):
     """1m60s."""
     assert duration(seconds) == text
+
+
+def test_every_verb_is_listed():
+    """A verb that `python -m dit_jax` leaves out, or lists without saying what it does."""
+    from dit_jax.__main__ import ORDER, verbs
+
+    listed = verbs()
+    assert set(listed) == set(ORDER)
+    assert all(line.endswith(".") and 20 < len(line) <= 130 for line in listed.values()), listed

@@ -1,4 +1,4 @@
-"""How fast it is: each part of training and sampling by itself, on noise where that does.
+"""Measures the speed of each part of training and sampling separately, on noise where possible.
 
     python -m dit_jax.benchmark --what=train_step --model=XL/2 --batch_size=256 --dtype=bfloat16
     python -m dit_jax.benchmark --what=train_step --config=configs/xl2_imagenet256.py --config.mesh.fsdp=8
@@ -11,10 +11,10 @@
     python -m dit_jax.benchmark --what=startup --config=configs/digits.py
     python -m dit_jax.benchmark --what=scaling --model=XL/2 --batch_size=256 --axis=fsdp
 
-train_step, forward, sampler, scaling and vae need jax, flax and optax only, unless --config is given; with it, neither the data
-set nor the codec's weights are read. Numbers are measured after warm-up over at least --seconds; MFU counts the model's own FLOPs
-against the device's dense bfloat16 peak, whatever the dtype, and is null for a device without a known peak, such as a CPU.
-scaling takes the training step on 1, 2, 4 .. of the devices of this machine, with the same batch for each; a CPU simulates 8.
+train_step, forward, sampler, scaling and vae need only jax, flax and optax, unless --config is given; with it, neither the data
+set nor the codec's weights are read. Everything is measured after warm-up, for at least --seconds. MFU is the ratio of the
+model's FLOPs to the device's dense bfloat16 peak, for any dtype; it is null if the peak is unknown, as for a CPU. scaling
+measures the training step on 1, 2, 4 .. devices of this machine with the same batch size per device; a CPU simulates 8.
 """
 
 import os
@@ -90,24 +90,24 @@ USES = {
 
 
 def check_flags():
-    """Raises a UserError for a flag that would change nothing."""
+    """Raises UserError for a flag without effect."""
     if WHAT.value is None:
-        raise UserError(f"say what to measure: --what={'|'.join(USES)}")
+        raise UserError(f"choose what to measure: --what={'|'.join(USES)}")
     known = {name for uses in USES.values() for name in uses if name in flags.FLAGS}
     given = [name for name in known if flags.FLAGS[name].present]
     pairs = [("config", name) for name in (*NETWORK[1:], "sampler", "num_steps", "guidance_scale")] if CONFIG.given else []
     pairs += [("codec", "preset"), ("data", "records"), *([("data", "resolution")] if WHAT.value == "latents" else [])]
     for name in sorted(given):
         if name not in USES[WHAT.value]:
-            raise UserError(f"--{name} means nothing with --what={WHAT.value}; leave it out")
+            raise UserError(f"--{name} has no effect with --what={WHAT.value}; omit it")
     for one, other in pairs:
         if one in given and other in given:
-            hint = "; override a field of the config, as in --config.batch_size=64" if one == "config" else ""
-            raise UserError(f"--{one} and --{other} are both given: leave out one{hint}")
+            hint = "; override a field of the config, for example --config.batch_size=64" if one == "config" else ""
+            raise UserError(f"--{one} and --{other} are both given: omit one{hint}")
     if AXIS.value == "fsdp" and "axis" in given and "fsdp" in given:
-        raise UserError("--axis=fsdp and --fsdp are both given: the axis that grows has no size of its own; leave out one")
+        raise UserError("--axis=fsdp and --fsdp are both given: the growing axis has no fixed size; omit one")
     if "peers" in given and not COMPARE.value:
-        raise UserError("--peers means nothing without --compare")
+        raise UserError("--peers has no effect without --compare")
 
 
 def on_cpu() -> bool:
@@ -119,9 +119,9 @@ def dtype() -> str:
 
 
 def subject(devices=None, batches: int = 1, fsdp: int | None = None):
-    """What --config or --model names, on these devices or all.
+    """The subject of --config or --model, on these devices or all.
 
-    batches: how many times the batch size that is asked for; fsdp: in place of --fsdp.
+    batches: factor of the batch size.  fsdp: replaces --fsdp.
     """
     from dit_jax.benchmark import subject
 
@@ -145,10 +145,10 @@ def subject(devices=None, batches: int = 1, fsdp: int | None = None):
 
 
 def measure_scaling() -> dict:
-    """The training step of --config or --model on more and more devices, along --axis.
+    """Measures the training step of --config or --model on increasing numbers of devices, along --axis.
 
     Raises:
-        UserError: the config sets the axis that grows.
+        UserError: the config sets the growing axis.
     """
     from dit_jax.benchmark import scaling
     from dit_jax.benchmark import subject as subjects
@@ -161,8 +161,8 @@ def measure_scaling() -> dict:
     config = CONFIG.read()
     if config.mesh[AXIS.value] not in (1, -1):
         raise UserError(
-            f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, and --axis={AXIS.value} lets it grow from 1; leave it "
-            "out, or let another axis grow"
+            f"mesh.{AXIS.value} is {config.mesh[AXIS.value]}, but --axis={AXIS.value} lets it grow from 1; omit it, "
+            "or let another axis grow"
         )
     return scaling.run(
         lambda ways, devices: subjects.of_config(scaling.grown(config, AXIS.value, ways), devices),
@@ -180,32 +180,33 @@ def batch_size(otherwise: int) -> int:
 
 
 def threads(cores: int) -> list[int]:
-    """Raises a UserError for --threads that are not positive whole numbers."""
+    """The numbers of threads to measure. Raises UserError if --threads are not positive integers."""
     if THREADS.value is None:
         return [2**i for i in range((2 * cores).bit_length()) if 2**i <= 2 * cores]
     try:
-        found = [int(text) for text in THREADS.value]
+        counts = [int(text) for text in THREADS.value]
     except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise UserError(f"--threads={','.join(THREADS.value)}: whole numbers of at least 1 are needed, as in 1,2,4")
-    return found
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UserError(f"--threads={','.join(THREADS.value)} must be integers of at least 1, for example 1,2,4")
+    return counts
 
 
 def measure_network() -> dict:
-    """train_step, forward or sampler, alone or beside PyTorch."""
+    """Measures train_step, forward or sampler, optionally in comparison with PyTorch."""
     from dit_jax.benchmark import network, peer, timing
 
     if unknown := [kind for kind in PEERS.value if kind not in peer.KINDS] or (not PEERS.value and ["nothing"]):
         raise UserError(f"--peers names {', '.join(unknown)}; choose from {', '.join(peer.KINDS)}")
+    assert WHAT.value is not None  # see `check_flags`
     it = subject()
     console.say(f"{WHAT.value}: {it.describe()}")
     peers = peer.works(WHAT.value, it, PEERS.value) if COMPARE.value else {}
     work = getattr(network, WHAT.value)(it)
     if not peers:
         return {**it.describe(), **network.run(it, work, SECONDS.value, queue=WHAT.value != "sampler")}
-    found = timing.compare(work, peers, SECONDS.value, network.WARM_UP_STEPS)
-    return {**it.describe(), **found, **work.facts, **network.efficiency(it, work, found["images_per_second"])}
+    compared = timing.compare(work, peers, SECONDS.value, network.WARM_UP_STEPS)
+    return {**it.describe(), **compared, **work.facts, **network.efficiency(it, work, compared["images_per_second"])}
 
 
 def measure_start() -> dict:
@@ -248,33 +249,34 @@ def measure() -> dict:
 
 
 def rows(result: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """("encode.gmacs", "136.4"), ...: one row for each number or text, however deep."""
-    found = []
+    """Flattens a nested result into rows ("encode.gmacs", "136.4"), ..."""
+    flat = []
     for name, value in result.items():
         if isinstance(value, dict):
-            found += rows(value, f"{prefix}{name}.")
+            flat += rows(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            found += [row for i, item in enumerate(value) for row in rows(item, f"{prefix}{name}[{i}].")]
+            flat += [row for i, item in enumerate(value) for row in rows(item, f"{prefix}{name}[{i}].")]
         else:
-            found.append((prefix + name, f"{value:,.6g}" if isinstance(value, float) else str(value)))
-    return found
+            flat.append((prefix + name, f"{value:,.6g}" if isinstance(value, float) else str(value)))
+    return flat
 
 
 def main() -> dict:
     check_flags()
-    if WHAT.value == "startup":  # the devices are for the process that is timed
+    if WHAT.value == "startup":  # leaves the devices to the timed process
         jax.config.update("jax_platforms", "cpu")
-    if WHAT.value == "scaling" and jax.config.jax_num_cpu_devices == -1:
+    simulated = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # JAX adds it when it is imported
+    if WHAT.value == "scaling" and simulated == -1:
         jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
-    if COMPARE.value:  # leave PyTorch its part of the GPU's memory
+    if COMPARE.value:  # leaves GPU memory to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from dit_jax.benchmark import machine
 
     described = machine.describe()
     if described["load"] is not None and described["load"] > 0.5 * described["cores"] and (on_cpu() or WHAT.value == "images"):
         console.say(
-            f"the load is {described['load']:.1f} on {described['cores']} cores: others are at work, and these numbers "
-            "are not the machine's"
+            f"warning: the load is {described['load']:.1f} on {described['cores']} cores: other processes are running and "
+            "distort the measurement"
         )
     if WHAT.value == "startup":
         described |= {"device": None, "platform": None, "num_devices": None}

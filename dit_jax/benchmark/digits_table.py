@@ -2,7 +2,7 @@
 
     python -m dit_jax.benchmark.digits_table --workdir=runs/table
 
-Half an hour on two cores. What is finished is not repeated; the table goes to <workdir>/table.md.
+Takes half an hour on two cores. Finished parts are not repeated; the table is written to <workdir>/table.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SAMPLERS = {
 
 
 def verb(name: str, *args) -> dict:
-    """The last line of a verb's output."""
+    """Runs a verb and returns the last line of its output."""
     command = [sys.executable, "-m", f"dit_jax.{name}", *map(str, args)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -42,7 +42,7 @@ def train(workdir: Path, process: str, conditioning: str, num_steps: int) -> Pat
 
 
 def score(run: Path, sampler: str) -> dict:
-    """{"fid", "evaluations", "seconds"} of 1,000 samples without guidance; read from disk if they are there."""
+    """{"fid", "evaluations", "seconds"} of 1,000 samples without guidance; read from disk if they exist."""
     file = run / f"{sampler}.json"
     if not file.exists():
         drawn = verb("sample", f"--workdir={run}", f"--sampler={sampler}", "--num_samples=1000", f"--out={run / sampler}.npz")
@@ -61,9 +61,9 @@ def main():
     combinations += [("flow", "adaln_zero", s) for s in SAMPLERS["flow"]]
     lines = ["| process | conditioning | sampler | evaluations | Fréchet distance (pixels) |", "|---|---|---|---|---|"]
     for process, conditioning, sampler in combinations:
-        found = score(train(options.workdir, process, conditioning, options.num_steps), sampler)
-        count = found["evaluations"] or "adaptive"
-        lines.append(f"| {process} | {conditioning} | {sampler} | {count} | {found['fid']:.2f} |")
+        scored = score(train(options.workdir, process, conditioning, options.num_steps), sampler)
+        count = scored["evaluations"] or "adaptive"
+        lines.append(f"| {process} | {conditioning} | {sampler} | {count} | {scored['fid']:.2f} |")
         write_atomic(options.workdir / "table.md", "\n".join(lines) + "\n")
     print((options.workdir / "table.md").read_text())
 

@@ -1,4 +1,4 @@
-"""Features and moments for FID, from images in memory."""
+"""Measures the extraction of features and moments for FID, from images in memory."""
 
 import time
 
@@ -14,12 +14,14 @@ from dit_jax.evaluate.images import ArrayImages
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Wanted, default_batch_size, extract
 from dit_jax.metrics.inception import INPUT_SIZE, Inception, InceptionV3
 
-BATCHES = 8  # if no number of images is asked for
+BATCHES = 8  # if the number of images is not given
 
 
 class Clocked(ArrayImages):
-    """Images that note when a batch is asked for and how many images are done by then: one batch is read and two are at work
-    ahead of what is done of a chunk."""
+    """Images that record when a batch is requested and how many images are finished by then.
+
+    Extraction reads one batch in advance and processes two.
+    """
 
     def __init__(self, images: np.ndarray):
         super().__init__(images, "noise")
@@ -32,12 +34,12 @@ class Clocked(ArrayImages):
 
 
 def run(size: tuple[int, int], batch_size: int | None, records: int | None) -> dict:
-    """What `dit_jax.evaluate` does for FID, sFID and the Inception Score: resize, Inception-v3, sums in float64.
+    """Measures the work of `dit_jax.evaluate` for FID, sFID and the Inception Score: resize, Inception-v3, sums in float64.
 
-    Weights and images are random; neither changes the speed. Compilation and the first images are not counted.
+    Weights and images are random, which does not affect the speed. Compilation and the first images do not count.
 
     Args:
-        batch_size: of `extract`; None for its own choice.
+        batch_size: of `extract`; None for its default.
         records: images of this (height, width); None for BATCHES batches.
 
     Raises:

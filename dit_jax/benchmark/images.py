@@ -1,5 +1,6 @@
-"""JPEG files to cropped arrays: what a host's cores decode."""
+"""Measures the speed at which a host's cores decode JPEG files and crop them."""
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from dit_jax.data.sources import ImageFolder
 from dit_jax.data.transforms import ImageTransform
 
 SYNTHETIC_IMAGES, SYNTHETIC_SIZE, SYNTHETIC_QUALITY = 64, (500, 375), 95  # about 100 KB each, as in ImageNet
-WARM_UP_BATCHES = 4  # more than the loader makes ahead
+WARM_UP_BATCHES = 4  # more than the loader computes in advance
 
 
 def write_photographs(folder: Path):
-    """JPEGs that compress about as photographs do: smooth shapes of 60 pixels, finer ones, some noise."""
+    """Writes JPEGs that compress similarly to photographs: smooth shapes of 60 pixels, finer ones, and noise."""
     rng = np.random.default_rng(0)
     width, height = SYNTHETIC_SIZE
     for number in range(SYNTHETIC_IMAGES):
@@ -32,10 +33,10 @@ def write_photographs(folder: Path):
 
 
 def run(data: str | None, size: tuple[int, int], batch_size: int, seconds: float, threads: list[int]) -> dict:
-    """Shuffled, mirrored training batches through `data.loader.Loader`, once per number of threads.
+    """Measures shuffled, mirrored training batches of `data.loader.Loader`, once per number of threads.
 
     Args:
-        data: folder of images as `ImageFolder` takes it; None for SYNTHETIC_IMAGES files made for the occasion.
+        data: folder of images as for `ImageFolder`; None generates SYNTHETIC_IMAGES files.
     """
     if data is not None:
         return {"data": data, **_measured(ImageFolder(data), size, batch_size, seconds, threads)}
@@ -50,7 +51,7 @@ def _measured(source: ImageFolder, size: tuple[int, int], batch_size: int, secon
     for count in threads:
         loader = Loader(source, ImageTransform(size[0], 3, flip=True, size=size), batch_size, seed=0, num_threads=count)
         with loader.batches() as batches:
-            work = Work(lambda batches=batches: next(batches), batch_size)
+            work = Work(functools.partial(next, batches), batch_size)
             warm_up(work, WARM_UP_BATCHES)
             timing = measure(work, seconds)
         report(f"{count} threads", timing)

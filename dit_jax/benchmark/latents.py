@@ -1,4 +1,4 @@
-"""Batches of a latent cache from the page cache: what a host can feed."""
+"""Measures the speed at which a host reads batches of a latent cache from the page cache."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ NUM_SHARDS = 4
 
 
 class Nothing:
-    """A data set of `count` records that is only counted: its moments are made up."""
+    """A data set that has only a number of records; its moments are synthetic."""
 
     num_classes, class_names, fingerprint = CLASSES, tuple(map(str, range(CLASSES))), "made up by dit_jax.benchmark"
 
@@ -35,7 +35,7 @@ class Nothing:
 
 
 def write_cache(folder: Path, records: int, size: tuple[int, int]):
-    """A finished cache of normal numbers, with mirror images, of Stable Diffusion's codec for images of this (height, width)."""
+    """Writes a complete cache of normal random numbers, with mirror images, for Stable Diffusion's codec and this size."""
     job = Job(Nothing(records), KLVAE(), {}, size, shard_records=-(-records // NUM_SHARDS))
     write_sealed(folder / SETTINGS, job.settings)
     rng = np.random.default_rng(0)
@@ -50,22 +50,23 @@ def write_cache(folder: Path, records: int, size: tuple[int, int]):
     finish(folder, 0.0, first=True)
 
 
-def run(data: str | None, resolution: int, records: int, batch_size: int, seconds: float) -> dict:
-    """Shuffled training batches with flips through `LatentLoader`.
+def run(data: str | None, size: tuple[int, int], records: int, batch_size: int, seconds: float) -> dict:
+    """Measures shuffled training batches with flips of `LatentLoader`.
 
     Args:
-        data: folder of a cache; None for one of `records` records at `resolution`, made for the occasion.
+        size: (height, width) of the images in pixels.
+        data: folder of a cache; None generates one of `records` records of images of this size.
     """
     if data is not None:
         return {"data": data, **_measured(data, batch_size, seconds)}
     with tempfile.TemporaryDirectory(prefix="dit_jax_latents_") as folder:
         say(f"writing a cache of {records} records")
-        write_cache(Path(folder), records, resolution)
+        write_cache(Path(folder), records, size)
         return {"data": "synthetic", **_measured(folder, batch_size, seconds)}
 
 
 def _measured(folder: str, batch_size: int, seconds: float) -> dict:
-    cache = LatentCache(folder, verify=True)  # hashing reads every byte: after it they are in the page cache, if they fit
+    cache = LatentCache(folder, verify=True)  # hashing reads every byte into the page cache, if it fits
     flip = cache.views == 2
     with LatentLoader(cache, batch_size, 0, flip).batches() as batches:
         work = Work(lambda: next(batches), batch_size)

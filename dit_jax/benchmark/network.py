@@ -1,4 +1,4 @@
-"""The network at work: a training step, a forward, a draw of samples."""
+"""Measures a training step, a forward pass, and sampling."""
 
 import dataclasses
 import math
@@ -19,6 +19,7 @@ from dit_jax.sample.generator import Generator, default_chunk_size
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.compiled_step import compile_in_background
+from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.state import abstract_state, count_parameters, create_sharded
 
 WARM_UP_STEPS = 3
@@ -26,7 +27,7 @@ FIRST_STEP = "first step finished"  # `startup` waits for this line
 
 
 def train_step(subject: Subject) -> Work:
-    """The step of the training loop on one batch that stays on the devices: no data set, no autoencoder."""
+    """The step of the training loop on one batch that stays on the devices, without data set and autoencoder."""
     task, mesh, batch = subject.task, subject.mesh, subject.batch()
     compiling = compile_in_background(task, mesh, subject.seed, abstract_state(task, mesh), subject.constants, batch)
     state = create_sharded(task, jax.random.key(subject.seed), mesh)
@@ -44,8 +45,8 @@ def train_step(subject: Subject) -> Work:
     say(FIRST_STEP)
     if done["skipped"][0] or not np.isfinite(done["loss"]).all():
         raise UserError(
-            f"the loss of the first step is not finite in {subject.describe()['dtype']}: a speed of skipped steps "
-            "would be no speed; use another dtype or config"
+            f"the loss of the first step is not finite in {subject.describe()['dtype']}, so steps are skipped and their "
+            "speed is meaningless; use another dtype or config"
         )
     macs = subject.macs
     return Work(
@@ -63,15 +64,15 @@ def train_step(subject: Subject) -> Work:
 
 
 def collective_bytes(compiled, mesh) -> dict[str, dict[str, int]]:
-    """{kind: {mesh axes: bytes that one device sends in the program, on rings}}, read from it; {} on one device."""
+    """Bytes that one device sends in a program, on rings, {kind: {mesh axes: bytes}}; {} on one device."""
     if mesh.devices.size == 1:
         return {}
-    found = collectives.find(hlo.parse(compiled.as_text()), mesh.devices.size)
-    return collectives.by_kind_and_axis(found, dict(mesh.shape))
+    collective_ops = collectives.find(hlo.parse(compiled.as_text()), mesh.devices.size)
+    return collectives.by_kind_and_axis(collective_ops, dict(mesh.shape))
 
 
 def forward(subject: Subject) -> Work:
-    """The network alone, once, on noise."""
+    """One forward pass of only the network, on noise."""
     task, mesh = diffusion_task(subject), subject.mesh
     params = create_sharded(task, jax.random.key(subject.seed), mesh).params
     requests = {name: x for name, x in subject.batch().items() if name in task.conditioner.batch_spec()}
@@ -100,14 +101,14 @@ def forward(subject: Subject) -> Work:
             "parameters": count_parameters(params),
             "compile_seconds": seconds,
             "program_bytes": machine.program_bytes(compiled),
-            "flops_per_image": 2 * subject.macs,
+            "flops_per_image": 2 * task.macs(),
             "flops_formula": "2 x MACs",
         },
     )
 
 
 def sampler(subject: Subject) -> Work:
-    """One batch of samples as `sample` draws it, guidance included, to uint8 on the host; latents are not decoded."""
+    """One batch of samples as in `sample`, with guidance, to uint8 on the host; latents are not decoded."""
     task = diffusion_task(subject)
     guidance, draw = subject.guidance, subject.sampler
     task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
@@ -138,25 +139,26 @@ def sampler(subject: Subject) -> Work:
             "guidance": dataclasses.asdict(guidance),
             "evaluations": evaluations,
             "decoded": False,
-            "flops_per_image": evaluations and 2 * subject.macs * evaluations,
+            "flops_per_image": evaluations and 2 * task.macs() * evaluations,
             "flops_formula": "2 x MACs x evaluations of the network",
         },
     )
 
 
-def diffusion_task(subject: Subject):
+def diffusion_task(subject: Subject) -> DiffusionTask:
+    """The subject's task. Raises a UserError if it draws no samples."""
     if not subject.task.draws_samples:
         raise UserError(
-            "the config trains an autoencoder, which has no forward in time and no sampler: measure it with "
+            "the config trains an autoencoder, which is not a diffusion model and has no sampler: measure it with "
             "--what=train_step or --what=vae"
         )
-    return subject.task
+    return subject.diffusion_task
 
 
 def run(subject: Subject, work: Work, seconds: float, queue: bool) -> dict:
-    """Measures a Work: percentiles with the host waiting for every call.
+    """Measures a Work; percentiles are of calls with a wait after each.
 
-    queue: take images/s from as many calls again of which only the last is waited for, as in training.
+    queue: measure images/s with as many additional calls and a single wait after the last one, as in training.
     """
     warm_up(work, WARM_UP_STEPS)
     timing = single = measure(work, seconds)
@@ -168,7 +170,7 @@ def run(subject: Subject, work: Work, seconds: float, queue: bool) -> dict:
 
 
 def efficiency(subject: Subject, work: Work, rate: float) -> dict:
-    """What images per second mean for the devices."""
+    """Efficiency of the devices at this number of images per second."""
     devices = list(subject.mesh.devices.flat)
     flops = work.facts["flops_per_image"]
     return {

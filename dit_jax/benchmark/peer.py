@@ -1,13 +1,14 @@
-"""The same work by PyTorch: diffusers' `DiTTransformer2DModel`, eager and compiled, beside which ours is measured.
+"""The same work in PyTorch, for comparison: diffusers' `DiTTransformer2DModel`, eager and compiled.
 
-What is the same: sizes, number of parameters, batch, resolution, dtype (bfloat16 by autocast), number of threads, device,
-AdamW, a moving average in float32, label dropout. What is not, all of it to the peer's advantage or nothing: its loss is the
-squared error of the noise alone (ours adds the variational bound, elementwise on latents), and its norms and gradients are not
-checked. Layouts are each library's own: NCHW there, NHWC here.
+Equal: sizes, number of parameters, batch, resolution, dtype (bfloat16 by autocast), number of threads, device, AdamW, a moving
+average in float32, label dropout. Different, in the peer's favour or neutral: its loss is only the squared error of the noise
+(ours adds the variational bound, elementwise on latents), and its norms and gradients are not checked. Each library uses its own
+layout: NCHW in PyTorch, NHWC here.
 """
 
 import contextlib
 import os
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -31,12 +32,12 @@ class Peer:
         kind: "eager", or "compiled" by torch.compile.
 
     Raises:
-        UserError: PyTorch or diffusers is not installed; several devices; no CUDA in PyTorch where JAX has a GPU; a network that
-            diffusers does not have.
+        UserError: PyTorch or diffusers is not installed; there are several devices; JAX has a GPU but PyTorch has no CUDA;
+            diffusers does not have the network.
     """
 
     def __init__(self, subject: Subject, kind: str):
-        # Diffusers takes what other libraries it finds: it need not.
+        # Prevents diffusers from importing other libraries.
         os.environ.setdefault("USE_FLAX", "0")
         os.environ.setdefault("USE_TF", "0")
         try:
@@ -46,17 +47,18 @@ class Peer:
             raise UserError(f"--compare needs PyTorch and diffusers ({error}): pip install 'dit_jax[parity]'") from None
         self.torch, self.subject, self.task = torch, subject, diffusion_task(subject)
         self.device = self._device()
-        net = self.task.network
+        net: Any = self.task.network  # a DiT, whose fields are checked next
         same = (net.conditioning, net.mlp_ratio, net.param_dtype) == ("adaln_zero", 4.0, jnp.float32)
         if not same or not net.num_classes or not isinstance(self.task.process, Gaussian):
             raise UserError(
-                "--compare: diffusers has DiT with adaLN-Zero, classes, an MLP of 4 x width and float32 weights "
-                "only, and the peer's process is Gaussian; choose such a config"
+                "--compare: diffusers only has DiT with adaLN-Zero, classes, an MLP of 4 x width and float32 weights, "
+                "and the peer's process is Gaussian; choose such a config"
             )
+        self.alpha_bar = self.task.process.alpha_bar
         self.autocast = jnp.dtype(net.dtype) == jnp.bfloat16
         torch.set_num_threads(machine.cores())
         if self.device == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True  # what XLA does with float32
+            torch.backends.cuda.matmul.allow_tf32 = True  # as XLA does for float32
         torch.manual_seed(0)
         h, w, self.channels = self.task.latent_shape
         if h != w:
@@ -86,7 +88,7 @@ class Peer:
     def _device(self) -> str:
         if self.subject.mesh.devices.size != 1:
             raise UserError(
-                f"--compare measures one device beside one, and the mesh has {self.subject.mesh.devices.size}: hide "
+                f"--compare needs a single device, but the mesh has {self.subject.mesh.devices.size}: hide "
                 "the others (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES=1)"
             )
         platform = self.subject.mesh.devices.flat[0].platform
@@ -94,7 +96,7 @@ class Peer:
             return "cpu"
         if platform == "gpu" and self.torch.cuda.is_available():
             return "cuda"
-        raise UserError(f"--compare: JAX runs on {platform} and this PyTorch does not; install one that does")
+        raise UserError(f"--compare: JAX runs on {platform}, but this PyTorch does not; install one that does")
 
     def precision(self):
         return self.torch.autocast(self.device, self.torch.bfloat16) if self.autocast else contextlib.nullcontext()
@@ -120,7 +122,7 @@ class Peer:
         parameters = list(self.model.parameters())
         average = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-        alpha_bar = torch.tensor(self.task.process.alpha_bar[1:], dtype=torch.float32, device=self.device)
+        alpha_bar = torch.tensor(self.alpha_bar[1:], dtype=torch.float32, device=self.device)
 
         def call():
             t = torch.randint(0, len(alpha_bar), (len(x0),), device=self.device)
@@ -149,15 +151,15 @@ class Peer:
         return Work(call, self.subject.batch_size, self.facts)
 
     def sampler(self) -> Work:
-        """DDIM as diffusers' pipeline runs it: both forwards of guidance in one batch, steps in Python.
+        """DDIM as in diffusers' pipeline: both forward passes of guidance in one batch, steps in Python.
 
         Raises:
-            UserError: another sampler, or guidance in an interval, which that pipeline does not have.
+            UserError: another sampler, or guidance in an interval, which the pipeline does not support.
         """
         torch, guidance, draw = self.torch, self.subject.guidance, self.subject.sampler
         if not isinstance(draw, DDIM) or draw.eta or guidance != Guidance(guidance.scale):
             raise UserError(
-                "--compare with --what=sampler: diffusers' DDIM is the peer, so give --sampler=ddim, eta 0 and "
+                "--compare with --what=sampler: the peer is diffusers' DDIM, so use --sampler=ddim, eta 0 and "
                 "guidance of all channels for all t"
             )
         from diffusers import DDIMScheduler
@@ -176,11 +178,11 @@ class Peer:
                     both = torch.cat([x, x]) if guidance.active else x
                     with self.precision():
                         out = self.network(both, t.to(self.device).expand(len(both)), labels).sample
-                    found = out[:, : self.channels].float()
+                    noise_prediction = out[:, : self.channels].float()
                     if guidance.active:
-                        with_label, without = found.chunk(2)
-                        found = without + guidance.scale * (with_label - without)
-                    x = scheduler.step(found, t, x).prev_sample
+                        with_label, without = noise_prediction.chunk(2)
+                        noise_prediction = without + guidance.scale * (with_label - without)
+                    x = scheduler.step(noise_prediction, t, x).prev_sample
             self.finish()
             return x.clamp(-1, 1).mul(127.5).add(127.5).to(torch.uint8).cpu().numpy()
 
@@ -188,9 +190,9 @@ class Peer:
 
 
 def works(what: str, subject: Subject, kinds: list[str]) -> dict[str, Work]:
-    """{"torch eager": ..., "torch compiled": ...}: the peers' train_step, forward or sampler."""
-    found = {}
+    """The peers' train_step, forward or sampler: {"torch eager": ..., "torch compiled": ...}."""
+    built = {}
     for kind in kinds:
         say(f"building PyTorch's {what}, {kind}")
-        found[f"torch {kind}"] = getattr(Peer(subject, kind), what)()
-    return found
+        built[f"torch {kind}"] = getattr(Peer(subject, kind), what)()
+    return built

@@ -1,4 +1,4 @@
-"""Saving and restoring the training state, in the way the training loop does it."""
+"""Measures saving and restoring the training state, as in the training loop."""
 
 import tempfile
 import time
@@ -19,19 +19,19 @@ REPEATS = 3
 def run(subject: Subject, folder: str | None) -> dict:
     """Saves and restores REPEATS times; seconds are medians.
 
-      blocking_seconds   until training may go on, opening the manager included
+      blocking_seconds   until training can continue, including opening the manager
       durable_seconds    from the same start until the step is committed
       verified_seconds   from the same start until it was read back and compared
-      restore_seconds    a verified restore, from the page cache where the disk is local
+      restore_seconds    a verified restore; from the page cache if the disk is local
 
     Args:
-        folder: where a temporary folder is made, so that a disk can be chosen; None for the system's place.
+        folder: folder on the disk to measure, in which a temporary folder is created; None for the system's default.
 
     Raises:
-        UserError: no such folder.
+        UserError: the folder does not exist.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"--data={folder} is not a folder: give one to save into, on the disk to be measured")
+        raise UserError(f"--data={folder} is not a folder: give a folder on the disk to measure")
     abstract = abstract_state(subject.task, subject.mesh)
     state = jax.block_until_ready(trained_state(abstract, subject.seed))
     size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -54,10 +54,10 @@ def run(subject: Subject, folder: str | None) -> dict:
 
 
 def trained_state(abstract, seed: int):
-    """A state whose numbers are normal numbers: the zeros that a new one is half made of would be compressed to nothing."""
+    """A state of normal random numbers. A new state is half zeros, which compression would remove."""
 
     def make(key):
-        # One draw for all leaves: each is compressed by itself, and a draw per leaf would take long to compile.
+        # One draw for all leaves: each is compressed separately, and one draw per leaf would take long to compile.
         numbers = jax.random.normal(key, (max(x.size for x in jax.tree.leaves(abstract)),))
         return jax.tree.map(lambda x: numbers[: x.size].reshape(x.shape).astype(x.dtype), abstract)
 

@@ -1,4 +1,4 @@
-"""Weak scaling: the training step on 1, 2, 4 ... devices with the same batch for each of them."""
+"""Measures weak scaling: the training step on 1, 2, 4 ... devices with the same batch size per device."""
 
 from collections.abc import Callable
 
@@ -9,28 +9,28 @@ from dit_jax.benchmark.subject import Subject
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 
-EFFICIENCY = "images/s over images/s of the first row, over how many times as many devices"
-SIMULATED = "images/s over images/s of the first row: simulated devices share the cores, so that 1 is a split that costs nothing"
+EFFICIENCY = "(images/s / images/s of the first row) / (devices / devices of the first row)"
+SIMULATED = "images/s / images/s of the first row: simulated devices share the cores, so that 1 means a split without cost"
 
 
 def counts(devices: int, group: int) -> list[int]:
-    """How often the axis that grows divides: 1, 2, 4 ... as far as the devices go, each a `group` of devices.
+    """Sizes of the growing axis: 1, 2, 4 ... as far as there are devices, in groups of `group` devices.
 
     Raises:
-        UserError: there are not two such groups.
+        UserError: there are fewer than two groups.
     """
     most = devices // group
     if most < 2:
         raise UserError(
-            f"--what=scaling needs at least {2 * group} devices, and there are {devices}: on a CPU they are "
-            "simulated, as many as JAX_NUM_CPU_DEVICES says; elsewhere use a larger machine, or smaller other axes "
-            "of the mesh"
+            f"--what=scaling needs at least {2 * group} devices, but there are {devices}: on a CPU, "
+            "JAX_NUM_CPU_DEVICES sets the number of simulated ones; otherwise use a larger machine, or smaller other "
+            "axes of the mesh"
         )
     return [2**i for i in range(most.bit_length())]
 
 
 def grown(config, axis: str, ways: int):
-    """The config with a mesh that divides `axis` so often, and as many times its batch."""
+    """Returns the config with size `ways` of the mesh axis, and `ways` times its batch size."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.mesh.data = max(1, config.mesh.data)  # -1 would take all devices
@@ -40,24 +40,24 @@ def grown(config, axis: str, ways: int):
 
 
 def group(config, axis: str) -> int:
-    """How many devices the axes of the config's mesh but `axis` take together."""
+    """Number of devices of all axes of the config's mesh except `axis`."""
     mesh = grown(config, axis, 1).mesh
     return mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
 
 
 def run(subject_of: Callable[[int, list], Subject], group: int, seconds: float) -> dict:
-    """Measures one count of devices after another, from the fewest, each with a state and a program of its own.
+    """Measures increasing numbers of devices, each with its own state and program.
 
-    On a CPU the devices are simulated and share its cores: what is measured there is how much the split and the collectives
-    cost, not how much faster several devices are.
+    On a CPU the devices are simulated and share its cores. There, the result is the cost of the split and of collectives, not
+    the speed-up of several devices.
 
     Args:
-        subject_of: (how often the axis that grows divides, as many groups of devices) -> what is trained on them.
-        group: devices of the mesh's other axes together.
-        seconds: to measure each count for.
+        subject_of: (size of the growing axis, devices) -> what is trained on them.
+        group: number of devices of the mesh's other axes.
+        seconds: measurement time for each number of devices.
 
     Returns:
-        "by_devices": a row for each count, as of --what=train_step, and the last of them again as the result.
+        "by_devices": a row for each number, as in --what=train_step; the fields of the last row are also the result's.
     """
     devices, rows = jax.devices(), []
     for ways in counts(len(devices), group):
@@ -72,5 +72,5 @@ def run(subject_of: Callable[[int, list], Subject], group: int, seconds: float) 
 def _measured(subject: Subject, seconds: float) -> dict:
     say(f"scaling: {subject.describe()}")
     work = network.train_step(subject)
-    found = network.run(subject, work, seconds, queue=True)
-    return {"devices": subject.mesh.devices.size, **subject.describe(), **found}
+    result = network.run(subject, work, seconds, queue=True)
+    return {"devices": subject.mesh.devices.size, **subject.describe(), **result}

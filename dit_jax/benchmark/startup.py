@@ -1,4 +1,4 @@
-"""From the start of a process to its first finished training step, without and with compiled programs on disk."""
+"""Measures the time from process start to the first finished training step, with an empty and a filled compilation cache."""
 
 import os
 import re
@@ -13,29 +13,29 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 
-# What the child says when its first step is done: `network.FIRST_STEP`, or the training loop's first line of progress.
+# The child's output after its first step: `network.FIRST_STEP`, or the training loop's first line of progress.
 FIRST_STEP = re.compile(r"^first step finished|^step 1/")
 
 
 def child(config: str | None, fields: Sequence[str], model_flags: list[str], workdir: Path) -> list[str]:
-    """The command of a process that trains: `dit_jax.main` with its data set for a config, else this benchmark's own step."""
+    """Command of a training process: `dit_jax.main` with its data set for a config, otherwise this benchmark's step."""
     if config is None:
         return [sys.executable, "-m", "dit_jax.benchmark", "--what=train_step", "--seconds=0", *model_flags]
-    # Two steps, because the loop reports a step while the next one runs; nothing but steps and the checkpoint at the end.
+    # Two steps, because the loop reports a step while the next one runs; only steps and the final checkpoint.
     forced = {"num_steps": 2, "log.every_steps": 1, "preview.every_steps": 0, "evaluation.num_images": 0}
     given = [f"--config.{text}" for text in (*fields, *(f"{name}={value}" for name, value in forced.items()))]
     return [sys.executable, "-m", "dit_jax.main", *user_code.flags(), f"--config={config}", f"--workdir={workdir}", *given]
 
 
 def run(config: str | None, fields: Sequence[str], model_flags: list[str]) -> dict:
-    """Seconds to the first step of two processes, one after the other: the second finds the first's compiled programs.
+    """Seconds to the first step of two sequential processes; the second one reads the first one's compiled programs.
 
-    Modules come from the page cache both times, because this process has read them.
+    Both read modules from the page cache, because this process has read them.
 
     Raises:
-        UserError: a child ended before its first step; with what it said last.
+        UserError: a child ended before its first step; contains its last output.
     """
-    found = {}
+    result = {}
     with tempfile.TemporaryDirectory(prefix="dit_jax_startup_") as folder:
         environment = {
             **os.environ,
@@ -45,22 +45,22 @@ def run(config: str | None, fields: Sequence[str], model_flags: list[str]) -> di
         }
         for name in ("cold", "cached"):
             command = child(config, fields, model_flags, Path(folder) / name)
-            found[f"{name}_seconds"] = _seconds_to_first_step(command, environment)
-            say(f"{name}: {found[f'{name}_seconds']:.1f} s to the first step")
+            result[f"{name}_seconds"] = _seconds_to_first_step(command, environment)
+            say(f"{name}: {result[f'{name}_seconds']:.1f} s to the first step")
         sizes = [p.stat().st_size for p in (Path(folder) / "cache").rglob("*") if p.is_file()]
-    return {**found, "cache_files": len(sizes), "cache_bytes": sum(sizes), "command": command[1:]}
+    return {**result, "cache_files": len(sizes), "cache_bytes": sum(sizes), "command": command[1:]}
 
 
 def _seconds_to_first_step(command: list[str], environment: dict) -> float:
     start, first, lines = time.perf_counter(), None, []
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None  # a pipe
         for line in process.stderr:
             lines.append(line)
             if first is None and FIRST_STEP.search(line):
                 first = time.perf_counter() - start
     if first is None or process.returncode:
         raise UserError(
-            f"the process that was to be timed ended with status {process.returncode}: "
-            f"{''.join(lines[-3:]).strip().removeprefix('error: ')}"
+            f"the timed process ended with status {process.returncode}: {''.join(lines[-3:]).strip().removeprefix('error: ')}"
         )
     return first

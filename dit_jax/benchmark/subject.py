@@ -1,12 +1,12 @@
-"""What is benchmarked: a task on a mesh, from a config, or by the paper's name where only jax, flax and optax are installed.
+"""The subject of a benchmark: a task on a mesh, from a config or, with only jax, flax and optax, from a model's name.
 
-`recipes` and `build` need more than those three (ml_collections, grain, orbax), so `of_model` puts together what they would; a
-test holds the two equal.
+`recipes` and `build` also need ml_collections, grain and orbax, so `of_model` constructs the same objects without them; a test
+checks that both are equal.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Subject:
-    """A task with a batch size on a mesh; sampler and guidance are those that its samples would be drawn with.
+    """A task with a batch size on a mesh, and the sampler and guidance for its samples.
 
     constants: what a step reads and does not change.
-    entry: what the data set gives: "moments" of a latent cache, or "image".
+    entry: entry of the data set's batches: "moments" of a latent cache, or "image".
 
     Raises:
         UserError: a batch size that does not divide over the mesh and the microbatches.
@@ -48,7 +48,7 @@ class Subject:
     sampler: Any = None
     guidance: Guidance = field(default_factory=Guidance)
     constants: Mapping[str, Any] = field(default_factory=dict)
-    entry: str = "moments"
+    entry: str = "image"
     seed: int = 0
 
     def __post_init__(self):
@@ -60,7 +60,7 @@ class Subject:
             )
 
     def batch(self) -> dict[str, jax.Array]:
-        """A training batch of noise, made on the devices."""
+        """A training batch of noise, created on the devices."""
         spec, size = self.task.batch_spec(self.entry), self.batch_size
 
         def noise(key, x):
@@ -78,21 +78,26 @@ class Subject:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-adds of one forward of one image; None where the task trains or reads further networks in its step."""
+        """Multiply-adds of one forward pass of one image; None if the task's step uses further networks."""
         return None if self.task.has_auxiliary_networks else self.task.macs()
 
     @property
+    def diffusion_task(self) -> DiffusionTask:
+        """The task, where it draws samples."""
+        return cast(DiffusionTask, self.task)
+
+    @property
     def num_tokens(self) -> int:
-        return self.task.network.num_tokens(self.task.latent_shape)
+        return self.diffusion_task.network.num_tokens(self.diffusion_task.latent_shape)
 
     @property
     def num_classes(self) -> int:
-        return self.task.conditioner.num_classes if self.task.draws_samples else 0
+        return self.diffusion_task.conditioner.num_classes if self.task.draws_samples else 0
 
     def describe(self) -> dict:
-        """What decides the speed, for the result."""
-        task = self.task
-        trained = for_platform(task.network, jax.default_backend()) if task.draws_samples else task.codec
+        """The settings that determine the speed, for the result."""
+        task: Any = self.task  # a diffusion task has a network and a codec, an autoencoder's has a codec
+        trained: Any = for_platform(task.network, jax.default_backend()) if task.draws_samples else task.codec
         names = ("depth", "width", "heads", "patch_size", "conditioning", "attention", "unroll", "remat")
         fields = {name: getattr(trained, name) for name in names if hasattr(trained, name)}
         return {
@@ -152,11 +157,12 @@ def of_model(
         batch_size,
         registry.get("sampler", draw.pop("name"))(**draw),
         Guidance(guidance_scale),
+        entry="moments",
     )
 
 
 def of_config(config, devices=None) -> Subject:
-    """The training of a config without its data set and its codec's weights: neither is read.
+    """The training of a config, without reading its data set and its codec's weights.
 
     devices: of the mesh; all that there are if None.
 
@@ -168,5 +174,5 @@ def of_config(config, devices=None) -> Subject:
     run = Run(config, devices=devices)
     draw = {"sampler": run.sampler, "guidance": run.guidance} if run.task.draws_samples else {}
     if run.has_codec_weights:  # the step begins at a latent cache and does not read them
-        return Subject(run.task, run.mesh, config.batch_size, seed=config.seed, **draw)
-    return Subject(run.task, run.mesh, config.batch_size, constants=run.frozen, entry="image", seed=config.seed, **draw)
+        return Subject(run.task, run.mesh, config.batch_size, entry="moments", seed=config.seed, **draw)
+    return Subject(run.task, run.mesh, config.batch_size, constants=run.frozen, seed=config.seed, **draw)

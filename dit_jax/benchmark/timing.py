@@ -1,4 +1,4 @@
-"""Measured time: repeated pieces of work, their seconds, and the rates that follow."""
+"""Times repeated pieces of work and computes their rates."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ MIN_STEPS = 3
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of work that can be done again and again, such as one training step.
+    """A repeatable piece of work, such as one training step.
 
     Fields:
-        call: starts it and returns arrays to wait for, or what is ready already.
-        images: how many images one call is for.
-        facts: what the result says about it besides time.
+        call: starts it and returns arrays to wait for, or a finished result.
+        images: number of images per call.
+        facts: further fields of the result.
     """
 
     call: Callable[[], Any]
@@ -33,9 +33,9 @@ class Timing:
     """Seconds of repeated calls.
 
     Fields:
-        seconds: float64[n], wall time of each call, from its start to the end of what it started; of a queue of calls, the mean.
-        images: of one call.
-        cpu_seconds: processor time of this process over all calls.
+        seconds: float64[n], wall time of each call, from its start to the end of its work; for queued calls, the mean.
+        images: number of images per call.
+        cpu_seconds: CPU time of this process over all calls.
     """
 
     seconds: np.ndarray
@@ -66,13 +66,13 @@ class Timing:
 
 
 def warm_up(work: Work, steps: int):
-    """Calls that are not measured: they compile, fill queues, and let clocks and caches settle."""
+    """Makes calls that are not measured, to compile, fill queues, and warm up clocks and caches."""
     for _ in range(steps):
         jax.block_until_ready(work.call())
 
 
 def measure(work: Work, seconds: float) -> Timing:
-    """Calls one after another, each waited for, until `seconds` have been measured, at least MIN_STEPS."""
+    """Measures sequential calls, with a wait after each, for `seconds` and at least MIN_STEPS calls."""
     measured, total = [], 0.0
     cpu = time.process_time()
     while total < seconds or len(measured) < MIN_STEPS:
@@ -84,7 +84,7 @@ def measure(work: Work, seconds: float) -> Timing:
 
 
 def measure_queued(work: Work, steps: int) -> Timing:
-    """`steps` calls of which only the last is waited for, as a training loop runs: what the host does hides behind the device."""
+    """Measures `steps` calls with a single wait after the last one, so that the host's work overlaps, as in a training loop."""
     cpu, start = time.process_time(), time.perf_counter()
     for _ in range(steps):
         out = work.call()
@@ -101,14 +101,14 @@ def report(name: str, timing: Timing):
 
 
 def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps: int, rounds: int = 2) -> dict:
-    """Ours and the peers in turn, A B A B, so that a drift of the machine hits all alike.
+    """Measures ours and the peers alternately, A B A B, so that drift of the machine affects all equally.
 
-    Each is measured for `seconds` in all, spread over the rounds.
+    Each is measured for `seconds` in total, divided among the rounds.
 
     Returns:
-        Ours as of `Timing`, "peers": {name: the same and its facts}, and "ratio": {name: median seconds of our call over
-        the peer's}, below 1 where ours is faster. cpu_seconds_per_step are of all threads, and on a machine that others use
-        tell more than wall time.
+        The fields of our `Timing`, "peers": {name: its fields and facts}, and "ratio": {name: our median seconds per call
+        divided by the peer's}, below 1 if ours is faster. cpu_seconds_per_step include all threads; on a shared machine they
+        are more informative than wall time.
     """
     works = {"dit_jax": ours, **peers}
     for name, work in works.items():
@@ -124,9 +124,9 @@ def compare(ours: Work, peers: Mapping[str, Work], seconds: float, warm_up_steps
         for name, parts in timings.items()
     }
     medians = {name: t.quantiles()["step_seconds_p50"] for name, t in joined.items()}
-    found = {name: {**t.rates(), **t.quantiles(), "cpu_seconds_per_step": t.cpu_seconds_per_step} for name, t in joined.items()}
+    results = {name: {**t.rates(), **t.quantiles(), "cpu_seconds_per_step": t.cpu_seconds_per_step} for name, t in joined.items()}
     return {
-        **found["dit_jax"],
+        **results["dit_jax"],
         "ratio": {name: medians["dit_jax"] / medians[name] for name in peers},
-        "peers": {name: found[name] | peers[name].facts for name in peers},
+        "peers": {name: {**results[name], **peers[name].facts} for name in peers},
     }

@@ -1,6 +1,8 @@
-"""The autoencoder: images to moments, latents to images."""
+"""Measures the autoencoder: images to moments, latents to images."""
 
+import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
 from dit_jax.runtime.console import say
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "sd": {},  # Stable Diffusion 1 and 2, 4 channels
     "sd3": {"latent_channels": 16, "scale": 1.5305, "shift": 0.0609, "use_quant_conv": False},
     "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_groups": 16},  # recipes.FOLDER_CODEC
@@ -22,14 +24,14 @@ WARM_UP_STEPS = 3
 
 
 def of_preset(name: str, dtype: str) -> KLVAE:
-    """Raises a UserError for a name that is not in PRESETS."""
+    """The codec of a preset. Raises UserError if the name is not in PRESETS."""
     if name not in PRESETS:
-        raise UserError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return KLVAE(**PRESETS[name], dtype=dtype)
 
 
 def of_folder(path: str, dtype: str) -> KLVAE:
-    """The sizes of a diffusers AutoencoderKL or of the codec of a run; its weights do not change the speed and are not read."""
+    """The sizes of a diffusers AutoencoderKL or of a run's codec; its weights do not affect the speed and are not read."""
     from dit_jax.interop import vae
 
     return vae.read_codec(vae.find(path), dtype)
@@ -56,7 +58,7 @@ def run(codec: KLVAE, size: tuple[int, int], batch_size: int, seconds: float) ->
         out_shardings=(rows, rows),
     )
     images, latents = inputs(jax.random.key(1))
-    found = {}
+    results = {}
     for name, function, x, macs in zip(
         ("encode", "decode"), (codec.encode, codec.decode), (images, latents), codec.macs(image_shape), strict=True
     ):
@@ -65,7 +67,7 @@ def run(codec: KLVAE, size: tuple[int, int], batch_size: int, seconds: float) ->
             compiled = jax.jit(function, out_shardings=rows).lower(params, x).compile()
         compile_seconds = time.monotonic() - start
         say(f"compiled {name} in {compile_seconds:.1f} s")
-        found[name] = _measured(name, Work(lambda f=compiled, x=x: f(params, x), batch_size), seconds, macs / 1e9, mesh) | {
+        results[name] = _measured(name, Work(functools.partial(compiled, params, x), batch_size), seconds, macs / 1e9, mesh) | {
             "compile_seconds": compile_seconds,
             "program_bytes": machine.program_bytes(compiled),
         }
@@ -75,7 +77,7 @@ def run(codec: KLVAE, size: tuple[int, int], batch_size: int, seconds: float) ->
         "resolution": size_json(size),
         "batch_size": batch_size,
         "mesh": dict(mesh.shape),
-        **found,
+        **results,
         "mfu_formula": machine.MFU_FORMULA,
         "flops_formula": "2 x MACs",
         "peak_bytes": machine.peak_bytes(),

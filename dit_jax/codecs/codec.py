@@ -1,4 +1,4 @@
-"""What an autoencoder is to the rest of the code, and how the networks of this package are split over a mesh.
+"""The protocol of autoencoders, and the sharding rules of the networks of this package.
 
 B batch, H x W x C image, F frames of a clip, h x w x c latent.
 """
@@ -10,8 +10,8 @@ import jax
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
 
-# Convolutions [k, k, in, out], linears [in, out], and the vectors beside them, of autoencoders and discriminators. Convolutions
-# never over tensor: split over fsdp and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
+# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. Convolutions are not
+# split over tensor: split over fsdp and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
 AUTOENCODER_RULES: Rules = (
     (
         r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
@@ -23,14 +23,14 @@ AUTOENCODER_RULES: Rules = (
 
 
 class Codec(Protocol):
-    """A frozen dataclass of sizes; its parameters are a separate pytree ({} where it has none), frozen during training.
+    """A frozen dataclass of sizes; its parameters are a separate pytree ({} if it has none), frozen during training.
 
     Shapes are those of one example, without B: (H, W, C) of an image, (F, H, W, C) of a clip.
     """
 
     @property
     def rules(self) -> Rules:
-        """How the parameters are split over a mesh."""
+        """Sharding rules of the parameters."""
 
     @property
     def downsample(self) -> int:
@@ -46,7 +46,7 @@ class Codec(Protocol):
         """Shape of the latents of an example of this shape.
 
         Raises:
-            UserError: the codec does not take such examples.
+            UserError: the codec does not support such examples.
         """
 
     def macs(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -56,17 +56,20 @@ class Codec(Protocol):
             UserError: as `latent_shape`.
         """
 
+    def init(self, key: jax.Array) -> Any:
+        """Random parameters."""
+
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or what sample_latent understands."""
+        """Images f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or other input of sample_latent."""
 
     def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Moments -> one posterior sample f32[B, h, w, c], scaled to about unit variance."""
+        """Moments -> one posterior sample f32[B, h, w, c], scaled to approximately unit variance."""
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
-        """Scaled latents -> images f32[B, H, W, C], about in [-1, 1]."""
+        """Scaled latents -> images f32[B, H, W, C], approximately in [-1, 1]."""
 
 
 def check_channels(codec: Codec, shape: tuple[int, ...]) -> None:
-    """Raises a UserError for examples with another number of channels than the codec's."""
+    """Raises UserError if examples have another number of channels than the codec."""
     if shape[-1] != codec.image_channels:
         raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {codec.image_channels} must be equal")

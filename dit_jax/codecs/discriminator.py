@@ -1,4 +1,4 @@
-"""The patch discriminator that sharpens an autoencoder, and the losses of both sides.
+"""The patch discriminator for training autoencoders, and the adversarial losses.
 
 Letters: B batch; H, W image; h', w' map of logits.
 Source: Esser et al. 2021 (Taming Transformers), section 3.1, as latent diffusion uses it; the network is PatchGAN of Isola et
@@ -14,28 +14,28 @@ from jax import lax
 
 from dit_jax.errors import UserError
 
-WIDEST = 8  # times base_features
+WIDEST = 8  # largest width, as a multiple of base_features
 DELTA = 1e-4  # of the paper's code; the paper's text has 1e-6
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B, H, W, 1 or 3] in [-1, 1] -> float32 logits [B, h', w', 1], positive for "real", one for every patch.
+    """Images [B, H, W, 1 or 3] in [-1, 1] -> float32 logits [B, h', w', 1], one per patch; positive means "real".
 
-    `num_layers` 4x4 convolutions of stride 2 and one of stride 1 before the last, leaky ReLU of slope 0.2; a logit sees
-    70 x 70 pixels with 3 layers, 34 with 2, 16 with 1. h' = floor(H / 2^num_layers) - 2.
+    It has `num_layers` 4x4 convolutions of stride 2 and one of stride 1 before the last, with leaky ReLU of slope 0.2. The
+    receptive field of a logit is 70 x 70 pixels with 3 layers, 34 with 2, 16 with 1. h' = floor(H / 2^num_layers) - 2.
 
-    Deviation: group norm, per image, where the original has batch norm. Batch norm needs running statistics or lets the images
-    of a batch see each other, so that its result depends on how a batch is put together (real and fake apart or not) and, on
-    a mesh, wants a reduction per layer; without any norm the original's small initial weights learn several times slower.
+    Deviation: group norm per image instead of the original's batch norm. Batch norm needs running statistics or couples the
+    images of a batch, so that its result depends on the composition of the batch (real and fake together or apart), and on a
+    mesh it needs a reduction per layer. Without any norm, the original's small initial weights learn several times slower.
 
     Fields:
         base_features: width of the first layer; doubles with every layer, up to 8 times.
         num_layers: of stride 2; the smaller side of the images must be at least 3 * 2^num_layers (8 px: 1; 32 px: 3).
-        norm_groups: groups of every norm, which the first and the last layer lack; 0 for no norms.
+        norm_groups: groups of the norms, which all layers but the first and the last have; 0 for no norms.
         dtype: of activations and products; norms' statistics and the logits are float32.
         param_dtype: of the parameters.
     Raises:
-        UserError: at construction for sizes that fit no network, at the call for images that are too small.
+        UserError: at construction for invalid sizes, at the call for images that are too small.
     """
 
     base_features: int = 64
@@ -57,12 +57,12 @@ class PatchDiscriminator(nn.Module):
         super().__post_init__()
 
     def _widths(self):
-        """Of all layers but the last."""
+        """Widths of all layers but the last."""
         return [self.base_features * min(2**layer, WIDEST) for layer in range(self.num_layers + 1)]
 
     @property
     def smallest_side(self):
-        """The least height and width of an image: one logit."""
+        """The smallest height and width of an image, which gives one logit."""
         return 3 * 2**self.num_layers
 
     @nn.compact
@@ -72,7 +72,7 @@ class PatchDiscriminator(nn.Module):
         for layer, width in enumerate(self._widths()):
             x = self._conv(width, 2 if layer < self.num_layers else 1, f"conv_{layer}")(x)
             if layer and self.norm_groups:
-                # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits where the mean is large against the deviation.
+                # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits if the mean is much larger than the deviation.
                 x = nn.GroupNorm(
                     self.norm_groups,
                     epsilon=1e-6,
@@ -112,10 +112,9 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_discriminator_loss(real_logits, fake_logits):
-    """What the discriminator minimises, a float32 scalar: (mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2.
+    """The discriminator's hinge loss, a float32 scalar >= 0: (mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2.
 
-    It is 1 while the logits are 0 and can be neither told apart nor below 0. The images' gradient is stopped by whoever makes
-    the logits.
+    It is 1 if all logits are 0. The caller stops the gradient with respect to the images when it computes the logits.
     Source: Lim & Ye 2017; the factor 1/2 is Esser et al.'s code.
     """
     real, fake = (logits.astype(jnp.float32) for logits in (real_logits, fake_logits))
@@ -123,20 +122,20 @@ def hinge_discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """What the autoencoder minimises, a float32 scalar: minus the mean logit of its reconstructions."""
+    """The autoencoder's adversarial loss, a float32 scalar: minus the mean logit of its reconstructions."""
     return -fake_logits.astype(jnp.float32).mean()
 
 
 def adaptive_weight(nll_grad, gan_grad, max_weight=1e4):
     """The weight of the generator loss, a float32 scalar in [0, max_weight]: |nll_grad| / (|gan_grad| + 1e-4), no gradient.
 
-    Both losses then move the decoder's last layer equally far; a constant factor (Esser et al.: 0.8, latent diffusion: 0.5)
-    goes on top.
+    With it, both losses have gradients of equal norm at the decoder's last layer. It is multiplied by a constant factor (Esser et
+    al.: 0.8, latent diffusion: 0.5).
 
     Args:
-        nll_grad: gradient of the reconstruction loss (L1 + perceptual) by the kernel of the decoder's last layer, an array or
-            a pytree, whose norm is taken over all leaves.
-        gan_grad: the same of `generator_loss`.
+        nll_grad: gradient of the reconstruction loss (L1 + perceptual) with respect to the kernel of the decoder's last layer; an
+            array or a pytree, whose norm is taken over all leaves.
+        gan_grad: the same gradient of `generator_loss`.
     Source: Esser et al. 2021, equation 7.
     """
     nll_norm, gan_norm = (

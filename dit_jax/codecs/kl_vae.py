@@ -1,8 +1,8 @@
-"""The KL autoencoder of latent diffusion: from an image to a Gaussian over a grid 8 (or 16) times smaller, and back.
+"""The KL autoencoder of latent diffusion: maps an image to a Gaussian on a grid 8 (or 16) times smaller, and back.
 
 Letters: B batch; H, W image; h, w latent grid, h = H / downsample; C channels; N = h * w tokens of the attention layer.
 Source: Rombach et al. 2022 (High-Resolution Image Synthesis with Latent Diffusion Models), section 3.1 and appendix G;
-the layout is that of the weights Stable Diffusion, SD3 and Flux publish. `interop/vae.py` reads and writes them.
+the layout is that of the published weights of Stable Diffusion, SD3 and Flux. `interop/vae.py` reads and writes them.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from jax import lax
 from dit_jax.codecs.codec import AUTOENCODER_RULES, check_channels
 from dit_jax.errors import UserError
 
-# PyTorch's default for a convolution, which the published weights started from: uniform in +-1/sqrt(fan_in).
-# Deviation: PyTorch also draws the biases so; here they start at zero.
+# PyTorch's default initialisation of a convolution, used for the published weights: uniform in +-1/sqrt(fan_in).
+# Deviation: PyTorch also draws the biases from it; here they are initialised to zero.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in the original
 
 
 def split_moments(moments):
-    """Mean and log-variance of the posterior, float32, the log-variance clipped to LOG_VARIANCE_RANGE.
+    """Mean and log-variance of the posterior, float32; the log-variance is clipped to LOG_VARIANCE_RANGE.
 
     Args:
         moments: [B, h, w, 2C], mean then log-variance on the last axis.
@@ -36,10 +36,10 @@ def split_moments(moments):
 
 
 def spatial_attention(query, key, value):
-    """softmax(q k^T / sqrt(C)) v with one head over all positions, softmax in float32; the one place to swap a kernel.
+    """softmax(q k^T / sqrt(C)) v with one head over all positions and softmax in float32; the only place that selects a kernel.
 
-    The XLA implementation is asked for by name: the head is 512 wide, more than the cuDNN kernel accepts. It holds the
-    [N, N] float32 logits of every image: 1 GiB at 1024 px with f8, so larger images want `KLVAE.decode_tiled`.
+    Uses the XLA implementation: the head width of 512 exceeds the limit of the cuDNN kernel. It stores the [N, N] float32 logits
+    of every image, 1 GiB at 1024 px with f8, so use `KLVAE.decode_tiled` for larger images.
 
     Args:
         query, key, value: [B, N, C].
@@ -49,7 +49,7 @@ def spatial_attention(query, key, value):
 
 
 class Layer(nn.Module):
-    """What every module here shares: the group count of the norms, the compute dtype and the parameter dtype."""
+    """Base class of the modules: the number of groups of the norms, the compute dtype and the parameter dtype."""
 
     norm_groups: int
     dtype: Any
@@ -68,7 +68,7 @@ class Layer(nn.Module):
         )
 
     def norm(self, name):
-        # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits where the mean is large against the deviation.
+        # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits if the mean is much larger than the deviation.
         return nn.GroupNorm(
             self.norm_groups,
             epsilon=1e-6,
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         return ResnetBlock(self.norm_groups, self.dtype, self.param_dtype, features=features, name=name)
 
     def middle(self, x):
-        """Resnet, attention, resnet at the coarsest resolution: the same in the encoder and the decoder."""
+        """Resnet, attention, resnet at the coarsest resolution; encoder and decoder use the same layers."""
         features = x.shape[-1]
         x = self.resnet(features, "mid_resnet_0")(x)
         x = AttentionBlock(self.norm_groups, self.dtype, self.param_dtype, name="mid_attention")(x)
@@ -90,7 +90,7 @@ class Layer(nn.Module):
 
 
 class ResnetBlock(Layer):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip if the width changes."""
 
     features: int
 
@@ -133,7 +133,7 @@ class Encoder(Layer):
             for j in range(self.layers_per_block):
                 x = self.resnet(features, f"down_{i}_resnet_{j}")(x)
             if i < len(self.block_out_channels) - 1:
-                # Padded on the bottom and right only, as the weights were trained.
+                # Padded only on the bottom and right, as in the training of the published weights.
                 x = self.conv(features, f"down_{i}_downsample", strides=2, padding=((0, 1), (0, 1)))(x)
         x = nn.silu(self.norm("norm_out")(self.middle(x)))
         x = self.conv(2 * self.latent_channels, "conv_out")(x)
@@ -165,18 +165,18 @@ class Decoder(Layer):
 
 
 def upsample_nearest(x):
-    """Every pixel of [B, H, W, C] becomes a 2 x 2 square: [B, 2H, 2W, C]."""
+    """Nearest-neighbour upsampling by 2: [B, H, W, C] -> [B, 2H, 2W, C]."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def tile_axis(size, tile, overlap, factor):
-    """Where tiles start along one axis of the latent grid, and how much each counts at every pixel it decodes to.
+    """Start positions of tiles along one axis of the latent grid, and their blending weights at every decoded pixel.
 
     Args:
-        size: length of the axis in latent pixels; an axis no longer than `tile` is one whole tile.
-        tile, overlap: latent pixels; tiles are spread evenly, so they share at least `overlap`.
+        size: length of the axis in latent pixels; an axis no longer than `tile` is a single tile.
+        tile, overlap: latent pixels; tiles are spread evenly, so that neighbours share at least `overlap`.
         factor: image pixels per latent pixel.
     Returns:
         starts [n] int32 in latent pixels, and weights [n, min(tile, size) * factor] float32: 1 inside, linear ramps
@@ -197,7 +197,10 @@ def tile_axis(size, tile, overlap, factor):
 
 
 def floating_dtype(name, value):
-    """jnp.dtype of "bfloat16" or jnp.bfloat16 alike, so that codecs compare equal; UserError for what is not floating."""
+    """Converts names such as "bfloat16" and types such as jnp.bfloat16 to a jnp.dtype, so that codecs compare equal.
+
+    Raises UserError if it is not a floating-point type.
+    """
     try:
         dtype = jnp.dtype(value)
     except TypeError:
@@ -209,22 +212,22 @@ def floating_dtype(name, value):
 
 @dataclasses.dataclass(frozen=True)
 class KLVAE:
-    """The KL autoencoder as a codec: sizes only; parameters are a separate pytree {"encoder": ..., "decoder": ...}.
+    """The sizes of a KL autoencoder; its parameters are a separate pytree {"encoder": ..., "decoder": ...}.
 
     Attributes:
         block_out_channels: width of each level, finest first; every level but the last halves the resolution.
         layers_per_block: resnet blocks per level of the encoder; the decoder has one more.
         latent_channels: C of the latents.
-        scale, shift: latents = (sample - shift) * scale, about unit variance; measured on data, not learnt (`normalised`).
-            Each is one number, or a sequence of one number per latent channel.
+        scale, shift: latents = (sample - shift) * scale have approximately unit variance; measured on data, not learnt
+            (`normalised`). Each is one number, or a sequence of one number per latent channel.
         use_quant_conv: 1x1 convolutions after the encoder and before the decoder (SD, SDXL: yes; SD3, Flux: no).
         image_channels: 3, or 1 for grey images.
-        norm_groups: groups of every norm; divides every width.
-        dtype: of activations and products; norms' statistics, softmax and all outputs are float32 whatever it is. How
-            exact float32 products are is up to jax_default_matmul_precision (on TPUs, bfloat16 passes unless set).
-        param_dtype: of what `init` makes; loaded weights keep the dtype of their file.
+        norm_groups: groups of every norm; must divide every width.
+        dtype: of activations and products; norms' statistics, softmax and all outputs are always float32.
+            jax_default_matmul_precision determines the precision of float32 products (by default, TPUs use bfloat16 passes).
+        param_dtype: of parameters from `init`; loaded weights keep the dtype of their file.
     Raises:
-        UserError: at construction, for sizes that fit no network.
+        UserError: at construction, for invalid sizes.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -259,14 +262,14 @@ class KLVAE:
             self._check_numbers(name, getattr(self, name))
 
     def _check_numbers(self, name, value):
-        """Makes a sequence a tuple; UserError unless it has a number per channel, all finite and those of scale positive."""
+        """Converts a sequence to a tuple; UserError unless it has one finite number per channel (positive for scale)."""
         if np.ndim(value):
             value = tuple(float(x) for x in value)
             object.__setattr__(self, name, value)
             if len(value) != self.latent_channels:
                 raise UserError(
-                    f"{name} {value} has {len(value)} numbers for {self.latent_channels} latent channels: give one, "
-                    "or one per channel"
+                    f"{name} {value} has {len(value)} numbers for {self.latent_channels} latent channels: give one "
+                    "number, or one per channel"
                 )
         if not np.all(np.isfinite(value)) or (name == "scale" and not np.all(np.greater(value, 0))):
             raise UserError(f"{name} {value} must be {'positive and finite' if name == 'scale' else 'finite'}")
@@ -348,7 +351,7 @@ class KLVAE:
         }
 
     def init(self, key):
-        """Random parameters: kernels uniform in +-1/sqrt(fan_in), biases zero, norms the identity."""
+        """Random parameters: kernels are uniform in +-1/sqrt(fan_in), biases are zero, norms are the identity."""
         encoder_key, decoder_key = jax.random.split(key)
         side = self.downsample
         image = jnp.zeros((1, side, side, self.image_channels))
@@ -359,14 +362,14 @@ class KLVAE:
         }
 
     def encode(self, params, images):
-        """Moments [B, h, w, 2C] float32 of images: the posterior's mean and raw log-variance on the last axis.
+        """Encodes images to moments [B, h, w, 2C] float32: the posterior's mean and raw log-variance on the last axis.
 
         Args:
             params: of `init` or `load_diffusers`; only params["encoder"] is used.
-            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W at least `downsample`. h = H // downsample: of an odd
-                size, the last rows and columns may not come back from `decode`.
+            images: [B, H, W, image_channels] floating, in [-1, 1]; H and W at least `downsample`. h = H // downsample: `decode`
+                does not return the last rows or columns if H or W is not a multiple of it.
         Raises:
-            ValueError: images of another rank, dtype, channel count or size. The range of the values is not checked.
+            ValueError: images have another rank, dtype, channel count or size. The range of the values is not checked.
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images have dtype {images.dtype}: convert to float32 in [-1, 1], uint8 as x / 127.5 - 1")
@@ -380,13 +383,13 @@ class KLVAE:
         return self.encoder.apply({"params": params["encoder"]}, images)
 
     def sample_latent(self, key, moments):
-        """Latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
+        """Samples latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
 
         Args:
             key: one PRNG key for the whole batch.
             moments: [B, h, w, 2C] of `encode`, any floating dtype.
         Raises:
-            ValueError: moments whose last axis is not 2C.
+            ValueError: the last axis of the moments is not 2C.
         """
         if moments.shape[-1] != 2 * self.latent_channels:
             raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
@@ -395,32 +398,32 @@ class KLVAE:
         return (sample - _per_channel(self.shift)) * _per_channel(self.scale)
 
     def decode(self, params, latents):
-        """Images [B, H, W, image_channels] float32 of latents; near [-1, 1] but not clipped.
+        """Decodes latents to images [B, H, W, image_channels] float32, approximately in [-1, 1] and not clipped.
 
         Args:
             params: only params["decoder"] is used.
-            latents: [B, h, w, C], scaled as `sample_latent` gives them.
+            latents: [B, h, w, C], scaled as by `sample_latent`.
         Raises:
-            ValueError: latents of another rank or channel count.
+            ValueError: latents have another rank or channel count.
         """
         self._check_latents(latents)
         return self.decoder.apply({"params": params["decoder"]}, latents / _per_channel(self.scale) + _per_channel(self.shift))
 
     def decode_tiled(self, params, latents, tile=64, overlap=16):
-        """`decode` in overlapping, linearly blended tiles: the memory of one tile and of the output.
+        """Decodes in overlapping, linearly blended tiles, with the memory of one tile and of the output.
 
         A tile of t latent pixels needs, per image of the batch, about 3.5 x (downsample * t)^2 x block_out_channels[1]
-        numbers of `dtype`, or 8 t^4 bytes in its attention if that is more. For Stable Diffusion in float32, XLA's plan
-        on a CPU is 0.22 GiB at t = 32 and 0.88 GiB at t = 64. Tiles run one after the other in a scan.
-        Not equal to `decode`: group norm statistics and attention are those of a tile, so tones may drift slowly across
-        the image, the less the larger the tile. With `tile` at least the size of the latents it is `decode`.
+        numbers of `dtype`, or 8 t^4 bytes in its attention if that is more. For Stable Diffusion in float32 on a CPU, XLA
+        allocates 0.22 GiB at t = 32 and 0.88 GiB at t = 64. A scan runs the tiles sequentially.
+        The result differs from `decode`: group norm statistics and attention are those of a tile, so tones may drift slowly
+        across the image; larger tiles reduce the drift. With `tile` at least the size of the latents it equals `decode`.
 
         Args:
             latents: [B, h, w, C] as for `decode`.
-            tile: side of a square tile in latent pixels; a shorter axis of the latents is not cut.
-            overlap: latent pixels that neighbouring tiles share at least; from 0 to tile - 1.
+            tile: side of a square tile in latent pixels; a shorter axis of the latents is not split.
+            overlap: minimum number of latent pixels that neighbouring tiles share; from 0 to tile - 1.
         Raises:
-            ValueError: for a tile or overlap outside its range, or latents that `decode` refuses.
+            ValueError: tile or overlap is out of range, or as `decode`.
         """
         self._check_latents(latents)
         if not 0 <= overlap < tile:
@@ -460,18 +463,17 @@ def _resnet_macs(inputs: int, outputs: int, area: int) -> int:
 
 
 def _per_channel(value):
-    """One number as it is, a tuple as float32 [C], which broadcasts over the last axis."""
+    """Converts a tuple to float32 [C], which broadcasts over the last axis; returns a number unchanged."""
     return np.asarray(value, np.float32) if isinstance(value, tuple) else value
 
 
 def normalised(codec, mean, std):
-    """The codec with the scale and shift that take latents of this mean and deviation to 0 and 1.
+    """Returns the codec with the scale and shift that normalise latents of this mean and std to 0 and 1.
 
     Args:
-        mean, std: of the latents before scaling, such as a latent cache's manifest has them: one number each, or one per
-            channel each.
+        mean, std: of the latents before scaling, as in a latent cache's manifest: one number each, or one per channel.
     Raises:
-        UserError: not as many numbers as channels, or a std that is not positive.
+        UserError: the number of values is not the number of channels, or a std is not positive.
     """
     std = np.asarray(std, np.float64)
     if not np.all(std > 0):
@@ -479,10 +481,10 @@ def normalised(codec, mean, std):
     return dataclasses.replace(codec, scale=(1 / std).tolist(), shift=np.asarray(mean, np.float64).tolist())
 
 
-# Scale and shift belong to the published weights. `f16` has none: train it, measure the standard deviation s of its
+# Scale and shift are those of the published weights. `f16` has none: train it, measure the standard deviation s of its
 # latents, and use dataclasses.replace(codec, scale=1 / s), or `normalised`.
 PRESETS = {
-    "sd": KLVAE(),  # Stable Diffusion 1 and 2, sd-vae-ft-ema and -mse: what DiT and SiT use
+    "sd": KLVAE(),  # Stable Diffusion 1 and 2, sd-vae-ft-ema and -mse; used by DiT and SiT
     "sdxl": KLVAE(scale=0.13025),
     "sd3": KLVAE(latent_channels=16, scale=1.5305, shift=0.0609, use_quant_conv=False),
     "flux": KLVAE(latent_channels=16, scale=0.3611, shift=0.1159, use_quant_conv=False),

@@ -1,8 +1,8 @@
-"""LPIPS, the perceptual distance that autoencoders are trained with: VGG16 features compared channel by channel.
+"""LPIPS, the perceptual distance for training autoencoders: compares VGG16 features channel by channel.
 
 Letters: B batch; H, W image; C channels of a stage.
 Source: Zhang et al. 2018 (The Unreasonable Effectiveness of Deep Features as a Perceptual Metric), equation 1, version 0.1
-of the `lpips` package with net="vgg". Only trained weights mean anything here, so there is no init:
+of the `lpips` package with net="vgg". Only trained weights are meaningful, so there is no init;
 `dit_jax.interop.lpips.load` reads them.
 """
 
@@ -31,19 +31,19 @@ def shapes() -> dict:
 
 
 def lpips(params, images, others, dtype=jnp.float32):
-    """float32 [B]: the perceptual distance of each pair, 0 for equal images, and symmetric.
+    """The perceptual distance of each pair, float32 [B]; symmetric, and 0 for equal images.
 
     Args:
-        params: of `dit_jax.interop.lpips.load`. An argument of the jitted function rather than a closure: 59 MB.
+        params: of `dit_jax.interop.lpips.load`. Pass them to the jitted function as an argument, not in a closure: 59 MB.
         images, others: [B, H, W, 3] floating in [-1, 1], H and W at least 16; [B, H, W, 1] is grey, the same in R, G and B.
-            Both get a gradient; stop it where only one is wanted.
-        dtype: of convolutions and activations; norms, differences and means are float32 whatever it is. How exact float32
-            products are is up to jax_default_matmul_precision.
+            Both get a gradient; stop it if only one is wanted.
+        dtype: of convolutions and activations; norms, differences and means are always float32. jax_default_matmul_precision
+            determines the precision of float32 products.
     Raises:
-        ValueError: images of another rank, dtype, channel count or size, or of two shapes. The range is not checked.
+        ValueError: images have another rank, dtype, channel count or size, or different shapes. The range is not checked.
     """
     if images.shape != others.shape:
-        raise ValueError(f"images have shape {images.shape} and others {others.shape}: they must be pairs")
+        raise ValueError(f"images have shape {images.shape} and others {others.shape}: the shapes must be equal")
     distance = jnp.zeros(len(images), jnp.float32)
     pairs = zip(features(params, images, dtype), features(params, others, dtype), strict=True)
     for stage, (x, y) in enumerate(pairs, 1):
@@ -59,14 +59,14 @@ def features(params, images, dtype=jnp.float32):
     """
     _check(images)
     shift, scale = (params["scaling"][name].astype(jnp.float32) for name in ("shift", "scale"))
-    x, found = ((images.astype(jnp.float32) - shift) / scale).astype(dtype), []
+    x, outputs = ((images.astype(jnp.float32) - shift) / scale).astype(dtype), []
     for stage, widths in enumerate(STAGES, 1):
         if stage > 1:
             x = nn.max_pool(x, (2, 2), (2, 2))
         for layer in range(1, len(widths) + 1):
             x = jax.nn.relu(_convolve(x, params[f"conv{stage}_{layer}"]))
-        found.append(x)
-    return found
+        outputs.append(x)
+    return outputs
 
 
 def _check(images):
@@ -76,7 +76,7 @@ def _check(images):
         raise ValueError(f"images have shape {images.shape}, not [B, H, W, 3] or [B, H, W, 1]")
     if min(images.shape[1:3]) < SMALLEST_SIDE:
         raise ValueError(
-            f"images are {images.shape[1]} x {images.shape[2]}, and LPIPS needs at least {SMALLEST_SIDE} x "
+            f"images are {images.shape[1]} x {images.shape[2]}, but LPIPS needs at least {SMALLEST_SIDE} x "
             f"{SMALLEST_SIDE}: enlarge them first, or train without a perceptual loss"
         )
 
@@ -89,8 +89,8 @@ def _convolve(x, layer):
 def normalize(x):
     """x / (|x| + 1e-10) over channels, float32; zero stays zero.
 
-    Deviation: the gradient is finite where all channels are zero, or so small that their squares are. The square root's slope
-    is infinite there; the ReLU before it hides the NaN of the former, and nothing that of the latter.
+    Deviation: the gradient is finite if all channels are zero or so small that their squares underflow. The square root's slope
+    is infinite there. The preceding ReLU hides the resulting NaN in the first case, but not in the second.
     """
     x = x.astype(jnp.float32)
     squares = jnp.square(x).sum(-1, keepdims=True)

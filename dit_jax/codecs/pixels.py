@@ -11,7 +11,7 @@ from dit_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Pixels:
-    """Latents are (images - mean) / std, about unit variance; nothing is lost and nothing is learned.
+    """Uses (images - mean) / std as latents, with approximately unit variance; lossless and without parameters.
 
     Fields:
         image_channels: 1 grey, 3 RGB.
@@ -37,23 +37,23 @@ class Pixels:
         return self.image_channels
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape itself, (H, W, C) or (F, H, W, C).
+        """Returns the shape, (H, W, C) or (F, H, W, C), unchanged.
 
         Raises:
-            UserError: another number of channels.
+            UserError: the number of channels differs.
         """
         check_channels(self, shape)
         return tuple(shape)
 
     def macs(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(0, 0): nothing is multiplied but the scale."""
+        """(0, 0): scale and shift do not count."""
         return 0, 0
 
     def init(self, key):
         return {}
 
     def encode(self, params, images):
-        """[B, H, W, C] or [B, F, H, W, C] in [-1, 1] -> the same: a point has no variance."""
+        """Returns [B, H, W, C] or [B, F, H, W, C] in [-1, 1] unchanged: the posterior is a point."""
         return images
 
     def sample_latent(self, key, moments):

@@ -1,4 +1,4 @@
-"""Weights in and out: the paper's .pt, SiT's .pt, diffusers' folders, our runs and our weights files.
+"""Converts weights between the paper's .pt, SiT's .pt, diffusers' folders, our runs and our weights files.
 
     python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --out=dit.safetensors
     python -m dit_jax.convert --download=dit-xl2-256 --out=dit.safetensors
@@ -10,12 +10,13 @@
 
 Then: python -m dit_jax.sample --weights=dit.safetensors --codec_path=<the VAE's weights> --labels=207,360 --guidance_scale=4
 
-lpips_vgg.pt, the perceptual loss of autoencoders, is made with PyTorch and `pip install lpips`:
+To write lpips_vgg.pt, the perceptual loss of autoencoders, use PyTorch and `pip install lpips`:
     import lpips, torch
     torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.pt")
 
-The networks of the metrics: Inception-v3 of 2015 as pytorch-fid and torch-fidelity publish it, or as the frozen TensorFlow graph
-in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; DINOv2 as its .pth, or as transformers saves it.
+The networks of the metrics are Inception-v3 of 2015, as published by pytorch-fid and torch-fidelity or as the frozen TensorFlow
+graph in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and DINOv2, as its .pth or as saved by
+transformers.
 """
 
 from pathlib import Path
@@ -49,7 +50,7 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest g
 
 
 def byte_progress(name: str):
-    """(bytes done, bytes in all) -> lines on stderr, now and then."""
+    """Returns a callback (bytes done, total bytes) that prints progress to stderr."""
     progress = None
 
     def update(done: int, total: int):
@@ -85,10 +86,10 @@ def main() -> dict:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
     out = Path(OUT.value).expanduser()
     like = Path(LIKE.value).expanduser() if LIKE.value is not None else None
-    found = formats.read(formats.Source(layout, Path(path).expanduser(), HEADS.value, like, STEP.value))
-    written = formats.write(found, TO.value, out)
+    weights = formats.read(formats.Source(layout, Path(path).expanduser(), HEADS.value, like, STEP.value))
+    written = formats.write(weights, TO.value, out)
     console.say(f"{written['parameters']:,} parameters of {path} written to {out}")
-    return result | written | {"origin": found.origin}
+    return result | written | {"origin": weights.origin}
 
 
 if __name__ == "__main__":

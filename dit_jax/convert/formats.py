@@ -1,6 +1,6 @@
-"""From weights in one layout to weights in another, by way of ours: what `python -m dit_jax.convert` does.
+"""Converts weights between layouts, via ours; implements `python -m dit_jax.convert`.
 
-Above `build`, because a network's shapes come from its config; the layouts themselves are in `interop`.
+The layouts themselves are in `interop`. This module needs `build`, because a network's shapes come from its config.
 """
 
 from dataclasses import dataclass
@@ -33,24 +33,24 @@ from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.run_folder import read_config
 from dit_jax.storage.sealed import sha256_of
 
-# Networks that no config describes, for losses and metrics: one file each, for the module of that name in interop.
+# Networks of losses and metrics, which no config describes: one file each, read by the module of that name in interop.
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
 SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", *FOREIGN, "inception_tf")
 TARGETS = ("dit_jax", "official", "diffusers")
-NESTED = ("ema", "model")  # of a training checkpoint, the moving average first, as the paper's sampling code has it
+NESTED = ("ema", "model")  # keys of a training checkpoint; the moving average first, as in the paper's sampling code
 LATENT_CHANNELS = 4  # of the autoencoder that DiT and SiT were trained with
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to convert, as the command line says it.
+    """The weights to convert, with the options of the command line.
 
     Fields:
         layout: one of SOURCES.
         path: a file, or a folder for "workdir" and "diffusers".
-        heads: attention heads, where the layout does not tell and the width is none of the paper's; None otherwise.
-        like: a run's folder or a file of ours: the weights have its config, process and codec too. None: the paper's.
-        step: checkpoint of a workdir; None for the newest good one.
+        heads: attention heads, if the layout does not record them and the width is not one of the paper's; None otherwise.
+        like: a run's folder or a file in our format whose config, process and codec these weights have. None: the paper's.
+        step: checkpoint of a workdir; None for the newest valid one.
     """
 
     layout: str
@@ -69,37 +69,37 @@ class Source:
             ("step", self.step, self.layout == "workdir"),
         ):
             if value is not None and not wanted:
-                raise UserError(f"--{name} means nothing with --from={self.layout}; leave it out")
+                raise UserError(f"--{name} has no effect with --from={self.layout}; omit it")
         if self.like and self.heads is not None:
-            raise UserError("--like tells the number of heads; leave out --heads")
+            raise UserError("--like determines the number of heads; omit --heads")
 
 
 def config_of(sections) -> ml_collections.ConfigDict:
-    """A whole config around the sections of a weights file, for `build`; training fields have the recipes' values."""
+    """A complete config with the sections of a weights file, for `build`; training fields have the recipes' values."""
     return ml_collections.ConfigDict({**recipes.diffusion().to_dict(), **sections})
 
 
 def network_params(config):
-    """The parameters of the config's network as ShapeDtypeStructs; nothing is computed."""
+    """The parameters of the config's network as ShapeDtypeStructs, without computing them."""
     task = Run(config).task
     return jax.eval_shape(lambda key: task.init(key).params, jax.random.key(0))
 
 
 def read(source: Source) -> Weights:
-    """Opens weights of any layout as ours.
+    """Opens weights of any layout and converts them to ours.
 
     Raises:
-        UserError: there is no such file; it is damaged; it does not fit the layout or its own config.
+        UserError: the file does not exist, is damaged, or does not fit the layout or its own config.
     """
     if not source.path.exists():
         raise UserError(f"--weights={source.path} does not exist")
     if source.layout == "workdir":
         return _read_workdir(source)
     if source.layout == "dit_jax":
-        found = weights.read(source.path)
-        check(found.tensors, _shapes(found.sections), str(source.path))
-        common_dtype(found.tensors, str(source.path))
-        return found
+        opened = weights.read(source.path)
+        check(opened.tensors, _shapes(opened.sections), str(source.path))
+        common_dtype(opened.tensors, str(source.path))
+        return opened
     if source.layout == "inception_tf" and not source.path.is_dir():
         return Weights(inception.from_graph(source.path), {}, _origin(source, [source.path]))
     if source.layout in (*FOREIGN, "inception_tf"):
@@ -108,30 +108,37 @@ def read(source: Source) -> Weights:
     return (_read_diffusers if source.layout == "diffusers" else _read_official)(source)
 
 
-def write(found: Weights, layout: str, out: Path) -> dict:
-    """Writes weights in a layout of TARGETS; returns what was written: out, tensors, parameters, sha256.
+def write(to_write: Weights, layout: str, out: Path) -> dict:
+    """Writes weights in a layout of TARGETS; returns {"out", "tensors", "parameters", "sha256"}.
 
-    A network that no config describes keeps the names it was published with.
+    A network that no config describes keeps the names of its publication.
 
     Raises:
-        UserError: the name of `out` does not suit, or the layout has no place for such a network.
+        UserError: the name of `out` does not fit the layout, or the layout cannot represent the network.
     """
-    if not found.sections and layout != "dit_jax":
-        raise UserError(f"--to={layout}: what comes --from={found.origin['from']} has no such layout; leave out --to")
+    if not to_write.sections and layout != "dit_jax":
+        raise UserError(
+            f"--to={layout}: weights read with --from={to_write.origin['from']} cannot be written in that layout; omit --to"
+        )
     if layout == "dit_jax":
-        if found.sections:
-            weights.write(out, found)
+        if to_write.sections:
+            weights.write(out, to_write)
         else:
-            write_foreign(out, found.tensors, found.origin)
-        return {"out": str(out), "tensors": len(found.tensors), "parameters": count(found.tensors), "sha256": sha256_of(out)}
-    config = config_of(found.sections)
+            write_foreign(out, to_write.tensors, to_write.origin)
+        return {
+            "out": str(out),
+            "tensors": len(to_write.tensors),
+            "parameters": count(to_write.tensors),
+            "sha256": sha256_of(out),
+        }
+    config = config_of(to_write.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
     input_size = _side(config)
-    tensors = official.to_theirs(found.tensors, patch_size, input_size // patch_size)
+    tensors = official.to_theirs(to_write.tensors, patch_size, input_size // patch_size)
     file = out
     if layout == "diffusers":
         if out.suffix in (".safetensors", ".pt", ".json") or out.is_file():
-            raise UserError(f"--out={out}: diffusers reads a folder; give the name of one")
+            raise UserError(f"--out={out}: diffusers reads a folder; give the name of a folder")
         architecture = official.infer(tensors, "the network")
         diffusers_dit.write(out, tensors, architecture, heads, input_size)
         tensors, file = diffusers_dit.from_official(tensors, architecture.depth), out / diffusers_dit.WEIGHTS_NAME
@@ -141,7 +148,7 @@ def write(found: Weights, layout: str, out: Path) -> dict:
         write_safetensors(out, tensors, {"format": "pt"})
     else:
         raise UserError(f"--out={out} must end in .pt or .safetensors for --to=official")
-    return {"out": str(out), "tensors": len(tensors), "parameters": count(found.tensors), "sha256": sha256_of(file)}
+    return {"out": str(out), "tensors": len(tensors), "parameters": count(to_write.tensors), "sha256": sha256_of(file)}
 
 
 def _shapes(sections) -> dict[str, tuple[int, ...]]:
@@ -153,8 +160,8 @@ def _read_workdir(source: Source) -> Weights:
     config = ml_collections.ConfigDict(read_config(source.path))
     if not Run(config).task.draws_samples:
         raise UserError(
-            f"{source.path} is the run of an autoencoder: its weights are in {source.path}/codec, as diffusers reads "
-            "them, when it has finished"
+            f"{source.path} is the run of an autoencoder: when it has finished, its weights are in "
+            f"{source.path}/codec, in the format of diffusers"
         )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     init = Run(config).task.init
@@ -174,7 +181,7 @@ def _read_workdir(source: Source) -> Weights:
 
 
 def _open(path: Path) -> tuple[Tensors, list[Path]]:
-    """(tensors, files) of a .pt or .safetensors file, told apart by their content, or of an index of parts."""
+    """Opens a .pt or .safetensors file, distinguished by content, or an index of parts; returns (tensors, files)."""
     if path.is_dir():
         raise UserError(f"--weights={path} is a folder; give the file in it")
     if path.name.endswith(".index.json"):
@@ -182,25 +189,26 @@ def _open(path: Path) -> tuple[Tensors, list[Path]]:
     if not pt_reader.is_pt(path):
         if path.suffix != ".safetensors":
             raise UserError(
-                f"{path} is no PyTorch file (a zip archive, or the stream written before 1.6), and its name does not "
-                "end in .safetensors; is it whole, and is it the right file?"
+                f"{path} is not a PyTorch file (a zip archive, or the stream written before 1.6), and its name does not "
+                "end in .safetensors; check that it is the right file and complete"
             )
         return open_safetensors(path)[0], [path]
     content = pt_reader.read(path)
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
-            console.say(f"{path} is a training checkpoint with {', '.join(map(str, content))}: {key!r} is taken")
+            console.say(f"{path} is a training checkpoint with {', '.join(map(str, content))}: using {key!r}")
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
         raise UserError(
-            f"{path} holds {type(content).__name__}, not a dict of tensors, bare or under {' or '.join(map(repr, NESTED))}"
+            f"{path} holds {type(content).__name__}, not a dict of tensors at the top level or under "
+            f"{' or '.join(map(repr, NESTED))}"
         )
     strange = [repr(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if strange:
         raise UserError(
-            f"{path} holds what is no tensor: {', '.join(strange[:10])}; a state_dict is needed, bare or under "
-            f"{' or '.join(map(repr, NESTED))}"
+            f"{path} has entries that are not tensors: {', '.join(strange[:10])}; give a state_dict, at the top level or "
+            f"under {' or '.join(map(repr, NESTED))}"
         )
     return content, [path]
 
@@ -209,10 +217,10 @@ def _read_official(source: Source) -> Weights:
     what = str(source.path)
     tensors, files = _open(source.path)
     if any(name.startswith("transformer_blocks.") for name in tensors):
-        raise UserError(f"{what} has the layout of diffusers: pass --from=diffusers")
-    found = official.infer(tensors, what)
+        raise UserError(f"{what} has the layout of diffusers: use --from=diffusers")
+    architecture = official.infer(tensors, what)
     side = official.grid_side(tensors, what)
-    sections = _sections(source, found, side * found.patch_size)
+    sections = _sections(source, architecture, side * architecture.patch_size)
     shapes = _shapes(sections)
     check(tensors, official.expected(shapes, sections["model"]["patch_size"], _tokens_per_side(sections)), what)
     official.check_position(tensors[official.POSITION], what)
@@ -224,24 +232,26 @@ def _read_diffusers(source: Source) -> Weights:
     what = str(path)
     tensors, files = _open(path)
     if official.PATCH in tensors:
-        raise UserError(f"{what} has the layout of the paper's code: pass --from=official, or --from=sit")
-    found = official.infer(tensors, what, lambda name: diffusers_dit.names(name, 1)[0], "transformer_blocks")
+        raise UserError(f"{what} has the layout of the paper's code: use --from=official, or --from=sit")
+    architecture = official.infer(tensors, what, lambda name: diffusers_dit.names(name, 1)[0], "transformer_blocks")
     config = diffusers_dit.read_config(path)
-    diffusers_dit.check_config(config, found, str(path.parent / "config.json"))
+    diffusers_dit.check_config(config, architecture, str(path.parent / "config.json"))
     if source.heads not in (None, config["num_attention_heads"]):
         raise UserError(
-            f"--heads={source.heads}, and config.json has num_attention_heads = {config['num_attention_heads']}; "
-            "leave out --heads"
+            f"--heads={source.heads} differs from num_attention_heads = {config['num_attention_heads']} in config.json; "
+            "omit --heads"
         )
-    sections = _sections(source, found, config["sample_size"], config["num_attention_heads"])
+    sections = _sections(source, architecture, config["sample_size"], config["num_attention_heads"])
     shapes = _shapes(sections)
     theirs = official.expected(shapes, sections["model"]["patch_size"], _tokens_per_side(sections))
-    check(tensors, diffusers_dit.expected(theirs, found.depth), what)
+    check(tensors, diffusers_dit.expected(theirs, architecture.depth), what)
     console.say(
-        "note: weights trained with diffusers' own module, rather than renamed from the paper's as the published ones "
-        "are, had slightly other time frequencies than ours (spaced by 1/127, not 1/128)"
+        "note: weights trained with diffusers' own module have slightly different time frequencies than ours (spaced by "
+        "1/127, not 1/128); the published weights were renamed from the paper's and are not affected"
     )
-    return Weights(official.to_ours(diffusers_dit.to_official(tensors, found.depth), shapes), sections, _origin(source, files))
+    return Weights(
+        official.to_ours(diffusers_dit.to_official(tensors, architecture.depth), shapes), sections, _origin(source, files)
+    )
 
 
 def _tokens_per_side(sections) -> int:
@@ -265,40 +275,42 @@ def _origin(source: Source, files: list[Path]) -> dict:
     return {"from": source.layout, "sha256": {file.name: sha256_of(file) for file in files}}
 
 
-def _sections(source: Source, found: official.Architecture, input_size: int, heads: int | None = None) -> dict:
-    """The config sections of foreign weights: those of `like`, or the paper's around the sizes that the tensors show.
+def _sections(source: Source, architecture: official.Architecture, input_size: int, heads: int | None = None) -> dict:
+    """The config sections of foreign weights: those of `like`, or the paper's with the sizes inferred from the tensors.
 
     Raises:
-        UserError: the number of heads is unknown, or what the network was trained on.
+        UserError: the number of heads, or what the network was trained on, is unknown.
     """
     if source.like is not None:
         like = read_config(source.like) if source.like.is_dir() else weights.read(source.like).sections
         sections = weights.sections_of(like)
-        sections["model"] = {**sections["model"], "param_dtype": found.dtype.name}
+        sections["model"] = {**sections["model"], "param_dtype": architecture.dtype.name}
         return sections
-    heads = heads or source.heads or next((size.heads for size in recipes.SIZES.values() if size.width == found.width), None)
+    heads = (
+        heads or source.heads or next((size.heads for size in recipes.SIZES.values() if size.width == architecture.width), None)
+    )
     if heads is None:
         raise UserError(
-            f"{source.path}: width {found.width} is none of the paper's ({_widths()}), and the tensors do not tell "
-            "the number of attention heads: pass --heads"
+            f"{source.path}: width {architecture.width} is not one of the paper's ({_widths()}), and the tensors do not "
+            "determine the number of attention heads: give --heads"
         )
-    if found.in_channels != LATENT_CHANNELS:
+    if architecture.in_channels != LATENT_CHANNELS:
         raise UserError(
-            f"{source.path}: the network takes {found.in_channels} channels, and the paper's take {LATENT_CHANNELS}, "
-            "latents of a VAE: say what they mean with --like=<a run's folder, or a file of ours>"
+            f"{source.path}: the network takes {architecture.in_channels} channels, but the paper's take {LATENT_CHANNELS}, "
+            "the latents of a VAE: give the config with --like=<a run's folder, or a file in our format>"
         )
-    learned = found.out_channels == 2 * found.in_channels
+    learned = architecture.out_channels == 2 * architecture.in_channels
     config = (recipes.sit if source.layout == "sit" else recipes.dit)("XL/2", input_size * 8)
     config.model.update(
         {
-            "patch_size": found.patch_size,
-            "depth": found.depth,
-            "width": found.width,
+            "patch_size": architecture.patch_size,
+            "depth": architecture.depth,
+            "width": architecture.width,
             "heads": heads,
-            "mlp_ratio": found.mlp_width / found.width,
-            "num_classes": found.num_classes,
+            "mlp_ratio": architecture.mlp_width / architecture.width,
+            "num_classes": architecture.num_classes,
             "dtype": "float32",
-            "param_dtype": found.dtype.name,
+            "param_dtype": architecture.dtype.name,
         }
     )
     if source.layout == "sit":

@@ -1,6 +1,6 @@
-"""Batches of a latent cache: the batch of a step is a function of (seed, step), gathered ahead in one thread.
+"""Training batches from a latent cache; the batch of a step is a function of (seed, step), and a thread gathers in advance.
 
-N records; B is the global batch size, P the number of processes (hosts), b = B / P the rows of one host.
+N records; B is the global batch size, P the number of processes (hosts), b = B / P the rows per host.
 """
 
 import queue
@@ -17,27 +17,27 @@ from dit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-AHEAD = 3  # batches gathered before they are asked for
-# What is drawn: independent streams of one seed.
+AHEAD = 3  # batches gathered in advance
+# Independent random streams of one seed.
 ORDER, FLIPS = 0, 1
 
 
 class LatentLoader:
     """Shuffled training batches of a cache, with the interface of `Loader`.
 
-    Every record comes once per epoch, in another order in every epoch; batches run across the border of two epochs. The
-    mirror image is chosen anew, with probability 1/2, each time.
+    Every record occurs once per epoch, and every epoch has another order; batches may span two epochs. The mirror image is chosen
+    with probability 1/2, independently each time.
 
     Args:
-        cache: where the moments are.
+        cache: contains the moments.
         batch_size: B, global; a multiple of process_count.
         seed: in [0, 2**32).
-        flip: take the mirror image half of the time.
+        flip: use the mirror image with probability 1/2.
         process_index, process_count: this host and P.
-        resident: give row numbers, to index `resident_moments` with on the device, instead of moments.
+        resident: yield row numbers for indexing `resident_moments` on the device, instead of moments.
 
     Raises:
-        UserError: a batch size that does not divide; flips from a cache without mirror images.
+        UserError: the batch size is not divisible, or the cache has no mirror images for flips.
         ValueError: seed or process_index out of range.
     """
 
@@ -59,31 +59,31 @@ class LatentLoader:
             raise ValueError(f"seed={seed} must be in [0, 2**32)")
         if flip and cache.views == 1:
             raise UserError(
-                f"{cache.path} has no mirror images (it was encoded with --nomirror): set flip to False, or encode "
+                f"{cache.path} has no mirror images (it was encoded with --nomirror): set flip to False, or encode it "
                 "again with --mirror"
             )
         if resident and cache.views * len(cache) >= 2**31:
-            raise UserError(f"{cache.path} has {cache.views * len(cache)} rows, more than int32 counts: set resident to False")
+            raise UserError(f"{cache.path} has {cache.views * len(cache)} rows, more than int32 can index: set resident to False")
         self.source, self.batch_size, self.seed, self.flip = cache, batch_size, seed, flip
         self.process_index, self.process_count, self.resident = process_index, process_count, resident
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def batches(self, start_step: int = 0) -> "LatentBatches":
-        """This host's batches of steps start_step, start_step + 1, ... without end; close it, or use it in a `with`.
+        """An endless iterator over this host's batches from step start_step on; close it, or use it in a `with`.
 
-        Each is {"moments": float16 [b, h, w, 2c], "label": int32 [b]}, or {"row": int32 [b], "label": int32 [b]} where the
+        Each batch is {"moments": float16 [b, h, w, 2c], "label": int32 [b]}, or {"row": int32 [b], "label": int32 [b]} if the
         moments are resident.
 
         Raises:
-            ValueError: negative step.
+            ValueError: start_step is negative.
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must be at least 0")
         return LatentBatches(self.batch, start_step)
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of the batch of one step."""
+        """This host's rows of a step's batch."""
         records, rows = self.rows(step)
         labels = self.source.labels[records]
         if self.resident:
@@ -109,14 +109,14 @@ class LatentLoader:
             return self._orders[epoch]
 
     def _random(self, stream: int, number: int) -> np.random.Generator:
-        # A spawn key, because SeedSequence([a, b]) of two streams would be the same numbers where epoch = step.
+        # A spawn key keeps the streams independent: SeedSequence([a, b]) would give both the same numbers if epoch = step.
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(stream, number))))
 
 
 class LatentBatches:
-    """Iterator over the batches of consecutive steps, made ahead of time by one thread that ends when it is closed."""
+    """Iterator over the batches of consecutive steps; a thread computes them in advance until the iterator is closed."""
 
-    bad_records: Mapping[int, str] = MappingProxyType({})  # as of `loader.Batches`; the encoder has left them out already
+    bad_records: Mapping[int, str] = MappingProxyType({})  # as in `loader.Batches`; the encoder has already skipped them
 
     def __init__(self, batch: Callable[[int], Batch], start_step: int):
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
@@ -137,7 +137,7 @@ class LatentBatches:
 
     def __next__(self) -> Batch:
         if self._closed.is_set():
-            raise RuntimeError("these batches are closed: ask the loader for others")
+            raise RuntimeError("this iterator is closed: get a new one from the loader")
         item = self._ready.get()
         if isinstance(item, Exception):
             self.close()
@@ -147,7 +147,7 @@ class LatentBatches:
     def close(self) -> None:
         """Ends the thread; calling it again does nothing."""
         self._closed.set()
-        while not self._ready.empty():  # makes room for the one batch that the thread may be waiting to hand over
+        while not self._ready.empty():  # makes room for the batch that the thread may be waiting to put
             self._ready.get_nowait()
         self._thread.join()
 
@@ -159,13 +159,13 @@ class LatentBatches:
 
 
 def resident_moments(cache: LatentCache, mesh: Mesh) -> jax.Array:
-    """All moments on the devices: float16 [R, h, w, 2c], rows split over the mesh axes data and fsdp.
+    """Loads all moments onto the devices: float16 [R, h, w, 2c], with rows split over the mesh axes data and fsdp.
 
-    R is V * N rounded up to a multiple of the ways; rows past V * N are zeros and no loader asks for them. Every host
-    reads only what its devices hold.
+    R is V * N rounded up to a multiple of the number of shards; rows past V * N are zeros, and no loader uses them. Every host
+    reads only the rows of its devices.
 
     Raises:
-        UserError: more than is free on a device, where the device tells.
+        UserError: a device that reports its free memory has too little.
     """
     axes = ("data", "fsdp")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -178,17 +178,17 @@ def resident_moments(cache: LatentCache, mesh: Mesh) -> jax.Array:
         free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         if "bytes_limit" in stats and size > free:
             raise UserError(
-                f"{cache.path}: the moments take {size / 2**30:.1f} GiB on each of {ways} devices, and {device} has "
+                f"{cache.path}: the moments take {size / 2**30:.1f} GiB on each of {ways} devices, but {device} has only "
                 f"{free / 2**30:.1f} GiB free: use more devices on mesh.data or mesh.fsdp, or set loader.resident to "
                 "False"
             )
 
     def part(index) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
-        found = np.zeros((stop - start, *cache.moments_shape), np.float16)
+        block = np.zeros((stop - start, *cache.moments_shape), np.float16)
         if start < rows:
             stored = cache.slice(start, min(stop, rows))
-            found[: len(stored)] = stored
-        return found
+            block[: len(stored)] = stored
+        return block
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(axes)), part)

@@ -1,4 +1,4 @@
-"""A latent cache: the moments of every image of a data set and of its mirror image, encoded once (`python -m dit_jax.encode`).
+"""Reads a latent cache: moments of each image of a data set and of its mirror image (made by `python -m dit_jax.encode`).
 
 N records, V views of each (2 with mirror images), h x w x c latents (f x h x w x c of clips); row V * i + mirror is record i.
 """
@@ -17,19 +17,19 @@ from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.storage.sealed import damage, digest, read_sealed
 
-SHOWN = 10  # lines of a list in an error message
-# Fields of a codec that do not say what an image's moments are: they act after the posterior, or on the arithmetic only.
+SHOWN = 10  # number of lines of a list in an error message
+# Fields of a codec that do not determine the moments: they act after the posterior, or affect only the precision.
 UNSTORED_FIELDS = ("scale", "shift", "dtype", "param_dtype")
 
 
 def codec_fields(codec: Any) -> dict:
-    """Class name and sizes of a codec, a dataclass, as JSON values: two codecs with equal fields and weights encode alike."""
+    """Class name and sizes of a codec (a dataclass) as JSON; codecs with equal fields and weights give equal moments."""
     fields = {k: v for k, v in dataclasses.asdict(codec).items() if k not in UNSTORED_FIELDS}
     return json.loads(json.dumps({"name": type(codec).__name__, **fields}))
 
 
 class LatentCache:
-    """A read-only data set of moments, memory-mapped; nothing is decoded and nothing is scaled.
+    """A read-only, memory-mapped data set of moments, neither decoded nor scaled.
 
     Attributes:
         manifest: all that `manifest.json` says: codec, transform, statistics, bad records, files.
@@ -57,8 +57,8 @@ class LatentCache:
         if problems := damage(self.path, files, verify):
             raise UserError(
                 f"{self.path} is damaged, {len(problems)} of {len(files)} files: "
-                f"{_shortened([*problems.values()])}. Run the encode command that made it again: it encodes "
-                "damaged shards anew"
+                f"{_shortened([*problems.values()])}. Run its encode command again, which encodes damaged "
+                "shards again"
             )
         self.moments_shape, self.views = tuple(m["moments"]["shape"]), m["views"]
         self.num_classes, self.class_names = m["num_classes"], tuple(m["class_names"])
@@ -68,9 +68,9 @@ class LatentCache:
         self._moments = [self._open(k, "moments", np.float16, (self.views * n, *shape)) for k, n in enumerate(counts)]
         self.labels = np.concatenate([self._open(k, "labels", np.int32, (n,)) for k, n in enumerate(counts)])
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._captions: dict[int, list[str | None]] = {}  # of the shards asked for so far
+        self._captions: dict[int, list[str | None]] = {}  # of the shards used so far
         if len(self.labels) != m["count"]:
-            raise UserError(f"{self.path}: the shards hold {len(self.labels)} records and the manifest says {m['count']}")
+            raise UserError(f"{self.path}: the shards contain {len(self.labels)} records, but the manifest says {m['count']}")
         if not 0 <= self.labels.min() <= self.labels.max() < max(self.num_classes, 1):
             raise UserError(
                 f"{self.path}: labels run from {self.labels.min()} to {self.labels.max()}, outside the {self.num_classes} classes"
@@ -81,7 +81,7 @@ class LatentCache:
         array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         if array.dtype != dtype or array.shape != shape:
             raise UserError(
-                f"{self.path / name} holds {array.dtype}{list(array.shape)}, and the manifest says {np.dtype(dtype)}{list(shape)}"
+                f"{self.path / name} is {array.dtype}{list(array.shape)}, but the manifest says {np.dtype(dtype)}{list(shape)}"
             )
         return array.view(np.ndarray)
 
@@ -90,12 +90,12 @@ class LatentCache:
 
     @functools.cached_property
     def source_index(self) -> np.ndarray:
-        """int64 [N]: the number that each record had in the data set it was encoded from."""
+        """Number of each record in the data set it was encoded from, int64 [N]."""
         shards = self.manifest["shards"]
         return np.concatenate([self._open(k, "index", np.int64, (shard["count"],)) for k, shard in enumerate(shards)])
 
     def captions(self, indices: np.ndarray) -> list[str | None]:
-        """The text of each record of `indices` (int [b] in [0, N)), None where it has none."""
+        """The caption of each record of `indices` (int [b] in [0, N)); None if it has none."""
         indices = np.asarray(indices)
         self._check_range(indices, len(self), "records")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
@@ -109,30 +109,30 @@ class LatentCache:
         return json.loads((self.path / facts["files"]["captions"]["name"]).read_bytes())
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N): one copy per shard touched.
+        """Gathers moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N), with one copy per shard.
 
-        Rows are read in ascending order, whatever their order in the batch, which suits a disk.
+        Rows are read from disk in ascending order, independent of their order in the batch.
 
         Raises:
-            IndexError: a row out of range.
+            IndexError: a row is out of range.
         """
         rows = np.asarray(rows)
         self._check_range(rows, self.views * len(self), "rows")
         order = np.argsort(rows)
         ascending = rows[order]
-        found = np.empty((len(rows), *self.moments_shape), np.float16)
+        moments = np.empty((len(rows), *self.moments_shape), np.float16)
         starts = self.views * self._starts
         edges = np.searchsorted(ascending, starts)
         for k in np.flatnonzero(np.diff(edges)):
             part = slice(edges[k], edges[k + 1])
-            # The rows are in range; "raise" would copy through a buffer.
-            np.take(self._moments[k], ascending[part] - starts[k], axis=0, out=found[part], mode="clip")
+            # The rows are known to be in range; mode "raise" would copy through a buffer.
+            np.take(self._moments[k], ascending[part] - starts[k], axis=0, out=moments[part], mode="clip")
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return np.take(found, back, axis=0)
+        return np.take(moments, back, axis=0)
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Moments of rows start..stop-1 in order, copied."""
+        """A copy of the moments of rows start..stop-1."""
         starts = self.views * self._starts
         first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
         return np.concatenate([self._moments[k][max(start - starts[k], 0) : stop - starts[k]] for k in range(first, last + 1)])
@@ -145,7 +145,7 @@ class LatentCache:
 
         Args:
             codec: its sizes are compared; weights_sha256 (`interop.vae.weights_sha256`) its weights.
-            transform: of the images. Its flip says whether mirror images are wanted; a cache that has them serves without too.
+            transform: of the images. Its `flip` requests mirror images; a cache with mirror images also serves without.
 
         Raises:
             UserError: a list of the fields that differ.
@@ -166,10 +166,10 @@ class LatentCache:
             if stored.get(key) != value
         ]
         if transform.flip and self.views == 1:
-            lines.append("transform.flip: the cache has no mirror images (--nomirror), True wanted")
+            lines.append("transform.flip: the cache has no mirror images (--nomirror), but True is wanted")
         if lines:
             raise UserError(
-                f"{self.path} was encoded otherwise; change the config to match, or encode again into another "
+                f"{self.path} was encoded with other settings; change the config to match, or encode again into another "
                 "folder:\n  " + "\n  ".join(lines)
             )
 
@@ -181,33 +181,33 @@ class LatentCache:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a finished cache, its own consistency checked.
+    """Reads the manifest of a finished cache and checks its consistency.
 
     Raises:
-        UserError: no finished cache there, a damaged manifest, another format, file names that are not a cache's.
+        UserError: there is no finished cache; the manifest is damaged, has another format, or lists unexpected file names.
     """
     try:
         manifest = read_sealed(folder / MANIFEST)
     except UserError as error:
-        raise UserError(f"{error}. Run the encode command that made it again: it writes the manifest anew") from None
+        raise UserError(f"{error}. Run its encode command again, which writes the manifest again") from None
     except OSError as error:
         if (folder / SETTINGS).exists():
-            raise UserError(f"the latent cache {folder} is not finished: run its encode command again, it goes on") from None
+            raise UserError(f"the latent cache {folder} is not finished: run its encode command again to resume it") from None
         raise UserError(
-            f"{folder / MANIFEST}: {error.strerror}; {folder} is not a latent cache (python -m dit_jax.encode makes one)"
+            f"{folder / MANIFEST}: {error.strerror}; {folder} is not a latent cache (make one with python -m dit_jax.encode)"
         ) from None
     if manifest["format"] != FORMAT:
-        raise UserError(f"{folder} has cache format {manifest['format']} and this dit_jax reads {FORMAT}: encode again")
+        raise UserError(f"{folder} has cache format {manifest['format']}, but this dit_jax reads {FORMAT}: encode again")
     shards = manifest["shards"]
     for k, shard in enumerate(shards):
         for kind, file in shard["files"].items():
-            if file["name"] != shard_file(k, len(shards), kind):  # also what keeps reading inside the folder
+            if file["name"] != shard_file(k, len(shards), kind):  # this also prevents reading outside the folder
                 raise UserError(
-                    f"{folder / MANIFEST} names {file['name']!r} where {shard_file(k, len(shards), kind)!r} belongs: "
+                    f"{folder / MANIFEST} names {file['name']!r} instead of {shard_file(k, len(shards), kind)!r}: "
                     "it was edited; encode again"
                 )
     if manifest["settings"]["name"] != SETTINGS:
-        raise UserError(f"{folder / MANIFEST} names {manifest['settings']['name']!r} where {SETTINGS!r} belongs: encode again")
+        raise UserError(f"{folder / MANIFEST} names {manifest['settings']['name']!r} instead of {SETTINGS!r}: encode again")
     return manifest
 
 

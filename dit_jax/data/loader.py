@@ -1,6 +1,6 @@
-"""Batches of a source: shuffled for ever for training, or once in order.
+"""Batches of a source: an endless shuffled stream for training, or one pass in order.
 
-Letters: B is the global batch size, P the number of processes (hosts), b = B / P the rows of one host.
+Letters: B is the global batch size, P the number of processes (hosts), b = B / P the rows per host.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ REPLACEMENT_TRIES = 16
 
 
 class _ReadAndTransform(grain.transforms.RandomMap):
-    """Record number -> (example, bad records): a record that cannot be read is replaced by the next one that can.
+    """Maps a record number to (example, bad records); an unreadable record is replaced by the next readable one.
 
-    The replacement is handed the random numbers that the record would have had, so that the example stays a function
-    of the position in the stream.
+    The replacement uses the random numbers of the original record, so that the example is a function of the position in the
+    stream.
     """
 
     def __init__(self, source: Source, transform: grain.transforms.RandomMap):
@@ -42,13 +42,15 @@ class _ReadAndTransform(grain.transforms.RandomMap):
             except UserError as error:
                 bad.append((number, str(error)))
                 rng.bit_generator.state = start
-        raise UserError(f"{len(bad)} records on end from number {int(element)} cannot be read: is the storage there? {bad[0][1]}")
+        raise UserError(
+            f"{len(bad)} consecutive records from number {int(element)} cannot be read: check the storage. {bad[0][1]}"
+        )
 
 
 class _HostBlocks:
-    """Block i of one host out of the endless stream of blocks of which `per_step` make one global batch.
+    """One host's blocks of the endless stream of blocks; `per_step` blocks make one global batch.
 
-    A host reads consecutive blocks, so that the rows of all hosts side by side are the batch that a single host reads.
+    A host reads consecutive blocks, so that the rows of all hosts, concatenated, are the batch that a single host would read.
     """
 
     def __init__(self, stream: grain.MapDataset, start_step: int, per_step: int, index: int, count: int):
@@ -67,29 +69,29 @@ class _HostBlocks:
 class Loader:
     """Shuffled training batches; the batch of a step is a function of (source, transform, batch_size, seed, step).
 
-    The number of processes, workers and threads changes the speed only: there is no loader state to save. Every
-    example comes once per epoch, in another order in every epoch; batches run across the border of two epochs.
+    The number of processes, workers and threads affects only the speed, and there is no loader state to save. Every
+    example occurs once per epoch, and every epoch has another order; batches may span two epochs.
 
-    A record i that cannot be read (the source or the transform raises UserError) is replaced by record i + 1 of the
-    source, or i + 2, ... up to 16 tries, after the last comes the first. Each bad record is named once on stderr and
-    kept in `Batches.bad_records`. What a host has met counts, since it started; the first record beyond
-    floor(max_bad_share x records) ends the run. So the default tolerates no bad record in fewer than 1,000.
+    An unreadable record i (the source or the transform raises UserError) is replaced by record i + 1 of the source, or
+    i + 2, ... up to 16 tries; the first record follows the last. Each bad record is reported once on stderr and added to
+    `Batches.bad_records`. The limit applies to the bad records that a host has met since it started: the first one beyond
+    floor(max_bad_share x records) ends the run. The default thus tolerates no bad record in fewer than 1,000.
 
     Args:
-        source: the data set; pickled when there are workers.
+        source: the data set; pickled if there are workers.
         transform: random_map(example, rng) -> arrays of equal shapes; rng depends on (seed, position in the stream).
         batch_size: B, global; a multiple of process_count.
         seed: in [0, 2**32).
-        num_workers: worker processes of this host; 0 reads in threads of this process, which is enough while decoding
-            (it releases the interpreter lock) is most of the work.
-        num_threads: threads of this host that read and transform; with workers they are shared out, at least one
-            each, and every thread holds a whole batch.
-        max_bad_share: tolerated share of bad records among those of the source, in [0, 1); 0 tolerates none.
+        num_workers: worker processes of this host; 0 reads in threads of this process, which is sufficient if most of the work
+            is decoding (which releases the interpreter lock).
+        num_threads: threads of this host that read and transform; divided among the workers, at least one each. With workers,
+            every thread holds a complete batch.
+        max_bad_share: tolerated share of bad records in the source, in [0, 1); 0 tolerates none.
         process_index, process_count: this host and P.
 
     Raises:
-        UserError: a batch size that does not divide, an empty source, a negative number of workers, fewer than one
-            thread, a share out of range.
+        UserError: the batch size is not divisible, the source is empty, the number of workers is negative, there is no
+            thread, or the share is out of range.
         ValueError: seed or process_index out of range.
     """
 
@@ -124,22 +126,22 @@ class Loader:
         self.process_index, self.process_count = process_index, process_count
 
     def batches(self, start_step: int = 0) -> "Batches":
-        """This host's batches of steps start_step, start_step + 1, ... without end; close it, or use it in a `with`.
+        """An endless iterator over this host's batches from step start_step on; close it, or use it in a `with`.
 
-        Each is {"image": uint8 [b, H, W, C], "label": int32 [b]}, or what the transform makes, stacked.
+        Each batch is {"image": uint8 [b, H, W, C], "label": int32 [b]}, or the stacked outputs of the transform.
 
         Raises:
-            ValueError: negative step.
-            RuntimeError: workers asked for before absl flags were parsed; a worker process died (while iterating).
-            UserError: more unreadable records than max_bad_share tolerates, or 16 on end (while iterating).
+            ValueError: start_step is negative.
+            RuntimeError: workers are requested before absl flags were parsed; a worker process died (while iterating).
+            UserError: more unreadable records than max_bad_share tolerates, or 16 consecutive ones (while iterating).
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must be at least 0")
         numbers = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
         stream = numbers.random_map(_ReadAndTransform(self.source, self.transform))
         host_batch_size = self.batch_size // self.process_count
-        # A thread takes a few rows at a time: one by one costs 4 times the overhead on small images, whole batches
-        # per thread would fill the memory and delay the first.
+        # A thread processes a few rows at a time: single rows have 4 times the overhead on small images, and complete batches
+        # per thread would fill the memory and delay the first batch.
         block = math.gcd(host_batch_size, 8)
         blocks = grain.MapDataset.source(
             _HostBlocks(
@@ -155,23 +157,23 @@ class Loader:
             options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)
             dataset = blocks.to_iter_dataset(options).batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
             return Batches(dataset, len(self.source), self.max_bad_share)
-        if not flags.FLAGS.is_parsed():  # grain reads its own flags on the way to a worker
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags when it starts a worker
             raise RuntimeError(
-                f"num_workers={self.num_workers} needs parsed absl flags: start through absl.app.run, or call "
+                f"num_workers={self.num_workers} needs parsed absl flags: start with absl.app.run, or call "
                 f"absl.flags.FLAGS.mark_as_parsed() in a notebook or test; or set num_workers to 0"
             )
         threads = math.ceil(self.num_threads / self.num_workers)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        # Batched before the workers take turns, so that a batch does not depend on their number.
+        # Batched before the distribution to workers, so that a batch does not depend on their number.
         batches = blocks.batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
         workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
         return Batches(batches.to_iter_dataset(options).mp_prefetch(workers), len(self.source), self.max_bad_share)
 
 
 class Batches:
-    """Iterator over a host's batches that stops its threads and processes when closed.
+    """Iterator over a host's batches; closing it stops its threads and processes.
 
-    `bad_records` maps the number of each unreadable record met so far to the reason; others stand in for them.
+    `bad_records` maps the number of each unreadable record so far to the reason; they were replaced by other records.
     """
 
     def __init__(self, dataset: grain.IterDataset, num_records: int, max_bad_share: float):
@@ -187,7 +189,7 @@ class Batches:
     def __next__(self) -> Batch:
         try:
             batch, bad = next(self._iterator)
-            # A worker's arrays live in shared memory until the last reference is gone; these are the caller's own.
+            # Copies: a worker's arrays occupy shared memory until the last reference is gone.
             batch = {key: np.array(value) if type(value) is not np.ndarray else value for key, value in batch.items()}
             self._count(bad)
         except Exception as error:
@@ -195,17 +197,17 @@ class Batches:
             _clear_finished_frames(error)
             if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
                 raise RuntimeError(
-                    f"data loading stopped: {error} Out of memory and a full /dev/shm are the usual causes: lower "
+                    f"data loading stopped: {error} The usual causes are lack of memory and a full /dev/shm: lower "
                     f"num_workers or batch_size, or read with num_workers=0"
                 ) from error
             raise
         return batch
 
     def _count(self, bad: list[BadRecord]) -> None:
-        """Names the bad records that are new.
+        """Reports new bad records.
 
         Raises:
-            UserError: they are too many.
+            UserError: there are too many.
         """
         new = {number: reason for number, reason in bad if number not in self.bad_records}
         self.bad_records |= new
@@ -215,12 +217,12 @@ class Batches:
             more = next((share for share in (0.001, 0.01, 0.1) if count / total < share), None)
             allow = f", or tolerate more of them with --config.loader.max_bad_share={more}" if more else ""
             raise UserError(
-                f"{count} of the {total} records ({count / total:.2%}) cannot be read and max_bad_share="
-                f"{self._max_bad_share:g} tolerates {self._tolerated}: {first}. Restore them{allow}; a run that has begun "
-                f"needs the same data set, another set of files a new --workdir"
+                f"{count} of the {total} records ({count / total:.2%}) cannot be read, but max_bad_share="
+                f"{self._max_bad_share:g} tolerates {self._tolerated}: {first}. Restore them{allow}. Resuming a run needs the "
+                f"same data set; another set of files needs a new --workdir"
             )
         for number, reason in new.items():
-            print(f"bad record {number} is replaced by the next: {reason}", file=sys.stderr, flush=True)
+            print(f"replacing bad record {number} by the next one: {reason}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends worker processes and threads; calling it again does nothing."""
@@ -243,24 +245,24 @@ def read_in_order(
     num_threads: int = 16,
     bad_records: list[tuple[int, str]] | None = None,
 ) -> Generator[Batch]:
-    """Examples start..stop-1 once, in order, as batches whose last may be shorter: for statistics and encoding.
+    """Yields examples start..stop-1 once, in order, in batches (the last may be smaller), for statistics and encoding.
 
     Args:
         source: the data set.
         transform: example -> arrays; a call of an ImageTransform never mirrors.
-        batch_size: rows per batch, at least 1; nothing here is divided over hosts, give each its own range.
+        batch_size: rows per batch, at least 1; batches are not divided among hosts, so give each host its own range.
         start, stop: range of examples, 0 <= start <= stop <= len(source); None is the end.
         num_threads: threads that read and transform.
-        bad_records: a list that takes (number, message) of each unreadable example, which is then left out; without
-            it the first one raises.
+        bad_records: a list that collects (number, message) of each unreadable example, which is then skipped; without it the
+            first one raises.
 
     Yields:
-        What the transform makes, stacked, plus "index": int64 [rows], the number of each example in the source, and
-        "caption": list of str or None [rows], in batches where an example has one.
+        The stacked outputs of the transform, plus "index": int64 [rows], the number of each example in the source, and
+        "caption": list of str or None [rows], in batches in which an example has one.
 
     Raises:
-        UserError: an example that cannot be read and no list to take it.
-        ValueError: batch size or range out of bounds.
+        UserError: an example cannot be read, and bad_records is None.
+        ValueError: batch size or range is out of bounds.
     """
     stop = len(source) if stop is None else stop
     if batch_size < 1:
@@ -300,9 +302,9 @@ def read_in_order(
 
 
 def _clear_finished_frames(error: Exception) -> None:
-    """Drops the local variables below an error: while it lives, grain's frames hold a batch in shared memory.
+    """Clears the local variables in the frames of an error, in which grain would otherwise keep a batch in shared memory.
 
-    grain leaves its own frames out of the traceback, so they are reached through those that they called.
+    grain omits its own frames from the traceback, so they are reached through the frames that they called.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for caller, _ in traceback.walk_stack(frame):

@@ -1,4 +1,4 @@
-"""From a stored image to the uint8 array of a fixed size that a network is trained on.
+"""Decodes and crops stored images to uint8 arrays of a fixed size for training.
 
 Letters: H, W, C are the height, width and channels of an image, F the frames of a clip.
 """
@@ -15,13 +15,13 @@ from dit_jax.data.sources.source import Example
 from dit_jax.errors import UserError
 
 MODES = {1: "L", 3: "RGB"}
-# What is tried on the bytes: Pillow has more readers, of which one runs Ghostscript on the file.
+# Accepted formats. Pillow has more readers, one of which runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 178_956_970  # where Pillow refuses by default
-# Pillow warns above this number and refuses above its double; an image of up to MAX_PIXELS is nothing to warn of.
+MAX_PIXELS = 178_956_970  # Pillow's default limit for an error
+# Pillow warns above this number and raises above twice this number; images of up to MAX_PIXELS should not cause warnings.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-ELONGATED = 32  # ratio of the sides from which only what is kept of the long side is enlarged
-UPRIGHT: dict[int | None, Image.Transpose] = {  # what undoes each orientation of the EXIF standard
+ELONGATED = 32  # from this ratio of the sides on, only the kept part of the long side is enlarged
+UPRIGHT: dict[int | None, Image.Transpose] = {  # the operation that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,12 +33,13 @@ UPRIGHT: dict[int | None, Image.Transpose] = {  # what undoes each orientation o
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The centre of the image, scaled to cover `size`.
+    """Scales the image to cover `size` and crops its centre.
 
-    Halves with a box filter while both sides are at least twice those of `size`, then bicubic until one side fits and the
-    other covers, then cuts; the odd pixel of an uneven margin stays on the right and bottom. An image of that size comes back
-    unchanged. The bytes of a square are those of the published code run with the same Pillow: version 13 filters some tall
-    images along y first, which changed 1 of 400 photographs at 64 px, by a level or two in some pixels.
+    Halves the image with a box filter while both sides are at least twice those of `size`, resizes it with a bicubic filter so
+    that one side fits and the other covers, and crops. The extra pixel of an odd margin is on the right and bottom. An image of
+    that size is returned unchanged. The result of a square equals that of the published code bit for bit with the same Pillow.
+    Pillow 13 filters some portrait images along y first, which changed 1 of 400 photographs at 64 px, by a level or two in some
+    pixels.
 
     Args:
         image: mode L or RGB, sides from 1.
@@ -61,7 +62,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _enlarge_elongated(image: Image.Image, size: tuple[int, int], scaled: int, first: int) -> Image.Image:
-    """`size` out of an image enlarged so that one side fits and the long one has `scaled` pixels, made without the others.
+    """Computes only the kept pixels of an image enlarged so that one side fits and the long one has `scaled` pixels.
 
     Pillow enlarges along x first, then along y, and rounds to 8 bits in between. It takes the border of a window in
     single precision only, so the pass along the long side is restated here with its arithmetic: bicubic weights
@@ -69,7 +70,7 @@ def _enlarge_elongated(image: Image.Image, size: tuple[int, int], scaled: int, f
 
     Args:
         size: (height, width).
-        first: pixel of the long side that is kept as pixel 0.
+        first: pixel of the long side that becomes pixel 0.
     """
     height, width = size
     wide = image.width * height > image.height * width
@@ -97,38 +98,38 @@ def _enlarge_elongated(image: Image.Image, size: tuple[int, int], scaled: int, f
 
 
 def decode(image: np.ndarray | bytes, channels: int, name: str = "image", upright: bool = False) -> Image.Image:
-    """A Pillow image of mode L (channels 1) or RGB (channels 3).
+    """Decodes an image to a Pillow image of mode L (channels 1) or RGB (channels 3).
 
-    The bytes decide what a file is, not its name:
+    The content of a file determines its format, not its name:
 
-    | file | becomes |
+    | file | result |
     |---|---|
     | JPEG, PNG, WebP, GIF, BMP, TIFF, PPM under any name | an image |
-    | another format, text, no bytes, a cut-off file, more than 178,956,970 pixels | UserError |
+    | another format, text, no bytes, a truncated file, more than 178,956,970 pixels | UserError |
     | grey | for 3 channels: three equal ones |
     | colour | for 1 channel: the ITU-R 601 luma |
-    | transparency, of a channel, a palette or one colour | dropped: the colour under it shows |
+    | transparency, of a channel, a palette or one colour | dropped; the underlying colour is used |
     | palette | looked up |
     | CMYK | (255 - C)(255 - K) / 255 and so on; a JPEG's components are taken as inverted, as Adobe writes them |
     | YCCK JPEG | CMYK, then as above |
     | 16-bit grey v (PNG, TIFF, PPM) | round(v / 257) |
     | 16-bit grey with alpha, 16-bit colour | the high byte |
     | 32-bit grey, floating point | UserError: the range is unknown |
-    | animated GIF, WebP, PNG; TIFF with pages | the first picture |
-    | orientation noted by a camera (EXIF) | ignored unless `upright`; a TIFF's is always applied |
+    | animated GIF, WebP, PNG; TIFF with pages | the first image |
+    | EXIF orientation | ignored unless `upright`; a TIFF's is always applied |
     | colour profile (ICC), gamma | ignored |
 
-    All but the 16-bit grey rule is what ADM, DiT and torchvision get from Pillow.
+    Except for 16-bit grey, ADM, DiT and torchvision get the same result from Pillow.
 
     Args:
         image: bytes of an image file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
         channels: 1 or 3.
-        name: what the error message calls the image, a file name for instance.
-        upright: turn the picture as the EXIF orientation asks.
+        name: name of the image in error messages, such as a file name.
+        upright: whether to rotate the image according to its EXIF orientation.
 
     Raises:
         UserError: see the table.
-        ValueError: an array of another shape or dtype, or another number of channels.
+        ValueError: the array has another shape or dtype, or `channels` is neither 1 nor 3.
     """
     if channels not in MODES:
         raise ValueError(f"channels={channels} must be 1 (grey) or 3 (RGB)")
@@ -141,9 +142,9 @@ def decode(image: np.ndarray | bytes, channels: int, name: str = "image", uprigh
             turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
             picture = picture if turn is None else picture.transpose(turn)
         return _convert(picture, MODES[channels], name)
-    except (UserError, MemoryError):  # a host without memory is not the file's fault
+    except (UserError, MemoryError):  # lack of memory is not a fault of the file
         raise
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... for broken bytes
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... for damaged files
         raise UserError(f"{name} is not a readable image ({type(error).__name__}: {error}): restore it") from error
 
 
@@ -154,7 +155,7 @@ def _load(image: bytes, name: str) -> Image.Image:
         picture = Image.open(io.BytesIO(image), formats=FORMATS)
     except UnidentifiedImageError:
         raise UserError(
-            f"{name} is not a readable image (none of {', '.join(FORMATS)}; it begins with {image[:16]!r}): "
+            f"{name} is not a readable image (not one of {', '.join(FORMATS)}; it begins with {image[:16]!r}): "
             "restore it, or save it in one of these formats"
         ) from None
     except Image.DecompressionBombError as error:
@@ -171,13 +172,13 @@ def _too_large(name: str, size: str) -> UserError:
 
 def _convert(picture: Image.Image, mode: str, name: str) -> Image.Image:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        # Pillow's own conversion to 8 bits clips at 255, which leaves a white image.
+        # Pillow's own conversion to 8 bits clips at 255, which gives a white image.
         wide = np.asarray(picture).astype(np.uint32)
         picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     elif picture.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit pixels (mode {picture.mode}) of unknown range: save it with 8 or 16 bits per channel")
     elif picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # straight to RGB gives the same colours and a warning per image
+        picture = picture.convert("RGBA")  # converting directly to RGB gives the same colours, but a warning per image
     return picture if picture.mode == mode else picture.convert(mode)
 
 
@@ -190,9 +191,9 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform(grain.transforms.RandomMap):
-    """Example -> {"image": uint8 [H, W, C], "label": int32}: decode, centre crop, and mirror half of the images.
+    """Example -> {"image": uint8 [H, W, C], "label": int32}: decodes, crops the centre, and mirrors half of the images.
 
-    An example with a clip, uint8 [F, h, w, C], becomes uint8 [F, H, W, C]: every frame is cropped and mirrored alike.
+    A clip, uint8 [F, h, w, C], becomes uint8 [F, H, W, C]: all frames are cropped and mirrored in the same way.
 
     Args:
         resolution: side of a square in pixels, at least 1.
@@ -200,7 +201,7 @@ class ImageTransform(grain.transforms.RandomMap):
         flip: mirror left-right with probability 1/2 in `random_map`; false for data where left and right differ, such
             as digits.
         upright: turn photographs as their EXIF orientation asks before the crop. False is what the paper's code does.
-        size: (H, W), which wins over the resolution; None is a square.
+        size: (H, W), which takes precedence over the resolution; None means a square.
 
     Raises:
         UserError: resolution, channels or size out of range.
@@ -227,17 +228,17 @@ class ImageTransform(grain.transforms.RandomMap):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the images that come out."""
+        """(H, W, C) of the resulting images."""
         return *(self.size or (self.resolution, self.resolution)), self.channels
 
     def describe(self) -> dict:
-        """What decides the pixels apart from chance, as JSON values; "size" is there for images that are not square only."""
+        """The settings that determine the pixels, except for random flips, as JSON; "size" only if not square."""
         height, width, channels = self.shape
         size = {"resolution": height} if height == width else {"resolution": None, "size": [height, width]}
         return {**size, "channels": channels, "upright": self.upright, "crop": "adm_center"}
 
     def __call__(self, example: Example) -> dict[str, Any]:
-        """The part without chance: decoded and cropped, never mirrored."""
+        """The deterministic part: decodes and crops, never mirrors."""
         image, name = example["image"], example.get("name", "image")
         if isinstance(image, np.ndarray) and image.ndim == 4:
             pixels = np.stack([self._pixels(frame, name) for frame in image])
@@ -251,7 +252,7 @@ class ImageTransform(grain.transforms.RandomMap):
         return np.asarray(center_crop(decode(image, self.channels, name, self.upright), self.shape[:2])).reshape(self.shape)
 
     def random_map(self, element: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """`self(element)`, mirrored if `flip` and rng's first uniform number is below 1/2."""
+        """Returns `self(element)`, mirrored if `flip` is set and rng's first uniform number is below 1/2."""
         example = self(element)
         if self.flip and rng.random() < 0.5:
             example["image"] = example["image"][..., ::-1, :]

@@ -1,15 +1,16 @@
-"""Flow matching between data and noise in continuous time, as SiT uses it.
+"""Flow matching between data and noise in continuous time, as in SiT.
 
-Velocity means d x / d (1 - t) everywhere here: it points from noise to data, which is SiT's sign (SiT's time is 1 - t).
+Velocity always means d x / d (1 - t): it points from noise to data, which is SiT's sign (SiT's time is 1 - t).
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Prediction, expand, mean_over_example
 from dit_jax.errors import UserError
@@ -24,12 +25,12 @@ class Coefficients(NamedTuple):
     sigma_rate: jax.Array
 
 
-def linear(t, xp=jnp) -> Coefficients:
+def linear(t: Any, xp: Any = jnp) -> Coefficients:
     """alpha = 1 - t, sigma = t (Liu et al. 2023, rectified flow)."""
     return Coefficients(1 - t, t, -xp.ones_like(t), xp.ones_like(t))
 
 
-def gvp(t, xp=jnp) -> Coefficients:
+def gvp(t: Any, xp: Any = jnp) -> Coefficients:
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2), so that alpha^2 + sigma^2 = 1 (Ma et al. 2024, SiT)."""
     a = math.pi / 2
     # cos(a t) written as sin(a (1 - t)): exactly 0 at t = 1.
@@ -40,39 +41,39 @@ INTERPOLANTS = {"linear": linear, "gvp": gvp}
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
-def velocity_of(x0, noise, c: Coefficients):
+def velocity_of(x0: jax.Array, noise: jax.Array, c: Coefficients) -> jax.Array:
     """d x / d (1 - t); finite at both ends of time."""
     return -(c.alpha_rate * x0 + c.sigma_rate * noise)
 
 
-def score_of(noise, c: Coefficients):
+def score_of(noise: jax.Array, c: Coefficients) -> jax.Array:
     """grad log p_t(x); needs sigma > 0."""
     return -noise / c.sigma
 
 
-def from_velocity(velocity, x_t, c: Coefficients):
+def from_velocity(velocity: jax.Array, x_t: jax.Array, c: Coefficients) -> tuple[jax.Array, jax.Array]:
     """velocity -> (x0, noise), at every t: solves x_t = alpha x0 + sigma noise together with `velocity_of`."""
     determinant = c.alpha * c.sigma_rate - c.sigma * c.alpha_rate
     return ((c.sigma_rate * x_t + c.sigma * velocity) / determinant, -(c.alpha * velocity + c.alpha_rate * x_t) / determinant)
 
 
-def from_noise(noise, x_t, c: Coefficients):
+def from_noise(noise: jax.Array, x_t: jax.Array, c: Coefficients) -> tuple[jax.Array, jax.Array]:
     """noise -> (x0, noise); needs alpha > 0."""
     return (x_t - c.sigma * noise) / c.alpha, noise
 
 
-def from_x0(x0, x_t, c: Coefficients):
+def from_x0(x0: jax.Array, x_t: jax.Array, c: Coefficients) -> tuple[jax.Array, jax.Array]:
     """x0 -> (x0, noise); needs sigma > 0."""
     return x0, (x_t - c.alpha * x0) / c.sigma
 
 
-def from_score(score, x_t, c: Coefficients):
+def from_score(score: jax.Array, x_t: jax.Array, c: Coefficients) -> tuple[jax.Array, jax.Array]:
     """score -> (x0, noise); needs alpha > 0."""
     return from_noise(-c.sigma * score, x_t, c)
 
 
-def shifted(t, shift: float):
-    """Resolution shift of a time: more noise for shift > 1; 0 and 1 stay (Esser et al. 2024, SD3, equation 23)."""
+def shifted(t: Any, shift: float) -> Any:
+    """Resolution shift of a time. shift > 1 gives more noise; 0 and 1 are fixed points (Esser et al. 2024, SD3, equation 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -80,14 +81,14 @@ def shifted(t, shift: float):
 class Flow:
     """An interpolant x_t = alpha(t) x0 + sigma(t) noise whose velocity the network learns (Ma et al. 2024, SiT).
 
-    The network returns d x / d (1 - t) and is fed 1 - t, both as in SiT, so that SiT's weights fit unchanged.
+    The network's time input is 1 - t and its output is d x / d (1 - t), both as in SiT, so that SiT's weights need no change.
 
     Fields:
         interpolant: one of INTERPOLANTS.
         time_distribution: of training times: "uniform", or "logit_normal", where logit(t) is normal with mean logit_mean and
             deviation logit_std (SD3, section 3.1).
         shift: `shifted` is applied to training times and to the sampling grid; 1 is off.
-        spare_channels: the network returns 2C channels of which the second half is ignored, as in SiT's released models.
+        spare_channels: the network returns 2C channels and the second half is ignored, as in SiT's released models.
     """
 
     interpolant: str = "linear"
@@ -116,36 +117,38 @@ class Flow:
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.spare_channels else channels
 
-    def coefficients(self, t, xp=jnp) -> Coefficients:
+    def coefficients(self, t: Any, xp: Any = jnp) -> Coefficients:
         """alpha, sigma and their rates at t, in the shape of t; xp=np for float64."""
         return INTERPOLANTS[self.interpolant](xp.asarray(t), xp)
 
-    def expanded(self, t, x) -> Coefficients:
+    def expanded(self, t: ArrayLike, x: jax.Array) -> Coefficients:
         return Coefficients(*(expand(c, x) for c in self.coefficients(t)))
 
-    def sample_time(self, key, batch):
+    def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
         if self.time_distribution == "uniform":
             t = jax.random.uniform(key, (batch,))
         else:
             t = jax.nn.sigmoid(self.logit_mean + self.logit_std * jax.random.normal(key, (batch,)))
         return shifted(t, self.shift)
 
-    def network_time(self, t):
+    def network_time(self, t: ArrayLike) -> jax.Array:
         """SiT's time: 0 is noise, 1 is data."""
         return 1 - jnp.asarray(t)
 
-    def perturb(self, x0, noise, t):
+    def perturb(self, x0: jax.Array, noise: jax.Array, t: ArrayLike) -> jax.Array:
         c = self.expanded(t, x0)
         return c.alpha * x0 + c.sigma * noise
 
-    def predict(self, output, x_t, t):
+    def predict(self, output: jax.Array, x_t: jax.Array, t: ArrayLike) -> Prediction:
         x0, noise = from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t))
         return Prediction(x0, noise, 0.0)
 
-    def network_input(self, x_t, t):
+    def network_input(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         return x_t
 
-    def loss(self, output, x0, noise, t, weight=None):
+    def loss(
+        self, output: jax.Array, x0: jax.Array, noise: jax.Array, t: ArrayLike, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean squared error of the velocity.
 
         Returns:
@@ -157,25 +160,25 @@ class Flow:
         mse = mean_over_example(jnp.square(target - output[..., : x0.shape[-1]]), weight)
         return mse, {"mse": mse}
 
-    def grid(self, num_steps, spacing="even"):
+    def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
         """num_steps + 1 even times from 1 to 0, shifted.
 
         Raises:
-            UserError: less than one step, or a spacing of discrete timesteps.
+            UserError: fewer than one step, or a spacing of discrete timesteps.
         """
         if num_steps < 1:
-            raise UserError(f"{num_steps} sampling steps: at least 1 is needed")
+            raise UserError(f"the number of sampling steps is {num_steps}; it must be at least 1")
         if spacing != "even":
-            raise UserError(f"spacing {spacing!r} picks discrete timesteps, which process 'flow' has not; use 'even'")
+            raise UserError(f"spacing {spacing!r} selects discrete timesteps, which process 'flow' does not have; use 'even'")
         return shifted(np.linspace(1, 0, num_steps + 1), self.shift)
 
-    def alpha_sigma(self, times):
-        c = self.coefficients(times, np)
+    def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        c: Any = self.coefficients(times, np)  # NumPy arrays
         return c.alpha, c.sigma
 
-    def ode(self, times):
+    def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d x / d (1 - t) = velocity."""
         return np.ones_like(times), 1 - np.asarray(times)
 
-    def slope(self, prediction, t):
+    def slope(self, prediction: Prediction, t: ArrayLike) -> jax.Array:
         return velocity_of(prediction.x0, prediction.noise, self.expanded(t, prediction.x0))

@@ -1,4 +1,4 @@
-"""Sampling with fewer runs of the network's blocks: what they add is forecast from earlier steps by a Taylor series.
+"""Skips the network's blocks at some sampling steps; a Taylor series forecasts their residual from earlier steps.
 
 B rows of the network's batch, N tokens, D width.
 """
@@ -15,13 +15,14 @@ from dit_jax.errors import UserError
 
 
 class Memory(NamedTuple):
-    """What is known of the blocks' sum.
+    """State of a forecast.
 
     Fields:
-        terms: float32[order + 1, B, N, D], the derivatives by t at the last full call, by backward differences.
+        terms: float32[order + 1, B, N, D], the residual of the blocks and its derivatives by t at the last full call, by
+            backward differences.
         t: float32, the time of the last full call.
-        count: int32, full calls so far.
-        calls: int32, all calls so far.
+        count: int32, number of full calls so far.
+        calls: int32, number of all calls so far.
     """
 
     terms: jax.Array
@@ -32,19 +33,19 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Forecast:
-    """At which steps the blocks run, and how far the series goes.
+    """Which steps run the blocks, and the order of the Taylor series.
 
-    Embeddings and the final layer, which see x_t, t and the condition, run at every step; the blocks at the first
-    `warmup_steps` and then at every `interval`-th. In between, what they would add to the tokens is extrapolated. That is one
-    tensor per order, where a series for each sub-layer costs 2 x depth of them.
+    Embeddings and the final layer, which depend on x_t, t and the condition, run at every step. The blocks run at the first
+    `warmup_steps` steps and then at every `interval`-th step. At the other steps their residual, the sum of what all blocks add
+    to the tokens, is extrapolated. This stores one tensor per order; a series for each sub-layer would store 2 x depth.
 
     Fields:
         interval: 1 runs the blocks at every step: forecasting is off.
-        order: 0 repeats the last sum, 1 draws a line through two, and so on.
+        order: 0 repeats the last residual, 1 extrapolates linearly from the last two, and so on.
         warmup_steps: at least 1.
 
-    Source: Liu et al. 2025 (TaylorSeer, arXiv 2503.06923), section 3, there for each sub-layer and over step numbers; here over
-    t, so that uneven grids are right, and for the sum of all blocks.
+    Source: Liu et al. 2025 (TaylorSeer, arXiv 2503.06923), section 3. Its series is for each sub-layer, in the step number; ours
+    is for the sum of all blocks, in t, and so correct for uneven grids.
     """
 
     interval: int = 1
@@ -61,24 +62,24 @@ class Forecast:
         return self.interval > 1
 
     def full_steps(self, num_steps: int) -> int:
-        """How many of so many steps run the blocks."""
+        """Number of steps that run the blocks, out of num_steps."""
         return min(num_steps, self.warmup_steps) + max(0, num_steps - self.warmup_steps) // self.interval
 
-    def is_full(self, step):
+    def is_full(self, step: jax.Array) -> jax.Array:
         """Whether the blocks run at this call (0, 1, ...)."""
         return (step < self.warmup_steps) | ((step - self.warmup_steps + 1) % self.interval == 0)
 
-    def learn(self, memory: Memory, residual, t) -> Memory:
-        """The memory after a full step at t whose blocks added `residual` [B, N, D]."""
+    def learn(self, memory: Memory, residual: jax.Array, t: jax.Array) -> Memory:
+        """The memory after a full step at t, in which the blocks added `residual` [B, N, D]."""
         terms = [residual.astype(jnp.float32)]
         for order in range(self.order):
-            known = memory.count > order  # as many differences as there were full steps before this one
+            known = memory.count > order  # there are as many differences as earlier full steps
             slope = (terms[-1] - memory.terms[order]) / jnp.where(known, t - memory.t, 1.0)
             terms.append(jnp.where(known, slope, 0.0))
         return Memory(jnp.stack(terms), t, memory.count + 1, memory.calls)
 
-    def predict(self, memory: Memory, t):
-        """What the blocks would add at t, float32[B, N, D]."""
+    def predict(self, memory: Memory, t: jax.Array) -> jax.Array:
+        """The forecast residual of the blocks at t, float32[B, N, D]."""
         weights, weight = [], jnp.ones((), jnp.float32)
         for order in range(self.order + 1):
             weights.append(weight)
@@ -88,12 +89,12 @@ class Forecast:
 
 @dataclass(frozen=True)
 class ForecastingDenoise:
-    """A `Denoise` that runs the network's blocks at some calls only and forecasts what they add at the others.
+    """A `Denoise` that runs the network's blocks at some calls and forecasts their residual at the others.
 
     Fields:
-        run: (x, network time, cond) -> (the network's output, what its blocks added [B, N, D]).
-        run_head: (x, network time, cond, what the blocks add) -> the network's output, without the blocks.
-        denoise_with: binds condition and guidance to a network, which it calls once.
+        run: (x, network time, cond) -> (the network's output, the residual of its blocks [B, N, D]).
+        run_head: (x, network time, cond, residual) -> the network's output; does not run the blocks.
+        denoise_with: binds condition and guidance to a network, and calls the network once.
     """
 
     forecast: Forecast
@@ -101,7 +102,7 @@ class ForecastingDenoise:
     run_head: Callable
     denoise_with: Callable[[Network], Callable[..., Prediction]]
 
-    def init(self, x) -> Memory:
+    def init(self, x: jax.Array) -> Memory:
         shapes = []
 
         def probe(*args):
@@ -113,7 +114,7 @@ class ForecastingDenoise:
         none = jnp.zeros((), jnp.int32)
         return Memory(jnp.zeros((self.forecast.order + 1, *shapes[0])), jnp.zeros(()), none, none)
 
-    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
         after = []
 
         def network(x, time, cond):

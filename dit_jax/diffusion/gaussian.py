@@ -1,6 +1,6 @@
-"""The discrete Gaussian process of DDPM, as DiT uses it.
+"""The discrete Gaussian process of DDPM, as in DiT.
 
-T timesteps; index i = 0..T stands for t = i / T, with alpha_bar[0] = 1 (data). The paper's timestep i - 1 is our index i.
+T timesteps; index i = 0..T is t = i / T, with alpha_bar[0] = 1 (data). The paper's timestep i - 1 is our index i.
 """
 
 import math
@@ -10,6 +10,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Prediction, expand, mean_over_example
 from dit_jax.errors import UserError
@@ -37,9 +38,9 @@ def betas(schedule: str, num_timesteps: int) -> np.ndarray:
 
 
 def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` of 0..T-1, evenly spread and with both ends (the respacing of Nichol & Dhariwal 2021, section 4).
+    """`num_steps` of 0..T-1, evenly spaced, both ends included (the respacing of Nichol & Dhariwal 2021, section 4).
 
-    The stride is summed up, not multiplied: the paper's code does so, and its rounding decides where a step lies at a half.
+    The stride is accumulated, not multiplied, as in the paper's code: its rounding errors decide how halves are rounded.
     """
     stride = (num_timesteps - 1) / max(num_steps - 1, 1)
     kept, at = [], 0.0
@@ -49,7 +50,9 @@ def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     return kept
 
 
-def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+def normal_kl(
+    mean_1: jax.Array | float, log_variance_1: jax.Array | float, mean_2: jax.Array | float, log_variance_2: jax.Array | float
+) -> jax.Array:
     """KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise."""
     return 0.5 * (
         log_variance_2
@@ -60,8 +63,8 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
     )
 
 
-def discretized_log_likelihood(x, mean, log_scale):
-    """Log-probability in nats of x in bins of width 2/255 under N(mean, e^log_scale), the end bins open to infinity.
+def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
+    """Log-probability in nats of x in bins of width 2/255 under N(mean, e^log_scale); the first and last bin extend to infinity.
 
     Uses the tanh approximation of the normal cdf, as the paper's code does.
     Source: Ho et al. 2020, equation 13.
@@ -90,7 +93,7 @@ class Gaussian:
         variance: of the reverse steps: the posterior variance ("fixed_small"), beta ("fixed_large"), or a fraction between
             their logarithms that the network returns in C more channels ("learned_range", trained by the variational
             bound with the mean frozen).
-        min_snr_gamma: weight the squared error by min(SNR, gamma) in x0 terms (Hang et al. 2023); None for weight 1.
+        min_snr_gamma: weights the squared error by min(SNR, gamma) in x0 terms (Hang et al. 2023); None for weight 1.
     """
 
     schedule: str = "linear"
@@ -107,8 +110,8 @@ class Gaussian:
             raise UserError(f"process.num_timesteps is {self.num_timesteps}; it must be at least 2")
         if self.schedule == "linear" and self.num_timesteps <= 20:
             raise UserError(
-                f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T and stay "
-                "below 1 only from 21 on: take more timesteps, or process.schedule = cosine"
+                f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T, which "
+                "is below 1 only for T > 20; take more timesteps, or set process.schedule to cosine"
             )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
@@ -133,27 +136,27 @@ class Gaussian:
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.learned else channels
 
-    def index(self, t):
+    def index(self, t: ArrayLike) -> jax.Array:
         """t -> int32 index 0..T of the nearest timestep."""
         return jnp.round(jnp.asarray(t) * self.num_timesteps).astype(jnp.int32)
 
-    def alpha(self, t):
+    def alpha(self, t: ArrayLike) -> jax.Array:
         return jnp.asarray(np.sqrt(self.alpha_bar), jnp.float32)[self.index(t)]
 
-    def sigma(self, t):
+    def sigma(self, t: ArrayLike) -> jax.Array:
         return jnp.asarray(np.sqrt(1 - self.alpha_bar), jnp.float32)[self.index(t)]
 
-    def sample_time(self, key, batch):
+    def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
         return jax.random.randint(key, (batch,), 1, self.num_timesteps + 1).astype(jnp.float32) / self.num_timesteps
 
-    def network_time(self, t):
+    def network_time(self, t: ArrayLike) -> jax.Array:
         """The paper's timesteps, 0..T-1, as float32."""
         return (self.index(t) - 1).astype(jnp.float32)
 
-    def perturb(self, x0, noise, t):
+    def perturb(self, x0: jax.Array, noise: jax.Array, t: ArrayLike) -> jax.Array:
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
-    def predict(self, output, x_t, t):
+    def predict(self, output: jax.Array, x_t: jax.Array, t: ArrayLike) -> Prediction:
         channels = x_t.shape[-1]
         mean, rest = output[..., :channels], output[..., channels:]
         alpha, sigma = expand(self.alpha(t), x_t), expand(self.sigma(t), x_t)
@@ -166,10 +169,12 @@ class Gaussian:
         fraction = (rest + 1) / 2 if self.learned else float(self.variance == "fixed_large")
         return Prediction(x0, noise, fraction)
 
-    def network_input(self, x_t, t):
+    def network_input(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
         return x_t
 
-    def loss(self, output, x0, noise, t, weight=None):
+    def loss(
+        self, output: jax.Array, x0: jax.Array, noise: jax.Array, t: ArrayLike, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean squared error of the prediction, plus the variational bound with the mean frozen if the variance is learned.
 
         Returns:
@@ -191,8 +196,8 @@ class Gaussian:
         vb = self.bound(frozen, x0, self.perturb(x0, noise, t), t, weight)
         return mse + vb, {"mse": mse, "vb": vb}
 
-    def min_snr_weight(self, t):
-        """f32 weight of the squared error: min(SNR, gamma) over the weight the prediction implies by itself.
+    def min_snr_weight(self, t: ArrayLike) -> jax.Array:
+        """f32 weight of the squared error: min(SNR, gamma) divided by the weight that the prediction type implies.
 
         Source: Hang et al. 2023, equation 6 and section 3.4.
         """
@@ -217,8 +222,8 @@ class Gaussian:
         }
         return {name: np.concatenate([[0.0], table]) for name, table in tables.items()}
 
-    def bound(self, output, x0, x_t, t, weight=None):
-        """The bound's term of one step, f32[B] in bits per dimension: KL to the posterior; at the last step the decoder's NLL.
+    def bound(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: ArrayLike, weight: jax.Array | None = None) -> jax.Array:
+        """One term of the variational bound, f32[B] in bits per dimension: KL to the posterior, or the decoder's NLL at i = 1.
 
         Source: Ho et al. 2020, equation 5; the decoder is equation 13.
         """
@@ -234,44 +239,44 @@ class Gaussian:
         nll = -discretized_log_likelihood(x0, mean, log_scale)
         return mean_over_example(jnp.where(expand(self.index(t), x0) == 1, nll, kl), weight) / math.log(2)
 
-    def prior_bound(self, x0):
-        """KL(q(x_T | x0) || N(0, 1)), f32[B] in bits per dimension: the part of the bound that no network changes."""
+    def prior_bound(self, x0: jax.Array) -> jax.Array:
+        """KL(q(x_T | x0) || N(0, 1)), f32[B] in bits per dimension: the term of the bound that does not depend on the network."""
         alpha_bar = self.alpha_bar[-1]
         kl = normal_kl(math.sqrt(alpha_bar) * x0, math.log(1 - alpha_bar), 0.0, 0.0)
         return mean_over_example(kl) / math.log(2)
 
-    def grid(self, num_steps, spacing="even"):
+    def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
         """Descending times of `num_steps` of the T timesteps, then 0.
 
-        spacing: "even" spreads them with both ends, as the paper does; "stride" takes every k-th from the first on with an
-            integer k, as DDIM does (Song et al. 2021), and exists only for some counts.
+        spacing: "even" spaces them evenly with both ends, as the paper does; "stride" takes every k-th from the first on with an
+            integer k, as DDIM does (Song et al. 2021), and exists only for some numbers of steps.
 
         Raises:
-            UserError: more steps than T, or no stride gives that count.
+            UserError: more steps than T, or no stride gives that number of steps.
         """
         T = self.num_timesteps
         if not 1 <= num_steps <= T:
-            raise UserError(f"{num_steps} sampling steps: the process has num_timesteps = {T}, so ask for 1 to {T}")
+            raise UserError(f"the number of sampling steps is {num_steps}; it must lie in 1 to {T} (process.num_timesteps)")
         if spacing == "even":
             kept = even_timesteps(T, num_steps)
         else:
             stride = next((k for k in range(1, T + 1) if len(range(0, T, k)) == num_steps), None)
             if stride is None:
                 raise UserError(
-                    f"no integer stride over {T} timesteps gives {num_steps} steps; ask for another number, or use spacing 'even'"
+                    f"no integer stride over {T} timesteps gives {num_steps} steps; choose another number, or spacing 'even'"
                 )
             kept = list(range(0, T, stride))
         return np.array([*((i + 1) / T for i in reversed(kept)), 0.0])
 
-    def alpha_sigma(self, times):
+    def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(alpha, sigma), float64, at times on the grid."""
         alpha_bar = self.alpha_bar[np.rint(np.asarray(times) * self.num_timesteps).astype(int)]
         return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
-    def ode(self, times):
+    def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d (x / alpha) / d (sigma / alpha) = noise (Song et al. 2021, DDIM, equation 14)."""
         alpha, sigma = self.alpha_sigma(times)
         return alpha, sigma / alpha
 
-    def slope(self, prediction, t):
+    def slope(self, prediction: Prediction, t: ArrayLike) -> jax.Array:
         return prediction.noise

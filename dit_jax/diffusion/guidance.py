@@ -1,20 +1,22 @@
-"""Condition dropout and guidance: small functions around a network, which knows of neither.
+"""Condition dropout and guidance, as functions around a network.
 
 B batch, C data channels.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Network, expand
 from dit_jax.errors import UserError
 
 
-def replace_condition(dropped, cond, null_cond):
-    """The null condition for each example where `dropped`, bool[B]; the whole condition of an example is dropped or none of it.
+def replace_condition(dropped: jax.Array, cond: Any, null_cond: Any) -> Any:
+    """Replaces the condition of each example where `dropped`, bool[B], by the null condition, all entries together.
 
     Args:
         cond, null_cond: pytrees of arrays [B, ...] with the same keys and shapes.
@@ -24,9 +26,9 @@ def replace_condition(dropped, cond, null_cond):
     return jax.tree.map(lambda x, null: jnp.where(expand(dropped, x), null, x), cond, null_cond)
 
 
-def run_pairs(network: Network, x, time, cond, null_cond):
-    """(network's output with cond, with null_cond) in one call on 2B examples."""
-    # Pairs stand next to each other, not in two halves, so that a batch split over devices stays where it is.
+def run_pairs(network: Network, x: jax.Array, time: jax.Array, cond: Any, null_cond: Any) -> tuple[jax.Array, jax.Array]:
+    """Outputs of the network with cond and with null_cond, from one call on 2B examples."""
+    # The pairs are interleaved, not concatenated, so that a batch split over devices does not move.
     pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), cond, null_cond)
     both = network(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), pairs)
     return both[::2], both[1::2]
@@ -34,14 +36,14 @@ def run_pairs(network: Network, x, time, cond, null_cond):
 
 @dataclass(frozen=True)
 class Guidance:
-    """Leads the network's output away from a weaker one: weak + scale (strong - weak) on the data channels.
+    """Extrapolates the network's output from a weaker one: weak + scale (strong - weak) on the data channels.
 
     The weaker output is the same network's without condition (classifier-free guidance), or that of a second network with the
-    same condition (autoguidance). Learned variances stay those of the strong output.
+    same condition (autoguidance). The learned variance is that of the strong output.
 
     Fields:
-        scale: 1 is off, and then the network runs once.
-        channels: guide only the first so many data channels; None for all. DiT's released samples used 3 of 4.
+        scale: 1 turns guidance off; the network then runs once.
+        channels: number of data channels to guide, from the first; None for all. DiT's released samples used 3 of 4.
         low, high: guide only where low <= t <= high (Kynkaanniemi et al. 2024); where no example is inside, the network runs
             once.
 
@@ -55,9 +57,9 @@ class Guidance:
 
     def __post_init__(self):
         if not 0 <= self.low <= self.high <= 1:
-            raise UserError(f"guidance interval [{self.low}, {self.high}]: 0 <= low <= high <= 1 is needed")
+            raise UserError(f"guidance.low is {self.low} and guidance.high {self.high}; 0 <= low <= high <= 1 is required")
         if self.channels is not None and self.channels < 1:
-            raise UserError(f"guidance channels {self.channels}: at least 1 is needed, or None for all")
+            raise UserError(f"guidance.channels is {self.channels}; it must be at least 1, or None for all")
 
     @property
     def active(self) -> bool:
@@ -68,13 +70,13 @@ class Guidance:
         """Whether some times are not guided."""
         return (self.low, self.high) != (0.0, 1.0)
 
-    def __call__(self, network: Network, cond, null_cond, weak: Network | None = None) -> Callable:
+    def __call__(self, network: Network, cond: Any, null_cond: Any, weak: Network | None = None) -> Callable:
         """Binds the conditions.
 
         Args:
             network: (x [B, ..., C], network time f32[B], cond) -> [B, ..., C or more].
             cond, null_cond: dicts of arrays [B, ...] with the same keys.
-            weak: a second network, for autoguidance; null_cond is then not used.
+            weak: the second network of autoguidance; null_cond is then not used.
 
         Returns:
             (x, t, network_time; both scalars or f32[B]) -> the guided output, shaped as the network's.
@@ -84,8 +86,8 @@ class Guidance:
             return network(x, time, cond)
 
         def guided(x, time, inside):
-            strong, lesser = (unguided(x, time), weak(x, time, cond)) if weak else run_pairs(network, x, time, cond, null_cond)
-            return self.lead(strong, lesser, inside, x.shape[-1])
+            strong, weaker = (unguided(x, time), weak(x, time, cond)) if weak else run_pairs(network, x, time, cond, null_cond)
+            return self.extrapolate(strong, weaker, inside, x.shape[-1])
 
         def call(x, t, network_time):
             time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
@@ -98,13 +100,13 @@ class Guidance:
 
         return call
 
-    def lead(self, strong, weak, inside, channels: int):
-        """strong [B, ..., C or more] with its first channels led away from weak's where `inside` (bool or bool[B])."""
+    def extrapolate(self, strong: jax.Array, weak: jax.Array, inside: ArrayLike, channels: int) -> jax.Array:
+        """strong [B, ..., C or more], its guided channels extrapolated from weak where `inside` (bool or bool[B])."""
         if self.channels is not None and self.channels > channels:
             raise UserError(
                 f"guidance.channels is {self.channels} and the data has {channels}; ask for at most {channels}, or None for all"
             )
         count = self.channels or channels
-        led = weak[..., :count] + self.scale * (strong[..., :count] - weak[..., :count])
-        led = jnp.where(expand(inside, led), led, strong[..., :count])
-        return jnp.concatenate([led, strong[..., count:]], axis=-1)
+        guided = weak[..., :count] + self.scale * (strong[..., :count] - weak[..., :count])
+        guided = jnp.where(expand(inside, guided), guided, strong[..., :count])
+        return jnp.concatenate([guided, strong[..., count:]], axis=-1)

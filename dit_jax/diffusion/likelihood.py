@@ -1,5 +1,6 @@
-"""How well a Gaussian process's network compresses data: the variational bound in bits per dimension."""
+"""The variational bound of a network with a Gaussian process, in bits per dimension."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,13 +23,15 @@ class VariationalBound(NamedTuple):
     terms: jax.Array
 
 
-def bits_per_dimension(process: Gaussian, network, x0, keys) -> VariationalBound:
-    """The variational bound of each example, one noise for each of the T timesteps; T calls of the network.
+def bits_per_dimension(
+    process: Gaussian, network: Callable[[jax.Array, jax.Array], jax.Array], x0: jax.Array, keys: jax.Array
+) -> VariationalBound:
+    """The variational bound of each example, with one noise draw for each of the T timesteps; T calls of the network.
 
     The predicted x0 is not clipped, so that the bound also holds for latents.
 
     Args:
-        network: (x_t, f32[B] network time) -> [B, ..., process.output_channels(C)]; condition bound, no guidance.
+        network: (x_t, f32[B] network time) -> [B, ..., process.output_channels(C)]; its condition is bound; no guidance.
         x0: f32[B, ..., C] in [-1, 1], quantised to 256 levels: the decoder's bins are 2/255 wide.
         keys: [B].
 

@@ -1,4 +1,4 @@
-"""What a diffusion process is: how data turns into noise, what the network is trained on, how its output is read.
+"""The protocol of diffusion processes: how noise is added, the training loss, and the meaning of the network's output.
 
 Time t is float32 in [0, 1]: t = 0 is data, t = 1 is noise.  x_t = alpha(t) x0 + sigma(t) noise.
 B batch; every array may have any rank after its batch axis ([B, H, W, C], [B, F, H, W, C], ...), channels last.
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 class Prediction(NamedTuple):
-    """What the network says about x_t.
+    """The network's prediction of x0 and noise for x_t.
 
     Fields:
         x0, noise: [B, ..., C], consistent: x_t = alpha x0 + sigma noise.
@@ -28,33 +29,33 @@ class Prediction(NamedTuple):
 
 
 Network = Callable[..., jax.Array]  # (network input, f32[B] network time, cond, control=None) -> [B, ..., output channels]
-Memory = Any  # a pytree of arrays; () where nothing is remembered
+Memory = Any  # a pytree of arrays; () for a denoiser without state
 
 
 class Denoise(Protocol):
     """What a sampler calls: the network with its parameters, condition and guidance bound.
 
-    A denoiser may remember something from one call to the next (forecasts, self-conditioning). A sampler hands the memory
-    that one call returns to the next call.
+    A denoiser may carry state from one call to the next (forecasts, self-conditioning). A sampler passes the memory that one
+    call returns to the next call.
     """
 
-    def init(self, x) -> Memory:
+    def init(self, x: jax.Array) -> Memory:
         """The memory before the first call, for samples like x [B, ...]."""
 
-    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
         """The prediction for x_t at t (a scalar or f32[B]), and the memory for the next call."""
 
 
 @dataclass(frozen=True)
 class Memoryless:
-    """A `Denoise` of a function (x_t, t) -> Prediction, which remembers nothing."""
+    """A `Denoise` without state, from a function (x_t, t) -> Prediction."""
 
     function: Callable[[Any, Any], Prediction]
 
-    def init(self, x) -> Memory:
+    def init(self, x: jax.Array) -> Memory:
         return ()
 
-    def __call__(self, x_t, t, memory: Memory) -> tuple[Prediction, Memory]:
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
         return self.function(x_t, t), memory
 
 
@@ -62,75 +63,80 @@ class Process(Protocol):
     """A frozen dataclass; every method is pure and can be traced.
 
     Fields:
-        min_time: the earliest time that the network knows.
-        continuous: whether the network knows every time from there to 1, not only timesteps. A continuous process has a
-            method `coefficients` (as `Flow`), and its ODE has scale 1 and clock 1 - t.
+        min_time: the smallest t for which the network is trained.
+        continuous: whether the network is trained for all t from min_time to 1, not only for discrete timesteps. A continuous
+            process has a method `coefficients` (as `Flow`), and its ODE has scale 1 and clock 1 - t.
     """
 
-    min_time: float
-    continuous: bool
+    @property
+    def min_time(self) -> float: ...
+
+    @property
+    def continuous(self) -> bool: ...
 
     def output_channels(self, channels: int) -> int:
-        """How many channels the network must return for data of `channels`."""
+        """Number of channels that the network must return for data of `channels`."""
 
     def sample_time(self, key: jax.Array, batch: int) -> jax.Array:
         """f32[batch] training times."""
 
-    def perturb(self, x0, noise, t) -> jax.Array:
+    def perturb(self, x0: jax.Array, noise: jax.Array, t: ArrayLike) -> jax.Array:
         """alpha(t) x0 + sigma(t) noise; t is f32[B]."""
 
-    def network_input(self, x_t, t) -> jax.Array:
-        """What the network is fed for x_t: x_t itself, or x_t scaled (Karras et al. 2022, EDM, equation 7)."""
+    def network_input(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
+        """The network's input for x_t: x_t itself, or x_t scaled (Karras et al. 2022, EDM, equation 7)."""
 
-    def loss(self, output, x0, noise, t, weight=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, output: jax.Array, x0: jax.Array, noise: jax.Array, t: ArrayLike, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss per example f32[B], and its named parts, also f32[B].
 
         weight: broadcasts to x0; it multiplies the error of each element before the mean over an example. A mask of zeros
-            and ones leaves elements out, and the mean is still over all elements. None weighs all alike.
+            and ones leaves elements out; the mean is still over all elements. None weights all elements equally.
         """
 
-    def predict(self, output, x_t, t) -> Prediction:
-        """Reads the network's output; t is f32[B] or a scalar."""
+    def predict(self, output: jax.Array, x_t: jax.Array, t: ArrayLike) -> Prediction:
+        """Converts the network's output to a `Prediction`; t is f32[B] or a scalar."""
 
-    def network_time(self, t) -> jax.Array:
-        """What the network is fed for t."""
+    def network_time(self, t: ArrayLike) -> jax.Array:
+        """The network's time input for t."""
 
     def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
         """float64[num_steps + 1] descending sampling times from noise to 0."""
 
     def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(alpha, sigma) in float64 at sampling times, for a sampler to derive its coefficients from."""
+        """(alpha, sigma) in float64 at sampling times, from which a sampler derives its coefficients."""
 
     def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(scale, clock) in float64: the ODE of the process is d (x / scale) / d clock = slope."""
 
-    def slope(self, prediction: Prediction, t) -> jax.Array:
+    def slope(self, prediction: Prediction, t: ArrayLike) -> jax.Array:
         """The right-hand side of the ODE, [B, ..., C]; t is f32[B] or a scalar."""
 
 
-def expand(c, x):
-    """Gives c [B] (or a scalar) the rank of x [B, ...], so that they broadcast."""
+def expand(c: ArrayLike, x: jax.Array) -> jax.Array:
+    """Reshapes c [B] (or a scalar) to the rank of x [B, ...], so that they broadcast."""
     c = jnp.asarray(c)
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
 
 
-def mean_over_example(x, weight=None):
+def mean_over_example(x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """Mean of weight * x over all but the first axis: [B, ...] -> f32[B].
 
-    weight: broadcasts to x; None weighs all elements alike.
+    weight: broadcasts to x; None weights all elements equally.
     """
     x = x.astype(jnp.float32)
     x = x if weight is None else x * weight
     return x.reshape(x.shape[0], -1).mean(-1)
 
 
-def noise_like(keys, shape, step=None):
-    """Standard normal noise, one key per example, so that an example's noise does not depend on its batch.
+def noise_like(keys: jax.Array, shape: tuple[int, ...], step: ArrayLike | None = None) -> jax.Array:
+    """Standard normal noise, one key per example: the noise of an example does not depend on its batch.
 
     Args:
         keys: [B] typed keys.
         shape: of one example, without B.
-        step: folded into each key when given, one draw per sampler step.
+        step: if given, it is folded into each key, so that every sampler step has its own noise.
 
     Returns:
         f32[B, *shape].

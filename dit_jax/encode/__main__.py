@@ -1,12 +1,12 @@
-"""Encodes a data set once: the moments of every image and of its mirror image, in shards that training maps into memory.
+"""Encodes a data set into a latent cache: moments of each image and of its mirror image, in shards that training memory-maps.
 
     python -m dit_jax.encode --data=folder:photographs --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --data=tfds:imagenet2012:/data/tfds --split=train --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --config=configs/xl2_imagenet256.py --config.data.path=... --config.codec.path=... --out=cache
     python -m dit_jax.encode --verify --out=cache
 
-The same command again goes on where the folder stands; in a finished cache it checks every file and encodes damaged shards anew.
-Several processes share the shards: start the command once per host, with an --out that all of them see.
+The same command resumes an interrupted one. For a finished cache it checks every file and encodes damaged shards again. Several
+processes divide the shards among themselves: start the command once per host, with an --out on a shared file system.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def job_of_config():
     given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
     if given:
         raise UserError(
-            f"--config and --{given[0]} are both given: leave out one; any field of the config is overridden as "
+            f"--config and --{given[0]} are both given: omit one of them; override a field of the config with, for example, "
             "--config.transform.resolution=64"
         )
     run = Run(CONFIG.read())
@@ -85,18 +85,18 @@ def job_of_config():
         )
     if run.entry != "image":
         raise UserError(
-            "the config's data.name is 'latents', encoded already: give the images with --data, --codec and --resolution"
+            "the config's data.name is 'latents', which is already encoded: give the images with --data, --codec and --resolution"
         )
     run = run.with_codec_weights()
-    transform, size = run.transform, run.image_shape[:2]
+    transform, (height, width) = run.transform, run.image_shape[:2]
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
     upright = transform.upright if UPRIGHT.value is None else UPRIGHT.value
     source, params = run.source, run.codec_params
-    return Job(source, run.codec, params, size, mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    return Job(source, run.codec, params, (height, width), mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
 
 
-def said_of(manifest: dict) -> dict:
-    """The result of the verb that a manifest tells; says how the latents would be scaled."""
+def summary(manifest: dict) -> dict:
+    """JSON summary of a finished cache; prints the statistics of the latents and the scale of unit variance."""
     from dit_jax.storage.sealed import sealed
 
     latents, (*grid, channels) = manifest["latents"], manifest["moments"]["shape"]
@@ -108,7 +108,7 @@ def said_of(manifest: dict) -> dict:
         f"codec's scale is {manifest['codec']['scale']}, and {scale:.5f} would make the variance 1"
     )
     if manifest["bad_records"]["count"]:
-        console.say(f"{manifest['bad_records']['count']} unreadable records are left out; manifest.json lists them")
+        console.say(f"{manifest['bad_records']['count']} unreadable records were skipped; manifest.json lists them")
     return {
         "images": manifest["count"],
         "shards": len(manifest["shards"]),
@@ -128,18 +128,18 @@ def main() -> dict:
         from dit_jax.data.latents import LatentCache
 
         cache = LatentCache(out, verify=True)
-        console.say(f"{out}: {len(cache)} records, every file is whole")
-        return {"out": str(out), **said_of(cache.manifest), "verified": True}
+        console.say(f"{out}: {len(cache)} records, every file is intact")
+        return {"out": str(out), **summary(cache.manifest), "verified": True}
     processes.join()
     from dit_jax.encode.writer import encode
 
     job = job_of_config() if CONFIG.given else job_of_flags()
     console.say(
-        f"{len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on {jax.device_count()} "
-        f"devices of {jax.process_count()} processes"
+        f"encoding {len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on "
+        f"{jax.device_count()} devices of {jax.process_count()} processes"
     )
     manifest, rate = encode(job, out, MAX_BAD_SHARE.value, NUM_THREADS.value)
-    return {"out": str(out), **said_of(manifest), "images_per_second": rate}
+    return {"out": str(out), **summary(manifest), "images_per_second": rate}
 
 
 if __name__ == "__main__":

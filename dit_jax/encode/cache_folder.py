@@ -1,4 +1,4 @@
-"""The folder of a latent cache while it is made: what it was begun with, which shards are whole, the manifest at the end."""
+"""The folder of a latent cache during encoding: its settings, its finished shards, and the manifest at the end."""
 
 import contextlib
 import hashlib
@@ -14,15 +14,15 @@ from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
 from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.sealed import damage, digest, read_sealed, sealed, write_sealed
 
-LISTED = 100  # bad records in the manifest; the facts of the shards have all
+LISTED = 100  # number of bad records in the manifest; the facts of the shards list all
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, wanted: dict, process_index: int):
-    """The settings of the folder, the wanted ones if it has none; the first process claims the folder while the block runs.
+    """Context manager that yields the folder's settings (the wanted ones if it has none); the first process claims the folder.
 
     Raises:
-        UserError: it holds something else, or a cache of another job; it cannot be written; another command is at work in it.
+        UserError: the folder contains something else or a cache of another job, cannot be written, or is in use.
     """
     with claim(folder, "encoding", "--out") if process_index == 0 else contextlib.nullcontext():
         try:
@@ -30,46 +30,46 @@ def claimed(folder: Path, wanted: dict, process_index: int):
             settings = stored_settings(folder, wanted)
             if settings is None:
                 settings = wanted
-                write_sealed(folder / SETTINGS, settings)  # every process writes the same: none has to wait for another
+                write_sealed(folder / SETTINGS, settings)  # all processes write equal settings, so none has to wait
         except OSError as error:
             raise UserError(f"--out={folder} cannot be written ({error.strerror}): give another folder") from None
         yield settings
 
 
 def stored_settings(folder: Path, wanted: dict) -> dict | None:
-    """The settings of a folder that a job with the wanted ones may go on with; None where there are none, or damaged ones.
+    """Reads a folder's settings and checks that a job with the wanted ones can resume; None if there are none or damaged ones.
 
     Raises:
-        UserError: a folder with other settings, with the differing fields; a folder that holds something else.
+        UserError: the folder has other settings (lists the differing fields), or contains something else.
     """
     try:
         settings = read_sealed(folder / SETTINGS)
     except FileNotFoundError:
-        # What a process of this command may have made before this one looked.
+        # Another process of this command may already have created files.
         names = sorted(path.name for path in folder.iterdir())
         strange = [name for name in names if not (name.startswith(SETTINGS) or name == LOCK or is_partial(name))]
-        if (folder / SETTINGS).exists():  # by now
+        if (folder / SETTINGS).exists():  # created in the meantime
             return stored_settings(folder, wanted)
         if strange:
             raise UserError(
-                f"--out={folder} holds {strange[0]} and no {SETTINGS}: give an empty folder, or one that does not exist"
+                f"--out={folder} contains {strange[0]} but no {SETTINGS}: give an empty folder, or one that does not exist"
             ) from None
         return None
     except UserError as error:
-        say(f"{error}; written again")
+        say(f"{error}; writing it again")
         return None
     if settings["format"] != FORMAT:
-        raise UserError(f"{folder} has cache format {settings['format']} and this dit_jax writes {FORMAT}: give another --out")
+        raise UserError(f"{folder} has cache format {settings['format']}, but this dit_jax writes {FORMAT}: give another --out")
     if lines := differences(settings["encoding"], wanted["encoding"]):
         raise UserError(
-            f"{folder} holds a cache of something else; give another --out, or go on with that one. Different:\n  "
+            f"{folder} contains a cache with other settings; give another --out, or use those settings. Different:\n  "
             + "\n  ".join(lines)
         )
     return settings
 
 
 def differences(stored: dict, wanted: dict, prefix: str = "") -> list[str]:
-    """Lines "field: there -> here" of what differs between two objects of JSON."""
+    """Lines "field: ... there, ... now" for each difference between two JSON objects."""
     lines = []
     for key in sorted(stored.keys() | wanted.keys()):
         old, new = stored.get(key), wanted.get(key)
@@ -80,38 +80,38 @@ def differences(stored: dict, wanted: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def sound_shards(folder: Path, shards: range, total: int, settings_digest: str) -> dict[int, dict]:
-    """{k: facts} of the shards that are written and whole; says which are damaged.
+def intact_shards(folder: Path, shards: range, total: int, settings_digest: str) -> dict[int, dict]:
+    """{k: facts} of the intact shards; prints which shards are damaged.
 
     Raises:
-        UserError: a shard that was written under other settings.
+        UserError: a shard was written with other settings.
     """
-    found = {}
+    intact = {}
     for k in shards:
         try:
             facts = read_sealed(folder / shard_file(k, total, "facts"))
         except FileNotFoundError:
             continue
         except UserError as error:
-            say(f"{error}; the shard is encoded again")
+            say(f"{error}; encoding the shard again")
             continue
         if facts["settings"] != settings_digest:
-            raise UserError(f"shard {k} in {folder} was encoded with other settings than {SETTINGS} has: give another --out")
-        found[k] = facts
-    damaged = damage(folder, [file for facts in found.values() for file in facts["files"].values()], hashes=True)
-    for k, facts in list(found.items()):
+            raise UserError(f"shard {k} in {folder} was encoded with other settings than those in {SETTINGS}: give another --out")
+        intact[k] = facts
+    damaged = damage(folder, [file for facts in intact.values() for file in facts["files"].values()], hashes=True)
+    for k, facts in list(intact.items()):
         for file in facts["files"].values():
             if file["name"] in damaged:
-                say(f"{folder}: {damaged[file['name']]}; the shard is encoded again")
-                found.pop(k, None)
-    return found
+                say(f"{folder}: {damaged[file['name']]}; encoding the shard again")
+                intact.pop(k, None)
+    return intact
 
 
 def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
-    """The manifest of a folder whose shards are all written, itself written by the first process unless it is there.
+    """Returns the manifest of a folder with all shards; the first process writes it unless it exists.
 
     Raises:
-        UserError: shards that this process does not see; too many bad records in all.
+        UserError: this process does not see all shards; there are too many bad records.
     """
     settings = read_sealed(folder / SETTINGS)
     encoding = settings["encoding"]
@@ -120,11 +120,11 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     try:
         facts = [read_sealed(folder / shard_file(k, total, "facts")) for k in range(total)]
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: all processes need the same --out, in a file system they share") from None
+        raise UserError(f"{error.filename} is missing: all processes need the same --out, on a shared file system") from None
     if strangers := [k for k, shard in enumerate(facts) if shard["settings"] != digest(settings)]:
         raise UserError(
-            f"shards {strangers} in {folder} were encoded with other settings than {SETTINGS} has: did the "
-            "processes get the same flags and data? Give another --out"
+            f"shards {strangers} in {folder} were encoded with other settings than those in {SETTINGS}: start all "
+            "processes with the same flags and data, and with another --out"
         )
     bad = [record for shard in facts for record in shard["bad_records"]]
     check_bad(bad, records, max_bad_share)
@@ -133,7 +133,7 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     path = folder / MANIFEST
     if first and not (path.exists() and path.read_bytes() == text):
         if path.exists():
-            say(f"{path} is not what the shards say: written again")
+            say(f"{path} does not match the shards; writing it again")
         write_atomic(path, text)
         remove_leftovers(folder)
         for leftover in folder.glob(f"{SETTINGS}.*"):  # of killed commands of earlier versions
@@ -145,8 +145,8 @@ def check_bad(bad: list, records: int, max_bad_share: float):
     if len(bad) / records > max_bad_share:
         first = "; ".join(f"record {index}: {reason}" for index, reason in bad[:3])
         raise UserError(
-            f"at least {len(bad)} of {records} records cannot be read ({len(bad) / records:.2%}, and "
-            f"--max_bad_share allows {max_bad_share:.2%}): restore them, or allow more. {first}"
+            f"at least {len(bad)} of {records} records cannot be read ({len(bad) / records:.2%}, but "
+            f"--max_bad_share allows {max_bad_share:.2%}): restore them, or raise --max_bad_share. {first}"
         )
 
 
@@ -180,9 +180,9 @@ def manifest_of(settings: dict, facts: list[dict], bad: list) -> dict:
 
 
 def latent_statistics(facts: list[dict], pixels: int) -> dict[str, list[float]]:
-    """Mean and std per channel of a latent before scaling: the variance is that of the means plus the mean posterior variance.
+    """Mean and std per channel of latents before scaling; the variance is that of the means plus the mean posterior variance.
 
-    pixels: of the latents of one record, all views together.
+    pixels: number of latent pixels of one record, over all views.
     """
     count = pixels * sum(shard["count"] for shard in facts)
 

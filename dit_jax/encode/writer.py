@@ -1,9 +1,11 @@
-"""Writing a latent cache: what `python -m dit_jax.encode` does. `data.latents` reads it, `data.latent_files` names its files,
-`cache_folder` is what is settled before the first shard and after the last.
+"""Writes a latent cache; implements `python -m dit_jax.encode`.
 
-Shard k is records [k * S, (k + 1) * S) of the source, and begins with a batch of its own, in which every device works on chunks
-of `images_at_once`. XLA rounds a row otherwise in a batch of another size, so a row's arithmetic depends on its shard and that
-number alone: not on what ran before, nor on the batch size and the number of devices and hosts.
+`data.latents` reads the cache, `data.latent_files` names its files, and `cache_folder` handles the folder before the first shard
+and after the last.
+
+Shard k contains records [k * S, (k + 1) * S) of the source and starts with a new batch, which every device processes in chunks of
+`chunk_size` images. XLA's rounding of a row depends on the batch size. With chunks, it depends only on the row's shard and the
+chunk size: not on previous work, the batch size, or the number of devices and hosts.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from dit_jax.data.latents import codec_fields
 from dit_jax.data.loader import read_in_order
 from dit_jax.data.sources import Source
 from dit_jax.data.transforms import ImageTransform
-from dit_jax.encode.cache_folder import check_bad, claimed, differences, finish, sound_shards
+from dit_jax.encode.cache_folder import check_bad, claimed, differences, finish, intact_shards
 from dit_jax.errors import UserError
 from dit_jax.interop.vae import weights_sha256
 from dit_jax.pixels import to_float
@@ -39,22 +41,22 @@ from dit_jax.storage.atomic import npy, remove_leftovers
 from dit_jax.storage.sealed import digest, write_listed, write_sealed
 
 SHARD_BYTES = 2**29
-SHARD_MULTIPLE = 8  # of records: whole chunks on every platform
-ROWS_AT_ONCE = 64  # of the statistics, so that their float64 copies stay small
+SHARD_MULTIPLE = 8  # records per shard are a multiple of this: complete chunks on every platform
+STATISTICS_ROWS = 64  # rows per step of the statistics, so that their float64 copies stay small
 
 
-def images_at_once() -> int:
-    """Images of a chunk: enough to fill an accelerator; 1 on a CPU.
+def chunk_size() -> int:
+    """Images per chunk: enough to fill an accelerator; 1 on a CPU.
 
-    Eigen, XLA's matrix library there, splits the sum of a convolution with few output channels over as many threads as the
-    process has, and a process has at least as many as simulated devices; one image is too little work to be split so.
+    On a CPU, XLA's matrix library Eigen splits the sum of a convolution with few output channels over all threads of the process,
+    of which there are at least as many as simulated devices. One image is too little work to be split.
     """
     return 1 if jax.default_backend() == "cpu" else 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to encode, and all that decides the bytes of the cache.
+    """The data set to encode and all settings that determine the bytes of the cache.
 
     Fields:
         params: of the codec.
@@ -83,10 +85,10 @@ class Job:
         for name in ("device_batch_size", "shard_records"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.device_batch_size % images_at_once():
+        if self.device_batch_size % chunk_size():
             raise UserError(
                 f"device_batch_size is {self.device_batch_size}; on a {jax.default_backend()} it must be a multiple "
-                f"of {images_at_once()}"
+                f"of {chunk_size()}"
             )
         if not len(self.source):
             raise UserError("the data set is empty: check its path and split")
@@ -117,7 +119,7 @@ class Job:
 
     @functools.cached_property
     def settings(self) -> dict:
-        """What `settings.json` pins. "encoding" must be the same when going on; "made_with" too while shards are missing."""
+        """The content of `settings.json`. To resume, "encoding" must be equal; "made_with" too while shards are missing."""
         source, codec = self.source, self.codec
         return json.loads(
             json.dumps(
@@ -137,11 +139,11 @@ class Job:
                         "class_names": source.class_names,
                         "shard_records": self.records_per_shard,
                     },
-                    "scale": codec.scale,  # of the codec as it was given first: the moments do not depend on them
+                    "scale": codec.scale,  # of the codec at the first start; the moments do not depend on scale and shift
                     "shift": codec.shift,
                     "made_with": {
                         **versions("jax", "numpy"),
-                        "images_at_once": images_at_once(),
+                        "images_at_once": chunk_size(),
                         "pillow": version("pillow"),
                         **arithmetic(),
                     },
@@ -151,18 +153,18 @@ class Job:
 
 
 def encode(job: Job, folder: Path, max_bad_share: float = 0.001, num_threads: int = 16) -> tuple[dict, float | None]:
-    """Makes the latent cache of a job, or goes on where the folder stands; returns its manifest and images/s of this process.
+    """Writes the latent cache of a job, or resumes it; returns its manifest and images/s of this process.
 
-    Finished shards are held to their hashes; a damaged one is encoded again. With several processes each encodes its shards
-    and all must see the same folder.
+    Finished shards are verified by their hashes; damaged ones are encoded again. Each of several processes encodes its own
+    shards, and all must see the same folder.
 
     Args:
-        max_bad_share: unreadable records are left out and listed; more than this share of the data set is an error.
-        num_threads: that read and decode images.
+        max_bad_share: unreadable records are skipped and listed; more than this share of the data set is an error.
+        num_threads: threads that read and decode images.
 
     Raises:
-        UserError: the folder holds a cache of another job, or is being written; too many bad records; moments that float16
-            does not hold.
+        UserError: the folder contains a cache of another job, or is being written; too many bad records; moments exceed the
+            range of float16.
     """
     if not 0 <= max_bad_share < 1:
         raise UserError(f"max_bad_share is {max_bad_share}; it must lie in [0, 1)")
@@ -180,19 +182,19 @@ def encode_shards(
     """Encodes the shards k with k % process_count == process_index that are missing or damaged; returns images/s."""
     with claimed(folder, job.settings, process_index) as settings:
         mine = range(process_index, job.num_shards, process_count)
-        facts = sound_shards(folder, mine, job.num_shards, digest(settings))
+        facts = intact_shards(folder, mine, job.num_shards, digest(settings))
         missing = [k for k in mine if k not in facts]
         if not missing:
-            say(f"{folder}: all {len(mine)} shards of this process are there, and every hash holds")
+            say(f"{folder}: all {len(mine)} shards of this process exist, and every hash matches")
             return None
         if lines := differences(settings["made_with"], job.settings["made_with"]):
             raise UserError(
-                f"{folder} was begun with other versions, which may give other bits: go on with those, or encode "
+                f"{folder} was started with other versions, which may give different bits: use those versions, or encode "
                 "into another folder:\n  " + "\n  ".join(lines)
             )
         if facts:
-            say(f"{folder}: {len(facts)} of {len(mine)} shards of this process are there and whole; going on with the others")
-        (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is a whole cache
+            say(f"{folder}: {len(facts)} of {len(mine)} shards of this process are intact; encoding the others")
+        (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is a complete cache
         remove_leftovers(folder, *(shard_file(k, job.num_shards, kind) for k in missing for kind in SUFFIXES))
 
         size = job.records_per_shard
@@ -221,7 +223,7 @@ def settled(writing: Future | None):
 
 
 class DeviceEncoder:
-    """Images of any number to moments, in calls of one shape on all devices of this process."""
+    """Encodes any number of images to moments, in calls of one shape on all devices of this process."""
 
     def __init__(self, job: Job):
         self.views = job.views
@@ -238,10 +240,10 @@ class DeviceEncoder:
             return job.codec.encode(params, images)
 
         def moments(params, images):
-            chunks = images.reshape(-1, images_at_once(), *images.shape[1:])
+            chunks = images.reshape(-1, chunk_size(), *images.shape[1:])
             return jax.lax.map(lambda x: chunk(params, x), chunks).reshape(-1, *job.moments_shape)
 
-        # shard_map, so that the program of a device does not depend on how many there are.
+        # shard_map: the program of a device does not depend on the number of devices.
         self._program = jax.jit(
             jax.shard_map(
                 moments,
@@ -258,7 +260,7 @@ class DeviceEncoder:
         return self._program(self._params, jax.device_put(np.pad(images, padding), self._rows))
 
     def __call__(self, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
-        """(batch, float32 [n * views, h, w, 2c]) per batch; the next is at work on the devices while one is handed out."""
+        """Yields (batch, float32 [n * views, h, w, 2c]) for each batch, while the devices encode the next one."""
         previous = None
         for batch in batches:
             started = batch, self.start(batch["image"])
@@ -289,7 +291,7 @@ class Shard:
         self.captions: list[str | None] = []
 
     def encode(self, encoder: DeviceEncoder, num_threads: int) -> Iterator[int]:
-        """Fills the arrays; yields how many records of the shard are behind it, now and then."""
+        """Fills the arrays; yields the number of processed records of the shard after each batch."""
         batches = read_in_order(
             self.job.source,
             self.job.transform,
@@ -307,14 +309,14 @@ class Shard:
     def _add(self, batch: dict, moments: np.ndarray):
         rows = slice(self.count, self.count + len(batch["index"]))
         views = self.job.views
-        with np.errstate(over="ignore"):  # becomes infinity, and is told so below
+        with np.errstate(over="ignore"):  # overflow becomes infinity and is reported below
             half = moments.astype(np.float16)
         lost = np.flatnonzero(~np.isfinite(half).reshape(len(half), -1).all(axis=1))
         if lost.size:
             worst, record = moments[lost[0]], int(batch["index"][lost[0] // views])
             raise UserError(
                 f"{record_name(self.job.source, record)} has moments from {worst.min():.4g} to {worst.max():.4g}, "
-                "which float16 does not hold: are these the right weights? If they are, encode with --dtype=float32"
+                "which exceed the range of float16: check the codec's weights; if they are right, use --dtype=float32"
             )
         self.moments[rows.start * views : rows.stop * views] = half
         self.labels[rows], self.index[rows] = batch["label"], batch["index"]
@@ -331,7 +333,7 @@ class Shard:
         def path(kind: str) -> Path:
             return folder / shard_file(self.number, self.job.num_shards, kind)
 
-        path("facts").unlink(missing_ok=True)  # of a damaged shard: what it says is not true while its files are replaced
+        path("facts").unlink(missing_ok=True)  # facts of a damaged shard are invalid while its files are replaced
         files = {kind: write_listed(path(kind), content) for kind, content in parts.items()}
         # An error of Pillow names the address of an object, which is another in every process.
         bad = [(index, re.sub(r" at 0x[0-9a-f]+", "", reason)) for index, reason in sorted(self.bad_records)]
@@ -353,13 +355,13 @@ def record_name(source: Source, index: int) -> str:
 
 
 def sums(moments: np.ndarray) -> dict[str, list[float]]:
-    """Per channel over all rows and pixels, float64: of the posterior mean, its square, and the posterior variance.
+    """Sums per channel over all rows and pixels, float64: posterior mean, its square, and posterior variance.
 
     moments: float16 [rows, ..., 2c].
     """
     total = np.zeros((3, moments.shape[-1] // 2))
-    for start in range(0, len(moments), ROWS_AT_ONCE):
-        mean, log_variance = np.split(moments[start : start + ROWS_AT_ONCE].astype(np.float64), 2, axis=-1)
+    for start in range(0, len(moments), STATISTICS_ROWS):
+        mean, log_variance = np.split(moments[start : start + STATISTICS_ROWS].astype(np.float64), 2, axis=-1)
         parts = (mean, mean**2, np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)))
         total += [part.sum(axis=tuple(range(part.ndim - 1))) for part in parts]
     return dict(zip(("mean", "square", "variance"), total.tolist(), strict=True))

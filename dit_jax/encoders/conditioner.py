@@ -1,4 +1,4 @@
-"""What a conditioner is: it turns what a user asks for into the condition of a network.
+"""The protocol of conditioners. A conditioner turns a batch or a user's requests into the condition of a network.
 
 B batch.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_jax.parallel.rules import Rules
 
-Requests = dict[str, np.ndarray]  # host arrays [N, ...] by name, as a training batch has them
+Requests = dict[str, np.ndarray]  # host arrays [N, ...] by name, as in a training batch
 
 
 class Conditioner(Protocol):
@@ -21,15 +21,18 @@ class Conditioner(Protocol):
     training state.
 
     Fields:
-        rules: how the parameters are split over the mesh; () where there are none.
-        num_classes: how many labels there are; 0 where the condition is not a label.
+        rules: how the parameters are split over the mesh; () without parameters.
+        num_classes: number of labels; 0 if the condition is not a label.
     """
 
-    rules: Rules
-    num_classes: int
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def num_classes(self) -> int: ...
 
     def init(self, key: jax.Array) -> Any:
-        """Parameters to train; {} for a frozen conditioner."""
+        """Trainable parameters; {} for a frozen conditioner."""
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The entries of a training batch that `from_batch` reads, of one example."""
@@ -41,11 +44,11 @@ class Conditioner(Protocol):
         """The condition: arrays [B, ...] by name, {} for an unconditional network."""
 
     def from_requests(self, requests: Requests) -> Requests:
-        """What a batch would hold for these requests.
+        """The entries of a batch for these requests.
 
         Raises:
-            UserError: a request that the conditioner does not know, or out of range.
+            UserError: the conditioner does not support a request, or a request is out of range.
         """
 
     def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The condition that stands for none, with the names and shapes of `cond`."""
+        """The null condition, with the names and shapes of `cond`."""

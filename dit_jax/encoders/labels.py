@@ -11,7 +11,6 @@ import numpy as np
 
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
-from dit_jax.parallel.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Labels:
 
     num_classes: int
 
-    rules: Rules = ()
+    rules = ()
 
     def __post_init__(self):
         if self.num_classes < 0:

@@ -1,18 +1,17 @@
-"""No condition."""
+"""The conditioner of an unconditional network."""
 
 from dataclasses import dataclass
 
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
-from dit_jax.parallel.rules import Rules
 
 
 @dataclass(frozen=True)
 class Unconditional:
-    """Every condition is empty."""
+    """Returns an empty condition."""
 
-    rules: Rules = ()
-    num_classes: int = 0
+    rules = ()
+    num_classes = 0
 
     def init(self, key):
         return {}

@@ -1,13 +1,13 @@
-"""Scores samples against a reference, with everything that the numbers depend on; makes references; compares results.
+"""Scores samples against a reference, makes references, and compares results.
 
     python -m dit_jax.evaluate --samples=x.npz --reference=digits --features=pixels
     python -m dit_jax.evaluate --samples=x.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --make_reference=ref.npz --data=photographs --resolution=256 --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --table=a.json,b.json --format=markdown
 
-Metrics: fid (the Frechet distance in the features named, with a bootstrap interval), sfid, is, precision, recall, kid. The result
-also goes to a file. A reference that cannot be compared with the samples is refused. Interrupted, the same command goes on. Several
-processes share the images out.
+Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid. The result
+is also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
+refused. After an interruption, the same command resumes. Several processes divide the images among themselves.
 """  # noqa: E501
 
 from pathlib import Path
@@ -71,7 +71,7 @@ def options():
 
 
 def result_path(name: str) -> Path:
-    """The path, after a check on the first process that it can be written: before the work, not after it."""
+    """The absolute path; the first process checks that it can be written, before any work is done."""
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
@@ -99,17 +99,18 @@ def make_reference(out: str) -> dict:
     if DATA.value.endswith(".npz"):
         images = NpzImages(Path(DATA.value).expanduser())
     else:
-        *own_size, channels = DIGITS_SHAPE if DATA.value == "digits" else (CHANNELS.value,)
-        if RESOLUTION.value is None and not own_size:
+        is_digits = DATA.value == "digits"
+        if RESOLUTION.value is None and not is_digits:
             raise UserError(f"give --resolution=<side, or height x width, in pixels> for --data={DATA.value}")
-        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else tuple(own_size)
+        size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else DIGITS_SHAPE[:2]
+        channels = DIGITS_SHAPE[2] if is_digits else CHANNELS.value
         images = cropped(DATA.value, size, channels, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
     made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))
     if jax.process_index() == 0:
         reference.write(path, made)
         snapshots.remove(resumable_path(path))
-    console.say(f"statistics of {len(images)} images in {path}, {'with' if keep else 'without'} their features")
+    console.say(f"wrote statistics of {len(images)} images to {path}, {'with' if keep else 'without'} their features")
     return {
         "out": str(path),
         "num_reference": len(images),

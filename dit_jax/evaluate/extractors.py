@@ -1,4 +1,4 @@
-"""Extractors by name, with their weights and the hash of these."""
+"""Loads feature extractors by name, with their weights and the hash of the weights."""
 
 import inspect
 from pathlib import Path
@@ -15,22 +15,22 @@ MAX_PIXEL_FEATURES = 4_096
 
 
 class Loaded(NamedTuple):
-    """An extractor, its parameters, and the SHA-256 of these, None where there are none."""
+    """An extractor, its parameters, and their SHA-256 (None if there are no parameters)."""
 
     extractor: Extractor
     params: Any
     weights_sha256: str | None
 
     def describe(self) -> dict:
-        """What decides the features: results whose descriptions differ are not compared."""
+        """Everything that determines the features; results with different descriptions are not compared."""
         return {"name": self.extractor.name, "weights_sha256": self.weights_sha256, **self.extractor.recipe()}
 
 
 def check_name(name: str, weights: str | None) -> None:
-    """Raises a UserError if there is no such extractor, or weights are missing or unused."""
+    """Raises UserError if the extractor is unknown, or weights are missing or unused."""
     parameter = inspect.signature(registry.get("metric", name)).parameters.get("weights")
     if parameter is None and weights:
-        raise UserError(f"features {name!r} have no weights: leave out --weights={weights}")
+        raise UserError(f"features {name!r} have no weights: omit --weights={weights}")
     made_by = f"python -m dit_jax.convert --from={name}" if registry.origin("metric", name) is None else f"the owner of {name!r}"
     if parameter is not None and parameter.default is parameter.empty and not weights:
         raise UserError(f"features {name!r} need --weights=<.safetensors written by {made_by}>")
@@ -39,12 +39,11 @@ def check_name(name: str, weights: str | None) -> None:
 
 
 def check_shape(name: str, shape: tuple[int, ...]):
-    """Raises a UserError if the covariance of the pixels of such images would be too large."""
+    """Raises UserError if the covariance of pixel features of this image shape would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(
-            f"features 'pixels' of {' x '.join(map(str, shape))} images are {np.prod(shape)} numbers, whose "
-            f"covariance takes too long; they are for tiny images of at most {MAX_PIXEL_FEATURES} numbers, such as "
-            "32 x 32 x 3"
+            f"features 'pixels' of {' x '.join(map(str, shape))} images have {np.prod(shape)} dimensions, which is too "
+            f"slow; use them for tiny images of at most {MAX_PIXEL_FEATURES} dimensions, such as 32 x 32 x 3"
         )
 
 

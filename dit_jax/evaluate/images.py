@@ -1,4 +1,4 @@
-"""Sets of uint8 images to take features of, read piece by piece: an npz, or a data source behind its transform.
+"""Sets of uint8 images, read in batches from an npz or from a data source with its transform.
 
 N images of H x W pixels and C channels.
 """
@@ -55,16 +55,18 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """Images start..stop-1 in order, uint8 [n, H, W, C], n = size but for the last."""
+        """Yields images start..stop-1 in order, uint8 [n, H, W, C]; n = size except in the last batch."""
         ...
 
 
 class NpzImages:
-    """The images of an npz file, arr_0 uint8 [N, H, W, C]; never all in memory, if it was written by np.savez or
-    np.savez_compressed.
+    """The images of an npz file, arr_0 uint8 [N, H, W, C].
+
+    Never all in memory, if the file was written by np.savez or np.savez_compressed.
 
     Raises:
-        UserError: not a readable npz, no arr_0, another dtype or shape, a pickle, fewer bytes than the shape says.
+        UserError: the file is not a readable npz, has no arr_0, another dtype or shape, a pickle, or fewer bytes than its shape
+            needs.
     """
 
     def __init__(self, path: Path):
@@ -91,16 +93,16 @@ class NpzImages:
         check_is_images(shape[1:], str(path))
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(
-                f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; uint8 "
-                "[N, H, W, 1 or 3] with N >= 2 is needed"
+                f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; it must be uint8 "
+                "[N, H, W, 1 or 3] with N >= 2"
             )
         if self._member.file_size != self._header_bytes + math.prod(shape):
             raise UserError(
-                f"{path} is not a readable npz of images: arr_0 says {list(shape)} and has "
+                f"{path} is not a readable npz of images: arr_0 declares the shape {list(shape)} but has "
                 f"{self._member.file_size - self._header_bytes} bytes"
             )
         self._count, self.shape = shape[0], tuple(shape[1:])
-        self._stream: IO[bytes] | None = None  # of a compressed file, which can only be read forwards
+        self._stream: IO[bytes] | None = None  # of a compressed file, which can only be read sequentially
         self._position = 0
         self.identity = {
             "npz": str(path.absolute()),
@@ -124,21 +126,21 @@ class NpzImages:
 
     @functools.cached_property
     def _content(self) -> np.ndarray:
-        """The bytes of arr_0 where they are not compressed, mapped into memory; held to their CRC-32 once, before any is used."""
+        """The uncompressed bytes of arr_0, memory-mapped; their CRC-32 is checked once, before they are used."""
         with open(self.path, "rb") as file:  # the local header's names may be longer than the directory's
             file.seek(self._member.header_offset)
             header = file.read(30)
         name, extra = struct.unpack("<HH", header[26:30])
         offset = self._member.header_offset + 30 + name + extra
         try:
-            found, crc = np.memmap(self.path, np.uint8, "r", offset, (self._member.file_size,)), 0
+            content, crc = np.memmap(self.path, np.uint8, "r", offset, (self._member.file_size,)), 0
         except ValueError as error:
             raise self._damaged(error) from None
-        for start in range(0, len(found), READ_BYTES):
-            crc = zlib.crc32(found[start : start + READ_BYTES].data, crc)
+        for start in range(0, len(content), READ_BYTES):
+            crc = zlib.crc32(content[start : start + READ_BYTES].data, crc)
         if crc != self._member.CRC:
-            raise self._damaged("arr_0 has another CRC-32 than when it was written")
-        return found
+            raise self._damaged("the CRC-32 of arr_0 does not match")
+        return content
 
     def _damaged(self, why) -> UserError:
         return UserError(f"{self.path} is damaged ({why}): draw, write or download it again")
@@ -160,7 +162,7 @@ class NpzImages:
             count -= len(self._read(min(count, READ_BYTES)))
 
     def _read(self, count: int) -> bytes:
-        """The next bytes of a compressed file, whose end zipfile holds to the CRC-32."""
+        """Reads the next bytes of a compressed file; zipfile checks the CRC-32 at its end."""
         assert self._stream is not None  # `_unpacked` has opened it
         try:
             data = self._stream.read(count)
@@ -185,10 +187,10 @@ def _made_by(path: Path) -> dict:
 
 
 class SourceImages:
-    """The images of a data source, decoded and cropped, never mirrored; an unreadable one is an error that names it.
+    """The images of a data source, decoded and cropped, never mirrored; an unreadable image raises an error that names it.
 
     Args:
-        name: what results call it.
+        name: its name in results.
     """
 
     def __init__(self, source: Source, transform: ImageTransform, name: str):
@@ -207,11 +209,11 @@ class SourceImages:
 
 
 class ArrayImages:
-    """Images that are in memory, uint8 [N, H, W, C]."""
+    """Images in memory, uint8 [N, H, W, C]."""
 
     def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 1 or 3] is needed")
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, H, W, 1 or 3]")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
         self.identity = {"array": list(images.shape)}
 
@@ -233,15 +235,15 @@ def check_is_images(shape: tuple[int, ...], name: str) -> None:
 
 
 def open_samples(path: str) -> Images:
-    """The images of an npz, or of a folder that `dit_jax.sample` has finished.
+    """Opens the images of an npz, or of a finished folder of `dit_jax.sample`.
 
     Raises:
-        UserError: it does not exist, or holds no images; see `NpzImages` and `sampling.shards.read`.
+        UserError: it does not exist or contains no images; see `NpzImages` and `sample.shards.read`.
     """
-    found = Path(path).expanduser()
-    if not found.is_dir():
-        return NpzImages(found)
-    samples = shards.read(found)
+    location = Path(path).expanduser()
+    if not location.is_dir():
+        return NpzImages(location)
+    samples = shards.read(location)
     check_is_images(samples.shape, path)
     return samples
 
@@ -252,19 +254,19 @@ def cropped(data: str, size: tuple[int, int], channels: int, split: str | None =
 
 
 def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> Images:
-    """The images that a name on the command line stands for: an npz, or a data set as in `named_source`, centre-cropped.
+    """Opens the images that the command line names: an npz, or a centre-cropped data set as in `named_source`.
 
     Args:
-        shape: H, W, C of the images that they will be compared with; the digits are 8 x 8 x 1 always.
+        shape: (H, W, C) of the images to compare them with; the digits are always 8 x 8 x 1.
     Raises:
-        UserError: no such data set; images of another shape.
+        UserError: the data set does not exist, or its images have another shape.
     """
     images: Images
     if data.endswith(".npz"):
         images = NpzImages(Path(data).expanduser())
     else:
-        *size, channels = DIGITS_SHAPE if data == "digits" else shape
-        images = cropped(data, tuple(size), channels, split)
+        height, width, channels = DIGITS_SHAPE if data == "digits" else shape
+        images = cropped(data, (height, width), channels, split)
     if images.shape != tuple(shape):
         raise UserError(
             f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "

@@ -1,8 +1,8 @@
-"""What samples are compared with: moments of the reference's features, the features if they are kept, and how both were made.
+"""Reference statistics: moments of features, optionally the features themselves, and how both were made.
 
-Our file is an npz with mu float64 [F] and sigma [F, F] under the names that ADM's evaluator and pytorch-fid read, mu_s and
-sigma_s of the spatial features if the extractor has them, features float32 [M, F] if they are kept, `recipe`, a JSON text, and
-`seal`, the SHA-256 of all of these.
+The file is an npz with mu float64 [F] and sigma [F, F], the names that ADM's evaluator and pytorch-fid read; mu_s and sigma_s of
+the spatial features if the extractor has them; features float32 [M, F] if they are kept; `recipe`, a JSON string; and `seal`,
+the SHA-256 of all of these.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from dit_jax.storage.atomic import remove_leftovers, replacing
 
 FORMAT = 1
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-TENSORFLOW_WIDTHS = {"features": 2_048, "spatial": 2_023}  # of the graph that published statistics come from
+TENSORFLOW_WIDTHS = {"features": 2_048, "spatial": 2_023}  # of the graph behind published statistics
 
 
 class Reference(NamedTuple):
     """Moments by output, features float32 [M, F] or None, and the recipe.
 
-    `images` holds those of the file, from which features can still be taken: ADM's files have 10,000 beside the moments.
+    `images` are those in the file, from which features can be computed: ADM's files have 10,000 in addition to the moments.
     """
 
     moments: dict[str, Moments]
@@ -39,17 +39,17 @@ class Reference(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of the images, see `Extracted`; of the moments where the images are not known."""
+        """SHA-256 of the images (see `Extracted`), or of the moments if the images are not known."""
         return self.recipe.get("images_sha256") or _sha256(_arrays(self.moments, None), "")
 
     @property
     def published(self) -> bool:
-        """Whether the statistics came without a recipe of ours."""
+        """Whether the statistics have no recipe of dit_jax."""
         return bool(self.recipe["extractor"].get("published"))
 
 
 def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
-    """How reference statistics were made: whatever decides their numbers."""
+    """Everything that determines reference statistics."""
     return {
         "source": images.name,
         "count": extracted.count,
@@ -64,12 +64,12 @@ def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
 
 
 def of_images(images: Images, extracted: Extracted, loaded: Loaded) -> Reference:
-    """A reference of images whose features were just taken."""
+    """Makes a reference from the extracted features of images."""
     return Reference(extracted.moments, extracted.features, json.loads(json.dumps(recipe_of(images, extracted, loaded))))
 
 
 def write(path: Path, reference: Reference):
-    """Writes our file, whole or not at all.
+    """Writes the reference's file atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -95,18 +95,18 @@ def _arrays(moments: dict[str, Moments], features: np.ndarray | None) -> dict[st
 
 
 def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
-    found = hashlib.sha256(recipe.encode())
+    digest = hashlib.sha256(recipe.encode())
     for name in sorted(arrays):
-        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        found.update(np.ascontiguousarray(arrays[name]).data)
-    return found.hexdigest()
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether an npz holds moments; if not, it is one of images.
+    """Whether an npz contains moments; otherwise it contains images.
 
     Raises:
-        UserError: it is no npz.
+        UserError: the file is not an npz.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -118,37 +118,37 @@ def holds_statistics(path: Path) -> bool:
 
 
 def read(path: Path) -> Reference:
-    """Statistics of our own file, ADM's or pytorch-fid's; no pickle is opened.
+    """Reads statistics from a file of dit_jax, ADM or pytorch-fid, without opening pickles.
 
-    Of the latter two only the numbers are known: their recipe says "published", and their count None.
+    Of the latter two only the numbers are known: their recipe says "published", and their count is None.
 
     Raises:
-        UserError: not such a file, a dtype or shape that does not fit, a value that is not finite, other bytes than its seal
-            says, a format that this version does not know.
+        UserError: the file is not readable, has an unsuitable dtype or shape or a non-finite value, does not match its seal, or
+            has an unknown format.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*sum(KEYS.values(), ()), "features") if name in file}
             recipe, seal = (str(file[name]) if name in file else None for name in ("recipe", "seal"))
             version = int(file["format"]) if "format" in file else None
-    except Exception as error:  # of a hostile file NumPy raises what it likes
+    except Exception as error:  # NumPy can raise any exception for a damaged or hostile file
         raise UserError(f"{path} is not a readable npz of statistics: {error}") from None
     if recipe is None:
         return _published(path, arrays)
     if version != FORMAT:
-        raise UserError(f"{path} has format {version} and this dit_jax reads {FORMAT}: make it again with --make_reference")
+        raise UserError(f"{path} has format {version}, but this dit_jax reads {FORMAT}: make it again with --make_reference")
     if _sha256(arrays, recipe) != seal:
-        raise UserError(f"{path} is damaged: its content does not fit its seal. Make it again with --make_reference")
+        raise UserError(f"{path} is damaged: its content does not match its seal. Make it again with --make_reference")
     recipe = json.loads(recipe)
     return Reference(_moments(path, arrays, recipe["count"]), arrays.get("features"), recipe)
 
 
 def _published(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     moments = _moments(path, arrays, None)
-    for output, found in moments.items():
-        if len(found.mean) != TENSORFLOW_WIDTHS[output]:
+    for output, statistics in moments.items():
+        if len(statistics.mean) != TENSORFLOW_WIDTHS[output]:
             raise UserError(
-                f"{path} has statistics of {len(found.mean)} {output} and no recipe; published ones, of Inception, "
+                f"{path} has statistics of {len(statistics.mean)} {output} and no recipe; published statistics (of Inception) "
                 f"have {TENSORFLOW_WIDTHS[output]}. Make your own with --make_reference"
             )
     images = None
@@ -165,19 +165,19 @@ def _published(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
 
 
 def _moments(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> dict[str, Moments]:
-    found = {}
+    moments = {}
     for output, names in KEYS.items():
         if not all(name in arrays for name in names):
             continue
         mean, covariance = (arrays[name] for name in names)
         if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
             raise UserError(
-                f"{path}: {names[0]} is {mean.dtype} {list(mean.shape)} and {names[1]} {covariance.dtype} "
-                f"{list(covariance.shape)}; floats [F] and [F, F] are needed"
+                f"{path}: {names[0]} is {mean.dtype} {list(mean.shape)} and {names[1]} is {covariance.dtype} "
+                f"{list(covariance.shape)}; they must be floats [F] and [F, F]"
             )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise UserError(f"{path}: {names[0]} or {names[1]} holds NaN or infinity")
-        found[output] = Moments(count, mean.astype(np.float64), covariance.astype(np.float64))
-    if "features" not in found:
-        raise UserError(f"{path} has no mu and sigma (it has {', '.join(arrays) or 'nothing of use'})")
-    return found
+            raise UserError(f"{path}: {names[0]} or {names[1]} contains NaN or infinity")
+        moments[output] = Moments(count, mean.astype(np.float64), covariance.astype(np.float64))
+    if "features" not in moments:
+        raise UserError(f"{path} has no mu and sigma (it has {', '.join(arrays) or 'no known arrays'})")
+    return moments

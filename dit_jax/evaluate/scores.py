@@ -1,4 +1,4 @@
-"""Samples against a reference: which metrics are possible, what must fit, the numbers, and everything that they depend on.
+"""Scores samples against a reference: chooses the possible metrics, checks comparability, and records all settings.
 
 N samples, M reference images, F features.
 """
@@ -30,14 +30,18 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.versions import device_kind, provenance, version
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
-OF_FEATURES = ("precision", "recall", "kid")  # those that need the reference's features, not their moments alone
+OF_FEATURES = ("precision", "recall", "kid")  # these need the reference's features, not only their moments
 NEIGHBOURS = 3
 
 
 class Options(NamedTuple):
-    """metrics None: all that are possible. replicates 0: no interval, and FID keeps no features.
+    """Options of an evaluation.
 
-    batch_size: images at a time of a process; None chooses by the device. every_seconds: between snapshots.
+    Fields:
+        metrics: None computes all that are possible.
+        replicates: of the bootstrap; 0 computes no interval, so that FID does not keep features.
+        batch_size: images per batch of a process; None chooses by the device.
+        every_seconds: time between snapshots.
     """
 
     metrics: tuple[str, ...] | None = None
@@ -49,7 +53,7 @@ class Options(NamedTuple):
 
 
 def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]):
-    """Raises a UserError if samples of `shape` could not be scored: before they are made. A folder is listed, not read."""
+    """Raises UserError if samples of `shape` cannot be scored; call before drawing them. A folder is listed, not read."""
     check_name(features, weights)
     check_is_images(shape, "the run")
     check_shape(features, shape)
@@ -57,14 +61,14 @@ def check(reference: str, features: str, weights: str | None, shape: tuple[int, 
 
 
 def check_options(options: Options):
-    """Raises a UserError for a number that is out of range: before the features are taken, which may be hours."""
+    """Raises UserError if a number is out of range; call before extracting features, which may take hours."""
     kernels.check(kernels.SUBSETS, options.kid_subset_size)
     if options.replicates:
         bootstrap.check(options.replicates, options.level)
 
 
 def open_reference(reference: str, shape: tuple[int, ...]) -> Reference | Images:
-    """Statistics, if `reference` is an npz of them, or images of that shape.
+    """Opens a reference: an npz of statistics, or images of that shape.
 
     Raises:
         UserError: it cannot be read, or its images have another shape.
@@ -84,16 +88,16 @@ def evaluate(
     folder: Path | None = None,
     processes: tuple[int, int] | None = None,
 ) -> dict:
-    """The metrics of the images in a file, with everything that they depend on, as an object of JSON.
+    """Computes the metrics of a file of images; returns them, with everything they depend on, as a JSON object.
 
     Args:
         samples: npz of images, or a folder of `dit_jax.sample`.
-        reference: npz of statistics or images, or a data set as in `named_source`; None for the Inception Score alone.
+        reference: npz of statistics or images, or a data set as in `named_source`; None for only the Inception Score.
         features, weights: name and weights file of the extractor.
-        folder: where work is kept in case of a kill, and gone on with; deleted at the end. None keeps nothing.
-        processes: see `extract`; with several, all must call, and all get the result.
+        folder: for snapshots, from which an interrupted evaluation resumes; deleted at the end. None writes no snapshots.
+        processes: see `extract`; all of several processes must call this, and all get the result.
     Raises:
-        UserError: files that cannot be read, metrics that are not possible, a reference that cannot be compared.
+        UserError: a file cannot be read, a metric is not possible, or the reference is not comparable.
     """
     options = options or Options()
     check_options(options)
@@ -109,7 +113,7 @@ def evaluate(
     def take(taken: Images, wanted: Wanted, what: str) -> Extracted:
         return take_features(taken, loaded, wanted, options, what, folder, processes)
 
-    found = take(images, wanted_of_samples(metrics, options), "samples")
+    extracted = take(images, wanted_of_samples(metrics, options), "samples")
     if against is not None and not isinstance(against, Reference):
         others = take(against, wanted_of_reference(metrics), "the reference")
         against = references.of_images(against, others, loaded)
@@ -118,15 +122,15 @@ def evaluate(
         against = against._replace(
             features=others.features, recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256}
         )
-    result, more = compute(metrics, found, against, options)
+    result, more = compute(metrics, extracted, against, options)
     if folder is not None and (processes or (jax.process_index(), 0))[0] == 0:
         remove(folder)
     return {
         **result,
         "features": features,
         "samples": samples,
-        "num_samples": found.count,
-        "samples_sha256": found.sha256,
+        "num_samples": extracted.count,
+        "samples_sha256": extracted.sha256,
         "image_shape": list(images.shape),
         "reference": reference,
         **(
@@ -149,12 +153,12 @@ def evaluate(
 def make_reference(
     images: Images, loaded: Loaded, keep_features: bool, options: Options | None = None, folder: Path | None = None
 ) -> Reference:
-    """Statistics of all outputs of the extractor for these images, to be written with `reference.write`."""
+    """Computes the statistics of all of the extractor's outputs for these images; write them with `reference.write`."""
     check_shape(loaded.extractor.name, images.shape)
     widths = output_shapes(loaded.extractor, loaded.params, images.shape)
     wanted = Wanted(tuple(name for name in references.KEYS if name in widths), keep_features)
-    found = take_features(images, loaded, wanted, options or Options(), "the reference", folder, None)
-    return references.of_images(images, found, loaded)
+    extracted = take_features(images, loaded, wanted, options or Options(), "the reference", folder, None)
+    return references.of_images(images, extracted, loaded)
 
 
 def take_features(
@@ -166,7 +170,7 @@ def take_features(
     folder: Path | None,
     processes: tuple[int, int] | None,
 ) -> Extracted:
-    """`extract`, with snapshots in the folder if there is one."""
+    """Calls `extract`, with snapshots if a folder is given."""
     index, total = processes or (jax.process_index(), jax.process_count())
     snapshots = None
     if folder is not None:
@@ -185,7 +189,7 @@ def take_features(
     if wanted.features:
         width = output_shapes(loaded.extractor, loaded.params, images.shape)["features"]
         if (size := 4 * width * len(images)) > 2**27:
-            say(f"features of {what}: {size / 2**20:.0f} MiB are kept in memory")
+            say(f"keeping features of {what} in memory: {size / 2**20:.0f} MiB")
     return extract(
         images,
         loaded.extractor,
@@ -199,36 +203,36 @@ def take_features(
 
 
 def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Images):
-    """Raises a UserError if the reference's features are not those of this extractor, or its images have another shape."""
+    """Raises UserError if the reference was made with another extractor or of images of another shape."""
     ours = json.loads(json.dumps(loaded.describe()))
     if reference.published and ours["name"] != "inception":
         raise UserError(
-            f"{name} has published statistics, of Inception, and the samples' features are to be {ours['name']}: "
-            f"take --features=inception, or make a reference with --make_reference --features={ours['name']}"
+            f"{name} has published statistics of Inception, but the samples' features are {ours['name']}: "
+            f"use --features=inception, or make a reference with --make_reference --features={ours['name']}"
         )
     if not reference.published and (lines := differences(reference.recipe["extractor"], ours)):
         raise UserError(
-            f"{name} was made with another extractor than the samples' features are to be taken with; make it again "
-            "with --make_reference, or take its extractor. Different:\n  " + "\n  ".join(lines)
+            f"{name} was made with another extractor than the one for the samples; make it again "
+            "with --make_reference, or use its extractor. Different:\n  " + "\n  ".join(lines)
         )
     shape = reference.recipe["image_shape"]
     if shape is not None and list(shape) != list(images.shape):
         raise UserError(
-            f"the samples are {' x '.join(map(str, images.shape))} and the reference {name} was made of "
-            f"{' x '.join(map(str, shape))} images; they must be equal: make a reference with "
+            f"the samples are {' x '.join(map(str, images.shape))}, but the reference {name} was made of "
+            f"{' x '.join(map(str, shape))} images; they must have the same shape: make a reference with "
             f"--resolution={size_text(images.shape[:2])}"
         )
 
 
 def choose_metrics(images: Images, reference: Reference | Images | None, loaded: Loaded, options: Options):
-    """(metrics, remarks about those left out): all that are possible, or those asked for.
+    """Chooses the requested metrics, or all possible ones; returns (metrics, remarks about omitted ones).
 
     Raises:
-        UserError: an unknown metric, or one that is asked for and not possible, with the reason.
+        UserError: a metric is unknown, or requested but not possible (with the reason).
     """
     for name in options.metrics or ():
         if name not in METRICS:
-            raise UserError(f"no metric {name!r}; they are {', '.join(METRICS)}")
+            raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
     outputs = output_shapes(loaded.extractor, loaded.params, images.shape)
     reasons = {
         name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options) for name in options.metrics or METRICS
@@ -263,12 +267,12 @@ def _obstacle(
         elif reference.images is not None:
             others = len(reference.images)
         else:
-            return "the reference has statistics and neither features nor images; make it with --keep_features"
+            return "the reference has only statistics, neither features nor images; make it with --keep_features"
         fewest = options.kid_subset_size if metric == "kid" else NEIGHBOURS + 1
         if min(len(images), others) < fewest:
             remedy = ", or a smaller --kid_subset_size" if metric == "kid" else ""
             return (
-                f"it needs {fewest} images on each side, and there are {len(images)} samples and {others} reference images: "
+                f"it needs {fewest} images on each side, but there are {len(images)} samples and {others} reference images: "
                 f"draw more{remedy}"
             )
     return None
@@ -281,14 +285,14 @@ def wanted_of_samples(metrics: tuple[str, ...], options: Options) -> Wanted:
 
 
 def wanted_of_reference(metrics: tuple[str, ...]) -> Wanted:
-    """The moments of the features always: they are the reference's identity."""
+    """Always includes the moments of the features, which identify the reference."""
     return Wanted(("features", "spatial") if "sfid" in metrics else ("features",), bool(set(OF_FEATURES) & set(metrics)))
 
 
 def compute(
     metrics: tuple[str, ...], samples: Extracted, reference: Reference | None, options: Options
 ) -> tuple[dict, list[str]]:
-    """({metric and what belongs to it: number}, remarks)."""
+    """Computes metrics; returns ({metric or related value: number}, remarks)."""
     result, remarks = {}, []
     moments, theirs, count = {}, None, None
     if reference is not None:
@@ -299,8 +303,8 @@ def compute(
         if min(samples.count, count or width + 1) <= width:
             remarks.append(
                 f"fid: {samples.count} samples and {count} reference images for {width} features: "
-                "a covariance is singular and the value depends on these counts more than on the images; compare "
-                "it at equal counts only"
+                "a covariance is singular, and the value depends more on these counts than on the images; compare "
+                "it only at equal counts"
             )
     if "sfid" in metrics:
         result["sfid"] = frechet_distance(samples.moments["spatial"], moments["spatial"])
@@ -334,13 +338,13 @@ def _fid(samples: Extracted, reference: Moments, options: Options) -> dict:
     if not options.replicates:
         return {"fid": frechet_distance(mine, reference)}
     gradient = frechet_gradient(mine, reference)
-    found = bootstrap_interval(
+    interval = bootstrap_interval(
         gradient.distance, influences(_kept(samples.features), mine.mean, gradient), options.replicates, options.level
     )
     return {
         "fid": gradient.distance,
-        "fid_interval": [found.low, found.high],
-        "fid_interval_level": found.level,
-        "fid_standard_error": found.standard_error,
-        "fid_replicates": found.replicates,
+        "fid_interval": [interval.low, interval.high],
+        "fid_interval_level": interval.level,
+        "fid_standard_error": interval.standard_error,
+        "fid_replicates": interval.replicates,
     }

@@ -1,10 +1,10 @@
-"""What an extraction has done so far, on disk, so that after a kill it goes on to the same bits.
+"""Snapshots of an unfinished feature extraction, from which it resumes with bitwise equal results.
 
     <folder>/<key>/0-of-2.npz                  of one process: its sums so far and the SHA-256 of each chunk of images
-    <folder>/<key>/0-of-2.features-00003.npz   features of its 4th chunk, where they are wanted
+    <folder>/<key>/0-of-2.features-00003.npz   features of its 4th chunk, if they are wanted
 
-The key is a digest of everything that decides the bits. Each file is written whole or not at all, and carries zip's CRC-32; a
-damaged one means to begin again.
+The key is a digest of everything that determines the result. Each file is written atomically and has zip's CRC-32. If one is
+damaged, extraction starts again.
 """
 
 import shutil
@@ -22,11 +22,11 @@ from dit_jax.storage.sealed import digest
 
 
 class Snapshots:
-    """The work of one process in a folder.
+    """The snapshots of one process in a folder.
 
     Args:
-        key: JSON object of everything that decides the bits: images, extractor, what is wanted, batch size, versions.
-        every_seconds: at most so much work is lost; a short extraction leaves no file.
+        key: JSON object of everything that determines the result: images, extractor, wanted outputs, batch size, versions.
+        every_seconds: minimum time between snapshots. At most this much work is lost; a short extraction writes no file.
     """
 
     def __init__(self, folder: Path, key: dict, index: int, total: int, every_seconds: float = 30.0):
@@ -34,7 +34,7 @@ class Snapshots:
         self._last, self._written = time.monotonic(), 0
 
     def read(self, zeros: dict) -> tuple[dict, list[bytes], list]:
-        """(sums, SHA-256 of each chunk done, its features or None) of what is there; `zeros` and nothing where there is none."""
+        """Reads (sums, SHA-256 of each finished chunk, its features or None); (zeros, [], []) without a snapshot."""
         path = self.folder / f"{self.name}.npz"
         if not path.exists():
             return zeros, [], []
@@ -46,10 +46,10 @@ class Snapshots:
                 keeps = bool(file["features"])
             features = [self._features(k) if keeps else None for k in range(len(digests))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            say(f"{path} is damaged ({error}); features are taken from the start")
+            say(f"{path} is damaged ({error}); extracting features from the start")
             return zeros, [], []
         self._written = len(digests)
-        say(f"going on after {len(digests)} chunks of images whose features are in {self.folder}")
+        say(f"resuming after {len(digests)} chunks of images from the snapshot in {self.folder}")
         return jax.tree.unflatten(structure, sums), digests, features
 
     def _features(self, chunk: int) -> np.ndarray:
@@ -60,7 +60,7 @@ class Snapshots:
         return self.folder / f"{self.name}.features-{chunk:05d}.npz"
 
     def write(self, sums: dict, digests: list[bytes], features: list):
-        """Keeps the work after a chunk, unless the last time was a moment ago."""
+        """Writes a snapshot after a chunk, unless the last one is newer than `every_seconds`."""
         if time.monotonic() - self._last < self.every_seconds:
             return
         try:
@@ -85,7 +85,7 @@ class Snapshots:
 
 
 def remove(folder: Path):
-    """Deletes the folder of finished work, with what was left there by other keys."""
+    """Deletes the folder of a finished extraction, including snapshots of other keys."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,13 +1,12 @@
-"""From images to what metrics need of their features: moments, class sums, and the features themselves where asked for.
+"""Extracts features of images and accumulates what metrics need: moments, class sums, and optionally the features.
 
-Images are taken in chunks of 1,000 by their number, which fall to the processes in turn; a process works alone on its own
-devices, and results are added up at the end. So a row's features never wait for another host, and sums are grouped by chunk,
-whatever the batch size. The devices go from batch to batch and from chunk to chunk without a wait: the next batch is read by one
-thread, and the sums of the chunk before are fetched by another. Features go into sums of float64 on the device that computed
-them: sums in float32 leave noise of 1e-7 in directions that a few thousand images do not span, and the square root in the
-Frechet distance makes 3e-4 of that.
+Images are processed in chunks of 1,000, assigned to the processes in turn. Each process works on its own devices, and the results
+are added at the end. No process therefore waits for another host, and sums are grouped by chunk for any batch size. The devices
+never wait between batches or chunks: one thread reads the next batch, another fetches the sums of the previous chunk. Features
+are summed in float64 on the device that computed them. Sums in float32 would leave noise of 1e-7 in directions that a few
+thousand images do not span, and the square root in the Frechet distance would amplify it to 3e-4.
 
-N images, F features, K classes, S parts, D devices of this process, b rows of a batch.
+N images, F features, K classes, S splits, D devices of this process, b rows of a batch.
 """
 
 import hashlib
@@ -36,7 +35,13 @@ ROWS, WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
 class Wanted(NamedTuple):
-    """moments: of which outputs, "features" and "spatial". features: keep them. classes: sums for the Inception Score."""
+    """What to extract.
+
+    Fields:
+        moments: names of outputs, "features" or "spatial", whose moments to compute.
+        features: whether to keep the features.
+        classes: whether to compute class sums for the Inception Score.
+    """
 
     moments: tuple[str, ...] = ("features",)
     features: bool = False
@@ -44,9 +49,9 @@ class Wanted(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """Of N images: moments by output, class sums by partition, features float32 [N, F] or None, and the images' SHA-256.
+    """Results for N images: moments by output, class sums by partition, features float32 [N, F] or None, the images' SHA-256.
 
-    The SHA-256 is of the SHA-256s of the chunks' bytes, so that many processes can compute it.
+    The latter is the SHA-256 of the SHA-256s of the chunks' bytes, so that several processes can compute it.
     """
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
@@ -57,13 +62,13 @@ class Extracted(NamedTuple):
 
 
 def default_batch_size() -> int:
-    """Images at a time of this process: 128 for each of its accelerators, 64 in all on a CPU."""
+    """Batch size of this process: 128 per accelerator, or 64 in total on a CPU."""
     devices = jax.local_devices()
     return 64 if devices[0].platform == "cpu" else 128 * len(devices)
 
 
 def output_shapes(extractor: Extractor, params, shape: tuple[int, ...]) -> dict[str, int]:
-    """{name: width} of what an extractor gives for images of this shape; nothing is computed."""
+    """{name: width} of an extractor's outputs for images of this shape, without computing them."""
     image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     return {name: x.shape[1] for name, x in jax.eval_shape(extractor, params, image).items()}
 
@@ -79,24 +84,24 @@ def extract(
     processes: tuple[int, int] | None = None,
     what: str = "images",
 ) -> Extracted:
-    """Takes the features of all images, and of them what is wanted, whole on every process.
+    """Extracts the features of all images; returns what is wanted, complete on every process.
 
     Args:
-        batch_size: images at a time of this process, over all its devices; `default_batch_size()` if None. Sums and features
-            change by rounding alone, about 1e-7.
-        snapshots: where work is kept, and gone on with after a kill, to the same bits; None keeps nothing.
-        processes: (this process's number, their count); (0, 1) for one that works alone though it is one of several; None is
-            all that there are. All must then see the same files.
-        what: what progress calls them.
+        batch_size: images per batch of this process, over all its devices; `default_batch_size()` if None. It changes sums and
+            features only by rounding, about 1e-7.
+        snapshots: an interrupted extraction resumes from them, with bitwise equal results; None writes none.
+        processes: (index of this process, number of processes); (0, 1) for a process that works alone although it is one of
+            several; None means all of the run's processes. Several processes must see the same files.
+        what: name of the images in progress messages.
     Raises:
-        UserError: an output that the extractor does not have; a batch size below 1; fewer than 2 images; features that are not
-            finite; an image that cannot be read.
+        UserError: the extractor lacks an output; the batch size is below 1; there are fewer than 2 images; features are not
+            finite; an image cannot be read.
     """
     index, total = processes or (jax.process_index(), jax.process_count())
     widths = output_shapes(extractor, params, images.shape)
     needed = [*wanted.moments, *(["features"] if wanted.features else []), *(["probabilities"] if wanted.classes else [])]
     if missing := sorted(set(needed) - widths.keys()):
-        raise UserError(f"the extractor {extractor.name} gives no {missing[0]} (it gives {', '.join(widths)})")
+        raise UserError(f"the extractor {extractor.name} has no output {missing[0]} (it has {', '.join(widths)})")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
     parts = {name: partition(name, len(images)) for name in PARTITIONS} if wanted.classes else {}
@@ -129,10 +134,10 @@ def extract(
 
 
 def _finished(images: Images, wanted: Wanted, parts, totals, digests, features) -> Extracted:
-    found = {name: moments_of_sums(len(images), *totals["moments"][name]) for name in wanted.moments}
+    moments = {name: moments_of_sums(len(images), *totals["moments"][name]) for name in wanted.moments}
     class_sums = {name: ClassSums(np.bincount(parts[name]).astype(np.float64), *totals["classes"][name]) for name in parts}
     kept = np.concatenate(features) if wanted.features else None
-    return Extracted(len(images), found, class_sums, kept, hashlib.sha256(b"".join(digests)).hexdigest())
+    return Extracted(len(images), moments, class_sums, kept, hashlib.sha256(b"".join(digests)).hexdigest())
 
 
 def _size(images: Images, chunk: int) -> int:
@@ -140,7 +145,7 @@ def _size(images: Images, chunk: int) -> int:
 
 
 class _Worker:
-    """The programs of one process: features of a batch on its devices, and their sums there."""
+    """The compiled programs of one process: features of a batch, and their sums, on its devices."""
 
     def __init__(
         self, extractor: Extractor, params, wanted: Wanted, parts: dict[str, int], widths: dict[str, int], batch_size: int
@@ -154,15 +159,15 @@ class _Worker:
         outputs = {*wanted.moments, *(["features"] if wanted.features else []), *(["probabilities"] if wanted.classes else [])}
 
         def features(params, images):
-            found = extractor(params, images)
-            return {name: found[name] for name in outputs}
+            available = extractor(params, images)
+            return {name: available[name] for name in outputs}
 
-        # shard_map, so that the program of a device does not depend on how many there are, and nothing is sent between them.
+        # shard_map: the program of a device does not depend on the number of devices, and there is no communication.
         self._features = jax.jit(jax.shard_map(features, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=ROWS))
         self._add = jax.jit(jax.shard_map(self._sums, mesh=mesh, in_specs=ROWS, out_specs=ROWS), donate_argnums=0)
 
     def zeros(self) -> dict:
-        """The sums of no images, on the host."""
+        """Zero sums, on the host."""
 
         def moments(width):
             return np.zeros(width), np.zeros((width, width))
@@ -176,21 +181,21 @@ class _Worker:
         }
 
     def _sums(self, state, outputs, real, parts):
-        """The state [1, ...] of one device with its rows added; real [b] is 0 for padding. Traced in float64."""
-        found = {"moments": {}, "classes": {}}
+        """Adds a device's rows to its state [1, ...]; real [b] is 0 for padding. Traced in float64."""
+        updated = {"moments": {}, "classes": {}}
         for name, (sums, products) in state["moments"].items():
             x = jnp.where(real[:, None] > 0, outputs[name].astype(jnp.float64), 0)
-            found["moments"][name] = sums + x.sum(0), products + x.T @ x
+            updated["moments"][name] = sums + x.sum(0), products + x.T @ x
         if state["classes"]:
             p = outputs["probabilities"].astype(jnp.float64)
             entropies = jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), 1)
         for name, (sums, negative_entropies) in state["classes"].items():
             member = jax.nn.one_hot(parts[name], sums.shape[1], dtype=jnp.float64) * real[:, None]
-            found["classes"][name] = sums + member.T @ p, negative_entropies + member.T @ entropies
-        return found
+            updated["classes"][name] = sums + member.T @ p, negative_entropies + member.T @ entropies
+        return updated
 
     def chunks(self, images: Images, numbers: Iterable[int], parts: dict[str, np.ndarray]) -> Iterator[tuple]:
-        """(number, (sums on the host, SHA-256 of the images, features [n, F] if they are wanted)) of each chunk, in order."""
+        """Yields (number, (sums on the host, SHA-256 of the images, features [n, F] or None)) of each chunk, in order."""
         running, fetched, before = None, deque(), None
         with ThreadPoolExecutor(1) as fetcher:
             for chunk, batch in _ahead(_read(images, numbers, self.batch_size)):
@@ -199,7 +204,7 @@ class _Worker:
                         fetched.append((running.number, fetcher.submit(self._fetch, images, running)))
                     running, chunk.state = chunk, self._new_state()
                 outputs = self._take(chunk, batch, parts)
-                if before is not None:  # at most two batches are on the devices
+                if before is not None:  # keeps at most two batches on the devices
                     jax.block_until_ready(before)
                 before = outputs
                 while fetched and (len(fetched) > 1 or fetched[0][1].done()):
@@ -215,7 +220,7 @@ class _Worker:
             return jax.tree.map(lambda x: jax.device_put(np.zeros((self._devices, *x.shape)), self._rows), self.zeros())
 
     def _take(self, chunk: "_Chunk", batch: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Hands the chunk's next batch to the devices; returns its outputs, which may not be ready."""
+        """Dispatches the chunk's next batch; returns its outputs, which may not be ready."""
         rows = np.arange(chunk.taken, chunk.taken + len(batch))
         outputs = self._features(self._params, self._put(batch))
         with jax.enable_x64(True):
@@ -231,31 +236,31 @@ class _Worker:
         return outputs
 
     def _fetch(self, images: Images, chunk: "_Chunk") -> tuple[dict, bytes, np.ndarray | None]:
-        """What is known of a chunk whose last batch was handed over, once it is; runs in a thread."""
+        """Fetches the results of a chunk whose last batch was dispatched; runs in a thread."""
         with jax.enable_x64(True):
             sums = jax.tree.map(lambda x: np.asarray(x).sum(0), chunk.state)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(sums)):
             raise UserError(
-                f"features of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} hold "
+                f"features of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} contain "
                 "NaN or infinity: the extractor's weights are broken"
             )
         kept = np.concatenate([np.asarray(x)[:count] for x, count in chunk.features]) if self.wanted.features else None
         return sums, chunk.digest.digest(), kept
 
     def _put(self, x: np.ndarray) -> jax.Array:
-        """[n, ...] padded with zeros to the one size that programs are compiled for, split over the devices."""
+        """Pads [n, ...] with zeros to the size that the programs are compiled for, and splits it over the devices."""
         return jax.device_put(np.pad(x, [(0, self.padded - len(x))] + [(0, 0)] * (x.ndim - 1)), self._rows)
 
 
 @dataclass(eq=False)
 class _Chunk:
-    """A chunk of images at work.
+    """A chunk of images in progress.
 
     Fields:
-        taken: number of the first image that was not handed to the devices.
-        digest: SHA-256 of the images that were read.
+        taken: index of the first image that was not dispatched.
+        digest: SHA-256 of the images read so far.
         state: sums on the devices.
-        features: (outputs of a batch, rows that are not padding), where features are wanted.
+        features: (outputs of a batch, number of rows that are not padding), if features are wanted.
     """
 
     number: int
@@ -266,7 +271,7 @@ class _Chunk:
 
 
 def _read(images: Images, numbers: Iterable[int], batch_size: int) -> Iterator[tuple[_Chunk, np.ndarray]]:
-    """The batches of chunks, each with its chunk, whose digest counts them."""
+    """Yields (chunk, batch) for all batches of the chunks and updates the chunks' digests."""
     for number in numbers:
         start = number * CHUNK_IMAGES
         chunk = _Chunk(number, start)
@@ -276,7 +281,7 @@ def _read(images: Images, numbers: Iterable[int], batch_size: int) -> Iterator[t
 
 
 def _ahead(items: Iterator) -> Iterator:
-    """The items, the next one made by a thread while one is at work."""
+    """Yields the items; a thread computes the next item in advance."""
     with ThreadPoolExecutor(1) as reader:
         waiting = reader.submit(next, items, None)
         while (item := waiting.result()) is not None:
@@ -285,7 +290,7 @@ def _ahead(items: Iterator) -> Iterator:
 
 
 def _all_processes(x: np.ndarray) -> np.ndarray:
-    """[P, ...]: an array of each process, bit for bit; without 64-bit types JAX would round float64."""
+    """Gathers an array from each process, [P, ...], bit for bit; without 64-bit types JAX would round float64."""
     from jax.experimental import multihost_utils
 
     flat = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
@@ -293,7 +298,7 @@ def _all_processes(x: np.ndarray) -> np.ndarray:
 
 
 def _in_turn(images: Images, digests: list[bytes], features: list, width: int | None, total: int) -> tuple[list[bytes], list]:
-    """Digests and features of all chunks in order, from those that each process holds."""
+    """Gathers the digests and features of all chunks in order, from those of each process."""
     chunks = -(-len(images) // CHUNK_IMAGES)
     most = math.ceil(chunks / total)
     padded = np.frombuffer(b"".join(digests).ljust(32 * most, b"\0"), np.uint8)

@@ -1,4 +1,4 @@
-"""Several results side by side, with whatever differs in how they were made; as text, CSV or Markdown."""
+"""Tables that compare results, including all settings in which they differ; as text, CSV or Markdown."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from dit_jax.errors import UserError
 from dit_jax.evaluate.scores import METRICS
 
 FORMATS = ("text", "csv", "markdown")
-# What a reader must know to trust a comparison: column -> path in the result.
+# Settings that a comparison depends on: column -> path in the result.
 PROTOCOL = {
     "images": ("num_samples",),
     "features": ("extractor", "name"),
@@ -42,40 +42,40 @@ PROTOCOL = {
     "jax": ("versions", "jax"),
     "device": ("device",),
 }
-# Where these differ, two values are not of one quantity.
+# If one of these differs, two values do not measure the same quantity.
 INCOMPARABLE = ("features", "extractor weights", "resize", "precision", "reference", "size", "images", "KID subset")
 
 
 def read_result(path: str) -> dict:
-    """A result file of `evaluate`.
+    """Reads a result file of `evaluate`.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or is not a result.
     """
     try:
         result = json.loads(Path(path).expanduser().read_text())
         if not (isinstance(result, dict) and set(METRICS) & result.keys() and "samples_sha256" in result):
-            raise ValueError("it has no metric, or not what it was made of")
+            raise ValueError("it has no metric or no samples_sha256")
         return result
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no result file of dit_jax.evaluate: {error}") from None
+        raise UserError(f"{path} is not a result file of dit_jax.evaluate: {error}") from None
 
 
 def table(paths: list[str], form: str) -> str:
-    """One row per result: its metrics, then every field of the protocol that is not the same in all, marked with *.
+    """Formats one row per result: its metrics, then every protocol field that differs between results, marked with *.
 
-    Fields that are the same in all stand once below (in CSV they are columns like any other). Where a marked field makes the
-    values incomparable, such as another reference, a last line says so; nothing is left out.
+    Fields that all results share appear once below the table (in CSV they are ordinary columns). If a marked field makes values
+    incomparable, such as another reference, the last line says so. Nothing is omitted.
 
     Raises:
-        UserError: a format or file that is none.
+        UserError: the format is unknown, or a file is not a result.
     """
     if form not in FORMATS:
-        raise UserError(f"--format={form}; it must be one of {', '.join(FORMATS)}")
+        raise UserError(f"--format={form} must be one of {', '.join(FORMATS)}")
     results = [read_result(path) for path in paths]
-    fields = {name: [_shown(_found(result, where)) for result in results] for name, where in _protocol(results).items()}
+    fields = {name: [_shown(_value_at(result, where)) for result in results] for name, where in _protocol(results).items()}
     fields = {name: values for name, values in fields.items() if any(values)}
     differing = {name: values for name, values in fields.items() if len(set(values)) > 1}
     metrics = {name: [_number(result, name) for result in results] for name in METRICS if any(name in r for r in results)}
@@ -98,13 +98,13 @@ def table(paths: list[str], form: str) -> str:
 
 
 def _protocol(results: list[dict]) -> dict[str, tuple[str, ...]]:
-    """PROTOCOL, and whatever else their samplers have: eta, spacing, order."""
+    """PROTOCOL, extended by the samplers' other fields, such as eta, spacing and order."""
     shown, sampler = set(PROTOCOL.values()), ("made_by", "sampler")
-    more = {key for result in results if isinstance(found := _found(result, sampler), dict) for key in found}
+    more = {key for result in results if isinstance(settings := _value_at(result, sampler), dict) for key in settings}
     return PROTOCOL | {f"sampler {key}": (*sampler, key) for key in sorted(more) if (*sampler, key) not in shown}
 
 
-def _found(result: dict, where: tuple[str, ...]) -> Any:
+def _value_at(result: dict, where: tuple[str, ...]) -> Any:
     for key in where:
         if not isinstance(result, dict) or key not in result:
             return None
@@ -129,7 +129,7 @@ def _number(result: dict, metric: str) -> str:
 
 
 def _short(paths: list[str]) -> list[str]:
-    """File names without .json, where they are all different; else the paths."""
+    """File names without .json if they are all different; otherwise the paths."""
     stems = [Path(path).stem for path in paths]
     return stems if len(set(stems)) == len(stems) else paths
 

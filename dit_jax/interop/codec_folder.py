@@ -1,6 +1,6 @@
-"""The copy of its codec that a run keeps in its own folder, so that sampling needs nothing else.
+"""Stores a copy of the codec in a run's folder, so that sampling needs nothing else.
 
-<workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, as diffusers writes an AutoencoderKL
+<workdir>/codec/   config.json and diffusion_pytorch_model.safetensors, in the format of diffusers' AutoencoderKL
 """
 
 from pathlib import Path
@@ -12,13 +12,13 @@ FOLDER = "codec"
 
 
 def keep(workdir: Path, codec, params):
-    """Writes <workdir>/codec/, at once or not at all; one that is there is left."""
+    """Writes <workdir>/codec/ atomically, unless it exists."""
     folder = workdir / FOLDER
     if params and not folder.exists():
         replace(folder, codec, params)
 
 
 def replace(folder: Path, codec, params):
-    """Writes the codec's folder anew: never half of one."""
+    """Replaces the codec's folder atomically."""
     with replacing_folder(folder) as partial:
         vae.save_diffusers(partial, codec, params)

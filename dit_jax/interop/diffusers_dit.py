@@ -1,11 +1,11 @@
-"""DiT's weights as diffusers' `DiTTransformer2DModel` stores them: the official layout under other names.
+"""Converts DiT weights between the official layout and that of diffusers' `DiTTransformer2DModel`.
 
-Two things differ beyond names: query, key and value are separate, and every block carries its own copy of the time and label
-embeddings, of which all must be equal. The order of (shift, scale, gate) is the official one. There is no position table.
+Besides the names, two things differ: query, key and value are separate, and every block has its own copy of the time and label
+embeddings, all of which must be equal. The order of (shift, scale, gate) is the official one. There is no position table.
 
-The published weights were made by renaming the official ones, and so are the ones written here. Deviations of diffusers' module
-itself, which its config cannot mend: it spaces the 256 time frequencies by 1/127 where the paper's code has 1/128, and its
-default norm_eps is 1e-5 in the MLP's norm. We compute what the paper's code does.
+The published weights were made by renaming the official ones, and so are the ones written here. diffusers' module itself
+deviates from the paper's code in ways that its config cannot fix: it spaces the 256 time frequencies by 1/127 instead of 1/128,
+and the default norm_eps of the MLP's norm is 1e-5. dit_jax computes what the paper's code does.
 """
 
 import json
@@ -23,24 +23,24 @@ from dit_jax.storage.atomic import write_json
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
 BLOCK = re.compile(r"blocks\.(\d+)\.")
-NAMES = {  # official: theirs
+NAMES = {  # official name: diffusers' name
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-COPIED_NAMES = {  # official, once: theirs, in every block under transformer_blocks.i.norm1.emb.
+COPIED_NAMES = {  # official name, stored once: diffusers' name, in every block under transformer_blocks.i.norm1.emb.
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
     "y_embedder.embedding_table": "class_embedder.embedding_table",
 }
-BLOCK_NAMES = {  # official, under blocks.i.: theirs, under transformer_blocks.i.
+BLOCK_NAMES = {  # official name under blocks.i.: diffusers' name under transformer_blocks.i.
     "adaLN_modulation.1": ("norm1.linear",),
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": ("attn1.to_out.0",),
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-CONFIG_DEFAULTS = {  # of DiTTransformer2DModel, for fields that config.json lacks
+CONFIG_DEFAULTS = {  # of DiTTransformer2DModel, for fields missing from config.json
     "num_attention_heads": 16,
     "attention_head_dim": 72,
     "in_channels": 4,
@@ -55,11 +55,14 @@ CONFIG_DEFAULTS = {  # of DiTTransformer2DModel, for fields that config.json lac
     "norm_elementwise_affine": False,
     "norm_eps": 1e-5,
 }
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is how the published DiT-XL-2 calls itself
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the published DiT-XL-2 has the second
 
 
 def names(official: str, depth: int) -> list[str]:
-    """Their names of an official tensor: one; query, key and value; a copy in each block; none for the position table."""
+    """Names in diffusers of an official tensor.
+
+    One name; three for query, key and value; one per block for copied embeddings; none for the position table.
+    """
     if official == POSITION:
         return []
     stem, kind = official.rsplit(".", 1)
@@ -71,17 +74,17 @@ def names(official: str, depth: int) -> list[str]:
 
 
 def expected(official: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, tuple[int, ...]]:
-    """Their names and shapes for official ones."""
+    """Maps official names and shapes to those of diffusers."""
     nothing = np.zeros(0)
     blank = {name: Tensor(shape, np.dtype(np.float32), lambda: nothing) for name, shape in official.items()}
     return {name: tensor.shape for name, tensor in from_official(blank, depth).items()}
 
 
 def to_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
-    """The official tensors, position table aside, from theirs, which were checked to be as `expected`.
+    """Converts diffusers' tensors, checked against `expected`, to official ones, except the position table.
 
     Raises:
-        UserError: when an embedding is read whose copies differ.
+        UserError: on reading an embedding whose copies differ.
     """
     stems = [*NAMES, *COPIED_NAMES, *(f"blocks.{i}.{name}" for i in range(depth) for name in BLOCK_NAMES)]
     official = {}
@@ -95,7 +98,7 @@ def to_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
 
 
 def from_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
-    """Their tensors from the official ones."""
+    """Converts official tensors to diffusers'."""
     theirs = {}
     for official, tensor in tensors.items():
         parts = names(official, depth)
@@ -106,25 +109,25 @@ def from_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
 
 
 def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int):
-    """A folder that `DiTTransformer2DModel.from_pretrained` reads: config.json and the weights.
+    """Writes config.json and the weights to a folder that `DiTTransformer2DModel.from_pretrained` reads.
 
     Args:
-        tensors: official ones.
+        tensors: with official names.
         sample_size: side of the network's input.
     """
     if architecture.mlp_width != 4 * architecture.width:
         raise UserError(
-            f"the MLP is {architecture.mlp_width} wide, and diffusers' module has 4 x width = "
-            f"{4 * architecture.width} only; write --to=official instead"
+            f"the MLP has width {architecture.mlp_width}, but diffusers' module supports only 4 x width = "
+            f"{4 * architecture.width}; write --to=official instead"
         )
     write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
-    # The paper's code has 1e-6 in every norm.
+    # The paper's code uses 1e-6 in every norm.
     config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
     write_json(folder / "config.json", config, indent=2)
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file of a folder, or the file itself.
+    """Returns the weights file of a folder; a file is returned unchanged.
 
     Raises:
         UserError: the folder has none.
@@ -139,7 +142,7 @@ def find_weights(path: Path) -> Path:
 
 
 def read_config(weights: Path) -> dict:
-    """config.json beside the weights, with diffusers' defaults for fields it lacks.
+    """Reads config.json in the weights' folder; missing fields get diffusers' defaults.
 
     Raises:
         UserError: it is missing, damaged, or of another class of model.
@@ -149,7 +152,7 @@ def read_config(weights: Path) -> dict:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist; it tells the number of heads and the resolution, so copy it from where "
+            f"{path} does not exist; it records the number of heads and the resolution. Copy it from where "
             f"{weights.name} came from"
         ) from None
     except (OSError, ValueError) as error:
@@ -161,7 +164,7 @@ def read_config(weights: Path) -> dict:
 
 
 def check_config(config: Mapping, architecture: Architecture, what: str):
-    """The config describes these tensors, and nothing that our network does not compute.
+    """Raises unless the config describes these tensors and a network that dit_jax computes.
 
     Raises:
         UserError: lists all fields that differ.
@@ -171,21 +174,23 @@ def check_config(config: Mapping, architecture: Architecture, what: str):
     if len(whole) < len(sizes):
         raise UserError(f"{what}: {', '.join(sizes)} are {list(sizes.values())}; whole numbers are needed")
     wanted = _config(architecture, whole["num_attention_heads"], whole["sample_size"])
-    found = {"out_channels": config.get("in_channels")} if config.get("out_channels") is None else {}
-    found = dict(config) | found
+    stored = {"out_channels": config.get("in_channels")} if config.get("out_channels") is None else {}
+    stored = dict(config) | stored
     problems = [
-        f"{name} is {found.get(name)!r}, and the tensors need {value!r}"
+        f"{name} is {stored.get(name)!r}, but the tensors need {value!r}"
         for name, value in wanted.items()
-        if found.get(name) != value
+        if stored.get(name) != value
     ]
-    if found.get("norm_eps") not in (1e-5, 1e-6):
-        problems.append(f"norm_eps is {found.get('norm_eps')!r}; it must be 1e-5 (diffusers' default) or 1e-6 (the paper's code)")
+    if stored.get("norm_eps") not in (1e-5, 1e-6):
+        problems.append(
+            f"norm_eps is {stored.get('norm_eps')!r}; it must be 1e-5 (diffusers' default) or 1e-6 (the paper's code)"
+        )
     if problems:
         raise UserError(f"{what} does not describe these weights or this network:\n  " + "\n  ".join(problems))
 
 
 def _config(architecture: Architecture, heads: int, sample_size: int) -> dict:
-    """The fields that matter to the computation, norm_eps aside."""
+    """The fields that affect the computation, except norm_eps."""
     a = architecture
     return {
         "num_attention_heads": heads,
@@ -209,7 +214,7 @@ def _third(tensor: Tensor, i: int) -> Tensor:
 
 
 def _stacked(parts: list[tuple[str, Tensor]]) -> Tensor:
-    """The parts one above another."""
+    """The parts, concatenated along the first axis."""
     tensors = [tensor for _, tensor in parts]
     rows, *rest = tensors[0].shape
     if len(tensors) == 1:
@@ -218,14 +223,14 @@ def _stacked(parts: list[tuple[str, Tensor]]) -> Tensor:
 
 
 def _same(parts: list[tuple[str, Tensor]]) -> Tensor:
-    """The one tensor that all parts are; they are compared bit by bit when it is read."""
+    """The tensor of which all parts are copies; reading it checks that they are equal bit by bit."""
     (first_name, first), *others = parts
 
     def load():
         array = first.load()
         for name, tensor in others:
             if tensor.load().tobytes() != array.tobytes():
-                raise UserError(f"{name} differs from {first_name}; one embedding for all blocks is needed, as in the paper")
+                raise UserError(f"{name} differs from {first_name}; all blocks must share one embedding, as in the paper")
         return array
 
     return Tensor(first.shape, first.dtype, load)

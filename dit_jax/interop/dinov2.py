@@ -1,10 +1,10 @@
-"""DINOv2's weights to ours: the published .pth, or what transformers' `Dinov2Model` saves; sizes are inferred.
+"""Converts DINOv2's weights, from the published .pth or from transformers' `Dinov2Model`; sizes are inferred.
 
     python -m dit_jax.convert --download=dinov2-vitl14 --out=dinov2.safetensors
     python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
     python -m dit_jax.convert --from=dinov2 --weights=model.safetensors --out=dinov2.safetensors
 
-The names in the written file are those of the .pth. The mask token, of training only, is left out.
+The written file has the names of the .pth. The mask token is dropped; only training uses it.
 """
 
 import math
@@ -17,7 +17,7 @@ from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_c
 from dit_jax.metrics.dinov2 import HEAD_WIDTH, PATCH_SIZE
 
 PATCH = "patch_embed.proj.weight"
-# Of transformers' names, by regular expression; query, key and value are joined apart.
+# Regular expressions on transformers' names; query, key and value are concatenated separately.
 FROM_TRANSFORMERS = [
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.mask_token$", "mask_token"),
@@ -35,12 +35,12 @@ QKV = r"^encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight
 
 
 def from_published(tensors: Tensors, what: str) -> Tensors:
-    """The tensors of either layout under the .pth's names, without the mask token, checked completely.
+    """Renames the tensors of either layout to the names of the .pth, checks all of them and drops the mask token.
 
     Args:
-        what: the file, for the messages.
+        what: the file, for error messages.
     Raises:
-        UserError: tensors are missing, extra or misshapen, all listed; have several dtypes; hold NaN or infinity.
+        UserError: tensors are missing, extra or misshapen (all are listed), have several dtypes, or hold NaN or infinity.
     """
     if "embeddings.cls_token" in tensors:
         tensors = _from_transformers(tensors)
@@ -49,7 +49,7 @@ def from_published(tensors: Tensors, what: str) -> Tensors:
 
 
 def _from_transformers(tensors: Tensors) -> Tensors:
-    found, joined = {}, {}
+    renamed, joined = {}, {}
     for name, tensor in tensors.items():
         match = re.match(QKV, name)
         if match:
@@ -61,12 +61,12 @@ def _from_transformers(tensors: Tensors) -> Tensors:
             if count:
                 name = new
                 break
-        found[name] = tensor
+        renamed[name] = tensor
     for name, parts in joined.items():
         ordered = [parts[part] for part in ("query", "key", "value") if part in parts]
-        if len({(part.shape[1:], part.dtype) for part in ordered}) == 1:  # else it is missing, which the check says
-            found[name] = _joined(ordered)
-    return found
+        if len({(part.shape[1:], part.dtype) for part in ordered}) == 1:  # otherwise `_check` reports it as missing
+            renamed[name] = _joined(ordered)
+    return renamed
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -75,13 +75,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def load(path) -> dict:
-    """The params of `dit_jax.metrics.dinov2.VisionTransformer` as NumPy float32, blocks stacked.
+    """Reads the params of `dit_jax.metrics.dinov2.VisionTransformer` as NumPy float32, with stacked blocks.
 
     Args:
-        path: a .safetensors as `python -m dit_jax.convert --from=dinov2` writes it.
+        path: a .safetensors written by `python -m dit_jax.convert --from=dinov2`.
     Raises:
-        UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
-            have several dtypes; hold NaN or infinity.
+        UserError: the file does not exist or is not a complete safetensors file; or tensors are missing, extra or misshapen (all
+            are listed), have several dtypes, or hold NaN or infinity.
     """
     path, tensors = open_converted(path, "DINOv2", "dinov2", "--download=dinov2-vitl14")
     if "embeddings.cls_token" in tensors:
@@ -93,13 +93,13 @@ def load(path) -> dict:
     depth = _depth(tensors)
 
     def get(name):
-        """One tensor, or where the name has an i for the block's number, all blocks'."""
+        """One tensor; if the name has an i as the block's number, the stack of all blocks' tensors."""
         if ".i." not in name:
             return tensors[name].load().astype(np.float32)
         return np.stack([get(name.replace(".i.", f".{i}.")) for i in range(depth)])
 
     def linear(name, *shape):
-        """Their [out, in] to ours, in each block of the stack; `shape` splits the axes behind the stack."""
+        """Transposes [L, out, in] to [L, in, out]; `shape` then splits the axes after the first."""
         kernel, bias = get(f"{name}.weight").swapaxes(-1, -2), get(f"{name}.bias")
         return {"kernel": kernel.reshape(depth, *shape) if shape else np.ascontiguousarray(kernel), "bias": bias}
 
@@ -110,7 +110,7 @@ def load(path) -> dict:
     heads = width // HEAD_WIDTH
     position = get("pos_embed")[0]
     grid = math.isqrt(len(position) - 1)
-    # The class token has a position of its own, registers have none.
+    # The class token has a position embedding, registers have none.
     first = [get("cls_token")[0] + position[:1]] + ([get("register_tokens")[0]] if "register_tokens" in tensors else [])
     qkv = linear("blocks.i.attn.qkv", width, 3, heads, HEAD_WIDTH)
     qkv["bias"] = qkv["bias"].reshape(depth, 3, heads, HEAD_WIDTH)
@@ -138,12 +138,12 @@ def _depth(tensors: Tensors) -> int:
 
 
 def _mlp(tensors: Tensors) -> tuple[str, str]:
-    """Names of the MLP's two layers: of the giant size, with its gate, or of the others."""
+    """Names of the MLP's two layers: gated in the giant size, plain in the others."""
     return ("w12", "w3") if "blocks.0.mlp.w12.weight" in tensors else ("fc1", "fc2")
 
 
 def _check(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
-    """The layout, {name: shape}, which the tensors have."""
+    """Checks names, shapes, dtype and finiteness of the tensors; returns the layout {name: shape}."""
     layout = _layout(tensors, what)
     check(tensors, layout, what)
     common_dtype(tensors, what)
@@ -154,7 +154,7 @@ def _check(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
 
 
 def _layout(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the network whose sizes a few of the tensors tell."""
+    """The expected {name: shape}; the network's sizes are read from a few of the tensors."""
     into, out = _mlp(tensors)
     ranks = {PATCH: 4, "pos_embed": 3, f"blocks.0.mlp.{out}.weight": 2}
     if "register_tokens" in tensors:
@@ -162,7 +162,7 @@ def _layout(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
     missing = [name for name, rank in ranks.items() if name not in tensors or len(tensors[name].shape) != rank]
     if missing:
         raise UserError(
-            f"{what} is not DINOv2: {', '.join(missing)} is missing or has another rank. It must be the published "
+            f"{what} is not DINOv2: {', '.join(missing)} is missing or has another rank. Give the published "
             ".pth, or the model.safetensors of transformers' Dinov2Model"
         )
     width, channels, patch, _ = tensors[PATCH].shape
@@ -175,24 +175,24 @@ def _layout(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
         ("a number of positions", positions, grid * grid + 1),
     ):
         if value != wanted:
-            raise UserError(f"{what} has {name} {value}, not {wanted}: not a network of DINOv2")
+            raise UserError(f"{what} has {name} {value}, not {wanted}: it is not a DINOv2 network")
     linears = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
         f"mlp.{into}": (hidden * (2 if into == "w12" else 1), width),
         f"mlp.{out}": (width, hidden),
     }
-    found = {
+    layout = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, positions, width),
         PATCH: (width, 3, PATCH_SIZE, PATCH_SIZE),
         "patch_embed.proj.bias": (width,),
     }
     if "register_tokens" in tensors:
-        found["register_tokens"] = 1, tensors["register_tokens"].shape[1], width
+        layout["register_tokens"] = 1, tensors["register_tokens"].shape[1], width
     for i in range(_depth(tensors)):
         for name, shape in linears.items():
-            found |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+            layout |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
         for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
-            found[f"blocks.{i}.{name}"] = (width,)
-    return found | {"norm.weight": (width,), "norm.bias": (width,)}
+            layout[f"blocks.{i}.{name}"] = (width,)
+    return layout | {"norm.weight": (width,), "norm.bias": (width,)}

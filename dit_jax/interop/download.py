@@ -1,6 +1,6 @@
-"""Fetches published weights: goes on where it was cut off, and checks what arrived.
+"""Downloads published weights, resumes interrupted downloads and verifies the files.
 
-Most publishers give no hash, so the first download records one beside the file, and later runs hold the file to it.
+Most publishers give no hash. The first download therefore records the hash next to the file, and later runs compare with it.
 """
 
 import http.client
@@ -24,8 +24,8 @@ class Published(NamedTuple):
     """A file on the web.
 
     Fields:
-        layout: what `convert --from` calls it.
-        sha256: in hex, whole or its beginning, as far as the publisher gives it; None where none is given.
+        layout: its name for `convert --from`.
+        sha256: hex digest or a prefix of it, as far as the publisher gives it; None if none is given.
     """
 
     url: str
@@ -55,17 +55,18 @@ PUBLISHED = {
 
 
 def download(published: Published, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """Makes `path` the published file and returns its SHA-256; a file that is there already is held to its record and kept.
+    """Downloads the published file to `path` unless it exists, verifies it and returns its SHA-256.
 
-    Without a record or a published hash nobody can tell whether it is the right one: its hash is then recorded as it is.
+    The hash is compared with the published one or else with the recorded one. If there is neither, the file cannot be verified,
+    and its hash is recorded.
 
-    Beside it: `<path>.sha256` in the form of sha256sum, and until the end `<path>.partial` with `<path>.partial.json`.
+    Also writes `<path>.sha256` in the format of sha256sum and, during the download, `<path>.partial` and `<path>.partial.json`.
 
     Args:
-        progress: called with bytes done and in all.
+        progress: called with (bytes done, total bytes).
 
     Raises:
-        UserError: no connection, or it broke; the server refused or sent something else; size or hash are wrong.
+        UserError: the connection failed or broke; the server refused or sent something else; size or hash are wrong.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,16 +75,15 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
         if not is_pt(partial):
             partial.unlink()
             raise UserError(
-                f"{published.url} sent something that is not a PyTorch file; it may have moved. Give the file with "
-                "--weights instead"
+                f"{published.url} did not send a PyTorch file; it may have moved. Give the file with --weights instead"
             )
-        found = _check(published, partial, path)
+        digest = _check(published, partial, path)
         commit(partial, path)
         partial.with_name(partial.name + ".json").unlink(missing_ok=True)
     else:
-        found = _check(published, path, path)
-    write_atomic(_record(path), f"{found}  {path.name}\n")
-    return found
+        digest = _check(published, path, path)
+    write_atomic(_record(path), f"{digest}  {path.name}\n")
+    return digest
 
 
 def _record(path: Path) -> Path:
@@ -91,26 +91,26 @@ def _record(path: Path) -> Path:
 
 
 def _check(published: Published, file: Path, path: Path) -> str:
-    """The file's hash, which must be the published or else the recorded one, if there is either."""
-    found = sha256_of(file)
-    wanted, source = published.sha256, "the published one"
+    """Returns the file's hash; raises if it differs from the published one or, without one, from the recorded one."""
+    digest = sha256_of(file)
+    wanted, source = published.sha256, "the published hash"
     if wanted is None and _record(path).exists():
-        wanted, source = _record(path).read_text().split(maxsplit=1)[0], f"the one recorded in {_record(path)}"
-    if wanted is not None and not found.startswith(wanted):
+        wanted, source = _record(path).read_text().split(maxsplit=1)[0], f"the hash recorded in {_record(path)}"
+    if wanted is not None and not digest.startswith(wanted):
         raise UserError(
-            f"{file} has the SHA-256 {found}, and {source} is {wanted}: the file is damaged or was replaced. Delete "
-            "it and run the command again (and the record too, if you trust the new file)"
+            f"{file} has the SHA-256 {digest}, but {source} is {wanted}: the file is damaged or was replaced. Delete "
+            "it and run the command again (if you trust the new file, delete the record too)"
         )
-    return found
+    return digest
 
 
 def _fetch(url: str, partial: Path, progress):
-    """Appends to `partial` what it lacks of the file at url."""
+    """Downloads the part of the file at `url` that `partial` does not have yet, and appends it."""
     state = partial.with_name(partial.name + ".json")
     have, validator = 0, ""
     if partial.exists() and state.exists():
         stored = json.loads(state.read_text())
-        if stored["url"] == url and stored["validator"]:  # else nobody knows whether the rest belongs to the same file
+        if stored["url"] == url and stored["validator"]:  # otherwise the file at the URL may have changed
             have, validator = partial.stat().st_size, stored["validator"]
             if have == stored["total"]:
                 return
@@ -118,7 +118,7 @@ def _fetch(url: str, partial: Path, progress):
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
             if response.headers.get_content_maintype() == "text":
-                raise UserError(f"{url} sent a page of text, not a file; it may have moved. Give the file with --weights instead")
+                raise UserError(f"{url} sent a text page, not a file; it may have moved. Give the file with --weights instead")
             if response.status != 206:  # the whole file: it changed, or the server cannot resume
                 have = 0
             total = _total(response, have)
@@ -126,9 +126,9 @@ def _fetch(url: str, partial: Path, progress):
             write_atomic(state, json.dumps({"url": url, "validator": validator, "total": total}))
             done = _append(response, partial, have, total, progress)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is longer than the file
+        if error.code == 416:  # the partial file is longer than the published one
             partial.unlink()
-            raise UserError(f"{partial} does not fit {url} any more and was removed; run the command again") from None
+            raise UserError(f"{partial} no longer matches {url} and was removed; run the command again") from None
         raise UserError(
             f"{url}: the server answered {error.code} {error.reason}. Try later, or give the file with --weights"
         ) from None
@@ -136,28 +136,28 @@ def _fetch(url: str, partial: Path, progress):
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise UserError(f"cannot write {partial}: {error}") from None
         reason = getattr(error, "reason", error)
-        kept = f" {partial.stat().st_size} bytes are kept; the same command goes on from there." if partial.exists() else ""
+        kept = f" {partial.stat().st_size} bytes are kept; run the command again to resume." if partial.exists() else ""
         raise UserError(
-            f"cannot download {url}: {reason}.{kept} Without a connection, fetch the file elsewhere and give it with --weights"
+            f"cannot download {url}: {reason}.{kept} Without a connection, download the file elsewhere and give it with --weights"
         ) from None
     if done != total:
-        raise UserError(f"{url}: the connection ended after {done} of {total} bytes; the same command goes on from there")
+        raise UserError(f"{url}: the connection ended after {done} of {total} bytes; run the command again to resume")
 
 
 def _total(response, have: int) -> int:
-    """Size of the whole file as the server tells it."""
+    """Total size of the file, from the response headers."""
     length = response.headers.get("Content-Length")
     if length is None:
         raise UserError(
-            f"{response.url}: the server does not tell the size, so nothing could be checked; fetch the file "
-            "elsewhere and give it with --weights"
+            f"{response.url}: the server does not report the size, so the download cannot be verified; download the "
+            "file elsewhere and give it with --weights"
         )
     if have:
         start = response.headers.get("Content-Range", "")
         if not start.startswith(f"bytes {have}-"):
             raise UserError(
-                f"{response.url}: asked for bytes from {have} on, the server sent {start!r}; delete the .partial "
-                "file and run the command again"
+                f"{response.url}: the request was for bytes from {have}, but the server sent {start!r}; delete the "
+                ".partial file and run the command again"
             )
     return have + int(length)
 

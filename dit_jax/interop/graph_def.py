@@ -1,6 +1,6 @@
 """Reads the constants of a frozen TensorFlow graph (a GraphDef, .pb) without TensorFlow.
 
-Of the protocol buffer only these fields are looked at, by their numbers in TensorFlow's graph.proto, node_def.proto,
+It reads only these fields of the protocol buffer, by their numbers in TensorFlow's graph.proto, node_def.proto,
 attr_value.proto, tensor.proto and tensor_shape.proto:
     GraphDef.node 1; NodeDef.name 1, op 2, attr 5 (a map: key 1, value 2); AttrValue.tensor 8;
     TensorProto.dtype 1, tensor_shape 2, tensor_content 4, half_val 13, float_val 5, double_val 6;
@@ -17,34 +17,34 @@ from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-FLOATS: dict[int, np.dtype] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2")}  # DataType's numbers
-VALUES = {1: 5, 2: 6}  # field of TensorProto with the numbers, where they are not in tensor_content
+FLOATS: dict[int, np.dtype] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2")}  # by DataType's numbers
+VALUES = {1: 5, 2: 6}  # field of TensorProto that has the values if tensor_content is empty
 LARGEST_RANK = 8
 
 
 def read_constants(path: Path) -> dict[str, Tensor]:
-    """{node name: tensor} of all floating constants of the graph; those of other types, and other nodes, are left out.
+    """Reads all floating-point constants of the graph, {node name: tensor}; other types and other nodes are skipped.
 
     Raises:
-        UserError: it is no GraphDef, is cut short, or holds a constant whose numbers do not fill its shape.
+        UserError: the file is not a GraphDef, is truncated, or has a constant whose values do not fill its shape.
     """
     content = memoryview(path.read_bytes())
     try:
-        found, nodes = {}, [_fields(value) for number, kind, value in _walk(content) if (number, kind) == (1, BYTES)]
+        constants, nodes = {}, [_fields(value) for number, kind, value in _walk(content) if (number, kind) == (1, BYTES)]
         for node in nodes:
             if bytes(_last(node, 2, b"")) == b"Const":
                 name = bytes(_last(node, 1, b"")).decode()
                 tensor = _tensor(name, node)
                 if tensor is not None:
-                    found[name] = tensor
+                    constants[name] = tensor
     except (ValueError, IndexError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{path} is not a whole frozen TensorFlow graph ({error}); give classify_image_graph_def.pb, unpacked, "
+            f"{path} is not a complete frozen TensorFlow graph ({error}); give the unpacked classify_image_graph_def.pb, "
             "or download it again"
         ) from None
-    if not found:
-        raise UserError(f"{path} is no frozen TensorFlow graph with constants; give classify_image_graph_def.pb, unpacked")
-    return found
+    if not constants:
+        raise UserError(f"{path} is not a frozen TensorFlow graph with constants; give the unpacked classify_image_graph_def.pb")
+    return constants
 
 
 def _tensor(name: str, node) -> Tensor | None:
@@ -65,7 +65,7 @@ def _tensor(name: str, node) -> Tensor | None:
     dtype = FLOATS[kind]
     data = b"".join(proto.get(4, ())) or _values(proto, kind, dtype)
     size = math.prod(shape)
-    if len(data) == dtype.itemsize < size * dtype.itemsize:  # one number stands for all
+    if len(data) == dtype.itemsize < size * dtype.itemsize:  # one value for all elements
         data = bytes(data) * size if size <= 1 << 24 else data
     if len(data) != size * dtype.itemsize:
         raise ValueError(f"the constant {name} of shape {list(shape)} has {len(data)} bytes")
@@ -73,7 +73,7 @@ def _tensor(name: str, node) -> Tensor | None:
 
 
 def _values(proto, kind: int, dtype) -> bytes:
-    """float_val or double_val, packed or one by one."""
+    """float_val or double_val, packed or repeated."""
     if kind not in VALUES:
         return b""
     return b"".join(bytes(value) for value in proto.get(VALUES[kind], ()))
@@ -81,10 +81,10 @@ def _values(proto, kind: int, dtype) -> bytes:
 
 def _fields(message) -> dict[int, list]:
     """{field number: its values in order}."""
-    found = {}
+    fields = {}
     for number, _, value in _walk(message):
-        found.setdefault(number, []).append(value)
-    return found
+        fields.setdefault(number, []).append(value)
+    return fields
 
 
 def _last(fields, number: int, default):
@@ -92,7 +92,7 @@ def _last(fields, number: int, default):
 
 
 def _walk(message) -> Iterator[tuple[int, int, int | memoryview]]:
-    """(field number, wire type, value) of a message: an int for a varint, the bytes of every other kind."""
+    """Yields (field number, wire type, value) of a message; the value is an int for a varint, bytes for other types."""
     message, place = memoryview(message), 0
     while place < len(message):
         key, place = _varint(message, place)

@@ -1,11 +1,11 @@
-"""Weights of the Inception-v3 of FID: pytorch-fid's port, or the TensorFlow graph that it was made of, to ours.
+"""Converts the weights of FID's Inception-v3, from pytorch-fid's port or from the original TensorFlow graph.
 
     python -m dit_jax.convert --download=inception --out=inception.safetensors
     python -m dit_jax.convert --from=inception --weights=pt_inception-2015-12-05-6726825d.pth --out=inception.safetensors
     python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
 
-torch-fidelity's file holds the same tensors under the same names, which the written file keeps. The graph is in
-http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and is ADM's too.
+torch-fidelity's file has the same tensors under the same names. The written file keeps these names. The graph is in
+http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; ADM uses the same one.
 """
 
 from pathlib import Path
@@ -23,16 +23,16 @@ NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "runni
 
 
 def _convolutions() -> dict[str, tuple[str, Conv, int]]:
-    """{name in the port: (name in the graph, convolution, channels of its input)}."""
-    found, channels, number = {}, 3, 0
+    """All convolutions, {name in the port: (name in the graph, convolution, channels of its input)}."""
+    convolutions, channels, number = {}, 3, 0
     for name, conv in STEM.items():
         if conv is not None:
-            found[name] = _numbered("conv", number), conv, channels
+            convolutions[name] = _numbered("conv", number), conv, channels
             channels, number = conv.features, number + 1
     for index, (name, block) in enumerate(BLOCKS.items()):
         before, channels, towers = channels, 0, 0
         for branch, chain in block.branches.items():
-            # The graph puts a lone convolution into the block itself, and what is longer, or pooled, into a tower.
+            # In the graph a single convolution belongs to the block itself; longer or pooled branches are towers.
             place = _numbered("mixed", index)
             if len(chain) > 1 or branch == "branch_pool":
                 place, towers = f"{place}/{_numbered('tower', towers)}", towers + 1
@@ -40,10 +40,10 @@ def _convolutions() -> dict[str, tuple[str, Conv, int]]:
             for link_number, (link, ports) in enumerate(zip(chain, names(branch, chain), strict=True)):
                 for side, (conv, port) in enumerate(zip(link, ports, strict=True)):
                     graph = _numbered("conv", link_number) if len(link) == 1 else f"mixed/{_numbered('conv', side)}"
-                    found[f"{name}.{port}"] = f"{place}/{graph}", conv, width
+                    convolutions[f"{name}.{port}"] = f"{place}/{graph}", conv, width
                 width = sum(conv.features for conv in link)
             channels += width
-    return found
+    return convolutions
 
 
 def _numbered(name: str, number: int) -> str:
@@ -54,56 +54,56 @@ CONVOLUTIONS = _convolutions()
 
 
 def _layout() -> dict[str, tuple[int, ...]]:
-    """{tensor of the port: shape}."""
-    found: dict[str, tuple[int, ...]] = {}
+    """All tensors of the port, {name: shape}."""
+    layout: dict[str, tuple[int, ...]] = {}
     for name, (_, conv, channels) in CONVOLUTIONS.items():
-        found[f"{name}.conv.weight"] = conv.features, channels, conv.height, conv.width
-        found |= {f"{name}.bn.{part}": (conv.features,) for part in NORM}
-    return found | {"fc.weight": (CLASSES, FEATURES), "fc.bias": (CLASSES,)}
+        layout[f"{name}.conv.weight"] = conv.features, channels, conv.height, conv.width
+        layout |= {f"{name}.bn.{part}": (conv.features,) for part in NORM}
+    return layout | {"fc.weight": (CLASSES, FEATURES), "fc.bias": (CLASSES,)}
 
 
 LAYOUT = _layout()
 
 
 def from_port(tensors: Tensors, what: str) -> Tensors:
-    """The state dict of pytorch-fid's or torch-fidelity's network, checked completely.
+    """Checks all tensors of pytorch-fid's or torch-fidelity's state dict and returns them.
 
-    `num_batches_tracked`, a count from training that newer files carry, is left out.
+    `num_batches_tracked`, a training counter in newer files, is dropped.
 
     Args:
-        what: the file, for the messages.
+        what: the file, for error messages.
     Raises:
-        UserError: tensors are missing, extra or misshapen, all listed; have several dtypes; hold what no network can have.
+        UserError: tensors are missing, extra or misshapen (all are listed), have several dtypes, or hold impossible values.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bn.num_batches_tracked")}
     if "fc.weight" in kept and kept["fc.weight"].shape == (1000, FEATURES):
         raise UserError(
-            f"{what} is torchvision's Inception-v3, with 1000 classes: FID needs the network of 2015 with {CLASSES}; "
-            "python -m dit_jax.convert --download=inception fetches it"
+            f"{what} is torchvision's Inception-v3, with 1000 classes. FID needs the network of 2015 with {CLASSES}; "
+            "download it with python -m dit_jax.convert --download=inception"
         )
     _check(kept, what)
     return {name: kept[name] for name in LAYOUT}
 
 
 def from_graph(path: Path) -> Tensors:
-    """The TensorFlow graph's constants under the port's names, in its layout; the same bits as the port's.
+    """Reads the TensorFlow graph's constants with the port's names and layout; equal to the port's bit for bit.
 
     Raises:
-        UserError: it is no frozen graph; or as `from_port`.
+        UserError: the file is not a frozen graph; or as `from_port`.
     """
     constants = read_constants(path)
-    found: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}  # and the axes of the port in those of the graph
+    tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}  # and the axes of the port in those of the graph
     for name, (graph, *_) in CONVOLUTIONS.items():
-        found[f"{name}.conv.weight"] = constants.pop(f"{graph}/conv2d_params", None), (3, 2, 0, 1)  # HWIO to OIHW
+        tensors[f"{name}.conv.weight"] = constants.pop(f"{graph}/conv2d_params", None), (3, 2, 0, 1)  # HWIO to OIHW
         for part, theirs in NORM.items():
-            found[f"{name}.bn.{part}"] = constants.pop(f"{graph}/batchnorm/{theirs}", None), (0,)
-    found["fc.weight"] = constants.pop("softmax/weights", None), (1, 0)
-    found["fc.bias"] = constants.pop("softmax/biases", None), (0,)
-    # Scalars, of the input's range and the like, are no weights.
+            tensors[f"{name}.bn.{part}"] = constants.pop(f"{graph}/batchnorm/{theirs}", None), (0,)
+    tensors["fc.weight"] = constants.pop("softmax/weights", None), (1, 0)
+    tensors["fc.bias"] = constants.pop("softmax/biases", None), (0,)
+    # Scalars (such as the input's range) are not weights.
     extra = {name: tensor for name, tensor in constants.items() if tensor.shape}
     kept = {
         name: _transposed(tensor, order)
-        for name, (tensor, order) in found.items()
+        for name, (tensor, order) in tensors.items()
         if tensor is not None and len(tensor.shape) == len(order)
     }
     _check(kept | extra, str(path))
@@ -116,15 +116,15 @@ def _transposed(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def load(path) -> dict:
-    """The params of `dit_jax.metrics.inception.InceptionV3` as NumPy float32.
+    """Reads the params of `dit_jax.metrics.inception.InceptionV3` as NumPy float32.
 
-    Batch norms are folded into kernel and bias, in float64. The classifier's bias stays behind: no metric adds it.
+    Batch norms are folded into kernel and bias, in float64. The classifier's bias is dropped, because no metric uses it.
 
     Args:
-        path: a .safetensors as `python -m dit_jax.convert --from=inception` writes it.
+        path: a .safetensors written by `python -m dit_jax.convert --from=inception`.
     Raises:
-        UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
-            have several dtypes; hold what no network can have.
+        UserError: the file does not exist or is not a complete safetensors file; or tensors are missing, extra or misshapen (all
+            are listed), have several dtypes, or hold impossible values.
     """
     path, tensors = open_converted(path, "Inception-v3", "inception", "--download=inception")
     _check(tensors, str(path))
@@ -155,4 +155,6 @@ def _check(tensors: Tensors, what: str):
         if not np.isfinite(array).all():
             raise UserError(f"{what}: {name} holds NaN or infinity; download or write the file again")
         if name.endswith("running_var") and array.min() < 0:
-            raise UserError(f"{what}: {name} holds {array.min()}; a variance is not negative; download or write the file again")
+            raise UserError(
+                f"{what}: {name} holds {array.min()}, but a variance cannot be negative; download or write the file again"
+            )

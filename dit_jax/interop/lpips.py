@@ -1,13 +1,15 @@
-"""LPIPS's weights: the state dict of the `lpips` package to ours. The file is made once, where PyTorch is:
+"""Converts LPIPS's weights from the state dict of the `lpips` package.
+
+Write the state dict once, on a machine with PyTorch:
 
     import lpips, torch  # pip install lpips; it downloads torchvision's VGG16, 528 MB
     torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.pt")
 
-and converted to a .safetensors of 59 MB, for which PyTorch is not needed:
+Convert it to a .safetensors of 59 MB; this does not need PyTorch:
 
     python -m dit_jax.convert --from=lpips --to=dit_jax --weights=lpips_vgg.pt --out=lpips.safetensors
 
-The names in it stay those of the package.
+The written file keeps the names of the package.
 """
 
 from typing import Any
@@ -23,7 +25,10 @@ ALEXNET_FIRST = (64, 3, 11, 11)
 
 
 def _layout() -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """{their name: (our keys, their shape)}; a convolution's number is its place in torchvision's vgg16().features."""
+    """{name in the package: (keys in our params, shape in the package)}.
+
+    A convolution's number is its index in torchvision's vgg16().features.
+    """
     layout: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     layout |= {f"scaling_layer.{name}": (("scaling", name), (1, 3, 1, 1)) for name in ("shift", "scale")}
     place, before = 0, 3
@@ -32,8 +37,8 @@ def _layout() -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
             theirs, ours = f"net.slice{stage}.{place}", f"conv{stage}_{layer}"
             layout[f"{theirs}.weight"] = (ours, "kernel"), (width, before, 3, 3)
             layout[f"{theirs}.bias"] = (ours, "bias"), (width,)
-            place, before = place + 2, width  # a ReLU follows
-        place += 1  # and a pooling
+            place, before = place + 2, width  # skips the ReLU
+        place += 1  # skips the pooling
         layout[f"lin{stage - 1}.model.1.weight"] = (f"lin{stage}",), (1, before, 1, 1)
     return layout
 
@@ -42,16 +47,16 @@ LAYOUT = _layout()
 
 
 def from_package(tensors: Tensors, what: str) -> Tensors:
-    """The package's state dict without its second copy of the linear layers (`lins.`), checked completely.
+    """Checks all tensors of the package's state dict and drops its second copy of the linear layers (`lins.`).
 
     Args:
-        what: the file, for the messages.
+        what: the file, for error messages.
     Raises:
-        UserError: tensors are missing, extra or misshapen, all listed; have several dtypes; hold what LPIPS cannot have.
+        UserError: tensors are missing, extra or misshapen (all are listed), have several dtypes, or hold impossible values.
     """
     first = tensors.get("net.slice1.0.weight")
     if first is not None and first.shape == ALEXNET_FIRST:
-        raise UserError(f"{what} is LPIPS with AlexNet, the default of the package; {REMEDY}")
+        raise UserError(f"{what} is LPIPS with AlexNet, the package's default, but VGG is needed; {REMEDY}")
     kept = {}
     for name, tensor in tensors.items():
         original = tensors.get(name.replace("lins.", "lin", 1))
@@ -64,13 +69,13 @@ def from_package(tensors: Tensors, what: str) -> Tensors:
 
 
 def load(path) -> dict:
-    """The params of `dit_jax.codecs.perceptual.lpips` as NumPy arrays in the file's dtype.
+    """Reads the params of `dit_jax.codecs.perceptual.lpips` as NumPy arrays in the file's dtype.
 
     Args:
-        path: a .safetensors with the names of the lpips package, as `python -m dit_jax.convert --from=lpips` writes it.
+        path: a .safetensors with the names of the lpips package, written by `python -m dit_jax.convert --from=lpips`.
     Raises:
-        UserError: there is no such file; it is no whole safetensors; tensors are missing, extra or misshapen, all listed;
-            have several dtypes; hold what LPIPS cannot have.
+        UserError: the file does not exist or is not a complete safetensors file; or tensors are missing, extra or misshapen (all
+            are listed), have several dtypes, or hold impossible values.
     """
     path, tensors = open_converted(path, "LPIPS", "lpips", "--from=lpips --weights=lpips_vgg.pt")
     _check(tensors, str(path))
@@ -94,6 +99,6 @@ def _check(tensors: Tensors, what: str):
         if not np.isfinite(array).all():
             raise UserError(f"{what}: {name} holds NaN or infinity; {REMEDY}")
         if name.startswith("lin") and array.min() < 0:
-            raise UserError(f"{what}: {name} holds {array.min()}; a distance has no negative weights; {REMEDY}")
+            raise UserError(f"{what}: {name} holds {array.min()}, but LPIPS's weights cannot be negative; {REMEDY}")
         if name == "scaling_layer.scale" and array.min() <= 0:
-            raise UserError(f"{what}: {name} holds {array.min()}, and is divided by; {REMEDY}")
+            raise UserError(f"{what}: {name} holds {array.min()}, but the scale is a divisor and must be positive; {REMEDY}")

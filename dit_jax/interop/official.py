@@ -1,8 +1,8 @@
-"""DiT's weights under the names and shapes of the paper's code, which SiT's and most others' share.
+"""Converts DiT weights to and from the layout of the paper's code, which SiT and most other code bases share.
 
-D width, L depth, C channels, p patch, N tokens.  A linear layer's weight is [out, in] there and [in, ...] here; their blocks
-are separate and ours one stack; their patch embedding is a convolution [D, C, p, p] and ours a matrix [p p C, D]; they store
-the position table and we compute it.
+D width, L depth, C channels, p patch, N tokens.  A linear layer's weight is [out, in] in the official layout and [in, ...] in
+ours. Official blocks are separate; ours are one stack. The official patch embedding is a convolution [D, C, p, p]; ours is a
+matrix [p p C, D]. The official layout stores the position table; ours computes it.
 """
 
 import math
@@ -19,7 +19,7 @@ from dit_jax.interop.tensors import Tensor, Tensors, common_dtype
 from dit_jax.models.position import sincos_2d
 
 PATCH, TABLE, POSITION = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"
-NAMES = {  # ours: theirs
+NAMES = {  # our path: official name
     "patch_embedding/kernel": PATCH,
     "patch_embedding/bias": "x_embedder.proj.bias",
     "time_embedding/in/kernel": "t_embedder.mlp.0.weight",
@@ -32,7 +32,7 @@ NAMES = {  # ours: theirs
     "final/linear/kernel": "final_layer.linear.weight",
     "final/linear/bias": "final_layer.linear.bias",
 }
-BLOCK_NAMES = {  # ours, stacked under blocks/: theirs, of block i under blocks.i.
+BLOCK_NAMES = {  # our path under blocks/, stacked: official name under blocks.i. of block i
     "modulation/linear/kernel": "adaLN_modulation.1.weight",
     "modulation/linear/bias": "adaLN_modulation.1.bias",
     "attention/qkv/kernel": "attn.qkv.weight",
@@ -44,11 +44,11 @@ BLOCK_NAMES = {  # ours, stacked under blocks/: theirs, of block i under blocks.
     "mlp/out/kernel": "mlp.fc2.weight",
     "mlp/out/bias": "mlp.fc2.bias",
 }
-Shapes = Mapping[str, tuple[int, ...]]  # our paths, joined with "/", and shapes
+Shapes = Mapping[str, tuple[int, ...]]  # our parameters: {path joined with "/": shape}
 
 
 class Architecture(NamedTuple):
-    """What the tensors tell of a network; the number of heads is not among it."""
+    """The sizes of a network that its tensors determine; the number of heads is not one of them."""
 
     patch_size: int
     depth: int
@@ -61,11 +61,11 @@ class Architecture(NamedTuple):
 
 
 def infer(tensors: Tensors, what: str, rename: Callable[[str], str] = str, block_prefix: str = "blocks") -> Architecture:
-    """Reads the sizes off the tensors in which they show; whether the others fit is for `tensors.check` to say.
+    """Infers a network's sizes from the shapes of a few tensors; `tensors.check` checks the others.
 
     Args:
-        rename: official name -> the name in this file.
-        block_prefix: what stands before the number of a block.
+        rename: official name -> name in this file.
+        block_prefix: text before the number of a block.
 
     Raises:
         UserError: those tensors are missing or misshapen, the dtypes differ, or the sizes fit no DiT.
@@ -77,7 +77,7 @@ def infer(tensors: Tensors, what: str, rename: Callable[[str], str] = str, block
     bad = [name for name, rank in ranks.items() if name not in tensors or len(tensors[name].shape) != rank]
     if bad:
         raise UserError(
-            f"{what} is no DiT in this layout: {', '.join(bad)} missing or of another rank. It has "
+            f"{what} is not a DiT in this layout: {', '.join(bad)} missing or of another rank. It has "
             f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}, ..."
         )
     (width, channels, patch, patch_2), (rows, _), (mlp_width, _), (features, _) = (tensors[name].shape for name in ranks)
@@ -86,9 +86,9 @@ def infer(tensors: Tensors, what: str, rename: Callable[[str], str] = str, block
     out_channels, rest = divmod(features, patch * patch)
     if patch != patch_2 or rest or out_channels not in (channels, 2 * channels) or rows < 2 or depth > len(tensors):
         raise UserError(
-            f"{what} is no DiT: patches {patch} x {patch_2}, {channels} channels in, {features} features out, "
-            f"{rows} rows in the label table, {depth} blocks; square patches, out = p p C or 2 p p C, 2 rows or "
-            "more, and all the blocks are needed"
+            f"{what} is not a DiT: patches {patch} x {patch_2}, {channels} channels in, {features} features out, "
+            f"{rows} rows in the label table, {depth} blocks; a DiT has square patches, p p C or 2 p p C features "
+            "out, at least 2 rows and all of its blocks"
         )
     return Architecture(patch, depth, width, mlp_width, rows - 1, channels, out_channels, common_dtype(tensors, what))
 
@@ -97,7 +97,7 @@ def grid_side(tensors: Tensors, what: str) -> int:
     """Tokens per side, from the length of the position table.
 
     Raises:
-        UserError: there is none, or it is not that of a square.
+        UserError: the table is missing, or its length is not a square.
     """
     shape = tensors[POSITION].shape if POSITION in tensors else ()
     side = math.isqrt(shape[1]) if len(shape) == 3 else 0
@@ -107,10 +107,10 @@ def grid_side(tensors: Tensors, what: str) -> int:
 
 
 def check_position(tensor: Tensor, what: str):
-    """The stored position table is the one that the network computes, to 1e-5 or its dtype's precision.
+    """Raises unless the stored position table equals the one that our network computes, to 1e-5 or its dtype's precision.
 
     Raises:
-        UserError: it is another, trained or interpolated perhaps: such a network is not ours.
+        UserError: it differs, for example because it was trained or interpolated; our network does not support that.
     """
     _, tokens, width = tensor.shape
     side = math.isqrt(tokens)
@@ -118,12 +118,12 @@ def check_position(tensor: Tensor, what: str):
     if not error <= max(1e-5, float(jnp.finfo(tensor.dtype).eps)):
         raise UserError(
             f"{what}: {POSITION} differs by {error:.3g} from the sine-cosine table of a {side} x {side} grid; "
-            "this network has no other positions"
+            "other position embeddings are not supported"
         )
 
 
 def check_kind(shapes: Shapes):
-    """The network is of the one kind that the layout has names for.
+    """Raises unless the layout can represent the network: class-conditional, with adaLN-Zero blocks.
 
     Raises:
         UserError: it has other conditioning blocks than adaLN-Zero, or no classes.
@@ -132,27 +132,27 @@ def check_kind(shapes: Shapes):
     if shapes.keys() != known or shapes["blocks/modulation/linear/bias"][1] != 6:
         differ = ", ".join(sorted(shapes.keys() ^ known)) or "4 modulation vectors instead of 6"
         raise UserError(
-            "the layouts of the paper's code and of diffusers hold class-conditional networks with "
-            f"model.conditioning = adaln_zero only, and this one differs: {differ}"
+            "the layouts of the paper's code and of diffusers can only hold class-conditional networks with "
+            f"model.conditioning = adaln_zero; this one differs: {differ}"
         )
 
 
 def expected(shapes: Shapes, patch_size: int, side: int) -> dict[str, tuple[int, ...]]:
-    """Their names and shapes for a network with our parameters' shapes.
+    """Official names and shapes of a network, from the shapes of our parameters.
 
     Raises:
         UserError: what `check_kind` refuses.
     """
     check_kind(shapes)
-    found = {}
+    layout = {}
     for path, shape in shapes.items():
         for name, part in _parts(path, shape):
-            found[name] = _their_shape(path, part, patch_size)
-    return found | {POSITION: (1, side * side, shapes["patch_embedding/bias"][-1])}
+            layout[name] = _their_shape(path, part, patch_size)
+    return layout | {POSITION: (1, side * side, shapes["patch_embedding/bias"][-1])}
 
 
 def to_ours(tensors: Tensors, shapes: Shapes) -> dict[str, Tensor]:
-    """Our parameters, each read when asked for, from tensors that were checked to be as `expected`.
+    """Converts official tensors, checked against `expected`, to our parameters; each is read lazily.
 
     Args:
         shapes: of our parameters.
@@ -161,13 +161,13 @@ def to_ours(tensors: Tensors, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
-    """Their tensors from ours, with the position table, each read when asked for.
+    """Converts our parameters to official tensors, including the position table; each is read lazily.
 
     Raises:
-        UserError: the network has parts that the layout has no names for.
+        UserError: the network has parts that the layout cannot represent.
     """
     check_kind({path: tensor.shape for path, tensor in ours.items()})
-    read = lru_cache(maxsize=1)(lambda path: ours[path].load())  # the blocks of a stack are asked for one after another
+    read = lru_cache(maxsize=1)(lambda path: ours[path].load())  # the blocks of a stack are read one after another
     theirs = {}
     for path, tensor in ours.items():
         for i, (name, part) in enumerate(_parts(path, tensor.shape)):
@@ -183,7 +183,7 @@ def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
 
 
 def _parts(path: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """[(their name, shape of our part)]: one, or one for each block of a stack."""
+    """[(official name, shape of our part)]: one entry, or one for each block of a stack."""
     if path in NAMES:
         return [(NAMES[path], shape)]
     name = BLOCK_NAMES[path.removeprefix("blocks/")]
@@ -194,7 +194,7 @@ def _their_shape(path: str, shape: tuple[int, ...], patch_size: int) -> tuple[in
     if path == "patch_embedding/kernel":
         return shape[1], shape[0] // patch_size**2, patch_size, patch_size
     if path.endswith("kernel"):
-        inputs = 2 if path.endswith("attention/out/kernel") else 1  # leading axes of our kernel that are summed over
+        inputs = 2 if path.endswith("attention/out/kernel") else 1  # contracted leading axes of our kernel
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
     return shape if path.endswith("embedding") else (math.prod(shape),)
 

@@ -1,8 +1,8 @@
-"""Reads PyTorch's .pt files without PyTorch, and without running anything that is in them.
+"""Reads PyTorch's .pt files without PyTorch and without executing code in them.
 
-A .pt is a pickle, and a pickle is a program that may call any function by name. This reader knows six names (rebuilding
-tensors and parameters, OrderedDict, argparse.Namespace, storage types) and refuses every other. Numbers are read when asked
-for. Both of PyTorch's formats: the zip archive (since 1.6) and the plain stream before it.
+A .pt is a pickle, and a pickle is a program that may call any function by name. This reader allows six names (functions that
+rebuild tensors and parameters, OrderedDict, argparse.Namespace, storage types) and refuses all others. Values are read lazily.
+It reads both of PyTorch's formats: the zip archive (since 1.6) and the older stream.
 """
 
 import mmap
@@ -35,7 +35,7 @@ STORAGES = {
 }
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_START = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # that number, pickled
+LEGACY_START = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # LEGACY_MAGIC, pickled
 LEGACY_PROTOCOL = 1001
 
 
@@ -47,11 +47,11 @@ class Storage(NamedTuple):
     load: Callable[[], bytes | memoryview]
 
 
-# What a pickle can get hold of below takes no attributes: it could otherwise change this module through BUILD.
+# Objects that a pickle can reference must not accept attributes: it could otherwise modify this module through BUILD.
 
 
 class StorageType(NamedTuple):
-    """Stands in for torch.FloatStorage and its like."""
+    """Stands in for torch.FloatStorage and similar classes."""
 
     dtype: np.dtype
 
@@ -69,28 +69,28 @@ class Plain(dict):
     """Stands in for OrderedDict."""
 
     def __setstate__(self, state):
-        pass  # a state_dict carries `_metadata` here, which no reader needs
+        pass  # drops the `_metadata` of a state_dict
 
 
 class Namespace:
-    """Stands in for argparse.Namespace, the options that a training checkpoint carries; its content is dropped."""
+    """Stands in for argparse.Namespace, the options in a training checkpoint; its content is dropped."""
 
     def __setstate__(self, state):
         pass
 
 
 def is_pt(path: Path) -> bool:
-    """True if the file begins as one of the two formats does; says nothing about the rest."""
+    """Whether the file starts like one of the two formats; the rest is not checked."""
     with open(path, "rb") as file:
         start = file.read(len(LEGACY_START))
     return start.startswith(ZIP_MAGIC) or start == LEGACY_START
 
 
 def read(path: Path):
-    """What was saved: dicts, lists, tuples, numbers and strings, with a `Tensor` for each tensor.
+    """Reads the saved object: dicts, lists, tuples, numbers and strings, with a `Tensor` for each tensor.
 
     Raises:
-        UserError: the file is damaged or cut short, or asks for anything but tensors and plain containers.
+        UserError: the file is damaged or truncated, or references anything but tensors and plain containers.
     """
     try:
         with open(path, "rb") as file:
@@ -100,7 +100,7 @@ def read(path: Path):
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle or archive raises almost anything
         raise UserError(
-            f"{path} is not a whole PyTorch file ({type(error).__name__}: {error}); download or write it again"
+            f"{path} is not a complete PyTorch file ({type(error).__name__}: {error}); download or write it again"
         ) from error
 
 
@@ -109,7 +109,7 @@ def _read_zip(path: Path):
     members = {member.filename: member for member in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
-        raise UserError(f"a zip archive with {len(roots)} members */data.pkl; PyTorch writes exactly one")
+        raise UserError(f"the zip archive has {len(roots)} members */data.pkl; PyTorch writes exactly one")
     root = roots[0]
 
     def member(name) -> zipfile.ZipInfo:
@@ -118,17 +118,17 @@ def _read_zip(path: Path):
         if members[name].compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{name} is compressed, which PyTorch never does")
         if members[name].file_size > path.stat().st_size:
-            raise UserError(f"{name} claims {members[name].file_size} bytes, more than the whole file has")
+            raise UserError(f"{name} claims {members[name].file_size} bytes, more than the size of the file")
         return members[name]
 
     if f"{root}byteorder" in members and archive.read(member(f"{root}byteorder")) != b"little":
         raise UserError("was written on a big-endian machine; save it again on a little-endian one")
-    read_member = lru_cache(maxsize=1)(archive.read)  # tensors that share a storage follow each other; checks the CRC
+    read_member = lru_cache(maxsize=1)(archive.read)  # tensors that share a storage are adjacent; checks the CRC
 
     def storage(dtype, key, size):
         info = member(f"{root}data/{key}")
         if info.file_size != size * dtype.itemsize:
-            raise UserError(f"{info.filename} has {info.file_size} bytes, and {size} x {dtype} need {size * dtype.itemsize}")
+            raise UserError(f"{info.filename} has {info.file_size} bytes, but {size} x {dtype} need {size * dtype.itemsize}")
         return Storage(dtype, size, partial(_read_stored, path, read_member, info))
 
     return _unpickle(BytesIO(archive.read(member(f"{root}data.pkl"))), storage)
@@ -145,7 +145,7 @@ def _read_legacy(path: Path):
     with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if _unpickle(content) != LEGACY_MAGIC or _unpickle(content) != LEGACY_PROTOCOL:
-        raise UserError("is neither of PyTorch's formats (a zip archive, or the stream written before 1.6)")
+        raise UserError("is in neither of PyTorch's formats (a zip archive, or the stream written before 1.6)")
     if not _unpickle(content)["little_endian"]:
         raise UserError("was written on a big-endian machine; save it again on a little-endian one")
 
@@ -153,10 +153,10 @@ def _read_legacy(path: Path):
     places: dict[str, slice] = {}
 
     def storage(dtype, key, size):
-        found = storages.setdefault(key, Storage(dtype, size, lambda: memoryview(content)[places[key]]))
-        if found[:2] != (dtype, size):
-            raise UserError(f"storage {key} is described twice, as {found[:2]} and as {(dtype, size)}")
-        return found
+        entry = storages.setdefault(key, Storage(dtype, size, lambda: memoryview(content)[places[key]]))
+        if entry[:2] != (dtype, size):
+            raise UserError(f"storage {key} is described twice, as {entry[:2]} and as {(dtype, size)}")
+        return entry
 
     result = _unpickle(content, storage)
     for key in _unpickle(content):
@@ -165,27 +165,27 @@ def _read_legacy(path: Path):
         start, end = content.tell(), content.tell() + size * dtype.itemsize
         if stored != size or end > len(content):
             raise UserError(
-                f"storage {key} has {stored} numbers in a file of {len(content)} bytes, and {size} x {dtype} from "
+                f"storage {key} has {stored} values in a file of {len(content)} bytes, but {size} x {dtype} from "
                 f"byte {start} on are needed"
             )
         places[key] = slice(start, end)
         content.seek(end)
     if places.keys() != storages.keys():
-        raise UserError(f"the numbers of {len(storages.keys() - places.keys())} storages are missing")
+        raise UserError(f"the values of {len(storages.keys() - places.keys())} storages are missing")
     return result
 
 
 def _unpickle(file, storage=None):
-    """The next pickle of a file; leaves the file after it.
+    """Reads the next pickle of a file and leaves the file position after it.
 
     storage: (dtype, key, size) -> Storage.
     """
     start = file.tell()
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name.startswith("EXT"):
-            raise UserError("asks for a registered extension, which is refused")
+            raise UserError("references a registered extension, which is refused")
         if "PUT" in opcode.name and argument is not None and int(argument) > 10_000_000:
-            raise UserError(f"asks for memory for {argument} references, which is refused")
+            raise UserError(f"needs memory for {argument} references, which is refused")
     end = file.tell()
     file.seek(start)
     return _Unpickler(BytesIO(file.read(end - start)), storage).load()
@@ -201,8 +201,8 @@ class _Unpickler(pickle.Unpickler):
             return StorageType(np.dtype(STORAGES[name]))
         if (module, name) not in GLOBALS:
             raise UserError(
-                f"asks for {module}.{name}, which is refused: a weights file needs tensors, plain containers and "
-                "argparse.Namespace only. If you trust its origin, load it in PyTorch and save its state_dict"
+                f"references {module}.{name}, which is refused: a weights file needs only tensors, plain containers and "
+                "argparse.Namespace. If you trust its origin, load it in PyTorch and save its state_dict"
             )
         return GLOBALS[module, name]
 
@@ -215,12 +215,12 @@ class _Unpickler(pickle.Unpickler):
 
 def _whole(what, value) -> int:
     if type(value) is not int or value < 0:
-        raise UserError(f"has {what} {value!r}, not a whole number of at least 0")
+        raise UserError(f"has {what} {value!r}, not an integer of at least 0")
     return value
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
-    """A view of a storage; refused before anything is allocated if it does not lie inside."""
+    """A view of a storage; views that exceed the storage are refused before anything is allocated."""
     if not isinstance(storage, Storage):
         raise UserError(f"has a tensor over {type(storage).__name__}, not over a storage")
     offset = _whole("offset", offset)
@@ -229,14 +229,16 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
     for n in shape:
         numbers *= n
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if numbers else 0
-    # A view may repeat numbers (stride 0); a tensor larger than its storage is no weight and could be of any size.
+    # A view may repeat values (stride 0). A tensor larger than its storage is not a weight and could have any size.
     if numbers > storage.size or last >= max(storage.size, 1):
         raise UserError(
             f"has a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} over a storage of "
-            f"{storage.size} numbers"
+            f"{storage.size} values"
         )
     dtype, size = storage.dtype, storage.dtype.itemsize
-    strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))  # never taken, and may be absurd
+    strides = tuple(
+        stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True)
+    )  # of an axis of size 1 the stride is unused and arbitrary
 
     def load():
         return np.ndarray(shape, dtype, storage.load(), offset * size, tuple(stride * size for stride in strides))

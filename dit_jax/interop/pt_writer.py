@@ -12,12 +12,12 @@ from dit_jax.storage.atomic import remove_leftovers, replacing
 
 STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 ROOT = "archive"
-ALIGNMENT = 64  # as PyTorch aligns storages, so that it can map the file
+ALIGNMENT = 64  # PyTorch's alignment of storages, so that it can memory-map the file
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 
 def write(path: Path, tensors: Tensors):
-    """A dict of tensors, which torch.load(weights_only=True) reads. A file that exists is replaced once the new one is whole."""
+    """Writes a dict of tensors that torch.load(weights_only=True) reads. An existing file is replaced atomically."""
     remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", _pickle(tensors))
@@ -28,7 +28,7 @@ def write(path: Path, tensors: Tensors):
 
 
 def _add(archive: zipfile.ZipFile, name: str, content):
-    member = zipfile.ZipInfo(f"{ROOT}/{name}")  # with a fixed date: the same weights give the same file
+    member = zipfile.ZipInfo(f"{ROOT}/{name}")  # has a fixed date, so that equal weights give equal files
     assert archive.fp is not None  # it is open
     start = archive.fp.tell() + LOCAL_HEADER + len(member.filename) + 4
     padding = -start % ALIGNMENT
@@ -37,7 +37,7 @@ def _add(archive: zipfile.ZipFile, name: str, content):
 
 
 def _pickle(tensors: Tensors) -> bytes:
-    """{name: tensor} as torch.save pickles it, protocol 2; the numbers are named, not held."""
+    """Pickles {name: tensor} as torch.save does, with protocol 2; storages are referenced, not contained."""
     items = b"".join(_atom(name) + _tensor(number, tensor) for number, (name, tensor) in enumerate(tensors.items()))
     return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
 
@@ -52,7 +52,7 @@ def _global(module: str, name: str) -> bytes:
 
 
 def _tensor(number: int, tensor: Tensor) -> bytes:
-    """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
+    """Opcodes that call _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
     strides, size = [], 1
     for n in reversed(tensor.shape):
         strides.insert(0, size)

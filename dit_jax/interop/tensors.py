@@ -1,6 +1,6 @@
-"""Named tensors that are read when asked for: what every reader returns, every layout renames and every writer takes.
+"""Lazily read named tensors, which every reader returns, every layout renames and every writer takes.
 
-Nothing here holds a model's weights whole, so a conversion needs the memory of its largest tensor, not of the model.
+Nothing here holds all of a model's weights, so that a conversion needs the memory of its largest tensor, not of the model.
 """
 
 import functools
@@ -39,7 +39,7 @@ WEIGHT_DTYPES = tuple(np.dtype(name) for name in (np.float32, np.float16, jnp.bf
 
 
 class Tensor(NamedTuple):
-    """A tensor's shape and dtype, and how to read it. `load` may be called more than once, and reads again each time."""
+    """A tensor's shape and dtype, and a function that reads it. `load` may be called repeatedly and reads each time."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -50,34 +50,34 @@ Tensors = Mapping[str, Tensor]
 
 
 def count(tensors: Tensors) -> int:
-    """Numbers in all tensors together."""
+    """Total number of elements of all tensors."""
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-def check(found: Tensors, expected: Mapping[str, tuple[int, ...]], what: str):
-    """Every expected tensor is there with its shape, and no other.
+def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], what: str):
+    """Raises unless exactly the expected tensors exist, with the expected shapes.
 
     Args:
-        what: the file, for the message.
+        what: the file, for the error message.
 
     Raises:
-        UserError: lists all that is missing, extra or misshapen, tensors that differ by one number in a line.
+        UserError: lists all missing, extra and misshapen tensors; names that differ only in the block's number share a line.
     """
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    for name, tensor in found.items():
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
         if name not in expected:
             problems.append(f"extra {name} {list(tensor.shape)}")
         elif tensor.shape != expected[name]:
             problems.append(f"misshapen {name}: {list(tensor.shape)} instead of {list(expected[name])}")
     if problems:
         raise UserError(
-            f"{what} does not fit the model. Of {len(expected)} tensors, {len(problems)} differences:\n  "
+            f"{what} does not fit the model: {len(problems)} differences in {len(expected)} tensors:\n  "
             + "\n  ".join(_gather(problems))
         )
 
 
 def _gather(lines: list[str]) -> list[str]:
-    """Lines that differ only in the number between two dots become one: "blocks.[0,1,2].bias"."""
+    """Merges lines that differ only in the number between two dots: "blocks.[0,1,2].bias"."""
     groups = defaultdict(list)
     for line in lines:
         number = re.search(r"\.(\d+)\.", line)
@@ -89,63 +89,65 @@ def _gather(lines: list[str]) -> list[str]:
 
 
 def common_dtype(tensors: Tensors, what: str) -> np.dtype:
-    """The one floating dtype of all tensors.
+    """The floating-point dtype that all tensors share.
 
     Raises:
-        UserError: several, or one that no model is stored in.
+        UserError: there are several dtypes, or one that weights cannot have.
     """
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes <= set(WEIGHT_DTYPES):
         raise UserError(
-            f"{what} holds {', '.join(sorted(d.name for d in dtypes)) or 'no tensors'}; all tensors must have one "
-            f"dtype, and it must be {', '.join(d.name for d in WEIGHT_DTYPES)}: cast them where they were made"
+            f"{what} holds {', '.join(sorted(d.name for d in dtypes)) or 'no tensors'}; all tensors must have the same "
+            f"dtype, one of {', '.join(d.name for d in WEIGHT_DTYPES)}: cast them with the program that wrote them"
         )
     return dtypes.pop()
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of one .safetensors file.
+    """Opens a .safetensors file; returns (tensors, metadata).
 
     Raises:
-        UserError: it is not a whole safetensors file.
+        UserError: it is not a complete safetensors file.
     """
     try:
         file = safe_open(path, framework="numpy")
         tensors = {}
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
+        for name in file.keys():  # noqa: SIM118 (it is not a dict)
             part = file.get_slice(name)
             if part.get_dtype() not in CODES:
                 raise UserError(f"{path}: {name} has dtype {part.get_dtype()}; one of {', '.join(CODES)} is needed")
             tensors[name] = Tensor(tuple(part.get_shape()), CODES[part.get_dtype()], functools.partial(file.get_tensor, name))
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
+        raise UserError(f"{path} is not a complete safetensors file ({error}); download or write it again") from None
     return tensors, file.metadata() or {}
 
 
 def open_converted(path, what: str, source: str, way: str) -> tuple[Path, dict[str, Tensor]]:
-    """(path, tensors) of a frozen network's weights that `python -m dit_jax.convert` wrote.
+    """Opens a frozen network's weights written by `python -m dit_jax.convert`; returns (path, tensors).
 
     Args:
-        what: the network, for the message.
-        source: convert's --from for a file that lies here.
-        way: the flags that make the file where there is none.
+        what: the network, for error messages.
+        source: the --from of convert for a local file.
+        way: the flags of convert that make the file.
 
     Raises:
-        UserError: there is no such file; it is no .safetensors, or no whole one.
+        UserError: the file does not exist, or is not a complete .safetensors file.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: the weights of {what} are one .safetensors, made by python -m dit_jax.convert "
-            f"{way} --out={path.name}; without a connection see its --help"
+            f"{path} does not exist: the weights of {what} are one .safetensors file, written by python -m dit_jax.convert "
+            f"{way} --out={path.name}; see its --help if there is no internet connection"
         )
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors; make one with python -m dit_jax.convert --from={source} --weights={path}")
+        raise UserError(
+            f"{path} is not a .safetensors file; write one with python -m dit_jax.convert --from={source} --weights={path}"
+        )
     return path, open_safetensors(path)[0]
 
 
 def open_sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    """(tensors, files) of the parts that a *.safetensors.index.json lists.
+    """Opens the parts that a *.safetensors.index.json lists; returns (tensors, files).
 
     Raises:
         UserError: the index is damaged, points outside its folder, or disagrees with the parts.
@@ -158,24 +160,24 @@ def open_sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{index} is not an index of safetensors ({error!r}); download it again") from None
+        raise UserError(f"{index} is not a safetensors index ({error!r}); download it again") from None
     tensors = {}
     for part in parts:
         if not (index.parent / part).is_file():
-            raise UserError(f"{index.parent / part} does not exist, and {index.name} lists it; download it too")
-        found = open_safetensors(index.parent / part)[0]
+            raise UserError(f"{index.parent / part} does not exist, but {index.name} lists it; download it too")
+        stored = open_safetensors(index.parent / part)[0]
         promised = {name for name, place in places.items() if place == part}
-        if found.keys() != promised:
-            differ = ", ".join(sorted(found.keys() ^ promised))
+        if stored.keys() != promised:
+            differ = ", ".join(sorted(stored.keys() ^ promised))
             raise UserError(f"{index} and {part} disagree about {differ}; download both again")
-        tensors |= found
+        tensors |= stored
     return tensors, [index.parent / part for part in parts]
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]):
-    """Writes the tensors one after another, in their order; a file that exists is replaced once the new one is whole.
+    """Writes the tensors in their order; an existing file is replaced atomically.
 
-    The library's writer takes all arrays at once; this one holds a single tensor in memory.
+    The library's writer takes all arrays at once. This one holds a single tensor in memory.
     """
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     position = 0
@@ -193,10 +195,10 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
 
 
 def write_foreign(path: Path, tensors: Tensors, origin: Mapping):
-    """Writes a network that no config describes, under the names it was published with.
+    """Writes a network that no config describes, with the names of its publication.
 
     Args:
-        origin: where it came from, kept as JSON in the header.
+        origin: where it came from, stored as JSON in the header.
     Raises:
         UserError: the name does not end in .safetensors.
     """
@@ -206,8 +208,8 @@ def write_foreign(path: Path, tensors: Tensors, origin: Mapping):
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's numbers in row-major order, little-endian."""
+    """The tensor's values in row-major order, little-endian."""
     array = np.asarray(tensor.load())
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
-        raise ValueError(f"a tensor promised {tensor.dtype} {tensor.shape} and gave {array.dtype} {array.shape}")
+        raise ValueError(f"a tensor declared as {tensor.dtype} {tensor.shape} was loaded as {array.dtype} {array.shape}")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""The KL autoencoder's weights as diffusers' `AutoencoderKL` stores them: safetensors in and out, without PyTorch."""
+"""Reads and writes the KL autoencoder's weights in the format of diffusers' `AutoencoderKL` (safetensors), without PyTorch."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from dit_jax.storage.atomic import replacing, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
-# Our module path, "/" read as ".", to theirs: every pattern is tried, none overlaps another.
+# Our module path, with "." for "/", to diffusers' path. Every pattern is applied; no two overlap.
 TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\b(down|up)_(\d+)_resnet_(\d+)\b", r"\1_blocks.\2.resnets.\3"),
     (r"\bdown_(\d+)_downsample\b", r"down_blocks.\1.downsamplers.0.conv"),
@@ -35,12 +35,12 @@ TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^(encoder|decoder)\.(quant_conv|post_quant_conv)\b", r"\2"),
     (r"\.(kernel|scale)$", ".weight"),
 ]
-# Names of the attention layers in files written before diffusers 0.17, the published sd-vae-ft-* among them.
+# Names of the attention layers in files written before diffusers 0.17, such as the published sd-vae-ft-*.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# How latents are scaled, which is a choice of whoever diffuses in them.
+# Normalisation of latents, which the diffusion model chooses.
 NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-# What diffusers assumes for a field that config.json lacks; older files lack several.
+# diffusers' defaults for fields missing from config.json; older files lack several.
 CONFIG_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -62,26 +62,26 @@ CONFIG_DEFAULTS: dict[str, Any] = {
 
 
 def find(path) -> Path:
-    """Where an autoencoder's weights lie: `path` itself, or its folder `codec` if `path` is the --workdir of a run."""
+    """Path of an autoencoder's weights: `path` itself, or its folder `codec` if `path` is the --workdir of a run."""
     path = Path(path).expanduser()
     own = path / "codec"
     return own if own.is_dir() and not (path / WEIGHTS_NAME).exists() else path
 
 
 def read_codec(path, dtype=jnp.float32) -> KLVAE:
-    """The codec that a diffusers folder describes: sizes, scale and shift; the weights are not read.
+    """Builds the codec that a diffusers folder describes (sizes, scale and shift) without reading the weights.
 
     Args:
         path: a folder with config.json.
-        dtype: of activations; the file does not say.
+        dtype: of activations; the file does not record it.
     Raises:
-        UserError: no such folder or config.json; an autoencoder of another kind, with the fields that say so.
+        UserError: the folder or config.json does not exist, or describes an unsupported autoencoder; lists the fields.
     """
     path = Path(path).expanduser() / "config.json"
     if not path.is_file():
         problem = f"{path} does not exist"
         if path.parent.is_file():
-            problem = f"{path.parent} is a lone file, which does not tell the codec's sizes, scale and shift"
+            problem = f"{path.parent} is a single file, which does not record the codec's sizes, scale and shift"
         raise UserError(
             f"{problem}: give the folder that holds config.json and {WEIGHTS_NAME}, or the --workdir of a run that "
             "trained an autoencoder"
@@ -102,29 +102,29 @@ def read_codec(path, dtype=jnp.float32) -> KLVAE:
 
 
 def weights_sha256(params) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes in sorted order: the same for the same numbers in any file."""
-    found = hashlib.sha256()
+    """SHA-256 of the names, dtypes, shapes and bytes in sorted order; it does not depend on the file's layout."""
+    digest = hashlib.sha256()
     leaves = {"/".join(_keys(path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     for name in sorted(leaves):
         array = np.ascontiguousarray(leaves[name])
-        found.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def load_diffusers(path, codec):
-    """Parameters for `codec`, NumPy arrays in the file's own dtypes, from a diffusers `AutoencoderKL`.
+    """Loads parameters for `codec` from a diffusers `AutoencoderKL`, as NumPy arrays in the file's dtypes.
 
-    Every tensor of the file is used and every parameter is found, or nothing is loaded.
+    Every tensor of the file must be used and every parameter must be present; otherwise nothing is loaded.
 
     Args:
         path: a .safetensors file, or a folder with config.json and diffusion_pytorch_model.safetensors. The folder's
-            config is checked against the codec; a lone file does not tell scale, shift or group count: the codec does.
-        codec: the `KLVAE` the weights are meant for; its sizes give the names and shapes.
+            config is checked against the codec. A single file does not record scale, shift or group count; the codec's are used.
+        codec: the `KLVAE` of the weights; its sizes determine names and shapes.
     Raises:
         UserError: path, or a file of the folder, does not exist.
         UserError: config.json disagrees with the codec; the file is not safetensors; or tensors are missing, extra,
-            misshapen or of a dtype other than float32, float16 and bfloat16: all of them are listed.
+            misshapen or of a dtype other than float32, float16 and bfloat16 (all are listed).
     """
     path = Path(path)
     if path.is_dir():
@@ -147,7 +147,7 @@ def load_diffusers(path, codec):
             problems.append(f"{name} has dtype {tensor.dtype}, not float32, float16 or bfloat16")
     if problems:
         raise UserError(
-            f"{path} does not fit {codec}: choose the codec sizes of these weights. {len(problems)} differences:\n  "
+            f"{path} does not fit {codec}: set the codec's sizes to those of these weights. {len(problems)} differences:\n  "
             + "\n  ".join(sorted(problems))
         )
     params = {}
@@ -160,15 +160,15 @@ def load_diffusers(path, codec):
 
 
 def save_diffusers(path, codec, params):
-    """Write params as diffusers' `AutoencoderKL`, dtypes kept; loading them again gives the same bits.
+    """Writes params in the format of diffusers' `AutoencoderKL`, with their dtypes; loading them gives the same bits.
 
     Args:
-        path: a name ending in .safetensors for the weights alone; any other is a folder, made if need be, that gets
-            config.json too and is what `AutoencoderKL.from_pretrained` reads. Files that exist are replaced.
+        path: a name ending in .safetensors for the weights alone. Any other path is a folder, created if needed, which also gets
+            config.json and is readable by `AutoencoderKL.from_pretrained`. Existing files are replaced.
         codec: the `KLVAE` the params belong to.
         params: pytree of `codec.init` or `load_diffusers`.
     Raises:
-        UserError: params that are not those of the codec, with the differing names.
+        UserError: the params are not those of the codec; lists the names that differ.
     """
     arrays = {_keys(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     expected = {keys: (name, shape) for name, (keys, shape) in _expected(codec).items()}
@@ -188,7 +188,7 @@ def save_diffusers(path, codec, params):
         write_json(path / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
         path = path / WEIGHTS_NAME
     with replacing(path) as partial:
-        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers asks for a format
+        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers requires a format
 
 
 def _expected(codec) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -215,12 +215,12 @@ def _keys(path):
 
 
 def _to_ours(tensor):
-    """OIHW to HWIO, [out, in] to [in, out], vectors as they are."""
+    """OIHW to HWIO, [out, in] to [in, out]; vectors are unchanged."""
     return np.ascontiguousarray(tensor.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[tensor.ndim]))
 
 
 def _to_theirs(array):
-    """HWIO to OIHW, [in, out] to [out, in], vectors as they are."""
+    """HWIO to OIHW, [in, out] to [out, in]; vectors are unchanged."""
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
 
 
@@ -238,13 +238,13 @@ def _rename_old_attention(tensors, path):
     for name, tensor in tensors.items():
         new = re.sub(r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD_ATTENTION[m[2]], name)
         if new in renamed:
-            raise UserError(f"{path} holds {new} under its old name and its new one: remove one of them from the file")
+            raise UserError(f"{path} holds {new} under both its old and its new name: remove one of them from the file")
         renamed[new] = tensor
     return renamed
 
 
 def _config(codec):
-    """The diffusers fields that this codec stands for."""
+    """The fields of diffusers' config.json for this codec."""
     levels = len(codec.block_out_channels)
     return CONFIG_DEFAULTS | {
         "in_channels": codec.image_channels,
@@ -262,7 +262,7 @@ def _config(codec):
 
 
 def _scaling_fields(codec):
-    """Scale and shift as diffusers has them: z = latents * std / scaling_factor + mean with lists, or factors without."""
+    """Scale and shift as diffusers' fields: z = latents * std / scaling_factor + mean with lists, or factors without."""
     if not isinstance(codec.scale, tuple) and not isinstance(codec.shift, tuple):
         return {"scaling_factor": codec.scale, "shift_factor": codec.shift or None, "latents_mean": None, "latents_std": None}
     scale, shift = (np.broadcast_to(x, codec.latent_channels) for x in (codec.scale, codec.shift))
@@ -271,7 +271,7 @@ def _scaling_fields(codec):
 
 
 def _scaling(stored):
-    """{"scale", "shift"} of a config's fields."""
+    """{"scale", "shift"} from a config's fields."""
     factor, shift, mean, std = (stored[k] for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
     if mean is None and std is None:
         return {"scale": factor, "shift": shift or 0.0}
@@ -279,7 +279,10 @@ def _scaling(stored):
 
 
 def _read_config(path):
-    """config.json with diffusers' defaults for what it lacks, None for a shift of 0, and 1 for a factor beside lists."""
+    """Reads config.json and normalises it.
+
+    Missing fields get diffusers' defaults, a shift of 0 becomes None, and with lists the scaling factor becomes 1.
+    """
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
@@ -292,8 +295,8 @@ def _read_config(path):
     if mean is not None or std is not None:
         if mean is None or std is None or shift is not None:
             raise UserError(
-                f"{path} has latents_mean {mean}, latents_std {std} and shift_factor {shift}: both lists are needed, "
-                "or shift_factor and none of them"
+                f"{path} has latents_mean {mean}, latents_std {std} and shift_factor {shift}: give both lists without "
+                "shift_factor, or neither list"
             )
         if not all(x > 0 for x in std):
             raise UserError(f"{path} has latents_std {std}: every number must be positive")
@@ -302,7 +305,7 @@ def _read_config(path):
 
 
 def _check_config(path, codec):
-    """Raises a UserError for sizes that differ; scale and shift do not change what the weights mean, so they may."""
+    """Raises UserError if sizes differ; scale and shift may differ, because they do not change the weights."""
     stored = _read_config(path)
     problems = [
         f"{name}: {stored[name]} in the file, {value} in the codec"
@@ -314,7 +317,7 @@ def _check_config(path, codec):
 
 
 def _same(stored, value):
-    """Equal, or lists of numbers equal but for the rounding of 1 / (1 / x)."""
+    """Whether two values are equal; lists of floats may differ by the rounding of 1 / (1 / x)."""
     if isinstance(stored, list) and isinstance(value, list) and any(isinstance(x, float) for x in value):
         return len(stored) == len(value) and all(map(lambda a, b: math.isclose(a, b, rel_tol=1e-12), stored, value))
     return stored == value

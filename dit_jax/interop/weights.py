@@ -1,8 +1,8 @@
-"""Our weights file: one .safetensors with the parameters and all that sampling must know of the model.
+"""The weights file of dit_jax: one .safetensors with the parameters and everything that sampling needs to know of the model.
 
 The tensors are the network's parameters under their paths ("blocks/attention/qkv/kernel", blocks stacked). The header's
-metadata has three texts: `dit_jax`, the format's version; `config`, JSON of the config sections below; `origin`, JSON of where
-the weights came from. No workdir, and nothing of the machine they were made on, is needed to sample from it.
+metadata has three strings: `dit_jax`, the version of the format; `config`, JSON of the config sections below; `origin`, JSON of
+where the weights came from. Sampling from the file needs no workdir and nothing of the machine that wrote it.
 """
 
 import json
@@ -24,7 +24,7 @@ SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sa
 
 
 class Weights(NamedTuple):
-    """What is converted: parameters by path, the config sections that give them meaning, and where they came from."""
+    """Parameters by path, the config sections that describe their model, and their origin."""
 
     tensors: Mapping[str, Tensor]
     sections: dict[str, Any]
@@ -32,7 +32,7 @@ class Weights(NamedTuple):
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that belong to weights; the codec's path, a matter of one machine, is emptied."""
+    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied."""
     sections = {name: config[name] for name in SECTIONS if name in config}
     if "path" in sections["codec"]:
         sections["codec"] = {**sections["codec"], "path": ""}
@@ -40,7 +40,7 @@ def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, weights: Weights):
-    """Writes the file; one that exists is replaced once the new one is whole.
+    """Writes the file; an existing one is replaced atomically.
 
     Raises:
         UserError: the name does not end in .safetensors.
@@ -53,20 +53,20 @@ def write(path: Path, weights: Weights):
 
 
 def read(path: Path) -> Weights:
-    """Opens the file; parameters are read when asked for.
+    """Opens the file; parameters are read lazily.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it is not one of ours.
+        UserError: the file does not exist, is damaged, or is not in this format.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist; weights in our format are one .safetensors file, written by dit_jax.convert")
+        raise UserError(f"{path} does not exist; give a .safetensors file written by dit_jax.convert")
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file; make one of it with python -m dit_jax.convert")
+        raise UserError(f"{path} is not a .safetensors file; convert it with python -m dit_jax.convert")
     tensors, metadata = open_safetensors(path)
     if metadata.get("dit_jax") != VERSION:
         raise UserError(
-            f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); make a file "
-            "of ours from it with python -m dit_jax.convert --from=official, sit or diffusers"
+            f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); convert it "
+            "with python -m dit_jax.convert --from=official, sit or diffusers"
         )
     try:
         sections, origin = upgrade(json.loads(metadata["config"])), json.loads(metadata["origin"])
@@ -77,13 +77,13 @@ def read(path: Path) -> Weights:
 
 
 def load(path: Path, tree) -> Any:
-    """The parameters as NumPy arrays in the tree's structure and the file's dtype.
+    """Reads the parameters as NumPy arrays, in the tree's structure and the file's dtype.
 
     Args:
         tree: parameters of the network that the file's sections describe, as ShapeDtypeStructs.
 
     Raises:
-        UserError: what `read` refuses; tensors are missing, extra or misshapen; their dtypes differ.
+        UserError: as `read`; or tensors are missing, extra or misshapen, or their dtypes differ.
     """
     tensors = read(path).tensors
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)

@@ -1,7 +1,9 @@
-"""Attention: the one place that chooses a kernel.
+"""Scaled dot-product attention, and the choice of its kernel.
 
 B batch, N tokens, M context tokens, H heads, E width of a head.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,12 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 CUDNN_HEAD_WIDTH = 128
 
 
-def attention_kernel(implementation: str, dtype, head_width: int, platform: str | None = None) -> str:
-    """ "xla" or "cudnn". "auto" is cudnn on a GPU, in 16 bits, for head widths that it takes; else xla.
+def attention_kernel(implementation: str, dtype: Any, head_width: int, platform: str | None = None) -> str:
+    """Returns "xla" or "cudnn". "auto" is cuDNN on a GPU, for 16-bit dtypes and head widths that it supports; else XLA.
 
-    cuDNN takes multiples of 8 up to CUDNN_HEAD_WIDTH (jax 0.11: up to 256 on Hopper, which "auto" does not use).
+    cuDNN supports multiples of 8 up to CUDNN_HEAD_WIDTH. (jax 0.11: up to 256 on Hopper; "auto" does not use that.)
 
-    platform: "cpu", "gpu" or "tpu"; that of the default backend if None.
+    platform: "cpu", "gpu" or "tpu"; None is the platform of the default backend.
     """
     if implementation != "auto":
         return implementation
@@ -23,7 +25,7 @@ def attention_kernel(implementation: str, dtype, head_width: int, platform: str 
     return "cudnn" if (platform or jax.default_backend()) == "gpu" and fits else "xla"
 
 
-def dot_product_attention(q, k, v, implementation: str = "auto"):
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "auto") -> jax.Array:
     """softmax(q k^T / sqrt(E)) v with the softmax in float32.
 
     Args:
@@ -36,7 +38,7 @@ def dot_product_attention(q, k, v, implementation: str = "auto"):
     """
     if attention_kernel(implementation, q.dtype, q.shape[-1]) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    # Plain matrix products per head: a CPU needs a quarter less time for them than for jax.nn's einsums.
+    # Plain matrix products per head take a quarter less time on a CPU than the einsums of jax.nn.
     q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))  # [B, H, N or M, E]
     scores = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)

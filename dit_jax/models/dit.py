@@ -4,7 +4,7 @@ B batch, H x W x C input, p patch, N = HW / p^2 tokens, M conditioning tokens, D
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
-from dit_jax.models.network import Shape, check_entries
+from dit_jax.models.network import Cond, Shape, check_entries
 from dit_jax.models.patches import patchify, unpatchify
 from dit_jax.models.sizes import fields as fields_of_size
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
-# The spec covers the trailing dimensions; a stack of blocks adds a leading one, which stays whole.
+# A spec covers the trailing dimensions. A stack of blocks adds a leading dimension, which is not split.
 RULES: Rules = (
     (r"(attention|cross_attention)/qkv/kernel", ("fsdp", None, "tensor", None)),  # [D, 3, H, E]
     (r"(attention|cross_attention)/qkv/bias", (None, "tensor", None)),
@@ -44,7 +44,7 @@ CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # The statistics of cuDNN's softmax have no name: without its kernel's own outputs the forward kernel would run twice.
+    # cuDNN's softmax statistics have no name. All outputs of its forward kernel are saved, else the kernel would run twice.
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(*layers.PRODUCTS),
         lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
@@ -57,35 +57,35 @@ REMAT_POLICIES = {
     ),
 }
 
-STORES_NOTHING_INSIDE = ("full", "offload")  # policies that keep no more than a block's input on the device
-# Activations of one block that its gradient reads, in units of [B, N, D]: its input; then qkv, attention, and both products of
-# the MLP. The compiler keeps more (norms, scores, float32 copies); this is the least.
+STORES_NOTHING_INSIDE = ("full", "offload")  # policies that keep only a block's input on the device
+# Activations that the gradient of one block reads, in units of [B, N, D]: its input; then qkv, attention, and both products of
+# the MLP. This is a lower bound: the compiler also keeps norms, scores and float32 copies.
 STORED_AT_ENTRY, STORED_INSIDE = 1, 9
 
 
 def form_of_loop(unroll: bool | None, remat: str, platform: str) -> tuple[bool, str]:
-    """(unroll, remat) where they are left to the platform ("cpu", "gpu", "tpu"): None and "auto".
+    """Resolves unroll=None and remat="auto" for a platform ("cpu", "gpu", "tpu"); returns (unroll, remat).
 
-    A GPU's matrix products cannot write into the stacks in which a scan keeps what the gradient needs, so blocks are written out
-    there, and store everything. Elsewhere they are scanned, and store what is costly to compute.
+    On a GPU, matrix products cannot write into the stacked arrays in which a scan keeps activations for the gradient, so blocks
+    are unrolled and store all activations. Elsewhere blocks are scanned and store the expensive ones ("elementwise").
     """
     unroll = platform == "gpu" if unroll is None else unroll
     return unroll, ("none" if unroll else "elementwise") if remat == "auto" else remat
 
 
 class Modulation(nn.Module):
-    """silu(c) -> `count` vectors of width D, zero at the start.  [B, D] -> [B, count, D] float32."""
+    """`count` vectors of width D from silu(c); the projection is zero-initialized.  [B, D] -> [B, count, D] float32."""
 
     count: int
     dtype: layers.Dtype
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, c):
+    def __call__(self, c: jax.Array) -> jax.Array:
         linear = nn.DenseGeneral(
             (self.count, c.shape[-1]), kernel_init=layers.zeros, dtype=self.dtype, param_dtype=self.param_dtype, name="linear"
         )
-        # Replicated over fsdp and tensor on purpose: see `parallel.rules`.
+        # Replicated over fsdp and tensor on purpose, see `parallel.rules`.
         return constrain_batch(linear(nn.silu(c)))
 
 
@@ -93,11 +93,11 @@ class Block(nn.Module):
     """One transformer block.
 
     Called with x [B, N, D], the pooled condition c [B, D], the conditioning tokens [B, M, D] and `keep`, a boolean scalar (False
-    returns x as it is) or None for True. Returns (x, None), the form that `nn.scan` asks for.
+    returns x unchanged; None means True). Returns (x, None), as `nn.scan` requires.
       adaln_zero       shift, scale and gate of both sub-layers regressed from c; gates start at zero (identity block)
       adaln            shift and scale only
       cross_attention  self-attention, cross-attention to the conditioning tokens, MLP; norms with parameters
-      in_context       a plain block; the conditioning tokens stand in x already
+      in_context       a plain block; x already contains the conditioning tokens
     Source: Peebles & Xie 2023, section 3.2, figure 3.
     """
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x, c, tokens, keep=None):
+    def __call__(self, x: jax.Array, c: jax.Array, tokens: jax.Array, keep: jax.Array | None = None) -> tuple[jax.Array, None]:
         start, dtypes = x, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = layers.Attention(self.heads, self.attention, **dtypes, name="attention")
         mlp = layers.MLP(int(x.shape[-1] * self.mlp_ratio), **dtypes, name="mlp")
@@ -118,8 +118,8 @@ class Block(nn.Module):
             vectors = Modulation(6 if gated else 4, **dtypes, name="modulation")(c)
             parts = [vectors[:, i] for i in range(vectors.shape[1])]
             # The order of the paper's code: (shift, scale, gate) of attention, then of the MLP.
-            (shift_1, scale_1, *gate_1), (shift_2, scale_2, *gate_2) = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-            gate_1, gate_2 = (gate_1[0][:, None], gate_2[0][:, None]) if gated else (1, 1)
+            (shift_1, scale_1, *gates_1), (shift_2, scale_2, *gates_2) = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+            gate_1, gate_2 = (gates_1[0][:, None], gates_2[0][:, None]) if gated else (1, 1)
             x = x + gate_1 * attention(layers.modulate(layers.normalize(x), shift_1, scale_1).astype(self.dtype))
             x = x + gate_2 * mlp(layers.modulate(layers.normalize(x), shift_2, scale_2).astype(self.dtype))
         else:
@@ -137,7 +137,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm (modulated by c for the adaLN kinds), then a linear layer that starts at zero.  [B, N, D] -> [B, N, features]."""
+    """Layer norm (modulated by c with adaLN), then a zero-initialized linear layer.  [B, N, D] -> [B, N, features]."""
 
     features: int
     modulated: bool
@@ -145,7 +145,7 @@ class FinalLayer(nn.Module):
     param_dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.modulated:
             vectors = Modulation(2, **dtypes, name="modulation")(c)
@@ -156,7 +156,7 @@ class FinalLayer(nn.Module):
 
 
 class Embedded(NamedTuple):
-    """What the blocks start from.
+    """Inputs of the transformer blocks.
 
     Fields:
         x: [B, N, D] tokens; with in-context conditioning [B, N + M, D].
@@ -174,20 +174,20 @@ class DiT(nn.Module):
 
     A `models.network.Network`. Label `num_classes` is the null label; with `num_classes = 0` the network is unconditional and
     takes no label. The blocks' parameters are one stack of length `depth` under `blocks`, whether or not the loop over them is
-    unrolled. control {"keep": bool[depth]} leaves out the blocks where it is False (skip-layer guidance).
+    unrolled. control {"keep": bool[depth]} skips the blocks where it is False (skip-layer guidance).
 
     Fields:
         out_channels: 2 C when the process learns its variance, else C.
         conditioning: one of CONDITIONINGS.
         attention: see `attention.attention_kernel`.
-        remat: what a block stores for its gradient, beside its input; the rest is computed again.
+        remat: which activations a block stores for its gradient, in addition to its input; the others are recomputed.
             "auto": see `form_of_loop`.
-            "none": everything.
-            "elementwise": what linear layers and attention return; norms, modulation, GELU and the softmax are repeated.
-            "dots": what linear layers return, the modulation's among them; attention is repeated too.
-            "full": nothing.
-            "offload": as "elementwise", kept in the host's memory until the gradient asks for it.
-        unroll: False scans over the blocks (compile time flat in depth); True writes them out; None: see `form_of_loop`.
+            "none": all.
+            "elementwise": outputs of linear layers and attention; norms, modulation, GELU and softmax are recomputed.
+            "dots": outputs of linear layers, including the modulation; attention is recomputed too.
+            "full": none.
+            "offload": as "elementwise", stored in host memory until the backward pass.
+        unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None: see `form_of_loop`.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
     """
 
@@ -208,15 +208,15 @@ class DiT(nn.Module):
     rules = RULES
 
     @classmethod
-    def of(cls, size: str, *, num_classes: int, out_channels: int, **fields) -> "DiT":
-        """The paper's "S/8" .. "XL/2".
+    def of(cls, size: str, *, num_classes: int, out_channels: int, **fields: Any) -> "DiT":
+        """A model of the paper, "S/8" to "XL/2".
 
         Raises:
             UserError: no such size or patch.
         """
         return cls(**fields_of_size(size), num_classes=num_classes, out_channels=out_channels, **fields)
 
-    def setup(self):
+    def setup(self) -> None:
         self._check_fields()
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.patch_embedding = nn.Dense(self.width, kernel_init=layers.xavier_uniform, **dtypes)
@@ -225,7 +225,7 @@ class DiT(nn.Module):
             self.label_embedding = nn.Embed(self.num_classes + 1, self.width, embedding_init=layers.normal_002, **dtypes)
         block, (unroll, remat) = Block, form_of_loop(self.unroll, self.remat, jax.default_backend())
         if remat != "none":
-            # Written out, XLA would merge what is computed again with what was computed before; a loop keeps them apart.
+            # In unrolled blocks XLA would merge the recomputation with the first computation (CSE); a loop keeps them apart.
             block = nn.remat(Block, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
         self.blocks = nn.scan(
             block,
@@ -238,36 +238,41 @@ class DiT(nn.Module):
         modulated = self.conditioning in ("adaln_zero", "adaln")
         self.final = FinalLayer(self.patch_size**2 * self.out_channels, modulated, **dtypes)
 
-    def __call__(self, x_t, t, cond, control=None):
+    def __call__(self, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
         embedded = self.embed(x_t, t, cond)
         x = self.run_blocks(embedded, control)  # [B, N, D]
         return self.head(x, embedded, x_t.shape)  # [B, H, W, out_channels]
 
-    def embed(self, x_t, t, cond) -> Embedded:
-        """The first part: patches, positions, time and label."""
+    def embed(self, x_t: jax.Array, t: jax.Array, cond: Cond) -> Embedded:
+        """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
         check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
+        if self.num_classes and "label" not in cond:
+            raise UserError(
+                f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
+                "model.num_classes to 0"
+            )
         _, h, w, _ = x_t.shape
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
         x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
-        tokens = [self.time_embedding(t)]
+        vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
-            tokens.append(self.label_embedding(cond["label"]))
-        c = sum(tokens)  # [B, D]
-        tokens = jnp.stack(tokens, axis=1)  # [B, M, D]
+            vectors.append(self.label_embedding(cond["label"]))
+        c = sum(vectors)  # [B, D]
+        tokens = jnp.stack(vectors, axis=1)  # [B, M, D]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
         return Embedded(constrain_batch(x, tokens=True), c, tokens)
 
-    def run_blocks(self, embedded: Embedded, control=None) -> jax.Array:
-        """The second part: the tokens [B, N, D] after all blocks."""
+    def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
+        """Runs all blocks; returns the tokens [B, N, D]."""
         check_entries("control", control, ("keep",), type(self).__name__)
         keep = None if control is None else control["keep"]
         return self.blocks(embedded.x, embedded.c, embedded.tokens, keep)[0]
 
-    def head(self, x, embedded: Embedded, shape: Shape) -> jax.Array:
-        """The last part: tokens to f32[B, H, W, out_channels] for an input of this shape [B, H, W, C]."""
+    def head(self, x: jax.Array, embedded: Embedded, shape: Shape) -> jax.Array:
+        """Maps tokens to f32[B, H, W, out_channels], for an input of shape [B, H, W, C]."""
         if self.conditioning == "in_context":
             x = x[:, : -embedded.tokens.shape[1]]
         x = self.final(x.astype(self.dtype), embedded.c)
@@ -278,7 +283,7 @@ class DiT(nn.Module):
         self._check_fields()
         if len(latent_shape) != 3:
             raise UserError(
-                f"the network's input is {' x '.join(map(str, latent_shape))}, and DiT takes images, height x width x channels; "
+                f"the network's input is {' x '.join(map(str, latent_shape))}, but DiT takes images (height x width x channels); "
                 "choose a network for clips"
             )
         height, width, _ = latent_shape
@@ -318,10 +323,10 @@ class DiT(nn.Module):
         return sum(self.macs_by_part(latent_shape).values())
 
     def macs_by_part(self, latent_shape: Shape) -> dict[str, int]:
-        """Part of the network -> multiply-adds of its matrix products.
+        """Multiply-adds of the matrix products, by part of the network.
 
-        Norms, softmax and other elementwise work are left out, as in the paper. XLA's own count would miss all but one pass of
-        the scanned blocks.
+        Norms, softmax and other elementwise operations are not counted, as in the paper. XLA's own count includes only one of the
+        scanned blocks.
         """
         channels, d, p, depth = latent_shape[-1], self.width, self.patch_size, self.depth
         patches = self.num_tokens(latent_shape)
@@ -351,10 +356,10 @@ class DiT(nn.Module):
 
     def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
         saved = {}
-        for policy, cost in (("elementwise", "recomputes what is cheap"), ("full", "a third more arithmetic")):
+        for policy, cost in (("elementwise", "recomputes elementwise operations"), ("full", "a third more arithmetic")):
             if self.remat == "none" or (policy == "full" and self.remat in ("dots", "elementwise")):
                 kept = self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-                # One block at a time has all of its activations.
+                # In the backward pass, one block at a time has all of its activations.
                 saved[f"--config.model.remat={policy} ({cost})"] = int((activations - kept) * (1 - 1 / self.depth))
         return saved
 

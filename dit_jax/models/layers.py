@@ -1,4 +1,4 @@
-"""Layers that every transformer here is made of.
+"""Layers that transformers share.
 
 B batch, N tokens, M context tokens, D width, H heads, E width of a head, F frequencies.
 """
@@ -18,13 +18,15 @@ xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 NORM_EPSILON = 1e-6
-# Names of what is costly to compute, for rematerialisation that stores these and repeats what lies between them.
+# Checkpoint names of expensive activations. Rematerialisation stores these and recomputes the operations between them.
 PRODUCTS = ("qkv", "attention", "attention_out", "mlp_in", "mlp_out")
 
 
 @jax.checkpoint
-def gelu(x):
-    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); its gradient stores x alone, as cheap to compute again as to read.
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU with the tanh approximation: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+
+    The gradient stores only x: recomputing the rest costs no more than reading it.
 
     Args:
         x: any shape, any float dtype; the result has both.
@@ -34,21 +36,21 @@ def gelu(x):
     return nn.gelu(x, approximate=True)
 
 
-def normalize(x):
+def normalize(x: jax.Array) -> jax.Array:
     """Layer norm without scale or bias: zero mean, unit variance over the last axis, in float32, epsilon 1e-6.
 
     Args:
         x: [..., D], any float dtype.
 
     Returns:
-        [..., D] float32: the caller casts, so that what follows fuses with it.
+        [..., D] float32. The caller casts, so that XLA fuses the norm with the operations that follow.
     """
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON)
 
 
-def modulate(x, shift, scale):
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """x * (1 + scale) + shift, per example over tokens.
 
     Args:
@@ -60,7 +62,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def frequency_embedding(t, width: int = 256, max_period: float = 10000.0):
+def frequency_embedding(t: jax.Array, width: int = 256, max_period: float = 10000.0) -> jax.Array:
     """[cos(t f), sin(t f)] with width / 2 frequencies f from 1 down to about 1 / max_period.
 
     Args:
@@ -78,10 +80,10 @@ def frequency_embedding(t, width: int = 256, max_period: float = 10000.0):
 
 
 class Projections(nn.Module):
-    """`count` linear layers of x in one kernel [D, count, H, E] and bias [count, H, E]: x [B, N, D] -> count of [B, N, H, E].
+    """`count` linear layers of x in one kernel [D, count, H, E] and bias [count, H, E]: x [B, N, D] -> a list of [B, N, H, E].
 
-    apart: one product each, whose results a fused attention kernel reads as they are, instead of one product that is sliced
-        after it (XL/2 on a GPU: 3 % of a training step in copies); a CPU is 9 % faster with the one.
+    apart: compute one matrix product per layer; a fused attention kernel reads the results without a copy. False computes one
+        product and slices it: the copies take 3 % of a training step of XL/2 on a GPU, but a CPU is 9 % faster this way.
     The Xavier bound is that of the flattened kernel [D, count H E].
     """
 
@@ -92,7 +94,7 @@ class Projections(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
         width = x.shape[-1]
         shape = (self.count, self.heads, width // self.heads)
 
@@ -110,7 +112,7 @@ class Projections(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over itself, or over a context when one is given.
+    """Multi-head self-attention of x, or cross-attention to a context if one is given.
 
     Parameters: self-attention has one fused `qkv` kernel [D, 3, H, E]; cross-attention has `query` [D, H, E] and `key_value`
     [D, 2, H, E]; both have `out` [H, E, D]. Xavier bounds are those of the fused, flattened matrices.
@@ -122,7 +124,7 @@ class Attention(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, context=None):
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         kernel = attention_kernel(self.implementation, self.dtype, x.shape[-1] // self.heads)
 
@@ -142,14 +144,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with tanh-GELU between.  x [..., D] -> [..., D]."""
+    """Two linear layers with a tanh-GELU between them.  x [..., D] -> [..., D]."""
 
     hidden_width: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         def linear(features, name):
             return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
@@ -158,14 +160,14 @@ class MLP(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Network time f32[B] -> [B, D]: 256 frequencies, then linear, SiLU, linear, both drawn from normal(0.02)."""
+    """Network time f32[B] -> [B, D]: 256 frequencies, then linear, SiLU, linear; both kernels start as normal(0.02)."""
 
     width: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, t: jax.Array) -> jax.Array:
         def linear(name):
             return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 

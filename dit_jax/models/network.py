@@ -1,4 +1,4 @@
-"""What a network is to the rest of the code, and the checks that all networks share."""
+"""The protocol of networks, and the checks that all networks share."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -13,13 +13,22 @@ Cond = Mapping[str, jax.Array]  # arrays [B, ...]
 
 
 class Network(Protocol):
-    """A Linen module that also says what it is. It is a pure function: no random numbers, no dropout, no guidance.
+    """A Linen module that maps (x_t, t, cond) to an output. It is a pure function: no random numbers, dropout or guidance.
 
     Fields:
         rules: how its parameters are split over the mesh (`parallel.rules`).
     """
 
-    rules: Rules
+    @property
+    def rules(self) -> Rules: ...
+
+    def init(self, rngs: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """Linen's method: {"params": ...} for the arguments of `__call__`."""
+        ...
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's method: `__call__`, or another method by its name, with these parameters."""
+        ...
 
     def __call__(self, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
         """The output [B, ..., output channels] in float32.
@@ -27,9 +36,9 @@ class Network(Protocol):
         Args:
             x_t: [B, h, w, c] or [B, f, h, w, c], as `Process.network_input` returns it.
             t: f32[B], as `Process.network_time` returns it.
-            cond: arrays [B, ...] by name. A network takes the entries that it knows; any other entry is an error.
-            control: settings of a call that are the same for all examples, without a batch axis, such as keep[L] of
-                skip-layer guidance; None leaves the network as it is.
+            cond: arrays [B, ...] by name. An entry that the network does not use is an error.
+            control: settings of a call without a batch axis, the same for all examples, such as keep[L] of skip-layer
+                guidance; None changes nothing.
         """
         ...
 
@@ -42,7 +51,7 @@ class Network(Protocol):
         ...
 
     def num_tokens(self, latent_shape: Shape) -> int:
-        """How many tokens (or pixels of the finest level) one example has; decides how many examples run at once."""
+        """Number of tokens (or pixels of the finest level) of one example. The sampler's chunk size depends on it."""
         ...
 
     def describe(self) -> str:
@@ -51,49 +60,49 @@ class Network(Protocol):
 
 
 class Planned(Protocol):
-    """What a network may say beyond `Network`, for plans and for choices that depend on the platform. All of it is optional."""
+    """Optional methods of a network: memory estimates for `plan`, and choices that depend on the platform."""
 
     def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples."""
+        """Lower bound on the bytes that a device keeps between the forward and the backward pass of `rows` examples."""
         ...
 
     def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        """Changes of the network's fields that store less for the gradient: {the config override: bytes per device saved}.
+        """Changes of the network's fields that store fewer activations: {config override: bytes saved per device}.
 
-        activations: bytes per device that the compiled step takes for them now.
+        activations: bytes per device that activations take in the compiled step.
         """
         ...
 
     def for_platform(self, platform: str) -> "Network":
-        """The same network with all choices made that are left to the platform ("cpu", "gpu", "tpu")."""
+        """The same network with every choice resolved that depends on the platform ("cpu", "gpu", "tpu")."""
         ...
 
 
 def activation_bytes(network: Network, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-    """See `Planned`; 0 where the network does not say."""
+    """See `Planned`; 0 if the network has no such method."""
     method = getattr(network, "activation_bytes", None)
     return 0 if method is None else method(latent_shape, rows, mesh_shape)
 
 
 def savings(network: Network, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-    """See `Planned`; none where the network does not say."""
+    """See `Planned`; {} if the network has no such method."""
     method = getattr(network, "savings", None)
     return {} if method is None else method(latent_shape, rows, mesh_shape, activations)
 
 
 def for_platform(network: Network, platform: str) -> Network:
-    """See `Planned`; the network itself where it leaves nothing to the platform."""
+    """See `Planned`; the network unchanged if it has no such method."""
     method = getattr(network, "for_platform", None)
     return network if method is None else method(platform)
 
 
 def check_entries(what: str, given: Mapping[str, Any] | None, known: tuple[str, ...], network: str) -> None:
-    """Raises a UserError if `given` has an entry that the network does not know.
+    """Raises a UserError if `given` has an entry that the network does not use.
 
     what: "cond" or "control".
     """
     unknown = sorted(set(given or ()) - set(known))
     if unknown:
         raise UserError(
-            f"{network} knows no {what} entry {', '.join(map(repr, unknown))}; it takes {', '.join(map(repr, known)) or 'none'}"
+            f"{network} has no {what} entry {', '.join(map(repr, unknown))}; it takes {', '.join(map(repr, known)) or 'none'}"
         )

@@ -1,19 +1,20 @@
-"""Between a grid of values and a sequence of tokens.
+"""Converts a grid of values to a sequence of tokens, and back.
 
 B batch, H x W x C grid, p patch side.
 """
 
+import jax
 import jax.numpy as jnp
 
 
-def patchify(x, p: int):
+def patchify(x: jax.Array, p: int) -> jax.Array:
     """[B, H, W, C] -> [B, (H/p) (W/p), p p C], patches in row-major order, channels last inside a patch."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // p, p, w // p, p, c)
     return jnp.einsum("bhpwqc->bhwpqc", x).reshape(b, (h // p) * (w // p), p * p * c)
 
 
-def unpatchify(x, p: int, height: int, width: int):
+def unpatchify(x: jax.Array, p: int, height: int, width: int) -> jax.Array:
     """[B, (height/p) (width/p), p p C] -> [B, height, width, C], the inverse of patchify."""
     b, _, k = x.shape
     x = x.reshape(b, height // p, width // p, p, p, k // (p * p))

@@ -1,4 +1,4 @@
-"""Several processes as one program."""
+"""Joins the processes of a multi-host run and lets them communicate."""
 
 import os
 from collections import deque
@@ -10,35 +10,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.errors import UserError
 
-# A day: who is done first waits for the others at the end, and the first process may still score for hours. That a process died
-# is found by its heartbeats, after 100 s.
+# A day: at the end each process waits for the others, and the first process may still score for hours. A process that died is
+# detected by missing heartbeats, after 100 s.
 SHUTDOWN_SECONDS = 86_400
 
 
 def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
-    """Joins the other processes of this run, if there are any; call before anything else touches JAX.
+    """Joins the other processes of this run, if there are any; call before anything else uses JAX.
 
-    With no argument the cluster is detected (TPU pod, GKE, SLURM, Open MPI); on a single machine nothing happens.
+    Without arguments the cluster is detected (TPU pod, GKE, SLURM, Open MPI); on a single machine nothing happens.
 
     Raises:
-        UserError: some of the three are given without the others; they do not fit each other; a cluster is there and its
-            processes cannot be joined.
+        UserError: only some of the three arguments are given; they are inconsistent; or a cluster was detected, but its processes
+            cannot be joined.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise UserError(
             f"--{' and --'.join(missing)} must be given too: --coordinator_address, --num_processes and --process_id "
-            "go together; give none of them where the cluster is detected"
+            "go together; give none of them if the cluster is detected automatically"
         )
     if coordinator_address is not None and num_processes is not None and process_id is not None:
         if not (num_processes >= 1 and 0 <= process_id < num_processes):
-            raise UserError(
-                f"--process_id={process_id} with --num_processes={num_processes}: it must lie in 0 to num_processes - 1"
-            )
+            raise UserError(f"--process_id={process_id} must lie in 0 to num_processes - 1 = {num_processes - 1}")
         if not coordinator_address.rpartition(":")[2].isdigit():
-            raise UserError(f"--coordinator_address={coordinator_address} must be host:port, as in 10.0.0.1:1234")
-    # JAX's own handler would swallow every SIGTERM of every verb for good: only SIGKILL would end a process. See `SharedFlag`.
+            raise UserError(f"--coordinator_address={coordinator_address} must be host:port, for example 10.0.0.1:1234")
+    # JAX's own handler would swallow every SIGTERM, so that only SIGKILL could end a process. `SharedFlag` replaces it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -51,27 +49,27 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         alone = str(error) == "coordinator_address should be defined." and not missing_steps(os.environ)
         if not alone:
             raise UserError(f"the processes of this run cannot be joined: {error} {missing_steps(os.environ)}".strip()) from error
-        # JAX found no cluster: one process.
+        # JAX detected no cluster: this is the only process.
 
 
 def missing_steps(environment) -> str:
-    """What says that this process is one of several although JAX sees no cluster; "" where nothing does."""
+    """Explains why this process is probably one of several although JAX detects no cluster; "" if there is no sign of it."""
     tasks = environment.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_NODELIST" not in environment and tasks.isdigit() and int(tasks) > 1:
         return (
-            f"SLURM gave this job {tasks} tasks and this process is none of them: start it with srun, or without tasks "
-            "(env -u SLURM_NTASKS) to use this machine alone."
+            f"SLURM gave this job {tasks} tasks, but this process is not one of them: start it with srun, or with "
+            "env -u SLURM_NTASKS to use only this machine."
         )
     return ""
 
 
 def is_first() -> bool:
-    """Whether this process writes the logs and records."""
+    """Whether this is process 0, which writes logs and records."""
     return jax.process_index() == 0
 
 
 def to_host(x) -> np.ndarray:
-    """A global array, whole, on every process."""
+    """Gathers a global array on every process."""
     if jax.process_count() == 1:
         return np.asarray(x)
     from jax.experimental import multihost_utils
@@ -80,7 +78,7 @@ def to_host(x) -> np.ndarray:
 
 
 def wait_for_all(what: str):
-    """Returns once every process has come here; `what` tells this meeting from others."""
+    """A barrier: returns once every process has called it with the same `what`."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -88,13 +86,13 @@ def wait_for_all(what: str):
 
 
 class SharedFlag:
-    """A flag that any process raises and that all see raised at the same call; no process waits for another.
+    """A flag that any process can raise and that all processes see raised at the same call, without waiting for one another.
 
-    Each call hands the devices the greatest of one number per device, and reads what the call `delay` calls before found.
-    Make it, and call it, on all processes alike.
+    Each call starts a maximum over one number per device, and reads the result of the call `delay` calls earlier. Create it and
+    call it on all processes.
 
     Args:
-        delay: how many calls may be unfinished. Where the devices are that far behind the host anyway, nothing is held up.
+        delay: number of calls that may be unfinished. If the devices are that far behind the host anyway, a call does not wait.
     """
 
     def __init__(self, delay: int):
@@ -109,6 +107,6 @@ class SharedFlag:
         self._delay, self._pending = delay, deque()
 
     def seen(self, raised: bool) -> bool:
-        """Whether any process had raised it `delay` calls ago."""
+        """Whether any process had raised the flag `delay` calls ago."""
         self._pending.append(self._greatest(self._values[raised]))
         return len(self._pending) > self._delay and bool(self._pending.popleft())

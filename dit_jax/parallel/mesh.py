@@ -1,7 +1,7 @@
-"""The device mesh, and what is placed on it.
+"""The device mesh and the placement of arrays on it.
 
-Axes are always ("data", "fsdp", "tensor", "sequence"): the batch is split over data and fsdp, parameters over fsdp and tensor,
-the tokens of activations over sequence.
+The axes are always ("data", "fsdp", "tensor", "sequence"). The batch is split over data and fsdp, parameters over fsdp and
+tensor, and the tokens of activations over sequence.
 """
 
 import math
@@ -18,10 +18,10 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, sequence: int = 1) -> Mesh:
-    """A mesh over all devices of all hosts; data = -1 takes what the other axes leave.
+    """Makes a mesh over all devices of all hosts; data = -1 uses all devices that the other axes leave.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices; slices of unequal size.
+        UserError: the product of the sizes is not the number of devices, or slices have unequal sizes.
     """
     devices = jax.devices() if devices is None else devices
     for name, size in (("fsdp", fsdp), ("tensor", tensor), ("sequence", sequence)):
@@ -34,22 +34,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, s
     sizes = (data, fsdp, tensor, sequence)
     if np.prod(sizes) != len(devices):
         raise UserError(
-            f"the mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} = {np.prod(sizes)} needs as many devices, "
-            f"and there are {len(devices)} ({devices[0].platform}); set mesh.data = -1 to use them all, and choose "
+            f"the mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} needs {np.prod(sizes)} devices, "
+            f"but there are {len(devices)} ({devices[0].platform}); set mesh.data = -1 to use them all, and choose "
             "the other axes so that their product divides that number"
         )
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
-    """Devices in the shape of the mesh, neighbours along the later axes as near to each other as their network allows.
+    """Arranges devices in the shape of the mesh, so that neighbours along the later axes are close in the network.
 
-    What `jax.make_mesh` does, and what it refuses: it splits no axis of a torus over two of the mesh (tensor = 2 on a v5p of
-    4 x 4 x 4), and takes no devices of several slices, which GPUs of two hosts are to JAX. Slices, between which the network is
-    slow, lie along the first axes.
+    Like `jax.make_mesh`, but without two of its restrictions: that one cannot split an axis of a torus over two axes of the mesh
+    (tensor = 2 on a v5p of 4 x 4 x 4), and does not accept devices of several slices (JAX treats GPU hosts as slices). Slices are
+    connected by a slow network, so they lie along the first axes.
 
     Raises:
-        UserError: slices of unequal size.
+        UserError: slices have unequal sizes.
     """
     slices = [getattr(device, "slice_index", 0) for device in devices]
     count = len(set(slices))
@@ -68,7 +68,7 @@ def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole."""
+    """Sharding of a batch: the first axis over data and fsdp, the others unsharded."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -77,18 +77,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_per_step(mesh: Mesh) -> int:
-    """How many ways a batch is split: its size must be a multiple of this."""
+    """Number of shards of a batch; the batch size must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def reader_place(mesh: Mesh) -> tuple[int, int]:
-    """(which part of every batch this process reads, in how many parts a batch is read).
+    """(index of the part of each batch that this process reads, number of parts).
 
-    Usually the process's number and their count. Processes that hold the same rows, because tensor or sequence reaches over
+    Usually the process index and the process count. Processes that hold the same rows, because the tensor or sequence axis spans
     several of them, read the same part.
 
     Raises:
-        UserError: the rows of two processes overlap without being the same.
+        UserError: the rows of two processes overlap but differ.
     """
     rows = np.arange(rows_per_step(mesh)).repeat(mesh.devices.size // rows_per_step(mesh))
     held: dict[int, set[int]] = {}
@@ -97,27 +97,27 @@ def reader_place(mesh: Mesh) -> tuple[int, int]:
     parts = sorted({tuple(sorted(mine)) for mine in held.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != rows_per_step(mesh):
         raise UserError(
-            f"on the mesh {dict(mesh.shape)} the rows of a batch do not fall to whole processes, of which there are "
-            f"{len(held)}: choose mesh.tensor x mesh.sequence as a divisor or a multiple of the devices of a process"
+            f"on the mesh {dict(mesh.shape)} the rows of a batch cannot be divided among {len(held)} processes: choose "
+            "mesh.tensor x mesh.sequence as a divisor or a multiple of the number of devices per process"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def shard_batch(mesh: Mesh, batch):
-    """A host's rows (numpy arrays) -> one global array per leaf, split over data and fsdp."""
+    """Makes global arrays, split over data and fsdp, from this host's rows (a pytree of NumPy arrays)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def split_rows(mesh: Mesh, x):
-    """An array that every host holds whole -> a global array split over data and fsdp."""
+    """Splits an array that every host holds in full over data and fsdp, as a global array."""
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
 def place(tree, shardings):
-    """Arrays that every host holds whole -> global arrays; each device is given its own part alone.
+    """Makes global arrays from arrays that every host holds in full; each device receives only its shard.
 
-    tree: pytree of NumPy arrays; shardings: a pytree alike, or one sharding for all.
+    tree: pytree of NumPy arrays; shardings: a pytree of the same structure, or one sharding for all.
     """
 
     def one(x, sharding):
@@ -129,9 +129,11 @@ def place(tree, shardings):
 
 
 def constrain_batch(x, tokens: bool = False):
-    """Keeps x split over rows only, or over rows and tokens, under `jax.set_mesh`; the identity elsewhere and in a `shard_map`.
+    """Constrains x to be split over rows only, or over rows and tokens, under `jax.set_mesh`.
 
-    x: [B, ...], or [B, N, ...] with tokens; N need not be a multiple of the sequence axis.
+    Without a mesh and inside a `shard_map` it is the identity.
+
+    x: [B, ...], or [B, N, ...] with `tokens`; N need not be a multiple of the sequence axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:

@@ -1,7 +1,7 @@
-"""Which axis of the mesh each parameter is split over: a table from path to PartitionSpec, right-aligned.
+"""Sharding rules: tables from parameter paths to right-aligned PartitionSpecs.
 
-The same table serves parameters, their moving average and both Adam moments, because their paths end alike. A path that
-matches no rule is an error, so a new layer cannot end up replicated unnoticed.
+The same table applies to parameters, their moving average and both Adam moments, because their paths have the same ending. A
+path that matches no rule is an error, so that a new layer is not replicated unnoticed.
 """
 
 import math
@@ -12,37 +12,37 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
-TOO_MUCH = 0.1  # of the bytes of a device, to be left whole without a word
+TOO_MUCH = 0.1  # share of a device's bytes that may stay unsplit without a warning
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
 
 def path_name(path) -> str:
-    """A pytree path -> "params/blocks/attention/qkv/kernel"."""
+    """Joins a pytree path with "/": "params/blocks/attention/qkv/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def rule_of(name: str, shape: tuple[int, ...], rules: Rules) -> tuple[str | None, ...]:
-    """The axes that the table gives the trailing dimensions of an array; () for a scalar.
+    """The mesh axes of an array's trailing dimensions, from the table; () for a scalar.
 
     Raises:
-        ValueError: no rule, or more than one, matches the path.
+        ValueError: no rule or several rules match the path.
     """
     if not shape and SCALARS.search(name):
         return ()
-    found = [spec for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)]
-    if len(found) != 1:
+    specs = [spec for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)]
+    if len(specs) != 1:
         raise ValueError(
-            f"{len(found)} sharding rules match {name} {shape}, and exactly one must: mend the table in dit_jax/parallel/rules.py"
+            f"{len(specs)} sharding rules match {name} {shape}, but exactly one must: fix the table in dit_jax/parallel/rules.py"
         )
-    return found[0]
+    return specs[0]
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> PartitionSpec:
     """The PartitionSpec of one array.
 
-    An axis of the mesh that does not divide its dimension is left out (6 heads over 4 devices stay whole). For fsdp, which only
-    stores, the longest other dimension that it divides is then split (width 1152 over 256 devices: 4608), and where there is none
-    the depth of a stack of blocks, which costs most: the whole stack is gathered before its first block.
+    A mesh axis that does not divide its dimension is dropped (6 heads are not split over 4 devices). The fsdp axis, which only
+    saves memory, then splits the longest other dimension that it divides (width 1152 over 256 devices: 4608). If there is none,
+    it splits the depth of a stack of blocks, which costs most: the stack is gathered before its first block.
 
     Raises:
         ValueError: as `rule_of`.
@@ -61,7 +61,7 @@ def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> Part
 
 
 def shardings(tree, mesh: Mesh, rules: Rules):
-    """A NamedSharding for each leaf of a pytree of arrays or ShapeDtypeStructs."""
+    """NamedShardings for a pytree of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree
     )
@@ -72,11 +72,13 @@ def whole_over_fsdp(tree):
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*(None if a == "fsdp" else a for a in s.spec))), tree)
 
 
-def left_whole(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, float, str]:
-    """(bytes that a device holds, those of them that the table would split over the axis and that its size does not divide, the
-    largest array among these).
+def unsplit_bytes(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, float, str]:
+    """Finds arrays that the table would split over `axis`, but whose dimensions its size does not divide.
 
     tree: pytree of arrays or ShapeDtypeStructs.
+
+    Returns:
+        (bytes that a device holds, bytes of these arrays on a device, the path of the largest of them).
     """
     held, whole = 0.0, {"": 0.0}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -90,20 +92,21 @@ def left_whole(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, float,
 
 
 def warnings(tree, mesh: Mesh, rules: Rules) -> list[str]:
-    """A sentence for each axis that leaves more than a tenth of what a device holds whole, with the sizes that would split it."""
-    found = []
+    """Warnings about axes that leave more than a tenth of a device's bytes unsplit, with the sizes that would split them."""
+    messages = []
     for axis in ("fsdp", "tensor"):
-        held, whole, name = left_whole(tree, mesh.shape, axis, rules)
+        held, whole, name = unsplit_bytes(tree, mesh.shape, axis, rules)
         if mesh.shape[axis] == 1 or whole <= TOO_MUCH * held:
             continue
         devices, better = mesh.shape["data"] * mesh.shape[axis], []
         for size in range(2, devices + 1):
             if devices % size == 0:
-                other = left_whole(tree, {**mesh.shape, axis: size, "data": devices // size}, axis, rules)
+                other = unsplit_bytes(tree, {**mesh.shape, axis: size, "data": devices // size}, axis, rules)
                 better += [str(size)] if other[1] <= TOO_MUCH * other[0] else []
-        remedy = f"mesh.{axis} of {', '.join(better)} splits them" if better else f"no mesh.{axis} of these devices splits them"
-        found.append(
-            f"mesh.{axis}={mesh.shape[axis]} does not divide the arrays, the largest {name}: {whole / 2**20:.0f} of "
-            f"{held / 2**20:.0f} MiB of state on each device are not split over {axis}; {remedy}, the rest as mesh.data"
+        remedy = f"mesh.{axis} = {', '.join(better)} splits them" if better else f"no mesh.{axis} for these devices splits them"
+        messages.append(
+            f"mesh.{axis}={mesh.shape[axis]} does not divide the dimensions of some arrays, the largest {name}: "
+            f"{whole / 2**20:.0f} of {held / 2**20:.0f} MiB of state on each device are not split over {axis}; {remedy}, "
+            "with mesh.data for the remaining devices"
         )
-    return found
+    return messages

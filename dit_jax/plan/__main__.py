@@ -1,4 +1,4 @@
-"""What models cost, and what a run would need on devices that need not be here.
+"""Computes the cost of models, and plans runs on devices that this machine need not have.
 
     python -m dit_jax.plan --models
     python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5p:4x4x4 --config.mesh.fsdp=64
@@ -7,12 +7,12 @@
     python -m dit_jax.plan --table=v5e:4x4,v5p:4x4x4,v6e:4x4
 
 The first prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters,
-GMACs (multiply-adds of one forward of one image, which the paper prints as Gflops), and FLOPs of training on one image.
+GMACs (multiply-adds of one forward pass of one image, which the paper calls Gflops), and FLOPs of training on one image.
 
 The second compiles the config's training step and sampler ahead of time for a TPU slice (pip install 'dit_jax[plan]'), for GPUs
-(h200:8), for simulated devices (cpu:8), or, without --topology, for the devices of this machine. It says what fills a device,
-whether that fits, what is computed and communicated, and about how long a step takes. No weights and no data are read: with
---config.data.name=latents the step begins at a latent cache, else with the codec's encoder where there is one.
+(h200:8), for simulated devices (cpu:8), or, without --topology, for the devices of this machine. It reports the memory of a
+device by kind, whether the run fits, compute and communication, and an estimated step time. It reads no weights and no data: with
+--config.data.name=latents the step starts from a latent cache, otherwise with the codec's encoder if there is one.
 """
 
 import jax
@@ -52,7 +52,7 @@ TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size o
 
 
 def cost(config) -> dict:
-    """Counts of one config's network: from its shapes and architecture, no arrays are made."""
+    """Counts the cost of a config's network from shapes and architecture, without creating arrays."""
     from dit_jax.build import Run
     from dit_jax.tasks.state import count_parameters
 
@@ -94,7 +94,7 @@ def whole_numbers(name: str, texts: list[str]) -> list[int]:
     except ValueError:
         numbers = []
     if len(numbers) != len(texts) or any(number < 1 for number in numbers):
-        raise UserError(f"--{name}={','.join(texts)}: positive whole numbers with commas between them are needed")
+        raise UserError(f"--{name}={','.join(texts)} must be positive integers separated by commas")
     return numbers
 
 
@@ -104,13 +104,13 @@ def print_plan(config, topology) -> dict:
     if SAMPLER.value:
         estimate.check_sampling(estimate.run_on(config, topology))
     console.say(f"compiling the training step for {topology.name}")
-    found = estimate.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
-    for line in (*text.training(found), *(text.traffic(found["traffic"], topology.chip) if TRAFFIC.value else ())):
+    plan = estimate.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
+    for line in (*text.training(plan), *(text.traffic(plan["traffic"], topology.chip) if TRAFFIC.value else ())):
         console.say(line)
-    found["sampler"] = estimate.plan_sampling(config, topology) if SAMPLER.value else None
-    if found["sampler"]:
-        console.say(text.sampling(found["sampler"]))
-    return found
+    plan["sampler"] = estimate.plan_sampling(config, topology) if SAMPLER.value else None
+    if plan["sampler"]:
+        console.say(text.sampling(plan["sampler"]))
+    return plan
 
 
 def print_search(config, topology) -> dict:
@@ -120,10 +120,10 @@ def print_search(config, topology) -> dict:
     known = ("none", *REMAT_POLICIES)
     remats = REMATS.value or (list(known) if "model" in config else ["none"])
     if unknown := set(remats) - set(known):
-        raise UserError(f"--search_remats={','.join(remats)}: no policy {', '.join(unknown)}; known are {', '.join(known)}")
+        raise UserError(f"--search_remats={','.join(remats)}: unknown policy {', '.join(unknown)}; known are {', '.join(known)}")
     if MAX_COMPILES.value < 1:
-        raise UserError(f"--search_max_compiles={MAX_COMPILES.value}; it must be at least 1")
-    found = search.search(
+        raise UserError(f"--search_max_compiles={MAX_COMPILES.value} must be at least 1")
+    result = search.search(
         config,
         topology,
         remats,
@@ -133,11 +133,13 @@ def print_search(config, topology) -> dict:
         console.say,
         RESIDENT_ROWS.value,
     )
-    for line in text.markdown(text.row(f"batch {plan['batch_size']} / {plan['microbatches']}", plan) for plan in found["ranked"]):
+    for line in text.markdown(
+        text.row(f"batch {plan['batch_size']} / {plan['microbatches']}", plan) for plan in result["ranked"]
+    ):
         console.say(line)
-    if not found["ranked"]:
-        console.say("nothing that was tried fits: try a larger slice, more --search_microbatches, or a smaller batch")
-    return found
+    if not result["ranked"]:
+        console.say("no choice fits: try a larger slice, more --search_microbatches, or a smaller batch")
+    return result
 
 
 def print_table() -> dict:
@@ -150,9 +152,9 @@ def print_table() -> dict:
     plans = {}
     for place in places:
         for size, config in configs.items():
-            plans[f"{size} {place.name}"] = found = table.simplest_that_fits(config, place)
-            console.say(" | ".join(text.row(size, found)))
-    for line in text.markdown(text.row(name.split()[0], found) for name, found in plans.items()):
+            plans[f"{size} {place.name}"] = plan = table.simplest_that_fits(config, place)
+            console.say(" | ".join(text.row(size, plan)))
+    for line in text.markdown(text.row(name.split()[0], plan) for name, plan in plans.items()):
         console.say(line)
     return {"plans": plans}
 
@@ -164,8 +166,8 @@ def main() -> dict:
         return print_table()
     if not CONFIG.given:
         raise UserError(
-            "say what to plan: --models prints the table of models, --config=configs/<name>.py and "
-            "--topology=v5p:4x4x4 plan a run"
+            "choose what to plan: --models prints the table of models, --config=configs/<name>.py with "
+            "--topology=v5p:4x4x4 plans a run"
         )
     config = CONFIG.read()
     from dit_jax.programs import topology

@@ -1,4 +1,4 @@
-"""One config on one topology: does it fit, how long does a step take, and what holds it back."""
+"""Plans one config on one topology: memory, estimated step time and bottleneck."""
 
 import time
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from dit_jax.programs.traffic import Traffic, by_place, hbm_traffic
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program.
+    """The compiler's result for one program.
 
     Fields:
-        memory: bytes per device by kind, see `memory.of_program`; where the compiler refused, what it said it needs.
-        refusal: why the compiler refused, or None.
-        executed_flops: of all devices, rematerialisation and frozen networks included.
+        memory: bytes per device by kind, see `memory.of_program`; if the compiler refused the program, its stated requirement.
+        refusal: the compiler's reason for refusing the program, or None.
+        executed_flops: of all devices, including rematerialisation and frozen networks.
         traffic_by_place: see `traffic.by_place`.
         hidden_share: see `overlap.hidden_share`.
-        unknown_loops: how many loops count as one pass because their length is not in the program.
+        unknown_loops: number of loops with an unknown trip count, which count as one iteration.
     """
 
     memory: dict[str, int]
@@ -39,14 +39,18 @@ class Compiled:
     seconds: float
 
 
+def platform_of(topology: Topology) -> str:
+    """ "cpu", "gpu" or "tpu": what the topology's chips are to JAX."""
+    return "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
+
+
 def run_on(config, topology: Topology) -> Run:
-    """The objects of a config on the topology's devices, with what the network would choose on such a chip.
+    """The objects of a config on the topology's devices, with the network's choices for that platform.
 
     Raises:
         UserError: the axes do not multiply to the devices, or cannot be laid on the slice.
     """
-    platform = "gpu" if topology.name.partition(":")[0] in GPUS else topology.devices[0].platform
-    run = Run(config, devices=topology.devices, platform=platform)
+    run = Run(config, devices=topology.devices, platform=platform_of(topology))
     try:
         run.mesh
     except NotImplementedError:
@@ -59,7 +63,7 @@ def run_on(config, topology: Topology) -> Run:
 
 
 def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
-    """Compiles and reads the result; a program that is too large for the chip is an answer, not an error.
+    """Compiles a program and analyses the result; a program that is too large for the chip is not an error.
 
     Raises:
         UserError: the compiler refuses for another reason.
@@ -69,10 +73,10 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
         with jax.set_mesh(mesh):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        found = memory.asked_for(str(error))
-        if found is None:
+        request = memory.asked_for(str(error))
+        if request is None:
             raise UserError(f"the compiler refuses this program: {str(error).splitlines()[0]}") from error
-        what, wanted, _ = found
+        what, wanted, _ = request
         given = memory.bytes_per_device(arguments)
         total = wanted + given if "temporaries" in what else wanted
         sizes = {
@@ -88,22 +92,22 @@ def compile_program(traced, arguments: dict[str, Any], mesh) -> Compiled:
     seconds = time.monotonic() - start
     program = hlo.parse(compiled.as_text())
     sizes = memory.of_program(compiled, memory.bytes_per_device(arguments, in_host=True))
-    found = collectives.find(program, mesh.devices.size)
+    collective_ops = collectives.find(program, mesh.devices.size)
     return Compiled(
         sizes,
         None,
         flops,
         hbm_traffic(program),
         by_place(program),
-        found,
-        overlap.hidden_share(program, found),
+        collective_ops,
+        overlap.hidden_share(program, collective_ops),
         len(program.unknown_loops()),
         seconds,
     )
 
 
 def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
-    """Bytes of one device by what they are for, from shapes and shardings; without what lives in host memory."""
+    """Bytes of one device by purpose, from shapes and shardings, without arrays in host memory."""
     state = arguments["state"]
     parts = {
         "parameters": state.params,
@@ -116,10 +120,12 @@ def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
 
 
 def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: bool = False) -> dict[str, Any]:
-    """Compiles the training step and reports on it; keys as the JSON of `python -m dit_jax.plan`, "traffic" if asked for.
+    """Compiles the training step and analyses it; the keys are those of the JSON of `python -m dit_jax.plan`.
+
+    traffic: adds the key "traffic".
 
     Raises:
-        UserError: the config, the mesh and the topology do not fit each other.
+        UserError: the config, the mesh and the topology do not fit together.
     """
     run = run_on(config, topology)
     run.check_batch()
@@ -149,7 +155,7 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
 
 
 def check_sampling(run: Run) -> None:
-    """Raises a UserError for what `plan_sampling` would refuse after the training step was compiled."""
+    """Raises UserError if `plan_sampling` would refuse the config; call before compiling the training step."""
     if run.task.draws_samples:
         run.sampler, run.guidance
         if run.config.evaluation.batch_size < 1:
@@ -157,9 +163,9 @@ def check_sampling(run: Run) -> None:
 
 
 def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
-    """Compiles the draw of one batch of samples and reports on it; None for a config that draws none.
+    """Compiles the sampling of one batch and analyses it; None for a config without sampling.
 
-    The seconds are None too where a sampler chooses its own number of steps.
+    The seconds are None if the sampler chooses its own number of steps.
     """
     run = run_on(config, topology)
     if not run.task.draws_samples:
@@ -183,7 +189,7 @@ def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
     fits = compiled.refusal is None and compiled.memory["total"] <= topology.chip.usable_bytes
     times = (
         roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives, compiled.hidden_share)
-        if fits
+        if fits and compiled.traffic is not None
         else None
     )
     table = collectives.by_kind_and_axis(compiled.collectives, dict(mesh.shape))

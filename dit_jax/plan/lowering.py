@@ -1,4 +1,4 @@
-"""The programs that a run would execute on its mesh, from shapes: nothing is loaded and nothing is computed."""
+"""Traces the programs of a run on its mesh from shapes, without loading or computing anything."""
 
 import jax
 import numpy as np
@@ -23,9 +23,9 @@ def train_step(run: Run, resident_rows: int = 0):
 
 
 def sampling(run: Run):
-    """(traced draw of one batch of samples, its arguments by name, the batch size, evaluations or None).
+    """Traces the sampling of one batch: (traced program, its arguments by name, batch size, evaluations or None).
 
-    The batch is `evaluation.batch_size`, rounded up as the generator does.
+    The batch size is `evaluation.batch_size`, rounded up as by the generator.
     """
     mesh, config = run.mesh, run.config
     generator = Generator(run.task, mesh, run.sampler, run.guidance, config.evaluation.batch_size, config.seed)

@@ -1,4 +1,4 @@
-"""What would make a training step fit, the largest saving first; and the least that any step needs."""
+"""Suggests changes that make a training step fit, and computes a lower bound of its memory."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ RELIABLE = 0.95
 
 
 def rows_of_device(run: Run) -> int:
-    """Examples that a device works on at a time."""
+    """Number of examples that a device processes at a time."""
     return run.config.batch_size // (rows_per_step(run.mesh) * run.config.microbatches)
 
 
 def least_bytes(run: Run, state_bytes: dict[str, int]) -> int:
-    """A lower bound for the memory of a training step: its arguments, the gradients, the activations.
+    """Lower bound of the memory of a training step: arguments, gradients and activations.
 
-    All gradients exist at once, because the step asks whether every one is finite before it uses any.
+    All gradients exist at the same time, because the step checks that all are finite before it uses them.
 
     state_bytes: of `estimate.state_memory`.
     """
@@ -26,21 +26,21 @@ def least_bytes(run: Run, state_bytes: dict[str, int]) -> int:
 
 
 def remedies(run: Run, temporaries: int, state_bytes: dict[str, int], over: int) -> list[dict[str, Any]]:
-    """[{"what", "saves_bytes", "enough"}]: changes of the config, by the bytes per device that each is estimated to save.
+    """Changes of the config in descending order of the estimated saving per device, [{"what", "saves_bytes", "enough"}].
 
     Args:
-        temporaries: bytes of the program beside its arguments.
+        temporaries: bytes of the program without its arguments.
         state_bytes: of `estimate.state_memory`.
-        over: how many bytes are too many.
+        over: number of bytes that exceed the limit.
     """
     config, task, parameters = run.config, run.task, state_bytes["parameters"]
-    # Twice the parameters, because the gradients are as large.
+    # Twice the parameters, because the gradients have the same size.
     split = 2 * parameters + state_bytes["moving_average"] + state_bytes["optimizer"]
     activations = max(0, temporaries - parameters)
     data, fsdp, rows = run.mesh.shape["data"], run.mesh.shape["fsdp"], rows_of_device(run)
     savings = {"a slice of twice the devices, on mesh.fsdp": (split + activations) // 2}
     savings |= task.savings(rows, run.mesh.shape, activations)
-    # While the optimizer runs, what was in the host is on the device, in place of the activations.
+    # While the optimizer runs, offloaded arrays are on the device, in place of the activations.
     if task.offload == "none":
         savings["--config.mesh.offload=optimizer (Adam's moments to the host and back in every step)"] = min(
             state_bytes["optimizer"], activations

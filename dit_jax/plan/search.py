@@ -13,7 +13,7 @@ from dit_jax.runtime.console import duration
 
 
 class Choice(NamedTuple):
-    """What a search varies."""
+    """The fields that a search varies."""
 
     data: int
     fsdp: int
@@ -24,7 +24,7 @@ class Choice(NamedTuple):
     microbatches: int
 
     def apply(self, config):
-        """The config with this choice in it."""
+        """Returns the config with this choice."""
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.mesh.update({"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "zero1": self.zero1})
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
 
 def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
-    """All (data, fsdp, tensor) whose product is the number of devices."""
+    """Yields all (data, fsdp, tensor) whose product is the number of devices."""
     for fsdp, tensor in itertools.product(range(1, devices + 1), repeat=2):
         if devices % (fsdp * tensor) == 0:
             yield devices // (fsdp * tensor), fsdp, tensor
@@ -50,12 +50,12 @@ def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
 def choices(
     config, devices: int, remats: Iterable[str], batch_sizes: Iterable[int], microbatches: Iterable[int]
 ) -> tuple[list[Choice], int]:
-    """(the choices that make sense, how many were left out); the sequence axis stays as the config has it.
+    """Enumerates useful choices; returns (choices, number of omitted ones). The sequence axis is the config's.
 
-    Left out: ZeRO-1 without fsdp; a batch that does not split over data x fsdp x microbatches; a tensor axis that does not divide
-    heads and width, which would compute the same on several devices.
+    Omitted are ZeRO-1 without fsdp; a batch that is not divisible by data x fsdp x microbatches; and a tensor axis that does not
+    divide heads and width, which would compute the same on several devices.
     """
-    found, left_out = [], 0
+    useful, left_out = [], 0
     sizes = meshes(devices // config.mesh.sequence)
     for (data, fsdp, tensor), zero1, remat, batch_size, parts in itertools.product(
         sizes, (False, True), remats, batch_sizes, microbatches
@@ -63,14 +63,14 @@ def choices(
         splits = batch_size % (data * fsdp * parts) == 0 and (fsdp > 1 or not zero1)
         heads = "model" not in config or (config.model.heads % tensor == 0 and config.model.width % tensor == 0)
         if splits and heads:
-            found.append(Choice(data, fsdp, tensor, zero1, remat, batch_size, parts))
+            useful.append(Choice(data, fsdp, tensor, zero1, remat, batch_size, parts))
         else:
             left_out += 1
-    return found, left_out
+    return useful, left_out
 
 
 def bound(config, topology: Topology, resident_rows: int) -> int:
-    """`least_bytes` of a config, from shapes: milliseconds, where compiling takes minutes.
+    """`least_bytes` of a config, from shapes; takes milliseconds, while compiling takes minutes.
 
     Raises:
         UserError: as `estimate.plan_training`.
@@ -96,14 +96,14 @@ def search(
     say: Callable[[str], None],
     resident_rows: int = 0,
 ) -> dict[str, Any]:
-    """Compiles the choices that may fit, those that recompute and communicate least first, and ranks what it found.
+    """Compiles the choices that may fit, starting with the least recomputation and communication, and ranks the results.
 
     Returns:
-        {"ranked": plans that fit, best first, "too_large", "impossible", "not_tried": choices as text, "pruned": how many cannot
-        fit whatever the compiler does, "left_out": see `choices`}.
+        {"ranked": plans that fit, best first; "too_large", "impossible", "not_tried": choices as text; "pruned": number of
+        choices whose lower bound does not fit; "left_out": see `choices`}.
 
     Raises:
-        UserError: no choice makes sense.
+        UserError: there is no useful choice.
     """
     wanted, left_out = choices(config, len(topology.devices), remats, batch_sizes, microbatches)
     if not wanted:
@@ -124,7 +124,7 @@ def search(
             pruned += 1
         else:
             possible.append(choice)
-    # What recomputes and communicates least comes first: it is what one would like to use.
+    # Start with the least recomputation and communication, which is preferable.
     order = {name: place for place, name in enumerate(remats)}
     possible.sort(key=lambda c: (c.microbatches, order[c.remat], c.tensor, c.fsdp, not c.zero1, -c.batch_size))
     tried, rest = possible[:max_compiles], possible[max_compiles:]
@@ -133,7 +133,7 @@ def search(
         f"compile, {len(rest)} beyond --search_max_compiles"
     )
     ranked, too_large = _compile_all(config, topology, tried, say, resident_rows)
-    ranked.sort(key=lambda found: -(found["images_per_second"] or 0))
+    ranked.sort(key=lambda plan: -(plan["images_per_second"] or 0))
     return {
         "ranked": ranked,
         "too_large": too_large,
@@ -147,13 +147,13 @@ def search(
 def _compile_all(config, topology, tried: list[Choice], say, resident_rows) -> tuple[list[dict], list[str]]:
     ranked, too_large = [], []
     for number, choice in enumerate(tried, 1):
-        found = estimate.plan_training(choice.apply(config), topology, resident_rows)
-        outcome = f"{found['bytes_per_device'] / memory.GIB:.2f} GiB"
-        if found["fits"]:
-            ranked.append(found)
-            outcome += f", {found['images_per_second']:.0f} images/s" if found["images_per_second"] else ""
+        plan = estimate.plan_training(choice.apply(config), topology, resident_rows)
+        outcome = f"{plan['bytes_per_device'] / memory.GIB:.2f} GiB"
+        if plan["fits"]:
+            ranked.append(plan)
+            outcome += f", {plan['images_per_second']:.0f} images/s" if plan["images_per_second"] else ""
         else:
             too_large.append(str(choice))
             outcome += ", too large"
-        say(f"{number}/{len(tried)} {choice}: {outcome} (compiled in {duration(found['compile_seconds'])})")
+        say(f"{number}/{len(tried)} {choice}: {outcome} (compiled in {duration(plan['compile_seconds'])})")
     return ranked, too_large

@@ -1,4 +1,4 @@
-"""The paper's sizes on one topology each, in the simplest way that fits."""
+"""Plans the paper's sizes on a topology, each with the simplest settings that fit."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from dit_jax import recipes
 from dit_jax.plan import estimate
 from dit_jax.programs.topology import Topology
 
-# From what communicates and recomputes least: copies of the model; the model split over all devices; and no stored activations.
+# In the order of communication and recomputation: replicated; split over all devices; split, without stored activations.
 WAYS = ({}, {"fsdp": True}, {"fsdp": True, "remat": "full"})
 
 
 def config(size: str, batch_size: int):
-    """The paper's config at 256 pixels, on a latent cache."""
+    """The paper's config at 256 pixels with a latent cache."""
     c = recipes.dit(size, 256)
     c.data = {"name": "latents", "path": "", "verify": True}
     c.loader = recipes.loader("latents")
@@ -20,14 +20,14 @@ def config(size: str, batch_size: int):
 
 
 def simplest_that_fits(config, topology: Topology) -> dict[str, Any]:
-    """`estimate.plan_training` with the first of WAYS that fits, or with the last."""
+    """Calls `estimate.plan_training` with the first of WAYS that fits, or the last one."""
     for way in WAYS:
         c = config.copy_and_resolve_references()
         with c.unlocked():
             if way.get("fsdp"):
                 c.mesh.update({"data": 1, "fsdp": len(topology.devices)})
             c.model.remat = way.get("remat", c.model.remat)
-        found = estimate.plan_training(c, topology)
-        if found["fits"]:
+        plan = estimate.plan_training(c, topology)
+        if plan["fits"]:
             break
-    return found
+    return plan

@@ -1,4 +1,4 @@
-"""Plans as text: for a terminal, and as Markdown."""
+"""Formats plans as text for a terminal and as Markdown."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,8 +8,8 @@ from dit_jax.programs.memory import GIB
 
 ASSUMPTIONS = (
     f"assumed: {chips.MATMUL_EFFICIENCY:.0%} of peak in matrix products, {chips.HBM_EFFICIENCY:.0%} of HBM, "
-    f"{chips.LINK_EFFICIENCY:.0%} of links; collectives overlap with all else; launches, waiting for data and "
-    "padding of matrix tiles are not counted, nor is moving to and from host memory"
+    f"{chips.LINK_EFFICIENCY:.0%} of links; collectives overlap with everything else; launches, waiting for data, "
+    "padding of matrix tiles and transfers to and from host memory are not counted"
 )
 
 
@@ -17,57 +17,57 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
-def training(found: dict[str, Any]) -> Iterable[str]:
-    """Lines about one training step."""
+def training(plan: dict[str, Any]) -> Iterable[str]:
+    """Formats the plan of a training step as lines."""
     yield (
-        f"{found['topology']}: {found['devices']} x {found['chip']}, mesh {_mesh(found)}, batch {found['batch_size']}, "
-        f"microbatches {found['microbatches']}, remat {found['remat']}"
+        f"{plan['topology']}: {plan['devices']} x {plan['chip']}, mesh {_mesh(plan)}, batch {plan['batch_size']}, "
+        f"microbatches {plan['microbatches']}, remat {plan['remat']}"
     )
     yield f"{'memory per device':24} {'GiB':>9}"
-    for name, size in found["memory"].items():
+    for name, size in plan["memory"].items():
         yield f"  {name:22} {size / GIB:9.3f}"
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
     yield (
-        f"  {'total':22} {found['bytes_per_device'] / GIB:9.3f}  {verdict} in {found['usable_bytes'] / GIB:.2f} of "
-        f"{found['hbm_bytes'] / GIB:.2f} GiB"
+        f"  {'total':22} {plan['bytes_per_device'] / GIB:9.3f}  {verdict} in {plan['usable_bytes'] / GIB:.2f} of "
+        f"{plan['hbm_bytes'] / GIB:.2f} GiB"
     )
-    if found["host_bytes_per_device"]:
-        yield f"  {'in host memory':22} {found['host_bytes_per_device'] / GIB:9.3f}  moved to the device and back in every step"
-    if found["refusal"]:
-        yield f"the compiler: {found['refusal']}"
-    for remedy in found["remedies"]:
+    if plan["host_bytes_per_device"]:
+        yield f"  {'in host memory':22} {plan['host_bytes_per_device'] / GIB:9.3f}  moved to the device and back in every step"
+    if plan["refusal"]:
+        yield f"the compiler: {plan['refusal']}"
+    for remedy in plan["remedies"]:
         yield (
             f"  helps: {remedy['what']}: saves about {remedy['saves_bytes'] / GIB:.2f} GiB"
-            f"{', probably enough alone' if remedy['enough'] else ''}"
+            f"{', probably sufficient' if remedy['enough'] else ''}"
         )
-    for kind, row in found["collectives"].items():
+    for kind, row in plan["collectives"].items():
         for axes, size in row.items():
             yield f"  {kind:22} {size / 1e6:9.1f} MB sent per device along {axes}"
-    if found["collectives_hidden"] is not None:
-        yield f"  of these bytes {found['collectives_hidden']:.0%} travel beside matrix products, as the program is scheduled"
+    if plan["collectives_hidden"] is not None:
+        yield f"  {plan['collectives_hidden']:.0%} of these bytes overlap with matrix products, according to the schedule"
     yield (
-        f"FLOPs per step {found['flops_per_step']:.4g} of the model (3 forwards), {found['executed_flops']:.4g} executed; "
-        f"compiled in {found['compile_seconds']:.1f} s"
+        f"FLOPs per step {plan['flops_per_step']:.4g} of the model (3 forwards), {plan['executed_flops']:.4g} executed; "
+        f"compiled in {plan['compile_seconds']:.1f} s"
     )
-    if found["unknown_loops"]:
-        yield f"{found['unknown_loops']} loops of unknown length count as one pass: bytes and collectives are too low"
-    if seconds := found["seconds"]:
+    if plan["unknown_loops"]:
+        yield f"{plan['unknown_loops']} loops of unknown trip count are counted once: bytes and collectives are too low"
+    if seconds := plan["seconds"]:
         yield (
             f"ms: compute {milliseconds(seconds['compute'])}, HBM {milliseconds(seconds['matmul_hbm'])} under products + "
             f"{milliseconds(seconds['elementwise_hbm'])} elementwise, collectives {milliseconds(seconds['collectives'])}, "
-            f"of which {milliseconds(seconds['exposed'])} beside no product"
+            f"of which {milliseconds(seconds['exposed'])} do not overlap with products"
         )
         yield (
-            f"step {milliseconds(found['step_seconds'])} ms ({milliseconds(seconds['without_overlap'])} without any overlap), "
-            f"{found['images_per_second']:.0f} images/s, MFU {found['mfu']:.1%}, limit {found['limit']}"
+            f"step {milliseconds(plan['step_seconds'])} ms ({milliseconds(seconds['without_overlap'])} without any overlap), "
+            f"{plan['images_per_second']:.0f} images/s, MFU {plan['mfu']:.1%}, limit {plan['limit']}"
         )
         yield ASSUMPTIONS
-    elif found["fits"]:
-        yield "no step time: the speed of simulated devices says nothing"
+    elif plan["fits"]:
+        yield "no step time: the speed of simulated devices is meaningless"
 
 
 def traffic(rows: list[dict[str, Any]], chip: chips.Chip) -> Iterable[str]:
-    """Lines about what moves bytes: each kind of kernel, then the places that have at least a hundredth of all."""
+    """Formats HBM traffic as lines: each kind of kernel, then all places with at least 1 % of the bytes."""
     total = sum(row["bytes"] for row in rows)
     kinds = {row["kind"]: [other for other in rows if other["kind"] == row["kind"]] for row in rows}
     summed = [
@@ -80,38 +80,38 @@ def traffic(rows: list[dict[str, Any]], chip: chips.Chip) -> Iterable[str]:
         yield f"  {row['kind']:11}{row['place']:37} {row['kernels']:8} {row['bytes'] / 1e9:9.3f} {milliseconds(seconds):>8}"
 
 
-def sampling(found: dict[str, Any]) -> str:
-    """A line about one draw of samples."""
-    rate = f", {found['images_per_second']:.1f} images/s" if found["images_per_second"] else ""
-    evaluations = found["evaluations"] or "as many as it needs"
+def sampling(plan: dict[str, Any]) -> str:
+    """Formats the plan of sampling as a line."""
+    rate = f", {plan['images_per_second']:.1f} images/s" if plan["images_per_second"] else ""
+    evaluations = plan["evaluations"] or "as many as it needs"
     return (
-        f"sampling {found['batch_size']} images, {found['sampler']}, {evaluations} evaluations: "
-        f"{found['bytes_per_device'] / GIB:.2f} GiB, {'fits' if found['fits'] else 'DOES NOT FIT'}{rate}"
+        f"sampling {plan['batch_size']} images, {plan['sampler']}, {evaluations} evaluations: "
+        f"{plan['bytes_per_device'] / GIB:.2f} GiB, {'fits' if plan['fits'] else 'DOES NOT FIT'}{rate}"
     )
 
 
-def _mesh(found: dict[str, Any]) -> str:
-    axes = " ".join(f"{name}={size}" for name, size in found["mesh"].items() if size > 1) or "one device"
-    return axes + " zero1" * found["zero1"]
+def _mesh(plan: dict[str, Any]) -> str:
+    axes = " ".join(f"{name}={size}" for name, size in plan["mesh"].items() if size > 1) or "one device"
+    return axes + " zero1" * plan["zero1"]
 
 
 COLUMNS = ("model", "topology", "mesh", "remat", "GiB/device", "fits", "step ms", "MFU", "limit", "compile s")
 
 
-def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    """One plan as the cells of COLUMNS."""
-    mfu = "-" if found["mfu"] is None else f"{found['mfu']:.0%}"
+def row(name: str, plan: dict[str, Any]) -> tuple[str, ...]:
+    """Formats a plan as the cells of COLUMNS."""
+    mfu = "-" if plan["mfu"] is None else f"{plan['mfu']:.0%}"
     return (
         name,
-        found["topology"],
-        _mesh(found),
-        str(found["remat"]),
-        f"{found['bytes_per_device'] / GIB:.2f}",
-        "yes" if found["fits"] else "no",
-        milliseconds(found["step_seconds"]),
+        plan["topology"],
+        _mesh(plan),
+        str(plan["remat"]),
+        f"{plan['bytes_per_device'] / GIB:.2f}",
+        "yes" if plan["fits"] else "no",
+        milliseconds(plan["step_seconds"]),
         mfu,
-        found["limit"] or "-",
-        f"{found['compile_seconds']:.0f}",
+        plan["limit"] or "-",
+        f"{plan['compile_seconds']:.0f}",
     )
 
 

@@ -1,13 +1,13 @@
-"""A folder of images, ImageNet's tars or WebDataset tars as a TFDS data set in ArrayRecord files, which is read at random.
+"""Converts a folder of images, ImageNet's tars or WebDataset tars into a TFDS data set in ArrayRecord files, for random access.
 
     python -m dit_jax.prepare --source=ILSVRC2012_img_train.tar --validation_source=ILSVRC2012_img_val.tar \\
         --out=data --dataset=my_imagenet
     python -m dit_jax.prepare --source=photos --out=data --dataset=my_photos
     python -m dit_jax.prepare --source='shards/train-{0000..0099}.tar' --out=data --dataset=my_pairs --resolution=256
 
-Nothing is unpacked, TensorFlow is not needed, and the size does not matter. The records are shuffled. The same command gives
-the same bytes, and goes on after an interruption; a command with another --split adds it. Then: tfds.data_source("my_imagenet",
-data_dir="data"), or data.name=tfds, data.dataset=my_imagenet, data.path=data here.
+Nothing is unpacked, TensorFlow is not needed, and the data set may have any size. The records are shuffled. The same command
+gives the same bytes and resumes after an interruption; a command with another --split adds that split. To read the data set, use
+tfds.data_source("my_imagenet", data_dir="data"), or data.name=tfds, data.dataset=my_imagenet, data.path=data in a config.
 """
 
 import os

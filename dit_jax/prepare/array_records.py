@@ -1,4 +1,4 @@
-"""Writing a TFDS data set of ArrayRecord shards without TensorFlow: records, shards, metadata."""
+"""Writes a TFDS data set of ArrayRecord shards (records, shards, metadata) without TensorFlow."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,30 +7,30 @@ from pathlib import Path
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import commit, partial_path
 
-WRITER_OPTIONS = "group_size:1,uncompressed"  # a record per chunk, for random access; images do not compress further
+WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk, for random access; images do not compress further
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses inside becomes a UserError that names `path`; array_record raises RuntimeError for it."""
+    """Turns write errors inside the context into a UserError that names `path`; array_record raises RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{path} cannot be written ({error}): free space there, or make it writable, and give the same command "
-            "again; finished shards stay"
+            f"{path} cannot be written ({error}): free space there, or make it writable, and run the same command "
+            "again; finished shards are kept"
         ) from None
 
 
 def shard_path(folder: Path, dataset: str, split: str, number: int, count: int) -> Path:
-    """The file of shard `number` of `count`, as TFDS names it."""
+    """Path of shard `number` of `count`, named as in TFDS."""
     return folder / f"{dataset}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
 def tf_example(fields: dict[str, bytes | int]) -> bytes:
-    """A serialised tf.train.Example of bytes and of integers from 0 on, its features sorted by name.
+    """Serialises a tf.train.Example of bytes and of integers >= 0, with features sorted by name.
 
-    TFDS's own serialiser gives the features another order in every process, so the files would differ.
+    TFDS's own serialiser orders the features differently in every process, so that files would differ.
     Source: Protocol Buffers, "Encoding"; TensorFlow's example.proto and feature.proto for the numbers of the fields.
     """
     features = b""
@@ -53,12 +53,12 @@ def _varint(value: int) -> bytes:
 
 
 def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
-    """(records, bytes) of an ArrayRecord file, written, on the disk, and counted by reading it back.
+    """Writes an ArrayRecord file, syncs it to disk and reads it back; returns (records, bytes).
 
-    Nothing is left of it if that fails, or if `records` raises.
+    The file is removed if that fails or if `records` raises.
 
     Raises:
-        UserError: the disk is full or refuses, or does not hold what was written.
+        UserError: the disk is full or refuses the write, or the file does not hold all records.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -73,9 +73,11 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
             count += 1
         with writing(file):  # a full disk is reported here
             writer.close()
-            found, size = measure(partial)
-        if found != count:
-            raise UserError(f"{file} holds {found} of the {count} records written: is the disk sound? Give the command again")
+            stored, size = measure(partial)
+        if stored != count:
+            raise UserError(
+                f"{file} holds only {stored} of the {count} records written: check the disk and run the command again"
+            )
         with writing(file):
             commit(partial, file)
         return count, size
@@ -87,7 +89,7 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
 
 
 def measure(file: Path) -> tuple[int, int]:
-    """(records, bytes) of an ArrayRecord file. Raises: OSError or RuntimeError if it is none."""
+    """(records, bytes) of an ArrayRecord file. Raises OSError or RuntimeError if it is not one."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     size = file.stat().st_size
@@ -105,12 +107,12 @@ def write_metadata(
     captions: bool,
     size: tuple[int, int] | None,
 ) -> None:
-    """Writes what TFDS needs beside the shards of <data_dir>/<dataset>/<version>, over what an earlier call wrote.
+    """Writes TFDS's metadata of the shards in <data_dir>/<dataset>/<version>; overwrites that of an earlier call.
 
-    Features: "image"; "label" if there are class names; "caption" (Text) if asked for.
+    Features: "image"; "label" if there are class names; "caption" (Text) if `captions`.
 
     Args:
-        splits: {name: [(records, bytes) of every shard]}.
+        splits: {name: [(records, bytes) of each shard]}.
         size: (height, width) of PNGs; None for images of any size and format.
     """
     import tensorflow_datasets as tfds

@@ -1,8 +1,8 @@
-"""From images as they come to a TFDS data set: what `python -m dit_jax.prepare` does.
+"""Converts images into a TFDS data set; implements `python -m dit_jax.prepare`.
 
-`<out>/<dataset>/1.0.0/` holds the shards, the metadata of TFDS, bad_records.txt if there are any, and preparation.json: what
-was asked for and, per finished shard, its records, bytes and bad records. Which images a shard holds, and in what order, is a
-function of (source, seed), so a shard can be written at any time, and always with the same bytes.
+`<out>/<dataset>/1.0.0/` contains the shards, TFDS's metadata, bad_records.txt if there are bad records, and preparation.json:
+the settings and, for each finished shard, its records, bytes and bad records. The images of a shard and their order are a
+function of (source, seed), so that a shard can be written at any time, always with the same bytes.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, w
 from dit_jax.storage.claim import LOCK, claim
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
-PNG_LEVEL = 4  # as small as Pillow's default of 6 within 1 %, in half the time
-SIZED = 512  # records whose mean size gives the number of shards
-MAX_SHARDS = 99_999  # what the five digits of a shard's name can count
+PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the time
+SIZED = 512  # number of records whose mean size determines the number of shards
+MAX_SHARDS = 99_999  # a shard's name has five digits
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 Files = ImageFolder | TarSource  # whose examples hold the bytes of image files
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to write, and how.
+    """The data set to write and its settings.
 
     Fields:
         out: TFDS data_dir, the folder that gets a folder called `dataset`.
@@ -74,19 +74,21 @@ class Request:
         if not 0 <= self.max_bad_share < 1:
             raise UserError(f"max_bad_share={self.max_bad_share} must lie in [0, 1)")
         if not NAME.fullmatch(self.dataset):
-            raise UserError(f"dataset={self.dataset!r} must be lower-case letters, digits and _, a letter first: my_imagenet")
+            raise UserError(
+                f"dataset={self.dataset!r} must be lower-case letters, digits and _, starting with a letter: my_imagenet"
+            )
         import tensorflow_datasets as tfds
 
         with contextlib.suppress(tfds.core.DatasetNotFoundError):
             tfds.builder_cls(self.dataset)
             raise UserError(
-                f"dataset={self.dataset}: TFDS has code for a data set of this name, and would not read this one: "
-                f"choose another name, my_{self.dataset} for instance"
+                f"dataset={self.dataset}: TFDS has code for a data set of this name and would not read this one: "
+                f"choose another name, such as my_{self.dataset}"
             )
 
     @property
     def resolution(self) -> int | list[int]:
-        """How the plan records the size: 0 for none, R for R x R, else [H, W]."""
+        """The size as recorded in the plan: 0 for none, R for R x R, otherwise [H, W]."""
         return 0 if self.size is None else size_json(self.size)
 
     @property
@@ -94,29 +96,29 @@ class Request:
         return self.out / self.dataset / VERSION
 
     def shards(self, plan: dict, split: str) -> list[tuple[Path, dict | None]]:
-        """Every shard of a split: its file, and its facts in the plan, None before it is written."""
+        """(file, facts in the plan) of every shard of a split; the facts are None until it is written."""
         facts = plan["splits"][split]["shards"]
         return [(shard_path(self.folder, self.dataset, split, i, len(facts)), shard) for i, shard in enumerate(facts)]
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """An image that is left out, and why."""
+    """A skipped image and the reason."""
 
     name: str
     reason: str
 
 
 def open_source(path: str, class_names_file: str = "", class_names: tuple[str, ...] | None = None) -> Files:
-    """What lies at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
+    """Opens the source at `path`: a folder of images or class folders, ILSVRC's train or validation tar, or WebDataset tars.
 
     Args:
         path: a folder (of images, class folders, or tars), a tar, a glob or a brace pattern.
         class_names_file: for WebDataset tars, as in TarShards.
-        class_names: the classes that the data set has already; None takes the source's own.
+        class_names: the classes of the existing data set; None uses the source's own.
 
     Raises:
-        UserError: nothing there, tars beside folders or images, or other classes.
+        UserError: nothing exists there, a folder mixes tars with folders or images, or the classes differ.
     """
     given, first = Path(path).expanduser(), None
     if given.is_file():
@@ -127,7 +129,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
     others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if tars and others:
         raise UserError(
-            f"{path} holds both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for the tars"
+            f"{path} contains both tars ({tars[0]}, ...) and folders or images ({others[0]}, ...): give a pattern for the tars"
         )
     source: Files
     if given.is_dir() and not tars:
@@ -139,37 +141,41 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
     else:
         source = TarShards(path, None if class_names is None else len(class_names), class_names_file)
     if class_names_file and not isinstance(source, TarShards):
-        raise UserError(f"class_names_file={class_names_file} is for WebDataset tars; the classes of {path} have names")
+        raise UserError(
+            f"class_names_file={class_names_file} is for WebDataset tars, but the classes of {path} already have names"
+        )
     if class_names is not None and source.class_names != class_names:
         theirs, ours = set(source.class_names) - set(class_names), set(class_names) - set(source.class_names)
         raise UserError(
-            f"{path} has {source.num_classes} classes and the data set has {len(class_names)}; only here: "
-            f"{_some(theirs)}; only there: {_some(ours)}. Every split needs the same classes in the same order"
+            f"{path} has {source.num_classes} classes, but the data set has {len(class_names)}; only in {path}: "
+            f"{_some(theirs)}; only in the data set: {_some(ours)}. Every split needs the same classes in the same order"
         )
     return source
 
 
 def prepare(request: Request, paths: dict[str, str], class_names_file: str = "") -> dict:
-    """Writes splits of a data set, or goes on where an earlier call stopped, and verifies what lies there.
+    """Writes splits of a data set, or resumes an interrupted call, and verifies the data set.
 
-    Memory: about 100 bytes per image for where it lies, and 2 num_threads images.
+    Memory: about 100 bytes per image for its position, and 2 num_threads images.
 
     Args:
         request: what to write.
-        paths: {split: source, as open_source takes it}. The first gives the classes, unless the data set has some already.
+        paths: {split: source, as for `open_source`}. The first determines the classes, unless the data set already has some.
         class_names_file: names of the classes of WebDataset tars.
 
     Returns:
         {"out", "dataset", "splits": {name: {"records", "shards", "bytes"}}, "classes", "bad_records": [{"split", "name",
-        "reason"}]} of the whole data set.
+        "reason"}]} of the complete data set.
 
     Raises:
-        UserError: a source cannot be read; the folder holds something else, or was begun with other settings; another
-            process writes there; too many bad records; the disk is full. Finished shards stay, and the same call goes on.
+        UserError: a source cannot be read; the folder contains something else, or was started with other settings; another
+            process writes there; too many bad records; the disk is full. Finished shards are kept, and the same call resumes.
     """
     for split in paths:
         if not NAME.fullmatch(split) or split == "all":
-            raise UserError(f"split={split!r} must be lower-case letters, digits and _, a letter first, and not 'all': train")
+            raise UserError(
+                f"split={split!r} must be lower-case letters, digits and _, starting with a letter, and not 'all': train"
+            )
     with claim(request.folder, "writing shards", "--dataset or --out"):
         plan = _read_plan(request.folder)
         class_names = tuple(plan["class_names"]) if plan else None
@@ -181,7 +187,7 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
         plan = _planned(request, plan, sources)
         missing = {split: _missing(request, plan, split) for split in sources}
         if plan["complete"] and not any(missing.values()):
-            console.say(f"{request.folder} is complete already; verifying it")
+            console.say(f"{request.folder} is already complete; verifying it")
         else:
             _check_space(request, plan, missing)
             _save(request.folder, plan)
@@ -202,7 +208,7 @@ def _read_plan(folder: Path) -> dict | None:
         strange = [entry.name for entry in folder.iterdir() if entry.name != LOCK and not is_partial(entry.name)]
         if strange:
             raise UserError(
-                f"{folder} holds {_some(strange)} and no {PLAN}: it was not written by this command; give another --dataset"
+                f"{folder} contains {_some(strange)} but no {PLAN}: it was not written by this command; give another --dataset"
             ) from None
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -219,10 +225,10 @@ def _order(seed: int, count: int) -> np.ndarray:
 
 
 def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> dict:
-    """The plan with every asked-for split.
+    """The plan with all requested splits.
 
     Raises:
-        UserError: it was begun with other settings, or another split of it is unfinished.
+        UserError: it was started with other settings, or another split of it is unfinished.
     """
     captions = any(source.has_captions for source in sources.values())
     plan = plan or {
@@ -233,11 +239,11 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> 
         "splits": {},
         "complete": False,
     }
-    # A split without captions beside one with them has empty ones.
+    # If another split has captions, a split without them gets empty ones.
     _compare(request, "", plan, {"resolution": request.resolution, "captions": captions or plan["captions"]})
     for split, facts in plan["splits"].items():
         if split not in sources and None in facts["shards"]:
-            raise UserError(f"split {split} of {request.folder} is unfinished: first give the command that began it again")
+            raise UserError(f"split {split} of {request.folder} is unfinished: first run the command that started it again")
     for split, source in sources.items():
         order = _order(request.seed, len(source))
         pinned = {
@@ -246,7 +252,7 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> 
             "seed": request.seed,
             "shard_bytes": request.shard_bytes,
             "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16],
-        }  # NumPy does not promise it for ever
+        }  # NumPy does not guarantee that a seed's order never changes
         if split in plan["splits"]:
             _compare(request, f"split {split}: ", plan["splits"][split], pinned)
             continue
@@ -264,23 +270,23 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> 
 
 
 def _compare(request: Request, where: str, there: dict, asked: dict) -> None:
-    lines = [f"{where}{key}: {there[key]!r} there, {value!r} asked for" for key, value in asked.items() if there[key] != value]
+    lines = [f"{where}{key}: {there[key]!r} there, {value!r} requested" for key, value in asked.items() if there[key] != value]
     if lines:
         raise UserError(
-            f"{request.folder} was begun with other settings or another source; go on with those, or give another "
+            f"{request.folder} was started with other settings or another source; use those, or give another "
             "--dataset. Different:\n  " + "\n  ".join(lines)
         )
 
 
 def _missing(request: Request, plan: dict, split: str) -> list[int]:
-    """Numbers of the shards that are not there as the plan has them."""
+    """Numbers of the shards that are missing or differ in size from the plan."""
     missing = []
     for number, (file, facts) in enumerate(request.shards(plan, split)):
         size = file.stat().st_size if file.exists() else None
         if facts is None or size != facts["bytes"]:
             missing.append(number)
             if facts and size is not None:
-                console.say(f"{file.name} has {size:,} bytes instead of {facts['bytes']:,}: it is written again")
+                console.say(f"{file.name} has {size:,} bytes instead of {facts['bytes']:,}: writing it again")
     return missing
 
 
@@ -293,7 +299,7 @@ def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) ->
     free = shutil.disk_usage(request.folder).free
     if needed > free:
         raise UserError(
-            f"about {needed / 2**20:,.0f} MiB are still to be written, and {request.out} has {free / 2**20:,.0f} MiB "
+            f"about {needed / 2**20:,.0f} MiB remain to be written, but {request.out} has only {free / 2**20:,.0f} MiB "
             "free: free space or give another --out"
         )
 
@@ -318,7 +324,7 @@ def _write_split(request: Request, plan: dict, split: str, source: Files, missin
             if len(bad) > request.max_bad_share * images:
                 examples = "; ".join(f"{one.name}: {one.reason}" for one in bad[:3])
                 raise UserError(
-                    f"{len(bad)} images of split {split} are bad so far, which is more than the share of "
+                    f"{len(bad)} images of split {split} are bad so far, more than the share of "
                     f"{request.max_bad_share} of {images:,} ({examples}): restore them, or raise --max_bad_share"
                 )
 
@@ -334,7 +340,7 @@ def _write_split(request: Request, plan: dict, split: str, source: Files, missin
 def _in_threads(
     pool: ThreadPoolExecutor, request: Request, plan: dict, source: Files, numbers: list[int]
 ) -> Iterator[bytes | BadRecord]:
-    """The records of some examples in their order, a few ahead of the one asked for."""
+    """Yields the records of examples in their order, computing a few in advance."""
 
     def record(number: int) -> bytes | BadRecord:
         return _record(source[number], request, plan)
@@ -353,7 +359,7 @@ def _in_threads(
 
 
 def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
-    """The example as a record, or why its image cannot be one."""
+    """Converts an example to a record; a `BadRecord` if its image cannot be read."""
     image, name = example["image"], example["name"]
     assert isinstance(image, bytes)  # of `Files`
     if not image:
@@ -361,9 +367,9 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
     try:
         Image.open(io.BytesIO(image), formats=FORMATS)
     except Image.DecompressionBombError:
-        pass  # an image, if a huge one: what is done with it is for whoever decodes it
+        pass  # it is a huge image; whoever decodes it decides what to do
     except Exception:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
-        return BadRecord(name, f"none of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
+        return BadRecord(name, f"not one of {', '.join(FORMATS)}; it begins with {image[:8]!r}")
     if request.size:
         try:
             picture = center_crop(decode(image, 3, name), request.size)
@@ -403,26 +409,26 @@ def _bad_records(plan: dict) -> list[dict]:
 
 
 def _verified(request: Request, plan: dict) -> dict:
-    """The result, once every shard has its bytes and records and TFDS counts the same."""
+    """Checks the bytes and records of every shard and TFDS's count of records; returns the result."""
     result = {}
     for split in plan["splits"]:
         shards = plan["splits"][split]["shards"]
         for (file, _), facts in zip(request.shards(plan, split), shards, strict=True):
             try:
-                found = measure(file)
+                measured = measure(file)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{file} cannot be read ({error}): remove it and give the command again") from None
-            if found != (facts["records"], facts["bytes"]):
+                raise UserError(f"{file} cannot be read ({error}): remove it and run the command again") from None
+            if measured != (facts["records"], facts["bytes"]):
                 raise UserError(
-                    f"{file} has {found[0]} records in {found[1]:,} bytes instead of {facts['records']} in "
-                    f"{facts['bytes']:,}: remove it and give the command again"
+                    f"{file} has {measured[0]} records in {measured[1]:,} bytes instead of {facts['records']} in "
+                    f"{facts['bytes']:,}: remove it and run the command again"
                 )
         records = sum(facts["records"] for facts in shards)
         counted = len(TFDS(request.dataset, str(request.out), split, label_key="label" if plan["class_names"] else None))
         if counted != records:
             raise UserError(
-                f"TFDS counts {counted} records in split {split} of {request.folder}, and {records} were written: "
-                f"remove that folder and give the command again"
+                f"TFDS counts {counted} records in split {split} of {request.folder}, but {records} were written: "
+                f"remove that folder and run the command again"
             )
         result[split] = {"records": records, "shards": len(shards), "bytes": sum(facts["bytes"] for facts in shards)}
     return {

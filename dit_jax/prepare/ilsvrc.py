@@ -1,4 +1,4 @@
-"""ImageNet's own archives (ILSVRC 2012) by random access: nothing is unpacked."""
+"""Random access to ImageNet's original archives (ILSVRC 2012) without unpacking them."""
 
 import dataclasses
 import functools
@@ -20,17 +20,17 @@ VALIDATION_IMAGE = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 class IlsvrcTrain(TarSource):
-    """ILSVRC2012_img_train.tar, a tar of one nXXXXXXXX.tar per class: labels number the sorted WordNet ids.
+    """ILSVRC2012_img_train.tar, which contains one nXXXXXXXX.tar per class; labels number the sorted WordNet ids.
 
-    That numbering is TFDS's and torchvision's. Examples are ordered by class, then as in the class's tar; the class names are
-    the WordNet ids.
+    TFDS and torchvision number the classes in the same way. Examples are ordered by class, then as in the class's tar. The class
+    names are the WordNet ids.
 
     Args:
         path: the file.
-        cache_index: false neither reads nor writes the index file beside it (see `tar_index.cached`).
+        cache_index: whether to read and write the index file next to it (see `tar_index.cached`).
 
     Raises:
-        UserError: damaged, a member that is no class tar, a class twice or without images.
+        UserError: the file is damaged, a member is not a class tar, or a class is duplicated or has no images.
     """
 
     def __init__(self, path: str, cache_index: bool = True):
@@ -38,24 +38,25 @@ class IlsvrcTrain(TarSource):
         with opened(file):
             index = tar_index.cached([file], "ilsvrc_train", functools.partial(_index_train, file), cache_index)
         if not len(index):
-            raise UserError(f"{file} holds no images")
+            raise UserError(f"{file} contains no images")
         firsts = np.unique(index.label, return_index=True)[1]
         super().__init__([file], index, len(firsts), [index.name(int(i)).split("/")[0] for i in firsts], "ilsvrc_train")
 
 
 class IlsvrcValidation(TarSource):
-    """ILSVRC2012_img_val.tar: image number k has the k-th label of a list, the one that TFDS ships if none is given.
+    """ILSVRC2012_img_val.tar; image number k has the k-th label of a list, by default the one in TFDS.
 
     Examples are ordered as in the tar.
 
     Args:
         path: the file.
-        labels: the WordNet id of every image, in the order of their numbers.
-        class_names: the WordNet ids in the order of their labels; those of the 1,000 classes, sorted, if not given.
-        cache_index: false neither reads nor writes the index file beside it (see `tar_index.cached`).
+        labels: the WordNet id of every image, in the order of the image numbers.
+        class_names: the WordNet ids in the order of their labels; by default the 1,000 sorted ids.
+        cache_index: whether to read and write the index file next to it (see `tar_index.cached`).
 
     Raises:
-        UserError: damaged, members of other names, images missing or twice, a label that is no class, no list from TFDS.
+        UserError: the file is damaged or has members of other names, images are missing or duplicated, a label is not a class, or
+            TFDS lacks the list.
     """
 
     def __init__(
@@ -67,16 +68,18 @@ class IlsvrcValidation(TarSource):
         unknown = sorted(set(labels) - set(class_names))
         if unknown:
             raise UserError(
-                f"{file}: the labels of {len(unknown)} classes, such as {unknown[0]}, are none of the "
+                f"{file}: {len(unknown)} labels, such as {unknown[0]}, are not among the "
                 f"{len(class_names)} classes of the data set ({', '.join(class_names[:3])}, ...)"
             )
         with opened(file):
             index = tar_index.cached([file], "ilsvrc_validation", functools.partial(_index_validation, file), cache_index)
-        numbers = np.sort(index.label)  # what the index has for labels
+        numbers = np.sort(index.label)  # the index has image numbers in place of labels
         if not np.array_equal(numbers, np.arange(len(labels))):
             missing = sorted(set(range(len(labels))) - set(numbers.tolist()))
-            found = f"image number {missing[0] + 1} is missing" if missing else "some are twice or have higher numbers"
-            raise UserError(f"{file} holds {len(index):,} images, and {len(labels):,} have labels: {found}; fetch it again")
+            problem = f"image number {missing[0] + 1} is missing" if missing else "some are duplicated or have higher numbers"
+            raise UserError(
+                f"{file} contains {len(index):,} images, but there are {len(labels):,} labels: {problem}; download it again"
+            )
         label_of = {name: label for label, name in enumerate(class_names)}
         by_number = np.array([label_of[name] for name in labels], np.int64)
         index = dataclasses.replace(index, label=by_number[index.label])
@@ -85,14 +88,17 @@ class IlsvrcValidation(TarSource):
 
 def _index_train(file: Path) -> TarIndex:
     with opened(file) as fd:
-        found: dict[str, Member] = {}
+        class_tars: dict[str, Member] = {}
         for member in TarScan(fd, str(file)):
             name = CLASS_TAR.fullmatch(member.name)
-            if not name or name[1] in found:
-                raise UserError(f"{file}: member {member.name} is not nXXXXXXXX.tar, or is twice; is this ImageNet's train tar?")
-            found[name[1]] = member
+            if not name or name[1] in class_tars:
+                raise UserError(
+                    f"{file}: member {member.name} is not nXXXXXXXX.tar, or is duplicated; is this ImageNet's train tar?"
+                )
+            class_tars[name[1]] = member
         return tar_index.scanned(
-            functools.partial(_class_rows, fd, file, found[wnid], wnid, label) for label, wnid in enumerate(sorted(found))
+            functools.partial(_class_rows, fd, file, class_tars[wnid], wnid, label)
+            for label, wnid in enumerate(sorted(class_tars))
         )
 
 
@@ -100,12 +106,12 @@ def _class_rows(fd: int, file: Path, tar: Member, wnid: str, label: int) -> list
     scan = TarScan(fd, f"{file}:{tar.name}", tar.offset, tar.offset + tar.size)
     rows = [Row(f"{wnid}/{member.name}", 0, member.offset, member.size, label) for member in scan]
     if not rows:
-        raise UserError(f"{scan.what} holds no images; fetch the file again")
+        raise UserError(f"{scan.what} contains no images; download the file again")
     return rows
 
 
 def _index_validation(file: Path) -> TarIndex:
-    """The index with the number of the image, from 0, in place of its label."""
+    """The index, with image numbers (from 0) in place of labels."""
     rows = []
     with opened(file) as fd:
         for member in TarScan(fd, str(file)):
@@ -120,7 +126,7 @@ def _index_validation(file: Path) -> TarIndex:
 
 
 def _tfds_list(name: str) -> list[str]:
-    """The lines of a label list of ImageNet that comes with TFDS."""
+    """The lines of one of TFDS's label lists of ImageNet."""
     file = importlib.resources.files("tensorflow_datasets") / "datasets" / "imagenet2012" / name
     try:
         return file.read_text().split()

@@ -1,11 +1,11 @@
-"""What chips can do: the figures that a plan divides by.
+"""Peak speeds, memory sizes and bandwidths of accelerators.
 
-| figure | where it is from |
+| figure | source |
 |---|---|
 | v4, v5e, v5p, v6e: peak, HBM, links | Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", system architecture |
-| v4, v5e, v5p, v6e: usable HBM | what the compiler of libtpu 0.0.42 says is available when a program is too large |
-| A100, H100, H200 | NVIDIA's data sheets; dense, without sparsity; links are NVLink, of PCIe cards the bus |
-| efficiencies | H200: 790 TFLOP/s on large products and 4.3 TB/s on a copy, measured; the others are assumed to be as good |
+| v4, v5e, v5p, v6e: usable HBM | the limit that libtpu 0.0.42's compiler reports if a program is too large |
+| A100, H100, H200 | NVIDIA's data sheets; dense, without sparsity; links are NVLink, or the bus for PCIe cards |
+| efficiencies | H200: 790 TFLOP/s on large products and 4.3 TB/s on a copy, measured; assumed for the others |
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ LINK_EFFICIENCY = 0.80
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator; speeds are None where an estimate would mean nothing.
+    """One accelerator; speeds are None if an estimate would be meaningless.
 
     Fields:
         peak_flops: dense bfloat16 FLOP/s.
         hbm_bytes: memory of the chip.
-        usable_bytes: what one program may take of it; the rest is the system's reserve.
+        usable_bytes: memory available to a program; the system reserves the rest.
         hbm_bandwidth: bytes/s.
-        link_bandwidth: bytes/s that leave over one link, in one direction; a TPU has two links per dimension of its torus, a GPU
-            one (NVLink, to all of its host).
-        network_bandwidth: bytes/s per chip between hosts, where the links end at the host (GPUs); None where they do not.
-        wraps: the sides of a slice whose links close to a ring are the multiples of this.
+        link_bandwidth: bytes/s sent over one link in one direction; a TPU has two links per dimension of its torus, a GPU has
+            one (NVLink, to all GPUs of its host).
+        network_bandwidth: bytes/s per chip between hosts if links do not leave the host (GPUs); otherwise None.
+        wraps: a side of a slice closes to a ring if its length is a multiple of this.
     """
 
     name: str
@@ -48,7 +48,7 @@ CHIPS = {
     "v5e": Chip("TPU v5e", 197 * TERA, 16 * GIB, int(15.75 * GIB), 0.819 * TERA, 50e9, wraps=16),
     "v5p": Chip("TPU v5p", 459 * TERA, 96 * GIB, int(95.74 * GIB), 2.765 * TERA, 100e9, wraps=4),
     "v6e": Chip("TPU v6e", 918 * TERA, 32 * GIB, int(31.25 * GIB), 1.638 * TERA, 100e9, wraps=16),
-    # JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; 92 % leaves room for cuDNN and NCCL.
+    # JAX uses 75 % of a GPU's memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION); 92 % leaves room for cuDNN and NCCL.
     "h100": Chip("H100", 989 * TERA, 80 * GB, int(0.92 * 80e9), 3.35 * TERA, 450e9, network_bandwidth=50e9),
     "h100_nvl": Chip("H100 NVL", 835 * TERA, 94 * GB, int(0.92 * 94e9), 3.9 * TERA, 300e9, network_bandwidth=50e9),
     "h100_pcie": Chip("H100 PCIe", 756 * TERA, 80 * GB, int(0.92 * 80e9), 2.0 * TERA, 64e9, network_bandwidth=50e9),
@@ -57,7 +57,7 @@ CHIPS = {
     "a100_40gb": Chip("A100 40GB", 312 * TERA, 40 * GB, int(0.92 * 40e9), 1.555 * TERA, 300e9, network_bandwidth=25e9),
     "a100": Chip("A100 80GB", 312 * TERA, 80 * GB, int(0.92 * 80e9), 2.039 * TERA, 300e9, network_bandwidth=25e9),
 }
-# How JAX names a device: the first prefix decides.
+# Prefix of JAX's `device_kind` -> chip; the first match wins.
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -77,27 +77,27 @@ KINDS = {
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a name of JAX's, such as "TPU v5 lite"; None for one that is not in the table, a CPU among them."""
+    """The chip of JAX's `device_kind`, such as "TPU v5 lite"; None if it is not in the table, as for a CPU."""
     return next((CHIPS[name] for prefix, name in KINDS.items() if device_kind.startswith(prefix)), None)
 
 
 def of_device(device) -> Chip | None:
-    """The chip that a JAX device is one of; None for a CPU.
+    """The chip of a JAX device; None for a CPU.
 
     Raises:
-        UserError: a device whose figures are not in the table.
+        UserError: the device is not in the table.
     """
     if device.platform == "cpu":
         return None
     chip = of_kind(device.device_kind)
     if chip is None:
         raise UserError(
-            f"no figures for the device {device.device_kind!r}; known are {', '.join(CHIPS)}: add it to "
-            "dit_jax/programs/chips.py, or give one of the topologies of --help with --topology"
+            f"the device {device.device_kind!r} is not in the table of chips ({', '.join(CHIPS)}): add it to "
+            "dit_jax/programs/chips.py, or choose one of the topologies in --help with --topology"
         )
     return chip
 
 
 def simulated(memory_bytes: int) -> Chip:
-    """A simulated CPU device with its share of the host's memory, whose speed says nothing about an accelerator."""
+    """A simulated CPU device with its share of the host's memory and without speeds."""
     return Chip("simulated CPU device", None, memory_bytes, memory_bytes, None, None)

@@ -1,4 +1,4 @@
-"""What devices say to each other in a compiled program: kinds, groups, bytes and the axes of the mesh."""
+"""The collectives of a compiled program: kinds, groups, bytes and mesh axes."""
 
 import itertools
 import re
@@ -26,10 +26,10 @@ class Collective:
     """One collective of a program.
 
     Fields:
-        groups: [groups, members] indices into the devices of the mesh, in its order; pairs (source, target) of a permute.
-        sent_bytes: what one device sends in one run, on a ring: (n - 1) / n of the whole for gathers, scatters and all-to-all,
-            twice that for an all-reduce, all of it for a permute.
-        times: how often it runs in the program.
+        groups: [groups, members] indices into the devices of the mesh, in its order; (source, target) pairs of a permute.
+        sent_bytes: bytes that one device sends per execution on a ring: (n - 1) / n of the array for gathers, scatters and
+            all-to-all, twice that for an all-reduce, the whole array for a permute.
+        times: number of executions in the program.
     """
 
     kind: str
@@ -40,12 +40,12 @@ class Collective:
 
 
 def find(program: Program, num_devices: int) -> list[Collective]:
-    """The collectives of a program, wherever they stand: in loops, calls, fusions and asynchronous pairs.
+    """All collectives of a program, including those in loops, calls, fusions and asynchronous pairs.
 
     Raises:
-        ValueError: replica groups in a form that this does not know.
+        ValueError: replica groups have an unknown form.
     """
-    found = []
+    collectives = []
     carried, seen = _carried_out_in_steps(program), set()
     for computation, instruction, times in program.executed(into_fusions=True):
         kind = instruction.opcode.removesuffix("-start")
@@ -63,24 +63,25 @@ def find(program: Program, num_devices: int) -> list[Collective]:
             continue
         if kind == "all-reduce" and _only_a_part_is_kept(computation, instruction):
             kind = "reduce-scatter"
-        found.append(Collective(kind, instruction.name, groups, _sent(kind, computation, instruction, members), times))
-    return found
+        collectives.append(Collective(kind, instruction.name, groups, _sent(kind, computation, instruction, members), times))
+    return collectives
 
 
 def _channel(instruction: Instruction) -> str | None:
-    found = re.search(r"channel_id=(\d+)", instruction.attributes)
-    return found and found[1]
+    match = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return match and match[1]
 
 
 def channel_in_steps(collective: Instruction) -> str | None:
-    """The channel of a collective that a TPU carries out in steps beside other work; None for others."""
+    """The channel of a collective that a TPU executes in steps, overlapped with other work; None for others."""
     return _channel(collective) if "async_collective_fusion_config" in collective.attributes else None
 
 
 def _carried_out_in_steps(program: Program) -> dict[str, int]:
-    """{channel: how often it really runs} of collectives that a TPU carries out beside other work.
+    """{channel: number of executions} of collectives that a TPU overlaps with other work.
 
-    The compiler writes those into every fusion that they run beside, under one channel; the rarest of these is the whole.
+    The compiler writes such a collective into every fusion that it overlaps with, under one channel. The smallest count of these
+    is the number of executions.
     """
     times_of: dict[str, list[int]] = {}
     in_steps = set()
@@ -94,7 +95,7 @@ def _carried_out_in_steps(program: Program) -> dict[str, int]:
 
 
 def _only_a_part_is_kept(computation: Computation, instruction: Instruction) -> bool:
-    """Whether this is how TPUs write a reduce-scatter: a fusion of an all-reduce and the slice of it that is kept."""
+    """Whether this is a reduce-scatter in the form that TPUs use: an all-reduce fused with the slice that is kept."""
     users = [i for i in computation.values() if instruction.name in i.operands]
     inside = not any(i.opcode in ("while", "fusion", "all-reduce-done") for i in computation.values())
     return inside and len(users) == 1 and users[0].opcode == "dynamic-slice" and users[0].root
@@ -117,23 +118,23 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(dims: str, transpose: str | None) -> np.ndarray:
-    """[4,2]T(1,0) -> the numbers from 0 in that shape, its axes then permuted, flat."""
+    """[4,2]T(1,0) -> 0, 1, ... in that shape, transposed and flattened."""
     ids = np.arange(np.prod(_numbers(dims))).reshape(_numbers(dims))
     return (ids.transpose(_numbers(transpose)) if transpose else ids).reshape(-1)
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
-    """[groups, members] of one instruction, in any of the forms that XLA prints.
+    """Parses the replica groups [groups, members] of an instruction, in any form that XLA prints.
 
-    {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=2] {'x'} with or without device_ids=([2,2]T(1,0)), {} for everyone.
+    {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=2] {'x'} with or without device_ids=([2,2]T(1,0)), {} for all devices.
 
     Raises:
         ValueError: another form, or groups of unequal size.
     """
-    found = re.search(r"replica_groups=(.*)", attributes)
-    if not found:
+    groups_text = re.search(r"replica_groups=(.*)", attributes)
+    if not groups_text:
         return np.arange(num_devices)[None]
-    text = found[1]
+    text = groups_text[1]
     if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _iota(match[2], match[3]).reshape(_numbers(match[1]))
     if match := re.match(r"mesh\[([^\]]*)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", text):
@@ -144,14 +145,14 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
             return np.arange(num_devices)[None]
         if len({len(group) for group in groups}) == 1:
             return np.asarray(groups)
-    raise ValueError(f"replica groups in a form that is not known: {text[:120]}")
+    raise ValueError(f"replica groups of an unknown form: {text[:120]}")
 
 
 def _mesh_groups(axes: str, dims: str | None, transpose: str | None, along: str) -> np.ndarray:
     names = re.findall(r"'([^']+)'=(\d+)", axes)
     sizes = [int(size) for _, size in names]
     ids = _iota(dims, transpose) if dims else np.arange(np.prod(sizes))
-    # Part of an axis, 'x':(2)4, is an axis of its own: 2 before it, 4 of it, the rest after.
+    # A part of an axis, 'x':(2)4, splits the axis in three: 2 before it, 4 for itself, and the rest.
     parts, chosen = [], []
     wanted = {name: _numbers(part) for name, part in re.findall(r"'([^']+)'(?::(\(\d+\)\d+))?", along)}
     for name, size in ((name, int(size)) for name, size in names):
@@ -168,14 +169,14 @@ def _mesh_groups(axes: str, dims: str | None, transpose: str | None, along: str)
 
 
 def _pairs(attributes: str) -> np.ndarray:
-    """[pairs, 2] of a permute; a device that sends to itself is left out."""
+    """[pairs, 2] of a permute, without devices that send to themselves."""
     text = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     pairs = np.asarray(_numbers(text[1]) if text else [], int).reshape(-1, 2)
     return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
 def axes_of(groups: np.ndarray, mesh_shape: dict[str, int]) -> str:
-    """ "fsdp", "data+fsdp", ...: the smallest set of mesh axes that holds every group."""
+    """The smallest set of mesh axes that contains every group: "fsdp", "data+fsdp", ..."""
     names = [name for name, size in mesh_shape.items() if size > 1]
     sizes = tuple(mesh_shape.values())
     coordinates = dict(zip(mesh_shape, np.unravel_index(np.arange(np.prod(sizes)), sizes), strict=True))
@@ -187,10 +188,10 @@ def axes_of(groups: np.ndarray, mesh_shape: dict[str, int]) -> str:
     return MANY_AXES
 
 
-def by_kind_and_axis(found: list[Collective], mesh_shape: dict[str, int]) -> dict[str, dict[str, int]]:
-    """{kind: {axes: bytes that one device sends in the whole program}}."""
+def by_kind_and_axis(collectives: list[Collective], mesh_shape: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Bytes that one device sends in the program, {kind: {axes: bytes}}."""
     table: dict[str, dict[str, int]] = {}
-    for c in found:
+    for c in collectives:
         row = table.setdefault(c.kind, {})
         axes = axes_of(c.groups, mesh_shape)
         row[axes] = row.get(axes, 0) + round(c.sent_bytes * c.times)
@@ -198,7 +199,7 @@ def by_kind_and_axis(found: list[Collective], mesh_shape: dict[str, int]) -> dic
 
 
 def spans(groups: np.ndarray, coordinates: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(dimension of the torus, chips along it) that the first group reaches over.
+    """Yields (dimension of the torus, chips along it) for each dimension that the first group spans.
 
     coordinates: [devices, dimensions] of the mesh's devices.
     """

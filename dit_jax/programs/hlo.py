@@ -1,6 +1,6 @@
-"""A compiled program as XLA prints it: what runs, how many times, and how many bytes it moves.
+"""Parses the HLO text of a compiled program: its instructions, their shapes and how often each is executed.
 
-XLA's own cost analysis counts the body of a loop once; here a body counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once. Here a body counts once per iteration.
 """
 
 import math
@@ -50,7 +50,7 @@ FREE = {
     "add-dependency",
 }
 HEADER = re.compile(r"(?:ENTRY\s+)?%?([\w.\-]+)\s*\(")
-RUNS = {"call", "conditional", "async-start", "call-start"}  # run their computations as often as they run, like a while its body
+RUNS = {"call", "conditional", "async-start", "call-start"}  # run their computations once per execution
 MATMULS = {"dot", "convolution", "ragged-dot"}
 MATMUL_CALLS = re.compile(r'custom_call_target="[^"]*(gemm|matmul|fmha|conv|attention|tpu_custom_call)', re.IGNORECASE)
 ATTENTION_CALLS = re.compile(r'custom_call_target="[^"]*(fmha|attention)', re.IGNORECASE)
@@ -58,7 +58,7 @@ ATTENTION_CALLS = re.compile(r'custom_call_target="[^"]*(fmha|attention)', re.IG
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a shape; `on_chip` where the compiler put it into a memory nearer than HBM (TPU's VMEM)."""
+    """One array of a shape; `on_chip` if the compiler placed it in on-chip memory instead of HBM (a TPU's VMEM)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -68,7 +68,7 @@ class Array:
     def bytes(self) -> int:
         size = ITEM_BYTES.get(self.dtype, 1 if self.dtype.startswith("f8") else None)
         if size is None:
-            raise ValueError(f"no size for the element type {self.dtype!r}: add it to ITEM_BYTES")
+            raise ValueError(f"the size of the element type {self.dtype!r} is unknown: add it to ITEM_BYTES")
         return math.ceil(size * math.prod(self.dims))
 
 
@@ -79,8 +79,8 @@ class Instruction:
     Fields:
         arrays: of the result, one for each leaf of a tuple.
         operands: names of instructions of the same computation.
-        text: what stands in the parentheses: the number of a parameter, the value of a constant.
-        attributes: what follows them.
+        text: the text in the parentheses: the number of a parameter, the value of a constant.
+        attributes: the text after them.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Instruction:
     root: bool
 
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs."""
+        """Names of the computations that the instruction calls."""
         return tuple(
             name.strip().lstrip("%")
             for group in CALLED.findall(self.attributes)
@@ -106,19 +106,19 @@ Computation = dict[str, Instruction]
 
 @dataclass(frozen=True)
 class Program:
-    """A module: its computations, and which one is the entry."""
+    """An HLO module: its computations and the name of the entry."""
 
     computations: dict[str, Computation]
     entry: str
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How many times a `while` runs its body; None where the program does not tell.
+        """Number of iterations of a `while`; None if the program does not determine it.
 
-        It does where XLA noted it, or where the loop is `for i = start; i < limit; i += step` of three constants. The step is not
-        always 1: TPU's windowed products are unrolled by 2.
+        It is known if XLA noted it, or if the loop is `for i = start; i < limit; i += step` with three constants. The step is
+        not always 1: a TPU's windowed products are unrolled by 2.
         """
-        if found := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
-            return int(found[1])
+        if match := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
+            return int(match[1])
         condition, body = (self.computations[named(loop, name)] for name in ("condition", "body"))
         test, result = root_of(condition), root_of(body)
         if test.opcode != "compare" or "direction=LT" not in test.attributes or result.opcode != "tuple":
@@ -138,9 +138,9 @@ class Program:
         return max(0, -(-(limit - start) // step))
 
     def executed(self, into_fusions: bool = False) -> Iterator[tuple[Computation, Instruction, int]]:
-        """(computation, instruction, how many times it runs) of all that runs; of a conditional, every branch.
+        """Yields (computation, instruction, number of executions) of all executed instructions; every branch of a conditional.
 
-        The body of a loop of unknown length counts once.
+        The body of a loop with an unknown trip count counts once.
         """
         yield from self._executed(self.entry, 1, into_fusions)
 
@@ -155,20 +155,20 @@ class Program:
                     yield from self._executed(called, times, into_fusions)
 
     def unknown_loops(self) -> list[str]:
-        """Names of the loops that run nobody knows how often."""
+        """Names of the loops with an unknown trip count."""
         return [i.name for _, i, _ in self.executed() if i.opcode == "while" and self.trip_count(i) is None]
 
 
 def named(instruction: Instruction, attribute: str) -> str:
-    """The computation that an attribute names.
+    """The name of the computation in an attribute.
 
     Raises:
         ValueError: the instruction has no such attribute.
     """
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
-    if found is None:
+    match = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
+    if match is None:
         raise ValueError(f"the instruction {instruction.name} has no {attribute}= in {instruction.attributes!r}")
-    return found[1]
+    return match[1]
 
 
 def root_of(computation: Computation) -> Instruction:
@@ -176,30 +176,30 @@ def root_of(computation: Computation) -> Instruction:
 
 
 def behind_copies(computation: Computation, name: str) -> Instruction:
-    """The instruction that a value comes from, copies and bitcasts left out."""
+    """The instruction that produces a value, skipping copies and bitcasts."""
     while computation[name].opcode in ("copy", "bitcast"):
         name = computation[name].operands[0]
     return computation[name]
 
 
 def constant_of(computation: Computation, name: str) -> int | None:
-    """The whole number that a value is, or None."""
-    found = behind_copies(computation, name)
-    return int(found.text) if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.text) else None
+    """The value of an integer constant, or None."""
+    source = behind_copies(computation, name)
+    return int(source.text) if source.opcode == "constant" and re.fullmatch(r"-?\d+", source.text) else None
 
 
 def element_of(computation: Computation, name: str) -> int | None:
-    """The place in its tuple that a value is taken from, or None."""
-    found = behind_copies(computation, name)
-    index = re.search(r"index=(\d+)", found.attributes)
-    return int(index[1]) if index and found.opcode == "get-tuple-element" else None
+    """The index at which a value is taken from a tuple, or None."""
+    source = behind_copies(computation, name)
+    index = re.search(r"index=(\d+)", source.attributes)
+    return int(index[1]) if index and source.opcode == "get-tuple-element" else None
 
 
 def parse(text: str) -> Program:
-    """`compiled.as_text()` -> Program.
+    """Parses `compiled.as_text()`.
 
     Raises:
-        ValueError: there is no entry computation in the text.
+        ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
@@ -214,7 +214,7 @@ def parse(text: str) -> Program:
             instruction = _instruction(line)
             current[instruction.name] = instruction
     if entry is None:
-        raise ValueError("the text has no ENTRY computation: it is not what compiled.as_text() prints")
+        raise ValueError("the text has no ENTRY computation: it is not the output of compiled.as_text()")
     return Program(computations, entry)
 
 
@@ -225,7 +225,7 @@ def _closing(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[index], 0)
         if not depth:
             return index
-    raise ValueError(f"a parenthesis of an HLO instruction does not close: {text[:200]}")
+    raise ValueError(f"an HLO instruction has an unclosed parenthesis: {text[:200]}")
 
 
 def _instruction(line: str) -> Instruction:

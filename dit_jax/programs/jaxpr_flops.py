@@ -1,20 +1,20 @@
-"""FLOPs that a traced function asks for: matrix products and convolutions, scans counted as often as they run.
+"""FLOPs of a traced function: matrix products and convolutions, with scans counted once per iteration.
 
-Unlike XLA's count this sees the length of a scan, and what rematerialisation computes twice.
+Unlike XLA's count, this one includes the length of a scan and the recomputation of rematerialisation.
 """
 
 import math
 
-# cuDNN's attention by the products that it executes: scores and values; for the gradient the scores again, and of dv, dp, dq, dk.
+# Products that cuDNN's attention executes: scores and values; in the gradient the scores again, and dv, dp, dq, dk.
 CUDNN_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def count(jaxpr) -> int:
-    """FLOPs (2 per multiply-add) of a Jaxpr or ClosedJaxpr, over all devices; elementwise work is left out.
+    """FLOPs (2 per multiply-add) of a Jaxpr or ClosedJaxpr, over all devices; elementwise operations do not count.
 
-    Of kernels cuDNN's attention is known, as if no mask let it skip a product; others count as nothing.
+    Of custom kernels, only cuDNN's attention counts, without products skipped thanks to a mask.
 
-    Of a conditional the dearest branch counts, of a `while` of unknown length one pass.
+    A conditional counts as its most expensive branch, a `while` with an unknown trip count as one iteration.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return sum(_equation(eqn) for eqn in jaxpr.eqns)
@@ -28,7 +28,7 @@ def _equation(eqn) -> int:
     if name == "conv_general_dilated":
         kernel, features = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         per_output = math.prod(kernel) // kernel[features]
-        # The zeros between the rows of a dilated input (the gradient of a stride) are no work.
+        # The zeros between the rows of a dilated input (the gradient of a stride) cost nothing.
         return 2 * math.prod(eqn.outvars[0].aval.shape) * per_output // math.prod(params["lhs_dilation"])
     if name in CUDNN_ATTENTION:
         query, key = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape  # [B, N, H, E], [B, M, H, E]; layout 1 has H before N

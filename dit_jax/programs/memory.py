@@ -1,4 +1,4 @@
-"""What fills a device: sharded arrays counted from their shapes, and what the compiler says about the rest."""
+"""Memory of a device: sharded arrays, counted from their shapes, and the compiler's memory analysis of a program."""
 
 import re
 from typing import Any
@@ -16,7 +16,7 @@ OUT_OF_MEMORY = re.compile(rf"required for ([\w ]+?) \({SIZE}B?\) exceeds availa
 def bytes_per_device(tree: Any, in_host: bool = False) -> int:
     """Bytes of one device's shards of a pytree of arrays or ShapeDtypeStructs with shardings.
 
-    in_host: count what lives in host memory, instead of what lives on the device.
+    in_host: count arrays in host memory instead of those in device memory.
     """
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
@@ -26,13 +26,12 @@ def bytes_per_device(tree: Any, in_host: bool = False) -> int:
 
 
 def of_program(compiled, in_host: int = 0) -> dict[str, int]:
-    """Bytes of one device, as the compiler assigned them.
+    """Memory of a compiled program on one device in bytes, as the compiler assigned it.
 
-    total = arguments + outputs - aliased (outputs written over arguments) + temporaries + code. "host" is beside it: what the
-    program holds in the host's memory for this device.
+    total = arguments + outputs - aliased (outputs that reuse arguments) + temporaries + code. "host" is not part of it: it is
+    host memory that the program holds for this device.
 
-    in_host: bytes of the arguments that live in host memory and are written over; XLA's CPU compiler counts them as the device's,
-        and they are taken out again here.
+    in_host: bytes of donated arguments in host memory. XLA's CPU compiler counts them as device memory; they are subtracted.
     """
     stats = compiled.memory_analysis()
     host = (
@@ -42,7 +41,7 @@ def of_program(compiled, in_host: int = 0) -> dict[str, int]:
         + stats.host_temp_size_in_bytes
     )
     mixed = 0 if host else in_host
-    found = {
+    sizes = {
         "arguments": stats.argument_size_in_bytes - mixed,
         "outputs": stats.output_size_in_bytes - mixed,
         "aliased": stats.alias_size_in_bytes - mixed,
@@ -50,12 +49,12 @@ def of_program(compiled, in_host: int = 0) -> dict[str, int]:
         "code": stats.generated_code_size_in_bytes,
         "host": host or in_host,
     }
-    found["total"] = found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"] + found["code"]
-    return found
+    sizes["total"] = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"] + sizes["code"]
+    return sizes
 
 
 def asked_for(message: str) -> tuple[str, int, int] | None:
-    """(what for, bytes wanted, bytes there are) of the TPU compiler's refusal; None if the message is about something else."""
+    """(purpose, required bytes, available bytes) from the TPU compiler's out-of-memory message; None for other messages."""
     match = OUT_OF_MEMORY.search(message)
     if match is None:
         return None

@@ -1,14 +1,14 @@
-"""An estimated step time: what the arithmetic, the memory and the links each need at least, and how they overlap.
+"""Estimates a program's run time by a roofline model: the time that arithmetic, memory and links need, and their overlap.
 
-The assumptions, which the estimate is worth as much as:
-  compute       every device does its share of the matrix products, at MATMUL_EFFICIENCY of the peak
-  HBM           at HBM_EFFICIENCY; a matrix product hides the traffic of its own operands behind its arithmetic, while elementwise
-                work reads and writes on its own
+The estimate is only as good as its assumptions:
+  compute       every device computes its share of the matrix products, at MATMUL_EFFICIENCY of the peak
+  HBM           at HBM_EFFICIENCY; a matrix product overlaps the traffic of its operands with its arithmetic, while elementwise
+                operations add the time of their own traffic
   collectives   rings over the links that a group of devices spans, at LINK_EFFICIENCY; a side of a slice that does not close to a
-                ring has half. What the schedule puts beside matrix products overlaps with all that the chip does; the rest,
-                `exposed`, comes on top
-  not counted   launches, waiting for data, padding of the matrix units' tiles (head width 72 is 128 to a TPU), moving what
-                `mesh.offload` and `model.remat=offload` keep in host memory
+                ring has half of them. Collectives scheduled beside matrix products overlap with everything on the chip; the
+                others, `exposed`, add their time
+  not counted   launches, waiting for data, padding of the matrix units' tiles (a TPU pads head width 72 to 128), transfers of
+                what `mesh.offload` and `model.remat=offload` keep in host memory
 """
 
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from dit_jax.programs.traffic import Traffic
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one run of a program, by what they are spent on."""
+    """Seconds of one execution of a program, by resource."""
 
     compute: float
     matmul_hbm: float
@@ -44,7 +44,7 @@ class Times:
 
     @property
     def limit(self) -> str:
-        """ "compute", "hbm" or "collectives": the one that takes longest."""
+        """The resource that takes longest: "compute", "hbm" or "collectives"."""
         if self.collectives > self.on_chip:
             return "collectives"
         return "compute" if self.compute >= max(self.matmul_hbm, self.elementwise_hbm) else "hbm"
@@ -54,20 +54,25 @@ class Times:
 
 
 def estimate(
-    topology: Topology, mesh, flops: float, traffic: Traffic, found: list[collectives.Collective], hidden_share: float | None
+    topology: Topology,
+    mesh,
+    flops: float,
+    traffic: Traffic,
+    collective_ops: list[collectives.Collective],
+    hidden_share: float | None,
 ) -> Times | None:
-    """Times of a program on a topology; None for simulated devices, whose speed means nothing.
+    """Estimated times of a program on a topology; None for simulated devices, whose speed is meaningless.
 
     Args:
-        mesh: whose order of devices the collectives' groups index.
+        mesh: gives the order of devices that the collectives' groups index.
         flops: of all devices together.
-        hidden_share: of the bytes that the collectives send, see `overlap.hidden_share`.
+        hidden_share: share of the sent bytes that overlap, see `overlap.hidden_share`.
     """
     chip = topology.chip
     if chip.peak_flops is None or chip.hbm_bandwidth is None:
         return None
     hbm = chip.hbm_bandwidth * chips.HBM_EFFICIENCY
-    sending = sum(c.times * c.sent_bytes / (bandwidth(topology, mesh, c) * chips.LINK_EFFICIENCY) for c in found)
+    sending = sum(c.times * c.sent_bytes / (bandwidth(topology, mesh, c) * chips.LINK_EFFICIENCY) for c in collective_ops)
     return Times(
         compute=flops / mesh.devices.size / (chip.peak_flops * chips.MATMUL_EFFICIENCY),
         matmul_hbm=traffic.matmul / hbm,
@@ -78,10 +83,10 @@ def estimate(
 
 
 def bandwidth(topology: Topology, mesh, collective: collectives.Collective) -> float:
-    """Bytes/s that one device can send in a collective, all of its groups at once.
+    """Bytes/s that one device can send in a collective while all groups run.
 
-    On a torus: both links of each dimension that a group spans, or one where that side is not a ring; a permute has both, because
-    the compiler sends half to each neighbour at the same time.
+    On a torus, a group uses both links of each dimension that it spans, or one link if that side is not a ring. A permute uses
+    both, because the compiler sends half to each neighbour at the same time.
 
     Raises:
         ValueError: the chip has no figures for its links.

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves between HBM and a chip, loops counted as often as they run."""
+"""Bytes that a compiled program moves between HBM and the chip, with loops counted once per iteration."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from dit_jax.programs.collectives import KINDS
 from dit_jax.programs.hlo import ATTENTION_CALLS, FREE, MATMUL_CALLS, MATMULS, RUNS, Computation, Instruction, Program
 
-# Instructions that compute nothing: a fusion of these alone is a copy, whatever else of scalars is in it.
+# Instructions that compute nothing. A fusion of only these and scalar instructions is a copy.
 MOVES = {
     "parameter",
     "constant",
@@ -31,20 +31,20 @@ STRUCTURE = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_com
 
 
 class Traffic(NamedTuple):
-    """Bytes on one device: of instructions with a matrix product or convolution in them, and of all others."""
+    """HBM bytes of one device, for instructions that contain a matrix product or convolution and for all others."""
 
     matmul: int
     other: int
 
 
 class Work(NamedTuple):
-    """One instruction that runs: a kernel on a GPU.
+    """One executed instruction (on a GPU, a kernel).
 
     Fields:
         kind: "products", "attention" (a fused kernel), "copies" (a scan's stacks, slices, fills, casts, layouts), "arithmetic".
-        place: the pass and the module of the network that it comes from, as in "backward blocks/mlp/in"; of a fusion, its result.
-        bytes: read and written in one run.
-        times: how often it runs.
+        place: pass and module of the network, such as "backward blocks/mlp/in"; for a fusion, those of its result.
+        bytes: read and written per execution.
+        times: number of executions.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Work(NamedTuple):
 
 
 def works(program: Program) -> Iterator[Work]:
-    """What every instruction reads and writes, arrays in nearer memories left out, slices counted as slices.
+    """Yields the HBM traffic of every instruction; on-chip arrays do not count, slices count as slices.
 
     An array that stays in a cache between two instructions counts twice, so that this is an upper bound on GPUs.
     """
@@ -66,7 +66,7 @@ def works(program: Program) -> Iterator[Work]:
 
 
 def only_communicates(program: Program, instruction: Instruction) -> bool:
-    """Whether it is a collective, the start of one, or a fusion of nothing else, as TPUs write them."""
+    """Whether the instruction is a collective, the start of one, or a fusion of nothing else (the form on TPUs)."""
     if instruction.opcode == "fusion":
         inside = [i for i in program.computations[instruction.called()[0]].values() if i.opcode not in MOVES | {"custom-call"}]
         return bool(inside) and all(only_communicates(program, i) for i in inside)
@@ -74,7 +74,7 @@ def only_communicates(program: Program, instruction: Instruction) -> bool:
 
 
 def hbm_traffic(program: Program) -> Traffic:
-    """The bytes of `works` as a step's time depends on them."""
+    """Total bytes of `works`, split as the roofline model needs them."""
     total = {True: 0, False: 0}
     for work in works(program):
         total[work.kind in ("products", "attention")] += work.times * work.bytes
@@ -82,7 +82,7 @@ def hbm_traffic(program: Program) -> Traffic:
 
 
 def by_place(program: Program) -> list[dict[str, Any]]:
-    """{"kind", "place", "kernels", "bytes"} of a whole run, the most bytes first."""
+    """Totals per kind and place, {"kind", "place", "kernels", "bytes"}, in descending order of bytes."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for work in works(program):
         row = rows.setdefault((work.kind, work.place), {"kind": work.kind, "place": work.place, "kernels": 0, "bytes": 0})
@@ -92,9 +92,9 @@ def by_place(program: Program) -> list[dict[str, Any]]:
 
 
 def place(instruction: Instruction) -> str:
-    """Pass and module: "forward", "backward", "again" (rematerialised) or "step" (none of them), then the path of modules."""
-    found = re.search(r'op_name="([^";]*)', instruction.attributes)
-    *parts, _ = found[1].split("/") if found else [""]
+    """Pass ("forward", "backward", "again" if rematerialised, otherwise "step") and module path of an instruction."""
+    match = re.search(r'op_name="([^";]*)', instruction.attributes)
+    *parts, _ = match[1].split("/") if match else [""]
     name = "/".join(parts)
     when = (
         "again"
@@ -105,7 +105,8 @@ def place(instruction: Instruction) -> str:
         if "jvp(" in name
         else "step"
     )
-    modules = [part for part in parts if "(" not in part and part not in STRUCTURE]
+    # Linen names a method other than __call__ "Class.method", beside the path of modules.
+    modules = [part for part in parts if "(" not in part and part not in STRUCTURE and "." not in part]
     return " ".join([when, "/".join(modules) or ("loop" if "while" in parts else "other")])
 
 
@@ -124,7 +125,7 @@ def _hbm(instruction: Instruction) -> int:
 
 
 def _cost(program: Program, computation: Computation, instruction: Instruction) -> tuple[bool, int]:
-    """(whether it holds a matrix product, bytes)."""
+    """(whether the instruction contains a matrix product, its bytes)."""
     operands = [computation[name] for name in instruction.operands if name in computation]
     if instruction.opcode in ("copy-start", "slice-start"):  # (to, from, ...) and (from, to, ...)
         to, source = instruction.arrays[:2][:: 1 if instruction.opcode == "copy-start" else -1]
@@ -144,12 +145,12 @@ def _cost(program: Program, computation: Computation, instruction: Instruction) 
         return any(is_matmul(program, i) for i in fused.values()), read + _written(program, fused, instruction)
     written = _hbm(instruction)
     if instruction.opcode == "custom-call" and len(instruction.arrays) > 1 and instruction.arrays[-1].dtype in ("s8", "u8"):
-        written -= instruction.arrays[-1].bytes  # the workspace of cuBLAS and cuDNN, of which they touch what they need
+        written -= instruction.arrays[-1].bytes  # the workspace of cuBLAS and cuDNN, used only in part
     return is_matmul(program, instruction), written + sum(map(_hbm, operands))
 
 
 def is_matmul(program: Program, instruction: Instruction) -> bool:
-    """Whether it is a matrix product or a convolution, or a fusion with one in it."""
+    """Whether the instruction is a matrix product or a convolution, or a fusion that contains one."""
     if instruction.opcode == "fusion":
         return any(is_matmul(program, i) for name in instruction.called() for i in program.computations[name].values())
     if instruction.opcode == "custom-call":
@@ -162,7 +163,7 @@ def _parameter(computation: Computation, number: int) -> str:
 
 
 def _part_read(program: Program, computation: Computation, name: str, whole: int) -> int:
-    """Bytes of the value `name` that a fused computation reads: of one that it only slices or overwrites in part, that part."""
+    """Bytes of the value `name` that a fused computation reads; a value that it only slices or updates counts in part."""
     parts = 0
     for user in computation.values():
         for place, operand in enumerate(user.operands):
@@ -181,7 +182,7 @@ def _part_read(program: Program, computation: Computation, name: str, whole: int
 
 
 def _written(program: Program, fused: Computation, instruction: Instruction) -> int:
-    """Bytes that a fusion writes: of a result that it updates in place, the update."""
+    """Bytes that a fusion writes; a result that it updates in place counts as the update."""
     return sum(
         min(array.bytes, _update(program, fused, index, array.bytes))
         for index, array in enumerate(instruction.arrays)

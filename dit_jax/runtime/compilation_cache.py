@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a run does not compile again."""
+"""Caches compiled programs on disk, so that the second start of a run does not compile again."""
 
 import hashlib
 import platform
@@ -10,12 +10,12 @@ import jax
 
 
 def use():
-    """Lets JAX keep compiled programs in a folder; call before anything is compiled.
+    """Enables JAX's persistent compilation cache; call before anything is compiled.
 
-    The folder is JAX_COMPILATION_CACHE_DIR where that is set, else ~/.cache/dit_jax/xla/<kind of CPU>: programs for a CPU use its
-    instructions, and a home may be shared by different machines. Programs that compile in less than a second are not kept
-    (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS). JAX_ENABLE_COMPILATION_CACHE=false turns it off. Nothing in the folder is ever
-    needed: it may be deleted at any time, a broken entry is compiled again, and where it cannot be written one line says so.
+    The folder is JAX_COMPILATION_CACHE_DIR if set, otherwise ~/.cache/dit_jax/xla/<kind of CPU>: programs for a CPU use its
+    instructions, and different machines may share a home folder. Programs that compile in less than a second are not stored
+    (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. The folder may be
+    deleted at any time, and a broken entry is compiled again. If the folder cannot be written, a line on stderr reports it.
     """
     # type: ignore: JAX adds the attributes of its options when it is imported.
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ def use():
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             print(
-                f"compiled programs are not kept: {folder} cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR "
+                f"compiled programs are not cached: {folder} cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR "
                 "to another folder, or JAX_ENABLE_COMPILATION_CACHE=false",
                 file=sys.stderr,
                 flush=True,
@@ -39,7 +39,7 @@ def use():
 
 
 def cpu_kind() -> str:
-    """A short name of the instructions that this machine's CPU has."""
+    """A short name of the instruction set of this machine's CPU."""
     try:
         with open("/proc/cpuinfo") as file:
             facts = next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -1,4 +1,4 @@
-"""What a verb says: prose and progress to stderr, one JSON object as the last line of stdout, an exit status."""
+"""Output of the verbs: text and progress on stderr, one JSON object as the last line of stdout, and the exit status."""
 
 import json
 import multiprocessing
@@ -21,17 +21,17 @@ flags.disclaim_key_flags()  # --help lists --import as the verb's own
 USER_ERROR_STATUS = 2
 CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.define_flags`
 FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
-STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command again goes on; launch/ starts it again
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 
 
 def say(text: str):
-    """One line to stderr, from the first process only."""
+    """Prints one line to stderr, on the first process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """3725 -> "1h02m", 75 -> "1m15s", 8.2 -> "8s"."""
+    """Formats a duration: 3725 -> "1h02m", 75 -> "1m15s", 8.2 -> "8s"."""
     seconds = round(seconds)
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says how far a count has come, at most every few seconds, with rate and time left."""
+    """Prints the progress of a count with rate and remaining time, at most every `every_seconds`."""
 
     def __init__(self, what: str, total: int, every_seconds: float = 5.0):
         self.what, self.total, self.every_seconds = what, total, every_seconds
@@ -110,9 +110,9 @@ def _which() -> str:
 
 
 def _leave(status: int):
-    """Ends a process that failed; one of several at once, since the orderly end waits for the others, which may wait for it."""
+    """Exits a failed process. One of several exits immediately: a normal exit waits for the others, which may wait for it."""
     if _which():
-        for child in multiprocessing.active_children():  # the data loader's, which an orderly end would stop
+        for child in multiprocessing.active_children():  # the data loader's, which a normal exit would stop
             child.terminate()
         sys.stdout.flush()
         os._exit(status)
@@ -142,7 +142,7 @@ def run(main):
             if not _which():
                 raise
             traceback.print_exc()
-            print(f"error: {_which()}failed as above", file=sys.stderr, flush=True)
+            print(f"error: {_which()}failed with the error above", file=sys.stderr, flush=True)
             _leave(1)
         if jax.process_index() == 0:
             sys.stderr.flush()

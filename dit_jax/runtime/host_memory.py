@@ -1,4 +1,4 @@
-"""How the C library hands memory back, which decides a third of a training step on a CPU."""
+"""Configures the C library's allocator, which accounts for up to a third of a training step on a CPU."""
 
 import ctypes
 import glob
@@ -8,10 +8,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc
 
 
 def reuse_freed_memory():
-    """Makes glibc keep freed memory for the next allocation; call before JAX starts its threads.
+    """Makes glibc keep freed memory for later allocations; call before JAX starts its threads.
 
-    XLA on a CPU allocates its temporaries anew in each step, and glibc's default returns large blocks to the system, which
-    then clears every page again: 25 to 35 % of a step. Does nothing where an accelerator does the work, or without glibc.
+    On a CPU, XLA allocates its temporaries in each step. By default glibc returns large blocks to the system, which then has to
+    zero every page again: 25 to 35 % of a step. Does nothing if there is an accelerator, or without glibc.
     """
     accelerators = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     if accelerators and not os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
@@ -20,6 +20,6 @@ def reuse_freed_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    # -1 is the largest size: a step's temporaries may be more than the 2 GiB that fit mallopt's int.
+    # -1 means the largest size: a step's temporaries may exceed the 2 GiB that fit in mallopt's int.
     for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**29)):
         mallopt(parameter, value)

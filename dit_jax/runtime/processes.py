@@ -1,4 +1,4 @@
-"""The flags by which the processes of one run find each other where the cluster is not detected."""
+"""Flags that connect the processes of a run if the cluster is not detected."""
 
 from absl import flags
 
@@ -13,7 +13,7 @@ def define_flags() -> None:
 
 
 def join() -> None:
-    """Joins the other processes, if there are any; before anything else touches JAX. See `hosts.initialize` for its errors."""
+    """Joins the other processes, if there are any; call before anything else uses JAX. Raises as `hosts.initialize`."""
     from dit_jax.parallel import hosts
 
     values = flags.FLAGS

@@ -1,4 +1,4 @@
-"""A trace of some training steps, for TensorBoard's profile page or XProf."""
+"""Traces training steps for XProf or TensorBoard's profile page."""
 
 import contextlib
 from pathlib import Path
@@ -11,15 +11,15 @@ from dit_jax.runtime.console import say
 
 
 class Profile:
-    """Writes what devices and host do in some steps to `folder`/plugins/profile/<time>/; a context manager.
+    """Writes a trace of devices and host over some steps to `folder`/plugins/profile/<time>/; a context manager.
 
-    Look at it with `xprof --logdir=<folder>` or `tensorboard --logdir=<folder>`. Only the first process traces. A trace that
-    cannot be made is said and does not stop the run.
+    View it with `xprof --logdir=<folder>` or `tensorboard --logdir=<folder>`. Only the first process traces. If tracing fails,
+    the failure is reported and the run continues.
 
     Args:
-        start_step: steps that are done when the trace begins.
-        num_steps: how many steps it holds, a few are enough; 0 turns it off.
-        last_step: where the run ends.
+        start_step: number of completed steps at which the trace starts.
+        num_steps: number of traced steps (a few are enough); 0 turns tracing off.
+        last_step: last step of the run.
 
     Raises:
         UserError: the steps are not all within the run.
@@ -28,31 +28,30 @@ class Profile:
     def __init__(self, start_step: int, num_steps: int, *, last_step: int, folder: Path, enabled: bool = True):
         if start_step < 0 or num_steps < 0 or (num_steps and start_step + num_steps > last_step):
             raise UserError(
-                f"profile.start_step = {start_step} and profile.num_steps = {num_steps}: a trace of so many steps "
-                f"after that step does not lie within 0 to num_steps = {last_step}; profile.num_steps = 0 turns it "
-                "off"
+                f"profile.start_step = {start_step} and profile.num_steps = {num_steps}: the traced steps do not lie "
+                f"within 0 to num_steps = {last_step}; profile.num_steps = 0 turns tracing off"
             )
         self.start_step, self.stop_step = start_step, start_step + num_steps
         self.folder, self.enabled, self.running = folder, enabled and num_steps > 0, False
 
     @contextlib.contextmanager
     def step(self, done: int):
-        """Marks the block as the dispatch of the step after `done`; begins the trace where it is due."""
+        """Marks the block as the dispatch of the step after `done`; starts the trace if it is due."""
         if self.enabled and done == self.start_step:
             self._attempt(self._start)
         with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
             yield
 
     def finish(self, done: int, clock):
-        """Ends the trace after its last step, which is waited for."""
+        """Waits for the last traced step and ends the trace."""
         if self.running and done >= self.stop_step:
             clock.wait(done)
             self._attempt(self._stop)
 
     def resumed(self, done: int):
-        """Says so if a run that goes on from `done` is past the steps to be traced."""
+        """Reports that a run that resumes at `done` is past the steps to trace."""
         if self.enabled and done > self.start_step:
-            say(f"no trace: the run goes on from step {done}, after profile.start_step = {self.start_step}")
+            say(f"no trace: the run resumes at step {done}, after profile.start_step = {self.start_step}")
 
     def __enter__(self):
         return self
@@ -68,10 +67,10 @@ class Profile:
     def _stop(self):
         self.running = False
         jax.profiler.stop_trace()
-        say(f"trace of the steps to {self.stop_step} in {self.folder}; look at it with: tensorboard --logdir={self.folder}")
+        say(f"wrote the trace of steps up to {self.stop_step} to {self.folder}; view it with: tensorboard --logdir={self.folder}")
 
     def _attempt(self, action):
         try:
             action()
         except Exception:
-            logging.warning("The run goes on without a trace in %s.", self.folder, exc_info=True)
+            logging.warning("Tracing to %s failed; the run continues without it.", self.folder, exc_info=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to save and stop, which all processes grant at the same step."""
+"""Turns SIGTERM and SIGINT into a request to save and stop; all processes stop at the same step."""
 
 import os
 import signal
@@ -13,14 +13,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """A context manager during which the first SIGTERM or SIGINT is a request and the second ends the process at once.
+    """A context manager: the first SIGTERM or SIGINT requests a stop, the second ends the process immediately.
 
-    The second signal has the effect it had before: a handler installed by other code is called; Python's own
-    KeyboardInterrupt is replaced by the system's default, because it would wait for open saves. A signal that was
-    ignored (nohup) stays ignored. Enter it on the main thread.
+    The second signal has its previous effect: a handler installed by other code is called. Python's own KeyboardInterrupt is
+    replaced by the system's default, because it would wait for open saves. A signal that was ignored (nohup) stays ignored. Enter
+    the context on the main thread.
 
-    With several processes a request to one stops them all. A cluster signals its hosts seconds apart: a process that stops
-    because another was asked is still to get its own first signal, and lives through it, after the context too.
+    With several processes, a signal to one stops all at the same step. A cluster signals its hosts seconds apart, so every host
+    may still receive its first signal after it has started to stop. That signal does not end the process, not even after the
+    context.
     """
 
     def __init__(self):
@@ -40,14 +41,16 @@ class StopSignal:
         if self._stopping and not self._asked:
             return
         for number, handler in self._previous.items():
-            # None stands for a handler installed by C code, which cannot be put back.
+            # None stands for a handler installed by C code, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def requested(self, step):
-        """True from the step on at which to save and stop, the same on all processes, which call this after every step.
+        """True from the step at which to save and stop; it is the same step on all processes.
+
+        Call it on all processes after every step.
 
         Args:
-            step: steps completed; several processes stop IN_FLIGHT steps after the request.
+            step: number of completed steps. Several processes stop IN_FLIGHT steps after the request.
         """
         if self._agreement is None:
             self._stopping = self._asked
@@ -63,4 +66,4 @@ class StopSignal:
         self._asked = True
         # No logging here: the signal may have interrupted the logger while it held its lock.
         name = signal.Signals(number).name
-        os.write(2, f"{name}: saving and stopping; a second signal ends the process at once\n".encode())
+        os.write(2, f"{name}: saving and stopping; a second signal ends the process immediately\n".encode())

@@ -1,4 +1,4 @@
-"""When training steps really finish, and what the devices waited for in between."""
+"""Measures when training steps finish on the devices and what the devices waited for."""
 
 import contextlib
 import queue
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 import jax
 
-IN_FLIGHT = 2  # steps handed to the devices and not finished: one that runs, one that is ready to follow it
+IN_FLIGHT = 2  # steps dispatched but not finished: one that runs and one that is ready to follow
 KINDS = ("init", "compile", "data", "checkpoint", "preview", "scoring", "other")
-UNWATCHED = ("compile", "preview", "scoring")  # of these nobody knows how long they may take
+UNWATCHED = ("compile", "preview", "scoring")  # these may take any time; the watchdog ignores them
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A step that is done; all times in seconds.
+    """A finished step; all times are in seconds.
 
     Fields:
-        at: when it finished, of `time.monotonic`.
-        dispatched: when the host handed it to the devices.
-        seconds: how long the devices worked on it: from its dispatch, or from the end of the step before it if that was later.
-        waited: what the host did before it could dispatch the step: kind -> how long.
-        idle: the part of `waited` in which the devices had nothing to do, because the step before was finished.
+        at: time at which it finished, by `time.monotonic`.
+        dispatched: time at which the host dispatched it.
+        seconds: time the devices worked on it: from its dispatch, or from the end of the previous step if that was later.
+        waited: time the host spent before it dispatched the step, by kind.
+        idle: the part of `waited` during which the devices had no work because the previous step was finished.
     """
 
     step: int
@@ -35,18 +35,18 @@ class Finished:
 
 
 class StepClock:
-    """Times the steps of a loop that runs ahead of the devices, without stopping either.
+    """Times the steps of a loop that runs ahead of the devices, without stalling the loop or the devices.
 
-    JAX returns from a step when it is handed over, not when it is done, so that the time between two calls says nothing about
-    the devices; waiting for each result would leave them without work. Here a thread waits for a small output of every step,
-    in order, and notes when it is there. The loop itself waits only where it would be more than IN_FLIGHT steps ahead.
+    JAX dispatches asynchronously: a call returns before the step is done, so the time between two calls says nothing about the
+    devices, and blocking on each result would leave them without work. A thread therefore blocks on a small output of every step,
+    in order, and records when it is ready. The loop itself waits only if it would be more than IN_FLIGHT steps ahead.
 
-    Time begins with the object. A context manager that ends the thread.
+    Time starts when the object is created. As a context manager, it ends the thread on exit.
     """
 
     def __init__(self):
         self.begin = time.monotonic()
-        self.alive_at = None  # when something last finished; None while no step is to be expected
+        self.alive_at = None  # when something last finished; None while no step is expected
         self._finished: list[Finished] = []
         self._step, self._at = 0, self.begin
         self._spans, self._queue, self._error = [], queue.SimpleQueue(), None
@@ -56,7 +56,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def spend(self, kind: str):
-        """Counts the time of the block as the host's time for `kind`."""
+        """Records the time of the block as host time of `kind`."""
         start, watched = time.monotonic(), self.alive_at is not None
         if kind in UNWATCHED:
             self.alive_at = None
@@ -68,12 +68,12 @@ class StepClock:
                 self.alive_at = time.monotonic()
 
     def dispatched(self, step: int, when: float, output: jax.Array):
-        """Notes a step that was handed over.
+        """Records that a step was dispatched.
 
         Args:
             step: its number; one more than the last.
-            when: `time.monotonic()` just before.
-            output: an array that the step computes and nobody donates.
+            when: `time.monotonic()` just before the call.
+            output: an array that the step computes and that is not donated.
         """
         if self._thread is None:
             self._step = step - 1
@@ -85,7 +85,7 @@ class StepClock:
         self._queue.put((step, when, output, spans))
 
     def wait(self, step: int):
-        """Returns once `step` and all before it are finished; raises what made one fail."""
+        """Blocks until `step` and all earlier steps are finished; raises the error of a step that failed."""
         if self._thread is None:
             return
         with self._changed:
@@ -94,7 +94,7 @@ class StepClock:
                 raise self._error
 
     def take(self, step: int) -> list[Finished]:
-        """The steps up to `step`, waited for, that were not taken before."""
+        """Waits for `step`; returns the finished steps up to it that were not returned before."""
         self.wait(step)
         with self._changed:
             taken = [x for x in self._finished if x.step <= step]
@@ -102,12 +102,12 @@ class StepClock:
         return taken
 
     def summary(self) -> dict[str, float]:
-        """Where the time went since the clock began; call when every step is finished.
+        """Goodput and idle times since the clock started; call when every step is finished.
 
         Returns:
-            goodput: share of `wall_seconds` in which the devices worked on training steps.
-            idle_<kind>_seconds: when they had no step because of the host: init (reading, restoring, creating), compile, data,
-                checkpoint, preview, scoring, other. Together with the steps these are the wall time.
+            goodput: share of `wall_seconds` during which the devices worked on training steps.
+            idle_<kind>_seconds: time without a step because of the host: init (reading, restoring, creating), compile, data,
+                checkpoint, preview, scoring, other. Together with the steps they add up to the wall time.
         """
         now = time.monotonic()
         with self._changed:
@@ -126,7 +126,7 @@ class StepClock:
                 self._thread.join()
 
     def _watch(self):
-        """Runs in the thread."""
+        """The thread's loop: blocks on outputs and records times."""
         first = True
         while (item := self._queue.get()) is not None:
             step, when, output, spans = item
@@ -153,7 +153,7 @@ class StepClock:
             first, output, item = False, None, None
 
     def _idle_until(self, when: float, spans, first: bool) -> Counter:
-        """What the devices waited for from the end of the last step to `when`: kind -> seconds."""
+        """Idle seconds of the devices by kind, from the end of the last step to `when`."""
         idle = Counter()
         for kind, start, end in spans:
             idle[kind] += max(0.0, end - max(start, self._at))

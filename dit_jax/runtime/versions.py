@@ -39,7 +39,8 @@ def device_kind() -> str:
 
 def arithmetic() -> dict:
     """{"device", "matmul_precision"}: what, besides versions, decides how this process rounds."""
-    return {"device": device_kind(), "matmul_precision": jax.config.jax_default_matmul_precision}
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # JAX adds it when it is imported
+    return {"device": device_kind(), "matmul_precision": precision}
 
 
 def provenance() -> dict:

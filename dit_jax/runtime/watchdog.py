@@ -1,4 +1,4 @@
-"""Ends a run that hangs, so that whoever started it can start it again."""
+"""Ends a run that hangs, so that it can be restarted."""
 
 import faulthandler
 import multiprocessing
@@ -14,17 +14,17 @@ from dit_jax.runtime.step_clock import StepClock
 
 
 class Watchdog:
-    """Ends the process with STOPPED_STATUS when no step has finished for `seconds`; a context manager.
+    """Ends the process with STOPPED_STATUS if no step finishes for `seconds`; a context manager.
 
-    A process whose peer has died waits in a collective for ever, and nothing in Python interrupts it. Compiling and previews
-    are not counted, see `StepClock.spend`, nor is anything before the first step; loading of data and saving are. First the
-    stacks of all threads go to stderr and to `file`. Data loading processes are ended too.
+    A process whose peer has died waits in a collective forever, and nothing in Python can interrupt it. Compilation, previews and
+    everything before the first step do not count (see `StepClock.spend`); loading data and saving do. The stacks of all threads
+    are written to stderr and to `file` first. Data loading processes are ended too.
 
-    The watch is a Python thread: it cannot act while C code holds the interpreter's lock.
+    The watchdog is a Python thread: it cannot act while C code holds the interpreter lock.
 
     Args:
-        seconds: 0 turns it off. At least several steps' time.
-        file: where the stacks are written, beside stderr.
+        seconds: 0 turns it off; otherwise at least the time of several steps.
+        file: the stacks are written to it as well as to stderr.
 
     Raises:
         UserError: seconds is negative.
@@ -54,7 +54,7 @@ class Watchdog:
         try:
             print(
                 f"watchdog: no step has finished for {self.seconds:g} s (log.watchdog_seconds); ending with status "
-                f"{STOPPED_STATUS}, start again to go on from the last checkpoint. Stacks of all threads, also in {self.file}:",
+                f"{STOPPED_STATUS}; start again to resume from the last checkpoint. Stacks of all threads, also in {self.file}:",
                 file=sys.stderr,
                 flush=True,
             )
@@ -63,5 +63,5 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             for child in multiprocessing.active_children():
                 child.kill()
-        finally:  # a full disk must not keep it alive
+        finally:  # also if the disk is full
             os._exit(STOPPED_STATUS)

@@ -1,18 +1,19 @@
-"""Draws images from the moving-average weights of a trained run, which needs only its folder, or from a weights file.
+"""Samples images with the moving-average weights of a run's folder, or with a weights file.
 
     python -m dit_jax.sample --workdir=runs/digits --num_samples=100 --labels=3,5 --guidance_scale=1.5 --out=x.npz
     python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
 
-Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100. The images come in
-shards in x.shards beside it, which go when the npz is whole; with --out=<folder> they stay there, and there is no npz. Killed
-or stopped (SIGTERM, exit status 75), the same command goes on; with other flags it is refused. Image k is the same on any number
-of devices and processes and with any --batch_size: to the bit with --fsdp=1, else to rounding.
+Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100. Images are first
+written in shards to x.shards, which is removed when the npz is complete; --out=<folder> keeps the shards and writes no npz.
+After a kill or a stop (SIGTERM, exit status 75) the same command continues; other settings are refused. Image k does not
+depend on the number of devices and processes or on --batch_size: to the bit with --fsdp=1, else up to rounding.
 """
 
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags
 
 from dit_jax import recipes, registry
@@ -22,60 +23,63 @@ from dit_jax.runtime.field_values import FieldType
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
 STEP = flags.DEFINE_string(
-    "step", None, "Checkpoint to use; `best` is that of the best score while training. The newest good one if not given."
+    "step", None, "Checkpoint: a step, or `best` for the best score during training. Default: the newest intact checkpoint."
 )
-WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors of dit_jax.convert, in place of --workdir.")
-CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE of the same latents; the run's own if not given.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many images.")
-LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; `random` or `none`; `balanced`, all in turn, if not given.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is off; the config's if not given.")
-SAMPLER = flags.DEFINE_string("sampler", None, "A registered sampler, such as ddpm, ddim or heun; the config's if not given.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps; the config's if not given.")
+WEIGHTS = flags.DEFINE_string("weights", None, "A .safetensors file of dit_jax.convert, instead of --workdir.")
+CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Number of images.")
+LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; or `random`, `none`, or `balanced` (default: all in turn).")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 turns guidance off. Default: the config's.")
+SAMPLER = flags.DEFINE_string("sampler", None, "A registered sampler, such as ddpm, ddim or heun. Default: the config's.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: the config's.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16"],
-    "What the network computes in, whatever it was trained in; the "
-    "config's if not given. With bfloat16 its weights take half the memory; its norms and output and the "
-    "sampler stay float32, and the codec decodes in its own.",
+    "Dtype of the network's computation, independent of training. Default: the config's. With bfloat16 the weights take "
+    "half the memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.",
 )
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
     None,
-    "A weaker run or .safetensors (smaller, or trained less) to "
-    "lead away from, in place of the network without labels; needs a scale above 1.",
+    "A weaker run or .safetensors (smaller, or trained less) that guides "
+    "instead of the network without labels; needs a scale above 1.",
 )
-GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels; 3 for DiT's own samples.")
+GUIDANCE_CHANNELS = flags.DEFINE_integer(
+    "guidance_channels", None, "Number of channels to guide, from the first; 3 for DiT's own samples."
+)
 GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
 FORECAST_INTERVAL = flags.DEFINE_integer(
     "forecast_interval",
     None,
-    "Run the network's blocks at every so many steps; forecast them in between; 1 is off; the config's if not given.",
+    "Run the network's blocks at every N-th step and forecast them at the others; 1 is off. Default: the config's.",
 )
-FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Of the Taylor series of the forecast; the config's if not given.")
-SEED = flags.DEFINE_integer("seed", 0, "Image k depends on the seed, k and its label.")
+FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Order of the forecast's Taylor series. Default: the config's.")
+SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed, k and its label.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Images handed to the devices at a time, rounded up to whole chunks on each; the config's if not given."
+    "batch_size", None, "Images per call of all devices, rounded up to full chunks on each device. Default: the config's."
 )
-FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that the parameters are split over, of each network and the codec.")
-OUT = flags.DEFINE_string("out", "samples.npz", "Where the images go: x.npz, or a folder of shards.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "Number of devices over which the parameters of networks and codec are split.")
+OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of shards.")
 processes.define_flags()
 
 
-def override(config: ml_collections.ConfigDict):
-    """Puts the flags' choices into the config's sampler, guidance and codec."""
+def override(config: ml_collections.ConfigDict) -> None:
+    """Sets the fields of the config that flags override."""
     if SAMPLER.value is not None and SAMPLER.value != config.sampler.name:
         config.sampler = ml_collections.ConfigDict(recipes.default_sampler(SAMPLER.value))
     if NUM_STEPS.value is not None:
         if "num_steps" not in config.sampler:
-            raise UserError(f"--num_steps={NUM_STEPS.value}: the sampler {config.sampler.name!r} chooses its own; leave it out")
+            raise UserError(
+                f"--num_steps={NUM_STEPS.value}: sampler {config.sampler.name!r} chooses its own steps; leave the flag out"
+            )
         config.sampler.num_steps = NUM_STEPS.value
     for text in SAMPLER_FIELDS.value:
         key, _, value = text.partition("=")
         fields = registry.parameters("sampler", config.sampler.name)
         if key not in fields:
-            raise UserError(f"--sampler_fields={text}: the sampler {config.sampler.name!r} has the fields {', '.join(fields)}")
+            raise UserError(f"--sampler_fields={text}: sampler {config.sampler.name!r} has the fields {', '.join(fields)}")
         wanted = FieldType.of_annotation(fields[key].annotation)
         try:
             config.sampler[key] = wanted.parse(value)
@@ -93,17 +97,17 @@ def override(config: ml_collections.ConfigDict):
             config.guidance.low, config.guidance.high = map(float, GUIDANCE_INTERVAL.value)
         except ValueError:
             given = ",".join(GUIDANCE_INTERVAL.value)
-            raise UserError(f"--guidance_interval={given}: two times are needed, as in 0.2,0.7") from None
+            raise UserError(f"--guidance_interval={given}: give two times, as in 0.2,0.7") from None
     if DTYPE.value is not None:
         config.model.dtype = DTYPE.value
     if CODEC_PATH.value is not None:
         if "path" not in config.codec:
-            raise UserError(f"--codec_path={CODEC_PATH.value}: the codec {config.codec.name!r} has no weights; leave it out")
+            raise UserError(f"--codec_path={CODEC_PATH.value}: codec {config.codec.name!r} has no weights; leave the flag out")
         config.codec.path, config.codec.sha256 = CODEC_PATH.value, ""
 
 
 def chosen_step(workdir: Path) -> int | None:
-    """The checkpoint that --step names; None for the newest."""
+    """The step of the checkpoint that --step selects; None for the newest."""
     if STEP.value is None:
         return None
     if STEP.value == "best":
@@ -111,18 +115,18 @@ def chosen_step(workdir: Path) -> int | None:
 
         best = read_best(workdir)
         if best is None:
-            raise UserError(f"--step=best: {workdir} has no scores; train with --config.scoring.every_steps, or give a number")
+            raise UserError(f"--step=best: {workdir} has no scores; train with --config.scoring.every_steps=N, or give a step")
         return best["step"]
     if not STEP.value.isdigit():
-        raise UserError(f"--step={STEP.value} must be the number of a checkpoint, or best")
+        raise UserError(f"--step={STEP.value} must be the step of a checkpoint, or best")
     return int(STEP.value)
 
 
-def load_weak(run) -> tuple[Any, Any]:
+def load_weak(run: Any) -> tuple[Any, Any]:
     """(task, parameters) of the network of --autoguidance_workdir; (None, None) without it.
 
     Raises:
-        UserError: guidance is off, or that network predicts something else.
+        UserError: guidance is off, or the network's process, codec, image size or classes differ from the run's.
     """
     if AUTOGUIDANCE.value is None:
         return None, None
@@ -141,8 +145,8 @@ def load_weak(run) -> tuple[Any, Any]:
     return weak.task, trained.load_params(weak, path)[0]
 
 
-def choose_labels(num_classes: int):
-    """(int32[num_samples] as --labels says, what it is called in the samples' description)."""
+def choose_labels(num_classes: int) -> tuple[np.ndarray, str]:
+    """(int32[num_samples] labels, their mode for the samples' description)."""
     from dit_jax.sample.labels import null_labels, random_labels, spread_labels
 
     if LABELS.value == ["none"]:
@@ -153,7 +157,7 @@ def choose_labels(num_classes: int):
         chosen = tuple(int(text) for text in LABELS.value if LABELS.value != ["balanced"])
     except ValueError:
         raise UserError(
-            f"--labels={','.join(LABELS.value)}: whole numbers with commas between them are needed, as in 3,5, or "
+            f"--labels={','.join(LABELS.value)}: give class numbers separated by commas, as in 3,5, or "
             "`balanced`, `random` or `none`"
         ) from None
     return spread_labels(NUM_SAMPLES.value, num_classes, chosen), "given" if chosen else "balanced"
@@ -161,7 +165,7 @@ def choose_labels(num_classes: int):
 
 def main() -> dict:
     if (WORKDIR.value is None) == (WEIGHTS.value is None):
-        raise UserError("give --workdir=<folder of a run of dit_jax.main> or --weights=<file of dit_jax.convert>, one of them")
+        raise UserError("give one of --workdir=<folder of a run of dit_jax.main> and --weights=<file of dit_jax.convert>")
     out = Path(OUT.value).expanduser().absolute()
     processes.join()
     from dit_jax.build import Run
@@ -170,14 +174,20 @@ def main() -> dict:
     from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 
     drawing.check_out(out)
-    source = Path(WEIGHTS.value or WORKDIR.value).expanduser().absolute()
+    given = WEIGHTS.value if WEIGHTS.value is not None else WORKDIR.value
+    assert given is not None  # one of them is, see above
+    source = Path(given).expanduser().absolute()
     if WEIGHTS.value is not None and source.suffix != ".safetensors":
-        raise UserError(f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; a run is given by --workdir")
+        raise UserError(
+            f"--weights={WEIGHTS.value} must be a .safetensors file of dit_jax.convert; give a run's folder as --workdir"
+        )
     if WEIGHTS.value is not None and STEP.value is not None:
-        raise UserError("--step is a checkpoint of a --workdir; a weights file has one set of weights, so leave it out")
+        raise UserError(
+            "--step selects a checkpoint of a --workdir; a weights file has only one set of weights, so leave --step out"
+        )
     config, origin = trained.read(source)
     override(config)
-    config.mesh = {"data": -1, "fsdp": FSDP.value}  # the devices at hand now, whatever trained it
+    config.mesh = {"data": -1, "fsdp": FSDP.value}  # the devices of this machine, not those of training
     own_codec = WORKDIR.value is not None and CODEC_PATH.value is None
     run = Run(config).with_codec_weights(source if own_codec else None)
     labels, labels_mode = choose_labels(run.conditioner.num_classes)
@@ -195,12 +205,12 @@ def main() -> dict:
     params, constants, weak_params = on_mesh((params, run.frozen, weak_params), generator.mesh)
     made_by = samples_file.describe(run.config, params, step, SEED.value) | {"labels": labels_mode}
     made_by |= {"origin": origin} if origin else {}
-    params = cast_for_inference(run.task, params)  # the parameters as they were trained are freed
+    params = cast_for_inference(run.task, params)  # frees the parameters in the dtype of training
     if weak_task is not None:
         made_by |= {"autoguidance": AUTOGUIDANCE.value, "autoguidance_weights": weights_fingerprint(weak_params)}
         weak_params = cast_for_inference(weak_task, weak_params)
     drawn = drawing.draw(out, generator, params, constants, requests, len(labels), made_by, weak_params)
-    # Per image. It is null for an adaptive sampler, which chooses its number, and where an interval of guidance halves some.
+    # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
     per_image = None if guidance.is_partial else sampler.evaluations(run.process)
     return {
         "out": str(out),

@@ -1,19 +1,21 @@
-"""Many images from one network: image k depends on (params, seed, k, its request) alone.
+"""Generates images in batches: image k depends only on (params, seed, k, its request).
 
-A device works on chunks of C rows at a time and decodes smaller ones. XLA rounds a row differently in a batch of another size,
-so the last bits of an image depend on C and on the row's place in its chunk. They do not depend on the batch size, the number of
+A device samples chunks of C rows and decodes smaller chunks. XLA rounds a row differently in a batch of another size, so the
+last bits of an image depend on C and on the row's place in its chunk. They do not depend on the batch size, the number of
 devices or the number of processes.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.diffusion.forecast import Forecast
+from dit_jax.diffusion.guidance import Guidance
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
@@ -21,32 +23,32 @@ from dit_jax.runtime.console import Progress
 from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
-DECODER_CHUNK = 8  # a few images fill a device; each of 256 px takes 160 MB in float32
-CHUNK_TOKENS = 16384  # fills an accelerator's matrix units, and hides launches and the reading of the weights
+DECODER_CHUNK = 8  # a few images fill a device; one of 256 px takes 160 MB in float32
+CHUNK_TOKENS = 16384  # fills an accelerator's matrix units; hides kernel launches and reads of the weights
 
 
 def default_chunk_size(num_tokens: int, platform: str) -> int:
-    """C if none is asked for: a power of two, 8 on a CPU, elsewhere 8 to 64, so that a chunk has CHUNK_TOKENS tokens."""
+    """The default of C: 8 on a CPU, elsewhere a power of two from 8 to 64 for at most CHUNK_TOKENS tokens per chunk."""
     size = SMALLEST_CHUNK
     while platform != "cpu" and size < LARGEST_CHUNK and 2 * size * num_tokens <= CHUNK_TOKENS:
         size *= 2
     return size
 
 
-def has_whole_params(mesh: Mesh) -> bool:
-    """Whether every device holds all parameters, so that it draws its images without the others."""
+def has_replicated_params(mesh: Mesh) -> bool:
+    """Whether every device holds all parameters, so that it samples without communication."""
     return mesh.size == mesh.shape["data"]
 
 
 def drawing_mesh(mesh: Mesh) -> Mesh:
-    """The devices of this process alone where that is enough to draw images; else the mesh, whose processes go in step."""
-    if jax.process_count() == 1 or not has_whole_params(mesh):
+    """The devices of this process if they hold all parameters; else the mesh, whose processes call in lockstep."""
+    if jax.process_count() == 1 or not has_replicated_params(mesh):
         return mesh
     return make_mesh(devices=jax.local_devices())
 
 
-def on_mesh(tree, mesh: Mesh):
-    """Arrays that every device holds whole, as arrays of the `drawing_mesh`; nothing is copied."""
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """Converts replicated arrays to arrays of the `drawing_mesh`, without a copy."""
 
     def one(x):
         if x.sharding.device_set == set(mesh.devices.flat):
@@ -56,11 +58,11 @@ def on_mesh(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
-def in_chunks(function, chunk_size: int, ways: int, *trees):
-    """function(*trees) over chunks of the batch, one after another; chunk i is the i-th `chunk_size` rows of every device.
+def in_chunks(function: Callable[..., jax.Array], chunk_size: int, ways: int, *trees: Any) -> jax.Array:
+    """function(*trees) over chunks of the batch in sequence; chunk i is the i-th `chunk_size` rows of every device.
 
     Args:
-        ways: over how many devices the rows of the arrays are split.
+        ways: number of devices over which the rows are split.
         trees: pytrees of arrays [B, ...].
     """
 
@@ -74,11 +76,11 @@ def in_chunks(function, chunk_size: int, ways: int, *trees):
 
 
 class Share(NamedTuple):
-    """This process's share of each batch. A part is a process, or all processes that have the same rows of a batch.
+    """This process's share of each batch. A part is a process, or all processes that hold the same rows of a batch.
 
     Fields:
-        part, parts: which part this process belongs to, and how many there are.
-        rows: images of a call that fall to the part.
+        part, parts: index of this process's part, and number of parts.
+        rows: number of images of a call that belong to the part.
         is_writer: whether this process is the first of its part.
     """
 
@@ -89,25 +91,25 @@ class Share(NamedTuple):
 
 
 class Generator:
-    """Draws images in calls of one size on a mesh.
+    """Samples images on a mesh, in calls of a fixed size.
 
     Fields:
         image_shape: (H, W, C) or (F, H, W, C) of one sample.
-        batch_size: images of a call over all devices: the one asked for, rounded up to whole chunks on every device.
+        batch_size: images of a call over all devices: the argument, rounded up to full chunks on every device.
         program: jitted (params, constants, int32[batch_size] indices, requests, weak_params) -> uint8 [batch_size, H, W, C], rows
-            split over the mesh. Pass parameters of `weights.cast_for_inference`: others would be cast at every step.
+            split over the mesh. Pass parameters from `weights.cast_for_inference`; others are cast at every step.
 
     Args:
-        chunk_size: C; images of two generators with the same C are equal to the bit on devices of one kind if every device holds
-            all parameters (`has_whole_params`), and else to rounding.
+        chunk_size: C. Two generators with the same C give the same bits on devices of one kind if every device holds all
+            parameters (`has_replicated_params`), and otherwise agree up to rounding.
     """
 
     def __init__(
         self,
         task: DiffusionTask,
         mesh: Mesh,
-        sampler,
-        guidance,
+        sampler: Callable[..., jax.Array],
+        guidance: Guidance,
         batch_size: int,
         seed: int,
         weak_task: DiffusionTask | None = None,
@@ -115,9 +117,9 @@ class Generator:
         forecast: Forecast | None = None,
     ):
         if batch_size < 1:
-            raise UserError(f"sampling batch_size {batch_size}: it must be at least 1")
+            raise UserError(f"the batch size of sampling is {batch_size}; it must be at least 1")
         if not 0 <= seed < 2**32:
-            raise UserError(f"sampling seed {seed}: it must lie in 0 to 2**32 - 1")
+            raise UserError(f"the seed of sampling is {seed}; it must lie in 0 to 2**32 - 1")
         if guidance.active and weak_task is None and not task.has_null_condition:
             raise UserError(
                 f"guidance.scale is {guidance.scale} and the network was never trained without its condition "
@@ -130,9 +132,10 @@ class Generator:
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // (ways * self.chunk_size)) * ways * self.chunk_size
 
-        def images(params, constants, indices, requests, weak_params, ways):
+        def images(ways, params, constants, indices, requests, weak_params):
             def latents(indices, requests):
                 def weak(x, t, cond):
+                    assert weak_task is not None  # called only where there is one
                     return weak_task.apply(weak_params, x, t, cond)
 
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
@@ -144,11 +147,11 @@ class Generator:
 
         def draw(params, constants, indices, requests, weak_params):
             args = params, constants, indices, requests, weak_params
-            if not has_whole_params(mesh):
-                return images(*args, ways)
+            if not has_replicated_params(mesh):
+                return images(ways, *args)
             replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
             in_specs = (replicated, replicated, split, split, replicated)
-            return jax.shard_map(lambda *args: images(*args, 1), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
+            return jax.shard_map(lambda *args: images(1, *args), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
                 *args
             )
 
@@ -156,8 +159,8 @@ class Generator:
 
     @property
     def calls_in_flight(self) -> int:
-        """How many calls may be unfinished at once. XLA on CPU devices deadlocks with two programs that communicate."""
-        return 1 if not has_whole_params(self.mesh) and self.mesh.devices.flat[0].platform == "cpu" else 2
+        """Number of calls that may run at once. On CPU devices, two XLA programs that communicate deadlock."""
+        return 1 if not has_replicated_params(self.mesh) and self.mesh.devices.flat[0].platform == "cpu" else 2
 
     @functools.cached_property
     def share(self) -> Share:
@@ -166,17 +169,25 @@ class Generator:
         if set(processes) == {jax.process_index()}:
             return Share(jax.process_index(), jax.process_count(), self.batch_size, True)
         rows_of: dict[int, set] = {}
-        for device, index in batch_sharding(self.mesh).devices_indices_map((self.batch_size,)).items():
+        places: Mapping[Any, Any] = batch_sharding(self.mesh).devices_indices_map((self.batch_size,))
+        for device, index in places.items():
             rows_of.setdefault(device.process_index, set()).add(index[0].indices(self.batch_size))
         first = min(process for process, rows in rows_of.items() if rows == rows_of[jax.process_index()])
         part, parts = reader_place(self.mesh)
         return Share(part, parts, self.batch_size // parts, first == jax.process_index())
 
-    def start(self, params, constants, indices, requests, weak_params=None) -> jax.Array:
-        """Starts a call and returns its images, which may not be finished yet.
+    def start(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        indices: jax.Array,
+        requests: Mapping[str, jax.Array],
+        weak_params: Any = None,
+    ) -> jax.Array:
+        """Dispatches a call and returns its images, which may not be computed yet.
 
         Args:
-            constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; a data set in it is left out.
+            constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; other entries are ignored.
             indices: int32[batch_size], global.
             requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
         """
@@ -184,23 +195,32 @@ class Generator:
         with jax.set_mesh(self.mesh):
             return self.program(params, constants, indices, requests, weak_params)
 
-    def __call__(self, params, constants, requests, num_images: int, weak_params=None, say_progress: bool = False) -> np.ndarray:
-        """Images 0 .. num_images - 1, for as many as fit in memory; `drawing.draw` is for more.
+    def __call__(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        requests: Mapping[str, np.ndarray],
+        num_images: int,
+        weak_params: Any = None,
+        say_progress: bool = False,
+    ) -> np.ndarray:
+        """Images 0 .. num_images - 1, as many as fit in memory; use `drawing.draw` for more.
 
         Args:
             requests: host arrays [num_images, ...].
-            weak_params: of the second network of autoguidance, if there is one.
+            weak_params: parameters of autoguidance's second network, if there is one.
 
         Returns:
-            uint8 [num_images, H, W, C], all of them on every process.
+            uint8 [num_images, H, W, C], the same on every process.
         """
         size = self.batch_size
         progress = Progress("sampling", num_images)
         images = []
         for start in range(0, num_images, size):
             indices = np.minimum(np.arange(start, start + size, dtype=np.int32), num_images - 1)
-            rows = jax.tree.map(lambda x: split_rows(self.mesh, x), (indices, {k: x[indices] for k, x in requests.items()}))
-            images.append(hosts.to_host(self.start(params, constants, *rows, weak_params)))
+            rows = {name: x[indices] for name, x in requests.items()}
+            indices, rows = jax.tree.map(lambda x: split_rows(self.mesh, x), (indices, rows))
+            images.append(hosts.to_host(self.start(params, constants, indices, rows, weak_params)))
             if say_progress:
                 progress.update(min(start + size, num_images))
         return np.concatenate(images)[:num_images]

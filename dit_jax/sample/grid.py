@@ -1,4 +1,4 @@
-"""Images side by side in one picture file, and clips as rows of frames."""
+"""Writes images as a grid in one picture file, and clips as rows of frames."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,10 @@ GAP = 4  # pixels between images and around them
 GAP_LEVEL = 40  # dark grey, so that black images have an edge
 
 
-def write_image_grid(path, images, columns=None, scale=None):
+def write_image_grid(path: Path, images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
     """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
-    A clip is a row of its frames, one clip below another whatever `columns` says.
+    Each clip is a row of its frames; `columns` is then ignored.
 
     Args:
         path: file to write, atomically; its suffix is the format, its folder is created.
@@ -33,7 +33,7 @@ def write_image_grid(path, images, columns=None, scale=None):
         columns, images = images.shape[1], images.reshape(-1, *images.shape[2:])
     file_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if file_format is None:
-        raise ValueError(f"{path} has a suffix that is no picture format; use .png")
+        raise ValueError(f"{path} has a suffix that is not a picture format; use .png")
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     scale = max(1, math.ceil(_SMALLEST_SIDE / max(height, width))) if scale is None else scale

@@ -1,4 +1,4 @@
-"""Which label each sample is drawn for."""
+"""The labels of samples."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def spread_labels(num_images: int, num_classes: int, labels: tuple[int, ...] = (
         UserError: a label out of range, or labels for a network without classes.
     """
     if num_images < 1:
-        raise UserError(f"{num_images} samples asked for; at least 1 is needed")
+        raise UserError(f"the number of samples is {num_images}; it must be at least 1")
     if labels and not num_classes:
         raise UserError("the network is unconditional (0 classes); ask for no labels")
     for label in labels:
@@ -29,13 +29,13 @@ def null_labels(num_images: int, num_classes: int) -> np.ndarray:
 
 
 def random_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
-    """int32[num_images], each drawn evenly from all classes; label k depends on the seed alone, not on num_images."""
+    """int32[num_images], uniform over all classes; label k depends only on the seed and k, not on num_images."""
     spread_labels(num_images, num_classes)  # for its checks
     return np.random.default_rng(seed).integers(0, max(num_classes, 1), num_images, np.int32)
 
 
 def spread_requests(conditioner: Conditioner, num_images: int) -> Requests:
-    """Requests for all classes in turn; for a network without classes, requests for nothing.
+    """Requests for all classes in turn; {} for a network without classes.
 
     Raises:
         UserError: fewer than one image.

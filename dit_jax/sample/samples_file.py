@@ -1,12 +1,11 @@
-"""The file that samples travel in: npz with arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] of clips, labels int32 [N], and
-made_by, a JSON text.
-"""
+"""The npz file of samples: arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] for clips; labels int32 [N]; made_by, a JSON text."""
 
 import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,10 +17,10 @@ from dit_jax.storage.atomic import remove_leftovers, replacing
 READ_BYTES = 2**24
 
 
-def describe(config, params, step: int | None, seed: int) -> dict:
-    """How samples were made, to travel with them.
+def describe(config: Any, params: Any, step: int | None, seed: int) -> dict:
+    """The settings of samples, which are stored with them.
 
-    params: as they were trained, in whatever dtype they are then held.
+    params: in the dtype of training, which may differ from that of sampling.
     """
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
@@ -35,18 +34,18 @@ def describe(config, params, step: int | None, seed: int) -> dict:
     }
 
 
-def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict):
-    """Writes the npz, atomically, and a grid of the first 100 images beside it."""
+def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict) -> None:
+    """Writes the npz, atomically, and a grid of the first 100 images next to it."""
     write_stream(path, images.shape, [images], labels, made_by)
     write_image_grid(path.with_suffix(".png"), images[:100], columns=10 if len(images) >= 10 else None)
 
 
-def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict):
+def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict) -> None:
     """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
 
     Args:
         shape: [N, H, W, C], or [N, F, H, W, C], of all blocks together.
-        made_by: to which "images_sha256" is added, of the bytes of all images.
+        made_by: the settings; "images_sha256", the hash of the bytes of all images, is added.
     """
     remove_leftovers(path.parent, path.name)
     sha256 = hashlib.sha256()
@@ -64,22 +63,22 @@ def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray
 
 
 def _member(archive: zipfile.ZipFile, name: str):
-    """A file in the archive to write to; its date is that of no day, so that equal samples make equal files."""
+    """Opens a member of the archive for writing. Its date is fixed, so that equal samples give equal files."""
     return archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
 def made_by_of(path: Path) -> dict | None:
-    """What an npz says of how its images were made; None where it says nothing or cannot be read."""
+    """The `made_by` entry of an npz; None if it has none or cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = json.loads(str(file["made_by"]))
+            made_by = json.loads(str(file["made_by"]))
     except Exception:
         return None
-    return found if isinstance(found, dict) else None
+    return made_by if isinstance(made_by, dict) else None
 
 
 def is_sound(path: Path, made_by: dict) -> bool:
-    """Whether an npz of `write_stream` holds the bytes that were written, all of which are read."""
+    """Whether an npz of `write_stream` is intact; reads all of it."""
     sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(path) as archive:

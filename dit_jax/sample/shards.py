@@ -1,13 +1,13 @@
-"""A folder of samples: what they depend on, and the images in shards that are written, or not, each as a whole.
+"""A folder of samples: their settings, and the images in shards, each of which is written atomically.
 
-    manifest.json                    settings: everything that the images depend on, sealed; written first
+    manifest.json                    all settings that the images depend on, sealed; written first
     labels.npy                       int32 [N]
     shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on;
-                                     [..., F, H, W, C] of clips, which are counted as images are
+                                     [..., F, H, W, C] for clips; a clip counts as one image
     shards/00007-of-00782.json       size and SHA-256 of that file, and the digest of the settings, sealed
     samples.png                      a grid of the first 100
 
-What a file is called follows from its number alone: nothing that is read from the folder is used as a path.
+File names are computed from shard numbers: nothing that is read from the folder is used as a path.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,14 +31,14 @@ from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
-SHARD_IMAGES = 64  # a multiple of every power of two that a device may work on at once
+SHARD_IMAGES = 64  # a multiple of every default chunk size of the generator
 MANIFEST, LABELS, SHARDS, GRID = "manifest.json", "labels.npy", "shards", "samples.png"
-# Where things lay and where weights came from: what was drawn is told by their hashes.
+# Paths and origins of weights. Their hashes are compared instead.
 NOT_COMPARED = ("origin", "autoguidance", "images_sha256")
 
 
 class Shards:
-    """A folder of samples, whole or not.
+    """A folder of samples, finished or not.
 
     Fields:
         settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C] or [F, H, W, C], "labels_sha256",
@@ -59,42 +60,42 @@ class Shards:
 
     @property
     def made_by(self) -> dict:
-        """How the images were made, and under "drawn" the rest of the settings: what an npz says of them."""
+        """The `made_by` entry of an npz: how the images were made, and under "drawn" the other settings."""
         return {**self.settings["made_by"], "drawn": {k: v for k, v in self.settings.items() if k != "made_by"}}
 
     @property
     def identity(self) -> dict:
-        """What can be known of the images without reading them."""
+        """Identifies the images without reading them."""
         return {"samples": self.digest}
 
     def file(self, shard: int, suffix: str = ".npy") -> Path:
         return self.path / SHARDS / f"{shard:05d}-of-{self.total:05d}{suffix}"
 
     def count(self, shard: int) -> int:
-        """How many images a shard has."""
+        """Number of images of a shard."""
         return min(SHARD_IMAGES, len(self) - shard * SHARD_IMAGES)
 
-    def write(self, shard: int, images: np.ndarray):
-        """Writes a shard, its facts last.
+    def write(self, shard: int, images: np.ndarray) -> None:
+        """Writes a shard, and then the file with its size and hash.
 
         Raises:
             UserError: the disk is full or cannot be written.
         """
         facts = self.file(shard, ".json")
         try:
-            facts.unlink(missing_ok=True)  # of a damaged shard: not true while its file is replaced
+            facts.unlink(missing_ok=True)  # a damaged shard's facts are wrong while its file is replaced
             written = write_atomic(self.file(shard), npy(np.ascontiguousarray(images)))
             write_sealed(facts, {"settings": self.digest, "bytes": written.size, "sha256": written.sha256})
         except OSError as error:
             raise unwritable(self.file(shard), error) from None
 
     def problem(self, shard: int) -> str | None:
-        """What is wrong with a shard, after reading all of it; "" if it is not there."""
+        """Reads a shard and describes its fault; "" if it is missing, None if it is intact."""
         file, facts = self.file(shard), self.file(shard, ".json")
         try:
             known = read_sealed(facts)
             if known.get("settings") != self.digest:
-                return f"{facts} belongs to other settings than {MANIFEST}"
+                return f"{facts} does not belong to the settings in {MANIFEST}"
             if file.stat().st_size != known.get("bytes") or sha256_of(file) != known.get("sha256"):
                 return f"{file} has other bytes than when it was written"
         except FileNotFoundError:
@@ -104,18 +105,18 @@ class Shards:
         return None
 
     def missing(self, shards: range) -> list[int]:
-        """The shards of these that are not there, or damaged, which it says."""
+        """The missing and the damaged ones of these shards; reports the damaged ones."""
         with ThreadPoolExecutor() as pool:
             problems = list(pool.map(self.problem, shards))
         for problem in filter(None, problems):
-            say(f"{problem}: drawn again")
+            say(f"{problem}: drawing again")
         return [shard for shard, problem in zip(shards, problems, strict=True) if problem is not None]
 
     def read(self, shard: int) -> np.ndarray:
-        """uint8 [n, H, W, C] of a shard, held to its hash.
+        """The images of a shard, uint8 [n, H, W, C], checked against its hash.
 
         Raises:
-            UserError: it is not there or damaged.
+            UserError: the shard is missing or damaged.
         """
         try:
             known, data = read_sealed(self.file(shard, ".json")), self.file(shard).read_bytes()
@@ -132,7 +133,7 @@ class Shards:
         return images
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """Images start..stop-1 in order, uint8 [n, H, W, C], n = size but for the last; one shard and one batch in memory."""
+        """Images start..stop-1 in order, uint8 [n, H, W, C], n = size except for the last; one shard and one batch in memory."""
         first, kept = start // SHARD_IMAGES, []
         for shard in range(first, -(-stop // SHARD_IMAGES)):
             begin = shard * SHARD_IMAGES
@@ -152,23 +153,22 @@ class Shards:
             start += len(images)
 
 
-GO_ON = "the dit_jax.sample that drew these images mends it if it is started again with the same flags"
+GO_ON = "run the dit_jax.sample command that drew these images again, which repairs the folder"
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """The error to raise for a file that could not be written."""
     return UserError(
-        f"{path} cannot be written ({error.strerror}); make room or mend it and start the same command again, which "
-        "keeps the finished shards"
+        f"{path} cannot be written ({error.strerror}); make room and run the same command again, which keeps the finished shards"
     )
 
 
 def settings_of(
     labels: np.ndarray, shape: tuple[int, ...], made_by: dict, made_with: dict, requests: Mapping[str, np.ndarray] | None = None
 ) -> dict:
-    """The settings of a folder of samples: see `Shards`.
+    """The settings of a folder of samples, see `Shards`.
 
-    requests: entries other than labels, arrays [N, ...], are told by their hashes.
+    requests: arrays [N, ...]; for entries other than labels the hashes are stored.
     """
     others = {name: x for name, x in sorted((requests or {}).items()) if name != "label"}
     hashes = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in others.items()}
@@ -184,16 +184,16 @@ def settings_of(
 
 
 def settings_in(made_by: dict) -> dict | None:
-    """The settings that `Shards.made_by` tells of; None where it is of another program."""
-    found = dict(made_by)
-    drawn = found.pop("drawn", None)
-    return {**drawn, "made_by": found} if isinstance(drawn, dict) else None
+    """The settings in the output of `Shards.made_by`; None if another program wrote it."""
+    settings = dict(made_by)
+    drawn = settings.pop("drawn", None)
+    return {**drawn, "made_by": settings} if isinstance(drawn, dict) else None
 
 
 def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]:
-    """Lines "field: there, now" of what two sets of settings differ in and images may depend on.
+    """Differences of two settings that can change images, as lines "field: <stored> there, <wanted> now".
 
-    same_versions: compare "made_with" too.
+    same_versions: also compare "made_with".
     """
     left_out = NOT_COMPARED if same_versions else (*NOT_COMPARED, "made_with")
 
@@ -204,25 +204,25 @@ def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]
 
 
 def read(path: Path) -> Shards:
-    """The samples in a folder, all of whose shards are there.
+    """The samples in a folder with all its shards.
 
     Raises:
-        UserError: no folder of samples; an unfinished one; a manifest or labels that are damaged.
+        UserError: not a folder of samples; unfinished; the manifest or the labels are damaged.
     """
-    found = opened(path)
-    if found is None:
-        raise UserError(f"{path} has no {MANIFEST}: it is no folder of dit_jax.sample")
-    missing = [k for k in range(found.total) if not (found.file(k).is_file() and found.file(k, ".json").is_file())]
+    samples = opened(path)
+    if samples is None:
+        raise UserError(f"{path} has no {MANIFEST}; give a folder of dit_jax.sample")
+    missing = [k for k in range(samples.total) if not (samples.file(k).is_file() and samples.file(k, ".json").is_file())]
     if missing:
-        raise UserError(f"{path} has {found.total - len(missing)} of {found.total} shards; {GO_ON}")
-    return found
+        raise UserError(f"{path} has {samples.total - len(missing)} of {samples.total} shards; {GO_ON}")
+    return samples
 
 
 def opened(path: Path) -> Shards | None:
-    """The samples in a folder, finished or not; None where there is no manifest.
+    """The samples in a folder, finished or not; None if there is no manifest.
 
     Raises:
-        UserError: a manifest or labels that are damaged or of another format.
+        UserError: the manifest or the labels are damaged or have another format.
     """
     try:
         settings = read_sealed(path / MANIFEST)
@@ -235,30 +235,30 @@ def opened(path: Path) -> Shards | None:
     if not all(isinstance(settings.get(key), dict) for key in ("made_by", "made_with")):
         raise UserError(f"{path / MANIFEST} does not say how its images were made; give another folder")
     shape, count = settings.get("shape"), settings.get("num_images")
-    whole = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
-    if not all(isinstance(size, int) and size > 0 for size in whole) or math.prod(whole) >= 2**63:
-        raise UserError(f"{path / MANIFEST} says {count!r} images of {shape!r}, which no samples have; give another folder")
+    sizes: list[Any] = [count, *shape] if isinstance(shape, list) and len(shape) in (3, 4) else [0]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) >= 2**63:
+        raise UserError(f"{path / MANIFEST} says {count!r} images of shape {shape!r}, which is impossible; give another folder")
     try:
         labels = np.load(path / LABELS, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path / LABELS} cannot be read ({error}); remove {path} and draw again") from None
-    same = settings_of(labels.astype(np.int32), shape, {}, {}) if labels.ndim == 1 else {}
+    same = settings_of(labels.astype(np.int32), tuple(sizes[1:]), {}, {}) if labels.ndim == 1 else {}
     if any(same.get(key) != settings.get(key) for key in ("num_images", "labels_sha256")):
-        raise UserError(f"{path / LABELS} holds not the labels that {MANIFEST} names; remove {path} and draw again")
+        raise UserError(f"{path / LABELS} does not hold the labels that {MANIFEST} names; remove {path} and draw again")
     return Shards(path, settings, labels.astype(np.int32))
 
 
 @contextlib.contextmanager
-def claimed(wanted: Shards, replace: bool = False):
-    """Makes the folder that of the wanted samples, or goes on with one that is, and claims it while the block runs.
+def claimed(wanted: Shards, replace: bool = False) -> Iterator[None]:
+    """Creates the folder of the wanted samples, or continues one, and claims it while the block runs.
 
-    Of several processes the first does this, and the others come after.
+    Only the first of several processes calls this; the others wait.
 
-    replace: a folder of other samples is emptied.
+    replace: empties a folder with other samples.
 
     Raises:
-        UserError: the folder holds something else, or other samples, with the differences; another command is at work in it;
-            it cannot be written.
+        UserError: the folder holds something else or other samples (with the differences); another command uses it; it cannot
+            be written.
     """
     with claim(wanted.path, "drawing samples", "--out"):
         try:
@@ -274,45 +274,47 @@ def _prepare(wanted: Shards, replace: bool):
     strange = sorted(p.name for p in path.iterdir() if p.name not in own and not is_partial(p.name))
     if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
         raise UserError(
-            f"{path} holds {(strange or [SHARDS])[0]} and is no folder of dit_jax.sample; give an empty folder, or "
+            f"{path} holds {(strange or [SHARDS])[0]} and is not a folder of dit_jax.sample; give an empty folder, or "
             "one that does not exist"
         )
     try:
-        found = opened(path)
+        existing = opened(path)
     except UserError as error:
         if any((path / SHARDS).glob("*")):
             raise
-        say(f"{error}: written again")
-        found = None
-    if found is not None:
-        finished = all(found.file(k, ".json").exists() for k in range(found.total))
-        lines = changes(found.settings, wanted.settings, same_versions=not finished)
+        say(f"{error}: writing it again")
+        existing = None
+    if existing is not None:
+        finished = all(existing.file(k, ".json").exists() for k in range(existing.total))
+        lines = changes(existing.settings, wanted.settings, same_versions=not finished)
         if lines and not replace:
             raise UserError(
-                f"{path} holds samples that were drawn otherwise; give another --out, or go on with those. Different:"
+                f"{path} holds samples that were drawn with other settings; give another --out, or the old flags. Differences:"
                 "\n  " + "\n  ".join(lines)
             )
         if lines:
-            say(f"{path} holds samples that were drawn otherwise; they are replaced. Different:\n  " + "\n  ".join(lines))
+            say(
+                f"{path} holds samples that were drawn with other settings; replacing them. Differences:\n  " + "\n  ".join(lines)
+            )
             clear(path)
-            found = None
+            existing = None
     (path / SHARDS).mkdir(exist_ok=True)
     remove_leftovers(path)
     remove_leftovers(path / SHARDS)
-    if found is None:
+    if existing is None:
         write_atomic(path / LABELS, npy(wanted.labels))
         write_sealed(path / MANIFEST, wanted.settings)
 
 
-def clear(path: Path):
-    """Removes what `claimed` and `Shards.write` made, the manifest last."""
+def clear(path: Path) -> None:
+    """Removes the files of `claimed` and `Shards.write`, the manifest last."""
     shutil.rmtree(path / SHARDS, ignore_errors=True)
     for name in (LABELS, GRID, MANIFEST):
         (path / name).unlink(missing_ok=True)
 
 
-def remove(path: Path):
-    """Removes a folder that this process has claimed, once its samples are elsewhere."""
+def remove(path: Path) -> None:
+    """Removes a folder that this process has claimed, after its samples were copied."""
     clear(path)
     (path / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a network file system may keep the open lock for a moment

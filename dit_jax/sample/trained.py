@@ -1,4 +1,4 @@
-"""Trained networks to sample from: of a run's folder or of a weights file."""
+"""Loads trained networks for sampling, from a run's folder or from a weights file."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from dit_jax.storage.run_folder import read_config
 
 
 def read(path: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any] | None]:
-    """The config of a run's folder or of a weights file, and where the file's weights came from (None for a run).
+    """The config of a run's folder or of a weights file, and the origin of the file's weights (None for a run).
 
     Raises:
-        UserError: neither of them; or the run of an autoencoder.
+        UserError: neither a run nor a weights file; or the run of an autoencoder.
     """
     if path.suffix == ".safetensors":
         stored = weights.read(path)
@@ -27,7 +27,7 @@ def read(path: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any] | None]:
     config = ml_collections.ConfigDict(read_config(path))
     if not Run(config).task.draws_samples:
         raise UserError(
-            f"{path} is the run of an autoencoder, which draws nothing by itself: give {path} as codec.path to a diffusion run"
+            f"{path} is the run of an autoencoder, which cannot be sampled; give {path} as codec.path of a diffusion run"
         )
     return config, None
 
@@ -49,11 +49,11 @@ def load_params(run: Run, path: Path, step: int | None = None) -> tuple[Any, int
 
 
 def check_guides(run: Run, other: Run, path: Path) -> None:
-    """Raises a UserError if the network of `other`, read from `path`, predicts something else than that of `run`."""
+    """Raises a UserError if the network of `other`, read from `path`, does not predict the same quantity as that of `run`."""
     own, others = run.predicts(), other.predicts()
     for name, value in own.items():
         if others[name] != value:
             raise UserError(
-                f"{path} was trained with another {name} than the network that it is to guide ({others[name]}, not {value}); "
+                f"{path} was trained with another {name} ({others[name]}) than the network that it guides ({value}); "
                 "both must have the same"
             )

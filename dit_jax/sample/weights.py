@@ -1,11 +1,12 @@
-"""The parameters of a network for sampling, and the digest that identifies them.
+"""Casts the parameters of a network for sampling, and computes the digest that identifies them.
 
-A sampler evaluates one network with the same parameters hundreds of times. What the network casts before every use is cast
-once. In bfloat16 that takes half the memory, and no layer's weights are cast at every step.
+A sampler evaluates one network with the same parameters hundreds of times. Parameters that the network casts at every use are
+cast once. In bfloat16 this halves their memory, and no step casts weights.
 """
 
 import functools
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +17,25 @@ from dit_jax.tasks.state import HOST, on_device
 LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose", "broadcast_in_dim", "copy"}
 
 
-def weights_fingerprint(params) -> str:
-    """64 hexadecimal digits that change with any bit, name or shape of the arrays, computed where those live."""
+def weights_fingerprint(params: Any) -> str:
+    """64 hexadecimal digits that change with any bit, name or shape of the arrays; computed on the arrays' devices."""
     arrays = jax.tree.leaves(params)
     facts = [
-        (name, str(x.dtype), x.shape, found)
-        for name, x, found in zip(leaf_names(params), arrays, fingerprints(arrays), strict=True)
+        (name, str(x.dtype), x.shape, digest)
+        for name, x, digest in zip(leaf_names(params), arrays, fingerprints(arrays), strict=True)
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def cast_for_inference(task, params):
-    """Casts each parameter to the narrowest dtype that leaves every bit of the network's output as it is.
+def cast_for_inference(task: Any, params: Any) -> Any:
+    """Casts each parameter to the narrowest dtype that does not change a bit of the network's output.
 
-    A parameter is cast if the network uses it in one, narrower dtype only. A norm's scale, which works in float32 beside
-    bfloat16 layers, stays. Arrays that need no cast are returned as they are; those in host memory are brought to the devices.
+    A parameter is cast if the network uses it in one, narrower dtype only. A norm's scale, which is used in
+    float32, is not cast in a bfloat16 network. Other arrays are returned unchanged; arrays in host memory move to the devices.
 
     Args:
         task: a `DiffusionTask`, whose network is traced.
-        params: of its network, arrays or (then the result too) ShapeDtypeStructs, with their shardings.
+        params: of its network, with shardings: arrays or ShapeDtypeStructs (then the result has ShapeDtypeStructs too).
     """
     leaves, tree = jax.tree.flatten(params)
     wanted = [
@@ -55,8 +56,8 @@ def _cast(arrays, dtypes):
     return [on_device(x).astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
-def used_dtypes(task, params) -> list[jnp.dtype]:
-    """For each leaf the one, narrower dtype that the network casts it to before any arithmetic; else the leaf's own."""
+def used_dtypes(task: Any, params: Any) -> list[jnp.dtype]:
+    """For each leaf, the narrower dtype that the network casts it to at every use; else the leaf's own dtype."""
 
     def network(params, requests, x, t):
         cond, _ = task.condition(params, {}, requests)
@@ -67,7 +68,7 @@ def used_dtypes(task, params) -> list[jnp.dtype]:
     x, t = jax.ShapeDtypeStruct((1, *task.latent_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     jaxpr = jax.make_jaxpr(network)(shapes, requests, x, t).jaxpr
     dtypes_of_leaves = []
-    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # after them the requests, x and t
+    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # the requests, x and t follow
         dtypes = _uses(jaxpr, var)
         narrower = len(dtypes) == 1 and min(dtypes).itemsize < leaf.dtype.itemsize
         dtypes_of_leaves.append(dtypes.pop() if narrower else leaf.dtype)
@@ -75,8 +76,8 @@ def used_dtypes(task, params) -> list[jnp.dtype]:
 
 
 def _uses(jaxpr, var) -> set[jnp.dtype]:
-    """The dtypes that a value is computed with, inside of loops and calls too; its own where that cannot be followed."""
-    found = {var.aval.dtype} if any(out is var for out in jaxpr.outvars) else set()
+    """The dtypes in which a value is used, also inside loops and calls; its own dtype where the use cannot be traced."""
+    dtypes = {var.aval.dtype} if any(out is var for out in jaxpr.outvars) else set()
     for eqn in jaxpr.eqns:
         for place, operand in enumerate(eqn.invars):
             if operand is not var:
@@ -84,11 +85,11 @@ def _uses(jaxpr, var) -> set[jnp.dtype]:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             inner = getattr(inner, "jaxpr", inner)
             if eqn.primitive.name == "convert_element_type":
-                found.add(jnp.dtype(eqn.params["new_dtype"]))
+                dtypes.add(jnp.dtype(eqn.params["new_dtype"]))
             elif eqn.primitive.name in LAYOUT and place == 0:
-                found |= _uses(jaxpr, eqn.outvars[0])
+                dtypes |= _uses(jaxpr, eqn.outvars[0])
             elif inner is not None and len(inner.invars) == len(eqn.invars):
-                found |= _uses(inner, inner.invars[place])
+                dtypes |= _uses(inner, inner.invars[place])
             else:
-                found.add(var.aval.dtype)
-    return found
+                dtypes.add(var.aval.dtype)
+    return dtypes

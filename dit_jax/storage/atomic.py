@@ -1,8 +1,8 @@
-"""Files and folders replaced in one step: a reader sees the old content or the new, also after a kill or a power failure.
+"""Replaces files and folders atomically: a reader sees the old or the new content, even after a kill or a power failure.
 
-Content goes to a partial file in the same folder, `.<name>.<8 hex digits>.partial`, is synced to the disk and renamed. The digits
-are random, so processes on several hosts may write one file at once: the last rename wins. A writer that fails removes its
-partial file. A killed one leaves it, and `remove_leftovers` removes it.
+Content is written to a partial file in the same folder, `.<name>.<8 hex digits>.partial`, synced to disk and renamed. The digits
+are random, so that processes on several hosts may write one file at once: the last rename wins. A writer that fails removes its
+partial file. A killed writer leaves it; `remove_leftovers` removes it.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Written(NamedTuple):
-    """Size in bytes and SHA-256, in hex, of what was written: of the memory, not of what the disk gives back."""
+    """Size in bytes and SHA-256 in hex of the written content, computed from memory; the file is not read back."""
 
     size: int
     sha256: str
 
 
 def write_atomic(path: str | os.PathLike, content: str | Buffer | Iterable[Buffer]) -> Written:
-    """Replaces a file by `content`: text in UTF-8, bytes, or buffers one after another.
+    """Replaces a file by `content`: text in UTF-8, bytes, or a sequence of buffers.
 
     Raises:
-        OSError: the file cannot be written; the old one stands.
+        OSError: the file cannot be written; the old one is kept.
     """
     if isinstance(content, str):
         content = content.encode()
@@ -57,7 +57,7 @@ def write_json(path: str | os.PathLike, value: Any, indent: int = 1) -> Written:
 
 
 def npy(array: np.ndarray) -> list[Buffer]:
-    """The parts of an .npy file of a C-contiguous array, for `write_atomic`: header and data, the latter not copied."""
+    """The parts of an .npy file of a C-contiguous array, for `write_atomic`: header and data; the data are not copied."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     return [header.getvalue(), array.reshape(-1).view(np.uint8).data]
@@ -65,13 +65,13 @@ def npy(array: np.ndarray) -> list[Buffer]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a path to write to, in the folder of `path`, and renames it to `path` when the block ends without an error.
+    """Yields a partial path in the folder of `path`, and renames it to `path` if the block ends without an error.
 
         with replacing(path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
 
     Raises:
-        OSError: as the block does; the file cannot be written. The old file stands.
+        OSError: as the block; or the file cannot be written. The old file is kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +87,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a new folder to fill, beside `path`, and renames it to `path` when the block ends without an error.
+    """Yields a new folder next to `path`, and renames it to `path` if the block ends without an error.
 
     No system call replaces a folder that is not empty: for a moment `path` does not exist, and the old folder is `<name>.old`.
 
     Raises:
-        OSError: as the block does; the folder cannot be written. The old folder stands.
+        OSError: as the block; or the folder cannot be written. The old folder is kept.
     """
     path = Path(path)
     partial, old = partial_path(path), path.with_name(f"{path.name}.old")
@@ -119,24 +119,24 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def partial_path(path: str | os.PathLike) -> Path:
-    """A new name in the folder of `path` for what will replace it. For a writer that `replacing` does not suit; see `commit`."""
+    """A new partial path in the folder of `path`. For writers that cannot use `replacing`; see `commit`."""
     path = Path(path)
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 
 def resumable_path(path: str | os.PathLike) -> Path:
-    """`<path>.partial`, for unfinished work that is kept after a failure because the same command goes on with it."""
+    """`<path>.partial`, for unfinished work that is kept after a failure because the same command resumes it."""
     path = Path(path)
     return path.with_name(f"{path.name}{PARTIAL}")
 
 
 def is_partial(name: str) -> bool:
-    """True for names of unfinished files, also of earlier versions of dit_jax."""
+    """Whether a name is that of an unfinished file, including those of earlier versions of dit_jax."""
     return name.endswith(PARTIAL)
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Makes a finished partial file `path`, durably. Raises: OSError."""
+    """Renames a finished partial file to `path`, durably. Raises: OSError."""
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
@@ -145,11 +145,11 @@ def commit(partial: Path, path: Path) -> None:
 def remove_leftovers(folder: Path, *names: str) -> None:
     """Removes the partial files and folders that killed writers left in `folder`.
 
-    A living writer's partial file looks the same. Call this only while nobody else writes here, such as under a claim.
+    Partial files of active writers look the same, so call this only while nothing else writes here, for example under a claim.
 
     Args:
-        names: remove only what would have replaced these. Without names every partial file goes, also one of an earlier version
-            and a resumable one, so the folder must be dit_jax's own.
+        names: removes only the partial files of these names. Without names it removes every partial file, including resumable
+            ones and those of earlier versions, so the folder must belong to dit_jax.
     """
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         own = _OWN_NAME.fullmatch(path.name)
@@ -161,7 +161,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raises an OSError if `path` could not be written; makes its folder. For use before the work whose result goes there."""
+    """Raises OSError if `path` cannot be written; creates its folder. Call before the work whose result is written there."""
     partial = partial_path(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
@@ -169,7 +169,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once a file, or the names in a folder, are on the disk. Raises: OSError."""
+    """Blocks until a file, or the entries of a folder, are on disk. Raises: OSError."""
     descriptor = None
     try:
         descriptor = os.open(path, os.O_RDONLY)

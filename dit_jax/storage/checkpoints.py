@@ -1,9 +1,8 @@
-"""Checkpoints proven good: asynchronous sharded saves, retention, restore of the newest step that is what was saved.
+"""Verified checkpoints: asynchronous sharded saves, retention, and restore of the newest valid step.
 
-Layout of the directory: `<step>/` is a committed step; `<step>.corrupt` one that was found damaged and set aside;
-`<step>.abandoned` one that a deliberate return to an older step made obsolete; `<step>.orbax-checkpoint-tmp*` and
-`<step>.removed` are leftovers of a killed process, deleted at the next start of the training job. Only names that are
-wholly a number count as steps.
+Layout of the directory: `<step>/` is a committed step; `<step>.corrupt` a damaged step that was set aside; `<step>.abandoned` a
+step that became obsolete when the user went back to an older one; `<step>.orbax-checkpoint-tmp*` and `<step>.removed` are
+leftovers of a killed process, deleted at the next start of the training job. Only names that consist of a number count as steps.
 """
 
 import os
@@ -29,42 +28,44 @@ _LEFTOVER = re.compile(r"^\d+(\.removed|\.orbax-checkpoint-tmp.*)$")
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written, or not be read back."""
+    """A checkpoint could not be written or read back."""
 
 
 def restore_subtree(directory, abstract, step=None):
-    """(subtree, meta, step): part of a saved state, verified. `directory` is only read: a job may be saving there.
+    """Restores and verifies part of a saved state; returns (subtree, meta, step).
+
+    The directory is only read, so that another job may be saving there.
 
     Args:
         directory: checkpoint directory.
-        abstract: e.g. {"ema_params": tree of jax.ShapeDtypeStruct with sharding}: fields of the state or parts
-            of them.
-        step: that step only, or None for the newest good one (a bad one is passed over with a warning).
+        abstract: fields of the state or parts of them, e.g. {"ema_params": tree of jax.ShapeDtypeStruct with sharding}.
+        step: step to restore; None for the newest valid one (damaged ones are skipped with a warning).
     Raises:
         FileNotFoundError: there is no checkpoint, or not this step.
         UserError: a leaf is missing or has another shape or dtype; every step (or this one) is damaged.
     """
     root = _absolute(directory)
-    found, bad = _newest_good(root, abstract, step, partial=True)
+    newest, bad = _newest_valid(root, abstract, step, partial=True)
     for number, reason in bad.items():
-        logging.warning("Checkpoint %s is damaged and passed over: %s.", root / str(number), reason)
-    if found is None:
-        raise FileNotFoundError(f"no checkpoint in {root}: train first, or pass the folder that holds numbered steps")
-    return found
+        logging.warning("Skipping the damaged checkpoint %s: %s.", root / str(number), reason)
+    if newest is None:
+        raise FileNotFoundError(f"no checkpoint in {root}: train first, or give the folder that contains numbered steps")
+    return newest
 
 
 class Checkpointer:
-    """Saves a state every `every_steps` steps and restores the newest good one, onto any mesh. A context manager.
+    """Saves a state every `every_steps` steps and restores the newest valid one onto any mesh. A context manager.
+
+    All processes must call every method together. Not thread-safe.
 
     Args:
-        directory: local (or bucket) folder, created by the first save; one training job at a time.
+        directory: local (or bucket) folder, created by the first save; for one training job at a time.
         every_steps: interval of `due`.
-        keep_last: this many newest steps are kept. An older one is deleted only after a newer one was read back from
+        keep_last: number of newest steps to keep. An older step is deleted only after a newer one was read back from
             disk and verified, so there may be one or two more until the next save or `close`.
-        keep_every_steps: multiples of this are kept for ever; None keeps none.
+        keep_every_steps: multiples of this are kept forever; None keeps none.
     Fields:
-        best_step: a step that is kept for as long as it stands here; None keeps none.
-    Every method is called by all processes together. Not thread-safe.
+        best_step: a step that is kept as long as it is set here; None keeps none.
     Raises: UserError if a count is not an integer of at least 1.
     """
 
@@ -79,7 +80,7 @@ class Checkpointer:
         self._every_steps, self._keep_last, self._keep_every_steps = every_steps, keep_last, keep_every_steps
         self.best_step = None
         self._manager: Any = None
-        self._pending = None  # (step, treedef, names, fingerprints) whose commit has not been confirmed
+        self._pending = None  # (step, treedef, names, fingerprints) of a save whose commit is not confirmed
         self._read_back = None  # (step, future) of a committed step that is being verified
         self._verified = set()
         self._failures = 0
@@ -95,7 +96,7 @@ class Checkpointer:
         except SaveError:
             if exc_type is None:
                 raise
-            logging.exception("While leaving because of %s:", exc_type.__name__)  # not to hide the first error
+            logging.exception("While closing after %s:", exc_type.__name__)  # must not hide the first error
 
     @property
     def latest_step(self):
@@ -103,69 +104,69 @@ class Checkpointer:
         return max(steps_in(self._root), default=None)
 
     def due(self, step):
-        """True if `step` is a positive multiple of every_steps. Logs a background save found to have failed.
+        """True if `step` is a positive multiple of every_steps. Logs the failure of a background save.
 
         Raises: SaveError if that was the third failure in a row.
         """
         if jax.process_count() == 1 and self._pending is not None and not self._manager.is_saving_in_progress():
-            self._settle()  # with several processes the outcome is agreed upon at the next save or wait
+            self._settle()  # several processes agree on the outcome at the next save or wait
         return step > 0 and step % self._every_steps == 0
 
     def save(self, step, state, meta):
-        """Starts writing `state` as `step`; returns once the arrays may be donated. One save at most is in flight.
+        """Starts writing `state` as `step`; returns once the arrays may be donated. At most one save is in flight.
 
         Args:
             step: at least 0 and newer than every saved step.
-            state: pytree of jax.Array, typed PRNG keys included.
-            meta: dict of JSON values, returned by `restore` (tuples come back as lists, keys as strings).
+            state: pytree of jax.Array, including typed PRNG keys.
+            meta: dict of JSON values, returned by `restore` (tuples become lists, keys become strings).
         Raises:
-            ValueError: step is not newer than what is saved; a leaf is not a jax.Array; meta is not JSON.
-            SaveError: the third failure in a row (now or in the background). Fewer are logged, and the run goes on.
+            ValueError: step is not newer than the saved ones; a leaf is not a jax.Array; meta is not JSON.
+            SaveError: the third failure in a row (now or in the background). Earlier failures are logged, and the run continues.
         """
         self._collect_read_back()
         self._settle()
         newest = self._agreed_latest_step()
         if step <= newest:
-            raise ValueError(f"cannot save step {step} in {self._root}: step {newest} is there. Restore it, or move it.")
+            raise ValueError(f"cannot save step {step} in {self._root}: step {newest} exists. Restore it, or move it.")
         names = leaf_names(state)
         for name, leaf in zip(names, jax.tree.leaves(state), strict=True):
             if not isinstance(leaf, jax.Array):
-                raise ValueError(f"leaf {name} is a {type(leaf).__name__}: make it a jax.Array with jnp.asarray")
+                raise ValueError(f"leaf {name} is a {type(leaf).__name__}: convert it to a jax.Array with jnp.asarray")
         record = step_folder.record(state, meta)
         arrays = ocp.args.PyTreeSave(step_folder.without_keys(state))
         try:
             args = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(record))
             if not self._open().save(step, args=args, force=True):
-                raise SaveError("orbax did nothing and reported no error")
+                raise SaveError("orbax saved nothing and reported no error")
         except Exception as error:
             self._save_failed(step, error)
             return
         self._pending = (step, jax.tree.structure(state), names, record["fingerprints"])
 
     def restore(self, abstract_state, step=None):
-        """(state, meta) of the newest good step, or None if the folder has no checkpoint at all.
+        """Restores (state, meta) of the newest valid step; returns None if the folder has no checkpoint.
 
-        A damaged step is renamed to `<step>.corrupt` once an older good one is found; if all are damaged none is.
+        A damaged step is renamed to `<step>.corrupt` once an older valid one is found; if all are damaged, none is renamed.
 
         Args:
             abstract_state: pytree like the saved one, every leaf with shape, dtype and sharding (of any mesh).
-            step: go back to this step on purpose; newer ones are renamed to `<step>.abandoned`.
+            step: goes back to this step; newer ones are renamed to `<step>.abandoned`.
         Raises:
-            UserError: leaves, shapes or dtypes differ from the saved ones (names them); every step, or the one asked
-                for, is damaged.
-            FileNotFoundError: the step asked for does not exist.
+            UserError: leaves, shapes or dtypes differ from the saved ones (names them); every step, or the requested one, is
+                damaged.
+            FileNotFoundError: the requested step does not exist.
         """
         self._collect_read_back()
         self._settle()
-        self._drop_manager()  # it would go on listing the steps that are renamed below
+        self._drop_manager()  # it would still list the steps that are renamed below
         self._remove_leftovers()
-        found, bad = _newest_good(self._root, abstract_state, step, partial=False)
-        if found is None:
+        newest, bad = _newest_valid(self._root, abstract_state, step, partial=False)
+        if newest is None:
             corrupt = sorted(path.name for path in self._root.glob("*.corrupt*")) if self._root.exists() else []
             if corrupt:
                 raise UserError(f"{self._root} has only damaged checkpoints {corrupt}: remove them to start from scratch")
             return None
-        state, meta, number = found
+        state, meta, number = newest
         for damaged, reason in bad.items():
             path = self._root / str(damaged)
             logging.error("CHECKPOINT DAMAGED: %s: %s. Falling back to step %d.", path, reason, number)
@@ -173,23 +174,23 @@ class Checkpointer:
         for newer in [other for other in steps_in(self._root) if other > number]:
             logging.warning("Going back to step %d: step %d is set aside.", number, newer)
             self._set_aside(newer, "abandoned")
-        _worst(0)  # nobody saves before the renames are done
+        _worst(0)  # a barrier: no process saves before the renames are done
         self._verified = {other for other in self._verified if other < number} | {number}
         return state, meta
 
     def restore_subtree(self, abstract, step=None):
-        """`restore_subtree` of this directory."""
+        """Calls the function `restore_subtree` with this directory."""
         return restore_subtree(self._root, abstract, step)
 
     def wait(self):
-        """Returns once the save in flight is committed. Raises: SaveError if the last save failed, now or earlier."""
+        """Blocks until the save in flight is committed. Raises: SaveError if the last save failed, now or earlier."""
         self._settle()
         if self._last_save_failed:
             newest = self.latest_step
             raise SaveError(f"the last checkpoint was not written to {self._root} (see the log); the newest is {newest}")
 
     def close(self):
-        """Commits and verifies what is in flight, applies retention, frees the threads. Raises: SaveError as `wait`."""
+        """Commits and verifies the save in flight, applies retention and ends the threads. Raises: SaveError as `wait`."""
         try:
             self._collect_read_back()
             self._settle()
@@ -202,7 +203,7 @@ class Checkpointer:
     def _open(self):
         if self._manager is None:
             self._remove_leftovers()
-            self._manager = ocp.CheckpointManager(self._root)  # asynchronous, and deletes nothing by itself
+            self._manager = ocp.CheckpointManager(self._root)  # asynchronous; deletes nothing by itself
         return self._manager
 
     def _drop_manager(self):
@@ -217,7 +218,7 @@ class Checkpointer:
         return _from_first_process(max(steps_in(self._root), default=-1))
 
     def _settle(self):
-        """Waits for the commit in flight, then starts its read-back or counts the failure, alike on all processes."""
+        """Waits for the commit in flight, then starts its read-back or counts the failure, equally on all processes."""
         if self._pending is None:
             return
         (step, treedef, names, stored), self._pending = self._pending, None
@@ -240,27 +241,27 @@ class Checkpointer:
         self._last_save_failed = self._agreed_latest_step() < step
         brief = f"{type(error).__name__}: {error}"
         logging.error("CHECKPOINT NOT SAVED: step %d, failure %d in a row: %s", step, self._failures, brief)
-        self._drop_manager()  # a new one, whatever state the failure has left this one in
-        self._remove_leftovers()  # on a full disk the half-written step would keep it full
+        self._drop_manager()  # the failure may have left it in any state
+        self._remove_leftovers()  # a partly written step would keep a full disk full
         if self._failures >= _MAX_FAILURES:
-            raise SaveError(f"{self._failures} checkpoints in a row not saved in {self._root}: {brief}") from error
+            raise SaveError(f"{self._failures} checkpoints in a row could not be saved in {self._root}: {brief}") from error
 
     def _collect_read_back(self):
-        """Waits for the read-back under way; a good step may then replace older ones, a damaged one is set aside."""
+        """Waits for the read-back in progress; after a valid step, older ones are deleted; a damaged step is set aside."""
         if self._read_back is None:
             return
         (step, future), self._read_back = self._read_back, None
         try:
             reason = future.result()
-        except Exception as error:  # the machine's fault, not the step's
+        except Exception as error:  # a fault of the machine, not of the step
             reason = None
             logging.warning("Step %d could not be read back and stays unverified: %s", step, error)
         verdict = _worst(_UNVERIFIED if reason is None else _DAMAGED if reason else 0)
         if verdict == _DAMAGED:
-            self._settle()  # a commit may be in flight, and the manager is about to be dropped
+            self._settle()  # a commit may be in flight, and the manager is dropped next
             self._set_aside(step, "corrupt")
             reason = reason or "another process found it damaged"
-            self._save_failed(step, SaveError(f"what was read back is not what was saved: {reason}"))
+            self._save_failed(step, SaveError(f"the checkpoint read back differs from the saved state: {reason}"))
         elif verdict != _UNVERIFIED:
             self._failures = 0
             self._verified.add(step)
@@ -271,7 +272,7 @@ class Checkpointer:
             forever = self._keep_every_steps is not None and step % self._keep_every_steps == 0
             kept = forever or step == self.best_step
             if not kept and step < max(self._verified) and jax.process_index() == 0:
-                # Renamed first: a process killed in the middle must not leave half a step under a step's name.
+                # Rename first: a process killed during removal must not leave a partial step under a step's name.
                 removed = self._root / f"{step}.removed"
                 (self._root / str(step)).rename(removed)
                 self._background.submit(_remove, removed)
@@ -290,7 +291,7 @@ class Checkpointer:
         for path in self._root.iterdir():
             if _LEFTOVER.match(path.name):
                 logging.info("Removing %s, left by an unfinished save or removal.", path)
-                self._background.submit(_remove, path).result()  # on the one thread that removes, so that no two do
+                self._background.submit(_remove, path).result()  # on the only thread that removes
 
 
 def _remove(path):
@@ -303,14 +304,14 @@ def _remove(path):
 
 
 def _worst(verdict):
-    """The largest small int that any process passed; all processes call this together, so it is a barrier too."""
+    """The largest of the small ints of all processes; all processes must call it together, so it is also a barrier."""
     if jax.process_count() == 1:
         return int(verdict)
     return int(np.max(multihost_utils.process_allgather(np.int32(verdict))))
 
 
 def _from_first_process(number):
-    """The int that process 0 passed; all processes call this together."""
+    """The int of process 0; all processes must call this together."""
     if jax.process_count() == 1:
         return int(number)
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -321,8 +322,11 @@ def _absolute(directory):
     return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
-def _newest_good(root, abstract, only_step, partial):
-    """((tree, meta, step) or None if there are no steps, {bad step: reason}); process 0 chooses the steps tried."""
+def _newest_valid(root, abstract, only_step, partial):
+    """Restores the newest valid step: ((tree, meta, step) or None if there are no steps, {bad step: reason}).
+
+    Process 0 chooses the steps to try.
+    """
     steps = steps_in(root)
     if only_step is not None and not _from_first_process(only_step in steps):
         raise FileNotFoundError(f"no checkpoint of step {only_step} in {root}; there are {steps}")
@@ -333,7 +337,7 @@ def _newest_good(root, abstract, only_step, partial):
         if step == -1:
             break
         path = root / str(step)
-        # A process that alone meets a broken file in orbax's restore would leave the others in its barrier: look first.
+        # If one process alone fails in orbax's restore, the others hang in its barrier. So check the files first.
         reason = step_folder.damage(path, abstract, partial) if jax.process_count() > 1 else ""
         if not _worst(bool(reason)):
             try:
@@ -344,5 +348,5 @@ def _newest_good(root, abstract, only_step, partial):
         bad[step] = reason or "another process found it damaged"
     if bad:
         damage = "; ".join(f"step {step}: {reason}" for step, reason in bad.items())
-        raise UserError(f"no good checkpoint in {root}, nothing was changed there: {damage}. Use another step or folder.")
+        raise UserError(f"no valid checkpoint in {root} (nothing was changed there): {damage}. Use another step or folder.")
     return None, bad

@@ -1,7 +1,7 @@
-"""A claim on a folder: one command writes in it at a time.
+"""Claims on folders, so that only one command at a time writes in a folder.
 
-The claim is an exclusive flock(2) on `<folder>/.lock`. It ends with the process that holds it, however that ends. A child process
-that inherits the descriptor holds it too.
+A claim is an exclusive flock(2) on `<folder>/.lock`. It ends with the process that holds it, even if that is killed. A child
+process that inherits the descriptor holds the claim too.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim that is held.
+    """An active claim.
 
     Fields:
-        folder: what is claimed.
+        folder: the claimed folder.
         descriptor: of the lock. A child process started with `pass_fds=(descriptor,)` keeps the claim if its parent is killed.
     """
 
@@ -31,14 +31,14 @@ class Claim:
 
 @contextlib.contextmanager
 def claim(folder: str | os.PathLike, what: str, flag: str = "--workdir") -> Iterator[Claim]:
-    """Holds the claim on a folder, which is created, while the block runs; then removes the lock file.
+    """Creates a folder and holds the claim on it during the block; then removes the lock file.
 
     Args:
-        what: the work that needs it, for the error message: "training".
-        flag: what the user gives the folder with, for the error message.
+        what: the work that needs the claim, for the error message: "training".
+        flag: the user's flag for the folder, for the error message.
 
     Raises:
-        UserError: another command is at work in the folder; it cannot be written or locked.
+        UserError: another command is running in the folder; or it cannot be written or locked.
     """
     folder = Path(folder)
     try:
@@ -60,7 +60,7 @@ def claim(folder: str | os.PathLike, what: str, flag: str = "--workdir") -> Iter
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that holds the lock. Raises: BlockingIOError if another holds it, OSError."""
+    """Acquires the lock and returns its descriptor. Raises: BlockingIOError if another process holds it, OSError."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -75,7 +75,7 @@ def _lock(folder: Path) -> int:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the path still names the open file."""
+    """Whether the path still refers to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

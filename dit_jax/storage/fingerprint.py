@@ -1,9 +1,9 @@
-"""One uint32 per array that changes with any flipped bit, any two swapped elements and any change of length.
+"""Fingerprints of arrays: a uint32 that detects flipped bits, swapped elements and changes of length.
 
 The fingerprint of an array is the sum mod 2^32, over its 32-bit words w_i in row-major order, of fmix32(w_i + i *
 0x9E3779B9), where fmix32 is the finaliser of MurmurHash3 (Appleby 2011, public domain). fmix32 is a bijection, so a
-change of one word always changes the sum; any other change is missed with probability 2^-32. Integer addition commutes,
-so the value does not depend on the sharding nor on the order of the reduction. Elements of one or two bytes and
+change of one word always changes the sum; any other change goes undetected with probability 2^-32. Integer addition
+commutes, so the value does not depend on the sharding or the order of the reduction. Elements of one or two bytes and
 booleans count as one word each, elements of eight bytes as two (low word first).
 """
 
@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_HOST_CHUNK_WORDS = 1 << 22  # bounds the temporaries of the host version to some 50 MB
+_HOST_CHUNK_WORDS = 1 << 22  # limits the temporaries of the host version to about 50 MB
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 
 
 def is_key(leaf):
-    """True for typed PRNG keys (`jax.random.key`), concrete or abstract."""
+    """Whether a leaf is a typed PRNG key (`jax.random.key`), concrete or abstract."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -30,30 +30,30 @@ def leaf_names(tree):
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if len(set(names)) < len(names):
         repeated = sorted(name for name, count in collections.Counter(names).items() if count > 1)
-        raise ValueError(f"leaves with the same path {repeated[:3]}: no key of a state may contain '/'")
+        raise ValueError(f"several leaves have the same path {repeated[:3]}: keys of a state must not contain '/'")
     return names
 
 
 def fingerprints(arrays):
-    """Fingerprints of jax arrays as ints, computed where the arrays live; one uint32 per array reaches the host.
+    """Fingerprints of jax arrays as ints, computed on their devices; only one uint32 per array is sent to the host.
 
-    Temporary memory per device: up to 4 bytes per element of one shard, where XLA does not fuse it away.
+    Temporary memory per device: up to 4 bytes per element of one shard, unless XLA fuses it.
 
     Args:
-        arrays: list of jax.Array of any sharding, typed PRNG keys included. Every process calls this with the same
+        arrays: list of jax.Array of any sharding, including typed PRNG keys. Every process calls this with the same
             list.
     Raises: ValueError for a dtype without a bit pattern of 1, 2, 4 or 8 bytes (int4, complex64, ...).
     """
     for array in arrays:
         if not is_key(array):
             _word_type(array.dtype)
-    # One after another: XLA on simulated CPU devices deadlocks when several programs with collectives are in flight.
+    # Sequentially: on simulated CPU devices, XLA deadlocks if several programs with collectives are in flight.
     return [int(_device_fingerprint(array)) for array in arrays]
 
 
 @jax.jit
 def _device_fingerprint(array):
-    array = jax.device_put(array, jax.memory.Space.Device)  # it may live in host memory
+    array = jax.device_put(array, jax.memory.Space.Device)  # it may be in host memory
     bits = jax.random.key_data(array) if is_key(array) else array
     if bits.dtype == jnp.bool_:
         words = bits.astype(jnp.uint32)
@@ -68,7 +68,7 @@ def _device_fingerprint(array):
 
 
 def host_fingerprint(array):
-    """The same value as `fingerprints`, of one NumPy array (PRNG keys as their uint32 key data)."""
+    """Fingerprint of one NumPy array (PRNG keys as their uint32 key data), equal to that of `fingerprints`."""
     flat = np.ascontiguousarray(array).reshape(-1)
     flat = flat.view(_word_type(flat.dtype))
     total = 0
@@ -92,5 +92,5 @@ def _word_type(dtype):
         return np.uint8
     bits = (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
     if jnp.issubdtype(dtype, jnp.complexfloating) or bits < 8:
-        raise ValueError(f"dtype {dtype} has no fingerprint: store it as bool, integer or float of 8 to 64 bits")
+        raise ValueError(f"dtype {dtype} has no fingerprint: use bool, or an integer or float of 8 to 64 bits")
     return _UNSIGNED[dtype.itemsize]

@@ -1,19 +1,19 @@
-"""The folder of a run: its config, who is using it, and where things lie in it.
+"""The folder of a run: its config, its lock and its layout.
 
 config.json   the resolved config
-checkpoints/  see `checkpoint`
-metrics.jsonl, tensorboard/   see `records`
+checkpoints/  see `storage.checkpoints`
+metrics.jsonl, tensorboard/   see `training.records`
 samples/      grids of images by step
-profile/      see `profile`
-stacks.txt    see `watchdog`
-codec/        the frozen codec of a diffusion run, or what an autoencoder run has made (see `codec_weights`)
+profile/      see `runtime.profile`
+stacks.txt    see `runtime.watchdog`
+codec/        the frozen codec of a diffusion run, or the result of an autoencoder run (see `interop.codec_folder`)
 """
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
-import ml_collections
 from absl import logging
 
 from dit_jax.errors import UserError
@@ -25,7 +25,7 @@ from dit_jax.storage.upgrade import upgrade
 
 SCORES, BEST_SCORE = "scores", "best.json"
 
-# May change when a run goes on; every other field makes it another run.
+# Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
     "num_steps",
     "mesh",
@@ -41,7 +41,7 @@ RESUMABLE = (
     "scoring",
     "imports",
 )
-# What changes the speed of a network and not what it computes, and places whose content is compared by its hash.
+# Fields that change a network's speed but not its result, and paths whose content is compared by hash.
 RESUMABLE_FIELDS = (
     "model.attention",
     "model.remat",
@@ -54,20 +54,15 @@ RESUMABLE_FIELDS = (
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flattens nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def plain(config: ml_collections.ConfigDict) -> dict:
-    """The config as JSON values (tuples become lists)."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
 def differences(old: dict, new: dict) -> list[str]:
-    """Lines "field: old -> new" of the fields that may not change between two parts of one run."""
+    """Lines "field: old -> new" for changed fields that must not change when a run resumes."""
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
@@ -78,15 +73,17 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 class Workdir:
-    """Opens (or creates) a run's folder for training; a context manager that holds the claim on it.
+    """Opens or creates a run's folder for training; a context manager that holds the claim on it.
+
+    settings: the run's config as JSON values (`config_file.plain`).
 
     Raises on entry:
         UserError: another command is at work in it; its config differs; it holds something else.
     """
 
-    def __init__(self, path, config: ml_collections.ConfigDict, first: bool = True):
+    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True):
         self.path = Path(path).expanduser().absolute()
-        self.config, self.first = plain(config), first
+        self.settings, self.first = settings, first
         self._claim = contextlib.ExitStack()
 
     @property
@@ -103,23 +100,23 @@ class Workdir:
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
             before = read_config(self.path)
-            lines = differences(before, self.config)
-            if lines and self.checkpoints.exists():  # a start that failed before its first checkpoint binds nobody
+            lines = differences(before, self.settings)
+            if lines and self.checkpoints.exists():  # without a checkpoint there is nothing to resume
                 raise UserError(
-                    f"{self.path} holds a run with another config; go on with that one, or give a new --workdir. "
+                    f"{self.path} contains a run with another config; use that config, or give a new --workdir. "
                     f"Different:\n  " + "\n  ".join(lines)
                 )
-            for line in user_code.changes(before.get("imports", ()), self.config.get("imports", ())):
+            for line in user_code.changes(before.get("imports", ()), self.settings.get("imports", ())):
                 say(line)
         elif self.checkpoints.exists():
             raise UserError(
-                f"{self.path} has checkpoints and no config.json: it is no run of this program, or was cut up; "
+                f"{self.path} has checkpoints but no config.json: it is not a complete run of this program; "
                 "give another --workdir"
             )
         if self.first:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
-                write_json(file, self.config, indent=2)
+                write_json(file, self.settings, indent=2)
                 remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
                 self._claim = stack.pop_all()
         return self
@@ -129,7 +126,7 @@ class Workdir:
 
 
 def read_config(workdir) -> dict:
-    """The config that a run was started with, with today's fields; user code that it names is not imported.
+    """Reads the config of a run and upgrades it to the current fields; user code that it names is not imported.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -138,7 +135,7 @@ def read_config(workdir) -> dict:
     try:
         config = upgrade(json.loads(file.read_text()))
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist: {workdir} is not a --workdir that dit_jax.main has trained in") from None
+        raise UserError(f"{file} does not exist: {workdir} is not the --workdir of a dit_jax.main run") from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
     user_code.expect(config.get("imports", ()))
@@ -146,7 +143,7 @@ def read_config(workdir) -> dict:
 
 
 def read_best(workdir: Path) -> dict | None:
-    """{"step", "fid", ...} of the best score of a run so far; None if there is none."""
+    """The best score of a run so far, {"step", "fid", ...}; None if there is none."""
     file = workdir / SCORES / BEST_SCORE
     try:
         return json.loads(file.read_text())

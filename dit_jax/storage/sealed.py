@@ -1,4 +1,4 @@
-"""JSON that ends in a seal, the SHA-256 of the rest, so that a flipped byte is found; and files listed with their hashes."""
+"""Sealed JSON files, which end in the SHA-256 of the rest to detect flipped bytes, and lists of files with their hashes."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from dit_jax.storage.atomic import Buffer, Written, write_atomic
 
 
 def digest(content: dict) -> str:
-    """SHA-256 of a JSON object, independent of how it is laid out; key order counts."""
+    """SHA-256 of a JSON object; it depends on the order of keys, but not on the layout of the text."""
     return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
 
 
 def sealed(content: dict) -> bytes:
-    """JSON text of an object and its digest under the key "seal"."""
+    """Serialises an object to JSON with its digest under the key "seal"."""
     return (json.dumps({**content, "seal": digest(content)}, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -27,10 +27,10 @@ def write_sealed(path: Path, content: dict) -> Written:
 
 
 def read_sealed(path: Path) -> dict:
-    """The object in a file of `write_sealed`.
+    """Reads the object in a file written by `write_sealed`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         UserError: any byte of it has changed.
     """
     data = path.read_bytes()
@@ -41,7 +41,7 @@ def read_sealed(path: Path) -> dict:
     except (ValueError, AttributeError, KeyError):
         intact = False
     if not intact:
-        raise UserError(f"{path} is damaged: its content does not fit its seal")
+        raise UserError(f"{path} is damaged: its content does not match its seal")
     return content
 
 
@@ -52,12 +52,12 @@ def write_listed(path: Path, content: Buffer | Iterable[Buffer]) -> dict:
 
 
 def damage(folder: Path, files: list[dict], hashes: bool) -> dict[str, str]:
-    """{name: line} of the files, given as `write_listed` returns them, that are missing or of another size.
+    """Finds files (entries as returned by `write_listed`) that are missing or have another size: {name: problem}.
 
-    Hashing runs in as many threads as there are cores.
+    Hashing uses one thread per core.
 
     Args:
-        hashes: read every byte and compare the SHA-256 too.
+        hashes: whether to read every byte and compare the SHA-256 too.
     """
 
     def problem(file: dict) -> str | None:
@@ -66,7 +66,7 @@ def damage(folder: Path, files: list[dict], hashes: bool) -> dict[str, str]:
             if (size := path.stat().st_size) != file["bytes"]:
                 return f"{file['name']} has {size} bytes instead of {file['bytes']}"
             if hashes and sha256_of(path) != file["sha256"]:
-                return f"{file['name']} has other bytes than when it was written"
+                return f"{file['name']} does not match its SHA-256"
         except OSError as error:
             return f"{file['name']}: {error.strerror}"
         return None

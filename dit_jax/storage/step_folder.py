@@ -1,9 +1,9 @@
-"""One saved step on disk: reading it, and proving that what was read is what was saved.
+"""Reads one saved step from disk and verifies that it equals the saved state.
 
 `<root>/<step>/state` is an orbax PyTree checkpoint (typed PRNG keys as uint32 key data); `<root>/<step>/meta` is JSON:
-{"meta": what the caller passed, "fingerprints": {leaf name: [dtype, shape, uint32]}, "checksum": CRC-32 of these two}.
-Orbax returns garbage for a flipped byte without an error and casts dtypes without a word (0.12.8), hence both checks
-here. Nothing in this module writes to disk.
+{"meta": the caller's dict, "fingerprints": {leaf name: [dtype, shape, uint32]}, "checksum": CRC-32 of these two}.
+Orbax silently returns garbage for a flipped byte and silently casts dtypes (0.12.8), hence both checks. Nothing in this
+module writes to disk.
 """
 
 import json
@@ -20,17 +20,17 @@ from dit_jax.errors import UserError
 from dit_jax.storage.fingerprint import fingerprints, host_fingerprint, is_key, leaf_names
 
 _STEP_NAME = re.compile(r"^(0|[1-9]\d*)$")
-READ_BACK_BYTES = 256 * 2**20  # of host memory while a step is verified
-# Failures of the machine rather than of the files: they say nothing about the step, so they are raised as they are.
+READ_BACK_BYTES = 256 * 2**20  # host memory for verifying a step
+# Failures of the machine, not of the files. They do not mean that a step is damaged, so they are raised unchanged.
 _MACHINE_FAULTS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class BadStep(Exception):
-    """A step folder does not hold what was saved; the message is the reason."""
+    """A step folder does not contain the saved state; the message is the reason."""
 
 
 def steps_in(root):
-    """Sorted step numbers of the folders under `root` whose whole name is a number; [] if `root` does not exist."""
+    """Sorted step numbers of the folders under `root` whose name is a number; [] if `root` does not exist."""
     if not root.exists():
         return []
     return sorted(int(path.name) for path in root.iterdir() if _STEP_NAME.match(path.name) and path.is_dir())
@@ -42,7 +42,7 @@ def without_keys(state):
 
 
 def record(state, meta):
-    """The JSON object stored beside `state`: meta, fingerprints and the checksum of both.
+    """The JSON object to store with `state`: meta, fingerprints and the checksum of both.
 
     Raises: ValueError if meta is not a dict of JSON values.
     """
@@ -59,7 +59,7 @@ def record(state, meta):
 
 
 def read_record(path):
-    """(meta, {leaf name: [dtype, shape, fingerprint]}) of the step folder `path`. Raises: BadStep."""
+    """Reads (meta, {leaf name: [dtype, shape, fingerprint]}) from the step folder `path`. Raises: BadStep."""
     reader = ocp.Checkpointer(ocp.JsonCheckpointHandler(multiprocessing_options=_alone()), multiprocessing_options=_alone())
     try:
         body = reader.restore(path / "meta", args=ocp.args.JsonRestore())
@@ -73,14 +73,14 @@ def read_record(path):
 
 
 def read_step(path, abstract, partial=False):
-    """(tree, meta): the saved leaves that `abstract` names, placed as it says, with every fingerprint verified.
+    """Restores the leaves of `abstract` with its shardings and verifies every fingerprint; returns (tree, meta).
 
     Args:
         path: step folder.
         abstract: pytree whose leaves have shape, dtype and sharding (jax.ShapeDtypeStruct or jax.Array).
-        partial: `abstract` may leave out leaves that were saved.
+        partial: whether `abstract` may omit saved leaves.
     Raises:
-        BadStep: the folder does not hold what was saved.
+        BadStep: the folder does not contain the saved state.
         UserError: it does, but `abstract` has other leaves, shapes or dtypes; names them.
     """
     meta, stored = read_record(path)
@@ -95,15 +95,15 @@ def read_step(path, abstract, partial=False):
         _raise_machine_fault(error)
         raise BadStep(f"orbax cannot restore it ({_brief(error)})") from error
     tree = jax.tree.map(_typed, tree, abstract)
-    found = fingerprints(jax.tree.leaves(tree))
-    wrong = [name for name, value in zip(names, found, strict=True) if value != stored[name][2]]
+    values = fingerprints(jax.tree.leaves(tree))
+    wrong = [name for name, value in zip(names, values, strict=True) if value != stored[name][2]]
     if wrong:
-        raise BadStep(f"{len(wrong)} of {len(names)} arrays differ from what was saved: {', '.join(wrong[:3])}")
+        raise BadStep(f"{len(wrong)} of {len(names)} arrays differ from the saved ones: {', '.join(wrong[:3])}")
     return tree, meta
 
 
 def damage(path, abstract, partial=False):
-    """The reason why `read_step` would raise BadStep for this process's share, or ""; nothing is communicated.
+    """The reason for which `read_step` would raise BadStep in this process, or ""; without communication.
 
     Raises: UserError as `read_step`.
     """
@@ -117,14 +117,14 @@ def damage(path, abstract, partial=False):
 
 
 def read_back(path, treedef, names, stored, partial=False):
-    """The reason why this process's share of the arrays on disk is not what was saved, or "" if it is.
+    """Verifies this process's share of the arrays on disk; returns the reason if they differ from the saved ones, or "".
 
-    The arrays are shared out round robin over the processes and read into host memory a few at a time (each reading parses
-    the whole step's metadata); nothing is communicated, so this may run on a background thread and fail on one process alone.
+    The arrays are assigned round robin to the processes and read into host memory a few at a time (each read parses the step's
+    complete metadata). There is no communication, so this may run on a background thread and fail on a single process.
 
     Args:
         path: step folder.
-        treedef, names: of the tree that was saved (or, with `partial`, of a part of it).
+        treedef, names: of the saved tree (or, with `partial`, of a part of it).
         stored: {leaf name: [dtype, shape, fingerprint]}.
     """
     args = treedef.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(names))
@@ -141,7 +141,7 @@ def read_back(path, treedef, names, stored, partial=False):
         for position, value in zip(positions, values, strict=True):
             saved = stored[names[position]][2]
             if value != saved:
-                return f"{names[position]} differs from what was saved (read {value:#010x}, saved {saved:#010x})"
+                return f"{names[position]} differs from the saved array (read {value:#010x}, saved {saved:#010x})"
     return ""
 
 
@@ -151,7 +151,7 @@ def _stored_bytes(facts):
 
 
 def _by_size(positions, sizes, limit):
-    """Consecutive positions in lists of at most `limit` bytes, or of a single larger array."""
+    """Groups consecutive positions into lists of at most `limit` bytes, or of a single larger array."""
     lists, total = [], limit
     for position in positions:
         total += sizes[position]
@@ -163,10 +163,10 @@ def _by_size(positions, sizes, limit):
 
 
 def _check_structure(path, wanted, stored, partial):
-    homeless = [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]
-    if homeless:
+    unplaced = [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]
+    if unplaced:
         raise ValueError(
-            f"leaf {homeless[0]} has no sharding: pass jax.ShapeDtypeStruct(shape, dtype, sharding=...) for every leaf"
+            f"leaf {unplaced[0]} has no sharding: pass jax.ShapeDtypeStruct(shape, dtype, sharding=...) for every leaf"
         )
     differences = [f"{name} is not in the checkpoint" for name in wanted if name not in stored]
     if not partial:
@@ -183,7 +183,7 @@ def _check_structure(path, wanted, stored, partial):
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise UserError(
             f"the checkpoint {path} was made by another model or optimizer: {'; '.join(differences[:5])}{more}. "
-            "Use the config it was trained with, or another workdir."
+            "Use its training config, or another workdir."
         )
 
 
@@ -197,7 +197,7 @@ def _raw_struct(leaf):
 def _typed(array, abstract):
     if not is_key(abstract):
         return array
-    impl = []  # jax.random.key_impl takes arrays and tracers only, hence the trace
+    impl = []  # jax.random.key_impl accepts only arrays and tracers, hence the trace
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), abstract.dtype))
     return jax.random.wrap_key_data(array, impl=impl[0])
 
@@ -208,7 +208,7 @@ def _reader(options=None):
 
 
 def _alone():
-    """Options of a reader that waits for no other process."""
+    """Options of a reader that does not wait for other processes."""
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone_{me}")
 

@@ -1,4 +1,4 @@
-"""Configs of older versions of this program, brought to today's fields."""
+"""Upgrades configs of older versions of dit_jax to the current fields."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ ADDED = {"diffusion": {"conditioner": {"name": "labels"}}}  # task.name: section
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, or some sections of one, with today's names of fields and today's sections. What is up to date stays as it is.
+    """Upgrades a config, or some of its sections, to the current sections and names of fields.
 
-    Where both names of a field are present the older one wins: a config file that was written for it set it on top of a recipe,
-    which has today's name.
+    If both names of a field are present, the older one takes precedence: an old config file has set it in addition to a recipe's
+    field of the current name.
     """
     new = {name: dict(section) if isinstance(section, Mapping) else section for name, section in config.items()}
     for old_path, path in RENAMED.items():
@@ -23,5 +23,5 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_path(path: str) -> str:
-    """Today's path of a field: task.label_dropout -> task.cond_dropout."""
+    """The current path of a field: task.label_dropout -> task.cond_dropout."""
     return RENAMED.get(path, path)

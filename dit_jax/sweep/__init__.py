@@ -1,12 +1,12 @@
-"""Sweeps: a grid of training runs, what they will cost, running them, and the report on what they found.
+"""Sweeps: grids of training runs, their cost, their execution, and a report on the results.
 
-grid      a sweep file -> the runs that it means, each with its config
-checks    everything that is wrong with any of them, before the first starts
-cost      parameters, GMACs, training compute, device hours
-folder    where a sweep keeps its runs, and how far each has come
-local     runs them one after another; `scores` then samples each with other samplers
+grid      expands a sweep file into runs, each with its config
+checks    finds the errors of all runs before the first one starts
+cost      counts parameters, GMACs and training compute, and estimates device hours
+folder    the folder of a sweep and the state of its runs
+local     runs them sequentially on this machine; `scores` then scores each with other samplers
 remote    writes commands for SLURM, GKE and TPU VMs instead
-collect   results of all runs -> rows, JSON, CSV
+collect   reads the results of all runs into rows, JSON and CSV
 points, fits, paper, figures, style   rows -> numbers and figures
-report, page   all of it, as files and as one HTML page
+report, page   the report, as files and as one HTML page
 """

@@ -6,13 +6,13 @@
         --launch=gke --remote_workdir=/gcs/twelve --launch_args='--image=I --bucket=B --accelerator=tpu-v6e-slice --topology=4x4'
     python -m dit_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/sweep --report
 
-The sweep file names the config, its variants, the grid and the seeds (`dit_jax/sweep/grid.py`). --config.<path>=<value> sets a
-field of all runs. The runs and what they cost are shown, and all of them are checked, before the first starts. They then run here
-one after another, each in <workdir>/runs/<name>, or --launch=slurm|gke|tpu_vm writes the commands that run them elsewhere.
-The same command again goes on: finished runs are kept, stopped and failed ones resume. Ctrl-C saves and stops.
-At the end, or with --report at any time: results.json, results.csv, report.html and figures/ in the workdir.
+The sweep file defines the config, its variants, the grid and the seeds (`dit_jax/sweep/grid.py`). --config.<path>=<value> sets a
+field of all runs. The command lists the runs with their cost and checks all of them before the first one starts. It then runs
+them here sequentially, each in <workdir>/runs/<name>; with --launch=slurm|gke|tpu_vm it writes commands that run them elsewhere.
+The same command again resumes: finished runs are kept, stopped and failed runs continue. Ctrl-C saves and stops. At the end, or
+with --report at any time, it writes results.json, results.csv, report.html and figures/ to the workdir.
 
-Exit status: 0 when all runs are done, 1 when some failed, 75 when stopped early with everything saved, 2 for a user's mistake.
+Exit status: 0 if all runs are done, 1 if some failed, 75 if stopped early with everything saved, 2 for a user's mistake.
 """
 
 import dataclasses
@@ -46,35 +46,36 @@ FIELDS = config_file.define_fields()
 
 
 def check_flags():
-    """Raises a UserError for flags that are missing, or that would change nothing."""
+    """Raises UserError if a flag is missing or has no effect."""
     if SWEEP.value is None:
         raise UserError("give --sweep=<file>, such as configs/sweeps/digits.py, and --workdir=<folder>")
     if WORKDIR.value is None and not LIST.value:
-        raise UserError("give --workdir=<folder of the sweep>; only --list needs none")
+        raise UserError("give --workdir=<folder of the sweep>; only --list does not need it")
     if LIST.value and REPORT.value:
-        raise UserError("--list and --report are both given; each is a command of its own")
+        raise UserError("--list and --report are both given; give one of them")
     if sum(map(bool, (CHIP.value, TOPOLOGY.value, BENCHMARKS.value))) > 1:
         raise UserError("--chip, --topology and --benchmarks are three ways to estimate; give one of them")
     if flags.FLAGS["mfu"].present and not CHIP.value:
-        raise UserError("--mfu means nothing without --chip")
+        raise UserError("--mfu has no effect without --chip")
     if LAUNCH.value != "local" and (LIST.value or REPORT.value):
-        raise UserError(f"--launch={LAUNCH.value} writes commands, which --list and --report do not; leave one of them out")
+        raise UserError(f"--launch={LAUNCH.value} writes commands, which --list and --report do not; omit one of them")
     if LAUNCH.value == "local" and (LAUNCH_ARGS.value or REMOTE_WORKDIR.value):
         raise UserError("--launch_args and --remote_workdir are for --launch=slurm, gke or tpu_vm")
 
 
 def estimate(runs, costs) -> tuple[list, str]:
-    """(costs with device hours, what these assume)."""
+    """Adds device hours to the costs; returns (costs, assumptions of the estimate)."""
     from dit_jax.programs import topology
     from dit_jax.sweep import cost
 
+    hours: list[float | None]
     if CHIP.value:
         hours = [cost.assumed_hours(c, CHIP.value, MFU.value) for c in costs]
         text = f"{CHIP.value} at an assumed MFU of {MFU.value:.0%} of the dense bfloat16 peak"
     elif TOPOLOGY.value:
         place = topology.find(TOPOLOGY.value)
         hours = [cost.planned_hours(run, place) for run in runs]
-        text = f"{place.name}, step time of the compiled program by the roofline of dit_jax.plan (an estimate, no measurement)"
+        text = f"{place.name}, step time of the compiled program by the roofline of dit_jax.plan (an estimate, not a measurement)"
     elif BENCHMARKS.value:
         measured = cost.read_benchmarks(BENCHMARKS.value)
         hours = [cost.measured_hours(run, c, measured) for run, c in zip(runs, costs, strict=True)]
@@ -94,21 +95,21 @@ def launch_elsewhere(sweep, runs, folder) -> dict:
         LAUNCH.value, sweep.title, waiting, folder.path, REMOTE_WORKDIR.value or str(folder.path), shlex.split(LAUNCH_ARGS.value)
     )
     console.say(
-        f"{len(waiting)} runs are in {script}. Look at it, then start it from the repository:\n  {command}\n"
+        f"wrote {len(waiting)} runs to {script}. Check it, then start it from the repository:\n  {command}\n"
         "When they are done, "
         + (f"copy or mount {REMOTE_WORKDIR.value}/runs as {folder.path / 'runs'}, then " if REMOTE_WORKDIR.value else "")
         + "the same command with --report in place of the --launch options collects the results"
     )
     if begun:
         console.say(
-            f"{len(begun)} of them have begun ({', '.join(begun[:3])}{', ...' * (len(begun) > 3)}): start the script "
-            "only when none is running any more, as two processes must not train in one folder"
+            f"{len(begun)} of them were started before ({', '.join(begun[:3])}{', ...' * (len(begun) > 3)}): start the script "
+            "only if none is still running, because two processes must not train in one folder"
         )
     return {"runs": len(runs), "waiting": len(waiting), "script": str(script), "command": command, "report": None}
 
 
 def run_here(sweep, runs, costs, folder) -> tuple[list[str], bool]:
-    """(names of what failed, whether it was stopped early)."""
+    """Runs the sweep on this machine; returns (names of failed runs, whether it was stopped early)."""
     from dit_jax.sweep.local import Child, train_all
     from dit_jax.sweep.scores import score_all
 
@@ -121,7 +122,8 @@ def run_here(sweep, runs, costs, folder) -> tuple[list[str], bool]:
 
 def main() -> dict:
     check_flags()
-    # The runs need the accelerator; this process, which only counts and waits, must not hold it.
+    assert SWEEP.value is not None  # see `check_flags`
+    # The runs need the accelerator, so this process, which only counts and waits, must not use it.
     jax.config.update("jax_platforms", "cpu")
     from dit_jax.sweep import checks, cost, grid, report
     from dit_jax.sweep.folder import Folder
@@ -145,10 +147,11 @@ def main() -> dict:
         ]
         return {"runs": rows, "compute_gmacs": sum(c.compute_gmacs for c in costs), "device_hours_assume": assumption or None}
 
+    assert folder is not None  # only --list needs no --workdir
     with folder:
         folder.check_configs(runs)
         if others := folder.strangers(runs):
-            console.say(f"{len(others)} runs in {folder.path} are not of this grid and are left out: {', '.join(others[:8])}")
+            console.say(f"{len(others)} runs in {folder.path} are not in this grid and are ignored: {', '.join(others[:8])}")
         folder.record(runs)
         for line in cost.table(runs, costs, [folder.state(run) for run in runs], assumption):
             console.say(line)
@@ -166,7 +169,7 @@ def main() -> dict:
             **written.files,
         }
     if failed and not stopped:
-        console.say(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again")
+        console.say(f"{len(failed)} failed: {', '.join(failed)}; run the same command to try them again")
         print(json.dumps(result), flush=True)
         sys.exit(1)
     return result

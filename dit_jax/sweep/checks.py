@@ -1,4 +1,4 @@
-"""Everything that is wrong with any run of a sweep, found before the first one starts."""
+"""Checks all runs of a sweep before the first one starts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ LINES_SHOWN = 12
 
 
 def check(runs: list[Run], samplers: Sequence[tuple[str, int | None]], where: str):
-    """Builds what every run would build, without arrays.
+    """Builds the objects of every run without arrays.
 
     Args:
-        where: "local", the runs start on this machine: also opens each data set, reads each codec's weights, and looks for
-            references; "remote", elsewhere: their paths must be given; "list": nowhere yet.
+        where: "local" (the runs start on this machine) also opens each data set, reads each codec's weights, and looks for
+            references; "remote" checks that their paths are given; "list" checks neither.
 
     Raises:
-        UserError: with all that was found, each with the runs that it concerns.
+        UserError: lists all problems, each with the affected runs.
     """
-    found: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     steps: list[Callable] = [_objects, lambda config: _samplers(config, samplers)]
     steps += {"local": [_shown, _once(_files)], "remote": [_paths_given], "list": []}[where]
     for run in runs:
@@ -32,14 +32,14 @@ def check(runs: list[Run], samplers: Sequence[tuple[str, int | None]], where: st
             for step in steps:
                 step(run.config)
         except (UserError, ValueError, TypeError) as error:
-            found.setdefault(str(error), []).append(run.name)
-    if found:
+            problems.setdefault(str(error), []).append(run.name)
+    if problems:
         lines = [
             f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {message}"
-            for message, names in found.items()
+            for message, names in problems.items()
         ]
         more = [f"and {len(lines) - LINES_SHOWN} more"] if len(lines) > LINES_SHOWN else []
-        wrong = sum(map(len, found.values()))
+        wrong = sum(map(len, problems.values()))
         text = "\n  ".join(lines[:LINES_SHOWN] + more)
         raise UserError(f"{wrong} of {len(runs)} runs cannot start, so nothing was started:\n  {text}")
 
@@ -52,10 +52,10 @@ def _objects(config):
 
 
 def with_sampler(config, name: str, num_steps: int | None) -> ml_collections.ConfigDict:
-    """The config with another sampler, which gets its default fields unless it is the config's own.
+    """Returns the config with another sampler, which gets default fields unless it is the config's own.
 
     Raises:
-        UserError: no such sampler, or the steps do not suit it.
+        UserError: the sampler is unknown, or the number of steps does not fit it.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -75,10 +75,10 @@ def _samplers(config, samplers):
     if not samplers:
         return
     if not build.Run(config).task.draws_samples:
-        raise UserError("samplers are asked for and an autoencoder draws nothing; leave samplers empty")
+        raise UserError("samplers are set, but an autoencoder does not sample; leave samplers empty")
     if not config.evaluation.num_images or not config.evaluation.reference:
         raise UserError(
-            "samplers are asked for and the config does not say what to score: set evaluation.num_images and "
+            "samplers are set, but the config does not define the score: set evaluation.num_images and "
             "evaluation.reference, or leave samplers empty"
         )
     for name, num_steps in samplers:
@@ -100,11 +100,11 @@ def _paths_given(config):
     for section, name in (("data", "the data set"), ("codec", "the codec's weights")):
         needs = config[section].name in ("folder", "tfds", "tars", "latents") if section == "data" else "path" in config.codec
         if needs and not config[section].path:
-            raise UserError(f"{section}.path is empty; pass --config.{section}.path=<where the machines find {name}>")
+            raise UserError(f"{section}.path is empty; give --config.{section}.path=<path of {name} on the machines>")
 
 
 def _once(step: Callable) -> Callable:
-    """The step, for one of the configs that are alike to it: opening a data set takes time."""
+    """Wraps a step so that it runs once for configs with equal sections, because opening a data set takes time."""
     outcomes: dict[str, str | None] = {}
 
     def run(config):

@@ -1,11 +1,10 @@
-"""Results of all runs of a sweep, read from their folders: rows, results.json, results.csv, curves.csv."""
+"""Collects the results of all runs of a sweep from their folders: rows, results.json, results.csv, curves.csv."""
 
 import csv
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from dit_jax.sweep.local import last_lines
 from dit_jax.sweep.scores import file_of
 
 CURVE_FIELDS = ("run", "step", "loss")
-# What a FID depends on besides the model, under the names of `evaluate`'s table.
+# Settings that a FID depends on besides the model, with the names of `evaluate`'s table.
 PROTOCOL = (
     "images",
     "features",
@@ -47,20 +46,20 @@ ORIGIN = ("commit", "device", "num_devices", "versions")
 
 @dataclass(frozen=True)
 class Row:
-    """One run and what is known of it; what is not yet, is None or empty.
+    """One run and its results; what is not known yet is None or empty.
 
     Fields:
-        family: models of one depth and width, by the paper's letter where it is one of its sizes.
+        family: models of equal depth and width, with the paper's letter if it is one of its sizes.
         patch: patch size; None for an autoencoder.
-        fid_interval: by the bootstrap over the images, which knows nothing of other seeds.
+        fid_interval: bootstrap interval over the images, which does not include the variance of seeds.
         protocol: how the FID was measured, see `PROTOCOL`.
-        seconds: of training, sampling and scoring, of all starts here together; None for a run that was trained elsewhere.
+        seconds: total of training, sampling and scoring over all starts on this machine; None for a run trained elsewhere.
         starts: the lines of attempts.jsonl.
-        origin: commit, device, num_devices and versions of the process that finished it.
+        origin: commit, device, num_devices and versions of the process that finished the run.
         loss_curve, fid_curve: (step, value); the FIDs are those of `training.scoring`, cheaper than the final one.
-        fid_curve_protocol: of the latest of them.
+        fid_curve_protocol: protocol of the latest of them.
         samplers: scores with other samplers, see `scores`.
-        error: last lines of a run that failed.
+        error: last lines of a failed run.
     """
 
     name: str
@@ -91,13 +90,13 @@ class Row:
 
 
 def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folder: Folder) -> Row:
-    """The row of one run, as its folder stands."""
+    """Reads the row of one run from its folder."""
     config, state, result = run.config, folder.state(run), folder.result(run) or {}
     starts, losses = folder.attempts(run), curve(folder.metrics(run), "loss")
     early = [json.loads(file.read_text()) for file in sorted((folder.of(run) / SCORES).glob("[0-9]*.json"))]
     scores = [json.loads(file.read_text()) for file in (file_of(folder, run, *s) for s in samplers) if file.exists()]
     samples = Path(result.get("samples") or "")
-    found = folder.of(run) / "samples" / samples.name  # the folder may have moved since
+    current = folder.of(run) / "samples" / samples.name  # the folder may have moved
     return Row(
         name=run.name,
         group=run.group,
@@ -122,19 +121,19 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
         fid_curve=curve(early, "fid"),
         fid_curve_protocol=protocol(early[-1]) if early else {},
         samplers=scores,
-        samples=str(found) if samples.name and found.exists() else None,
+        samples=str(current) if samples.name and current.exists() else None,
         error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [],
     )
 
 
 def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
-    """[(step, value)] of a metric, in order, without what is not finite."""
-    found = {row["step"]: float(row[name]) for row in metrics if name in row}
-    return sorted((step, value) for step, value in found.items() if np.isfinite(value))
+    """[(step, value)] of a metric in order, without values that are not finite."""
+    values = {row["step"]: float(row[name]) for row in metrics if name in row}
+    return sorted((step, value) for step, value in values.items() if np.isfinite(value))
 
 
 def family(config) -> str:
-    """ "XL" for the paper's sizes, "4 x 128" (depth x width) for others, "autoencoder"."""
+    """Family of a model: "XL" for the paper's sizes, "4 x 128" (depth x width) for others, or "autoencoder"."""
     if "model" not in config:
         return "autoencoder"
     sizes = {(size.depth, size.width): name for name, size in recipes.SIZES.items()}
@@ -143,17 +142,23 @@ def family(config) -> str:
 
 
 def protocol(result: dict) -> dict[str, Any]:
-    """What of `PROTOCOL` a result tells."""
+    """The entries of `PROTOCOL` that a result contains."""
     if result.get("fid") is None:
         return {}
-    found = {name: reduce(lambda inner, key: (inner or {}).get(key), table.PROTOCOL[name], result) for name in PROTOCOL}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: _value_at(result, table.PROTOCOL[name]) for name in PROTOCOL}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _value_at(result: Any, where: Sequence[str]) -> Any:
+    for key in where:
+        result = (result or {}).get(key)
+    return result
 
 
 def shared_protocol(rows: list[Row], of: str = "protocol") -> tuple[dict[str, Any], list[Row]]:
-    """(how the FIDs of most scored rows were measured, the scored rows that must not be compared with these).
+    """The protocol that most scored rows share; returns (protocol, scored rows that are not comparable with it).
 
-    What may differ, such as the guidance where the sweep is over it, has its values joined by " / ".
+    Values that may differ, such as the guidance in a sweep over it, are joined by " / ".
 
     Args:
         of: "protocol" or "fid_curve_protocol".
@@ -165,7 +170,7 @@ def shared_protocol(rows: list[Row], of: str = "protocol") -> tuple[dict[str, An
     same = [getattr(row, of) for row in rows if keys.get(row.name) == most]
     protocol = {}
     for name in PROTOCOL:
-        values = [value for found in same if (value := found.get(name)) is not None]
+        values = [value for entries in same if (value := entries.get(name)) is not None]
         distinct = list({json.dumps(value): value for value in values}.values())
         if distinct:
             protocol[name] = distinct[0] if len(distinct) == 1 else " / ".join(map(str, distinct))
@@ -224,20 +229,20 @@ def _write_csv(path: Path, rows: list[dict], names: Sequence[str] = ()):
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """{run: [(step, loss)]} of a curves.csv.
+    """Reads a curves.csv: {run: [(step, loss)]}.
 
     Raises:
-        UserError: it does not exist, or is not one.
+        UserError: the file does not exist, or is not a curves.csv.
     """
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        found: dict[str, list[tuple[int, float]]] = {}
+        curves: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
-            found.setdefault(row["run"], []).append((int(row["step"]), float(row["loss"])))
+            curves.setdefault(row["run"], []).append((int(row["step"]), float(row["loss"])))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"reference_curves {path} cannot be read ({error!r}); it must be the curves.csv of a report, with the "
             f"columns {', '.join(CURVE_FIELDS)}"
         ) from None
-    return found
+    return curves

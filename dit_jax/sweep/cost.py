@@ -1,7 +1,7 @@
-"""What the runs of a sweep cost: counted exactly as work, estimated as device hours.
+"""The cost of the runs of a sweep: exact compute and estimated device hours.
 
-GMACs are multiply-adds of one forward of one image, which the paper prints as Gflops. Training compute is GMACs x batch size x
-steps x 3, because a backward costs two forwards (Peebles & Xie 2023, section 5, figure 9).
+GMACs are multiply-adds of one forward pass of one image, which the paper calls Gflops. Training compute is GMACs x batch size x
+steps x 3, because a backward pass costs two forward passes (Peebles & Xie 2023, section 5, figure 9).
 """
 
 import json
@@ -23,12 +23,12 @@ FORWARDS_PER_STEP = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run.
+    """The cost of one run.
 
     Fields:
-        gmacs: of one forward of one image, without a frozen codec.
-        compute_gmacs: of the whole training.
-        device_hours: of training alone: no start-up, sampling or scoring; None where there is no estimate.
+        gmacs: of one forward pass of one image, without a frozen codec.
+        compute_gmacs: of the complete training.
+        device_hours: of training only, without start-up, sampling and scoring; None without an estimate.
     """
 
     parameters: int
@@ -38,7 +38,7 @@ class Cost:
 
 
 def count(run: Run) -> Cost:
-    """Counts from shapes and architecture; no arrays are made."""
+    """Counts the cost from shapes and architecture, without creating arrays."""
     config, task = run.config, build.Run(run.config).task
     gmacs = task.macs() / 1e9
     parameters = count_parameters(jax.eval_shape(task.init, jax.random.key(0)).params)
@@ -49,34 +49,38 @@ def assumed_hours(cost: Cost, chip: str, mfu: float) -> float:
     """Device hours on one kind of chip at an assumed share of its dense bfloat16 peak.
 
     Raises:
-        UserError: an unknown chip, or mfu outside (0, 1].
+        UserError: the chip is unknown, or mfu is outside (0, 1].
     """
     if chip not in chips.CHIPS:
         raise UserError(f"--chip={chip} is not in the table; choose one of {', '.join(chips.CHIPS)}")
     if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu} must lie in (0, 1], as in 0.4 for 40 %")
-    return 2e9 * cost.compute_gmacs / (chips.CHIPS[chip].peak_flops * mfu) / 3600
+        raise UserError(f"--mfu={mfu} must lie in (0, 1], for example 0.4 for 40 %")
+    peak_flops = chips.CHIPS[chip].peak_flops
+    assert peak_flops is not None  # every chip of the table has one
+    return 2e9 * cost.compute_gmacs / (peak_flops * mfu) / 3600
 
 
 def planned_hours(run: Run, topology) -> float | None:
-    """Device hours by the roofline of `dit_jax.plan`, which compiles the step; None where the run does not fit, or speed means
-    nothing (simulated devices)."""
+    """Device hours by the roofline of `dit_jax.plan`, which compiles the step.
+
+    None if the run does not fit, or if the speed is meaningless (simulated devices).
+    """
     from dit_jax.plan import estimate
 
     say(f"compiling {run.name} for {topology.name}")
-    found = estimate.plan_training(run.config, topology)
-    if not found["fits"]:
-        say(f"{run.name} does not fit {topology.name}: {found['bytes_per_device'] / 2**30:.1f} GiB per device")
-    return _hours(run, found["images_per_second"], found["devices"]) if found["images_per_second"] else None
+    plan = estimate.plan_training(run.config, topology)
+    if not plan["fits"]:
+        say(f"{run.name} does not fit {topology.name}: {plan['bytes_per_device'] / 2**30:.1f} GiB per device")
+    return _hours(run, plan["images_per_second"], plan["devices"]) if plan["images_per_second"] else None
 
 
 def read_benchmarks(paths: Sequence[str]) -> list[dict]:
-    """Results of `dit_jax.benchmark --what=train_step`: of each file its last line, or all lines of a .jsonl.
+    """Reads results of `dit_jax.benchmark --what=train_step`: the last line of each file, or all lines of a .jsonl.
 
     Raises:
-        UserError: a file cannot be read, or holds something else.
+        UserError: a file cannot be read, or contains something else.
     """
-    found = []
+    benchmarks = []
     for path in paths:
         try:
             lines = Path(path).expanduser().read_text().strip().splitlines()
@@ -93,12 +97,12 @@ def read_benchmarks(paths: Sequence[str]) -> list[dict]:
                     f"--benchmarks: {path} has no {', '.join(missing)}: it is not a result of "
                     "`dit_jax.benchmark --what=train_step`"
                 )
-        found += results
-    return found
+        benchmarks += results
+    return benchmarks
 
 
 def measured_hours(run: Run, cost: Cost, benchmarks: list[dict]) -> float | None:
-    """Device hours at the measured speed of the same network (GMACs within 0.1 %) and batch; None where there is none."""
+    """Device hours at the measured speed of the same network (GMACs within 0.1 %) and batch size; None if not measured."""
     for result in benchmarks:
         same = abs(result["flops_per_image"] / (2e9 * FORWARDS_PER_STEP * cost.gmacs) - 1) < 1e-3
         if same and result["batch_size"] == run.config.batch_size:
@@ -111,7 +115,7 @@ def _hours(run: Run, images_per_second: float, devices: int) -> float:
 
 
 def table(runs: list[Run], costs: list[Cost], states: list[str], assumption: str) -> list[str]:
-    """Lines: every run with its cost and state, the total, and what the device hours assume (none if empty)."""
+    """Formats the runs with cost and state, the total, and the assumptions of the device hours (if there are any)."""
     width = max(len("name"), *(len(run.name) for run in runs))
     head = f"{'name':{width}}  {'parameters':>13}  {'GMACs':>9}  {'batch x steps':>15}  {'compute (GMACs)':>15}"
     lines = [head + ("  device hours" if assumption else "") + "  state"]
@@ -126,4 +130,8 @@ def table(runs: list[Run], costs: list[Cost], states: list[str], assumption: str
     if assumption:
         known = [cost.device_hours for cost in costs if cost.device_hours is not None]
         total += f", {sum(known):.3g} device hours" + (f" of {len(known)} of them" if len(known) < len(runs) else "")
-    return [*lines, total, *([f"device hours: {assumption}; start-up, sampling and scoring come on top"] if assumption else [])]
+    return [
+        *lines,
+        total,
+        *([f"device hours: {assumption}; start-up, sampling and scoring are not included"] if assumption else []),
+    ]

@@ -1,4 +1,4 @@
-"""The figures of a report, each a function from rows to a matplotlib figure."""
+"""The figures of a report; each function maps rows to a matplotlib figure."""
 
 import zipfile
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ SAMPLES_SHOWN = 10
 
 
 def score_name(protocol: dict) -> str:
-    """What the vertical axis is called."""
+    """Label of the vertical axis."""
     features, count = protocol.get("features", "?"), protocol.get("images")
     if features == paper.FEATURES:
         return f"FID-{count // 1000}K" if count and count % 1000 == 0 else f"FID ({count:,} samples)"
@@ -33,9 +33,10 @@ def panels(count: int):
 
 
 def fid_against(by: str, rows: Sequence[Row], protocol: dict, with_paper: bool):
-    """FID against `by` ("gmacs" or "compute_gmacs"), log-linear fit and correlation; the paper's models beside or among ours.
+    """Plots FID against `by` ("gmacs" or "compute_gmacs") with a log-linear fit, on the paper's axes if comparable.
 
-    A marker is a mean over seeds, a line spans them and small dots are the single ones; a lone one has its bootstrap interval.
+    A marker is the mean over seeds, with their range as a line and single seeds as small dots. A single seed has its bootstrap
+    interval. The paper's models are on the same axes if the metric is comparable, otherwise on separate ones.
     """
     points, theirs = ours(rows), of_paper() if with_paper else []
     shared = with_paper and comparable(protocol)
@@ -92,7 +93,7 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
         ends = np.array([min(getattr(p, by) for p in points), max(getattr(p, by) for p in points)])
         title += "\n" + line.text().replace("-", "\N{MINUS SIGN}").replace("% interval", "%:")
         ax.plot(ends, line(ends), color=style.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-        steps = np.geomspace(*ends, 200)
+        steps = np.geomspace(ends[0], ends[1], 200)
         along += zip(steps, line(steps), strict=True)
     ax.set_title(title)
     if xs:
@@ -109,9 +110,9 @@ def _scatter(ax, title: str, points: Sequence[Point], by: str, hues: dict, hollo
 
 
 def fid_while_training(rows: Sequence[Row], protocol: dict):
-    """FID of checkpoints against the training compute spent on them, a line per run; None where no run was scored twice.
+    """Plots the FID of checkpoints against training compute, one line per run; None if no run was scored twice.
 
-    protocol: of the scores taken while training, which all rows must share: cheaper than the final ones.
+    protocol: of the scores during training, which all rows must share; they are cheaper than the final ones.
     """
     shown, names = groups([row for row in rows if len(row.fid_curve) > 1]), labels(rows)
     if not shown:
@@ -134,15 +135,15 @@ def fid_while_training(rows: Sequence[Row], protocol: dict):
 
 
 def _between(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
-    """Points of a line through positive points of logarithmic axes, which labels keep clear of."""
-    found = []
+    """Points along a line on logarithmic axes, which labels must not cover."""
+    points = []
     for i in range(len(xs) - 1):
-        found += zip(np.geomspace(*xs[i : i + 2], 40), np.geomspace(*ys[i : i + 2], 40), strict=True)
-    return found
+        points += zip(np.geomspace(xs[i], xs[i + 1], 40), np.geomspace(ys[i], ys[i + 1], 40), strict=True)
+    return points
 
 
 def _finish(ax, ends: Sequence, texts: Sequence[str], along: Sequence, hues: Sequence):
-    """Limits and ticks of logarithmic axes, and a label at the end of each line."""
+    """Sets limits and ticks of logarithmic axes and labels the end of each line."""
     ax.margins(x=0.12, y=0.08)
     ax.autoscale_view()
     low, high = ax.get_ylim()
@@ -154,13 +155,13 @@ def _finish(ax, ends: Sequence, texts: Sequence[str], along: Sequence, hues: Seq
 
 
 def sampling_compute(rows: Sequence[Row], protocol: dict):
-    """FID against the GFLOPs of drawing one image, a line per model and sampler; None without such scores."""
+    """Plots FID against the GFLOPs of sampling one image, one line per model and sampler; None without such scores."""
     lines: dict[tuple[str, str], dict[float, float]] = {}
     names = labels(rows)
     for group, repetitions in groups(rows).items():
         for row in repetitions:
             for score in row.samplers:
-                if score["evaluations"]:  # null where the sampler chooses its own
+                if score["evaluations"]:  # null if the sampler chooses its own number
                     lines.setdefault((names[group], score["sampler"]), {})[score["evaluations"] * row.cost.gmacs] = score["fid"]
     if not lines:
         return None
@@ -187,9 +188,9 @@ def sampling_compute(rows: Sequence[Row], protocol: dict):
 
 
 def loss_curves(rows: Sequence[Row], reference: dict[str, list[tuple[int, float]]]):
-    """Training loss against steps, a colour per model by GMACs, a line per seed; dashed: reference runs of the same name.
+    """Plots training loss against steps: a colour per model (by GMACs), a line per seed, dashed reference runs of the same name.
 
-    None where no run has recorded a loss. Above 200 points a curve is averaged to that many.
+    None if no run has recorded a loss. A curve of more than 200 points is averaged to 200.
     """
     shown, names = groups([row for row in rows if len(row.loss_curve) > 1]), labels(rows)
     if not shown:
@@ -219,29 +220,29 @@ def loss_curves(rows: Sequence[Row], reference: dict[str, list[tuple[int, float]
 
 
 def _thinned(curve: Sequence[tuple[int, float]]) -> np.ndarray:
-    """[2, <= MAX_CURVE_POINTS]: steps and values, neighbours averaged."""
+    """Averages neighbours of a curve: steps and values, [2, <= MAX_CURVE_POINTS]."""
     parts = np.array_split(np.asarray(curve, float), min(len(curve), MAX_CURVE_POINTS))
     return np.array([part.mean(axis=0) for part in parts]).T
 
 
 def sample_grid(rows: Sequence[Row]):
-    """The first images of each model in a row, models by GMACs: same seed and labels in each column; None without samples."""
+    """Shows the first images of each model in a row, ordered by GMACs; a column has one seed and label. None without samples."""
     names = labels(rows)
-    found = [
+    samples = [
         (names[group], images)
         for group, repetitions in groups(rows).items()
         if repetitions[0].samples and len(images := first_images(Path(repetitions[0].samples), SAMPLES_SHOWN))
     ]
-    if not found:
+    if not samples:
         return None
     plt = style.pyplot()
-    columns = max(len(images) for _, images in found)
-    cell, margin = 0.42 if found[0][1].shape[1] < 64 else 0.6, 0.15 + 0.08 * max(len(name) for name, _ in found)  # inches
+    columns = max(len(images) for _, images in samples)
+    cell, margin = 0.42 if samples[0][1].shape[1] < 64 else 0.6, 0.15 + 0.08 * max(len(name) for name, _ in samples)  # inches
     width = cell * columns + margin
     figure, axes = plt.subplots(
-        len(found),
+        len(samples),
         columns,
-        figsize=(width, cell * len(found)),
+        figsize=(width, cell * len(samples)),
         squeeze=False,
         layout="none",
         gridspec_kw={"wspace": 0.06, "hspace": 0.06},
@@ -249,7 +250,7 @@ def sample_grid(rows: Sequence[Row]):
     figure.subplots_adjust(left=margin / width, right=0.99, bottom=0.01, top=0.99)
     for axis in axes.flat:
         axis.set_axis_off()
-    for (name, images), line in zip(found, axes, strict=True):
+    for (name, images), line in zip(samples, axes, strict=True):
         line[0].text(-0.12, 0.5, name, transform=line[0].transAxes, ha="right", va="center")
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -257,7 +258,7 @@ def sample_grid(rows: Sequence[Row]):
 
 
 def first_images(path: Path, count: int) -> np.ndarray:
-    """uint8 [<= count, H, W, C] from the start of arr_0 of an npz, without reading the rest."""
+    """Reads the first images of arr_0 of an npz, uint8 [<= count, H, W, C], without reading the rest."""
     with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as array:
         major, _ = np.lib.format.read_magic(array)
         header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0

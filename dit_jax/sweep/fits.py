@@ -1,4 +1,4 @@
-"""FID as a line in the logarithm of compute, and how close the two go together."""
+"""Fits FID as a linear function of log compute, with the correlation and its confidence interval."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ class Fit:
     """y = intercept + slope log10(x), by least squares.
 
     Fields:
-        correlation: Pearson's, of log10(x) and y.
-        low, high: its interval at `LEVEL`, by Fisher's z; None below 4 points, or where the points lie on a line.
+        correlation: Pearson's correlation of log10(x) and y.
+        low, high: its confidence interval at `LEVEL`, by Fisher's z; None below 4 points, or if the points lie on a line.
     """
 
     slope: float
@@ -30,28 +30,29 @@ class Fit:
         return self.intercept + self.slope * np.log10(x)
 
     def text(self) -> str:
-        """ "r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
-        interval = "" if self.low is None else f"{LEVEL:.0%} interval {_r(self.low)} to {_r(self.high)}, ".replace("%", " %")
+        """Formats the correlation: "r = -0.93 (95 % interval -0.98 to -0.76, 12 models)"."""
+        low, high = self.low, self.high
+        interval = "" if low is None or high is None else f"{LEVEL:.0%} interval {_r(low)} to {_r(high)}, ".replace("%", " %")
         return f"r = {_r(self.correlation)} ({interval}{self.num_points} models)"
 
 
 def _r(value: float) -> str:
-    """Two digits, and as many more as keep it from looking like 1."""
+    """Rounds to two digits, or to as many as are needed so that it does not look like 1."""
     return next(text for digits in range(2, 17) if abs(float(text := f"{value:.{digits}f}")) < 1 or abs(value) == 1)
 
 
-def log_linear(x: Sequence[float], y: Sequence[float]) -> Fit | None:
-    """The fit; None where a line means nothing: fewer than 3 different x, or all y equal.
+def log_linear(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Fit | None:
+    """Fits a line in log10(x); None if it would be meaningless: fewer than 3 different x, or all y equal.
 
-    The interval takes the points as independent draws from a joint normal: a rough guide for models chosen on a grid.
+    The interval treats the points as independent samples of a joint normal; for models on a grid it is only a rough guide.
 
     Args:
         x: [N] positive.  y: [N].
 
     Raises:
-        ValueError: an x that is not positive, or a number that is not finite.
+        ValueError: an x is not positive, or a number is not finite.
 
-    Source: Fisher 1921, Metron 1: artanh r is about normal with deviation 1 / sqrt(N - 3).
+    Source: Fisher 1921, Metron 1: artanh r is approximately normal with standard deviation 1 / sqrt(N - 3).
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(np.unique(x)) < 3 or len(np.unique(y)) < 2:

@@ -1,10 +1,10 @@
-"""The folder of a sweep and how far each of its runs has come.
+"""The folder of a sweep and the state of its runs.
 
-sweep.json           which sweep, with the settings of every run
-runs/<name>/         workdir of one run, see `training.workdir`, and besides:
-    result.json      what dit_jax.main leaves when all is done, here or elsewhere: the run is finished
-    attempts.jsonl   one line per start here: command, date, machine, seconds, exit status
-    log.txt          what the run said, of all starts
+sweep.json           title of the sweep and flags of every run
+runs/<name>/         workdir of one run, see `storage.run_folder`, and additionally:
+    result.json      written by dit_jax.main at the end, here or elsewhere: the run is finished
+    attempts.jsonl   one line per start on this machine: command, date, machine, seconds, exit status
+    log.txt          output of the run, of all starts
     samplers/        scores with other samplers
 launch/              scripts for other machines
 results.json, results.csv, curves.csv, report.html, figures/
@@ -14,26 +14,27 @@ import contextlib
 import json
 from pathlib import Path
 
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.claim import Claim, claim
-from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, plain, read_config
+from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, read_config
 from dit_jax.sweep.grid import Run
 
-# What does not change a run's result, only its speed and what it leaves behind.
+# Sections that affect only a run's speed and output files, not its result.
 FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring", "imports")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file, without those that a kill cut; none where there is no file."""
-    found = []
+    """The JSON lines of a file, without lines truncated by a kill; [] if the file does not exist."""
+    values = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            values.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return values
 
 
 class Folder:
@@ -58,13 +59,14 @@ class Folder:
     @property
     def lock(self) -> int:
         """Descriptor of the lock, while entered."""
+        assert self._claim is not None  # entered
         return self._claim.descriptor
 
     def __exit__(self, *exc_info):
         self._exit.close()
 
     def check_title(self):
-        """Raises a UserError if the folder holds another sweep, or something else."""
+        """Raises UserError if the folder contains another sweep, or something else."""
         file = self.path / "sweep.json"
         try:
             before = json.loads(file.read_text())["title"]
@@ -75,26 +77,26 @@ class Folder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it or give another --workdir") from None
         if before != self.title:
-            raise UserError(f"{self.path} holds the sweep {before!r}, not {self.title!r}; give another --workdir")
+            raise UserError(f"{self.path} contains the sweep {before!r}, not {self.title!r}; give another --workdir")
 
     def record(self, runs: list[Run]):
-        """Notes which runs belong here."""
+        """Writes the list of runs to sweep.json."""
         write_json(self.path / "sweep.json", {"title": self.title, "runs": {run.name: run.flags for run in runs}})
 
     def of(self, run: Run) -> Path:
         return self.path / "runs" / run.name
 
     def result(self, run: Run) -> dict | None:
-        """result.json of a run that is finished; None where it is not, or its steps are fewer than the sweep now asks for."""
+        """result.json of a finished run; None if it is not finished, or has fewer steps than the sweep now requests."""
         try:
-            found = json.loads((self.of(run) / "result.json").read_text())
+            result = json.loads((self.of(run) / "result.json").read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it, and the run is finished anew"
+                f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it to finish the run again"
             ) from None
-        return found if found["step"] >= run.config.num_steps else None
+        return result if result["step"] >= run.config.num_steps else None
 
     def attempts(self, run: Run) -> list[dict]:
         return read_lines(self.of(run) / "attempts.jsonl")
@@ -103,7 +105,7 @@ class Folder:
         return read_lines(self.of(run) / "metrics.jsonl")
 
     def state(self, run: Run) -> str:
-        """ "done", "failed", "begun" or "new"."""
+        """State of a run: "done", "failed", "begun" or "new"."""
         if self.result(run) is not None:
             return "done"
         attempts = self.attempts(run)
@@ -112,7 +114,7 @@ class Folder:
         return "begun" if (self.of(run) / "checkpoints").exists() else "new"
 
     def check_configs(self, runs: list[Run]):
-        """Raises a UserError if a run that has begun here has another config than the sweep now asks for."""
+        """Raises UserError if a run that was started here has another config than the sweep now requests."""
         for run in runs:
             if not (self.of(run) / "config.json").exists():
                 continue
@@ -120,23 +122,23 @@ class Folder:
             bound = (self.of(run) / "checkpoints").exists() or (self.of(run) / "result.json").exists()
             if lines and bound:
                 raise UserError(
-                    f"{self.of(run)} was begun with another config than the sweep asks for; give another --workdir, "
-                    "or delete that folder to train it anew. Different:\n  " + "\n  ".join(lines)
+                    f"{self.of(run)} was started with another config than the sweep requests; give another --workdir, "
+                    "or delete that folder to train it again. Different:\n  " + "\n  ".join(lines)
                 )
 
     def strangers(self, runs: list[Run]) -> list[str]:
-        """Folders of runs that are not among these."""
+        """Names of run folders that do not belong to these runs."""
         names = {run.name for run in runs}
         folder = self.path / "runs"
         return sorted(x.name for x in folder.iterdir() if x.name not in names) if folder.exists() else []
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Lines "field: old -> new" of the fields that change a run's result."""
+    """Lines "field: old -> new" for changed fields that affect a run's result."""
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        settled = key.startswith("codec.") and new.get(key) in (None, "")  # the run read it from the codec's weights
+        settled = key.startswith("codec.") and new.get(key) in (None, "")  # the run reads it from the codec's weights
         if key.split(".")[0] in FREE_SECTIONS or key in RESUMABLE_FIELDS or settled:
             continue
         if old.get(key) != new.get(key):

@@ -1,4 +1,4 @@
-"""A sweep file and the runs that it means.
+"""Sweep files, and their expansion into runs.
 
 A sweep file is a Python file with `get_sweep()`, which returns a `Sweep`:
 
@@ -26,7 +26,7 @@ UNFIT_FOR_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a sweep file asks for: every variant, with every combination of the grid's values, with every seed.
+    """A sweep: every variant with every combination of the grid's values and every seed.
 
     Fields:
         title: heading of the report.
@@ -58,10 +58,10 @@ class Run:
     """One training run of a sweep.
 
     Fields:
-        name: of its folder; letters, digits and ._=+- only.
-        group: the name without the seed: runs of one group are repetitions.
-        config_file: what --config= gets.
-        overrides: the other flags, as in --config.seed=1.
+        name: name of its folder; only letters, digits and ._=+-.
+        group: the name without the seed; runs of one group are repetitions.
+        config_file: value of --config.
+        overrides: the other flags, such as --config.seed=1.
         settings: {config path: value} by which this run differs from the config file.
     """
 
@@ -84,10 +84,10 @@ class Run:
 
 
 def load(path: str) -> Sweep:
-    """The sweep of a file.
+    """Loads a sweep file.
 
     Raises:
-        UserError: no such file, it fails, or it does not return a `Sweep` with lists where lists belong.
+        UserError: the file does not exist, fails, or does not return a valid `Sweep`.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -110,7 +110,7 @@ def load(path: str) -> Sweep:
 def _check_fields(sweep: Sweep):
     for path, values in sweep.grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise UserError(f"the grid's {path} is {values!r}; a list of at least one value is needed")
+            raise UserError(f"the grid's {path} is {values!r}; it must be a list of at least one value")
         if len({repr(value) for value in values}) < len(values):
             raise UserError(f"the grid's {path} has a value twice: {values!r}")
     if sweep.seeds and "seed" in sweep.grid:
@@ -123,19 +123,19 @@ def _check_fields(sweep: Sweep):
 
 
 def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
-    """Every run of a sweep, by variant, then grid, then seed.
+    """Expands a sweep into its runs, ordered by variant, then grid, then seed.
 
     Args:
-        overrides: flags for all runs, as in --config.data.path=/data; the grid's and variants' own go before them.
+        overrides: flags for all runs, such as --config.data.path=/data; those of the grid and variants take precedence.
 
     Raises:
-        UserError: a config that does not exist or fails, a path that it does not have, a value of another type, equal names.
+        UserError: a config does not exist or fails, it lacks a path, a value has another type, or names are equal.
     """
     for text in overrides:
         path = text.removeprefix("--config.").partition("=")[0]
         owners = [name for name, value in sweep.variants.items() if not isinstance(value, str) and path in value]
         if path in sweep.grid or owners or (path == "seed" and sweep.seeds):
-            raise UserError(f"{text}: the sweep itself sets {path}; change the sweep file, or leave the flag out")
+            raise UserError(f"{text}: the sweep itself sets {path}; change the sweep file, or omit the flag")
     runs = []
     axes = {path: values for path, values in sweep.grid.items() if len(values) > 1}
     labels = {path: path.rpartition(".")[2] for path in axes}
@@ -157,14 +157,14 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Run]:
 
 
 def _variant(base: str, variant: str, choice, settings: Mapping[str, Any]) -> tuple[dict, str]:
-    """(what a variant sets, the config file with its argument)."""
+    """(settings of a variant, the config file with its argument)."""
     if isinstance(choice, str):
         if ":" in base:
-            raise UserError(f"variant {variant!r} is an argument of the config file and base {base!r} has one already; keep one")
+            raise UserError(f"variant {variant!r} is an argument of the config file, but base {base!r} already has one; keep one")
         return {}, f"{base}:{choice}"
     if not isinstance(choice, Mapping):
         raise UserError(
-            f"variant {variant!r} is {choice!r}; it must be the config file's argument, a text, or {{config path: value}}"
+            f"variant {variant!r} is {choice!r}; it must be the config file's argument (a string) or {{config path: value}}"
         )
     if both := choice.keys() & settings.keys():
         raise UserError(f"variant {variant!r} and the grid both set {', '.join(sorted(both))}; keep one of them")
@@ -192,12 +192,12 @@ def resolve(name: str, overrides: Sequence[str], settings: Mapping[str, Any]) ->
     """
     config = config_file.read(name, [text.removeprefix("--config.") for text in overrides])
     for path, value in settings.items():
-        found = config
+        arrived = config
         for key in upgrade_path(path).split("."):
-            found = found[key]
+            arrived = arrived[key]
         wanted = tuple(value) if isinstance(value, list) else value
-        if found != wanted:
+        if arrived != wanted:
             raise UserError(
-                f"{path} is {value!r} in the sweep and would arrive as {found!r}: it must be a {type(found).__name__}"
+                f"{path} is {value!r} in the sweep, but the flag would set {arrived!r}: it must be a {type(arrived).__name__}"
             )
     return config

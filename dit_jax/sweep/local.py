@@ -1,4 +1,4 @@
-"""Runs a sweep on this machine: one `python -m dit_jax.main` after another, so that one that fails takes no other with it."""
+"""Runs a sweep on this machine, one `python -m dit_jax.main` process after another, so that a failure affects one run only."""
 
 import datetime
 import json
@@ -25,17 +25,19 @@ SAY_EVERY_SECONDS = 30.0
 
 
 class Child:
-    """One process at a time; the first SIGINT or SIGTERM is handed to it, which saves and stops, the second kills it.
+    """Runs one process at a time; the first SIGINT or SIGTERM makes it save and stop, the second kills it.
 
-    A context manager; `stopping` says that a signal came.
+    A context manager; `stopping` is True after a signal.
 
     Args:
-        lock: descriptor of the folder's lock, which the process holds too: killed, a sweep leaves its run training, and another
-            must not start it again beside that.
+        lock: descriptor of the folder's lock, which the process holds too: if the sweep is killed, its run continues to train,
+            and another sweep must not start the run a second time.
     """
 
     def __init__(self, lock: int | None = None):
-        self.stopping, self._process, self._previous = False, None, {}
+        self.stopping = False
+        self._process: subprocess.Popen | None = None
+        self._previous = {}
         self._kept = () if lock is None else (lock,)
 
     def __enter__(self):
@@ -56,17 +58,21 @@ class Child:
         self.stopping = True
 
     def run(self, command: list[str], log: Path, each_while: Callable = lambda: None) -> tuple[int, str, float]:
-        """(exit status, last line of stdout, seconds); stderr is appended to the log, each_while called now and then."""
+        """Runs a command; returns (exit status, last line of stdout, seconds).
+
+        Stderr is appended to the log. `each_while` is called every SAY_EVERY_SECONDS.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with open(log, "a") as errors, tempfile.TemporaryFile("w+") as output:
             errors.write(f"$ {shlex.join(command)}\n")
             errors.flush()
-            # In a session of its own: the terminal's Ctrl-C would reach it beside ours, and a second signal ends it at once.
+            # It has its own session. Otherwise the terminal's Ctrl-C would reach it in addition to our signal, and a second
+            # signal ends it immediately.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True, pass_fds=self._kept
             )
-            if self.stopping:  # between the last look and the start
+            if self.stopping:  # the signal arrived before the start
                 self._process.send_signal(signal.SIGTERM)
             while True:
                 try:
@@ -81,12 +87,12 @@ class Child:
 
 @dataclass
 class Pace:
-    """Seconds of finished runs, and from them how long others will take: a line through compute where there are two sizes."""
+    """Estimates the seconds of runs from finished ones, by a linear fit in compute if there are different sizes."""
 
     seen: list[tuple[float, float]] = field(default_factory=list)
 
     def expect(self, compute: float) -> float:
-        """Seconds for this much compute; at least one run must have been seen."""
+        """Expected seconds for this compute; requires at least one finished run."""
         computes, seconds = np.asarray(self.seen).T
         if np.ptp(computes) < 0.1 * computes.max():
             return float(seconds.mean())
@@ -103,7 +109,7 @@ def last_lines(log: Path, count: int = ERROR_LINES) -> list[str]:
 
 
 def train(run: Run, folder: Folder, child: Child) -> str:
-    """Trains one run, or goes on with it: "done", "failed" or "stopped"."""
+    """Trains or resumes one run; returns "done", "failed" or "stopped"."""
     where = folder.of(run)
     log = where / "log.txt"
 
@@ -134,9 +140,9 @@ def train(run: Run, folder: Folder, child: Child) -> str:
 
 
 def train_all(runs: list[Run], costs: list[Cost], folder: Folder, child: Child) -> list[str]:
-    """Trains what is not finished, in order; returns the names of the runs that failed. Ends early when stopped: child.stopping.
+    """Trains unfinished runs in order; returns the names of failed runs. Ends early if stopped (child.stopping).
 
-    A run that fails does not end the sweep; the next start tries it again.
+    A failed run does not end the sweep; the next start tries it again.
     """
     waiting = [(run, cost) for run, cost in zip(runs, costs, strict=True) if folder.state(run) != "done"]
     if len(waiting) < len(runs):
@@ -155,11 +161,12 @@ def train_all(runs: list[Run], costs: list[Cost], folder: Folder, child: Child) 
             return failed
         if outcome == "failed":
             failed.append(run.name)
-            say(f"{run.name} FAILED; the sweep goes on. Its last lines:")
+            say(f"{run.name} FAILED; the sweep continues. Its last lines:")
             for line in last_lines(folder.of(run) / "log.txt"):
                 say(f"    {line}")
             continue
         result = folder.result(run)
+        assert result is not None  # a run that is done has one
         if whole:
             pace.seen.append((cost.compute_gmacs, folder.attempts(run)[-1]["seconds"]))
         say(f"    done: loss {result['loss']}" + (f", Frechet distance {result['fid']:.4g}" if "fid" in result else ""))

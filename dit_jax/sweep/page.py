@@ -1,4 +1,4 @@
-"""The HTML page of a sweep's report: figures, a table of the runs, and how each number was made."""
+"""The HTML page of a sweep's report: figures, a table of the runs, and a description of the method."""
 
 import base64
 import datetime
@@ -32,7 +32,7 @@ a { color: inherit; }
 
 
 def figure(number: int, name: str, drawn, caption: str, folder: Path) -> str:
-    """A <figure> of one drawing, with links to its files in <folder>/figures."""
+    """Makes the <figure> element of a drawing, with links to its files in <folder>/figures."""
     if name == "samples":
         data = base64.b64encode((folder / "figures" / f"{name}.png").read_bytes()).decode()
         picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
@@ -44,19 +44,19 @@ def figure(number: int, name: str, drawn, caption: str, folder: Path) -> str:
 
 
 def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, commands: Sequence[str], parts: Sequence[str]) -> str:
-    """The page.
+    """Makes the page.
 
     Args:
-        others: those of the rows that are in no figure of scores.
-        protocol: how the scores of the rest were made.
-        commands: of the report, then of every run.
-        parts: its figures.
+        others: rows that are in no figure of scores.
+        protocol: of the scores of the other rows.
+        commands: the command of the report, then those of the runs.
+        parts: the <figure> elements.
     """
     title = html.escape(sweep.title)
     notes = ""
     if others:
         names = html.escape(", ".join(row.name for row in others))
-        notes += f"<p>* Scored by another protocol than the rest, and in none of the figures of scores: {names}.</p>"
+        notes += f"<p>* Scored with another protocol than the others, and therefore not in the figures of scores: {names}.</p>"
     for row in rows:
         if row.error:
             text = html.escape("\n".join(row.error))
@@ -70,7 +70,7 @@ def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, comm
 {"".join(parts)}
 <h2>Runs</h2>
 {_table(rows, others)}{notes}
-<p class="soft">The same as <a href="results.json">JSON</a> and <a href="results.csv">CSV</a>; all loss curves as
+<p class="soft">The same data as <a href="results.json">JSON</a> and <a href="results.csv">CSV</a>; all loss curves as
 <a href="curves.csv">CSV</a>.</p>
 <h2>Method</h2>
 {_method(sweep, rows, protocol)}
@@ -86,11 +86,11 @@ def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
     text = f"{done} of {len(rows)} runs are finished."
     if line := points.fit(points.ours([row for row in rows if row not in others])):
         text += (
-            f" Log GFLOPs and the Fréchet distance correlate with {line.text()}; tenfold GFLOPs "
+            f" The correlation of log GFLOPs and the Fréchet distance is {line.text()}; ten times the GFLOPs "
             f"{'lower' if line.slope < 0 else 'raise'} it by {abs(line.slope):.3g}."
         )
-    if sweep.paper:
-        text += f" In the paper: {points.fit(points.of_paper()).text()}."
+    if sweep.paper and (line := points.fit(points.of_paper())):
+        text += f" In the paper: {line.text()}."
     return html.escape(text.replace(" -", " \N{MINUS SIGN}"))
 
 
@@ -121,7 +121,7 @@ def _table(rows: list[Row], others: list[Row]) -> str:
 def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
     made = (
         "; ".join(f"{key} {' x '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in protocol.items())
-        or "nothing is scored yet"
+        or "there are no scores yet"
     )
     steps = sorted({(row.num_steps, row.batch_size) for row in rows})
     work = "; ".join(f"{count:,} steps at batch {batch}" for count, batch in steps[:4])
@@ -130,9 +130,9 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
         for text in (
             f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
             f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
-            f"Scores: {made}. The interval of the table is a bootstrap over the images of one run; it does not cover seeds.",
-            "GMACs are multiply-adds of one forward of one image, counted from the architecture; the paper calls them Gflops. "
-            "Time is training, sampling and scoring of a run, whatever else the machine did.",
+            f"Scores: {made}. The interval in the table is a bootstrap over the images of one run; it does not cover seeds.",
+            "GMACs are multiply-adds of one forward pass of one image, counted from the architecture (Gflops in the paper). "
+            "Time is the wall time of training, sampling and scoring, including the effect of other load on the machine.",
             _origin(rows),
             f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} "
             f"cores, with {versions.one_line()}.",
@@ -141,7 +141,7 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
 
 
 def _origin(rows: list[Row]) -> str:
-    """When, on what and by which code the runs were made, as far as their folders tell."""
+    """Dates, machines, devices and code versions of the runs, as far as their folders record them."""
 
     def distinct(values):
         return ", ".join(sorted({str(value) for value in values if value}))
@@ -150,10 +150,10 @@ def _origin(rows: list[Row]) -> str:
     dates = sorted(start["started"][:16].replace("T", " ") for start in starts)
     when = f"started here from {dates[0]} to {dates[-1]} UTC" if dates else "trained elsewhere"
     devices = distinct(f"{row.origin['num_devices']} x {row.origin['device']}" for row in rows if "device" in row.origin)
-    found = {
+    facts = {
         "on": distinct(start.get("machine") for start in starts),
         "JAX devices": devices,
         "commit": distinct(row.origin.get("commit") for row in rows),
         "jax": distinct(row.origin.get("versions", {}).get("jax") for row in rows),
     }
-    return "; ".join([f"Runs: {when}", *(f"{name} {text}" for name, text in found.items() if text)]) + "."
+    return "; ".join([f"Runs: {when}", *(f"{name} {text}" for name, text in facts.items() if text)]) + "."

@@ -1,9 +1,9 @@
-"""The paper's own sweep: twelve models on ImageNet 256, 400,000 steps at batch 256, FID-50K without guidance.
+"""Results of the paper's sweep: twelve models on ImageNet 256, 400,000 steps at batch size 256, FID-50K without guidance.
 
 Source: Peebles & Xie 2023, arXiv 2212.09748v2: table 4 (GMACs, which it prints as Gflops, and FID); figure 8 (correlation -0.93).
 """
 
-FIDS = {  # model: (GMACs of one forward of one image, FID-50K)
+FIDS = {  # model: (GMACs of one forward pass of one image, FID-50K)
     "S/8": (0.36, 153.60),
     "S/4": (1.41, 100.41),
     "S/2": (6.06, 68.40),

@@ -1,4 +1,4 @@
-"""Rows of a sweep as the points of its figures: repetitions with other seeds together."""
+"""Converts the rows of a sweep to points of figures, and groups repetitions with different seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Point:
     Fields:
         gmacs, compute_gmacs: see `cost.Cost`.
         fids: one per seed.
-        interval: of the FID of a lone seed, by the bootstrap over its images, if it was taken.
+        interval: bootstrap interval over the images for the FID of a single seed, if it was computed.
     """
 
     name: str
@@ -38,34 +38,34 @@ class Point:
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Repetitions of each model, models by GMACs."""
-    found: dict[str, list[Row]] = {}
+    """Groups repetitions of each model; models are ordered by GMACs."""
+    grouped: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.cost.gmacs, row.cost.compute_gmacs)):
-        found.setdefault(row.group, []).append(row)
-    return found
+        grouped.setdefault(row.group, []).append(row)
+    return grouped
 
 
 def labels(rows: Sequence[Row]) -> dict[str, str]:
-    """{group: what figures call it}: the variant where that tells all groups apart."""
+    """Names of groups in figures, {group: name}: the variant if it identifies every group, otherwise the group."""
     variants = {row.group: row.variant for row in rows}
     return variants if len(set(variants.values())) == len(variants) else {group: group for group in variants}
 
 
 def ours(rows: Sequence[Row]) -> list[Point]:
-    """A point for every model with a FID."""
+    """Points of all models with a FID."""
     names = labels(rows)
     scored = groups([row for row in rows if row.fid is not None])
     return [
         Point(
             names[group],
-            found[0].family,
-            found[0].patch,
-            found[0].cost.gmacs,
-            found[0].cost.compute_gmacs,
-            tuple(row.fid for row in found),
-            found[0].fid_interval,
+            repetitions[0].family,
+            repetitions[0].patch,
+            repetitions[0].cost.gmacs,
+            repetitions[0].cost.compute_gmacs,
+            tuple(row.fid for row in repetitions if row.fid is not None),
+            repetitions[0].fid_interval,
         )
-        for group, found in scored.items()
+        for group, repetitions in scored.items()
     ]
 
 
@@ -78,7 +78,7 @@ def of_paper() -> list[Point]:
 
 
 def fit(points: Sequence[Point], by: str = "gmacs") -> Fit | None:
-    """Mean FID of each model against its GMACs or training compute."""
+    """Fits the mean FID of each model against its GMACs or training compute."""
     return log_linear([getattr(point, by) for point in points], [point.fid for point in points])
 
 

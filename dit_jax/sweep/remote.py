@@ -1,11 +1,11 @@
-"""Launch commands for machines elsewhere: one per run, through the scripts of launch/.
+"""Writes scripts that launch the runs on other machines with the scripts of launch/, one command per run.
 
-    slurm    array.sbatch, one task per run, each as launch/slurm.sbatch would run it
-    gke      gke.sh, one JobSet per run through launch/gke.sh
-    tpu_vm   tpu_vm.sh, one slice per run through launch/tpu_vm.sh, one after another
+    slurm    array.sbatch, one task per run, each as in launch/slurm.sbatch
+    gke      gke.sh, one JobSet per run with launch/gke.sh
+    tpu_vm   tpu_vm.sh, one slice per run with launch/tpu_vm.sh, sequentially
 
-All are started from the repository. The same script again goes on where each run stands; written anew, it leaves out what is
-done.
+Start all of them from the repository. Starting the same script again resumes every run; a newly written script omits finished
+runs.
 """
 
 import hashlib
@@ -24,22 +24,22 @@ TAKEN = ("--name", "--array")
 
 
 def write(kind: str, title: str, runs: list[Run], folder: Path, workdir: str, arguments: list[str]) -> tuple[Path, str]:
-    """Writes <folder>/launch/<script>; returns it and the command that starts it.
+    """Writes <folder>/launch/<script>; returns its path and the command that starts it.
 
     Args:
-        workdir: the sweep's folder as the machines see it.
-        arguments: options of sbatch, launch/gke.sh or launch/tpu_vm.sh for every run; not their --name or --array.
+        workdir: path of the sweep's folder on the machines.
+        arguments: options of sbatch, launch/gke.sh or launch/tpu_vm.sh for every run, except --name and --array.
 
     Raises:
-        UserError: no runs, launch/ is not here, an option that the sweep sets itself.
+        UserError: there are no runs, launch/ does not exist here, or the sweep itself sets an option.
     """
     if not runs:
         raise UserError("every run is finished: there is nothing to launch; --report collects the results")
     template = LAUNCH / {"slurm": "slurm.sbatch", "gke": "gke.sh", "tpu_vm": "tpu_vm.sh"}[kind]
     if not template.is_file():
-        raise UserError(f"{template} is not below {Path.cwd()}; start from the repository's folder")
+        raise UserError(f"{template} does not exist in {Path.cwd()}; start from the repository's folder")
     if own := [text for text in arguments if text.partition("=")[0] in TAKEN]:
-        raise UserError(f"--launch_args has {' '.join(own)}, which the sweep sets for each run; leave it out")
+        raise UserError(f"--launch_args has {' '.join(own)}, which the sweep sets for each run; omit it")
     commands = [["python", *main_command(run, f"{workdir.rstrip('/')}/runs/{run.name}")] for run in runs]
     if kind == "slurm":
         name, text = "array.sbatch", _array(template, commands)
@@ -54,7 +54,7 @@ def write(kind: str, title: str, runs: list[Run], folder: Path, workdir: str, ar
 
 def _array(template: Path, commands: list[list[str]]) -> str:
     directives = [line for line in template.read_text().splitlines() if line.startswith("#SBATCH ")]
-    # launch/slurm.sbatch takes the arguments of dit_jax.main.
+    # The arguments of launch/slurm.sbatch are those of dit_jax.main.
     cases = [f"    {i}) set -- {shlex.join(command[3:])} ;;" for i, command in enumerate(commands)]
     return "\n".join(
         [
@@ -85,19 +85,19 @@ def _script(template: Path, title: str, runs: list[Run], commands: list[list[str
 
 
 def job_names(title: str, names: list[str]) -> list[str]:
-    """Names that Kubernetes and Cloud TPU take: at most 40 lower-case letters, digits and -, different for every run.
+    """Unique names that Kubernetes and Cloud TPU accept: at most 40 lower-case letters, digits and -.
 
-    They stay the same when other runs are done or added. Of a long name the first and last letters are kept, as the seed is at
-    the end, and a hash tells apart what is equal in these.
+    They do not change when other runs finish or are added. A long name keeps its first and last letters (the seed is at the end)
+    and gets a hash, which makes it unique.
     """
 
     def plain(text):
         return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
-    found = []
+    jobs = []
     for name in names:
         code = hashlib.sha256(f"{title}/{name}".encode()).hexdigest()[:6]
         text = plain(name)
         text = text if len(text) <= 27 else f"{text[:12].strip('-')}-{text[-14:].strip('-')}"
-        found.append(f"sweep-{text}-{code}")
-    return found
+        jobs.append(f"sweep-{text}-{code}")
+    return jobs

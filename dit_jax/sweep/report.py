@@ -1,4 +1,4 @@
-"""The report of a sweep: tables as files, the figures as files of their own, and one HTML page that needs none of them."""
+"""Writes the report of a sweep: tables and figures as files, and one self-contained HTML page."""
 
 import shlex
 from dataclasses import dataclass
@@ -16,14 +16,19 @@ from dit_jax.sweep.local import main_command
 
 @dataclass(frozen=True)
 class Written:
-    """done: how many runs have a result.  files: {"report", "results", "csv": path, "figures": paths}."""
+    """A written report.
+
+    Fields:
+        done: number of runs with a result.
+        files: {"report", "results", "csv": path, "figures": paths}.
+    """
 
     done: int
     files: dict
 
 
 def check_possible(sweep: Sweep, sweep_file: str):
-    """Raises a UserError for what would keep the report from being written: before hours of training."""
+    """Raises UserError if the report could not be written; call before hours of training."""
     style.pyplot()
     reference(sweep, sweep_file)
 
@@ -35,9 +40,9 @@ def reference(sweep: Sweep, sweep_file: str) -> dict[str, list[tuple[int, float]
 
 
 def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], folder: Folder, command: str) -> Written:
-    """Collects what there is and writes results.json, results.csv, curves.csv, figures/ and report.html.
+    """Collects the available results and writes results.json, results.csv, curves.csv, figures/ and report.html.
 
-    Runs that are not finished are in the table and not in the figures of scores.
+    Unfinished runs are in the table, but not in the figures of scores.
     """
     rows = [collect.read(run, cost, sweep.samplers, folder) for run, cost in zip(runs, costs, strict=True)]
     files = collect.write(rows, folder.path)
@@ -56,22 +61,23 @@ def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], fol
     file = folder.path / "report.html"
     write_atomic(file, text)
     done = sum(row.state == "done" for row in rows)
-    say(f"{done} of {len(rows)} runs are in the report: {file}")
+    say(f"wrote the report with {done} of {len(rows)} runs finished: {file}")
     return Written(done, {"report": str(file), **files, "figures": [str(path) for path in paths]})
 
 
 def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, curves: dict) -> dict:
-    """{name: (figure, caption)} of what there is to show."""
-    found = {}
+    """Draws the figures for which there are data, {name: (figure, caption)}."""
+    figures_drawn = {}
     beside = (
-        "the paper's own models are " + ("hollow." if points.comparable(protocol) else "on axes of their own: another metric.")
+        "the paper's models are "
+        + ("hollow." if points.comparable(protocol) else "on separate axes, because the metric differs.")
         if sweep.paper
         else ""
     )
     if any(row.fid is not None for row in compared):
         several = len({row.seed for row in rows}) > 1
         seeds = (
-            "A marker is the mean over seeds, the line through it spans them. "
+            "A marker is the mean over seeds; the line through it is their range. "
             if several
             else (
                 "The line through a marker is the 95 % bootstrap interval over its images. "
@@ -79,46 +85,46 @@ def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, cur
                 else ""
             )
         )
-        found["fid_gflops"] = (
+        figures_drawn["fid_gflops"] = (
             figures.fid_against("gmacs", compared, protocol, sweep.paper),
             (
-                f"Quality against the compute of one forward. {seeds}Dashed: least squares in log GFLOPs; r is Pearson's "
+                f"Quality against the compute of one forward pass. {seeds}Dashed: least squares in log GFLOPs; r is Pearson's "
                 f"correlation, its interval by Fisher's z. {beside.capitalize()}"
             ),
         )
-        found["fid_training_compute"] = (
+        figures_drawn["fid_training_compute"] = (
             figures.fid_against("compute_gmacs", compared, protocol, sweep.paper),
             ("Quality of the finished models against their total training compute: GMACs x batch size x steps x 3."),
         )
     early, odd = collect.shared_protocol(rows, "fid_curve_protocol")
     if figure := figures.fid_while_training([row for row in rows if row not in odd], early):
-        found["fid_while_training"] = (
+        figures_drawn["fid_while_training"] = (
             figure,
             (
-                "Quality of the moving average while it trains against the compute spent so far, a line per run. These scores "
-                f"are cheaper than the final ones and not to be compared with them: {early.get('images', 0):,} images, "
+                "Quality of the moving average during training against the compute so far, one line per run. These scores "
+                f"are cheaper than the final ones and not comparable with them: {early.get('images', 0):,} images, "
                 f"{early.get('sampler')} with {early.get('steps')} steps."
             ),
         )
     if figure := figures.sampling_compute(compared, protocol):
-        found["fid_sampling_compute"] = (
+        figures_drawn["fid_sampling_compute"] = (
             figure,
-            ("Quality against the compute of drawing one image: the finished models, sampled with other numbers of steps."),
+            ("Quality against the compute of sampling one image: the finished models with different numbers of steps."),
         )
     if figure := figures.loss_curves(rows, curves):
-        found["loss"] = (
+        figures_drawn["loss"] = (
             figure,
             (
-                "Training loss; what lies above the axis is cut off. Models of other patch sizes or targets have losses of their "
-                "own."
+                "Training loss; values above the axis are cut off. Losses of models with different patch sizes or targets are "
+                "not comparable."
             ),
         )
     if figure := figures.sample_grid(rows):
-        found["samples"] = (
+        figures_drawn["samples"] = (
             figure,
             (
-                "Samples from the moving-average weights, not chosen: the first ones of each model. A column has one seed "
-                "and one label; rows from the smallest to the largest model."
+                "Uncurated samples from the moving-average weights: the first ones of each model. A column has one seed "
+                "and one label; rows are ordered from the smallest to the largest model."
             ),
         )
-    return found
+    return figures_drawn

@@ -1,4 +1,4 @@
-"""Samples finished runs with other samplers and numbers of steps, and scores each: quality against sampling compute."""
+"""Scores finished runs with other samplers and numbers of steps: quality against sampling compute."""
 
 import json
 import sys
@@ -20,10 +20,10 @@ def file_of(folder: Folder, run: Run, sampler: str, num_steps: int | None) -> Pa
 
 
 def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folder: Folder, child: Child) -> list[str]:
-    """Scores the first seed of every model with every sampler that it has no score for; returns what failed, as "run sampler".
+    """Scores the first seed of every model with every sampler without a score; returns the failures as "run sampler".
 
-    Images are drawn as config.evaluation says (number, reference, features) and deleted once their score is on disk; the grid of
-    the first 100 and the evaluator's result, <sampler>.evaluation.json, stay.
+    Number of images, reference and features are those of config.evaluation. Images are deleted once their score is on disk; the
+    grid of the first 100 and the evaluator's result, <sampler>.evaluation.json, are kept.
     """
     first: dict[str, Run] = {}
     for run in runs:
@@ -38,14 +38,14 @@ def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folde
         say(f"sampling {i + 1} of {len(waiting)}: {run.name} with {name}")
         if not score(run, sampler, num_steps, folder, child) and not child.stopping:
             failed.append(f"{run.name} {name}")
-            say(f"{run.name} with {name} FAILED; the sweep goes on. Its last lines:")
+            say(f"{run.name} with {name} FAILED; the sweep continues. Its last lines:")
             for line in last_lines(folder.of(run) / "samplers" / f"{name}.log"):
                 say(f"    {line}")
     return failed
 
 
 def score(run: Run, sampler: str, num_steps: int | None, folder: Folder, child: Child) -> bool:
-    """Draws and scores; whether it worked."""
+    """Draws and scores samples; returns whether it succeeded."""
     file, wanted = file_of(folder, run, sampler, num_steps), run.config.evaluation
     images, log = file.with_suffix(".npz"), file.with_suffix(".log")
     python, steps = [sys.executable, "-m"], [] if num_steps is None else [f"--num_steps={num_steps}"]

@@ -1,7 +1,7 @@
-"""How the figures look: for print at 8 points, in colours that colour-blind readers tell apart.
+"""The style of the figures: 8-point text for print, and colours that colour-blind readers can distinguish.
 
-Colours are of Okabe & Ito (2008), which hold on white and on black. INK, GRID and PAGE are what `inline_svg` leaves to the page,
-which may be dark.
+Colours are those of Okabe & Ito (2008), suitable on white and on black. `inline_svg` replaces INK, GRID and PAGE by the colours
+of the page, which may be dark.
 """
 
 import io
@@ -21,7 +21,7 @@ MARKERS = {1: "D", 2: "o", 4: "s", 8: "^"}
 OTHER_MARKERS = ("v", "P", "X", "<", ">")
 WIDTH, HEIGHT = 7.0, 2.9  # inches: two columns of text
 FORMATS = ("png", "svg", "pdf")
-PLAIN = 0.99e-4, 1.01e4  # numbers between these are not written as powers of ten
+PLAIN = 0.99e-4, 1.01e4  # numbers in this range are not written as powers of ten
 SETTINGS = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -65,8 +65,7 @@ def pyplot():
         import matplotlib
     except ImportError:
         raise UserError(
-            "the report's figures need matplotlib: pip install 'dit_jax[report]'; --list and --launch of other "
-            "machines go without"
+            "the report's figures need matplotlib: pip install 'dit_jax[report]'; --list and --launch on other machines do not"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -74,7 +73,7 @@ def pyplot():
     return plt
 
 
-def markers(patches: Sequence[int]) -> dict[int, str]:
+def markers(patches: Sequence[int]) -> dict[int | None, str]:
     others = itertools.cycle(OTHER_MARKERS)
     return {patch: MARKERS.get(patch) or next(others) for patch in sorted(set(patches))}
 
@@ -84,7 +83,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def shades(count: int) -> list:
-    """Colours from little to much."""
+    """A sequence of colours from small to large."""
     from matplotlib.colors import LinearSegmentedColormap
 
     ramp = LinearSegmentedColormap.from_list("ramp", RAMP)
@@ -92,9 +91,9 @@ def shades(count: int) -> list:
 
 
 def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str], others: Sequence = (), hues: Sequence = ()):
-    """Writes each text beside its point, where it covers no point and no other text if there is room. Set the limits before.
+    """Writes each text next to its point, without covering points or other texts if possible. Set the limits first.
 
-    others: more points to keep clear of, such as those of lines.  hues: colours of the texts; ink if empty.
+    others: additional points that must not be covered, such as those of lines.  hues: colours of the texts; ink if empty.
     """
     figure = ax.figure
     figure.canvas.draw()
@@ -155,7 +154,7 @@ def _overlap(a, b) -> float:
 
 
 def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], colours: Sequence):
-    """Writes each text to the right of a line's end, moved up or down where two would touch. Set the limits before."""
+    """Writes each text to the right of a line's end, moved up or down if two would overlap. Set the limits first."""
     figure = ax.figure
     figure.canvas.draw()
     height = 9.0 * figure.dpi / 72
@@ -165,7 +164,7 @@ def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], co
     for rank, i in enumerate(order):
         below = middle[order[rank - 1]] + height if rank else -1e9
         middle[i] = max(pixels[i][1], below)
-    # What was pushed up over the others is let down again, as far as there is room above the axis.
+    # Shift all labels down again by the mean displacement, as far as there is room above the axis.
     shift = (sum(middle.values()) - sum(y for _, y in pixels)) / max(len(ends), 1)
     shift = min(shift, min(middle.values()) - ax.get_window_extent().y0 - height)
     for i, (text, colour) in enumerate(zip(texts, colours, strict=True)):
@@ -176,12 +175,14 @@ def label_ends(ax, ends: Sequence[tuple[float, float]], texts: Sequence[str], co
 
 
 def log_ticks(axis):
-    """Ticks of a logarithmic axis: powers of ten where it spans two decades, more where less. Set the limits before."""
+    """Sets the ticks of a logarithmic axis: powers of ten above two decades, more below. Set the limits first."""
     from matplotlib import ticker
 
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
-    subs = (1,) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 2, 3, 5, 7) if decades > 0.25 else range(1, 10)
+    subs: Sequence[int] = (
+        (1,) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 2, 3, 5, 7) if decades > 0.25 else range(1, 10)
+    )
     if not PLAIN[0] <= low < high <= PLAIN[1] and decades > 0.5:  # longer labels
         subs = (1,) if decades > 1.5 else (1, 3)
     axis.set_major_locator(ticker.LogLocator(subs=subs))
@@ -190,7 +191,7 @@ def log_ticks(axis):
 
 
 def _log_label(value: float, _) -> str:
-    """As "0.02", "500" or "10\u2078"."""
+    """Formats a tick: "0.02", "500" or "10\u2078"."""
     if PLAIN[0] <= value <= PLAIN[1]:
         return f"{value:g}"
     exponent = int(np.floor(np.log10(value) + 1e-9))
@@ -212,7 +213,7 @@ def save(figure, folder: Path, name: str) -> list[Path]:
 
 
 def inline_svg(figure, name: str, description: str) -> str:
-    """The figure as an <svg> element for an HTML page: no background, ink and grid in the page's colours, ids of its own."""
+    """Converts a figure to an <svg> element: no background, ink and grid in the page's colours, and unique ids."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
@@ -223,5 +224,6 @@ def inline_svg(figure, name: str, description: str) -> str:
     svg = svg.replace(f"stroke: {GRID}", "stroke: currentColor; stroke-opacity: 0.16")
     svg = svg.replace(INK, "currentColor").replace(PAGE, f"var(--page, {PAGE})")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None  # Matplotlib writes it
     head = f'<svg role="img" aria-label="{description}" viewBox="0 0 {size[1]} {size[2]}">'
     return head + svg[svg.index(">") + 1 :]

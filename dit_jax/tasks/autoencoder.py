@@ -1,9 +1,9 @@
-"""An autoencoder's training step: L1, KL, perceptual distance and a patch discriminator, as pure functions of arrays.
+"""The training step of an autoencoder: L1, KL, perceptual distance and a patch discriminator, as pure functions of arrays.
 
 B batch, H x W x C images, h x w x c latents, n = H W C.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +25,17 @@ from dit_jax.tasks.task import accumulate, moving_average, named_key, only_if, s
 
 @dataclass(frozen=True)
 class AutoencoderTask:
-    """Trains a KL autoencoder, alone or against a patch discriminator.
+    """Trains a KL autoencoder, with or without a patch discriminator.
 
     The loss of an image is  mean |x - y| + perceptual_weight LPIPS(x, y) + kl_weight KL / n + lambda discriminator_weight g(y),
     with y decoded from one posterior sample, g the generator's loss, and lambda the ratio of the gradient norms of the first
     two terms and of g at the decoder's last layer. The weights are those of latent diffusion's code: its loss is this one
-    times n. The discriminator learns by the hinge loss from the same images and y, in the same step; it starts, for both
-    sides, at discriminator_start_step, and until then costs nothing.
+    times n. The discriminator is trained with the hinge loss on the same images and y, in the same step. Its loss and g are
+    computed from discriminator_start_step on.
 
-    constants: {"perceptual": weights of LPIPS} where perceptual_weight is not zero.
+    constants: {"perceptual": weights of LPIPS} if perceptual_weight is not zero.
     batch: {"image": uint8[B, H, W, C]}.
-    State: params {"codec": ..., "discriminator": ...}, the moving average of the codec alone, opt_state as params.
+    State: params {"codec": ..., "discriminator": ...}, the moving average of the codec only, opt_state with the keys of params.
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021 (VQGAN), equations 6 and 7.
 
@@ -83,7 +83,7 @@ class AutoencoderTask:
                 "task.discriminator_weight to 0"
             )
 
-    def init(self, key) -> TrainState:
+    def init(self, key: jax.Array) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}
         if self.discriminator is not None:
             images = jnp.zeros((1, *self.image_shape))
@@ -95,15 +95,17 @@ class AutoencoderTask:
             opt_state={name: self.optimizer.init(part) for name, part in params.items()},
         )
 
-    def encode(self, codec_params, images, noise):
-        """(the posterior sample that the noise picks, as latents; KL [B] of the posterior to N(0, 1), summed)."""
+    def encode(self, codec_params: Any, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(posterior sample for this noise, as latents; KL [B] of the posterior to N(0, 1), summed over the latent)."""
         mean, log_variance = split_moments(self.codec.encode(codec_params, images))
         sample = mean + jnp.exp(0.5 * log_variance) * noise
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum((1, 2, 3))
         return (sample - self.codec.shift) * self.codec.scale, kl
 
-    def fidelity(self, constants, images, decoded):
-        """(mean over the batch of L1 plus the weighted perceptual distance, both per image)."""
+    def fidelity(
+        self, constants: Mapping[str, Any], images: jax.Array, decoded: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(batch mean of L1 plus the weighted perceptual distance, {name: per-image distance [B]})."""
         parts = {"l1": jnp.abs(images - decoded).mean((1, 2, 3))}
         total = parts["l1"]
         if self.perceptual_weight:
@@ -111,30 +113,41 @@ class AutoencoderTask:
             total = total + self.perceptual_weight * parts["perceptual"]
         return total.mean(), parts
 
-    def adversarial(self, params, images, decoded, fidelity_gradient, to_last_layer):
-        """One turn of the game: (gradient at the decoded images, of the discriminator's parameters, numbers to report).
+    def adversarial(
+        self,
+        params: Any,
+        images: jax.Array,
+        decoded: jax.Array,
+        fidelity_gradient: jax.Array,
+        to_last_layer: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        """The adversarial losses: (gradient by the decoded images, gradient by the discriminator's parameters, metrics).
 
-        fidelity_gradient: [B, H, W, C]; to_last_layer turns such a gradient into that of the decoder's last kernel.
+        fidelity_gradient: [B, H, W, C]; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
         """
+        discriminator = self.discriminator
+        assert discriminator is not None  # called only where there is one
 
-        def judge(discriminator_params, x):
-            return self.discriminator.apply({"params": discriminator_params}, x)
+        def discriminate(discriminator_params, x):
+            return discriminator.apply({"params": discriminator_params}, x)
 
         def discriminator_loss(discriminator_params):
-            real, fake = judge(discriminator_params, images), judge(discriminator_params, decoded)
+            real, fake = discriminate(discriminator_params, images), discriminate(discriminator_params, decoded)
             return hinge_discriminator_loss(real, fake), (real.mean(), fake.mean())
 
         (loss, (real, fake)), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(params)
-        fooling, gradient = jax.value_and_grad(lambda x: generator_loss(judge(params, x)))(decoded)
+        generator, gradient = jax.value_and_grad(lambda x: generator_loss(discriminate(params, x)))(decoded)
         weight = self.discriminator_weight * adaptive_weight(to_last_layer(fidelity_gradient), to_last_layer(gradient))
         return (
             weight * gradient,
             grads,
-            {"generator": fooling, "discriminator": loss, "adversarial_weight": weight, "logit_real": real, "logit_fake": fake},
+            {"generator": generator, "discriminator": loss, "adversarial_weight": weight, "logit_real": real, "logit_fake": fake},
         )
 
-    def gradients(self, params, constants, images, noise, playing):
-        """(gradients of params, values [B]); playing: whether the discriminator has started, bool scalar."""
+    def gradients(
+        self, params: Any, constants: Mapping[str, Any], images: jax.Array, noise: jax.Array, adversarial: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """(gradients of params, values [B]); adversarial: whether the discriminator has started, bool scalar."""
         (latents, kl), to_encoder = jax.vjp(lambda p: self.encode(p, images, noise), params["codec"])
         decoded, to_decoder = jax.vjp(self.codec.decode, params["codec"], latents)
         (_, parts), gradient = jax.value_and_grad(lambda y: self.fidelity(constants, images, y), has_aux=True)(decoded)
@@ -149,27 +162,29 @@ class AutoencoderTask:
 
             _, to_last_layer = jax.vjp(with_last, params["codec"]["decoder"]["conv_out"]["kernel"])
 
-            def play():
+            def losses():
                 return self.adversarial(params["discriminator"], images, decoded, gradient, lambda g: to_last_layer(g)[0])
 
-            def wait():
-                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(play))
+            def zeros():
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(losses))
 
-            push, grads["discriminator"], numbers = jax.lax.cond(playing, play, wait)
-            gradient = gradient + push
+            added, grads["discriminator"], numbers = jax.lax.cond(adversarial, losses, zeros)
+            gradient = gradient + added
             values |= {name: jnp.broadcast_to(x, kl.shape) for name, x in numbers.items()}
         decoder_grads, latent_gradient = to_decoder(gradient)
         (encoder_grads,) = to_encoder((latent_gradient, jnp.full_like(kl, kl_weight / len(kl))))
         grads["codec"] = jax.tree.map(jnp.add, decoder_grads, encoder_grads)
         return grads, values
 
-    def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         images = to_float(batch["image"])
         latent_shape = self.codec.latent_shape(self.image_shape)
         inputs = {"images": images, "noise": jax.random.normal(named_key(key, "posterior"), (len(images), *latent_shape))}
-        playing = state.step >= self.discriminator_start_step
+        adversarial = state.step >= self.discriminator_start_step
         grads, values = accumulate(
-            lambda part: self.gradients(state.params, constants, **part, playing=playing), inputs, self.microbatches
+            lambda part: self.gradients(state.params, constants, **part, adversarial=adversarial), inputs, self.microbatches
         )
         grad_norm = optax.tree.norm(grads["codec"])
         finite = jnp.isfinite(sum(x.mean() for x in values.values())) & jnp.isfinite(optax.tree.norm(grads))
@@ -183,7 +198,7 @@ class AutoencoderTask:
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
         if entry != "image":
-            raise UserError("data.name is 'latents', and an autoencoder is trained on images; give a data set of images")
+            raise UserError("data.name is 'latents', but an autoencoder is trained on images; choose a data set of images")
         return {"label": jax.ShapeDtypeStruct((), jnp.int32), "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8)}
 
     def constants(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""The program of one training step, as the loop runs it, the benchmark times it and the plan compiles it; needs only JAX."""
+"""Compiles the training step for the loop, the benchmark and the plan. Needs only JAX."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,16 @@ from dit_jax.tasks.state import on_device
 from dit_jax.tasks.task import Task
 
 
-def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
-    """(traced step, sums as ShapeDtypeStructs): (state, sums, constants, batch) -> (state, sums), its first two donated.
+def trace_step(task: Task, mesh: Mesh, seed: int, state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
+    """Traces the step (state, sums, constants, batch) -> (state, sums), which donates state and sums.
 
-    The new state lives where the old one does, in device or in host memory.
+    The new state has the memory kinds of the old one, device or host.
 
     Args:
         state, constants, batch: arrays, or ShapeDtypeStructs with shardings.
+
+    Returns:
+        (traced step, sums as ShapeDtypeStructs).
     """
 
     def step(state, sums, constants, batch):
@@ -30,14 +35,16 @@ def trace_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
         return task.step(on_device(state), constants, batch, jax.random.key(0))[1]
 
     with jax.set_mesh(mesh):
-        whole = replicated(mesh)
-        sums = jax.tree.map(lambda x: x.update(sharding=whole), jax.eval_shape(new_sums, state, constants, batch))
-        out = (jax.tree.map(lambda x: x.sharding, state), whole)
+        on_all = replicated(mesh)
+        sums = jax.tree.map(lambda x: x.update(sharding=on_all), jax.eval_shape(new_sums, state, constants, batch))
+        out = (jax.tree.map(lambda x: x.sharding, state), on_all)
         return jax.jit(step, donate_argnums=(0, 1), out_shardings=out).trace(state, sums, constants, batch), sums
 
 
-def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
-    """(compiled step, zero sums, seconds); arguments as `trace_step`."""
+def compile_step(
+    task: Task, mesh: Mesh, seed: int, state: Any, constants: Any, batch: Any
+) -> tuple[Any, Callable[[], Any], float]:
+    """(compiled step, function that returns zero sums, seconds); arguments as for `trace_step`."""
     start = time.monotonic()
     traced, sums = trace_step(task, mesh, seed, state, constants, batch)
     with jax.set_mesh(mesh):
@@ -46,10 +53,10 @@ def compile_step(task: Task, mesh: Mesh, seed: int, state, constants, batch):
     return compiled, zeros, time.monotonic() - start
 
 
-def compile_in_background(*args) -> Future:
-    """`compile_step` in a thread of its own: it asks for the state's shapes alone, which may be created or read meanwhile.
+def compile_in_background(*args: Any) -> Future:
+    """Runs `compile_step` in a thread. It needs only the state's shapes, so the state can be created or restored meanwhile.
 
-    Who fails meanwhile says so before the thread is waited for.
+    If restoring fails, that error is raised before the compilation is awaited.
     """
     thread = ThreadPoolExecutor(1)
     future = thread.submit(compile_step, *args)

@@ -1,9 +1,9 @@
-"""Diffusion: one training step and one draw of samples, as pure functions of arrays.
+"""The training step and the sampling of a diffusion model, as pure functions of arrays.
 
 B batch, H x W x C images, h x w x c latents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,33 +14,33 @@ import optax
 from dit_jax.codecs.codec import Codec
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
-from dit_jax.diffusion.process import Memoryless, Process, noise_like
+from dit_jax.diffusion.process import Denoise, Memoryless, Process, noise_like
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
-from dit_jax.models.network import Network
+from dit_jax.models.network import Cond, Network
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
 from dit_jax.tasks.task import accumulate, mean_of, moving_average, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
-CONDITIONER = "conditioner"  # beside the network's entries in the parameters, where the conditioner is trained
+CONDITIONER = "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys
 
 
 @dataclass(frozen=True)
 class DiffusionTask:
-    """Trains a network to undo a diffusion process on a codec's latents.
+    """Trains a network to reverse a diffusion process on a codec's latents.
 
-    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} where there is one, and
-        {"moments": [N, h, w, 2c]} where the data set lives on the devices.
-    batch: what the conditioner reads (`batch_spec`; {"label": int32[B]}), and one of {"image": uint8[B, H, W, C]},
+    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} if there is one, and
+        {"moments": [N, h, w, 2c]} if the data set is kept on the devices.
+    batch: the entries that the conditioner reads (`batch_spec`; {"label": int32[B]}), and one of {"image": uint8[B, H, W, C]},
         {"moments": [B, h, w, 2c]} of a latent cache, and {"row": int32[B]}, rows of constants["moments"].
 
     Fields:
         image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
         cond_dropout: rate at which the condition of an example becomes the null condition.
-        microbatches: gradients are averaged over so many parts of the batch, one after another.
+        microbatches: number of parts of the batch, computed in sequence, over which gradients are averaged.
         zero1, offload: see `state.abstract_state`.
 
     Raises:
@@ -78,7 +78,7 @@ class DiffusionTask:
         """Whether the network is trained on the null condition, which classifier-free guidance needs."""
         return bool(self.conditioner.cond_spec()) and self.cond_dropout > 0
 
-    def init(self, key) -> TrainState:
+    def init(self, key: jax.Array) -> TrainState:
         x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,))
         cond = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.conditioner.cond_spec().items()}
         params = self.network.init(key, x, t, cond)["params"]
@@ -115,18 +115,18 @@ class DiffusionTask:
     def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
         return networks.savings(self.network, self.latent_shape, rows, mesh_shape, activations)
 
-    def condition(self, params, constants, batch):
-        """(condition, null condition) of the entries of a batch or of requests."""
+    def condition(self, params: Any, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Cond, Cond]:
+        """(condition, null condition) for a batch or for requests."""
         params, constants = params.get(CONDITIONER, {}), constants.get(CONDITIONER, {})
         cond = self.conditioner.from_batch(params, constants, batch)
         return cond, self.conditioner.null(params, constants, cond)
 
-    def apply(self, params, x_t, t, cond, control=None):
+    def apply(self, params: Any, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:
         """The network with its parameters."""
         params = {name: x for name, x in params.items() if name != CONDITIONER}
         return self.network.apply({"params": params}, x_t, t, cond, control)
 
-    def moments(self, constants, batch):
+    def moments(self, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         """The codec's moments of a batch: from the cache on the devices, from the cache on disk, or of the images."""
         if "row" in batch:
             return constants["moments"][batch["row"]]
@@ -134,8 +134,8 @@ class DiffusionTask:
             return batch["moments"]
         return self.codec.encode(constants["codec"], to_float(batch["image"]))
 
-    def draw_inputs(self, constants, batch, key) -> dict[str, Any]:
-        """All that is random in a step, for the whole batch at once: latents, noise, times, whose condition is dropped."""
+    def draw_inputs(self, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, Any]:
+        """Draws the random inputs of a step for the batch: latents, noise, times, and which conditions are dropped."""
         x0 = self.codec.sample_latent(named_key(key, "posterior"), self.moments(constants, batch))
         inputs = {
             "x0": x0,
@@ -147,7 +147,16 @@ class DiffusionTask:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         return inputs
 
-    def loss(self, params, constants, x0, noise, t, batch, dropped=None):
+    def loss(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        x0: jax.Array,
+        noise: jax.Array,
+        t: jax.Array,
+        batch: Mapping[str, jax.Array],
+        dropped: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
         x_t = self.process.perturb(x0, noise, t)
         cond, null = self.condition(params, constants, batch)
@@ -157,12 +166,14 @@ class DiffusionTask:
         loss, parts = self.process.loss(output, x0, noise, t)
         return loss.mean(), {"loss": loss, **parts}
 
-    def gradients(self, params, constants, inputs):
+    def gradients(self, params: Any, constants: Mapping[str, Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
         """(gradients of the mean loss, per-example losses [B])."""
         gradient = jax.grad(lambda params, part: self.loss(params, constants, **part), has_aux=True)
         return accumulate(lambda part: gradient(params, part), inputs, self.microbatches)
 
-    def step(self, state: TrainState, constants, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         inputs = self.draw_inputs(constants, batch, key)
         grads, losses = self.gradients(state.params, constants, inputs)
         grad_norm = optax.tree.norm(grads)
@@ -174,7 +185,7 @@ class DiffusionTask:
         sums = step_sums(losses, {"grad_norm": grad_norm}, finite) | self.loss_by_time(losses["loss"], inputs["t"], finite)
         return only_if(finite, new, state), sums
 
-    def loss_by_time(self, loss, t, finite):
+    def loss_by_time(self, loss: jax.Array, t: jax.Array, finite: jax.Array) -> dict[str, jax.Array]:
         """Sums of the loss over quarters of the time axis."""
         bucket = jnp.minimum((t * TIME_BUCKETS).astype(jnp.int32), TIME_BUCKETS - 1)
         return {f"loss_t{b / TIME_BUCKETS:.2f}": mean_of(loss, finite & (bucket == b)) for b in range(TIME_BUCKETS)}
@@ -186,16 +197,26 @@ class DiffusionTask:
             f"latents    {' x '.join(map(str, self.latent_shape))} of {type(self.codec).__name__}",
         ]
 
-    def draw_latents(self, params, constants, keys, requests, sampler, guidance, weak=None, forecast: Forecast | None = None):
+    def draw_latents(
+        self,
+        params: Any,
+        constants: Mapping[str, Any],
+        keys: jax.Array,
+        requests: Mapping[str, jax.Array],
+        sampler: Callable[..., jax.Array],
+        guidance: guiding.Guidance,
+        weak: Callable[..., jax.Array] | None = None,
+        forecast: Forecast | None = None,
+    ) -> jax.Array:
         """Latents from the network, for `decode`.
 
         Args:
             params: usually the moving average.
             constants: {"conditioner": ...} of a frozen encoder; {} for labels.
-            keys: [B] one key per image: an image depends on its key and its request alone.
+            keys: [B] one key per image: an image depends only on its key and its request.
             requests: arrays [B, ...] as `Conditioner.from_requests` returns them.
-            weak: a second network for autoguidance, called as a `Network`, its parameters bound.
-            forecast: at which steps the network's blocks run; None for all.
+            weak: the second network of autoguidance, called as a `Network` with its parameters bound.
+            forecast: selects the steps that run the network's blocks; None for all.
 
         Returns:
             float32[B, h, w, c].
@@ -214,15 +235,16 @@ class DiffusionTask:
 
             return predict
 
-        denoise = Memoryless(predict_with(network))
+        denoise: Denoise = Memoryless(predict_with(network))
         if forecast and forecast.active:
-            denoise = ForecastingDenoise(forecast, *self.parts(params), predict_with)
+            run, run_head = self.parts(params)
+            denoise = ForecastingDenoise(forecast, run, run_head, predict_with)
         noise = noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
 
-    def parts(self, params):
-        """(run, run_head) of a network in three parts, as `ForecastingDenoise` takes them."""
+    def parts(self, params: Any) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
+        """(run, run_head) of a network in three parts, for `ForecastingDenoise`."""
         params = {name: x for name, x in params.items() if name != CONDITIONER}
 
         def part(name, *args):
@@ -239,6 +261,6 @@ class DiffusionTask:
 
         return run, run_head
 
-    def decode(self, constants, latents):
+    def decode(self, constants: Mapping[str, Any], latents: jax.Array) -> jax.Array:
         """uint8[B, H, W, C] images of latents [B, h, w, c]."""
         return to_uint8(self.codec.decode(constants["codec"], latents))

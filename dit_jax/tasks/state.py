@@ -1,10 +1,11 @@
-"""What training carries from step to step, and how it is born on a mesh."""
+"""The training state, and its creation on a mesh, already sharded."""
 
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from dit_jax.errors import UserError
@@ -19,7 +20,7 @@ class TrainState:
     """Arrays only.
 
     Fields:
-        step: int32 scalar, how many steps were taken.
+        step: int32 scalar, number of steps taken.
         params: of the network, in `param_dtype`.
         ema_params: float32 exponential moving average of params; starts at params.
         opt_state: optax state.
@@ -31,7 +32,7 @@ class TrainState:
     opt_state: Any
 
 
-def new_state(params, optimizer) -> TrainState:
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -40,21 +41,21 @@ def new_state(params, optimizer) -> TrainState:
     )
 
 
-def check_offload(offload: str):
-    """Raises a UserError where no such part of the state can live in host memory."""
+def check_offload(offload: str) -> None:
+    """Raises a UserError if `offload` is not one of OFFLOADS."""
     if offload not in OFFLOADS:
         raise UserError(f"mesh.offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
 
 
-def abstract_state(task, mesh: Mesh) -> TrainState:
+def abstract_state(task: Any, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs that carry the shardings of the task's rules; nothing is computed.
 
-    With task.zero1 only the optimizer's state and the moving average are split over fsdp, the parameters are not: each device
-    updates its part of them, then all are gathered once a step, where otherwise every layer is gathered each time it is used.
+    With task.zero1 the optimizer's state and the moving average are split over fsdp and the parameters are not. Each device
+    updates its part of the parameters, which are gathered once per step; otherwise every layer is gathered at each use.
     Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
 
-    What task.offload names lives in the host's pinned memory between steps, split as it would be on the devices; vectors and
-    scalars stay on the devices. A program that computes with it begins with `on_device`.
+    The parts that task.offload names are kept in pinned host memory between steps, with the same sharding; vectors and
+    scalars stay on the devices. A program that uses such a state calls `on_device` first.
 
     task: a `Task`.
     """
@@ -66,24 +67,24 @@ def abstract_state(task, mesh: Mesh) -> TrainState:
     return state.replace(**{part: in_host_memory(getattr(state, part)) for part in OFFLOADS[task.offload]})
 
 
-def in_host_memory(tree):
-    """The same ShapeDtypeStructs, those of two dimensions or more in pinned host memory.
+def in_host_memory(tree: Any) -> Any:
+    """Moves ShapeDtypeStructs of two or more dimensions to pinned host memory.
 
-    Vectors would save nothing, and TPUs cannot write a part of one to the host (libtpu 0.0.42, a bias that is updated in parts).
+    Vectors would save no memory, and TPUs cannot write part of one to the host (libtpu 0.0.42, a bias updated in parts).
     """
     return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind(HOST)) if x.ndim > 1 else x, tree)
 
 
-def on_device(tree):
-    """Inside of a jitted function: what lives in host memory, brought to the device; the rest as it is."""
+def on_device(tree: Any) -> Any:
+    """Inside a jitted function: copies arrays in host memory to the device and leaves others unchanged."""
     return jax.device_put(tree, jax.memory.Space.Device)
 
 
-def create_sharded(task, key, mesh: Mesh) -> TrainState:
-    """Runs task.init under jit with the shardings of its rules: no array is ever whole on one device that should not be."""
+def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:
+    """Runs task.init under jit with the shardings of its rules: the arrays are created already sharded."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
     return jax.jit(task.init, out_shardings=shardings)(key)
 
 
-def count_parameters(params) -> int:
+def count_parameters(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))

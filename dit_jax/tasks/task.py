@@ -1,4 +1,4 @@
-"""What the loop trains: the protocol, and what every task shares.
+"""The protocol of tasks, and the functions that all tasks share.
 
 B is the global batch size.
 """
@@ -17,20 +17,25 @@ Sums = dict[str, jax.Array]
 
 
 class Task(Protocol):
-    """One training step as a pure function of arrays; diffusion and autoencoder are two of them.
+    """One training step as a pure function of arrays. `DiffusionTask` and `AutoencoderTask` implement it.
 
-    `constants` is what a step reads and does not change (weights of a frozen network, a data set that lives on the devices):
-    it travels as an argument, so that it can live sharded on the mesh.
+    `constants` are the arrays that a step reads and does not change (weights of a frozen network, a data set on the devices).
+    They are an argument of the step, so that they can be sharded over the mesh.
 
     Fields:
-        name: by which a config chooses the task.
+        name: the task's name in a config.
         image_shape: of one example, (H, W, C) or (F, H, W, C).
-        microbatches: into how many parts a batch is split, one after another.
+        microbatches: number of parts of a batch, computed in sequence.
     """
 
-    name: str
-    image_shape: tuple[int, ...]
-    microbatches: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def image_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def microbatches(self) -> int: ...
 
     @property
     def rules(self) -> Rules:
@@ -39,33 +44,33 @@ class Task(Protocol):
 
     @property
     def zero1(self) -> bool:
-        """Whether parameters are whole over the fsdp axis and only what is beside them is split."""
+        """Whether parameters are replicated over the fsdp axis, and only the optimizer's state and the average are split."""
         ...
 
     @property
     def offload(self) -> str:
-        """What of the state lives in host memory between steps, a key of `state.OFFLOADS`."""
+        """The parts of the state that are kept in host memory between steps, a key of `state.OFFLOADS`."""
         ...
 
-    def init(self, key) -> TrainState: ...
+    def init(self, key: jax.Array) -> TrainState: ...
 
     def step(
-        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key
+        self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Sums]:
-        """The new state, and sums for averaging: {name: f32[2] (sum, count)}, "loss" and "skipped" among them.
+        """The new state, and sums for averaging: {name: f32[2] (sum, count)}, including "loss" and "skipped".
 
-        A step whose loss or gradient is not finite changes nothing but the step count.
+        A step whose loss or gradient is not finite changes only the step count.
         """
         ...
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of a training batch by name, each of one example.
+        """The arrays of a training batch by name, for one example.
 
         Args:
-            entry: what the data set gives: "image", "moments" of a latent cache, or "row" of a cache on the devices.
+            entry: the kind of data: "image", "moments" of a latent cache, or "row" of a cache on the devices.
 
         Raises:
-            UserError: the task cannot be trained on that.
+            UserError: the task cannot be trained on this kind of data.
         """
         ...
 
@@ -93,29 +98,29 @@ class Task(Protocol):
 
     @property
     def remat(self) -> str | None:
-        """The network's rematerialisation policy; None where it has none."""
+        """The network's rematerialisation policy; None if it has none."""
         ...
 
     def activation_bytes(self, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        """The least bytes that a device keeps between the forward and the backward pass of `rows` examples; 0 if unknown."""
+        """Lower bound on the bytes that a device keeps between forward and backward pass of `rows` examples; 0 if unknown."""
         ...
 
     def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        """See `Network.savings`."""
+        """See `models.network.Planned.savings`."""
         ...
 
     def description(self) -> list[str]:
-        """Lines "name  facts" for the summary that a run begins with."""
+        """Lines "name  facts" of the summary at the start of a run."""
         ...
 
 
-def named_key(key, name: str):
-    """A key that depends on the name alone, not on the order of calls."""
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key that depends only on the name, not on the order of calls."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def accumulate(gradient: Callable, inputs, parts: int):
-    """(gradients averaged over the parts, per-example values [B]), the parts of the batch one after another.
+def accumulate(gradient: Callable, inputs: Any, parts: int) -> tuple[Any, Any]:
+    """Computes the parts of a batch in sequence; returns (averaged gradients, per-example values [B]).
 
     Args:
         gradient: part of the inputs -> (gradients of its mean loss, values [B / parts]).
@@ -123,7 +128,7 @@ def accumulate(gradient: Callable, inputs, parts: int):
     """
     if parts == 1:
         return gradient(inputs)
-    # Strided parts: a batch split over devices stays where it is.
+    # Strided parts, so that a batch split over devices does not move.
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), inputs)
 
     def add(total, part):
@@ -135,23 +140,24 @@ def accumulate(gradient: Callable, inputs, parts: int):
     return grads, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1), values)
 
 
-def moving_average(ema_params, params, decay: float):
+def moving_average(ema_params: Any, params: Any, decay: float) -> Any:
     """decay * ema + (1 - decay) * params in float32."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema_params, params)
 
 
-def only_if(finite, new: TrainState, old: TrainState) -> TrainState:
-    """The new state, or the old one with the new step count where `finite` is false."""
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old.replace(step=new.step))
+def only_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state if `finite`, else the old state with the new step count."""
+    unchanged = TrainState(new.step, old.params, old.ema_params, old.opt_state)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
 
 
-def mean_of(values, where):
+def mean_of(values: jax.Array, where: jax.Array) -> jax.Array:
     """f32[2]: sum and count of values [B] over where [B]."""
     return jnp.stack([jnp.where(where, values, 0).sum(), where.sum().astype(jnp.float32)])
 
 
-def step_sums(values: Mapping[str, jax.Array], numbers: Mapping[str, jax.Array], finite) -> Sums:
-    """Sums of per-example values [B] and of one number a step; a skipped step counts only in "skipped"."""
+def step_sums(values: Mapping[str, jax.Array], numbers: Mapping[str, jax.Array], finite: jax.Array) -> Sums:
+    """Sums of per-example values [B] and of per-step numbers; a skipped step counts only in "skipped"."""
     sums = {name: mean_of(x, jnp.broadcast_to(finite, x.shape)) for name, x in values.items()}
     sums |= {name: mean_of(x[None], finite[None]) for name, x in numbers.items()}
     sums["skipped"] = jnp.stack([1 - finite.astype(jnp.float32), jnp.float32(1)])

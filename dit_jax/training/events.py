@@ -1,6 +1,6 @@
-"""What the training loop does between steps: a table of events.
+"""The events of the training loop: what runs between two steps.
 
-The loop asks each event in turn whether it is due after a step, and runs it. Saving comes before what needs the saved step.
+After each step the loop runs the events that are due, in order. Saving precedes scoring, which needs the saved step.
 """
 
 from dataclasses import dataclass
@@ -16,28 +16,28 @@ from dit_jax.training.scoring import Scorer
 
 
 class Event(Protocol):
-    """Something that happens between two steps.
+    """An action between two steps.
 
     Fields:
-        kind: what the clock counts its time as, one of `step_clock.KINDS`.
+        kind: the category of its time on the clock, one of `step_clock.KINDS`.
     """
 
     kind: str
 
     def due(self, step: int, stopping: bool) -> bool:
-        """Whether it happens after this step; stopping: a signal asked the run to save and stop."""
+        """Whether the event runs after this step. stopping: a signal asked the run to save and stop."""
         ...
 
     def __call__(self, step: int, state: TrainState) -> bool | None:
-        """Does it; True if a signal interrupted it and the run is to stop."""
+        """Runs the event; True if a signal interrupted it and the run must stop."""
         ...
 
 
 @dataclass
 class Log:
-    """Records the means of an interval of steps.
+    """Records the means over an interval of steps.
 
-    It is due after every step: the sums of an interval are read one step late, while the devices work on the next step.
+    It is due after every step: the sums of an interval are read one step late, while the devices compute the next step.
     """
 
     meter: Meter
@@ -60,7 +60,7 @@ class Log:
 
 @dataclass
 class Save:
-    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run is to stop."""
+    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops."""
 
     checkpointer: Checkpointer
     fingerprint: str
@@ -79,7 +79,7 @@ class Save:
 
 @dataclass
 class Preview:
-    """Writes pictures of what the moving average makes: at its interval and at the last step."""
+    """Writes previews from the moving average: at its interval and at the last step."""
 
     results: Results
     meter: Meter
@@ -102,7 +102,7 @@ class Preview:
 
 @dataclass
 class Score:
-    """Scores samples of the moving average, and keeps the checkpoint of the best step."""
+    """Scores samples from the moving average, and keeps the checkpoint of the best step."""
 
     scorer: Scorer
     constants: Any
@@ -117,13 +117,14 @@ class Score:
         return self.scorer.due(step) and not stopping
 
     def __call__(self, step: int, state: TrainState) -> bool:
-        if self.meter is not None and self.clock is not None:  # in the loop; not where a stopped score is continued
+        if self.meter is not None and self.clock is not None:  # None when an interrupted score is continued, before the loop
             self.meter.report()
             self.clock.wait(step)
         result = self.scorer(step, state.ema_params, self.constants)
         if result is None:
             return True
         best = self.scorer.best
+        assert best is not None  # there is a score now
         self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
         self.checkpointer.best_step = best["step"]
         return False

@@ -1,10 +1,10 @@
-"""Pictures of an autoencoder whose whole latent is two numbers: what the plane decodes to, and where the images lie in it.
+"""Pictures of an autoencoder with a latent of two numbers: the decoded plane, and the posterior means of images.
 
 Pillow and NumPy only. N images, H x W pixels, C channels; z1 goes right and z2 goes up.
 Source: Kingma & Welling 2014 (Auto-Encoding Variational Bayes), appendix A, figure 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dit_jax.pixels import to_uint8
 
-# Ten colours that the colour-blind tell apart too: Petroff 2021 (Accessible Color Sequences for Data Visualization).
+# Ten colours that are distinct with colour blindness: Petroff 2021 (Accessible Color Sequences for Data Visualization).
 PALETTE = np.array(
     [
         (0x3F, 0x90, 0xDA),
@@ -29,7 +29,7 @@ PALETTE = np.array(
 )
 OPACITY = 0.75  # of a dot, so that crowded places show
 INK, AXIS, FRAME = (40, 40, 40), (205, 205, 205), (110, 110, 110)
-SMALLEST = 200  # pixels, below which the text cannot be read
+SMALLEST = 200  # pixels; text is not legible below
 NORMAL = NormalDist()
 
 
@@ -43,26 +43,28 @@ def grid_coordinates(side: int, extent: float) -> np.ndarray:
         ValueError: an argument outside its range.
     """
     if side < 2 or not 0 < extent <= 5:
-        raise ValueError(f"side is {side} and extent {extent}; at least 2 and a number in (0, 5] standard deviations are needed")
+        raise ValueError(
+            f"side is {side} and extent {extent}; side must be at least 2 and extent lie in (0, 5] standard deviations"
+        )
     return np.array([NORMAL.inv_cdf(p) for p in np.linspace(NORMAL.cdf(-extent), NORMAL.cdf(extent), side)])
 
 
-def latent_plane(decode, side: int, extent: float = 2.0) -> np.ndarray:
+def latent_plane(decode: Callable[[np.ndarray], np.ndarray], side: int, extent: float = 2.0) -> np.ndarray:
     """uint8 [side, side, H, W, C]: images decoded at the crossings of `grid_coordinates`, the top row at z2 = extent.
 
     Args:
         decode: float32 [side^2, 2], before a codec's scale and shift, -> images [side^2, H, W, 1 or 3] in about [-1, 1].
         side, extent: as for `grid_coordinates`.
     Raises:
-        ValueError: side or extent outside its range, or decode returns something else.
+        ValueError: side or extent outside its range, or decode returns other shapes or values.
     """
     coordinates = grid_coordinates(side, extent)
     z2, z1 = np.meshgrid(coordinates[::-1], coordinates, indexing="ij")
     images = np.asarray(decode(np.stack([z1, z2], -1).reshape(-1, 2).astype(np.float32)))
     if images.ndim != 4 or len(images) != side**2 or images.shape[-1] not in (1, 3) or images.dtype.kind in "iub":
         raise ValueError(
-            f"decode returned {images.dtype}{list(images.shape)} for {side**2} latents; floating [{side**2}, H, W, "
-            "1 or 3] in [-1, 1] is needed"
+            f"decode returned {images.dtype}{list(images.shape)} for {side**2} latents; it must return floats [{side**2}, H, W, "
+            "1 or 3] in [-1, 1]"
         )
     if not np.isfinite(images.astype(np.float32)).all():
         raise ValueError("decode returned NaN or infinity; are its parameters those of a trained autoencoder?")
@@ -70,20 +72,24 @@ def latent_plane(decode, side: int, extent: float = 2.0) -> np.ndarray:
 
 
 def scatter(
-    means, labels, num_classes: int, size: int, extent: float | None = None, names: Sequence[str] | None = None
+    means: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    size: int,
+    extent: float | None = None,
+    names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """uint8 [size, size + a legend's width, 3]: a dot per image, coloured by label, axes through the origin.
 
-    No image is left out: the part of the plane shown is a square around the origin that holds them all. The order in which
-    dots cover each other is random, but always the same.
+    The picture shows a square around the origin that contains all images. Dots are drawn in a fixed random order.
 
     Args:
         means: [N, 2], N at least 1.
         labels: integer [N] in [0, num_classes).
         num_classes: 1 to 10, as many as the palette has colours.
         size: height in pixels, at least 200.
-        extent: if given, a dashed square marks the part of the plane between -extent and extent, that of `latent_plane`.
-        names: of the classes; their numbers if not given.
+        extent: if given, a dashed square marks the part of the plane between -extent and extent, as in `latent_plane`.
+        names: names of the classes; default: their numbers.
     Raises:
         ValueError: an argument outside its range, or of another shape.
     """
@@ -111,15 +117,15 @@ def scatter(
     draw = ImageDraw.Draw(canvas)
     for y, name in zip(rows, names, strict=True):
         draw.text((size + 1.2 * row, y), name, INK, font, anchor="lm")
-    for place, text, anchor in tick_labels:  # above the dots, with a halo, to be read where it is crowded
+    for place, text, anchor in tick_labels:  # above the dots, with a halo, so that they stay legible
         draw.text(place, text, INK, small_font, anchor, stroke_width=max(2, size // 270), stroke_fill="white")
     return np.asarray(canvas)
 
 
 def plane_picture(
-    decode,
-    means,
-    labels,
+    decode: Callable[[np.ndarray], np.ndarray],
+    means: np.ndarray,
+    labels: np.ndarray,
     num_classes: int,
     side: int = 20,
     extent: float = 2.0,
@@ -130,7 +136,7 @@ def plane_picture(
 
     Args:
         size: height of each of the two in pixels.
-        The rest as for `latent_plane` and `scatter`; the dashed square in the scatter is what the left picture covers.
+        The rest as for `latent_plane` and `scatter`; the dashed square in the scatter plot is the extent of the left picture.
     Raises:
         ValueError: an argument outside its range, or of another shape.
     """
@@ -158,24 +164,26 @@ def plane_picture(
 
 def _check_points(means, labels, num_classes, size, names):
     if means.ndim != 2 or means.shape[1] != 2 or not len(means) or not np.isfinite(means).all():
-        raise ValueError(f"means have shape {means.shape}; [N >= 1, 2], all finite, is needed")
+        raise ValueError(f"means have shape {means.shape}; they must be [N >= 1, 2], all finite")
     if labels.shape != means.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; one integer for each of {len(means)} images is needed")
+        raise ValueError(
+            f"labels are {labels.dtype}{list(labels.shape)}; there must be one integer for each of {len(means)} images"
+        )
     if not 1 <= num_classes <= len(PALETTE):
         raise ValueError(
-            f"num_classes is {num_classes}; 1 to {len(PALETTE)} are needed, as more colours cannot be told apart: "
-            "choose the images of some classes, or merge classes"
+            f"num_classes is {num_classes}; it must lie in 1 to {len(PALETTE)}, the number of distinct colours: "
+            "choose images of fewer classes, or merge classes"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} do not lie in [0, {num_classes})")
     if len(names) != num_classes:
-        raise ValueError(f"there are {len(names)} names for {num_classes} classes; one for each is needed")
+        raise ValueError(f"there are {len(names)} names for {num_classes} classes; give one name per class")
     if size < SMALLEST:
-        raise ValueError(f"size is {size}; at least {SMALLEST} pixels are needed")
+        raise ValueError(f"size is {size}; it must be at least {SMALLEST} pixels")
 
 
 def _draw_axes(draw, size, limit):
-    """Both axes, ticks at a few round numbers and a frame; returns [(place, text, anchor)] of what to write beside them."""
+    """Draws both axes, ticks at a few round numbers and a frame; returns the tick labels [(place, text, anchor)]."""
     middle, tick, line = size / 2, size / 100, max(1, size // 500)
     draw.line([(0, middle), (size, middle)], AXIS, line)
     draw.line([(middle, 0), (middle, size)], AXIS, line)
@@ -194,7 +202,7 @@ def _draw_axes(draw, size, limit):
 
 
 def _dashed_square(draw, size, share):
-    """Outline of the middle `share` of the picture."""
+    """Draws the outline of the middle `share` of the picture."""
     low, high = (size * (1 + sign * share) / 2 for sign in (-1, 1))
     dash = size / 90
     for start in np.arange(low, high, 2 * dash):
@@ -205,7 +213,7 @@ def _dashed_square(draw, size, share):
 
 
 def _add_dot(pixels, x, y, radius, colour, opacity=OPACITY):
-    """Blends one disc into float [H, W, 3] in place; every pixel by the share of it that is covered, so edges are smooth."""
+    """Blends one disc into float [H, W, 3] in place. A pixel is blended by its covered share, so edges are smooth."""
     top, left = (max(0, int(centre - radius - 1)) for centre in (y, x))
     patch = pixels[top : int(y + radius + 2), left : int(x + radius + 2)]
     rows, columns = np.ogrid[: patch.shape[0], : patch.shape[1]]
@@ -214,7 +222,7 @@ def _add_dot(pixels, x, y, radius, colour, opacity=OPACITY):
 
 
 def _mosaic(images, size) -> Image.Image:
-    """[side, side, H, W, C] -> a picture of size x size, a white line between images."""
+    """[side, side, H, W, C] -> a picture of size x size, with white lines between images."""
     side, _, height, width, channels = images.shape
     mosaic = images.transpose(0, 2, 1, 3, 4).reshape(side * height, side * width, channels)
     mosaic = np.broadcast_to(mosaic, (*mosaic.shape[:2], 3))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.build import Run
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
@@ -21,7 +23,7 @@ from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import Workdir, plain
+from dit_jax.storage.run_folder import Workdir
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
 from dit_jax.training import summary
@@ -35,14 +37,14 @@ from dit_jax.training.wandb_writer import WandbWriter
 
 @dataclass
 class TrainResult:
-    """What training leaves behind, for sampling in the same process.
+    """The result of training, for sampling in the same process.
 
     Fields:
         run: the run with its codec's weights.
-        results: what the run shows for itself; `finish` of it makes the final samples and their score.
-        constants: what a step reads and does not change, on the mesh.
-        stopped: a signal ended it before its last step, with everything saved.
-        loss, images_per_second: of the last interval that was logged; None if nothing was trained.
+        results: the run's results; `results.finish` makes the final samples and their score.
+        constants: the arrays that a step reads and does not change, on the mesh.
+        stopped: a signal ended training before the last step, with everything saved.
+        loss, images_per_second: of the last logged interval; None if no step was taken.
     """
 
     run: Run
@@ -55,35 +57,35 @@ class TrainResult:
 
 
 class Stepper:
-    """The compiled step with its state and sums, which it replaces at each call."""
+    """The compiled step with its state and sums, which each call replaces."""
 
-    def __init__(self, compiled, zeros, state: TrainState, constants):
+    def __init__(self, compiled: Callable[..., Any], zeros: Callable[[], Any], state: TrainState, constants: Any):
         self.state, self.sums, self._zeros = state, zeros(), zeros
         self._compiled, self._constants = compiled, constants
-        self._copy = jax.jit(jnp.copy)  # of a sum, which the next step donates
+        self._copy = jax.jit(jnp.copy)  # the next step donates the sums
 
-    def __call__(self, batch) -> jax.Array:
-        """Takes one step; returns a small array of it that nobody donates."""
+    def __call__(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Takes one step; returns a small array of the step that is not donated."""
         self.state, self.sums = self._compiled(self.state, self.sums, self._constants, batch)
         return self._copy(self.sums["skipped"])
 
-    def take_sums(self):
-        """The sums since the last call, which begin again at zero."""
+    def take_sums(self) -> dict[str, jax.Array]:
+        """The sums since the last call; resets them to zero."""
         sums, self.sums = self.sums, self._zeros()
         return sums
 
 
 def train(run: Run, workdir: Path) -> TrainResult:
-    """Trains to config.num_steps, or continues where the folder stands; the same command again continues.
+    """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
-    Returns early, with `stopped` set and everything saved, after SIGTERM or Ctrl-C.
+    SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
 
     Raises:
-        UserError: something in the config, the data or the folder is wrong; before any work.
+        UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
     """
     clock, workdir, num_steps = StepClock(), Path(workdir).expanduser().absolute(), run.config.num_steps
-    run.task  # fails before weights and data are read
+    run.task  # raises errors of the config before weights and data are read
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack)
@@ -119,22 +121,23 @@ def train(run: Run, workdir: Path) -> TrainResult:
 
 
 class Training:
-    """What the loop works with: the folder, the checkpoints, the records and the events.
+    """The objects of the loop: the folder, the checkpoints, the records and the events.
 
     Raises:
-        UserError: something in the config, the data or the folder is wrong.
+        UserError: the config, the data or the folder is invalid.
     """
 
     def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
+        settings = plain(config)
         self.run, self.clock, self.stack = run, clock, stack
         self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
         self.results = results_of(run)
         scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
-        wandb = WandbWriter(workdir, config.log.wandb, plain(config)) if config.log.wandb else None
+        wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
         self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
-        self.folder = stack.enter_context(Workdir(workdir, config, first))
+        self.folder = stack.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(Checkpointer(self.folder.checkpoints, **config.checkpoint))
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal())
@@ -150,10 +153,10 @@ class Training:
         return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
 
     def restore_or_create(self) -> TrainState:
-        """The newest good checkpoint, or a new state where there is none; says what the run is.
+        """The state of the newest intact checkpoint, or a new state; prints the summary of the run.
 
         Raises:
-            UserError: the data set is not the one that the checkpoint was trained on.
+            UserError: the data set differs from that of the checkpoint.
         """
         run, restored = self.run, self.checkpointer.restore(self.run.abstract_state)
         if restored is None:
@@ -175,11 +178,11 @@ class Training:
         return state
 
     def start(self, state: TrainState) -> tuple[Stepper, Any, Any]:
-        """(the compiled step, this host's batches, the first of them), from the step of the state on; makes the events."""
+        """Makes the events; returns (the compiled step, this host's batches from the state's step on, the first batch)."""
         config, step = self.run.config, int(state.step)
         self.records.prepare()
         self.profile.resumed(step)
-        batches = self.stack.enter_context(self.run.loader.batches(step))
+        batches: Any = self.stack.enter_context(self.run.loader.batches(step))
         for context in (self.clock, self.watchdog, self.profile):
             self.stack.enter_context(context)
         batch = self.next_batch(batches)
@@ -200,12 +203,12 @@ class Training:
             self.events.append(dataclasses.replace(self.score, meter=meter, clock=self.clock))
         return stepper, batches, batch
 
-    def next_batch(self, batches):
+    def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         with self.clock.spend("data"):
             return shard_batch(self.run.mesh, next(batches))
 
     def finish(self, step: int) -> None:
-        """Waits for what is under way and says where the time went."""
+        """Waits for the last step and save, and reports where the time went."""
         self.meter.report()
         self.clock.wait(step)
         with self.clock.spend("checkpoint"):

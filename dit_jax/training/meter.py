@@ -1,4 +1,7 @@
-"""The numbers of an interval of training: means over its steps, speed, and what held it up."""
+"""The metrics of an interval of training: means over its steps, speed, and stalls."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,11 +18,11 @@ MAX_SKIPPED_STEPS = 10
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient was not finite for many steps on end."""
+    """The loss or its gradient was not finite for many steps in a row."""
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """Dense bfloat16 FLOP/s of all devices of the mesh; None where the table of chips has no figure (CPU, an unlisted kind)."""
+    """Dense bfloat16 FLOP/s of all devices of the mesh; None if the table of chips has no value (CPU, an unlisted chip)."""
     try:
         chip = chips.of_device(mesh.devices.flat[0])
     except UserError:
@@ -28,43 +31,45 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory that a device of this process has held since it started; None where devices do not tell (CPU)."""
+    """The most memory that a device of this process has held since it started; None if devices do not report it (CPU)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
+    return max((device["peak_bytes_in_use"] for device in stats if "peak_bytes_in_use" in device), default=None)
 
 
 class Meter:
     """Turns the sums of an interval into a record and a line of progress.
 
-    Sums are read one step late: while the host waits for the numbers of step n, the device is at work on step n + 1.
+    Sums are read one step late: while the host waits for the numbers of step n, the devices compute step n + 1.
 
-    A record has, beside the means of the task's sums:
-        images_per_second: of the time from the end of the interval before to the end of this one, without previews and scores.
-        mfu: images_per_second x 6 x `Task.macs` / `peak_flops`: three forwards at two FLOPs per multiply-add. Recomputation,
-            frozen networks and the optimizer are not counted; whatever held the devices up lowers it.
-        step_seconds_p50, step_seconds_p99: how long the devices worked on a step, see `StepClock`.
-        data_wait_seconds: the loop waited for batches; hidden behind the devices' work unless they ran out of it.
-        checkpoint_seconds: the loop was blocked by saving (the writing itself goes on in the background).
+    A record has the means of the task's sums, and:
+        images_per_second: over the time from the end of the last interval to the end of this one, without previews and scores.
+        mfu: images_per_second x 6 x `Task.macs` / `peak_flops`: three forward passes at two FLOPs per multiply-add.
+            Recomputation, frozen networks and the optimizer are not counted. Stalls lower it.
+        step_seconds_p50, step_seconds_p99: device time of a step, see `StepClock`.
+        data_wait_seconds: the loop waited for batches. The devices stall only if they run out of dispatched steps.
+        checkpoint_seconds: the loop was blocked by saving (files are written in the background).
         peak_device_bytes: see `peak_bytes`.
-        skipped, bad_records: steps whose loss or gradient was not finite; records of the data set that cannot be read.
+        skipped, bad_records: steps whose loss or gradient was not finite; unreadable records of the data set.
     """
 
     def __init__(
         self, records: Records, clock: StepClock, task: Task, mesh: Mesh, batch_size: int, num_steps: int, first_step: int
     ):
         self.records, self.clock, self.batch_size, self.num_steps = records, clock, batch_size, num_steps
-        self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step is three forwards
+        self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step costs three forward passes
         self.first_step = self.last_step = first_step
-        self.first_time = self.last_time = None
-        self.loss = self.images_per_second = None
+        self.first_time: float | None = None
+        self.last_time: float | None = None
+        self.loss: float | None = None
+        self.images_per_second: float | None = None
         self.skipped_in_a_row = 0
-        self.pending = None
+        self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
 
-    def defer(self, step: int, sums):
+    def defer(self, step: int, sums: dict[str, jax.Array]) -> None:
         self.pending = (step, sums)
 
-    def report(self):
+    def report(self) -> None:
         if self.pending is None:
             return
         (step, sums), self.pending = self.pending, None
@@ -74,6 +79,7 @@ class Meter:
         values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
+        assert self.first_time is not None and self.last_time is not None  # set by `speed`
         left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
         say(
             f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
@@ -90,17 +96,17 @@ class Meter:
                 "the last checkpoint"
             )
 
-    def speed(self, finished) -> dict[str, float]:
-        """The fields of a record that come from the clock."""
-        if self.first_time is None:
+    def speed(self, finished: Sequence[Any]) -> dict[str, float]:
+        """The fields of a record that the clock gives."""
+        if self.first_time is None or self.last_time is None:
             self.first_time = self.last_time = finished[0].dispatched
-        # What held up the first step lies before first_time; it holds no preview or score.
-        shows = sum(x.idle["preview"] + x.idle["scoring"] for x in finished)
-        seconds = finished[-1].at - self.last_time - shows
+        # Stalls of the first step lie before first_time; they contain no preview or score.
+        previews_and_scores = sum(x.idle["preview"] + x.idle["scoring"] for x in finished)
+        seconds = finished[-1].at - self.last_time - previews_and_scores
         self.last_time = finished[-1].at
         self.images_per_second = len(finished) * self.batch_size / seconds
         p50, p99 = np.quantile([x.seconds for x in finished], (0.5, 0.99))
-        values = {
+        values: dict[str, float] = {
             "images_per_second": self.images_per_second,
             "step_seconds_p50": float(p50),
             "step_seconds_p99": float(p99),
@@ -113,9 +119,9 @@ class Meter:
             values["peak_device_bytes"] = peak
         return values
 
-    def finish(self, step: int):
-        """Records and says where the time of the whole run went."""
-        found = self.clock.summary()
-        self.records.scalars(step, found)
-        parts = ", ".join(f"{kind} {found[f'idle_{kind}_seconds']:.1f} s" for kind in KINDS)
-        say(f"goodput {found['goodput']:.1%} of {duration(found['wall_seconds'])}; the devices were without steps for {parts}")
+    def finish(self, step: int) -> None:
+        """Records and reports where the time of the run went."""
+        times = self.clock.summary()
+        self.records.scalars(step, times)
+        parts = ", ".join(f"{kind} {times[f'idle_{kind}_seconds']:.1f} s" for kind in KINDS)
+        say(f"goodput {times['goodput']:.1%} of {duration(times['wall_seconds'])}; the devices had no steps during {parts}")

@@ -1,19 +1,21 @@
-"""What an autoencoder's run shows for itself: images beside their reconstructions, their scores, and the finished codec.
+"""The results of an autoencoder's run: images with their reconstructions, scores, and the finished codec.
 
 N images, H x W x C images, h x w x c latents.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_jax.build import Run
-from dit_jax.codecs.kl_vae import normalised, split_moments
+from dit_jax.codecs.kl_vae import KLVAE, normalised, split_moments
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import UserError
 from dit_jax.evaluate import extractors, scores
@@ -27,14 +29,15 @@ from dit_jax.sample import samples_file
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.tasks.state import TrainState, on_device
 from dit_jax.training.latent_plane import PALETTE, plane_picture
+from dit_jax.training.records import Records
 
-STATISTICS_IMAGES = 10_000  # enough to know the scale of the latents to about a percent
+STATISTICS_IMAGES = 10_000  # gives the scale of the latents to about a percent
 
 
 class Reconstructor:
-    """Images through a codec and back, by the mean of the posterior, in batches of one size."""
+    """Encodes images and decodes the posterior mean, in batches of one size."""
 
-    def __init__(self, codec, mesh, batch_size: int):
+    def __init__(self, codec: KLVAE, mesh: Mesh, batch_size: int):
         self.mesh = mesh
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // ways) * ways
@@ -47,18 +50,19 @@ class Reconstructor:
 
         self._run = jax.jit(run, out_shardings=batch_sharding(mesh))
 
-    def __call__(self, params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, whole on every host."""
+    def __call__(self, params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host."""
         parts, count = [], len(images)
         with jax.set_mesh(self.mesh):
             for start in range(0, count, self.batch_size):
                 rows = np.minimum(np.arange(start, start + self.batch_size), count - 1)
                 parts.append([hosts.to_host(x) for x in self._run(params, split_rows(self.mesh, images[rows]))])
-        return tuple(np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        decoded, mean, variance = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        return decoded, mean, variance
 
 
-def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [N, H, W, C], labels int32 [N]) of the first readable `count` images of a data set, never mirrored."""
+def read(run: Run, source: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [N, H, W, C], labels int32 [N]) of the first `count` readable images of a data set, not mirrored."""
     images, labels, bad = [], [], []
     for batch in read_in_order(source, run.transform, 256, bad_records=bad):
         images.append(batch["image"])
@@ -66,14 +70,14 @@ def read(run: Run, source, count: int) -> tuple[np.ndarray, np.ndarray]:
         if sum(map(len, labels)) >= count:
             break
     if bad:
-        say(f"{len(bad)} unreadable images left out, the first: {bad[0][1]}")
+        say(f"{len(bad)} unreadable images skipped, the first: {bad[0][1]}")
     if not images:
         raise UserError(f"none of the {len(source)} images can be read")
     return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
 
 def side_by_side(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Originals and their reconstructions in turn, [2N, H, W, C]: with an even number of columns each pair lies together."""
+    """Originals and reconstructions alternate, [2N, H, W, C]; an even number of columns keeps each pair in one row."""
     return np.stack([images, reconstructions], 1).reshape(-1, *images.shape[1:])
 
 
@@ -82,8 +86,10 @@ def is_plane(latent_shape: tuple[int, ...]) -> bool:
     return math.prod(latent_shape) == 2
 
 
-def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
-    """The latent plane as uint8 RGB: images decoded over it, and where the given ones lie."""
+def draw_plane(
+    codec: KLVAE, params: Any, mesh: Mesh, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> np.ndarray:
+    """The latent plane as uint8 RGB: images decoded over it, and the posterior means of the given images."""
     reconstructor = Reconstructor(codec, mesh, 256)
     means = reconstructor(params, images)[1].reshape(-1, 2)
 
@@ -96,7 +102,7 @@ def draw_plane(codec, params, mesh, images, labels, class_names) -> np.ndarray:
 
 
 class Reconstructions:
-    """The `Results` of an autoencoder's run: images next to their reconstructions, their scores, and the finished codec."""
+    """The `Results` of an autoencoder's run: images with their reconstructions, scores, and the finished codec."""
 
     def __init__(self, run: Run):
         self.run, preview = run, run.config.preview
@@ -109,17 +115,13 @@ class Reconstructions:
 
     @staticmethod
     def check(run: Run) -> None:
-        """Raises a UserError for what would only be found after the training."""
+        """Raises the UserErrors that `finish` would raise, before training."""
         evaluation = run.config.evaluation
         wanted, split, available = evaluation.num_images, evaluation.get("split"), len(run.evaluation_source)
         if wanted > available:
-            raise UserError(
-                f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; ask for no more"
-            )
+            raise UserError(f"evaluation.num_images is {wanted} and evaluation.split {split!r} has {available} images; lower it")
         if wanted == 1:
-            raise UserError(
-                "evaluation.num_images is 1; the distance between two sets of images needs at least 2 (0 turns it off)"
-            )
+            raise UserError("evaluation.num_images is 1; it must be at least 2, which the Frechet distance needs, or 0 (off)")
         if wanted and evaluation.features:
             extractors.check_name(evaluation.features, evaluation.weights or None)
             extractors.check_shape(evaluation.features, run.image_shape)
@@ -128,12 +130,13 @@ class Reconstructions:
         classes = len(run.source.class_names)
         if is_plane(run.latent_shape) and classes > len(PALETTE):
             raise UserError(
-                f"the latent of an image is 2 numbers, whose picture has {len(PALETTE)} colours for {classes} classes; "
-                "choose the images of some classes, or merge classes"
+                f"the data set has {classes} classes, and the picture of a latent of 2 numbers at most {len(PALETTE)} colours; "
+                "choose images of fewer classes, or merge classes"
             )
 
-    def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
+    def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
         start = time.monotonic()
+        assert self.images is not None  # read where preview.every_steps is set
         decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
         if hosts.is_first():
             path = folder / f"{step:08d}.png"
@@ -164,7 +167,7 @@ class Reconstructions:
         result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
         if hosts.is_first():
             codec_folder.replace(folder, codec, params)
-            say(f"the codec is in {folder}: give that folder, or {workdir}, as codec.path")
+            say(f"the codec is in {folder}; give that folder, or {workdir}, as codec.path")
         if is_plane(run.latent_shape) and hosts.is_first():
             picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
             result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
@@ -173,7 +176,7 @@ class Reconstructions:
             result |= self.judge(reconstructor, on_devices, workdir, int(state.step))
         return result
 
-    def judge(self, reconstructor: Reconstructor, params, workdir: Path, step: int) -> dict[str, Any]:
+    def judge(self, reconstructor: Reconstructor, params: Any, workdir: Path, step: int) -> dict[str, Any]:
         """PSNR, SSIM and, with evaluation.features, the Frechet distance of the evaluation images' reconstructions.
 
         Writes both sets.
@@ -182,7 +185,7 @@ class Reconstructions:
         images, labels = read(run, run.evaluation_source, evaluation.num_images)
         decoded, _, _ = reconstructor(params, images)
         original, path = (workdir / "samples" / f"{step:08d}_{name}.npz" for name in ("originals", "reconstructions"))
-        result = {"samples": str(path)}
+        result: dict[str, Any] = {"samples": str(path)}
         if hosts.is_first():
             data = run.config.data.to_dict()
             samples_file.write(original, images, labels, {"data": data})

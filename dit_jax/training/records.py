@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, one JSON object a line, TensorBoard events under `tensorboard/`, and W&B if asked for."""
+"""Metrics of a run: `metrics.jsonl`, one JSON object per line, TensorBoard events under `tensorboard/`, and W&B if enabled."""
 
 import contextlib
 import importlib
@@ -6,6 +6,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 import numpy as np
 from absl import logging
@@ -14,33 +16,33 @@ from dit_jax.storage.atomic import write_atomic
 
 
 class Records:
-    """Scalars and images of one run, appended to `workdir`; a sink that fails is counted and never stops the run.
+    """Scalars and images of one run, appended to `workdir`. Failures of a sink are counted and do not stop the run.
 
-    A line of metrics.jsonl is {"step": int, "time": unix seconds, name: number, ...}. Numbers that JSON lacks are the
-    strings "NaN", "Infinity" and "-Infinity", which `float(...)` in Python and `Number(...)` in JavaScript turn back.
+    A line of metrics.jsonl is {"step": int, "time": unix seconds, name: number, ...}. Non-finite numbers are the
+    strings "NaN", "Infinity" and "-Infinity", which `float(...)` in Python and `Number(...)` in JavaScript convert back.
 
     Args:
         workdir: folder on a file system that can append (mount a bucket to use one); created at the first write.
-        enabled: pass `jax.process_index() == 0`; False makes every method do nothing.
+        enabled: pass `jax.process_index() == 0`; if False, every method does nothing.
         wandb: a `WandbWriter`, or None.
     """
 
-    def __init__(self, workdir, enabled=True, wandb=None):
+    def __init__(self, workdir: str | os.PathLike, enabled: bool = True, wandb: Any = None):
         self._workdir = os.path.abspath(workdir)
         self._path = os.path.join(self._workdir, "metrics.jsonl")
         self._enabled = enabled
-        self._file = None
-        self._writer = None
-        self._purge_step = None
+        self._file: TextIO | None = None
+        self._writer: Any = None  # of tensorboardX
+        self._purge_step: int | None = None
         self._wandb = wandb
         self.dropped = {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 0}
 
-    def prepare(self):
-        """Imports what the first scalar needs: two seconds where PyTorch is installed."""
+    def prepare(self) -> None:
+        """Imports the packages of the first scalar, which takes two seconds if PyTorch is installed."""
         if self._enabled:
             self._attempt("tensorboard", lambda: importlib.import_module("tensorboardX"))
 
-    def scalars(self, step, values):
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {name: number or array of one element} at `step`.
 
         Raises: ValueError for an array of several elements, or for the names "step" and "time".
@@ -48,7 +50,7 @@ class Records:
         if not self._enabled:
             return
         if taken := {"step", "time"} & set(values):
-            raise ValueError(f"metrics may not be called {sorted(taken)}: these are fields of every line")
+            raise ValueError(f"metrics may not be called {sorted(taken)}: these are fields of each line")
         numbers = {name: _number(name, value) for name, value in values.items()}
         row = {
             "step": int(step),
@@ -65,8 +67,8 @@ class Records:
         if self._wandb is not None:
             self._attempt("wandb", lambda: self._wandb.scalars(int(step), numbers))
 
-    def images(self, step, images):
-        """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, not in metrics.jsonl.
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, except in metrics.jsonl.
 
         Raises: ValueError for another dtype or shape.
         """
@@ -83,11 +85,11 @@ class Records:
             if self._wandb is not None:
                 self._attempt("wandb", lambda name=name, image=image: self._wandb.image(int(step), name, image))
 
-    def rewind(self, step):
-        """Forgets what was recorded after `step`, so that a run resumed there leaves no duplicates.
+    def rewind(self, step: int) -> None:
+        """Drops the records after `step`, so that a run resumed there has no duplicates.
 
-        metrics.jsonl is rewritten atomically; TensorBoard is told to hide the later events. Lines that are not JSON
-        (cut by a kill) are dropped.
+        metrics.jsonl is rewritten atomically, and TensorBoard hides the later events. Lines that are not JSON (truncated by a
+        kill) are dropped.
         """
         if not self._enabled:
             return
@@ -96,15 +98,15 @@ class Records:
         if os.path.exists(self._path):
             self._attempt("metrics.jsonl", lambda: self._drop_lines_after(step))
 
-    def flush(self):
-        """Hands everything to the operating system."""
+    def flush(self) -> None:
+        """Flushes all files to the operating system."""
         if self._file is not None:
             self._attempt("metrics.jsonl", self._file.flush)
         if self._writer is not None:
             self._attempt("tensorboard", self._writer.flush)
 
-    def close(self):
-        """Flushes and closes everything; a later record opens them again."""
+    def close(self) -> None:
+        """Flushes and closes all files; a later record opens them again."""
         if self._file is not None:
             self._attempt("metrics.jsonl", self._file.close)
         if self._writer is not None:
@@ -126,7 +128,7 @@ class Records:
             self.dropped[sink] += 1
             if self.dropped[sink] == 1:
                 logging.warning(
-                    "Cannot write %s in %s; the run goes on without what is lost.", sink, self._workdir, exc_info=True
+                    "Cannot write %s in %s; the run continues without these records.", sink, self._workdir, exc_info=True
                 )
 
     def _append(self, line):
@@ -138,7 +140,7 @@ class Records:
         try:
             self._file.write(line)
         except OSError:
-            file, self._file = self._file, None  # reopening removes the half line that may have been written
+            file, self._file = self._file, None  # reopening removes a partial line
             with contextlib.suppress(OSError):
                 file.close()
             raise
@@ -183,7 +185,7 @@ def _json_number(number):
 
 
 def _cut_half_line(path):
-    """Removes a last line without its newline, which a killed process left; the next line would be glued to it."""
+    """Removes a last line without a newline, which a killed process left; the next line would be appended to it."""
     with open(path, "rb+") as file:
         content = file.read()
         end = content.rfind(b"\n") + 1

@@ -1,4 +1,4 @@
-"""What a run shows for itself: pictures while it trains, and results at the end. Each task has its own."""
+"""The results of a run: previews during training, and results at the end. Each task has its own."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,14 +9,14 @@ from dit_jax.training.records import Records
 
 
 class Results(Protocol):
-    """Built before training, so that whatever is wrong with it fails before any work."""
+    """The results of a run. They are built before training, so that errors are raised before any work."""
 
     def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
-        """Writes a picture of what the moving average makes to `folder`; returns the seconds that it took."""
+        """Writes a preview from the moving average to `folder`; returns its duration in seconds."""
         ...
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
-        """Makes and scores the results of a run whose last step is done; the entries that result.json has of them.
+        """Makes and scores the results after the last step; returns their entries in result.json.
 
         "stopped" is True if a signal ended it early.
         """
@@ -33,7 +33,7 @@ def results_of(run: Run) -> Results:
 
 
 def check_results(run: Run) -> None:
-    """Raises a UserError for what would only be found when results are made, before any training. Reads no weights."""
+    """Raises the UserErrors of making results, before any training. Reads no weights."""
     _results_class(run).check(run)
 
 

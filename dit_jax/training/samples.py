@@ -1,4 +1,4 @@
-"""What a diffusion run shows for itself: grids of images while it trains, samples and their score at the end."""
+"""The results of a diffusion run: grids of samples during training, samples and their score at the end."""
 
 import time
 from pathlib import Path
@@ -20,12 +20,13 @@ from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.state import TrainState
 from dit_jax.training import scoring
+from dit_jax.training.records import Records
 
 MOST_COLUMNS = 20  # of a preview with a column for each class
 
 
 class Samples:
-    """The `Results` of a diffusion run: previews drawn on the training mesh, final samples on the devices of each process."""
+    """The `Results` of a diffusion run: previews are drawn on the training mesh, final samples on the devices of each process."""
 
     def __init__(self, run: Run):
         self.run, preview = run, run.config.preview
@@ -44,13 +45,13 @@ class Samples:
 
     @staticmethod
     def check(run: Run) -> None:
-        """Raises a UserError for what would only be found when the images are drawn or scored."""
+        """Raises the UserErrors of sampling and scoring, before training."""
         scoring.check(run)
         evaluation = run.config.evaluation
         if evaluation.num_images and evaluation.reference:
             scores.check(evaluation.reference, evaluation.features, evaluation.weights or None, run.image_shape)
 
-    def preview(self, folder: Path, records, step: int, state: TrainState, constants: Any) -> float:
+    def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
         start, count = time.monotonic(), self.num_previews
         classes = max(self.run.conditioner.num_classes, 1)
         requests = spread_requests(self.run.conditioner, count)
@@ -63,7 +64,7 @@ class Samples:
         return time.monotonic() - start
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
-        """Draws evaluation.num_images samples from the moving average; scores them if the config names a reference."""
+        """Draws evaluation.num_images samples with the moving average; scores them if the config names a reference."""
         run, evaluation, step = self.run, self.run.config.evaluation, int(state.step)
         if not evaluation.num_images:
             return {"samples": None}

@@ -1,8 +1,10 @@
-"""The cheap score of a run while it trains: few steps, fewer images, from the moving average; and which checkpoint was best."""
+"""The cheap score of a run during training (few sampling steps, fewer images), and the best checkpoint."""
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dit_jax.build import Run
 from dit_jax.errors import UserError
@@ -23,18 +25,18 @@ REFERENCE = "reference.npz"
 
 
 def check(run: Run) -> None:
-    """Raises a UserError for what would only be found at the first score: before any training."""
+    """Raises the UserErrors of the first score, before any training."""
     scoring, evaluation = run.config.scoring, run.config.evaluation
     if not scoring.every_steps:
         return
     if scoring.every_steps < 1 or scoring.num_images < 2:
         raise UserError(
-            f"scoring.every_steps is {scoring.every_steps} and scoring.num_images {scoring.num_images}; at least 1 and 2 are "
-            "needed (scoring.every_steps = 0 turns scoring off)"
+            f"scoring.every_steps is {scoring.every_steps} and scoring.num_images {scoring.num_images}; they must be at "
+            "least 1 and 2 (scoring.every_steps = 0 turns scoring off)"
         )
     if not evaluation.reference:
         raise UserError(
-            f"scoring.every_steps is {scoring.every_steps} and evaluation.reference is empty: name the images or statistics "
+            f"scoring.every_steps is {scoring.every_steps} and evaluation.reference is empty; name the images or statistics "
             "to score against, or set scoring.every_steps to 0"
         )
     scores.check(evaluation.reference, evaluation.features, evaluation.weights or None, run.image_shape)
@@ -42,10 +44,10 @@ def check(run: Run) -> None:
 
 
 class Scorer:
-    """Scores a run every so many steps, in `<workdir>/scores`, and remembers the best step there.
+    """Scores a run at an interval of steps, and stores the scores and the best step in `<workdir>/scores`.
 
-    Every process draws its share of the images and takes their features; a run that was stopped or killed while it did so goes on
-    with it when it is started again.
+    Every process draws its share of the images and computes their features. A run that was stopped or killed during a score
+    continues the score when it is started again.
 
     best: {"step", "fid", ...} of the lowest score so far, or None.
     """
@@ -61,17 +63,17 @@ class Scorer:
         return bool(self.every_steps) and step > 0 and step % self.every_steps == 0
 
     def unfinished(self, step: int) -> bool:
-        """Whether this step is to be scored and was not, because the run was stopped before or while it was."""
+        """Whether the score of this step is due and missing, because the run stopped before or during it."""
         return self.due(step) and not self._result(step).exists()
 
-    def forget_after(self, step: int):
-        """Drops the best step if it is a later one than the run goes on from."""
+    def forget_after(self, step: int) -> None:
+        """Drops the best step if the run continues from an earlier step."""
         if self.best and self.best["step"] > step:
-            say(f"the best step so far, {self.best['step']}, lies after step {step}: forgotten")
+            say(f"the best step so far, {self.best['step']}, is after step {step} and no longer counts")
             self.best = None
 
-    def __call__(self, step: int, params, constants) -> dict | None:
-        """The score of these parameters and what it depends on, written to `<workdir>/scores`; None if a signal stopped it."""
+    def __call__(self, step: int, params: Any, constants: Mapping[str, Any]) -> dict | None:
+        """The score of these parameters with its settings, also written to `<workdir>/scores`; None if a signal stopped it."""
         start, run, num_images = time.monotonic(), self._run, self._scoring.num_images
         requests, seed = spread_requests(run.conditioner, num_images), run.config.seed
         sampler = run.scoring_sampler
@@ -119,16 +121,16 @@ class Scorer:
         return self._folder / f"{step:08d}.json"
 
     def _reference_file(self) -> str:
-        """The statistics to compare with: those that the config names, or made once from the images that it names."""
+        """The reference statistics: those that the config names, or computed once from the images that it names."""
         evaluation, file = self._evaluation, self._folder / REFERENCE
-        found = scores.open_reference(evaluation.reference, self._run.image_shape)
-        if isinstance(found, references.Reference):
+        opened = scores.open_reference(evaluation.reference, self._run.image_shape)
+        if isinstance(opened, references.Reference):
             return evaluation.reference
         if self._has_reference:
             return str(file)
         loaded = load(evaluation.features, evaluation.weights or None)
-        if not (file.exists() and _was_made_of(references.read(file), found, loaded)):
-            made = scores.make_reference(found, loaded, False)
+        if not (file.exists() and _was_made_of(references.read(file), opened, loaded)):
+            made = scores.make_reference(opened, loaded, False)
             if hosts.is_first():
                 references.write(file, made)
         hosts.wait_for_all("the reference of the scores is written")

@@ -1,4 +1,6 @@
-"""What a run is, in a few lines, before it starts."""
+"""The summary of a run, printed before it starts."""
+
+from pathlib import Path
 
 import jax
 
@@ -7,8 +9,8 @@ from dit_jax.parallel import rules
 from dit_jax.runtime import versions
 
 
-def text(run: Run, workdir) -> str:
-    """The summary that a run begins with."""
+def text(run: Run, workdir: Path) -> str:
+    """The lines of the summary: model, data shapes, devices, steps, warnings, versions."""
     task, mesh = run.task, run.mesh
     device = mesh.devices.flat[0]
     state = jax.eval_shape(task.init, jax.random.key(0))

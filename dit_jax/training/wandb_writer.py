@@ -1,16 +1,20 @@
-"""Metrics of a run on Weights & Biases (wandb.ai), for those who have the package `wandb`."""
+"""Metrics of a run on Weights & Biases (wandb.ai); needs the package `wandb`."""
 
+import os
 import secrets
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dit_jax.storage.atomic import write_atomic
 
 
 class WandbWriter:
-    """One W&B run for one workdir: its id is kept in `workdir`/wandb_id.txt, so that a run that goes on continues its curves.
+    """One W&B run for one workdir: its id is kept in `workdir`/wandb_id.txt, so that a resumed run continues its curves.
 
-    What was logged up to the step that W&B has is not sent again: training repeats it exactly. WANDB_MODE=offline works
-    without a network; `wandb sync` sends it later. The first use takes seconds, and a failed one is final.
+    Steps that W&B already has are not sent again: a resumed run repeats them exactly. WANDB_MODE=offline works
+    without a network; `wandb sync` sends it later. The first use takes seconds. If it fails, later uses fail with the same error.
 
     Args:
         workdir: holds the id and W&B's own files, in `wandb/`.
@@ -18,20 +22,21 @@ class WandbWriter:
         config: dict of the run's settings, shown there.
     """
 
-    def __init__(self, workdir, project: str, config: dict):
+    def __init__(self, workdir: str | os.PathLike, project: str, config: dict):
         self._workdir, self._project, self._config = Path(workdir), project, config
-        self._run, self._failed = None, None
+        self._run: Any = None  # wandb's run
+        self._failed: Exception | None = None
 
-    def scalars(self, step: int, numbers: dict[str, float]):
-        """Raises whatever wandb does."""
+    def scalars(self, step: int, numbers: dict[str, float]) -> None:
+        """Logs scalars. Raises the exceptions of wandb."""
         self._log(step, lambda wandb: numbers)
 
-    def image(self, step: int, name: str, image):
-        """uint8 [H, W, C], C = 1 or 3. Raises whatever wandb does."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Logs an image, uint8 [H, W, C], C = 1 or 3. Raises the exceptions of wandb."""
         self._log(step, lambda wandb: {name: wandb.Image(image.squeeze(-1) if image.shape[-1] == 1 else image)})
 
-    def close(self):
-        """Sends what is left."""
+    def close(self) -> None:
+        """Sends pending data and finishes the run."""
         run, self._run = self._run, None
         if run is not None:
             run.finish()
@@ -51,7 +56,7 @@ class WandbWriter:
         if not file.exists():
             write_atomic(file, secrets.token_hex(4))
         try:
-            # Not the console: the last line of stdout is a result, and W&B would wrap it.
+            # The console is not captured: the last line of stdout is the result, and W&B would wrap it.
             return wandb.init(
                 project=self._project,
                 id=file.read_text().strip(),

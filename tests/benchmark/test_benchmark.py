@@ -123,7 +123,17 @@ def test_models_are_the_recipes(name):
     """A --model that is not the network, process or task that the paper's config trains."""
     config = recipes.dit(name, 256)
     bare, whole = subject.of_model(name, (256, 256), 8, "bfloat16").task, build.Run(config.lock()).task
-    for field in ("network", "process", "codec", "latent_shape", "num_classes", "cond_dropout", "ema_decay", "microbatches"):
+    for field in (
+        "network",
+        "process",
+        "codec",
+        "image_shape",
+        "latent_shape",
+        "conditioner",
+        "cond_dropout",
+        "ema_decay",
+        "microbatches",
+    ):
         assert getattr(bare, field) == getattr(whole, field), field
 
 
@@ -143,7 +153,7 @@ def test_batches_are_what_the_tasks_read():
         "autoencoder": {"image": ((16, 8, 8, 1), "uint8"), "label": ((16,), "int32")},
     }
     assert len(small().batch()["label"].sharding.device_set) == 8
-    assert small().macs() == pytest.approx(1e9 * small().describe()["gmacs"]) and autoencoder.macs() is None
+    assert small().macs == pytest.approx(1e9 * small().describe()["gmacs"]) and autoencoder.macs is None
 
 
 def test_a_skipped_step_is_no_speed():
@@ -228,13 +238,13 @@ def test_bare_machine(tmp_path):
 
 
 MISTAKES = {
-    "nothing": ([], "say what to measure"),
-    "useless flag": (["--what=images", "--model=S/2"], "--model means nothing with --what=images"),
+    "nothing": ([], "choose what to measure"),
+    "useless flag": (["--what=images", "--model=S/2"], "--model has no effect with --what=images"),
     "two subjects": (["--what=forward", "--config=configs/digits.py", "--batch_size=8"], "--config.batch_size=64"),
     "peers": (["--what=forward", "--peers=eager"], "without --compare"),
     "peer": (["--what=forward", "--compare", "--peers=lazy"], "names lazy"),
     "scaling": (["--what=scaling", "--config=configs/digits.py", "--config.mesh.data=4"], "lets it grow from 1"),
-    "threads": (["--what=images", "--threads=1,many"], "whole numbers"),
+    "threads": (["--what=images", "--threads=1,many"], "must be integers of at least 1"),
     "cache": (["--what=latents", "--data=/nowhere"], "not a latent cache"),
     "autoencoder": (["--what=forward", "--config=configs/vae_digits.py"], "trains an autoencoder"),
 }
@@ -275,7 +285,7 @@ def test_a_config(outcomes):
 def test_scaling(monkeypatch):
     """A batch that does not grow with the devices, a mesh over others than were asked for, an efficiency upside down."""
     assert scaling.counts(8, 1) == [1, 2, 4, 8] and scaling.counts(7, 2) == [1, 2]
-    with pytest.raises(UserError, match="at least 6 devices, and there are 5"):
+    with pytest.raises(UserError, match="at least 6 devices, but there are 5"):
         scaling.counts(5, 3)
     monkeypatch.setattr(scaling, "counts", lambda devices, group: [1, 2])
     config = tiny.config(model__depth=1, batch_size=4, mesh__tensor=2)
@@ -293,7 +303,7 @@ def test_forward():
     """A forward that counts as a training step, or misses half of the batch."""
     it = one_device()
     work = network.forward(it)
-    assert work.call().shape == (4, 8, 8, 2) and work.facts["flops_per_image"] == 2 * it.macs()
+    assert work.call().shape == (4, 8, 8, 2) and work.facts["flops_per_image"] == 2 * it.macs
     check(network.run(it, work, 0.0, queue=True), 4)
 
 
@@ -318,6 +328,12 @@ def test_latents(tmp_path):
     check(result, 4)
     assert result["cache_bytes"] == 10 * 2 * 2 * 2 * 8 * 2
     assert result["bytes_per_second"] == pytest.approx(64 * result["images_per_second"])
+
+
+def test_made_up_latents():
+    """A size that becomes the side of a square on its way to the cache that is made up."""
+    result = latents.run(None, (16, 24), 10, 4, 0.0)
+    assert result["data"] == "synthetic" and result["records"] == 10 and result["moments_shape"] == (2, 3, 8)
 
 
 def test_checkpoint(tmp_path, monkeypatch):

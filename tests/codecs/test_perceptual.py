@@ -117,7 +117,7 @@ def test_sixteen_pixels_are_enough(params):
         (np.zeros((1, 15, 40, 3), np.float32), None, "15 x 40.*at least 16 x 16.*enlarge"),
         (np.zeros((1, 16, 16, 3), np.uint8), None, "uint8"),
         (np.zeros((1, 16, 16, 4), np.float32), None, r"\[B, H, W, 3\]"),
-        (np.zeros((2, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32), "pairs"),
+        (np.zeros((2, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32), "must be equal"),
     ],
 )
 def test_bad_images(x, y, text, params):

@@ -14,10 +14,12 @@ from dit_files import held, same_bits, tiny_weights
 from verbs import run_verbs
 
 from dit_jax import build, recipes
+from dit_jax.config_file import plain
 from dit_jax.convert import formats
 from dit_jax.convert.formats import Source
 from dit_jax.errors import UserError
 from dit_jax.interop import dinov2, lpips, pt_reader, pt_writer
+from dit_jax.models.dit import DiT
 from dit_jax.parallel import rules
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.rules import path_name
@@ -143,10 +145,10 @@ def test_every_tensor_is_accounted_for(pt):
         (lambda t: t | {"pos_embed": held(np.zeros((1, 15, 32), np.float32))}, "square N"),
         (lambda t: t | {"pos_embed": held(np.zeros((1, 25, 32), np.float32))}, "differs by"),
         (lambda t: {k: v for k, v in t.items() if k != "pos_embed"}, "pos_embed is missing"),
-        (lambda t: t | {"x_embedder.proj.bias": held(np.zeros(32, np.float16))}, "one dtype"),
+        (lambda t: t | {"x_embedder.proj.bias": held(np.zeros(32, np.float16))}, "same dtype"),
         (
             lambda t: {k: v for k, v in t.items() if not k.startswith("x_embedder")},
-            "no DiT in this layout: x_embedder.proj.weight",
+            "not a DiT in this layout: x_embedder.proj.weight",
         ),
         (lambda t: {}, "not a dict of tensors"),
     ],
@@ -160,14 +162,14 @@ def test_weights_of_another_network_are_refused(change, message, pt):
 def test_the_wrong_layout_is_named(pt, tmp_path):
     """Hundreds of missing tensors where one flag is wrong."""
     formats.write(read(pt), "diffusers", tmp_path / "d")
-    with pytest.raises(UserError, match="pass --from=diffusers"):
+    with pytest.raises(UserError, match="use --from=diffusers"):
         read(tmp_path / "d" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match="pass --from=official"):
+    with pytest.raises(UserError, match="use --from=official"):
         read(pt, "diffusers")
     with pytest.raises(UserError, match=r"no header of dit_jax"):
         read(tmp_path / "d" / "diffusion_pytorch_model.safetensors", "dit_jax", heads=None)
     (tmp_path / "text.pt").write_text("<html>")
-    with pytest.raises(UserError, match="is no PyTorch file"):
+    with pytest.raises(UserError, match="is not a PyTorch file"):
         read(tmp_path / "text.pt")
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "absent.pt")
@@ -175,7 +177,7 @@ def test_the_wrong_layout_is_named(pt, tmp_path):
 
 def test_heads_are_never_guessed(pt, tmp_path):
     """A width outside the paper's table with heads made up: the same shapes compute something else."""
-    with pytest.raises(UserError, match="pass --heads"):
+    with pytest.raises(UserError, match="give --heads"):
         read(pt, heads=None)
     with pytest.raises(UserError, match="heads = 5 does not divide"):
         read(pt, heads=5)
@@ -204,7 +206,7 @@ def test_like_gives_the_config(tmp_path):
     back = read(tmp_path / "x.pt", heads=None, like=tmp_path / "ours.safetensors")
     assert same_bits(back, found)
     assert back.sections == found.sections
-    with pytest.raises(UserError, match="leave out --heads"):
+    with pytest.raises(UserError, match="omit --heads"):
         read(tmp_path / "x.pt", like=tmp_path / "ours.safetensors")
 
 
@@ -216,9 +218,9 @@ def workdir(tmp_path_factory):
     params = formats.network_params(config)
     rng = np.random.default_rng(0)
     average = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), params)
-    split = jax.device_put(average, rules.shardings(params, make_mesh(data=2, fsdp=2, tensor=2)))
+    split = jax.device_put(average, rules.shardings(params, make_mesh(data=2, fsdp=2, tensor=2), DiT.rules))
     assert not split["blocks"]["mlp"]["in"]["kernel"].is_fully_replicated
-    with Workdir(folder, config), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
+    with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
         checkpointer.save(3, {"ema_params": split, "params": {"unused": jax.numpy.zeros(1)}}, {})
     return folder, average
 
@@ -282,17 +284,17 @@ MISTAKES = {
     "convert --from=official --weights=x.pt --out=y.safetensors": "does not exist",
     "convert --from=official --to=official --weights=x.pt --out=y.pt": "nothing would change",
     "convert --from=official --to=onnx --weights=x.pt --out=y": "one of dit_jax, official, diffusers",
-    "convert --from=lpips --to=official --weights=lpips.pt --out=y.pt": "leave out --to",
+    "convert --from=lpips --to=official --weights=lpips.pt --out=y.pt": "omit --to",
     "convert --from=lpips --weights=lpips.pt --out=y.npz": "must end in .safetensors",
     "convert --from=dinov2 --weights=lpips.pt --out=y.safetensors": "is not DINOv2",
-    "convert --from=inception_tf --weights=lpips.pt --out=y.safetensors": "classify_image_graph_def.pb, unpacked",
+    "convert --from=inception_tf --weights=lpips.pt --out=y.safetensors": "unpacked classify_image_graph_def.pb",
     "convert --download=dit-s --out=y.safetensors": "dit-xl2-256",
     "convert --download=sit-xl2-256 --from=official --out=y.safetensors": "leave out --from",
-    "sample --weights=x.safetensors --workdir=RUN": "one of them",
+    "sample --weights=x.safetensors --workdir=RUN": "give one of",
     "sample --weights=vae.safetensors": "--codec_path",
     "sample --weights=vae.safetensors --codec_path=nowhere": "nowhere",
     "sample --workdir=RUN --codec_path=nowhere": "has no weights",
-    "sample --weights=vae.safetensors --step=3": "leave it out",
+    "sample --weights=vae.safetensors --step=3": "leave --step out",
 }
 
 
@@ -358,3 +360,13 @@ def test_mistakes_on_the_command_line_are_one_or_two_lines(line, results):
     assert MISTAKES[line] in stderr
     assert not stdout
     assert len(stderr.strip().splitlines()) <= 2, stderr
+
+
+def test_other_layouts_are_of_squares(tmp_path):
+    """A table of positions of a square that is written for a network whose input is none."""
+    c = recipes.digits().to_dict()
+    sections = {name: c[name] for name in ("task", "model", "process", "codec", "transform", "conditioner") if name in c}
+    sections["transform"]["size"] = (8, 12)
+    for layout in ("official", "diffusers"):
+        with pytest.raises(UserError, match=r"input is 8 x 12; .* squares only"):
+            formats.write(formats.Weights({}, sections, {}), layout, tmp_path / "x")

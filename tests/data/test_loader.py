@@ -206,7 +206,7 @@ def test_workers_under_python_dash_m(tmp_path):
 def test_error_in_a_worker_leaves_no_shared_memory(tmp_path):
     """Catches a batch that stays in shared memory because the frames of the error hold it, and an error without its cause."""
     run = run_verb(tmp_path, "--workers=1", "--fail")
-    assert run.returncode != 0 and "in __getitem__" in run.stderr and "ZeroDivisionError" in run.stderr
+    assert run.returncode != 0 and "ZeroDivisionError: division by zero" in run.stderr
     assert "leak" not in run.stderr
 
 
@@ -253,10 +253,10 @@ def test_bad_records_are_named_once(capsys):
         (50, (7, 8, 30), 0.04, r"3 of the 50 .*=0\.04 tolerates 2: number-.*number-.*number-.*loader\.max_bad_share=0\.1"),
         (50, (7, 8, 30), 0.06, None),
         (100, tuple(range(0, 87, 3)), 0.29, None),
-        (100, tuple(range(0, 90, 3)), 0.29, r"30 of the 100 records \(30\.00%\).*tolerates 29:.*Restore them; a run"),
+        (100, tuple(range(0, 90, 3)), 0.29, r"30 of the 100 records \(30\.00%\).*tolerates 29:.*Restore them\. Resuming a run"),
         (4, (2,), 0.0, r"1 of the 4 records"),
-        (40, tuple(range(40)), 0.9, r"16 records on end from number \d+ .* is the storage there\? number-\d+\.png is"),
-        (3, (0, 1, 2), 0.9, r"3 records on end"),
+        (40, tuple(range(40)), 0.9, r"16 consecutive records from number \d+ .* check the storage\. number-\d+\.png is"),
+        (3, (0, 1, 2), 0.9, r"3 consecutive records"),
     ],
 )
 def test_share_of_bad_records(count, bad, share, message):

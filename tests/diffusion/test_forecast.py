@@ -127,7 +127,7 @@ def test_of_a_network(sampler):
 def test_several_evaluations_a_step(overrides):
     """Heun's second evaluation, or a step that dopri5 takes back, taken for the next step's."""
     config = tiny.config(process=recipes.flow(), forecast={"interval": 2}, **overrides)
-    with pytest.raises(UserError, match="several times a step"):
+    with pytest.raises(UserError, match="several times per step"):
         build.Run(config).forecast
 
 

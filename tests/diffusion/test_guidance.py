@@ -104,7 +104,7 @@ def test_bad_fields(fields):
     [
         ({"guidance__channels": 3}, "the data has 1"),
         ({"guidance__scale": 1.5, "task__cond_dropout": 0.0}, "task.cond_dropout = 0.0"),
-        ({"guidance__scale": 1.5, "model__num_classes": 0}, "knows no null condition"),
+        ({"guidance__scale": 1.5, "model__num_classes": 0}, "not trained on the null condition"),
     ],
 )
 def test_refused_before_training(overrides, text):

@@ -143,7 +143,7 @@ def test_reference_file(tmp_path):
     with np.load(path) as file:
         content = dict(file)
     for change, text in (
-        ({"mu": content["mu"] + 1e-9}, "does not fit its seal"),
+        ({"mu": content["mu"] + 1e-9}, "does not match its seal"),
         ({"format": np.array(9)}, "format 9"),
         ({"features": np.array([{}])}, "not a readable npz"),
         ({"sigma": content["sigma"][:2]}, "seal"),
@@ -160,11 +160,11 @@ def test_published_statistics(tmp_path):
     np.savez(path, **arrays)
     found = reference.read(path)
     assert found.moments["features"].mean.dtype == np.float64 and found.images.shape == (4, 4, 3) and found.published
-    with pytest.raises(UserError, match="of Inception, and the samples' features are to be random"):
+    with pytest.raises(UserError, match="of Inception, but the samples' features are random"):
         scores.check_comparable(found, "adm.npz", load(), ArrayImages(images(20), "x"))
     for change, text in (
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, "have 2048"),
-        ({"sigma": np.eye(3)}, "are needed"),
+        ({"sigma": np.eye(3)}, "must be floats"),
         ({"mu": np.full(2048, np.nan)}, "NaN"),
     ):
         np.savez(path, **{**arrays, **change})
@@ -178,7 +178,7 @@ def test_what_cannot_be_compared():
     scores.check_comparable(made, "r", load(), ArrayImages(images(9), "x"))
     with pytest.raises(UserError, match=r"weights_sha256: '0+' there, '0+1' now"):
         scores.check_comparable(made, "r", load(seed=1), ArrayImages(images(9), "x"))
-    with pytest.raises(UserError, match="samples are 2 x 2 x 3 and the reference r was made of 4 x 4 x 3"):
+    with pytest.raises(UserError, match="samples are 2 x 2 x 3, but the reference r was made of 4 x 4 x 3"):
         scores.check_comparable(made, "r", load(), ArrayImages(images(9, shape=(2, 2, 3)), "x"))
 
 
@@ -190,11 +190,11 @@ def test_which_metrics_are_possible():
     names, _ = scores.choose_metrics(many, many, loaded, scores.Options(kid_subset_size=60))
     assert names == scores.METRICS
     statistics = reference.Reference(taken(60).moments, None, {"count": 60, "extractor": {}})
-    with pytest.raises(UserError, match="metric recall: the reference has statistics and neither"):
+    with pytest.raises(UserError, match="metric recall: the reference has only statistics, neither"):
         scores.choose_metrics(many, statistics, loaded, scores.Options(("fid", "recall")))
     with pytest.raises(UserError, match="needs 1000 images on each side"):
         scores.choose_metrics(many, many, loaded, scores.Options(("kid",)))
-    with pytest.raises(UserError, match="no metric 'fld'"):
+    with pytest.raises(UserError, match="unknown metric 'fld'"):
         scores.choose_metrics(many, many, loaded, scores.Options(("fld",)))
 
 
@@ -314,7 +314,7 @@ def test_images_that_are_not_square(tmp_path):
     options = scores.Options(("fid",), replicates=0)
     assert scores.evaluate(str(path), str(folder), "pixels", options=options)["fid"] == pytest.approx(0, abs=1e-4)
     reference.write(tmp_path / "tall.npz", scores.make_reference(cropped(str(folder), (12, 8), 3), load_pixels("pixels"), False))
-    with pytest.raises(UserError, match=r"8 x 12 x 3 .* 12 x 8 x 3 .*--resolution=8x12"):
+    with pytest.raises(UserError, match=r"8 x 12 x 3, .* of 12 x 8 x 3 images.*--resolution=8x12"):
         scores.evaluate(str(path), str(tmp_path / "tall.npz"), "pixels", options=options)
 
 

@@ -59,7 +59,7 @@ def test_mistakes(tmp_path):
     """A file that is no result, shown as an empty row."""
     (tmp_path / "x.json").write_text("{}")
     for path, form, text in (
-        (str(tmp_path / "x.json"), "text", "no result file"),
+        (str(tmp_path / "x.json"), "text", "not a result file"),
         ("/none.json", "text", "cannot be read"),
         (result(tmp_path, "a", 1.0), "latex", "must be one of"),
     ):

@@ -108,8 +108,8 @@ def test_a_finished_part_is_not_fetched_again(server, tmp_path):
     ("change", "message"),
     [
         ({"status": 404}, "answered 404"),
-        ({"kind": "text/html"}, "page of text"),
-        ({"content": b"no weights" * 100}, "not a PyTorch file"),
+        ({"kind": "text/html"}, "text page"),
+        ({"content": b"no weights" * 100}, "did not send a PyTorch file"),
     ],
 )
 def test_a_server_with_something_else_is_refused(change, message, server, tmp_path):
@@ -122,7 +122,7 @@ def test_a_server_with_something_else_is_refused(change, message, server, tmp_pa
 
 def test_a_published_hash_decides(server, tmp_path):
     """A tampered file accepted."""
-    with pytest.raises(UserError, match="the published one is 00"):
+    with pytest.raises(UserError, match="the published hash is 00"):
         download(server.published._replace(sha256="00" * 32), tmp_path / "in" / "x.pt")
     assert not (tmp_path / "in" / "x.pt").exists()
     beginning = server.published._replace(sha256=hashlib.sha256(server.content).hexdigest()[:8])

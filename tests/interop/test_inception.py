@@ -128,9 +128,9 @@ def test_names_of_the_graph():
             "3 differences",
         ),
         ({"fc__weight": np.zeros((1000, 2048), np.float32)}, "torchvision's.*--download=inception"),
-        ({"Conv2d_1a_3x3__bn__running_var": np.full(32, -1, np.float32)}, "variance is not negative"),
+        ({"Conv2d_1a_3x3__bn__running_var": np.full(32, -1, np.float32)}, "variance cannot be negative"),
         ({"fc__bias": np.full(1008, np.nan, np.float32)}, "NaN"),
-        ({"fc__bias": np.zeros(1008, np.float16)}, "one dtype"),
+        ({"fc__bias": np.zeros(1008, np.float16)}, "same dtype"),
     ],
 )
 def test_what_the_network_cannot_have(changes, text):
@@ -185,7 +185,7 @@ def test_numbers_are_found_wherever_a_graph_keeps_them(tmp_path):
 def test_damaged_graphs_are_named(content, tmp_path):
     """A stack trace, endless memory or made-up numbers for a file that is cut short, packed or no graph."""
     (tmp_path / "x.pb").write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.pb.*classify_image_graph_def\.pb, unpacked"):
+    with pytest.raises(UserError, match=r"x\.pb.*unpacked classify_image_graph_def\.pb"):
         read_constants(tmp_path / "x.pb")
 
 

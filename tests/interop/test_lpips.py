@@ -66,9 +66,9 @@ def negative():
     [
         ({"lin2__model__1__weight": negative(), "lins__2__model__1__weight": None}, "holds -0.5"),
         ({"net__slice5__28__bias": np.full(512, np.nan, np.float32)}, "NaN"),
-        ({"scaling_layer__scale": np.zeros((1, 3, 1, 1), np.float32)}, "divided by"),
+        ({"scaling_layer__scale": np.zeros((1, 3, 1, 1), np.float32)}, "is a divisor"),
         ({"lins__1__model__1__weight": np.ones((1, 128, 1, 1), np.float32)}, "differs from lin1.model.1.weight"),
-        ({"net__slice1__0__bias": np.zeros(64, np.float16)}, "one dtype"),
+        ({"net__slice1__0__bias": np.zeros(64, np.float16)}, "same dtype"),
         ({"net__slice1__0__weight": np.zeros((64, 3, 11, 11), np.float32)}, 'AlexNet.*net="vgg"'),
     ],
 )
@@ -86,7 +86,7 @@ def test_wrong_files_are_named(file, tmp_path):
     with pytest.raises(UserError, match=r"--weights=.*x\.pt"):
         lpips.load(tmp_path / "x.pt")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a whole safetensors"):
+    with pytest.raises(UserError, match="not a complete safetensors"):
         lpips.load(file)
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
         write_foreign(tmp_path / "x.pt", {}, {})

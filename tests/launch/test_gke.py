@@ -157,10 +157,10 @@ MISTAKES = {
     "neither": ([*BASE, "--accelerator=x"], COMMAND, "give --topology"),
     "chips": ([*BASE, *KINDS["tpu"], "--chips-per-host=3"], COMMAND, "does not divide the 16 chips"),
     "latest": (["--name=b4", "--bucket=b1", "--image=r/x:latest", *KINDS["gpu"]], COMMAND, "latest"),
-    "untagged": (["--name=b4", "--bucket=b1", "--image=r:5000/x", *KINDS["gpu"]], COMMAND, "must name a tag"),
+    "untagged": (["--name=b4", "--bucket=b1", "--image=r:5000/x", *KINDS["gpu"]], COMMAND, "must have a tag"),
     "name": (["--name=B4", *BASE[1:], *KINDS["gpu"]], COMMAND, "lower-case"),
     "bucket": ([*BASE[:2], "--bucket=gs://b", *KINDS["gpu"]], COMMAND, "without gs://"),
-    "workdir": ([*BASE, *KINDS["gpu"]], ["python", "--workdir=/tmp/x"], "put it under /gcs"),
+    "workdir": ([*BASE, *KINDS["gpu"]], ["python", "--workdir=/tmp/x"], "choose a folder under /gcs"),
     "no command": ([*BASE, *KINDS["gpu"]], [], "after --"),
 }
 

@@ -192,7 +192,7 @@ def test_container_file():
 
 def test_what_was_stopped_ends_with_75():
     """The one status that every launcher relies on, lost in console.run."""
-    program = "from dit_jax import console; console.run(lambda: {'stopped': True})"
+    program = "from dit_jax.runtime import console; console.run(lambda: {'stopped': True})"
     process = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,

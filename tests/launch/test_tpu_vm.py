@@ -211,7 +211,7 @@ MISTAKES = {
     "word": (["python"], "unknown option python"),
     "name": (["--name=Run_1", "--", "python"], "lower-case"),
     "mount": (["--mount=/mnt/x", "--", "python", "--workdir=/mnt/x/y"], "needs --bucket"),
-    "revision": (["--revision=nothing", "--", "python", "--workdir=/s/x"], "is no commit"),
+    "revision": (["--revision=nothing", "--", "python", "--workdir=/s/x"], "is not a commit"),
 }
 
 
@@ -233,7 +233,7 @@ def test_what_is_there_must_be_what_was_asked_for(cloud):
     assert "no hierarchical namespace" in cloud.call("--bucket=b")[2] and not cloud.calls("create")
     assert cloud.call()[0] == 0
     status, _, stderr = cloud.call("--accelerator-type=v5litepod-16")
-    assert status == 2 and "is a v5litepod-8, not a v5litepod-16" in stderr and len(cloud.starts()) == 1
+    assert status == 2 and "exists as a v5litepod-8, not a v5litepod-16" in stderr and len(cloud.starts()) == 1
 
 
 def test_dry_run_shows_all_and_does_nothing(cloud):

@@ -48,7 +48,7 @@ def test_bicubic_is_pillows_to_the_last_bit(height, width):
 
 def test_sums_that_float32_would_round_are_refused():
     """Many pixels per result, added up inexactly without a word."""
-    with pytest.raises(ValueError, match=r"side of 512.*less than 512"):
+    with pytest.raises(ValueError, match=r"side of 512.*below 512"):
         bicubic_pillow(noise(8, 512), 8)
     x = noise(8, 511)
     wanted = Image.fromarray(x[0]).resize((8, 8), Image.BICUBIC)

@@ -252,8 +252,8 @@ def test_depth_is_split_last():
 @pytest.mark.parametrize(
     "size, mesh_shape, text",
     [
-        ("XL/2", (2, 256, 1, 1), r"fsdp=256 .* 5749 of 5774 MiB of state .* mesh.fsdp of 2, 4, 8, 16, 32, 64, 128 splits them"),
-        ("S/2", (2, 1, 4, 1), r"tensor=4 .*qkv/kernel: 108 of 339 MiB .* mesh.tensor of 2 splits them"),
+        ("XL/2", (2, 256, 1, 1), r"fsdp=256 .* 5749 of 5774 MiB of state .* mesh.fsdp = 2, 4, 8, 16, 32, 64, 128 splits them"),
+        ("S/2", (2, 1, 4, 1), r"tensor=4 .*qkv/kernel: 108 of 339 MiB .* mesh.tensor = 2 splits them"),
         ("XL/2", (4, 128, 1, 1), None),
         ("B/2", (1, 8, 2, 1), None),
     ],
@@ -301,6 +301,6 @@ def test_weights_of_a_file_are_split():
     params = jax.tree.map(
         lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), abstract_state(task_of("adaln"), one_device()).params
     )
-    placed = place(params, shardings(params, mesh))
+    placed = place(params, shardings(params, mesh, RULES))
     assert held(placed) < 0.14 * sum(x.nbytes for x in jax.tree.leaves(params))
     assert tiny.distance(placed, params) == 0

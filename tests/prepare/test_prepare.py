@@ -156,7 +156,7 @@ def test_the_verb_killed_and_continued(photos, tmp_path):
     whole = prepare(request(tmp_path, "whole", shard_bytes=round(0.2 * 2**20), size=(200, 200)), {"train": str(photos)})
     assert outcomes[0][0] == 0 and json.loads(outcomes[0][1].splitlines()[-1]) == whole | {"out": "data"}, outcomes[0]
     assert files_of(tmp_path / "data") == files_of(tmp_path / "whole") and whole["splits"]["train"]["records"] == 60
-    refused(outcomes[1], "seed: 0 there, 3 asked for")
+    refused(outcomes[1], "seed: 0 there, 3 requested")
     refused(outcomes[2], "--out")
 
 
@@ -166,7 +166,7 @@ def test_complete_already(photos, tmp_path, capfd):
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*[0-9n]") if file.is_file()}
     capfd.readouterr()
     assert prepare(request(tmp_path), {"train": str(photos)}) == result
-    assert "complete already; verifying" in capfd.readouterr().err
+    assert "already complete; verifying" in capfd.readouterr().err
     assert len(written) > 3 and all(file.stat().st_mtime_ns == when for file, when in written.items())
 
 
@@ -269,17 +269,21 @@ def test_damage_after_the_end(photos, tmp_path):
     assert files_of(tmp_path / "out") == expected
     size = shards[2].stat().st_size
     shards[2].write_bytes(np.random.default_rng(0).bytes(size))
-    with pytest.raises(UserError, match=r"cannot be read.*remove it and give the command again"):
+    with pytest.raises(UserError, match=r"cannot be read.*remove it and run the command again"):
         prepare(request(tmp_path), {"train": str(photos)})
     assert array_records.write_shard(shards[2], [b"one record"]) == (1, size)  # small files are padded to the same size
-    with pytest.raises(UserError, match=r"has 1 records.*remove it and give the command again"):
+    with pytest.raises(UserError, match=r"has 1 records.*remove it and run the command again"):
         prepare(request(tmp_path), {"train": str(photos)})
 
 
 def test_refused(photos, tmp_path):
     """Another source or setting mixed into the shards of a data set, or files of others overwritten."""
     prepare(request(tmp_path), {"train": str(photos)})
-    for more, text in (({"seed": 1}, "seed: 0 there, 1 asked"), ({"shard_bytes": 9}, "shard_bytes"), ({"size": (8, 8)}, "res")):
+    for more, text in (
+        ({"seed": 1}, "seed: 0 there, 1 requested"),
+        ({"shard_bytes": 9}, "shard_bytes"),
+        ({"size": (8, 8)}, "res"),
+    ):
         with pytest.raises(UserError, match=text):
             prepare(request(tmp_path, **more), {"train": str(photos)})
     (photos / "ant" / "new.jpg").write_bytes(encoded(7, "JPEG"))
@@ -287,7 +291,7 @@ def test_refused(photos, tmp_path):
         prepare(request(tmp_path), {"train": str(photos)})
     (photos / "dog").mkdir()
     (photos / "dog" / "1.jpg").write_bytes(encoded(8, "JPEG"))
-    with pytest.raises(UserError, match="only here: dog"):
+    with pytest.raises(UserError, match=r"only in .*: dog"):
         prepare(request(tmp_path), {"test": str(photos)})
     with pytest.raises(UserError, match="split='all'"):
         prepare(request(tmp_path), {"all": str(photos)})

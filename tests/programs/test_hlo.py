@@ -50,7 +50,7 @@ def test_replica_groups(text, groups, axes):
 
 def test_unknown_replica_groups():
     """A form that XLA begins to print some day and that is taken for something else."""
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown form"):
         collectives.replica_groups("replica_groups=spiral(4)", 8)
 
 

@@ -46,7 +46,7 @@ def test_files_and_modules(tmp_path, monkeypatch):
         ("def f(:\n", "line 1: SyntaxError: invalid syntax\n    def f(:"),
         ("import nowhere_to_be_found\n", "line 1: ModuleNotFoundError: No module named"),
         ("import json\n\njson.loads('{')\n", "line 3: JSONDecodeError"),
-        ("import dit_jax\ndit_jax.register('samplers', 'x', 1)", "section 'samplers' holds no constructors"),
+        ("import dit_jax\ndit_jax.register('samplers', 'x', 1)", "section 'samplers' does not exist"),
     ],
 )
 def test_failures_name_the_line(tmp_path, text, said):

@@ -169,8 +169,8 @@ def test_strange_folders(tmp_path):
     "change, text",
     [
         ({"format": 9}, "format 9"),
-        ({"shape": ["../../etc", 8, 1]}, "which no samples have"),
-        ({"num_images": 10**12}, "holds not the labels"),
+        ({"shape": ["../../etc", 8, 1]}, "which is impossible"),
+        ({"num_images": 10**12}, "does not hold the labels"),
         ({"made_by": "../x"}, "does not say how"),
     ],
 )

@@ -26,12 +26,12 @@ MISTAKES = {
     "--workdir=strong --autoguidance_workdir=weak": "needs --guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs --guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=flow --guidance_scale=2": "was trained with another process",
-    "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not a --workdir",
+    "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not the --workdir",
     "--workdir=strong --dtype=float16": "value should be one of <float32|bfloat16>",
-    "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a network that knows every time",
+    "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a continuous process",
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
     "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",
-    "--workdir=strong --guidance_interval=0.2": "two times are needed",
+    "--workdir=strong --guidance_interval=0.2": "give two times",
     "--workdir=strong --sampler_fields=eta=1": "'ddpm' has the fields num_steps, spacing",
 }
 

@@ -1,4 +1,4 @@
-"""Small random DiTs in our layout, and what PyTorch computes from the paper's layout."""
+"""Small random DiTs in our layout, and PyTorch's output for the same weights in the paper's layout."""
 
 import math
 
@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.interop import weights
 from dit_jax.interop.tensors import Tensor
@@ -20,7 +21,7 @@ def held(array) -> Tensor:
 
 
 def tiny_weights(recipe=recipes.dit, dtype=np.float32, seed=0, **model) -> Weights:
-    """Random, nowhere zero, for an input of 8 x 8 x 4."""
+    """Random non-zero parameters for an input of 8 x 8 x 4."""
     config = recipe("XL/2", 64)
     config.model.update({**TINY, **model, "param_dtype": np.dtype(dtype).name})
     sections = weights.sections_of(config.to_dict())
@@ -45,8 +46,8 @@ def same_bits(a: Weights, b: Weights) -> bool:
 
 
 def our_forward(found: Weights, x, t, labels):
-    """x [B, H, W, C] -> [B, H, W, out]."""
-    net = formats.build.Run(formats.config_of(found.sections)).network
+    """Output of our network: x [B, H, W, C] -> [B, H, W, out]."""
+    net = Run(formats.config_of(found.sections)).network
     params = {}
     for name, array in arrays(found).items():
         *parents, leaf = name.split("/")

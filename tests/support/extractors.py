@@ -1,4 +1,4 @@
-"""A small extractor with all the outputs of Inception, made of random numbers."""
+"""A small random extractor with all outputs of Inception."""
 
 from dataclasses import dataclass
 

@@ -36,7 +36,7 @@ print(json.dumps(results))
 
 
 def run(folder: Path, calls, timeout: int = 1800) -> list[dict]:
-    """The JSON results of the calls [verb, *flags], run one after another in the folder, which sees `configs/`.
+    """The JSON results of the calls [verb, *flags], run in sequence in the folder, where `configs/` is linked.
 
     Raises:
         AssertionError: a verb failed; with its command and its stderr.
@@ -45,7 +45,7 @@ def run(folder: Path, calls, timeout: int = 1800) -> list[dict]:
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(ROOT / "configs")
     # Golden numbers are compared closely, so the compiler's options and the number of devices are always the same.
-    # GOLDEN_XLA_FLAGS=--xla_cpu_max_isa=AVX2 shows how much of a number is the rounding of this machine.
+    # GOLDEN_XLA_FLAGS=--xla_cpu_max_isa=AVX2 shows how much a number depends on the machine's rounding.
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",

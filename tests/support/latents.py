@@ -52,7 +52,7 @@ def job(shared_params, **fields):
 
 
 def contents(folder):
-    """{name: bytes} of all files."""
+    """All files, {name: bytes}."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Random weights of LPIPS under the names that the `lpips` package gives them, written down a second time."""
+"""Random LPIPS weights with the tensor names of the `lpips` package, listed independently of the converter."""
 
 from functools import lru_cache
 
@@ -29,6 +29,6 @@ def arrays():
 
 
 def tensors(**changes):
-    """The same as readable tensors; a change of None leaves one out, dots in names are written as __."""
+    """The weights as readable tensors, with changes by name (__ for a dot); None removes a tensor."""
     changed = arrays() | {name.replace("__", "."): value for name, value in changes.items()}
     return {name: held(array) for name, array in changed.items() if array is not None}

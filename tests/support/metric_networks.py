@@ -1,4 +1,4 @@
-"""Random weights of the metrics' networks under their published names, and the images they are shown."""
+"""Random weights of the metrics' networks under their published names, and test images."""
 
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ DINOV2 = {"plain": (0, False), "registers": (4, False), "gated": (0, True)}  # k
 
 @lru_cache
 def inception() -> dict[str, np.ndarray]:
-    """Kaiming-scaled: with PyTorch's own initialisation all features are alike."""
+    """Random weights with Kaiming scale: with PyTorch's initialization all features are nearly equal."""
     rng, found = np.random.default_rng(0), {}
     for name, shape in LAYOUT.items():
         if name.endswith("conv.weight") or name == "fc.weight":
@@ -26,7 +26,7 @@ def inception() -> dict[str, np.ndarray]:
 
 @lru_cache
 def dinov2(kind: str, width: int = 128, depth: int = 2, grid: int = 37) -> dict[str, np.ndarray]:
-    """Two heads of 64, and otherwise the published layout."""
+    """Random weights in the published layout, with two heads of 64."""
     registers, gated = DINOV2[kind]
     hidden = 4 * width
     into, out = ("w12", "w3") if gated else ("fc1", "fc2")
@@ -61,7 +61,7 @@ def dinov2(kind: str, width: int = 128, depth: int = 2, grid: int = 37) -> dict[
 
 
 def tensors(arrays, **changes):
-    """Arrays as readable tensors; a change of None leaves one out, dots in names are written as __."""
+    """Arrays as readable tensors, with changes by name (__ for a dot); None removes a tensor."""
     changed = arrays | {name.replace("__", "."): value for name, value in changes.items()}
     return {name: held(array) for name, array in changed.items() if array is not None}
 

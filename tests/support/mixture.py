@@ -1,4 +1,4 @@
-"""A mixture of two normals per value, for which the best network of any process is known; float64 under jax.enable_x64."""
+"""A mixture of two normals per value, for which the optimal network of any process is known; float64 under jax.enable_x64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +30,7 @@ def flow_denoise(process):
 
 
 def gaussian_denoise(process):
-    """For noise prediction; tables in float64, where the process's own are float32."""
+    """The optimal network for noise prediction, with tables in float64 instead of the process's float32."""
 
     def denoise(x, t):
         alpha_bar = jnp.asarray(process.alpha_bar)[process.index(t)]
@@ -40,7 +40,7 @@ def gaussian_denoise(process):
 
 
 def flow_solution(process, noise):
-    """The ODE's x at t = 0 to 1e-11, by SciPy."""
+    """The solution of the ODE at t = 0, to 1e-11, by SciPy."""
 
     def velocity(s, x):
         c = process.coefficients(np.float64(1 - s), np)
@@ -50,7 +50,7 @@ def flow_solution(process, noise):
 
 
 def gaussian_solution(process, noise):
-    """The same for a variance-preserving process, in sigma / alpha."""
+    """The solution for a variance-preserving process, integrated in sigma / alpha."""
 
     def slope(ratio, y):
         alpha = 1 / np.sqrt(1 + ratio**2)

@@ -1,4 +1,4 @@
-"""Run folders as a training leaves them, made without training; configs read from their files."""
+"""Makes run folders without training; reads configs from their files."""
 
 import importlib.util
 
@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from paths import ROOT
 
+from dit_jax.config_file import plain
 from dit_jax.convert import formats
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.run_folder import Workdir
 
 
 def save_run(folder, config, seed):
-    """A run's folder with a checkpoint whose moving average is random, as if trained."""
+    """Writes a run's folder with a checkpoint whose moving average is random."""
     rng = np.random.default_rng(seed)
     average = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), formats.network_params(config))
-    with Workdir(folder, config), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
+    with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
         checkpointer.save(1, {"ema_params": average, "params": {"unused": jnp.zeros(1)}}, {})
 
 

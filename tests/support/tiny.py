@@ -1,4 +1,4 @@
-"""A model and configs small enough for a test, with weights that are not zero."""
+"""A model and configs small enough for a test, with non-zero weights."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def dit(conditioning="adaln_zero", **fields):
 
 
 def random_params(params, key=7, scale=0.2):
-    """Normal values in place of every parameter: adaLN-Zero's zeros would make tests compare 0 with 0."""
+    """Replaces every parameter by normal values: with adaLN-Zero's zeros, tests would compare 0 with 0."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(key), len(leaves))
     return jax.tree.unflatten(tree, [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
@@ -45,7 +45,7 @@ def override(c, overrides):
 
 
 def distance(a, b, floor=1e-9):
-    """Largest |a - b| over largest |b| + floor, over all leaves; floor is where a leaf's values are rounding alone."""
+    """Largest |a - b| over largest |b| + floor, over all leaves; below `floor`, values are rounding errors."""
     worst = 0.0
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
@@ -54,13 +54,13 @@ def distance(a, b, floor=1e-9):
 
 
 def tiny_codec(c):
-    """Makes the sizes of a digits autoencoder, or of the config that diffuses in its latents, small enough for a test."""
+    """Shrinks a digits autoencoder, or the config of diffusion in its latents, for a test."""
     c.codec.update({"block_out_channels": (8, 16), "norm_groups": 4})
     return c
 
 
 def shorten(c, **overrides):
-    """Few steps, no previews; then overrides as in `config`."""
+    """Sets few steps and no previews; then applies overrides as `config` does."""
     c.update({"num_steps": 4, "batch_size": 16})
     c.checkpoint.update({"every_steps": 2})
     c.log.every_steps = 2

@@ -1,4 +1,4 @@
-"""Python files of a user: written for a test, and forgotten by the registry after it."""
+"""Writes Python files of a user for a test, and unregisters their names after it."""
 
 import textwrap
 
@@ -15,7 +15,7 @@ def write(path, text):
 
 @pytest.fixture
 def forgetful(monkeypatch):
-    """What a test registers and imports is forgotten after it."""
+    """Undoes the registrations and imports of a test."""
     monkeypatch.setattr(registry, "_ENTRIES", {section: dict(entries) for section, entries in registry._ENTRIES.items()})
     monkeypatch.setattr(registry, "_RECORDED", {})
     monkeypatch.setattr(user_code, "_IMPORTS", [])

@@ -4,7 +4,7 @@ import pytest
 
 from dit_jax.codecs.kl_vae import KLVAE
 
-# Keywords of KLVAE. Norm groups of one, two and more channels; a scale and shift that show if forgotten.
+# Keywords of KLVAE. Norm groups of one, two and more channels; a scale and shift that change the result.
 TINY = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 4}
 LAYOUTS = {
     "sd": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_groups": 32},
@@ -14,7 +14,7 @@ LAYOUTS = {
 
 
 def diffusers_vae(codec: KLVAE, seed=0):
-    """A random `AutoencoderKL` in which every tensor matters: norms away from (1, 0), attention not uniform."""
+    """A random `AutoencoderKL` in which every tensor changes the output: norms differ from (1, 0), attention is not uniform."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(seed)

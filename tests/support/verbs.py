@@ -1,4 +1,4 @@
-"""Runs the verbs as a user does: processes, their exit status and what they print."""
+"""Runs the verbs as a user does, in processes; returns exit status and output."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def start(args, cwd):
 
 
 def run_verbs(folder, calls):
-    """[(exit status, stdout, stderr)] of calls [name, *args]; configs are found from the folder."""
+    """[(exit status, stdout, stderr)] of calls [name, *args], run in the folder, where `configs/` is linked."""
     (folder / "configs").symlink_to(ROOT / "configs")
     process = start(["-c", FORK, json.dumps(calls)], folder)
     assert process.returncode == 0, process.stderr
@@ -68,7 +68,7 @@ def environment():
 
 
 def run(verb, *args):
-    """(result, stderr) of a verb that succeeds, run as users do: with XLA's optimizations."""
+    """(result, stderr) of a verb that succeeds, with XLA's optimizations as users have them."""
     process = subprocess.run(command(verb, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1500)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1]), process.stderr

@@ -17,9 +17,9 @@ from user_files import forgetful as forgetful
 from user_files import write
 from verbs import ROOT, start
 
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.programs import chips
-from dit_jax.storage.run_folder import plain
 from dit_jax.sweep import checks, cost, grid, local, remote, scores
 from dit_jax.sweep.folder import Folder, write_json
 from dit_jax.sweep.grid import Sweep
@@ -107,13 +107,13 @@ def test_names_in_the_grid_and_user_code(tmp_path):
     [
         ({"grid": {"model.wid": [1]}}, "no field"),
         ({"grid": {"model.width": [32.5]}}, "width must be a whole number"),
-        ({"grid": {"mesh.zero1": ["False"]}}, "would arrive as False"),
+        ({"grid": {"mesh.zero1": ["False"]}}, "the flag would set False"),
         ({"grid": {"model.width": [None]}}, "width must be a whole number"),
         ({"base": "configs/nowhere.py"}, "does not exist"),
-        ({"variants": {"a": "process=steam"}}, "no process 'steam'"),
+        ({"variants": {"a": "process=steam"}}, "process 'steam' does not exist"),
         ({"variants": {"a/b": {"model.width": 32}, "a-b": {"model.width": 64}}}, "same folder"),
         ({"variants": {"a": {"model.width": 32}}, "grid": {"model.width": [64]}}, "both set model.width"),
-        ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "has one already"),
+        ({"base": "configs/imagenet.py:S/2,256", "variants": {"a": "S/4,256"}}, "already has one"),
     ],
 )
 def test_bad_sweeps(fields, text):
@@ -226,7 +226,7 @@ def test_a_folder_belongs_to_one_sweep(tmp_path):
         with pytest.raises(UserError, match=r"model.width: 128 -> 64"):
             folder.check_configs([dataclasses.replace(expand(grid={"model.width": [64]})[0], name=runs[0].name)])
         assert folder.strangers([]) == ["run"]
-    with pytest.raises(UserError, match="holds the sweep 't', not 'other'"), Folder(tmp_path, "other"):
+    with pytest.raises(UserError, match="contains the sweep 't', not 'other'"), Folder(tmp_path, "other"):
         pass
 
 

@@ -141,7 +141,7 @@ def test_skip_layer_guidance():
 def test_unknown_entries(cond, control):
     """A condition or a control with a slip of the pen, silently ignored."""
     network, x = tiny.dit(num_classes=0), jnp.zeros((2, 8, 8, 1))
-    with pytest.raises(UserError, match=r"knows no (cond|control) entry '(lable|drop)'"):
+    with pytest.raises(UserError, match=r"has no (cond|control) entry '(lable|drop)'"):
         jax.eval_shape(lambda: network.init(jax.random.key(0), x, jnp.zeros(2), cond, control))
 
 

@@ -9,11 +9,13 @@ import latents
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from verbs import run
 
 from dit_jax import build
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.sources import Digits
+from dit_jax.data.transforms import ImageTransform
 from dit_jax.encode.writer import Job, encode
 from dit_jax.errors import UserError
 from dit_jax.interop import vae
@@ -40,7 +42,7 @@ def cache(first_stage, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "latents"
     path = vae.find(first_stage)
     codec = vae.read_codec(path)
-    encode(Job(Digits(), codec, vae.load_diffusers(path, codec), 8, mirror=True, shard_records=128), folder)
+    encode(Job(Digits(), codec, vae.load_diffusers(path, codec), (8, 8), mirror=True, shard_records=128), folder)
     return folder
 
 
@@ -74,7 +76,7 @@ def test_another_codec_is_refused(first_stage, tmp_path):
     vae.save_diffusers(other, codec, latents.params(codec, 5))
     with pytest.raises(UserError, match=r"codec.sha256: '.*' -> '.*'"):
         train(build.Run(tiny.digits_latent(other)), tmp_path / "run")
-    with pytest.raises(UserError, match=r"codec\.sha256 asks for 00"):
+    with pytest.raises(UserError, match=r"codec\.sha256 is 00"):
         train(build.Run(tiny.digits_latent(first_stage, codec__sha256="00")), tmp_path / "new")
     with pytest.raises(UserError, match=r"codec\.path is empty"):
         train(build.Run(tiny.digits_latent("")), tmp_path / "new")
@@ -101,6 +103,28 @@ def test_training_from_the_cache(first_stage, cache, tmp_path):
     for other in runs[1:]:
         assert tiny.distance(other.state.opt_state, runs[0].state.opt_state, floor=1e-6) < 1e-4
     assert (tmp_path / "1" / "codec" / "config.json").is_file()
+
+
+def test_images_that_are_not_square(first_stage, tmp_path):
+    """Height and width swapped between the crop, the cache, the network, the samples and their score."""
+    path, reference = vae.find(first_stage), tmp_path / "digits"
+    codec = vae.read_codec(path)
+    source, crop = Digits(split="test"), ImageTransform(8, 1, flip=False, size=(8, 12))
+    encode(Job(source, codec, vae.load_diffusers(path, codec), (8, 12)), tmp_path / "cache")
+    reference.mkdir()
+    for k in range(30):
+        Image.fromarray(crop(source[k])["image"][..., 0]).save(reference / f"{k:02d}.png")
+    evaluation = {"evaluation__num_images": 20, "evaluation__reference": str(reference)}
+    run = build.Run(cached(first_stage, tmp_path / "cache", num_steps=2, transform__size=(8, 12), **evaluation))
+    check_results(run)
+    trained = train(run, tmp_path / "run")
+    result = trained.results.finish(trained.state, trained.constants, tmp_path / "run")
+    assert run.latent_shape == (4, 6, 2) and np.isfinite(result["fid"])
+    with np.load(result["samples"]) as samples:
+        assert samples["arr_0"].shape == (20, 8, 12, 1)
+    for size in ((12, 8), None):
+        with pytest.raises(UserError, match=r"transform\.size: \[8, 12\] in the cache"):
+            train(build.Run(cached(first_stage, tmp_path / "cache", transform__size=size)), tmp_path / "other")
 
 
 def test_cache_and_online_encoding_see_the_same(first_stage, cache):

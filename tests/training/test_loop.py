@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from dit_jax import build
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.storage.run_folder import Workdir
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -144,9 +145,9 @@ def test_other_data_is_refused(whole, monkeypatch):
 def test_one_process_at_a_time(tmp_path):
     """Two processes that write checkpoints into one folder."""
     with (
-        Workdir(tmp_path / "run", tiny.config()),
+        Workdir(tmp_path / "run", plain(tiny.config())),
         pytest.raises(UserError, match="another command"),
-        Workdir(tmp_path / "run", tiny.config()),
+        Workdir(tmp_path / "run", plain(tiny.config())),
     ):
         pass
 
@@ -163,7 +164,7 @@ def test_one_process_at_a_time(tmp_path):
         ({"preview__every_steps": 5, "preview__num_images": 0}, "preview.num_images is 0"),
         ({"log__every_steps": 0}, "log.every_steps is 0"),
         ({"log__watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
-        ({"profile__num_steps": 9}, "does not lie within 0 to num_steps = 6"),
+        ({"profile__num_steps": 9}, "do not lie within 0 to num_steps = 6"),
         ({"seed": -1}, "seed is -1"),
         ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
         ({"loader__num_threads": 0}, "num_threads=0"),
@@ -178,16 +179,16 @@ def test_refused_before_any_work(tmp_path, overrides, text):
 
 def test_a_failed_start_binds_nobody(tmp_path):
     """A folder that refuses the corrected config because a start failed before its first checkpoint."""
-    with Workdir(tmp_path / "run", tiny.config(seed=5)):
+    with Workdir(tmp_path / "run", plain(tiny.config(seed=5))):
         pass
-    with Workdir(tmp_path / "run", tiny.config()) as folder:
+    with Workdir(tmp_path / "run", plain(tiny.config())) as folder:
         assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     """A stack trace for a mistyped --workdir."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"), Workdir(tmp_path / "file" / "run", tiny.config()):
+    with pytest.raises(UserError, match="cannot be written"), Workdir(tmp_path / "file" / "run", plain(tiny.config())):
         pass
 
 

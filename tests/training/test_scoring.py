@@ -82,7 +82,7 @@ def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
     "overrides, text",
     [
         ({"evaluation__reference": ""}, "evaluation.reference is empty"),
-        ({"scoring__num_images": 1}, "at least 1 and 2 are needed"),
+        ({"scoring__num_images": 1}, "at least 1 and 2"),
         ({"evaluation__features": "inception"}, "weights"),
         ({"scoring__sampler__name": "sde"}, "sde"),
     ],

@@ -9,13 +9,13 @@ from dit_jax.errors import UserError
 
 
 class Digits:
-    """1,797 handwritten digits, uint8 [8, 8, 1], ten classes: the smallest real image data set; needs no download.
+    """1,797 handwritten digits, uint8 [8, 8, 1], ten classes: a very small real image data set without download.
 
     Args:
         split: "train" is the first 1,500, "test" the last 297 (other writers), "all" both.
 
     Raises:
-        UserError: unknown split.
+        UserError: the split is unknown.
     Source: scikit-learn `load_digits`, intensities 0..16 mapped to round(255 v / 16).
     """
 

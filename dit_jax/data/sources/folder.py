@@ -1,4 +1,4 @@
-"""Image files in folders, one per class or a flat one, with captions in text files."""
+"""Image files in one folder per class or in a single folder, with captions in text files."""
 
 import os
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ CAPTION_SUFFIX = ".txt"
 
 
 class ImageFolder:
-    """Image files under one folder per class, labels numbering the class folders in sorted order; or a flat folder.
+    """Image files in one folder per class, with labels that number the sorted class folders; or in a single folder.
 
-    Class folders are searched to any depth. A folder that holds images and no folders is a data set without labels:
+    Class folders are searched recursively. A folder that contains images but no folders is a data set without labels:
     num_classes is 0 and every label is 0, which is the null label of a network for 0 classes. Images are numbered by
-    sorted relative path. The text in `name.txt` beside `name.jpg` is that image's caption. Files of other suffixes and
+    sorted relative path. The text in `name.txt` next to `name.jpg` is the caption of that image. Files with other suffixes and
     names that begin with a dot are not part of the data set.
 
     Args:
-        path: the folder that holds the class folders or images, or one that holds such a folder per split.
-        split: name of that folder, as in `train`; empty if there are no splits.
+        path: the folder that contains the class folders or images, or one that contains such a folder per split.
+        split: name of that folder, such as `train`; empty if there are no splits.
 
     Raises:
-        UserError: no such folder, no images, images beside class folders, a class without images; and from `source[i]`,
-            a file that cannot be read or a caption that is not UTF-8.
+        UserError: the folder does not exist or has no images, it mixes images and class folders, or a class has no images; and
+            from `source[i]`, a file cannot be read or a caption is not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = ""):
@@ -48,12 +48,12 @@ class ImageFolder:
             raise UserError(f"no class folders and no images in {layout}")
         images, labels, texts = [], [], {}
         for label, name in enumerate(self.class_names or [""]):
-            found = sorted(_files_below(path, name))
-            images += (of_class := [file for file in found if file[0].lower().endswith(IMAGE_SUFFIXES)])
+            files = sorted(_files_below(path, name))
+            images += (of_class := [file for file in files if file[0].lower().endswith(IMAGE_SUFFIXES)])
             if not of_class:
                 raise UserError(f"class folder {name!r} holds no images, in {layout}; fill or remove it")
             labels += [label] * len(of_class)
-            texts |= {text: size for text, size in found if text.endswith(CAPTION_SUFFIX)}
+            texts |= {text: size for text, size in files if text.endswith(CAPTION_SUFFIX)}
         self._files = tuple(name for name, _ in images)
         self._labels = np.asarray(labels, np.int32)
         captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
@@ -86,7 +86,7 @@ def _caption_file(image_file: str) -> str:
 
 
 def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """(path relative to root, size in bytes) of every image and text under root/folder, links followed."""
+    """Yields (path relative to root, size in bytes) of every image and text under root/folder, following links."""
     with os.scandir(root / folder) as entries:
         for entry in entries:
             relative = f"{folder}/{entry.name}" if folder else entry.name
@@ -99,7 +99,7 @@ def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
 
 
 def _size(entry: os.DirEntry) -> int:
-    """In bytes; -1 for a link that leads nowhere, which reading will find to be a bad record."""
+    """Size in bytes; -1 for a broken link, which becomes a bad record on reading."""
     try:
         return entry.stat().st_size
     except OSError:

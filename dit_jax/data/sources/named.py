@@ -1,4 +1,4 @@
-"""Data sets by a name that fits on a command line."""
+"""Opens data sets by a name on the command line."""
 
 from dit_jax.data.sources.digits import Digits
 from dit_jax.data.sources.folder import ImageFolder
@@ -9,10 +9,10 @@ from dit_jax.errors import UserError
 
 
 def named_source(data: str, split: str | None = None) -> Source:
-    """The data set that --data and --split name: digits, folder:PATH or PATH, tfds:NAME:PATH, tars:PATTERN.
+    """Opens the data set of --data and --split: digits, folder:PATH or PATH, tfds:NAME:PATH, tars:PATTERN.
 
     Raises:
-        UserError: no such kind of data set, or whatever the data set refuses.
+        UserError: the kind of data set is unknown, or as the data set's constructor.
     """
     kind, colon, place = data.partition(":")
     if data == "digits":
@@ -28,5 +28,7 @@ def named_source(data: str, split: str | None = None) -> Source:
         source = TFDS(name, path, split)
         return TFDS(name, path, split, caption_key="caption") if "caption" in source.text_features else source
     if split:
-        raise UserError(f"--split={split} means nothing with --data={data}; leave it out, and name the files of the split")
+        raise UserError(
+            f"--split={split} has no effect with --data={data}; omit it, and give a pattern for the files of the split"
+        )
     return TarShards(place)

@@ -1,4 +1,4 @@
-"""What a data set is: random access, a number in, one undecoded example out.
+"""The protocol of data sets: random access to undecoded examples.
 
 Letters: H, W, C are the height, width and channels of an image as stored.
 """
@@ -13,7 +13,7 @@ from dit_jax.errors import UserError
 
 
 class Example(TypedDict):
-    """One record of a source; `name` is what an error message calls it, `caption` a text that describes the image."""
+    """One record of a source; `name` is its name in error messages, `caption` a text that describes the image."""
 
     image: np.ndarray | bytes
     label: int
@@ -22,10 +22,10 @@ class Example(TypedDict):
 
 
 class Source(Protocol):
-    """A data set that gives example i in any order, from many threads at once.
+    """A data set with random access to its examples, from many threads at once.
 
-    It is pickled into the worker processes of the loader, so files are opened on first use and never travel.
-    `fingerprint` changes when the examples or their numbering do: resuming compares it.
+    It is pickled into the worker processes of the loader, so files are opened on first use and are not pickled. `fingerprint`
+    changes if the examples or their numbering change; resuming compares it.
     """
 
     num_classes: int
@@ -45,13 +45,13 @@ def fingerprint(**facts: Any) -> str:
 
 
 def caption_text(text: bytes, name: str) -> str:
-    """The text of a caption, UTF-8 with or without a byte order mark, without the white space around it.
+    """Decodes a caption, UTF-8 with or without a byte order mark, and strips white space.
 
     Args:
-        name: what the error message calls the caption.
+        name: name of the caption in the error message.
 
     Raises:
-        UserError: not UTF-8.
+        UserError: the caption is not UTF-8.
     """
     try:
         return text.decode("utf-8-sig").strip()

@@ -1,7 +1,7 @@
-"""What lies where in a tar file, from its headers alone: the data between them are not read.
+"""Lists the members of a tar file from its headers, without reading the data between them.
 
-Understands ustar, the old v7 layout, GNU long names and base-256 sizes, and PAX headers. Written for a million members: a
-scan reads one small window per member, and never keeps more than that.
+Supports ustar, the old v7 layout, GNU long names and base-256 sizes, and PAX headers. It handles millions of members: a scan
+reads one small window per member and never keeps more than that.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from dit_jax.errors import UserError
 
 BLOCK = 512
-WINDOW = 8192  # one read covers a header and, between small members, the next ones
-MAX_EXTENSION = 1 << 20  # of a long name or a PAX header; real ones have a few hundred bytes
+WINDOW = 8192  # one read covers a header and, with small members, the next headers
+MAX_EXTENSION = 1 << 20  # largest long name or PAX header; usually they have a few hundred bytes
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REGULAR, DIRECTORY, EXTENSIONS, NO_MEMBER = b"0\07", b"5", b"xgLK", b"V"
 REFUSED = {
@@ -26,7 +26,7 @@ REFUSED = {
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name and the place of its data, in bytes from the start of the file."""
+    """A regular file in a tar: its name, and the offset and size of its data in bytes."""
 
     name: str
     offset: int
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A file descriptor for reading, closed at the end; what the system refuses meanwhile is a UserError."""
+    """Context manager that opens a file descriptor for reading; an OSError inside becomes a UserError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -43,23 +43,23 @@ def opened(path: Path) -> Iterator[int]:
         finally:
             os.close(fd)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check that it is there, a file, and yours to read") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): check that it exists, is a file, and is readable") from None
 
 
 class TarScan:
-    """The regular members of an uncompressed tar, in order: iterate over it, to the end, to know that it is whole.
+    """Iterates over the regular members of an uncompressed tar, in order; iterating to the end verifies that it is complete.
 
-    Directories and volume labels are passed over. Names lose a leading "./"; bytes of a name that are not UTF-8 become
+    Directories and volume labels are skipped. A leading "./" of a name is removed; bytes of a name that are not UTF-8 become
     backslash escapes.
 
     Args:
         fd: file descriptor; only pread is used.
-        what: what error messages call the tar.
-        start, end: the bytes of the file that are the tar: all of it, or a tar within a tar.
+        what: name of the tar in error messages.
+        start, end: byte range of the tar in the file: the complete file, or a tar within a tar.
 
     Raises (while iterating):
-        UserError: not a tar, compressed, damaged, truncated, no mark at its end, something after that mark, or a member
-            that is a link, sparse or a device.
+        UserError: the file is not a tar, is compressed, damaged or truncated, has no end mark or something after it, or has a
+            member that is a link, sparse or a device.
     Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
     """
 
@@ -70,10 +70,10 @@ class TarScan:
         self._window, self._window_at = b"", start
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` of the file.
+        """Reads `size` bytes from `offset` of the file.
 
         Raises:
-            UserError: the tar ends before.
+            UserError: the tar ends earlier.
         """
         first = offset - self._window_at
         if first < 0 or first + size > len(self._window):
@@ -83,7 +83,7 @@ class TarScan:
         if len(data) < size:
             raise UserError(
                 f"{self.what} is truncated: it ends at byte {self._end - self._start:,}, in a member or before the "
-                "mark of its end; copy or pack it again"
+                "end mark; copy or pack it again"
             )
         return data
 
@@ -120,53 +120,53 @@ class TarScan:
             position = data + _padded(size)
 
     def _parse(self, header: bytes, position: int) -> tuple[bytes, str, int]:
-        """(type, name, size) of a header block whose checksum is right."""
+        """Parses a header block and checks its checksum; returns (type, name, size)."""
         try:
             checksum = int(header[148:156].strip(b" \0"), 8)
-            # Its own field counts as eight spaces.
+            # The checksum's own field counts as eight spaces.
             if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
                 raise ValueError("wrong checksum")
-            # GNU tar writes sizes from 8 GiB as a big-endian number behind a set bit.
+            # GNU tar writes sizes from 8 GiB on as a big-endian number after a set bit.
             size = int.from_bytes(header[125:136]) if header[124] == 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
             if size < 0:
                 raise ValueError(f"size {size}")
         except ValueError as error:
             raise self._damaged(position, f"no header ({error})") from None
         name = header[:100].rstrip(b"\0").split(b"\0")[0]
-        if header[257:263] == b"ustar\0":  # GNU's own magic ends otherwise, and has times where ustar has a prefix
+        if header[257:263] == b"ustar\0":  # GNU's own magic ends differently, and it has times in place of ustar's prefix
             prefix = header[345:500].split(b"\0")[0]
             name = prefix + b"/" + name if prefix else name
         return header[156:157], _text(name), size
 
     def _pax(self, body: bytes, position: int) -> dict[str, str]:
-        """{key: value} of the "length key=value\\n" records of a PAX header."""
-        found, at = {}, 0
+        """Parses the "length key=value\\n" records of a PAX header to {key: value}."""
+        attributes, at = {}, 0
         while at < len(body) and body[at]:
             digits = body[at : body.find(b" ", at)]
             length = int(digits) if digits.isdigit() else 0
             key, equals, value = body[at + len(digits) + 1 : at + length - 1].partition(b"=")
             if length < 1 or at + length > len(body) or not equals:
                 raise self._damaged(position, "an unreadable PAX header")
-            found[_text(key)] = _text(value)
+            attributes[_text(key)] = _text(value)
             at += length
-        if not found.get("size", "0").isdigit():
-            raise self._damaged(position, f"a PAX header with size {found['size']!r}")
-        return found
+        if not attributes.get("size", "0").isdigit():
+            raise self._damaged(position, f"a PAX header with size {attributes['size']!r}")
+        return attributes
 
-    def _damaged(self, position: int, found: str) -> UserError:
+    def _damaged(self, position: int, problem: str) -> UserError:
         begin = os.pread(self._fd, 8, self._start)
         for magic, name in COMPRESSED.items():
             if begin.startswith(magic):
                 return UserError(f"{self.what} is compressed ({name}), so it has no random access: unpack it to a .tar first")
-        where = f"at byte {position - self._start:,} there is {found}"
-        return UserError(f"{self.what} is {'damaged' if position > self._start else 'no tar'}: {where}; copy or pack it again")
+        where = f"at byte {position - self._start:,} there is {problem}"
+        return UserError(f"{self.what} is {'damaged' if position > self._start else 'not a tar'}: {where}; copy or pack it again")
 
     def _check_end(self, position: int) -> None:
         for at in range(position, self._end, 1 << 20):
             if any(os.pread(self._fd, min(1 << 20, self._end - at), at)):
                 raise UserError(
-                    f"{self.what} goes on after the mark of its end at byte {position - self._start:,}: are several "
-                    "tars joined? Unpack it (tar --ignore-zeros) and pack it as one"
+                    f"{self.what} continues after the end mark at byte {position - self._start:,}; it probably consists of "
+                    "several concatenated tars. Unpack it (tar --ignore-zeros) and pack it as one"
                 )
 
 

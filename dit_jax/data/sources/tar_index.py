@@ -1,4 +1,4 @@
-"""An index over tar files: where each sample's image and caption lie, and its label; built once and kept in a file.
+"""An index of tar files: the positions of each sample's image and caption, and its label; built once and stored in a file.
 
 Letters: N is the number of samples.
 """
@@ -19,11 +19,11 @@ from dit_jax.errors import UserError
 from dit_jax.storage.atomic import replacing
 
 FORMAT = 1
-SCAN_THREADS = 16  # for storage that answers slowly: the scan of local files is bound by the interpreter
+SCAN_THREADS = 16  # for slow storage; the scan of local files is limited by the interpreter
 
 
 class Row(NamedTuple):
-    """One sample; label -1 is none; a caption of size -1 is none. Offsets and sizes in bytes of the file."""
+    """One sample; label -1 and caption size -1 mean none. Offsets and sizes are in bytes of the file."""
 
     name: str
     tar: int
@@ -37,13 +37,16 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TarIndex:
-    """Rows as columns, so that a million of them are a few arrays.
+    """The rows, stored as columns, so that a million rows are a few arrays.
 
     Fields:
-        tar: int32 [N], number of the file; offset, size: int64 [N], the image in it, in bytes.
-        label: int64 [N], -1 where there is none.
-        caption_offset, caption_size: int64 [N]; size -1 is no caption; caption_is_json: bool [N], the caption is a field.
-        name_end: int64 [N]; names: uint8, the UTF-8 names one after another, sample i's ending at name_end[i].
+        tar: int32 [N], number of the file.
+        offset, size: int64 [N], position of the image in the file, in bytes.
+        label: int64 [N], -1 for none.
+        caption_offset, caption_size: int64 [N]; size -1 for none.
+        caption_is_json: bool [N], whether the caption is a field of a JSON file.
+        name_end: int64 [N], end of sample i's name in `names`.
+        names: uint8, the concatenated UTF-8 names.
     """
 
     tar: np.ndarray
@@ -64,7 +67,7 @@ class TarIndex:
         return self.names[self.name_end[i - 1] if i else 0 : self.name_end[i]].tobytes().decode()
 
     def sha256(self) -> str:
-        """Hex digest of every column."""
+        """Hex digest over all columns."""
         digest = hashlib.sha256()
         for column in _columns(self).values():
             digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).data)
@@ -76,7 +79,7 @@ def _columns(index: TarIndex) -> dict[str, np.ndarray]:
 
 
 def of_rows(rows: Sequence[Row]) -> TarIndex:
-    """The index of some rows, in their order."""
+    """Makes an index of rows, in their order."""
     columns = list(zip(*rows, strict=True)) or [()] * len(Row._fields)
     names = [name.encode() for name in columns[0]]
     kinds = (np.int32, np.int64, np.int64, np.int64, np.int64, np.int64, bool)
@@ -86,7 +89,7 @@ def of_rows(rows: Sequence[Row]) -> TarIndex:
 
 
 def joined(parts: Sequence[TarIndex]) -> TarIndex:
-    """One index after another."""
+    """Concatenates indices."""
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _columns(parts[0])}
     before = np.cumsum([0] + [len(part.names) for part in parts[:-1]])
     columns["name_end"] = columns["name_end"] + np.repeat(before, [len(part) for part in parts])
@@ -98,7 +101,7 @@ def _rows_of(job: Callable[[], list[Row]]) -> TarIndex:
 
 
 def scanned(jobs: Iterable[Callable[[], list[Row]]]) -> TarIndex:
-    """The rows of all jobs, in their order; the jobs run in threads, and the first error ends them."""
+    """Runs the jobs in threads and makes an index of all their rows, in order; the first error ends the jobs."""
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         futures = [pool.submit(_rows_of, job) for job in jobs]
         try:
@@ -109,17 +112,17 @@ def scanned(jobs: Iterable[Callable[[], list[Row]]]) -> TarIndex:
 
 
 def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], cache: bool = True) -> TarIndex:
-    """`build()`, or what it gave for these very files before.
+    """Returns `build()`, or its stored result for the same files.
 
-    The index is kept as `dit_jax-index-<hash>.npz` in the folder of the first file; the hash covers the layout and every
-    file's name, size and time of change, so that a changed tar is scanned anew. Where that folder cannot be written, a
-    warning says so and the next start scans again; a damaged file is replaced.
+    The index is stored as `dit_jax-index-<hash>.npz` in the folder of the first file. The hash covers the layout and every
+    file's name, size and modification time, so that a changed tar is scanned again. If the folder cannot be written, a warning
+    is logged and the next start scans again. A damaged file is replaced.
 
     Args:
-        files: the tars, which exist.
-        layout: what the rows mean; part of the hash.
+        files: existing tars.
+        layout: meaning of the rows; part of the hash.
         build: scans the files.
-        cache: false neither reads nor writes the file.
+        cache: whether to read and write the stored file.
     """
     if not cache:
         return build()
@@ -131,14 +134,14 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        logging.warning("the index %s is damaged (%s) and is built anew", kept, error)
+        logging.warning("the index %s is damaged (%s); building it again", kept, error)
     index = build()
     try:
         with replacing(kept) as partial, open(partial, "wb") as file:  # several hosts may write it at once, all the same
             np.savez(file, allow_pickle=False, **_columns(index))
     except OSError as error:
         logging.warning(
-            "the index of %d tars cannot be kept in %s (%s): every start reads all their headers again",
+            "the index of %d tars cannot be stored in %s (%s): every start reads all their headers again",
             len(files),
             kept.parent,
             error.strerror,
@@ -147,6 +150,6 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
 
 
 def reject(index: TarIndex, bad: np.ndarray, says: Callable[[int], str]) -> None:
-    """Raises a UserError for the first sample that is marked in `bad`, bool [N]."""
+    """Raises UserError for the first sample marked in `bad`, bool [N]."""
     if bad.any():
         raise UserError(says(int(np.argmax(bad))))

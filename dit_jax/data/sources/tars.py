@@ -1,4 +1,4 @@
-"""Images inside tar files by random access: shards in the WebDataset layout, and what every tar source shares."""
+"""Random access to images in tar files: shards in the WebDataset layout, and the base class of tar sources."""
 
 import collections
 import functools
@@ -17,14 +17,14 @@ from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
-CAPTIONS = ("txt", "caption", "json")  # the first that a sample has
+CAPTIONS = ("txt", "caption", "json")  # in order of precedence
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 OPEN_FILES = 256
-TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # what is read while indexing, at most
+TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # largest file that is read while indexing
 
 
 class _File:
-    """A file descriptor that closes when the last thread that reads from it lets it go."""
+    """A file descriptor that is closed when the last thread that reads from it releases it."""
 
     def __init__(self, path: Path):
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -35,17 +35,17 @@ class _File:
 
 
 class TarSource:
-    """Samples of an index, read with pread: from many threads at once, files opened on first use, at most 256 at a time.
+    """Reads the samples of an index with pread, from many threads at once; opens files on first use, at most 256 at a time.
 
     Args:
-        files: the tars that the index numbers.
-        index: where the samples lie; its labels are all -1 or all in [0, num_classes).
+        files: the tars, numbered as in the index.
+        index: positions of the samples; its labels are all -1 or all in [0, num_classes).
         num_classes: 0 if there are no labels; then every example has label 0.
         class_names: one per class.
-        layout: what the source is called in its fingerprint.
+        layout: name of the source in its fingerprint.
 
     Raises (from source[i]):
-        UserError: a tar is gone or was shortened; a caption is not what it was.
+        UserError: a tar was removed or truncated; a caption has changed.
     """
 
     def __init__(self, files: Sequence[Path], index: TarIndex, num_classes: int, class_names: Sequence[str], layout: str):
@@ -70,7 +70,7 @@ class TarSource:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Example:
-        """Example with the bytes of the image, its label, its name "<tar>:<key>", and "caption" where there is one."""
+        """Example with the bytes of the image, its label, its name "<tar>:<key>", and "caption" if it has one."""
         index = self.index
         file, name = self.files[index.tar[i]], self._name(int(i))
         image = self._read(file, index.offset[i], index.size[i], name)
@@ -94,36 +94,35 @@ class TarSource:
             tar = self._open(file)
             data = os.pread(tar.fd, int(size), int(offset))
             while len(data) < size and (more := os.pread(tar.fd, int(size) - len(data), int(offset) + len(data))):
-                data += more  # network file systems may answer in pieces, and one read ends at 2 GiB
+                data += more  # network file systems may return less, and one read returns at most 2 GiB
         except OSError as error:
             raise UserError(
                 f"{name} in {file}: {error.strerror}; the tars changed after they were indexed, restore them"
             ) from None
         if len(data) < size:
-            raise UserError(f"{file} ends within {name}: it became shorter after it was indexed, restore it")
+            raise UserError(f"{file} ends within {name}: it was truncated after it was indexed, restore it")
         return data
 
 
 class TarShards(TarSource):
-    """Tar files in the WebDataset layout: members that share the path up to the first dot of the base name are one sample.
+    """Tar files in the WebDataset layout: members with the same path up to the first dot of the base name form a sample.
 
-    A sample has one image (.jpg .jpeg .png .webp .ppm .gif .bmp .tif .tiff), and may have a label, from .cls (an integer in
-    ASCII) or .json (field "label" or "cls"), and a caption, from .txt, .caption or .json (field "caption" or "text"), the
-    first of these that it has. Members of other suffixes, those whose name begins with a dot, and those without a suffix
-    are not part of the data set, as in WebDataset. Members of a sample need not be neighbours. Samples are numbered by tar,
-    then by their first member.
+    A sample has one image (.jpg .jpeg .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an integer in
+    ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field "caption" or
+    "text") that it has. As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are not part
+    of the data set. Members of a sample need not be adjacent. Samples are numbered by tar, then by their first member.
 
-    The first opening reads all headers and labels, and keeps an index beside the tars (see `tar_index.cached`).
+    The first opening reads all headers and labels, and stores an index next to the tars (see `tar_index.cached`).
 
     Args:
-        path: a folder of .tar files, a glob, or a brace pattern as `train-{0000..0099}.tar`.
-        num_classes: classes; None is one more than the largest label, or 0 where no sample has one.
+        path: a folder of .tar files, a glob, or a brace pattern such as `train-{0000..0099}.tar`.
+        num_classes: number of classes; None means the largest label plus 1, or 0 if no sample has a label.
         class_names_file: a text file with one class name per line; without it, the classes are called 0, 1, ...
-        cache_index: false neither reads nor writes the index file.
+        cache_index: whether to read and write the index file.
 
     Raises:
-        UserError: no such files; a tar is compressed or damaged; a sample without an image, with two, or with an unreadable
-            or contradictory label; a label for some samples only, or outside the classes; class names that do not fit.
+        UserError: the files do not exist; a tar is compressed or damaged; a sample has no image or several, or an unreadable
+            or contradictory label; only some samples have labels, or a label is outside the classes; class names do not fit.
     """
 
     def __init__(self, path: str, num_classes: int | None = None, class_names_file: str = "", cache_index: bool = True):
@@ -135,7 +134,7 @@ class TarShards(TarSource):
             cache_index,
         )
         if not len(index):
-            raise UserError(f"{path}: {len(files)} tars hold no samples")
+            raise UserError(f"{path}: {len(files)} tars contain no samples")
         class_names = _class_names(class_names_file) if class_names_file else None
         if num_classes is None:
             num_classes = len(class_names) if class_names is not None else int(index.label.max()) + 1
@@ -146,7 +145,9 @@ class TarShards(TarSource):
         if num_classes and (index.label < 0).all():
             raise UserError(f'{path}: num_classes={num_classes}, but no sample has a label (.cls, or "label" in .json): pass 0')
         if (index.label >= 0).any():
-            tar_index.reject(index, index.label < 0, lambda i: f"{self._name(i)} has no label, and others have: complete them")
+            tar_index.reject(
+                index, index.label < 0, lambda i: f"{self._name(i)} has no label, but others have: add the missing labels"
+            )
         tar_index.reject(
             index,
             index.label >= num_classes,
@@ -157,52 +158,52 @@ class TarShards(TarSource):
 
 
 def tar_files(path: str) -> list[Path]:
-    """The files of a folder (its *.tar, sorted), a glob (sorted), a brace pattern (in its order), or one tar.
+    """Lists the files of a folder (its *.tar, sorted), a glob (sorted), a brace pattern (in its order), or one tar.
 
     Raises:
-        UserError: nothing there, a file missing or named twice, or a compressed tar.
+        UserError: there are no files, a file is missing or listed twice, or a tar is compressed.
     """
     if not str(path):
-        raise UserError("data.path is empty; give a folder of .tar files or a pattern as train-{0000..0099}.tar")
+        raise UserError("data.path is empty; give a folder of .tar files or a pattern such as train-{0000..0099}.tar")
     whole = Path(path).expanduser()
     if whole.is_dir():
         visible = (file for file in whole.iterdir() if not file.name.startswith("."))
-        found = sorted(file for file in visible if file.name.endswith((".tar", *PACKED)))
+        files = sorted(file for file in visible if file.name.endswith((".tar", *PACKED)))
     elif whole.exists():
-        found = [whole]
+        files = [whole]
     else:
-        found = []
+        files = []
         for name in _braces(str(whole)):
             matches = [name] if os.path.exists(name) else sorted(glob.glob(name))
             if not matches:
                 raise UserError(f"{name} does not exist (from the pattern {path!r}); tars are read from a file system only")
-            found += map(Path, matches)
-    if not found:
-        raise UserError(f"the folder {path} holds no .tar files")
-    packed = [file for file in found if file.name.endswith(PACKED)]
+            files += map(Path, matches)
+    if not files:
+        raise UserError(f"the folder {path} contains no .tar files")
+    packed = [file for file in files if file.name.endswith(PACKED)]
     if packed:
-        raise UserError(f"{len(packed)} of {len(found)} files are compressed, such as {packed[0]}: unpack them to .tar first")
-    twice = [file for file, times in collections.Counter(found).items() if times > 1]
+        raise UserError(f"{len(packed)} of {len(files)} files are compressed, such as {packed[0]}: unpack them to .tar first")
+    twice = [file for file, times in collections.Counter(files).items() if times > 1]
     if twice:
         raise UserError(f"{path!r} names {twice[0]} twice")
-    return found
+    return files
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """The names of a shell's brace pattern: {0000..0099} counts with its width, {a,b} lists."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    """Expands a shell's brace pattern: {0000..0099} counts with fixed width, {a,b} lists alternatives."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
         yield pattern
         return
-    first, dots, last = found[1].partition("..")
+    first, dots, last = match[1].partition("..")
     if dots:
         if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-            raise UserError(f"{{{found[1]}}} in {pattern!r} must count up between two numbers, as {{0000..0099}}")
+            raise UserError(f"{{{match[1]}}} in {pattern!r} must count up between two numbers, such as {{0000..0099}}")
         choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     else:
-        choices = found[1].split(",")
+        choices = match[1].split(",")
     for choice in choices:
-        yield from _braces(pattern[: found.start()] + choice + pattern[found.end() :])
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _class_names(file: str) -> list[str]:
@@ -212,13 +213,13 @@ def _class_names(file: str) -> list[str]:
         raise UserError(f"class_names_file={file} cannot be read ({error}): give a UTF-8 text file, one name per line") from None
     twice = [name for name, times in collections.Counter(names).items() if times > 1 or not name.strip()]
     if twice or not names:
-        found = f"an empty or repeated line, {twice[0]!r}" if twice else "no line"
-        raise UserError(f"class_names_file={file} has {found}: write one name per class")
+        problem = f"an empty or repeated line, {twice[0]!r}" if twice else "no line"
+        raise UserError(f"class_names_file={file} has {problem}: write one name per class")
     return names
 
 
 class _Part(NamedTuple):
-    """A member of a sample; labels and caption are what the .cls and .json say."""
+    """A member of a sample, with the labels from .cls or .json and whether it has a caption."""
 
     member: Member
     labels: tuple = ()
@@ -226,7 +227,7 @@ class _Part(NamedTuple):
 
 
 def _samples(file: Path, number: int) -> list[Row]:
-    """The samples of one tar, in the order of their first members."""
+    """Lists the samples of one tar, in the order of their first members."""
     samples: dict[str, dict[str, _Part]] = {}
     with opened(file) as fd:
         scan = TarScan(fd, str(file))
@@ -244,13 +245,15 @@ def _samples(file: Path, number: int) -> list[Row]:
 
 
 def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
-    """The member with what it says, if it is a label or a description."""
+    """Makes the `_Part` of a member; reads it if it has a label or description."""
     what = f"{scan.what}:{member.name}"
     limit = TEXT_BYTES.get(suffix)
     if limit is None:
         return _Part(member, has_caption=suffix in CAPTIONS)
     if member.size > limit:
-        raise UserError(f"{what} has {member.size:,} bytes, and a .{suffix} may have {limit:,}; was something else meant?")
+        raise UserError(
+            f"{what} has {member.size:,} bytes, but a .{suffix} may have at most {limit:,}; rename it if it is not a .{suffix}"
+        )
     data = scan.read(member.offset, member.size)
     if suffix == "cls":
         text = data.strip()
@@ -258,7 +261,7 @@ def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
     try:
         fields = json.loads(data)
         if not isinstance(fields, dict):
-            raise ValueError(f"it holds {type(fields).__name__}, not an object")
+            raise ValueError(f"it contains {type(fields).__name__}, not an object")
         caption = _caption_field(fields)
     except ValueError as error:
         raise UserError(f"{what} cannot be read ({error}): correct it, or pack the tar without it") from None
@@ -270,12 +273,12 @@ def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
     if len(images) != 1:
         raise UserError(
             f"{what} has {len(images)} images among its members ({', '.join('.' + suffix for suffix in parts)}), but "
-            f"a sample has one; its name ends at the first dot (suffixes: {', '.join(IMAGES)})"
+            f"a sample must have one; its name ends at the first dot (suffixes: {', '.join(IMAGES)})"
         )
     labels = [label for part in parts.values() for label in part.labels]
     for label in labels:
         if type(label) is not int or not 0 <= label < 2**31:
-            raise UserError(f"{what} has the label {label!r}, but a label is an integer from 0 on: number the classes")
+            raise UserError(f"{what} has the label {label!r}, but a label must be an integer of at least 0: number the classes")
     if len(set(labels)) > 1:
         raise UserError(f"{what} has several labels, {', '.join(map(str, labels))}: leave one")
     caption = next((suffix for suffix in CAPTIONS if suffix in parts and parts[suffix].has_caption), None)
@@ -285,8 +288,8 @@ def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
 
 
 def _caption_field(fields: dict) -> str | None:
-    """The caption in a sample's .json. Raises ValueError if it is no text."""
+    """The caption in a sample's .json. Raises ValueError if it is not a string."""
     caption = next((fields[name] for name in ("caption", "text") if fields.get(name) is not None), None)
     if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"its caption is {caption!r}, not a text")
+        raise ValueError(f"its caption is {caption!r}, not a string")
     return caption

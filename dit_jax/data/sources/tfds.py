@@ -1,4 +1,4 @@
-"""TensorFlow Datasets by random access, without TensorFlow."""
+"""Random access to TensorFlow Datasets, without TensorFlow."""
 
 import functools
 import os
@@ -9,22 +9,22 @@ from dit_jax.errors import UserError
 
 
 class TFDS:
-    """A TensorFlow Datasets data set read by random access, images left encoded; needs no TensorFlow.
+    """A TensorFlow Datasets data set with random access and encoded images; TensorFlow is not needed.
 
-    Nothing is downloaded or prepared: the data set must lie at `path` in a format with random access (array_record).
+    Nothing is downloaded or prepared: the data set must exist at `path` in a format with random access (array_record).
 
     Args:
-        dataset: as TFDS writes it, `imagenet2012`, `name/config` or `name/config:1.0.0`.
-        path: the TFDS data_dir, the folder that holds a folder called `dataset`.
-        split: a split or a slice of one, `train`, `train[:50%]`.
+        dataset: name in TFDS: `imagenet2012`, `name/config` or `name/config:1.0.0`.
+        path: the TFDS data_dir, the folder that contains a folder called `dataset`.
+        split: a split or a slice of one: `train`, `train[:50%]`.
         image_key: name of the Image feature.
         label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
             label is 0, which is the null label of a network for 0 classes.
         caption_key: name of the Text feature that describes the image; None for no captions.
 
     Raises:
-        UserError: no such data set, split or feature, no random access, shards missing; and from
-            `source[i]`, a record that cannot be read.
+        UserError: the data set, split or feature does not exist, there is no random access, or shards are missing; and from
+            `source[i]`, a record cannot be read.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TFDS:
         info = self._builder.info
         self._check_features(info.features)
         self._check_split(info)
-        # Reads no file yet; where the data set has several formats, info.splits now means the array_record files.
+        # Reads no file yet. If the data set has several formats, info.splits now refers to the array_record files.
         self._length = len(self._records)
         self._check_shards(info)
         label = info.features[label_key] if label_key is not None else None

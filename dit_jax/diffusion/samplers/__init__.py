@@ -1,11 +1,11 @@
-"""From noise to data.
+"""Samplers: from noise to data.
 
 A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...].
-`denoise(x_t, t, memory)` has the network, its parameters, the condition and the guidance bound (`process.Denoise`).
-Coefficients are derived in float64 before the loop. One key per example: example k is the same in any batch.
-`evaluations(process)` is the number of calls of `denoise`; None where it depends on the example.
+`denoise(x_t, t, memory)` is a network with its parameters, condition and guidance bound (`process.Denoise`).
+Coefficients are derived in float64 before the loop. Each example has its own key, so it does not depend on its batch.
+`evaluations(process)` is the number of calls of `denoise`; None if it depends on the example.
 
-In comments and names: now = t, next = the following, less noisy time of the grid.
+In comments and names: now = t, next = the next, less noisy time of the grid.
 """
 
 from dit_jax import registry

@@ -10,8 +10,8 @@ from dit_jax.diffusion.process import Denoise, Process, expand
 from dit_jax.diffusion.samplers.frame import require_continuous
 from dit_jax.errors import UserError
 
-# Row i gives stage i + 1 from the slopes of stages 0 .. i; the last row is the solution of order 5, so that its slope serves
-# the next step too. Dormand & Prince 1980, table 2.
+# Row i gives stage i + 1 from the slopes of stages 0 .. i; the last row is the solution of order 5, whose slope is
+# also the first slope of the next step (FSAL). Dormand & Prince 1980, table 2.
 NODES = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
 STAGES = np.array(
     [
@@ -29,14 +29,14 @@ FIRST_STEP, SHORTEST_STEP = 1e-2, 1e-4
 
 @dataclass(frozen=True)
 class DormandPrince:
-    """Dormand-Prince 5(4), a step's error held below atol + rtol |x| in root mean square over the example.
+    """Dormand-Prince 5(4). Step control keeps the RMS error of a step over an example below atol + rtol |x|.
 
-    Every example has its own steps, so that it is the same in any batch, to rounding (about 1e-5: the control magnifies it).
-    A batch costs as much as its slowest example, six evaluations a step, accepted or not. A step of SHORTEST_STEP is accepted
-    whatever its error, which bounds the work.
+    Every example has its own step sizes, so it does not depend on its batch, up to rounding (about 1e-5: step control
+    amplifies it). A step takes six evaluations, accepted or rejected, and a batch takes as many steps as its slowest example.
+    A step of SHORTEST_STEP is always accepted, which bounds the number of steps.
 
     Source: Dormand & Prince 1980; step control as in Hairer, Norsett & Wanner 1993, section II.4. SiT's default
-    ("dopri5", rtol 1e-3, atol 1e-6), which holds the error over the whole batch.
+    is "dopri5" with rtol 1e-3, atol 1e-6 and one error norm over the batch.
     """
 
     rtol: float = 1e-3
@@ -45,12 +45,12 @@ class DormandPrince:
     def __post_init__(self):
         for name in ("rtol", "atol"):
             if not getattr(self, name) > 0:
-                raise UserError(f"dopri5 {name} is {getattr(self, name)}; it must be positive")
+                raise UserError(f"sampler.{name} is {getattr(self, name)}; it must be positive")
 
     def evaluations(self, process: Process) -> None:
         return None
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         require_continuous(process, "dopri5")
         stages, nodes, error_weights = (jnp.asarray(a, noise.dtype) for a in (STAGES, NODES, STAGES[-1] - FOURTH_ORDER))
 
@@ -60,7 +60,7 @@ class DormandPrince:
 
         def attempt(state):
             x, s, h, first, memory = state
-            h = jnp.minimum(h, 1 - s)  # 0 for an example that has arrived
+            h = jnp.minimum(h, 1 - s)  # 0 for an example that has reached t = 0
             slopes = jnp.zeros((7, *x.shape), x.dtype).at[0].set(first)
 
             def stage(carry, c):
@@ -74,7 +74,7 @@ class DormandPrince:
             error = expand(h, x) * jnp.tensordot(error_weights, slopes, axes=1)
             relative = error / (self.atol + self.rtol * jnp.maximum(jnp.abs(x), jnp.abs(new)))
             ratio = jnp.sqrt(jnp.mean(jnp.square(relative).reshape(len(x), -1), axis=1))
-            # A network that returns NaN must end in NaN, not in a loop without end.
+            # NaN is accepted, so that the loop ends and the result is NaN.
             accept = (ratio <= 1) | (h <= SHORTEST_STEP) | jnp.isnan(ratio)
             factor = jnp.where(jnp.isnan(ratio), 10.0, jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.2, 0.2, 10.0))
             return (

@@ -1,7 +1,8 @@
-"""The samplers of discrete diffusion: ancestral (DDPM) and DDIM, and DDIM run from data to noise."""
+"""The samplers of discrete diffusion: ancestral (DDPM), DDIM, and the inversion of DDIM."""
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +13,7 @@ from dit_jax.errors import UserError
 SPACINGS = ("even", "stride")
 
 
-def posterior_variance(alpha, sigma):
+def posterior_variance(alpha: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ratio, beta, variance) of the steps of a grid, float64[N]: ratio = alpha_t / alpha_s, beta = sigma_t^2 - ratio^2
     sigma_s^2 the variance of q(x_t | x_s), variance = beta sigma_s^2 / sigma_t^2 that of q(x_s | x_t, x0).
 
@@ -25,7 +26,7 @@ def posterior_variance(alpha, sigma):
 
 @dataclass(frozen=True)
 class Ancestral:
-    """DDPM's sampler over any subset of the timesteps: draws x_s from q(x_s | x_t, predicted x0) with the predicted variance.
+    """DDPM's sampler over any subset of the timesteps. It draws x_s from q(x_s | x_t, predicted x0) with the predicted variance.
 
     Fields:
         spacing: "even", or "stride" as in DDIM (`Gaussian.grid`).
@@ -39,11 +40,11 @@ class Ancestral:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         ratio, beta, variance = posterior_variance(alpha, sigma)
-        # The last step has variance 0; it is never used, because that step adds no noise.
+        # The last step has variance 0. Its logarithm is not used: that step adds no noise.
         log_small = np.log(np.append(variance[:-1], variance[-2] if self.num_steps > 1 else beta[-1]))
 
         def step(carry, c):
@@ -72,11 +73,11 @@ class Ancestral:
 
 @dataclass(frozen=True)
 class DDIM:
-    """DDIM: x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z, with d = eta times the posterior's deviation.
+    """DDIM: x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z, with d = eta times the posterior's standard deviation.
 
     Fields:
         eta: 0 is deterministic; 1 is the ancestral sampler with the small variance.
-        spacing: "even" steps with both ends, or "stride", every k-th timestep from the first on, which exists only for some
+        spacing: "even" steps, both ends included, or "stride", every k-th timestep from the first on, which exists only for some
             num_steps (the paper's code calls it "ddim50"); see `Gaussian.grid`.
 
     Source: Song et al. 2021, equations 12 and 16.
@@ -88,14 +89,14 @@ class DDIM:
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
-            raise UserError(f"DDIM eta is {self.eta}; it must lie in [0, 1]")
+            raise UserError(f"sampler.eta is {self.eta}; it must lie in [0, 1]")
         if self.spacing not in SPACINGS:
-            raise UserError(f"DDIM spacing is {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+            raise UserError(f"sampler.spacing is {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
 
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps, self.spacing)
         alpha, sigma = process.alpha_sigma(times)
         deviation = self.eta * np.sqrt(posterior_variance(alpha, sigma)[2])
@@ -121,11 +122,11 @@ class DDIM:
         return x0
 
 
-def ddim_invert(process: Process, denoise: Denoise, x0, num_steps: int, spacing: str = "even"):
+def ddim_invert(process: Process, denoise: Denoise, x0: jax.Array, num_steps: int, spacing: str = "even") -> jax.Array:
     """The noise [B, ...] from which DDIM with eta 0 (or `Euler`) on the same grid returns to about x0 [B, ...].
 
-    Euler's method upwards: each step takes the slope where it starts. At t = 0, of which a process with timesteps knows
-    nothing, the first step takes the slope that the network gives for x0 at the first timestep.
+    Euler's method from t = 0 to t = 1: each step uses the slope at its start. A process with discrete timesteps is not defined
+    at t = 0, so its first step uses the slope for x0 at the first timestep.
 
     Source: Song et al. 2021, section 5.4 and equation 14.
     """

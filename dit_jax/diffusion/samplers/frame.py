@@ -1,4 +1,7 @@
-"""What every sampler stands on: one `lax.scan` over rows of coefficients."""
+"""The loop that samplers share: one `lax.scan` over rows of coefficients."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +11,10 @@ from dit_jax.diffusion.process import Process
 from dit_jax.errors import UserError
 
 
-def scan_steps(step, carry, coefficients: dict[str, np.ndarray]):
+def scan_steps(step: Callable[[Any, Any], Any], carry: Any, coefficients: dict[str, np.ndarray]) -> Any:
     """Runs step(carry, c) -> carry over the rows of the coefficients.
 
-    Floats get the dtype of the carry's first array; integers and booleans keep theirs. c["step"] is the number of the row.
+    Floats get the dtype of the carry's first array; integers and booleans keep theirs. c["step"] is the index of the row.
     """
     dtype = jax.tree.leaves(carry)[0].dtype
     rows = {
@@ -22,10 +25,10 @@ def scan_steps(step, carry, coefficients: dict[str, np.ndarray]):
     return jax.lax.scan(lambda carry, c: (step(carry, c), None), carry, rows)[0]
 
 
-def require_continuous(process: Process, sampler: str):
+def require_continuous(process: Process, sampler: str) -> None:
     """Raises a UserError if the process has discrete timesteps."""
     if not process.continuous:
         raise UserError(
-            f"sampler {sampler!r} needs a network that knows every time, as process 'flow'; process "
-            f"{type(process).__name__.lower()!r} has timesteps: choose another sampler, as ddpm, ddim or heun"
+            f"sampler {sampler!r} needs a continuous process, such as 'flow', and process "
+            f"{type(process).__name__.lower()!r} has discrete timesteps; choose another sampler, such as ddpm, ddim or heun"
         )

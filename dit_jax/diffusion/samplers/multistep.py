@@ -1,12 +1,13 @@
-"""Few-step samplers that expand the predicted x0 in half the log signal-to-noise ratio, lambda = log(alpha / sigma).
+"""Samplers for few steps: they integrate the predicted x0 over half the log-SNR, lambda = log(alpha / sigma).
 
-With h the step in lambda, the exact solution is x_s = sigma_s / sigma_t x_t + alpha_s * integral of e^(lambda - lambda_s) x0;
-the samplers differ in how they extrapolate x0.
+Let h be the step in lambda. The exact solution is x_s = sigma_s / sigma_t x_t + alpha_s * integral of e^(lambda - lambda_s) x0;
+the samplers differ in the extrapolation of x0.
 lambda is -inf at a flow's t = 1 and +inf at t = 0, so coefficients are written in 1 / h, which may be 0.
 """
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,19 +15,19 @@ from dit_jax.diffusion.process import Denoise, Process
 from dit_jax.diffusion.samplers.frame import scan_steps
 
 
-def log_snr_steps(process: Process, times):
-    """(alpha, sigma [N + 1], h [N], ratio [N]) in float64; ratio = h over the h of the step before, 0 for the first step."""
+def log_snr_steps(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(alpha, sigma [N + 1], h [N], ratio [N]) in float64; ratio = h over the previous h, 0 for the first step."""
     alpha, sigma = process.alpha_sigma(times)
     with np.errstate(divide="ignore"):
         h = np.diff(np.log(alpha) - np.log(sigma))
     ratio = np.zeros_like(h)
-    ratio[1:-1] = h[1:-1] / h[:-2]  # the last step, whose h is infinite, is of first order: 0 as well
+    ratio[1:-1] = h[1:-1] / h[:-2]  # also 0 for the last step, whose h is infinite: it is of first order
     return alpha, sigma, h, ratio
 
 
 @dataclass(frozen=True)
 class DPMSolverPlusPlus2M:
-    """DPM-Solver++(2M): a line through this x0 and the one before; one evaluation a step, order 2.
+    """DPM-Solver++(2M): linear extrapolation of x0 from the last two steps; order 2, one evaluation per step.
 
     The first and the last step are of first order (DDIM's).
 
@@ -38,7 +39,7 @@ class DPMSolverPlusPlus2M:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
 
@@ -64,9 +65,9 @@ class DPMSolverPlusPlus2M:
 
 @dataclass(frozen=True)
 class UniPC:
-    """UniPC of order 2 with B(h) = e^h - 1 ("bh2"): DPM-Solver++(2M)'s step, corrected at the next evaluation by its x0.
+    """UniPC of order 2 with B(h) = e^h - 1 ("bh2"): the step of DPM-Solver++(2M), corrected with the x0 of the next evaluation.
 
-    One evaluation a step: the x0 of the predicted x serves to correct x and to predict on from it.
+    One evaluation per step: the x0 at the predicted x both corrects x and predicts the next step.
 
     Source: Zhao et al. 2023, section 3, with data prediction.
     """
@@ -76,14 +77,14 @@ class UniPC:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
         from_x, from_x0 = sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
         to_before, to_now = corrector_weights(h, ratio)
 
         def step(carry, c):
-            predicted, corrected, x0_now, x0_before, memory = carry  # of the step before this one
+            predicted, corrected, x0_now, x0_before, memory = carry  # of the previous step
             prediction, memory = denoise(predicted, c["t"], memory)
             x0 = prediction.x0
             target = x0_now + c["to_before"] * (x0_before - x0_now) + c["to_now"] * (x0 - x0_now)
@@ -91,10 +92,10 @@ class UniPC:
             predicted = c["from_x"] * x + c["from_x0"] * (x0 + c["extrapolate"] * (x0 - x0_now))
             return predicted, x, x0, x0_now, memory
 
-        nothing = jnp.zeros_like(noise)
+        zeros = jnp.zeros_like(noise)
         predicted, *_ = scan_steps(
             step,
-            (noise, noise, nothing, nothing, denoise.init(noise)),
+            (noise, noise, zeros, zeros, denoise.init(noise)),
             {
                 "t": times[:-1],
                 "from_x": from_x,
@@ -109,7 +110,7 @@ class UniPC:
         return predicted
 
 
-def corrector_weights(h, ratio):
+def corrector_weights(h: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights on (x0 before - x0 now) and (x0 next - x0 now), float64[N], of the corrector of each step.
 
     The first step is corrected to order 1 with weight 1/2 on the second. Elsewhere the two weights solve UniC's linear system

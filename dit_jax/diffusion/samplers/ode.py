@@ -1,5 +1,5 @@
-"""Fixed-step solvers of a process's ODE, d (x / scale) / d clock = slope: for a flow in time (SiT), for a Gaussian process in
-sigma / alpha (DDIM, EDM)."""
+"""Fixed-step solvers of a process's ODE, d (x / scale) / d clock = slope. The clock of a flow is time (SiT); that of a
+Gaussian process is sigma / alpha (DDIM, EDM)."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Euler:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
@@ -44,9 +44,9 @@ class Euler:
 
 @dataclass(frozen=True)
 class Heun:
-    """Heun's method, order 2: the mean of the slopes at both ends of a step; two evaluations a step.
+    """Heun's method, order 2: the mean of the slopes at both ends of a step; two evaluations per step.
 
-    Where the network does not know t = 0 (a process with timesteps), the last step is Euler's.
+    The last step of a process with discrete timesteps, which is not defined at t = 0, is an Euler step.
 
     Source: Karras et al. 2022 (EDM), algorithm 1; torchdiffeq's "heun2", as SiT uses it.
     """
@@ -56,7 +56,7 @@ class Heun:
     def evaluations(self, process: Process) -> int:
         return 2 * self.num_steps - (process.min_time > 0)
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
 
@@ -90,7 +90,7 @@ class Heun:
         return x0
 
 
-def integral_weights(nodes, start: float, end: float) -> np.ndarray:
+def integral_weights(nodes: np.ndarray, start: float, end: float) -> np.ndarray:
     """w, so that sum(w * f(nodes)) is the integral from start to end of the polynomial through (nodes, f(nodes)); float64."""
     powers = np.arange(len(nodes))
     u = (np.asarray(nodes) - start) / (end - start)
@@ -99,10 +99,11 @@ def integral_weights(nodes, start: float, end: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AdamsBashforth:
-    """Adams-Bashforth of order 2, 3 or 4 with variable steps: extrapolates the last slopes, one evaluation a step.
+    """Adams-Bashforth of order 2, 3 or 4 with variable steps: extrapolates the last slopes, one evaluation per step.
 
-    Its first points come from growing polynomials, which keeps the order: Euler gives point 1; a line through slopes 0 and 1
-    gives points 1 and 2 again; a parabola gives points 1 to 3. So orders 3 and 4 cost 1 and 3 evaluations more than steps.
+    The first points are computed with polynomials of increasing degree, which keeps the order: Euler gives point 1; a line
+    through slopes 0 and 1 gives points 1 (again) and 2; a parabola gives points 1 to 3. Orders 3 and 4 take 1 and 3 more
+    evaluations than steps.
     On a Gaussian process it is DEIS's rho-AB (Zhang & Chen 2023).
 
     Source: Hairer, Norsett & Wanner 1993, section III.1 and III.5 (variable steps).
@@ -113,18 +114,18 @@ class AdamsBashforth:
 
     def __post_init__(self):
         if self.order not in (2, 3, 4):
-            raise UserError(f"Adams-Bashforth order is {self.order}; it must be 2, 3 or 4")
+            raise UserError(f"sampler.order is {self.order}; it must be 2, 3 or 4")
         if self.num_steps < self.order:
             raise UserError(
-                f"{self.num_steps} sampling steps are too few for Adams-Bashforth of order {self.order}; ask for "
-                f"at least {self.order}, or a lower order"
+                f"sampler.num_steps is {self.num_steps}; Adams-Bashforth of order {self.order} needs at least {self.order}: "
+                "take more steps, or a lower order"
             )
 
     def evaluations(self, process: Process) -> int:
         return self.num_steps + (self.order - 1) * (self.order - 2) // 2
 
-    def schedule(self, clock):
-        """Per evaluation: (point of the grid, weights on the slopes of the points that slots 0 .. order - 1 hold, whether the
+    def schedule(self, clock: np.ndarray) -> tuple[list[tuple[int, np.ndarray, bool]], np.ndarray]:
+        """By evaluation: (point of the grid, weights on the slopes of the points that slots 0 .. order - 1 hold, whether the
         point becomes the base of the next); then the weights of the last step."""
 
         def row(point, first, last, base):
@@ -140,7 +141,7 @@ class AdamsBashforth:
         rows += [(i, row(i, i - self.order, i - 1, i - 1), True) for i in range(self.order, self.num_steps)]
         return rows, row(self.num_steps, self.num_steps - self.order, self.num_steps - 1, self.num_steps - 1)
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
         scale, clock = process.ode(times)
         rows, last = self.schedule(clock)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,7 +27,7 @@ SBDM_MARGIN = 1e-3  # SiT's sample_eps
 class EulerMaruyama:
     """dx = (velocity + w score) ds + sqrt(2 w) dW over s = 1 - t, then one last step without noise.
 
-    Every w >= 0 has the same marginals; the data's share of the noise differs.
+    The marginals are the same for every w >= 0; w sets how much noise each step adds.
 
     Fields:
         num_steps: evaluations: num_steps - 1 equal steps (before the process's shift) from t = 1 to last_step_size and the last
@@ -55,7 +56,7 @@ class EulerMaruyama:
                 f"sampler.last_step_size is {self.last_step_size}; it must lie between 0 and 1, or set sampler.last_step to none"
             )
         if self.num_steps < 1 + (self.last_step != "none"):
-            raise UserError(f"sampler.num_steps is {self.num_steps}; at least 2 are needed, or 1 if last_step is none")
+            raise UserError(f"sampler.num_steps is {self.num_steps}; it must be at least 2, or 1 if sampler.last_step is none")
 
     def evaluations(self, process: Process) -> int:
         return self.num_steps
@@ -66,7 +67,7 @@ class EulerMaruyama:
         end, steps = (margin, self.num_steps) if self.last_step == "none" else (self.last_step_size, self.num_steps - 1)
         return end + (1 - margin - end) * process.grid(steps)
 
-    def __call__(self, process: Process, denoise: Denoise, noise, keys):
+    def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         require_continuous(process, "sde")
         times = self.times(process)
         noisy = times[:-1] if self.last_step == "none" else times

@@ -1,0 +1,92 @@
+"""Files that commit e778c7f wrote, read by today's code, against what that commit computed from them.
+
+golden/make_artifacts.py made golden/e778c7f/ and says what is computed, by the command line and the layout of the files alone.
+"""
+
+import base64
+import json
+import os
+import zlib
+
+import numpy as np
+import pytest
+from make_artifacts import FILES, cached, files, machine, quick_samples, resumed, samples
+
+FLOATS = 1e-5  # relative
+LEVELS, SHARE = 1, 0.005  # images of another machine: so many levels in at most this share of the pixels
+
+EXPECTED = json.loads((FILES / "expected.json").read_text())
+# Bits are compared where rounding is the same.
+EXACT = EXPECTED["made_with"] == machine()
+
+
+def pixels(value: dict) -> np.ndarray:
+    data = zlib.decompress(base64.b64decode(value["uint8"]))
+    return np.frombuffer(data, np.uint8).reshape(value["shape"]).astype(int)
+
+
+def image_differences(expected: dict, found: dict, path: str) -> list[str]:
+    if expected["shape"] != found["shape"]:
+        return [f"{path}: the shape was {expected['shape']} and is {found['shape']}"]
+    off = np.abs(pixels(expected) - pixels(found))
+    strict = EXACT or os.environ.get("DIT_JAX_EXACT_GOLDEN") == "1"
+    bad = expected["sha256"] != found["sha256"] if strict else off.max() > LEVELS or (off > 0).mean() > SHARE
+    return [f"{path}: {(off > 0).mean():.2%} of the pixels differ, by up to {off.max()} levels"] if bad else []
+
+
+def differences(expected, found, path: str = "") -> list[str]:
+    """A line for each value that is another one, is missing or is new."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        if "uint8" in expected:
+            return image_differences(expected, found, path)
+        if "size" in expected and expected["shape"] == found.get("shape"):  # sums of an array, which may cancel
+            near = all(abs(found[k] - expected[k]) <= FLOATS * max(expected["size"], 1e-6) for k in ("sum", "size"))
+            return [] if near else [f"{path}: the array was {expected} and is {found}"]
+        return [
+            line
+            for key in {**expected, **found}
+            for line in differences(expected.get(key), found.get(key), f"{path} / {key}".removeprefix(" / "))
+        ]
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        return [
+            line
+            for number, pair in enumerate(zip(expected, found, strict=True))
+            for line in differences(*pair, f"{path}[{number}]")
+        ]
+    if isinstance(expected, float) and isinstance(found, (int, float)):
+        return [] if abs(found - expected) <= FLOATS * abs(expected) else [f"{path}: was {expected}, is {found}"]
+    return [] if expected == found else [f"{path}: was {expected}, is {found}"]
+
+
+def check(observe, folder):
+    lines = differences(EXPECTED[observe.__name__], observe(folder))
+    assert not lines, "read from the files of e778c7f:\n" + "\n".join(lines)
+
+
+def test_old_run_is_sampled(tmp_path):
+    """A checkpoint or config.json of an old run that cannot be read, or that gives other images."""
+    check(quick_samples, tmp_path)
+
+
+@pytest.mark.slow
+def test_old_files_are_read(tmp_path):
+    """An old cache called damaged; other scores of old samples; results, sweeps or checkpoints unread; another weights file."""
+    check(files, tmp_path)
+
+
+@pytest.mark.slow
+def test_old_weights_are_sampled(tmp_path):
+    """Other images from an older checkpoint, another sampler, a weights file, the official layout, or a codec kept in its run."""
+    check(samples, tmp_path)
+
+
+@pytest.mark.slow
+def test_old_runs_are_resumed(tmp_path):
+    """A refused or restarted run; an optimizer state, moving average, step or key that is not taken up where it was left."""
+    check(resumed, tmp_path)
+
+
+@pytest.mark.slow
+def test_old_cache_is_trained_on(tmp_path):
+    """Moments read in another order, view or scale; an old codec that encodes to other moments; a cache that is not continued."""
+    check(cached, tmp_path)
