@@ -61,12 +61,12 @@ class PatchDiscriminator(nn.Module):
         return [self.base_features * min(2**layer, WIDEST) for layer in range(self.num_layers + 1)]
 
     @property
-    def smallest_side(self):
+    def smallest_side(self) -> int:
         """The smallest height and width of an image, which gives one logit."""
         return 3 * 2**self.num_layers
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         self._check(images)
         x = images.astype(self.dtype)
         for layer, width in enumerate(self._widths()):
@@ -111,7 +111,7 @@ class PatchDiscriminator(nn.Module):
             )
 
 
-def hinge_discriminator_loss(real_logits, fake_logits):
+def hinge_discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
     """The discriminator's hinge loss, a float32 scalar >= 0: (mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2.
 
     It is 1 if all logits are 0. The caller stops the gradient with respect to the images when it computes the logits.
@@ -121,12 +121,12 @@ def hinge_discriminator_loss(real_logits, fake_logits):
     return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
 
-def generator_loss(fake_logits):
+def generator_loss(fake_logits: jax.Array) -> jax.Array:
     """The autoencoder's adversarial loss, a float32 scalar: minus the mean logit of its reconstructions."""
     return -fake_logits.astype(jnp.float32).mean()
 
 
-def adaptive_weight(nll_grad, gan_grad, max_weight=1e4):
+def adaptive_weight(nll_grad: Any, gan_grad: Any, max_weight: float = 1e4) -> jax.Array:
     """The weight of the generator loss, a float32 scalar in [0, max_weight]: |nll_grad| / (|gan_grad| + 1e-4), no gradient.
 
     With it, both losses have gradients of equal norm at the decoder's last layer. It is multiplied by a constant factor (Esser et

@@ -25,7 +25,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in the original
 
 
-def split_moments(moments):
+def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and log-variance of the posterior, float32; the log-variance is clipped to LOG_VARIANCE_RANGE.
 
     Args:
@@ -35,7 +35,7 @@ def split_moments(moments):
     return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
 
-def spatial_attention(query, key, value):
+def spatial_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(C)) v with one head over all positions and softmax in float32; the only place that selects a kernel.
 
     Uses the XLA implementation: the head width of 512 exceeds the limit of the cuDNN kernel. It stores the [N, N] float32 logits
@@ -55,7 +55,7 @@ class Layer(nn.Module):
     dtype: Any
     param_dtype: Any
 
-    def conv(self, features, name, kernel_size=3, strides=1, padding="SAME"):
+    def conv(self, features: int, name: str, kernel_size: int = 3, strides: int = 1, padding: Any = "SAME") -> nn.Conv:
         return nn.Conv(
             features,
             (kernel_size, kernel_size),
@@ -67,7 +67,7 @@ class Layer(nn.Module):
             name=name,
         )
 
-    def norm(self, name):
+    def norm(self, name: str) -> nn.GroupNorm:
         # Two-pass variance: E[x^2] - E[x]^2 in float32 loses digits if the mean is much larger than the deviation.
         return nn.GroupNorm(
             self.norm_groups,
@@ -78,10 +78,10 @@ class Layer(nn.Module):
             name=name,
         )
 
-    def resnet(self, features, name):
+    def resnet(self, features: int, name: str) -> "ResnetBlock":
         return ResnetBlock(self.norm_groups, self.dtype, self.param_dtype, features=features, name=name)
 
-    def middle(self, x):
+    def middle(self, x: jax.Array) -> jax.Array:
         """Resnet, attention, resnet at the coarsest resolution; encoder and decoder use the same layers."""
         features = x.shape[-1]
         x = self.resnet(features, "mid_resnet_0")(x)
@@ -95,7 +95,7 @@ class ResnetBlock(Layer):
     features: int
 
     @nn.compact
-    def __call__(self, x):  # [B, H, W, C] -> [B, H, W, features]
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, features]
         h = self.conv(self.features, "conv1")(nn.silu(self.norm("norm1")(x)))
         h = self.conv(self.features, "conv2")(nn.silu(self.norm("norm2")(h)))
         if x.shape[-1] != self.features:
@@ -107,7 +107,7 @@ class AttentionBlock(Layer):
     """x + out(attention(norm(x))), one head as wide as the layer, over all h * w positions."""
 
     @nn.compact
-    def __call__(self, x):  # [B, h, w, C]
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, h, w, C]
         batch, height, width, channels = x.shape
 
         def linear(name):
@@ -127,7 +127,7 @@ class Encoder(Layer):
     use_quant_conv: bool
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         x = self.conv(self.block_out_channels[0], "conv_in")(images)
         for i, features in enumerate(self.block_out_channels):
             for j in range(self.layers_per_block):
@@ -151,7 +151,7 @@ class Decoder(Layer):
     use_quant_conv: bool
 
     @nn.compact
-    def __call__(self, z):
+    def __call__(self, z: jax.Array) -> jax.Array:
         if self.use_quant_conv:
             z = self.conv(z.shape[-1], "post_quant_conv", kernel_size=1)(z)
         x = self.middle(self.conv(self.block_out_channels[-1], "conv_in")(z))
@@ -164,14 +164,14 @@ class Decoder(Layer):
         return self.conv(self.image_channels, "conv_out")(x).astype(jnp.float32)
 
 
-def upsample_nearest(x):
+def upsample_nearest(x: jax.Array) -> jax.Array:
     """Nearest-neighbour upsampling by 2: [B, H, W, C] -> [B, 2H, 2W, C]."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
-def tile_axis(size, tile, overlap, factor):
+def tile_axis(size: int, tile: int, overlap: int, factor: int) -> tuple[np.ndarray, np.ndarray]:
     """Start positions of tiles along one axis of the latent grid, and their blending weights at every decoded pixel.
 
     Args:
@@ -196,7 +196,7 @@ def tile_axis(size, tile, overlap, factor):
     return starts, (weights / total[pixels]).astype(np.float32)
 
 
-def floating_dtype(name, value):
+def floating_dtype(name: str, value: Any) -> Any:
     """Converts names such as "bfloat16" and types such as jnp.bfloat16 to a jnp.dtype, so that codecs compare equal.
 
     Raises UserError if it is not a floating-point type.
@@ -275,7 +275,7 @@ class KLVAE:
             raise UserError(f"{name} {value} must be {'positive and finite' if name == 'scale' else 'finite'}")
 
     @property
-    def downsample(self):
+    def downsample(self) -> int:
         """Image pixels per latent pixel along one side: 2 ** (levels - 1), so 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
@@ -331,12 +331,12 @@ class KLVAE:
         return encode, decode
 
     @property
-    def encoder(self):
+    def encoder(self) -> Encoder:
         """The Linen module whose parameters are params["encoder"]."""
         return Encoder(latent_channels=self.latent_channels, **self._shared_fields())
 
     @property
-    def decoder(self):
+    def decoder(self) -> Decoder:
         """The Linen module whose parameters are params["decoder"]."""
         return Decoder(image_channels=self.image_channels, **self._shared_fields())
 
@@ -350,7 +350,7 @@ class KLVAE:
             "use_quant_conv": self.use_quant_conv,
         }
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> dict:
         """Random parameters: kernels are uniform in +-1/sqrt(fan_in), biases are zero, norms are the identity."""
         encoder_key, decoder_key = jax.random.split(key)
         side = self.downsample
@@ -361,7 +361,7 @@ class KLVAE:
             "decoder": jax.jit(self.decoder.init)(decoder_key, latent)["params"],
         }
 
-    def encode(self, params, images):
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
         """Encodes images to moments [B, h, w, 2C] float32: the posterior's mean and raw log-variance on the last axis.
 
         Args:
@@ -380,9 +380,10 @@ class KLVAE:
                 f"images have shape {images.shape}: height and width must be at least {self.downsample}, one latent "
                 "pixel; enlarge them first"
             )
-        return self.encoder.apply({"params": params["encoder"]}, images)
+        moments: Any = self.encoder.apply({"params": params["encoder"]}, images)
+        return moments
 
-    def sample_latent(self, key, moments):
+    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
         """Samples latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
 
         Args:
@@ -397,7 +398,7 @@ class KLVAE:
         sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         return (sample - _per_channel(self.shift)) * _per_channel(self.scale)
 
-    def decode(self, params, latents):
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Decodes latents to images [B, H, W, image_channels] float32, approximately in [-1, 1] and not clipped.
 
         Args:
@@ -407,9 +408,11 @@ class KLVAE:
             ValueError: latents have another rank or channel count.
         """
         self._check_latents(latents)
-        return self.decoder.apply({"params": params["decoder"]}, latents / _per_channel(self.scale) + _per_channel(self.shift))
+        z = latents / _per_channel(self.scale) + _per_channel(self.shift)
+        images: Any = self.decoder.apply({"params": params["decoder"]}, z)
+        return images
 
-    def decode_tiled(self, params, latents, tile=64, overlap=16):
+    def decode_tiled(self, params: Any, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
         """Decodes in overlapping, linearly blended tiles, with the memory of one tile and of the output.
 
         A tile of t latent pixels needs, per image of the batch, about 3.5 x (downsample * t)^2 x block_out_channels[1]
@@ -467,7 +470,7 @@ def _per_channel(value):
     return np.asarray(value, np.float32) if isinstance(value, tuple) else value
 
 
-def normalised(codec, mean, std):
+def normalised(codec: KLVAE, mean: Any, std: Any) -> KLVAE:
     """Returns the codec with the scale and shift that normalise latents of this mean and std to 0 and 1.
 
     Args:

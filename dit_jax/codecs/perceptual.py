@@ -30,7 +30,7 @@ def shapes() -> dict:
     return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), params, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def lpips(params, images, others, dtype=jnp.float32):
+def lpips(params: Any, images: jax.Array, others: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """The perceptual distance of each pair, float32 [B]; symmetric, and 0 for equal images.
 
     Args:
@@ -52,7 +52,7 @@ def lpips(params, images, others, dtype=jnp.float32):
     return distance
 
 
-def features(params, images, dtype=jnp.float32):
+def features(params: Any, images: jax.Array, dtype: Any = jnp.float32) -> list[jax.Array]:
     """relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of VGG16: [B, H / 2^i, W / 2^i, C] of `dtype`, i = 0 to 4, sizes floored.
 
     Arguments and errors as for `lpips`.
@@ -86,7 +86,7 @@ def _convolve(x, layer):
     return y + layer["bias"].astype(x.dtype)
 
 
-def normalize(x):
+def normalize(x: jax.Array) -> jax.Array:
     """x / (|x| + 1e-10) over channels, float32; zero stays zero.
 
     Deviation: the gradient is finite if all channels are zero or so small that their squares underflow. The square root's slope

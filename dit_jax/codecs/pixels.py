@@ -4,6 +4,9 @@ B batch, H x W x C image, F frames.
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+import jax
 
 from dit_jax.codecs.codec import check_channels
 from dit_jax.errors import UserError
@@ -49,15 +52,15 @@ class Pixels:
         """(0, 0): scale and shift do not count."""
         return 0, 0
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> dict:
         return {}
 
-    def encode(self, params, images):
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
         """Returns [B, H, W, C] or [B, F, H, W, C] in [-1, 1] unchanged: the posterior is a point."""
         return images
 
-    def sample_latent(self, key, moments):
+    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
         return (moments - self.mean) / self.std
 
-    def decode(self, params, latents):
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         return latents * self.std + self.mean

@@ -19,6 +19,7 @@ graph in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-
 transformers.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -49,7 +50,7 @@ LIKE = flags.DEFINE_string(
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest good one if not given.")
 
 
-def byte_progress(name: str):
+def byte_progress(name: str) -> Callable[[int, int], None]:
     """Returns a callback (bytes done, total bytes) that prints progress to stderr."""
     progress = None
 

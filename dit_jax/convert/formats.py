@@ -3,9 +3,11 @@
 The layouts themselves are in `interop`. This module needs `build`, because a network's shapes come from its config.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -74,12 +76,12 @@ class Source:
             raise UserError("--like determines the number of heads; omit --heads")
 
 
-def config_of(sections) -> ml_collections.ConfigDict:
+def config_of(sections: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A complete config with the sections of a weights file, for `build`; training fields have the recipes' values."""
     return ml_collections.ConfigDict({**recipes.diffusion().to_dict(), **sections})
 
 
-def network_params(config):
+def network_params(config: ml_collections.ConfigDict) -> Any:
     """The parameters of the config's network as ShapeDtypeStructs, without computing them."""
     task = Run(config).task
     return jax.eval_shape(lambda key: task.init(key).params, jax.random.key(0))

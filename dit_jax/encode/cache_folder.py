@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ LISTED = 100  # number of bad records in the manifest; the facts of the shards l
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, wanted: dict, process_index: int):
+def claimed(folder: Path, wanted: dict, process_index: int) -> Iterator[dict]:
     """Context manager that yields the folder's settings (the wanted ones if it has none); the first process claims the folder.
 
     Raises:
@@ -141,7 +142,7 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     return manifest
 
 
-def check_bad(bad: list, records: int, max_bad_share: float):
+def check_bad(bad: list, records: int, max_bad_share: float) -> None:
     if len(bad) / records > max_bad_share:
         first = "; ".join(f"record {index}: {reason}" for index, reason in bad[:3])
         raise UserError(

@@ -217,7 +217,7 @@ def encode_shards(
         return round(images / (time.monotonic() - start), 2)
 
 
-def settled(writing: Future | None):
+def settled(writing: Future | None) -> None:
     if writing is not None:
         writing.result()
 
@@ -323,7 +323,7 @@ class Shard:
         self.captions += batch.get("caption", [None] * len(batch["index"]))
         self.count = rows.stop
 
-    def write(self, folder: Path, settings_digest: str):
+    def write(self, folder: Path, settings_digest: str) -> None:
         """Writes the files, the facts last."""
         moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}

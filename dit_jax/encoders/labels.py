@@ -3,7 +3,9 @@
 B batch, N requests.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ class Labels:
         if self.num_classes < 0:
             raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> dict:
         return {}
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -39,7 +41,7 @@ class Labels:
     def cond_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         return self.batch_spec()
 
-    def from_batch(self, params, constants, batch):
+    def from_batch(self, params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {"label": batch["label"]} if self.num_classes else {}
 
     def from_requests(self, requests: Requests) -> Requests:
@@ -54,5 +56,5 @@ class Labels:
             raise UserError(f"label {wrong} is out of range: 0 to {self.num_classes - 1}, or {self.num_classes} for no label")
         return {"label": labels}
 
-    def null(self, params, constants, cond):
+    def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: jnp.full_like(label, self.num_classes) for name, label in cond.items()}

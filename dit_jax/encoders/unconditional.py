@@ -1,6 +1,10 @@
 """The conditioner of an unconditional network."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import jax
 
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
@@ -13,16 +17,16 @@ class Unconditional:
     rules = ()
     num_classes = 0
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> dict:
         return {}
 
-    def batch_spec(self):
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {}
 
-    def cond_spec(self):
+    def cond_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {}
 
-    def from_batch(self, params, constants, batch):
+    def from_batch(self, params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {}
 
     def from_requests(self, requests: Requests) -> Requests:
@@ -30,5 +34,5 @@ class Unconditional:
             raise UserError(f"the network is unconditional and cannot take {', '.join(sorted(requests))}")
         return {}
 
-    def null(self, params, constants, cond):
+    def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {}

@@ -38,7 +38,7 @@ def check_name(name: str, weights: str | None) -> None:
         raise UserError(f"--weights={weights} is not a file; {made_by} writes one")
 
 
-def check_shape(name: str, shape: tuple[int, ...]):
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
     """Raises UserError if the covariance of pixel features of this image shape would be too large."""
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(

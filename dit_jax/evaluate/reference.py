@@ -68,7 +68,7 @@ def of_images(images: Images, extracted: Extracted, loaded: Loaded) -> Reference
     return Reference(extracted.moments, extracted.features, json.loads(json.dumps(recipe_of(images, extracted, loaded))))
 
 
-def write(path: Path, reference: Reference):
+def write(path: Path, reference: Reference) -> None:
     """Writes the reference's file atomically.
 
     Raises:

@@ -52,7 +52,7 @@ class Options(NamedTuple):
     every_seconds: float = 30.0
 
 
-def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]):
+def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]) -> None:
     """Raises UserError if samples of `shape` cannot be scored; call before drawing them. A folder is listed, not read."""
     check_name(features, weights)
     check_is_images(shape, "the run")
@@ -60,7 +60,7 @@ def check(reference: str, features: str, weights: str | None, shape: tuple[int, 
     open_reference(reference, shape)
 
 
-def check_options(options: Options):
+def check_options(options: Options) -> None:
     """Raises UserError if a number is out of range; call before extracting features, which may take hours."""
     kernels.check(kernels.SUBSETS, options.kid_subset_size)
     if options.replicates:
@@ -202,7 +202,7 @@ def take_features(
     )
 
 
-def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Images):
+def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Images) -> None:
     """Raises UserError if the reference was made with another extractor or of images of another shape."""
     ours = json.loads(json.dumps(loaded.describe()))
     if reference.published and ours["name"] != "inception":
@@ -224,7 +224,9 @@ def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Im
         )
 
 
-def choose_metrics(images: Images, reference: Reference | Images | None, loaded: Loaded, options: Options):
+def choose_metrics(
+    images: Images, reference: Reference | Images | None, loaded: Loaded, options: Options
+) -> tuple[tuple[str, ...], list[str]]:
     """Chooses the requested metrics, or all possible ones; returns (metrics, remarks about omitted ones).
 
     Raises:

@@ -59,7 +59,7 @@ class Snapshots:
     def _features_path(self, chunk: int) -> Path:
         return self.folder / f"{self.name}.features-{chunk:05d}.npz"
 
-    def write(self, sums: dict, digests: list[bytes], features: list):
+    def write(self, sums: dict, digests: list[bytes], features: list) -> None:
         """Writes a snapshot after a chunk, unless the last one is newer than `every_seconds`."""
         if time.monotonic() - self._last < self.every_seconds:
             return
@@ -84,7 +84,7 @@ class Snapshots:
         )
 
 
-def remove(folder: Path):
+def remove(folder: Path) -> None:
     """Deletes the folder of a finished extraction, including snapshots of other keys."""
     shutil.rmtree(folder, ignore_errors=True)
 

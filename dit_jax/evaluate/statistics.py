@@ -67,7 +67,7 @@ def default_batch_size() -> int:
     return 64 if devices[0].platform == "cpu" else 128 * len(devices)
 
 
-def output_shapes(extractor: Extractor, params, shape: tuple[int, ...]) -> dict[str, int]:
+def output_shapes(extractor: Extractor, params: Any, shape: tuple[int, ...]) -> dict[str, int]:
     """{name: width} of an extractor's outputs for images of this shape, without computing them."""
     image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     return {name: x.shape[1] for name, x in jax.eval_shape(extractor, params, image).items()}

@@ -4,21 +4,23 @@
 """
 
 from pathlib import Path
+from typing import Any
 
+from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.interop import vae
 from dit_jax.storage.atomic import replacing_folder
 
 FOLDER = "codec"
 
 
-def keep(workdir: Path, codec, params):
+def keep(workdir: Path, codec: KLVAE, params: Any) -> None:
     """Writes <workdir>/codec/ atomically, unless it exists."""
     folder = workdir / FOLDER
     if params and not folder.exists():
         replace(folder, codec, params)
 
 
-def replace(folder: Path, codec, params):
+def replace(folder: Path, codec: KLVAE, params: Any) -> None:
     """Replaces the codec's folder atomically."""
     with replacing_folder(folder) as partial:
         vae.save_diffusers(partial, codec, params)

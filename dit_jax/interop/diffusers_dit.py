@@ -108,7 +108,7 @@ def from_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
     return theirs
 
 
-def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int):
+def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int) -> None:
     """Writes config.json and the weights to a folder that `DiTTransformer2DModel.from_pretrained` reads.
 
     Args:
@@ -163,7 +163,7 @@ def read_config(weights: Path) -> dict:
     return (CONFIG_DEFAULTS | config) if name == CLASSES[0] else config
 
 
-def check_config(config: Mapping, architecture: Architecture, what: str):
+def check_config(config: Mapping, architecture: Architecture, what: str) -> None:
     """Raises unless the config describes these tensors and a network that dit_jax computes.
 
     Raises:

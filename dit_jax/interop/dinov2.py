@@ -8,6 +8,7 @@ The written file has the names of the .pth. The mask token is dropped; only trai
 """
 
 import math
+import os
 import re
 
 import numpy as np
@@ -74,7 +75,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return Tensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: np.concatenate([part.load() for part in parts]))
 
 
-def load(path) -> dict:
+def load(path: str | os.PathLike) -> dict:
     """Reads the params of `dit_jax.metrics.dinov2.VisionTransformer` as NumPy float32, with stacked blocks.
 
     Args:

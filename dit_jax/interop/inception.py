@@ -8,6 +8,7 @@ torch-fidelity's file has the same tensors under the same names. The written fil
 http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; ADM uses the same one.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _transposed(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     return Tensor(shape, tensor.dtype, lambda: tensor.load().transpose(order))
 
 
-def load(path) -> dict:
+def load(path: str | os.PathLike) -> dict:
     """Reads the params of `dit_jax.metrics.inception.InceptionV3` as NumPy float32.
 
     Batch norms are folded into kernel and bias, in float64. The classifier's bias is dropped, because no metric uses it.

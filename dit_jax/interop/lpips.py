@@ -12,6 +12,7 @@ Convert it to a .safetensors of 59 MB; this does not need PyTorch:
 The written file keeps the names of the package.
 """
 
+import os
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def from_package(tensors: Tensors, what: str) -> Tensors:
     return {name: kept[name] for name in LAYOUT}
 
 
-def load(path) -> dict:
+def load(path: str | os.PathLike) -> dict:
     """Reads the params of `dit_jax.codecs.perceptual.lpips` as NumPy arrays in the file's dtype.
 
     Args:

@@ -106,7 +106,7 @@ def grid_side(tensors: Tensors, what: str) -> int:
     return side
 
 
-def check_position(tensor: Tensor, what: str):
+def check_position(tensor: Tensor, what: str) -> None:
     """Raises unless the stored position table equals the one that our network computes, to 1e-5 or its dtype's precision.
 
     Raises:
@@ -122,7 +122,7 @@ def check_position(tensor: Tensor, what: str):
         )
 
 
-def check_kind(shapes: Shapes):
+def check_kind(shapes: Shapes) -> None:
     """Raises unless the layout can represent the network: class-conditional, with adaLN-Zero blocks.
 
     Raises:

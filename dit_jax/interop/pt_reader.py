@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +61,7 @@ class Rebuild(NamedTuple):
 
     function: Callable
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
 
@@ -86,7 +86,7 @@ def is_pt(path: Path) -> bool:
     return start.startswith(ZIP_MAGIC) or start == LEGACY_START
 
 
-def read(path: Path):
+def read(path: Path) -> Any:
     """Reads the saved object: dicts, lists, tuples, numbers and strings, with a `Tensor` for each tensor.
 
     Raises:

@@ -16,7 +16,7 @@ ALIGNMENT = 64  # PyTorch's alignment of storages, so that it can memory-map the
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 
-def write(path: Path, tensors: Tensors):
+def write(path: Path, tensors: Tensors) -> None:
     """Writes a dict of tensors that torch.load(weights_only=True) reads. An existing file is replaced atomically."""
     remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:

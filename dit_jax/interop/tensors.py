@@ -6,6 +6,7 @@ Nothing here holds all of a model's weights, so that a conversion needs the memo
 import functools
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ def count(tensors: Tensors) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], what: str):
+def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raises unless exactly the expected tensors exist, with the expected shapes.
 
     Args:
@@ -122,7 +123,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, file.metadata() or {}
 
 
-def open_converted(path, what: str, source: str, way: str) -> tuple[Path, dict[str, Tensor]]:
+def open_converted(path: str | os.PathLike, what: str, source: str, way: str) -> tuple[Path, dict[str, Tensor]]:
     """Opens a frozen network's weights written by `python -m dit_jax.convert`; returns (path, tensors).
 
     Args:
@@ -174,7 +175,7 @@ def open_sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
     return tensors, [index.parent / part for part in parts]
 
 
-def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]):
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Writes the tensors in their order; an existing file is replaced atomically.
 
     The library's writer takes all arrays at once. This one holds a single tensor in memory.
@@ -194,7 +195,7 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
             file.write(raw_bytes(tensor))
 
 
-def write_foreign(path: Path, tensors: Tensors, origin: Mapping):
+def write_foreign(path: Path, tensors: Tensors, origin: Mapping) -> None:
     """Writes a network that no config describes, with the names of its publication.
 
     Args:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -61,14 +62,14 @@ CONFIG_DEFAULTS: dict[str, Any] = {
 }
 
 
-def find(path) -> Path:
+def find(path: str | os.PathLike) -> Path:
     """Path of an autoencoder's weights: `path` itself, or its folder `codec` if `path` is the --workdir of a run."""
     path = Path(path).expanduser()
     own = path / "codec"
     return own if own.is_dir() and not (path / WEIGHTS_NAME).exists() else path
 
 
-def read_codec(path, dtype=jnp.float32) -> KLVAE:
+def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE:
     """Builds the codec that a diffusers folder describes (sizes, scale and shift) without reading the weights.
 
     Args:
@@ -101,7 +102,7 @@ def read_codec(path, dtype=jnp.float32) -> KLVAE:
     return codec
 
 
-def weights_sha256(params) -> str:
+def weights_sha256(params: Any) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes in sorted order; it does not depend on the file's layout."""
     digest = hashlib.sha256()
     leaves = {"/".join(_keys(path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
@@ -112,7 +113,7 @@ def weights_sha256(params) -> str:
     return digest.hexdigest()
 
 
-def load_diffusers(path, codec):
+def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
     """Loads parameters for `codec` from a diffusers `AutoencoderKL`, as NumPy arrays in the file's dtypes.
 
     Every tensor of the file must be used and every parameter must be present; otherwise nothing is loaded.
@@ -159,7 +160,7 @@ def load_diffusers(path, codec):
     return params
 
 
-def save_diffusers(path, codec, params):
+def save_diffusers(path: str | os.PathLike, codec: KLVAE, params: Any) -> None:
     """Writes params in the format of diffusers' `AutoencoderKL`, with their dtypes; loading them gives the same bits.
 
     Args:

@@ -39,7 +39,7 @@ def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def write(path: Path, weights: Weights):
+def write(path: Path, weights: Weights) -> None:
     """Writes the file; an existing one is replaced atomically.
 
     Raises:
@@ -76,7 +76,7 @@ def read(path: Path) -> Weights:
     return Weights(tensors, sections, origin)
 
 
-def load(path: Path, tree) -> Any:
+def load(path: Path, tree: Any) -> Any:
     """Reads the parameters as NumPy arrays, in the tree's structure and the file's dtype.
 
     Args:

@@ -50,7 +50,7 @@ def influences(features: np.ndarray, mean: np.ndarray, gradient: Gradient) -> np
     return result
 
 
-def check(replicates: int, level: float):
+def check(replicates: int, level: float) -> None:
     """Raises UserError unless `replicates` >= 100 and 0 < `level` < 1."""
     if replicates < 100:
         raise UserError(f"{replicates} bootstrap replicates are too few; at least 100 are needed")

@@ -34,7 +34,7 @@ class Block(nn.Module):
     gated: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         width = x.shape[-1]
 
         def scaled(y, name):
@@ -70,7 +70,7 @@ class VisionTransformer(nn.Module):
     grid: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         count, height, width, _ = x.shape
         rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
         x = x.reshape(count, rows, PATCH_SIZE, columns, PATCH_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -105,7 +105,7 @@ def position_weights(grid: int, side: int, registers: bool) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def network(params) -> VisionTransformer:
+def network(params: Any) -> VisionTransformer:
     """The `VisionTransformer` of given params; its sizes are read from their shapes."""
     depth, width, _, heads, _ = params["blocks"]["qkv"]["kernel"].shape
     hidden_width, double = params["blocks"]["out"]["kernel"].shape[1], params["blocks"]["in"]["kernel"].shape[2]
@@ -134,7 +134,7 @@ class DINOv2:
             "precision": "float32",
         }
 
-    def __call__(self, params, images) -> dict[str, jax.Array]:
+    def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         """{"features": float32 [N, D]}.
 
         Args:

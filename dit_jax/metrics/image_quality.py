@@ -12,7 +12,7 @@ SIGMA = 1.5  # pixels
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 
-def psnr(images, reconstructions):
+def psnr(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio in dB, float64 [N]: 10 log10(255^2 / mean squared error); infinite for equal images.
 
     The error is the mean over the pixels and channels of one image. Average these values, as papers do, not the errors. If one
@@ -29,7 +29,7 @@ def psnr(images, reconstructions):
         return 10 * np.log10(PEAK**2 / errors)
 
 
-def ssim(images, reconstructions, window=11):
+def ssim(images: np.ndarray, reconstructions: np.ndarray, window: int = 11) -> np.ndarray:
     """Structural similarity, float64 [N] in [-1, 1], 1 for equal images only.
 
     Uses a Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, range 255 and biased variances. Only windows inside

@@ -7,6 +7,7 @@ Letters: N images; H, W image; C channels.
 Source: Szegedy et al. 2016 (Rethinking the Inception Architecture), table 1; Heusel et al. 2017 for its use.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,7 +129,7 @@ BLOCKS = {
 }
 
 
-def names(branch: str, chain) -> list[list[str]]:
+def names(branch: str, chain: Sequence) -> list[list[str]]:
     """Names of each link in pytorch-fid's port.
 
     A single link has the branch's name ("branch1x1"). Several are numbered ("branch5x5_1"). Parallel ones get letters ("_2a").
@@ -152,7 +153,7 @@ class Convolution(nn.Module):
     pooled: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         conv = self.conv
         kernel = self.param("kernel", nn.initializers.he_normal(), (conv.height, conv.width, x.shape[-1], conv.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (conv.features,))
@@ -174,7 +175,7 @@ class Mixed(nn.Module):
     block: Block
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         outputs = []
         for branch, chain in self.block.branches.items():
             pool = self.block.pool if branch == "branch_pool" else ""
@@ -201,7 +202,7 @@ class InceptionV3(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
         activations = {}
         for name, conv in STEM.items():
             x = Convolution(conv, name=name)(x) if conv else _max_3x3(x)
@@ -240,7 +241,7 @@ class Inception:
             "logits": "without the classifier's bias",
         }
 
-    def __call__(self, params, images) -> dict[str, jax.Array]:
+    def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         """{"features": [N, 2048], "spatial": [N, 2023], "probabilities": [N, 1008]}, each float32.
 
         Args:

@@ -46,7 +46,7 @@ def kernel_distance(
     return float(estimates.mean()), float(estimates.std())
 
 
-def check(subsets: int, subset_size: int):
+def check(subsets: int, subset_size: int) -> None:
     """Raises UserError unless there is at least 1 subset of at least 2 images."""
     if subsets < 1 or subset_size < 2:
         raise UserError(f"{subsets} KID subsets of {subset_size} images: at least 1 subset of at least 2 images is needed")

@@ -14,7 +14,7 @@ FIXED_BITS = 22  # of Pillow's coefficients: an int of 32 bits less 8 for the pi
 LARGEST_TAPS = 256
 
 
-def to_rgb(images):
+def to_rgb(images: jax.Array) -> jax.Array:
     """Repeats grey images [N, H, W, 1] to uint8 [N, H, W, 3]; RGB images are returned unchanged.
 
     Raises:
@@ -28,7 +28,7 @@ def to_rgb(images):
     return jnp.broadcast_to(images, (*images.shape[:3], 3))
 
 
-def bilinear_tensorflow(images, size: int):
+def bilinear_tensorflow(images: jax.Array, size: int) -> jax.Array:
     """Bilinear resize of [N, H, W, C] of any dtype to float32 [N, S, S, C], not rounded.
 
     Matches TensorFlow 1's ResizeBilinear with align_corners and half_pixel_centers false: output i interpolates at position
@@ -52,7 +52,7 @@ def _neighbours(length: int, size: int):
     return low, np.minimum(low + 1, length - 1), place - low.astype(np.float32)
 
 
-def bicubic_pillow(images, size: int):
+def bicubic_pillow(images: jax.Array, size: int) -> jax.Array:
     """Resizes uint8 [N, H, W, C] to uint8 [N, S, S, C] on device, bit for bit as PIL.Image.resize((S, S), BICUBIC).
 
     Shrinking antialiases. Like Pillow, it rounds to uint8 between the two passes. The horizontal pass comes first, as in Pillow

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from dit_jax.errors import UserError
 SHUTDOWN_SECONDS = 86_400
 
 
-def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes of this run, if there are any; call before anything else uses JAX.
 
     Without arguments the cluster is detected (TPU pod, GKE, SLURM, Open MPI); on a single machine nothing happens.
@@ -52,7 +53,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         # JAX detected no cluster: this is the only process.
 
 
-def missing_steps(environment) -> str:
+def missing_steps(environment: Mapping[str, str]) -> str:
     """Explains why this process is probably one of several although JAX detects no cluster; "" if there is no sign of it."""
     tasks = environment.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_NODELIST" not in environment and tasks.isdigit() and int(tasks) > 1:
@@ -68,7 +69,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def to_host(x) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
     """Gathers a global array on every process."""
     if jax.process_count() == 1:
         return np.asarray(x)
@@ -77,7 +78,7 @@ def to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def wait_for_all(what: str):
+def wait_for_all(what: str) -> None:
     """A barrier: returns once every process has called it with the same `what`."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils

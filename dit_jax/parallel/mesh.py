@@ -5,6 +5,8 @@ tensor, and the tokens of activations over sequence.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,9 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, sequence: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, *, sequence: int = 1
+) -> Mesh:
     """Makes a mesh over all devices of all hosts; data = -1 uses all devices that the other axes leave.
 
     Raises:
@@ -41,7 +45,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, s
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
+def arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Arranges devices in the shape of the mesh, so that neighbours along the later axes are close in the network.
 
     Like `jax.make_mesh`, but without two of its restrictions: that one cannot split an axis of a torus over two axes of the mesh
@@ -103,18 +107,18 @@ def reader_place(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def shard_batch(mesh: Mesh, batch):
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Makes global arrays, split over data and fsdp, from this host's rows (a pytree of NumPy arrays)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def split_rows(mesh: Mesh, x):
+def split_rows(mesh: Mesh, x: np.ndarray) -> jax.Array:
     """Splits an array that every host holds in full over data and fsdp, as a global array."""
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
-def place(tree, shardings):
+def place(tree: Any, shardings: Any) -> Any:
     """Makes global arrays from arrays that every host holds in full; each device receives only its shard.
 
     tree: pytree of NumPy arrays; shardings: a pytree of the same structure, or one sharding for all.
@@ -128,7 +132,7 @@ def place(tree, shardings):
     return jax.tree.map(one, tree, shardings)
 
 
-def constrain_batch(x, tokens: bool = False):
+def constrain_batch(x: jax.Array, tokens: bool = False) -> jax.Array:
     """Constrains x to be split over rows only, or over rows and tokens, under `jax.set_mesh`.
 
     Without a mesh and inside a `shard_map` it is the identity.

@@ -6,6 +6,8 @@ path that matches no rule is an error, so that a new layer is not replicated unn
 
 import math
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,7 +18,7 @@ TOO_MUCH = 0.1  # share of a device's bytes that may stay unsplit without a warn
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
 
-def path_name(path) -> str:
+def path_name(path: Iterable) -> str:
     """Joins a pytree path with "/": "params/blocks/attention/qkv/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
@@ -37,7 +39,7 @@ def rule_of(name: str, shape: tuple[int, ...], rules: Rules) -> tuple[str | None
     return specs[0]
 
 
-def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> PartitionSpec:
+def spec_of(name: str, shape: tuple[int, ...], mesh_shape: Mapping[Any, int], rules: Rules) -> PartitionSpec:
     """The PartitionSpec of one array.
 
     A mesh axis that does not divide its dimension is dropped (6 heads are not split over 4 devices). The fsdp axis, which only
@@ -60,19 +62,19 @@ def spec_of(name: str, shape: tuple[int, ...], mesh_shape, rules: Rules) -> Part
     return PartitionSpec(*axes)
 
 
-def shardings(tree, mesh: Mesh, rules: Rules):
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """NamedShardings for a pytree of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, mesh.shape, rules)), tree
     )
 
 
-def whole_over_fsdp(tree):
+def whole_over_fsdp(tree: Any) -> Any:
     """The same NamedShardings without their fsdp axis."""
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*(None if a == "fsdp" else a for a in s.spec))), tree)
 
 
-def unsplit_bytes(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, float, str]:
+def unsplit_bytes(tree: Any, mesh_shape: Mapping[Any, int], axis: str, rules: Rules) -> tuple[float, float, str]:
     """Finds arrays that the table would split over `axis`, but whose dimensions its size does not divide.
 
     tree: pytree of arrays or ShapeDtypeStructs.
@@ -91,7 +93,7 @@ def unsplit_bytes(tree, mesh_shape, axis: str, rules: Rules) -> tuple[float, flo
     return held, sum(whole.values()), max(whole, key=lambda name: whole[name])
 
 
-def warnings(tree, mesh: Mesh, rules: Rules) -> list[str]:
+def warnings(tree: Any, mesh: Mesh, rules: Rules) -> list[str]:
     """Warnings about axes that leave more than a tenth of a device's bytes unsplit, with the sizes that would split them."""
     messages = []
     for axis in ("fsdp", "tensor"):

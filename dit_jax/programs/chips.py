@@ -9,6 +9,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from dit_jax.errors import UserError
 
@@ -81,7 +82,7 @@ def of_kind(device_kind: str) -> Chip | None:
     return next((CHIPS[name] for prefix, name in KINDS.items() if device_kind.startswith(prefix)), None)
 
 
-def of_device(device) -> Chip | None:
+def of_device(device: Any) -> Chip | None:
     """The chip of a JAX device; None for a CPU.
 
     Raises:

@@ -4,12 +4,13 @@ Unlike XLA's count, this one includes the length of a scan and the recomputation
 """
 
 import math
+from typing import Any
 
 # Products that cuDNN's attention executes: scores and values; in the gradient the scores again, and dv, dp, dq, dk.
 CUDNN_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
-def count(jaxpr) -> int:
+def count(jaxpr: Any) -> int:
     """FLOPs (2 per multiply-add) of a Jaxpr or ClosedJaxpr, over all devices; elementwise operations do not count.
 
     Of custom kernels, only cuDNN's attention counts, without products skipped thanks to a mask.

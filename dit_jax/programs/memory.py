@@ -25,7 +25,7 @@ def bytes_per_device(tree: Any, in_host: bool = False) -> int:
     )
 
 
-def of_program(compiled, in_host: int = 0) -> dict[str, int]:
+def of_program(compiled: Any, in_host: int = 0) -> dict[str, int]:
     """Memory of a compiled program on one device in bytes, as the compiler assigned it.
 
     total = arguments + outputs - aliased (outputs that reuse arguments) + temporaries + code. "host" is not part of it: it is

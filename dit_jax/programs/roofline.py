@@ -14,6 +14,7 @@ The estimate is only as good as its assumptions:
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_jax.programs import chips, collectives
 from dit_jax.programs.topology import GPUS_PER_HOST, Topology
@@ -55,7 +56,7 @@ class Times:
 
 def estimate(
     topology: Topology,
-    mesh,
+    mesh: Mesh,
     flops: float,
     traffic: Traffic,
     collective_ops: list[collectives.Collective],
@@ -82,7 +83,7 @@ def estimate(
     )
 
 
-def bandwidth(topology: Topology, mesh, collective: collectives.Collective) -> float:
+def bandwidth(topology: Topology, mesh: Mesh, collective: collectives.Collective) -> float:
     """Bytes/s that one device can send in a collective while all groups run.
 
     On a torus, a group uses both links of each dimension that it spans, or one link if that side is not a ring. A permute uses

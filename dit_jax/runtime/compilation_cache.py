@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 
-def use():
+def use() -> None:
     """Enables JAX's persistent compilation cache; call before anything is compiled.
 
     The folder is JAX_COMPILATION_CACHE_DIR if set, otherwise ~/.cache/dit_jax/xla/<kind of CPU>: programs for a CPU use its

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 
 
-def say(text: str):
+def say(text: str) -> None:
     """Prints one line to stderr, on the first process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
@@ -45,7 +46,7 @@ class Progress:
         self.what, self.total, self.every_seconds = what, total, every_seconds
         self.start = self.last = time.monotonic()
 
-    def update(self, done: int):
+    def update(self, done: int) -> None:
         now = time.monotonic()
         if now - self.last < self.every_seconds and done < self.total:
             return
@@ -119,7 +120,7 @@ def _leave(status: int):
     sys.exit(status)
 
 
-def run(main):
+def run(main: Callable[[], dict]) -> None:
     """Runs a verb: imports what --import names, then calls main(), which returns a dict, printed as the last line of stdout.
 
     Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a

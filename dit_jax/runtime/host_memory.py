@@ -7,7 +7,7 @@ import os
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 
 
-def reuse_freed_memory():
+def reuse_freed_memory() -> None:
     """Makes glibc keep freed memory for later allocations; call before JAX starts its threads.
 
     On a CPU, XLA allocates its temporaries in each step. By default glibc returns large blocks to the system, which then has to

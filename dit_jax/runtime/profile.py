@@ -1,6 +1,7 @@
 """Traces training steps for XProf or TensorBoard's profile page."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ from absl import logging
 
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.runtime.step_clock import StepClock
 
 
 class Profile:
@@ -35,20 +37,20 @@ class Profile:
         self.folder, self.enabled, self.running = folder, enabled and num_steps > 0, False
 
     @contextlib.contextmanager
-    def step(self, done: int):
+    def step(self, done: int) -> Iterator[None]:
         """Marks the block as the dispatch of the step after `done`; starts the trace if it is due."""
         if self.enabled and done == self.start_step:
             self._attempt(self._start)
         with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
             yield
 
-    def finish(self, done: int, clock):
+    def finish(self, done: int, clock: StepClock) -> None:
         """Waits for the last traced step and ends the trace."""
         if self.running and done >= self.stop_step:
             clock.wait(done)
             self._attempt(self._stop)
 
-    def resumed(self, done: int):
+    def resumed(self, done: int) -> None:
         """Reports that a run that resumes at `done` is past the steps to trace."""
         if self.enabled and done > self.start_step:
             say(f"no trace: the run resumes at step {done}, after profile.start_step = {self.start_step}")

@@ -44,7 +44,7 @@ class StopSignal:
             # None stands for a handler installed by C code, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def requested(self, step):
+    def requested(self, step: int) -> bool:
         """True from the step at which to save and stop; it is the same step on all processes.
 
         Call it on all processes after every step.

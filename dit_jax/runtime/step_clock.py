@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -55,7 +56,7 @@ class StepClock:
         self._productive, self._idle = 0.0, Counter()
 
     @contextlib.contextmanager
-    def spend(self, kind: str):
+    def spend(self, kind: str) -> Iterator[None]:
         """Records the time of the block as host time of `kind`."""
         start, watched = time.monotonic(), self.alive_at is not None
         if kind in UNWATCHED:
@@ -67,7 +68,7 @@ class StepClock:
             if watched:
                 self.alive_at = time.monotonic()
 
-    def dispatched(self, step: int, when: float, output: jax.Array):
+    def dispatched(self, step: int, when: float, output: jax.Array) -> None:
         """Records that a step was dispatched.
 
         Args:
@@ -84,7 +85,7 @@ class StepClock:
         spans, self._spans = self._spans, []
         self._queue.put((step, when, output, spans))
 
-    def wait(self, step: int):
+    def wait(self, step: int) -> None:
         """Blocks until `step` and all earlier steps are finished; raises the error of a step that failed."""
         if self._thread is None:
             return

@@ -31,7 +31,7 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written or read back."""
 
 
-def restore_subtree(directory, abstract, step=None):
+def restore_subtree(directory: str | os.PathLike, abstract: Any, step: int | None = None) -> tuple[Any, dict, int]:
     """Restores and verifies part of a saved state; returns (subtree, meta, step).
 
     The directory is only read, so that another job may be saving there.
@@ -69,7 +69,7 @@ class Checkpointer:
     Raises: UserError if a count is not an integer of at least 1.
     """
 
-    def __init__(self, directory, every_steps, keep_last=3, keep_every_steps=None):
+    def __init__(self, directory: str | os.PathLike, every_steps: int, keep_last: int = 3, keep_every_steps: int | None = None):
         counts = {"every_steps": every_steps, "keep_last": keep_last}
         if keep_every_steps is not None:
             counts["keep_every_steps"] = keep_every_steps
@@ -80,8 +80,8 @@ class Checkpointer:
         self._every_steps, self._keep_last, self._keep_every_steps = every_steps, keep_last, keep_every_steps
         self.best_step = None
         self._manager: Any = None
-        self._pending = None  # (step, treedef, names, fingerprints) of a save whose commit is not confirmed
-        self._read_back = None  # (step, future) of a committed step that is being verified
+        self._pending: Any = None  # (step, treedef, names, fingerprints) of a save whose commit is not confirmed
+        self._read_back: Any = None  # (step, future) of a committed step that is being verified
         self._verified = set()
         self._failures = 0
         self._last_save_failed = False
@@ -99,11 +99,11 @@ class Checkpointer:
             logging.exception("While closing after %s:", exc_type.__name__)  # must not hide the first error
 
     @property
-    def latest_step(self):
+    def latest_step(self) -> int | None:
         """Newest step on disk, or None. A save in flight counts after `wait`; a damaged step counts until `restore`."""
         return max(steps_in(self._root), default=None)
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         """True if `step` is a positive multiple of every_steps. Logs the failure of a background save.
 
         Raises: SaveError if that was the third failure in a row.
@@ -112,7 +112,7 @@ class Checkpointer:
             self._settle()  # several processes agree on the outcome at the next save or wait
         return step > 0 and step % self._every_steps == 0
 
-    def save(self, step, state, meta):
+    def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` as `step`; returns once the arrays may be donated. At most one save is in flight.
 
         Args:
@@ -143,7 +143,7 @@ class Checkpointer:
             return
         self._pending = (step, jax.tree.structure(state), names, record["fingerprints"])
 
-    def restore(self, abstract_state, step=None):
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict] | None:
         """Restores (state, meta) of the newest valid step; returns None if the folder has no checkpoint.
 
         A damaged step is renamed to `<step>.corrupt` once an older valid one is found; if all are damaged, none is renamed.
@@ -178,18 +178,18 @@ class Checkpointer:
         self._verified = {other for other in self._verified if other < number} | {number}
         return state, meta
 
-    def restore_subtree(self, abstract, step=None):
+    def restore_subtree(self, abstract: Any, step: int | None = None) -> tuple[Any, dict, int]:
         """Calls the function `restore_subtree` with this directory."""
         return restore_subtree(self._root, abstract, step)
 
-    def wait(self):
+    def wait(self) -> None:
         """Blocks until the save in flight is committed. Raises: SaveError if the last save failed, now or earlier."""
         self._settle()
         if self._last_save_failed:
             newest = self.latest_step
             raise SaveError(f"the last checkpoint was not written to {self._root} (see the log); the newest is {newest}")
 
-    def close(self):
+    def close(self) -> None:
         """Commits and verifies the save in flight, applies retention and ends the threads. Raises: SaveError as `wait`."""
         try:
             self._collect_read_back()

@@ -8,6 +8,7 @@ booleans count as one word each, elements of eight bytes as two (low word first)
 """
 
 import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ _HOST_CHUNK_WORDS = 1 << 22  # limits the temporaries of the host version to abo
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 
 
-def is_key(leaf):
+def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed PRNG key (`jax.random.key`), concrete or abstract."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def leaf_names(tree):
+def leaf_names(tree: Any) -> list[str]:
     """Slash-joined path of every leaf, in flattening order: ["step", "params/block/kernel", "opt_state/0/count", ...].
 
     Raises: ValueError if two leaves get the same name (a dict key that contains a slash).
@@ -34,7 +35,7 @@ def leaf_names(tree):
     return names
 
 
-def fingerprints(arrays):
+def fingerprints(arrays: list[jax.Array]) -> list[int]:
     """Fingerprints of jax arrays as ints, computed on their devices; only one uint32 per array is sent to the host.
 
     Temporary memory per device: up to 4 bytes per element of one shard, unless XLA fuses it.
@@ -67,7 +68,7 @@ def _device_fingerprint(array):
     return jnp.sum(_mix(words, index), dtype=jnp.uint32)
 
 
-def host_fingerprint(array):
+def host_fingerprint(array: np.ndarray) -> int:
     """Fingerprint of one NumPy array (PRNG keys as their uint32 key data), equal to that of `fingerprints`."""
     flat = np.ascontiguousarray(array).reshape(-1)
     flat = flat.view(_word_type(flat.dtype))

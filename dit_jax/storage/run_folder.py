@@ -125,7 +125,7 @@ class Workdir:
         self._claim.close()
 
 
-def read_config(workdir) -> dict:
+def read_config(workdir: str | os.PathLike) -> dict:
     """Reads the config of a run and upgrades it to the current fields; user code that it names is not imported.
 
     Raises:

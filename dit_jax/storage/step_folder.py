@@ -10,11 +10,13 @@ import json
 import math
 import re
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from dit_jax.errors import UserError
 from dit_jax.storage.fingerprint import fingerprints, host_fingerprint, is_key, leaf_names
@@ -29,19 +31,19 @@ class BadStep(Exception):
     """A step folder does not contain the saved state; the message is the reason."""
 
 
-def steps_in(root):
+def steps_in(root: epath.Path) -> list[int]:
     """Sorted step numbers of the folders under `root` whose name is a number; [] if `root` does not exist."""
     if not root.exists():
         return []
     return sorted(int(path.name) for path in root.iterdir() if _STEP_NAME.match(path.name) and path.is_dir())
 
 
-def without_keys(state):
+def without_keys(state: Any) -> Any:
     """`state` with typed PRNG keys replaced by their uint32 key data."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
 
 
-def record(state, meta):
+def record(state: Any, meta: dict) -> dict:
     """The JSON object to store with `state`: meta, fingerprints and the checksum of both.
 
     Raises: ValueError if meta is not a dict of JSON values.
@@ -58,7 +60,7 @@ def record(state, meta):
     return {**body, "checksum": _checksum(body)}
 
 
-def read_record(path):
+def read_record(path: epath.Path) -> tuple[dict, dict]:
     """Reads (meta, {leaf name: [dtype, shape, fingerprint]}) from the step folder `path`. Raises: BadStep."""
     reader = ocp.Checkpointer(ocp.JsonCheckpointHandler(multiprocessing_options=_alone()), multiprocessing_options=_alone())
     try:
@@ -72,7 +74,7 @@ def read_record(path):
     return body["meta"], body["fingerprints"]
 
 
-def read_step(path, abstract, partial=False):
+def read_step(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, dict]:
     """Restores the leaves of `abstract` with its shardings and verifies every fingerprint; returns (tree, meta).
 
     Args:
@@ -102,7 +104,7 @@ def read_step(path, abstract, partial=False):
     return tree, meta
 
 
-def damage(path, abstract, partial=False):
+def damage(path: epath.Path, abstract: Any, partial: bool = False) -> str:
     """The reason for which `read_step` would raise BadStep in this process, or ""; without communication.
 
     Raises: UserError as `read_step`.
@@ -116,7 +118,7 @@ def damage(path, abstract, partial=False):
     return read_back(path, jax.tree.structure(abstract), names, stored, partial)
 
 
-def read_back(path, treedef, names, stored, partial=False):
+def read_back(path: epath.Path, treedef: Any, names: list[str], stored: dict, partial: bool = False) -> str:
     """Verifies this process's share of the arrays on disk; returns the reason if they differ from the saved ones, or "".
 
     The arrays are assigned round robin to the processes and read into host memory a few at a time (each read parses the step's

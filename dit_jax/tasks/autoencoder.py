@@ -100,7 +100,7 @@ class AutoencoderTask:
         mean, log_variance = split_moments(self.codec.encode(codec_params, images))
         sample = mean + jnp.exp(0.5 * log_variance) * noise
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum((1, 2, 3))
-        return (sample - self.codec.shift) * self.codec.scale, kl
+        return (sample - jnp.asarray(self.codec.shift)) * jnp.asarray(self.codec.scale), kl
 
     def fidelity(
         self, constants: Mapping[str, Any], images: jax.Array, decoded: jax.Array
