@@ -122,7 +122,7 @@ def test_sampling_mistakes(workdir, tmp_path):
         "--labels=three": "separated by commas",
         "--num_samples=0": "at least 1",
         "--sampler=magic": "sampler 'magic' is not registered",
-        "--num_steps=1001": "lie in 1 to process.num_timesteps = 1000",
+        "--num_steps=1001": "lie in 1 to 1000 (process.num_timesteps)",
         "--step=3": "no checkpoint of step 3",
         "--out=x.png": "must end in .npz",
     }

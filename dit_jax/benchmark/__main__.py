@@ -34,44 +34,70 @@ WHAT = flags.DEFINE_enum(
     "What to measure.",
 )
 CONFIG = config_file.define_flags("Training config, instead of --model.")
-MODEL = flags.DEFINE_string("model", "S/2", "The paper's model, trained on cached latents: S, B, L or XL / 2, 4 or 8.")
+MODEL = flags.DEFINE_string(
+    "model", "S/2", "A model of the paper, trained on cached latents: S, B, L or XL, then /2, /4 or /8, as in XL/2."
+)
 RESOLUTION = flags.DEFINE_string(
-    "resolution", "256", "Size of the images in pixels: the side of squares, or height x width, as in 256x384."
+    "resolution", "256", "Size of the images in pixels: one number for squares, or height x width, as in 256x384."
 )
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "Images at a time, over all devices. If not given: 256 for latents, 32 for "
-    "images, 8 for vae, evaluate's own for evaluation; else 256, on a CPU 8.",
+    "Images per call over all devices. Default: 256 for latents, 32 for images, 8 for vae, that of dit_jax.evaluate "
+    "for evaluation; otherwise 256, or 8 on a CPU.",
 )
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "To compute in. If not given: bfloat16, on a CPU float32.")
-REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "none", "full", "dots", "elementwise", "offload"], "model.remat of --model.")
-ATTENTION = flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn"], "model.attention of --model.")
-UNROLL = flags.DEFINE_bool("unroll", None, "model.unroll of --model.")
-FSDP = flags.DEFINE_integer("fsdp", 1, "mesh.fsdp of --model; mesh.data takes the other devices.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Dtype of the network's computation. Default: bfloat16, or float32 on a CPU."
+)
+REMAT = flags.DEFINE_enum(
+    "remat",
+    "auto",
+    ["auto", "none", "full", "dots", "elementwise", "offload"],
+    "model.remat of --model: what the backward pass recomputes.",
+)
+ATTENTION = flags.DEFINE_enum(
+    "attention", "auto", ["auto", "xla", "cudnn"], "model.attention of --model: the implementation of attention."
+)
+UNROLL = flags.DEFINE_bool(
+    "unroll", None, "model.unroll of --model: one copy of the block per layer instead of a loop over layers."
+)
+FSDP = flags.DEFINE_integer("fsdp", 1, "mesh.fsdp of --model. mesh.data takes the remaining devices.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "mesh.tensor of --model.")
 AXIS = flags.DEFINE_enum(
     "axis",
     "data",
     ["data", "fsdp"],
-    "The axis of the mesh that grows in scaling, where the batch size is that of the fewest devices.",
+    "Mesh axis that grows with --what=scaling. The batch size grows with it, from --batch_size at the fewest devices.",
 )
 SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Sampling steps of --model.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Guidance of --model; 1 is off.")
-PRESET = flags.DEFINE_string("preset", "sd", "Sizes of the autoencoder: sd, sd3 or small.")
-CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL or a run, for its sizes, instead of --preset.")
-DATA = flags.DEFINE_string("data", None, "Folder of images; of a latent cache; to save checkpoints in. Made up if not given.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Number of sampling steps of --model.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Scale of classifier-free guidance of --model. 1 turns it off.")
+PRESET = flags.DEFINE_string("preset", "sd", "Size of the autoencoder: sd, sd3 or small.")
+CODEC = flags.DEFINE_string(
+    "codec",
+    None,
+    "Folder of a diffusers AutoencoderKL, or workdir of a run, that gives the size of the autoencoder instead of --preset.",
+)
+DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Folder: of images, of a latent cache, or to save checkpoints in, depending on --what. Default: made-up data in a"
+    " temporary folder.",
+)
 RECORDS = flags.DEFINE_integer(
     "records",
     None,
-    "Records of the latent cache that is made up, 8192 if not given; images of evaluation, 8 batches if not given.",
+    "Number of records of the made-up latent cache (default 8192), or of images of the evaluation (default 8 batches).",
 )
-THREADS = flags.DEFINE_list("threads", None, "Numbers of threads that read images. If not given: 1, 2, 4 .. twice the cores.")
-SECONDS = flags.DEFINE_float("seconds", 10.0, "Time to measure for, after warm-up; at least 3 calls.", lower_bound=0.0)
-COMPARE = flags.DEFINE_bool("compare", False, "Measure PyTorch (diffusers' DiT) beside it, in turn; ratio is our time over its.")
-PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "Which PyTorch: eager, compiled.")
-TABLE = flags.DEFINE_bool("table", False, "Print the result as a table on stderr too.")
+THREADS = flags.DEFINE_list(
+    "threads", None, "Comma-separated numbers of threads that read images. Default: 1, 2, 4, ... up to twice the number of cores."
+)
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds to measure after warm-up. At least 3 calls are measured.", lower_bound=0.0)
+COMPARE = flags.DEFINE_bool(
+    "compare", False, "Also measure PyTorch (diffusers' DiT), alternating with ours. The ratio is our time divided by PyTorch's."
+)
+PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "Comma-separated modes of PyTorch for --compare: eager, compiled.")
+TABLE = flags.DEFINE_bool("table", False, "Also print the result as a table on stderr.")
 
 SIMULATED_DEVICES = 8  # of scaling on a CPU, where JAX_NUM_CPU_DEVICES does not say
 NETWORK = ("config", "model", "resolution", "batch_size", "dtype", "remat", "attention", "unroll", "fsdp", "tensor")

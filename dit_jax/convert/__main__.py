@@ -31,23 +31,31 @@ from dit_jax.runtime import console
 FROM = flags.DEFINE_string(
     "from",
     None,
-    "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), "
-    "dit_jax, lpips, inception, inception_tf or dinov2. --download tells it.",
+    "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), dit_jax, lpips, inception,"
+    " inception_tf or dinov2. --download sets it.",
 )
 TO = flags.DEFINE_string(
-    "to", "dit_jax", "Layout of --out: dit_jax (a .safetensors), official (.pt or .safetensors) or diffusers (a folder)."
+    "to",
+    "dit_jax",
+    "Layout of --out: dit_jax (a .safetensors file), official (a .pt or .safetensors file) or diffusers (a folder).",
 )
-WEIGHTS = flags.DEFINE_string("weights", None, "File or folder to convert; with --download, where the file goes.")
-OUT = flags.DEFINE_string("out", None, "File or folder to write; with --download it can be left out.")
-DOWNLOAD = flags.DEFINE_string("download", None, "Fetch dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14 first.")
-HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where neither the layout nor the paper's table tells.")
+WEIGHTS = flags.DEFINE_string(
+    "weights", None, "File or folder to convert. With --download, the path that the file is downloaded to."
+)
+OUT = flags.DEFINE_string("out", None, "Output file or folder. Optional with --download.")
+DOWNLOAD = flags.DEFINE_string(
+    "download", None, "Download these weights first: dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14."
+)
+HEADS = flags.DEFINE_integer(
+    "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
+)
 LIKE = flags.DEFINE_string(
     "like",
     None,
-    "A run's folder or a file of ours with the config of these weights; without it, "
-    "foreign weights get the paper's process, VAE and sampler.",
+    "A run's folder or a .safetensors file of dit_jax.convert whose config these weights get. Default: the process, "
+    "VAE and sampler of the paper.",
 )
-STEP = flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest good one if not given.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from=workdir. Default: the newest intact one.")
 
 
 def byte_progress(name: str) -> Callable[[int, int], None]:

@@ -22,23 +22,35 @@ from dit_jax.runtime import console, processes
 CONFIG = config_file.define_flags(
     "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
 )
-DATA = flags.DEFINE_string("data", None, "digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
-SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
-CODEC = flags.DEFINE_string("codec", None, "Folder of a diffusers AutoencoderKL, or --workdir of a run that trained one.")
-RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: the side of squares, or height x width, as in 256x384.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What --codec computes in; float32 if not given.")
-OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
-MIRROR = flags.DEFINE_boolean("mirror", None, "Encode mirror images too. If not given: yes, or as --config.transform.flip.")
+DATA = flags.DEFINE_string("data", None, "Data set: digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
+CODEC = flags.DEFINE_string(
+    "codec", None, "Folder of a diffusers AutoencoderKL, or workdir of a run that trained an autoencoder."
+)
+RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: one number for squares, or height x width, as in 256x384.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the codec's computation. Default: float32.")
+OUT = flags.DEFINE_string("out", None, "Output folder of the latent cache.")
+MIRROR = flags.DEFINE_boolean(
+    "mirror", None, "Encode mirrored images too. Default: yes, or --config.transform.flip where --config is given."
+)
 UPRIGHT = flags.DEFINE_boolean(
-    "upright", None, "Turn photographs as their EXIF orientation asks. If not given: no, or as --config.transform.upright."
+    "upright",
+    None,
+    "Apply the EXIF orientation of photographs. Default: no, or --config.transform.upright where --config is given.",
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    "device_batch_size", 16, "Images per device at a time: a multiple of 8, on a CPU any number. The bytes do not depend on it."
+    "device_batch_size",
+    16,
+    "Images per device and call: a multiple of 8 (any number on a CPU). The bytes written do not depend on it.",
 )
-SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard; if not given, as many as fit in 512 MiB.")
-MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.001, "Share of the records that may be unreadable; they are left out.")
-NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads of a process that read and decode images.")
-VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache, change nothing.")
+SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard. Default: as many as fit in 512 MiB.")
+MAX_BAD_SHARE = flags.DEFINE_float(
+    "max_bad_share",
+    0.001,
+    "Largest share of the records, in 0 to 1, that may be unreadable. Those are left out and listed; more is an error.",
+)
+NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Number of threads per process that read and decode images.")
+VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache and change nothing.")
 processes.define_flags()
 
 

@@ -19,33 +19,47 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 from dit_jax.storage.atomic import check_writable, resumable_path, write_atomic, write_json
 
-SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0: uint8 [N, H, W, C], or a folder of samples of dit_jax.sample.")
+SAMPLES = flags.DEFINE_string(
+    "samples", None, "Images to score: an npz with arr_0 (uint8 [N, H, W, C]) or a sample folder of dit_jax.sample."
+)
 REFERENCE = flags.DEFINE_string(
     "reference",
     None,
-    "npz of statistics (ours, ADM's, pytorch-fid's) or of images; or a data set "
-    "as in --data, cropped to the samples' size. Needless for --metrics=is.",
+    "What to compare with: an npz of statistics (from --make_reference, ADM or pytorch-fid), an npz of images, or a "
+    "data set as in --data, cropped to the size of the samples. Not needed for --metrics=is.",
 )
-FEATURES = flags.DEFINE_string("features", "pixels", "pixels (for tiny images), inception, or dinov2 (fid is then FD-DINOv2).")
-WEIGHTS = flags.DEFINE_string("weights", None, ".safetensors of the extractor, written by dit_jax.convert.")
-METRIC_NAMES = flags.DEFINE_list("metrics", None, "Of fid,sfid,is,precision,recall,kid; all that are possible if not given.")
-OUT = flags.DEFINE_string("out", None, "The result file; <samples>.<features>.json if not given.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time of one process.")
+FEATURES = flags.DEFINE_string(
+    "features", "pixels", "Feature extractor: pixels (for tiny images), inception, or dinov2 (fid is then FD-DINOv2)."
+)
+WEIGHTS = flags.DEFINE_string("weights", None, "Weights of the extractor: a .safetensors file of dit_jax.convert.")
+METRIC_NAMES = flags.DEFINE_list(
+    "metrics", None, "Comma-separated list of fid, sfid, is, precision, recall, kid. Default: all that the inputs allow."
+)
+OUT = flags.DEFINE_string("out", None, "Output file. Default: <samples>.<features>.json.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images per call of one process.")
 KID_SUBSET_SIZE = flags.DEFINE_integer("kid_subset_size", 1_000, "Images in each of the 100 subsets of KID.")
-REPLICATES = flags.DEFINE_integer("replicates", 1_000, "Of the bootstrap interval of fid; 0 for none, which keeps no features.")
-LEVEL = flags.DEFINE_float("level", 0.95, "Of the bootstrap interval.")
-MAKE_REFERENCE = flags.DEFINE_string("make_reference", None, "Write the statistics of --data to this npz.")
-DATA = flags.DEFINE_string("data", None, "digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
-SPLIT = flags.DEFINE_string("split", None, "Split of --data, where it has any: train, train[:50%].")
+REPLICATES = flags.DEFINE_integer(
+    "replicates",
+    1_000,
+    "Number of bootstrap replicates for the interval of fid. 0 turns the interval off and stores no features.",
+)
+LEVEL = flags.DEFINE_float("level", 0.95, "Confidence level of the bootstrap interval, between 0 and 1.")
+MAKE_REFERENCE = flags.DEFINE_string(
+    "make_reference", None, "Write the statistics of --data to this npz instead of scoring samples."
+)
+DATA = flags.DEFINE_string("data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
 RESOLUTION = flags.DEFINE_string(
-    "resolution", None, "Size in pixels that --data is cropped to: the side of squares, or height x width, as in 256x384."
+    "resolution", None, "Size in pixels that --data is cropped to: one number for squares, or height x width, as in 256x384."
 )
-CHANNELS = flags.DEFINE_integer("channels", 3, "Of --data: 3, or 1 for grey.")
+CHANNELS = flags.DEFINE_integer("channels", 3, "Channels of --data: 3 (RGB) or 1 (grey).")
 KEEP_FEATURES = flags.DEFINE_boolean(
-    "keep_features", None, "Store the features too, which precision, recall and KID need. If not given: up to 50,000 images."
+    "keep_features",
+    None,
+    "Store the features in --make_reference too; precision, recall and KID need them. Default: yes up to 50,000 images.",
 )
-TABLE = flags.DEFINE_list("table", None, "Result files to compare.")
-FORMAT = flags.DEFINE_string("format", "text", "Of the table: text, csv or markdown.")
+TABLE = flags.DEFINE_list("table", None, "Comma-separated result files to compare in one table.")
+FORMAT = flags.DEFINE_string("format", "text", "Format of --table: text, csv or markdown.")
 processes.define_flags()
 
 KEPT_IMAGES = 50_000

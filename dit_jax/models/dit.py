@@ -268,7 +268,9 @@ class DiT(nn.Module):
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
         check_entries("control", control, ("keep",), type(self).__name__)
-        keep = None if control is None else control["keep"]
+        keep = (control or {}).get("keep")
+        if keep is not None and jnp.shape(keep) != (self.depth,):
+            raise UserError(f"control keep has shape {jnp.shape(keep)}; it must be ({self.depth},), one flag for each block")
         return self.blocks(embedded.x, embedded.c, embedded.tokens, keep)[0]
 
     def head(self, x: jax.Array, embedded: Embedded, shape: Shape) -> jax.Array:

@@ -208,6 +208,7 @@ def check(result, images):
     assert 0 < result["step_seconds_p50"] <= result["step_seconds_p99"] < math.inf
 
 
+@pytest.mark.slow
 def test_bare_machine(tmp_path):
     """A benchmark that needs more than jax, flax and optax where it promised not to."""
     model = ["--model=S/8", "--resolution=64", "--batch_size=2", "--seconds=0"]
@@ -282,6 +283,7 @@ def test_a_config(outcomes):
     assert result["model"]["depth"] == 1 and result["batch_size"] == 4 and result["resolution"] == 8
 
 
+@pytest.mark.slow
 def test_scaling(monkeypatch):
     """A batch that does not grow with the devices, a mesh over others than were asked for, an efficiency upside down."""
     assert scaling.counts(8, 1) == [1, 2, 4, 8] and scaling.counts(7, 2) == [1, 2]

@@ -9,31 +9,12 @@ import grain
 import numpy as np
 import pytest
 from absl import flags
+from numbered import Numbers
 
 from dit_jax.data.loader import Loader, read_in_order
 from dit_jax.data.sources import Digits
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
-
-
-class Numbers:
-    """Example i is a 4x4 image whose left half says i, so that order and mirroring can be read off a batch."""
-
-    num_classes, class_names, fingerprint = 1000, (), "numbers"
-
-    def __init__(self, count: int, bad: tuple[int, ...] = (), captions: tuple[int, ...] = ()):
-        self.count, self.bad, self.captions = count, bad, captions
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        image = np.zeros((4, 4, 1), np.uint8)
-        image[:, :2] = index % 256
-        if index in self.bad:
-            image = b"broken"
-        caption = {"caption": f"the number {index}"} if index in self.captions else {}
-        return {"image": image, "label": index, "name": f"number-{index}.png"} | caption
 
 
 class Aliases(Numbers):

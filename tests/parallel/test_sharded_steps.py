@@ -279,6 +279,7 @@ def test_heads_that_do_not_divide_stay_whole(size):
         assert specs["label_embedding/embedding"] == PartitionSpec(None, "fsdp")  # 1,001 rows
 
 
+@pytest.mark.slow
 def test_frozen_codec_is_split():
     """A codec's weights held whole by every device, or placed with parts exchanged."""
     config = tiny.digits_latent("").copy_and_resolve_references()

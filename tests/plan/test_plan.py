@@ -57,6 +57,7 @@ def test_memory_is_what_the_run_allocates(found):
     assert found["bytes_per_device"] == sizes["total"] > 0
 
 
+@pytest.mark.slow
 def test_offloaded_moments_are_not_on_the_device(found):
     """Moments in host memory that the plan counts as the device's, or forgets; memory of another program than the run's."""
     config = tiny.config(mesh__fsdp=4, mesh__offload="optimizer_and_ema")

@@ -140,6 +140,7 @@ def test_interrupted_and_continued(at, photos, tmp_path, monkeypatch):
     assert all(file.stat().st_mtime_ns == when for file, when in written.items())  # finished shards are kept
 
 
+@pytest.mark.slow
 def test_the_verb_killed_and_continued(photos, tmp_path):
     """A verb that is killed outright and does not go on, ends with other bytes, or prints no result."""
     flags = ["--source=photos", "--dataset=shots", "--shard_mib=0.2", "--resolution=200", "--out=data"]

@@ -13,6 +13,7 @@ from dit_jax.storage.run_folder import differences
 from dit_jax.training.loop import train
 
 
+@pytest.mark.slow
 def test_trace_holds_the_steps_asked_for(tmp_path):
     """A trace that is empty, holds other steps, or ends before the last of them is done."""
     run = tmp_path / "run"

@@ -36,16 +36,27 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """{name or flags: (exit status, stdout, stderr)} of DRAWS and MISTAKES, and {name: the images' file} of DRAWS."""
-    folder = tmp_path_factory.mktemp("sample")
+def outcomes_of(folder, flags_by_name):
+    """{name: (exit status, stdout, stderr)}, for RUNS saved in the folder."""
     for seed, (name, config) in enumerate(RUNS.items()):
         save_run(folder / name, config, seed)
-    calls = [["sample", *flags.split(), f"--out={i}.npz"] for i, flags in enumerate([*DRAWS.values(), *MISTAKES])]
-    outcomes = dict(zip([*DRAWS, *MISTAKES], run_verbs(folder, calls), strict=True))
+    calls = [["sample", *flags.split(), f"--out={i}.npz"] for i, flags in enumerate(flags_by_name.values())]
+    return dict(zip(flags_by_name, run_verbs(folder, calls), strict=True))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{name: (exit status, stdout, stderr)} and {name: the images' file} of DRAWS."""
+    folder = tmp_path_factory.mktemp("sample")
+    outcomes = outcomes_of(folder, DRAWS)
     assert not [outcomes[name][2] for name in DRAWS if outcomes[name][0]]
     return outcomes, {name: dict(np.load(folder / f"{i}.npz")) for i, name in enumerate(DRAWS)}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """{flags: (exit status, stdout, stderr)} of MISTAKES."""
+    return outcomes_of(tmp_path_factory.mktemp("mistakes"), {flags: flags for flags in MISTAKES})
 
 
 def images(found, name):
@@ -57,6 +68,7 @@ def differ(a, b):
     return np.abs(a - b).mean()
 
 
+@pytest.mark.slow
 def test_autoguidance_leads_away_from_the_weak_run(found):
     """The weak run not loaded, the network without labels in its place, or the two taken for each other."""
     plain, free, auto, itself = (images(found, name) for name in ("plain", "classifier-free", "auto", "by itself"))
@@ -67,6 +79,7 @@ def test_autoguidance_leads_away_from_the_weak_run(found):
     assert json.loads(str(found[1]["auto"]["made_by"]))["autoguidance"] == "weak"
 
 
+@pytest.mark.slow
 def test_dtype_is_the_users(found):
     """A run that is drawn from in the dtype that it was trained in whatever --dtype says, or does not say how it was drawn."""
     auto, narrow = (found[1][name] for name in ("auto", "bfloat16"))
@@ -76,6 +89,7 @@ def test_dtype_is_the_users(found):
     assert weights[:2] == weights[2:] and len(set(weights)) == 2  # of the checkpoint, not of what is held
 
 
+@pytest.mark.slow
 def test_random_labels_depend_on_the_seed_alone(found):
     """Labels drawn anew at each call, by the number of images or the run, or from one seed for all."""
     labels = {name: found[1][name]["labels"].tolist() for name in DRAWS}
@@ -84,6 +98,7 @@ def test_random_labels_depend_on_the_seed_alone(found):
     assert len(set(labels["flow"])) > 2 and set(labels["flow"]) <= set(range(10))
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted(found):
     """Steps reported in place of the network's calls, of which Heun's takes two, and guidance twice as many."""
     counts = {name: json.loads(found[0][name][1].splitlines()[-1])["evaluations"] for name in DRAWS}
@@ -92,11 +107,12 @@ def test_evaluations_are_counted(found):
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes(found, flags):
+def test_mistakes(mistaken, flags):
     """Guidance that does nothing, a guide of another kind, or a sampler that the network cannot serve."""
-    refused(found[0][flags], MISTAKES[flags])
+    refused(mistaken[flags], MISTAKES[flags])
 
 
+@pytest.mark.slow
 def test_interval_guides_some_steps(found):
     """An interval that is ignored, or guides everywhere."""
     assert differ(images(found, "interval"), images(found, "classifier-free"))

@@ -16,7 +16,10 @@ from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.state import abstract_state
 from dit_jax.tasks.task import named_key
 
-MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((8, 1, 1), (1, 4, 2)))]
+MESHES = [
+    pytest.param((2, 2, 2), marks=pytest.mark.slow),
+    *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((8, 1, 1), (1, 4, 2))),
+]
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
 BATCH = {"image": IMAGES, "label": np.zeros(16, np.int32)}
 # The discriminator plays from step 1 on. Compiling is nearly all of the time: the tests share their programs.
@@ -106,6 +109,7 @@ def test_discriminator_waits_for_its_step():
     assert sums["adversarial_weight"][0] > 0
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing():
     """Gradients that are summed instead of averaged, or other noise per part."""
     none = {"task__discriminator_weight": 0.0}

@@ -133,6 +133,7 @@ def test_skip_layer_guidance():
         one_block = network.clone(depth=1).apply({"params": shallow(1 - skipped)}, x, t, {})
         np.testing.assert_allclose(task.apply(params, x, t, {}, {"keep": keep}), one_block, rtol=2e-5, atol=2e-5)
     guided = SkipLayerGuidance(2.0)(lambda *args: task.apply(params, *args), {}, {})(x, 0.5, t)
+    np.testing.assert_array_equal(task.apply(params, x, t, {}, {}), task.apply(params, x, t, {}))
     strong, weak = task.apply(params, x, t, {}), task.apply(params, x, t, {}, {"keep": jnp.array([False, True])})
     np.testing.assert_allclose(guided, weak + 2.0 * (strong - weak), rtol=2e-5, atol=2e-5)
 
@@ -143,6 +144,13 @@ def test_unknown_entries(cond, control):
     network, x = tiny.dit(num_classes=0), jnp.zeros((2, 8, 8, 1))
     with pytest.raises(UserError, match=r"has no (cond|control) entry '(lable|drop)'"):
         jax.eval_shape(lambda: network.init(jax.random.key(0), x, jnp.zeros(2), cond, control))
+
+
+def test_keep_of_another_depth():
+    """A `keep` for another network, of which `scan` would speak in terms of its own."""
+    network, x = tiny.dit(num_classes=0, depth=2), jnp.zeros((2, 8, 8, 1))
+    with pytest.raises(UserError, match=r"keep has shape \(3,\); it must be \(2,\)"):
+        jax.eval_shape(lambda: network.init(jax.random.key(0), x, jnp.zeros(2), {}, {"keep": jnp.ones(3, bool)}))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from dit_jax.tasks.task import named_key
 from dit_jax.training.loop import train
 from dit_jax.training.results import check_results
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory):
@@ -195,7 +197,6 @@ def test_labels_travel(cache):
     np.testing.assert_array_equal(labels, [Digits()[i]["label"] for i in range(1797)])
 
 
-@pytest.mark.slow
 def test_digits_in_latents(tmp_path):
     """Both stages as the README has them, shorter: an autoencoder that blurs, a scale or patch that nothing is learned in."""
     from sklearn.datasets import load_digits

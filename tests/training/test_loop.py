@@ -91,6 +91,7 @@ def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_mesh(whole, tmp_path):
     """A checkpoint that can only be restored onto the mesh that wrote it."""
     train(build.Run(tiny.config(num_steps=3, mesh__fsdp=4, mesh__tensor=2)), tmp_path / "run")

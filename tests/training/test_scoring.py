@@ -52,6 +52,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     assert not list((tmp_path / "scores").glob("*_samples"))
 
 
+@pytest.mark.slow
 def test_a_stopped_score_is_finished_by_the_next_start(tmp_path, monkeypatch):
     """A run that goes on without the score that a signal interrupted, or trains on although it was asked to stop."""
 
@@ -67,6 +68,7 @@ def test_a_stopped_score_is_finished_by_the_next_start(tmp_path, monkeypatch):
     assert sorted(records(tmp_path)) == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
     """A signal that comes just before a score: the score of that step was never taken."""
     with monkeypatch.context() as patch:

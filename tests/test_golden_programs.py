@@ -1,0 +1,50 @@
+"""Compiled programs against golden/programs.json, which golden/make_programs.py wrote."""
+
+import json
+import os
+
+import pytest
+from make_programs import FILE, PROGRAMS, numbers, versions
+
+TOLERANCE = 0.01
+
+GOLDEN = json.loads(FILE.read_text())
+
+
+def same_compiler(name: str):
+    """Skips the test with another compiler; fails it where DIT_JAX_REQUIRE_GOLDEN=1 asks for this one."""
+    packages = ("jax", "jaxlib") if PROGRAMS[name][0].startswith("cpu") else ("jax", "jaxlib", "libtpu")
+    wanted, found = ({package: v[package] for package in packages} for v in (GOLDEN["versions"], versions()))
+    if found == wanted:
+        return
+    texts = [" and ".join(f"{package} {version or '(none)'}" for package, version in v.items()
+                          if package != "jaxlib" or version != v["jax"]) for v in (wanted, found)]
+    message = f"golden programs were recorded with {texts[0]}; installed are {texts[1]}"
+    if os.environ.get("DIT_JAX_REQUIRE_GOLDEN") == "1":
+        pytest.fail(f"{message}. Install the former, or record the programs again with golden/make_programs.py")
+    pytest.skip(message)
+
+
+def drifts(golden, found, path: str = "") -> list[str]:
+    """A line for each number that is off by more than the tolerance, and for each that is missing or new."""
+    if isinstance(golden, dict) and isinstance(found, dict):
+        return [line for key in {**golden, **found} for line in drifts(golden.get(key), found.get(key), f"{path} {key}")]
+    numeric = isinstance(golden, (int, float)) and isinstance(found, (int, float)) and not isinstance(golden, bool)
+    if golden == found or (numeric and abs(found - golden) <= TOLERANCE * abs(golden)):
+        return []
+    change = f" ({found / golden - 1:+.1%})" if numeric and golden else ""
+    return [f"{path.strip()}: was {golden}, is {found}{change}"]
+
+
+def test_every_program_is_recorded():
+    """A program that was added to the table and not to the file."""
+    assert set(GOLDEN["programs"]) == set(PROGRAMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name):
+    """A refactoring that changed the program: another remat policy or sharding, a copy, a cast, a collective, a larger buffer."""
+    same_compiler(name)
+    lines = drifts(GOLDEN["programs"][name], numbers(name))
+    assert not lines, f"the programs of {name} differ from golden/programs.json:\n" + "\n".join(lines)
