@@ -30,7 +30,7 @@ def test_every_curve_is_recorded():
     assert {group: set(runs) for group, runs in GROUPS.items()} == {group: set(runs) for group, runs in GOLDEN.items()}
 
 
-# The training of each config is compared in CI; its variants, which take minutes, when a process, a block or the optimizer changes.
+# CI compares the training of each config. Its variants take minutes: run them when a block, a process or the optimizer changes.
 VARIANTS = ("blocks", "gaussian", "optimizer")
 
 
