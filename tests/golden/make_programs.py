@@ -1,6 +1,6 @@
 """Writes programs.json: what the compiled training step and sampler compute, move, send and hold, as `dit_jax.plan` counts it.
 
-    PYTHONPATH=tests python tests/golden/make_programs.py [NAME ...]
+    PYTHONPATH=tests/support python tests/golden/make_programs.py [NAME ...]
 
 Nothing is run: libtpu compiles for TPU slices on a machine without one (pip install 'dit_jax[plan]'). Named programs replace
 their part of the file. The numbers hold for the versions of the compiler that the file names. Record again after an upgrade,
