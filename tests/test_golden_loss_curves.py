@@ -30,7 +30,15 @@ def test_every_curve_is_recorded():
     assert {group: set(runs) for group, runs in GROUPS.items()} == {group: set(runs) for group, runs in GOLDEN.items()}
 
 
-@pytest.mark.parametrize("group", [pytest.param(group, marks=[] if group == "quick" else pytest.mark.slow) for group in GROUPS])
+# CI compares the training of each config. Its variants take minutes: run them when a block, a process or the optimizer changes.
+VARIANTS = ("blocks", "gaussian", "optimizer")
+
+
+def mark(group: str) -> list:
+    return [] if group == "quick" else [pytest.mark.exhaustive if group in VARIANTS else pytest.mark.slow]
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, marks=mark(group)) for group in GROUPS])
 def test_curves(group, tmp_path):
     """A recipe that drifts silently: another initialisation, noise, order of data, target, weight, rate or clipping."""
     lines = drifts(GOLDEN[group], curves(group, tmp_path))

@@ -17,8 +17,12 @@ def same_compiler(name: str):
     wanted, found = ({package: v[package] for package in packages} for v in (GOLDEN["versions"], versions()))
     if found == wanted:
         return
-    texts = [" and ".join(f"{package} {version or '(none)'}" for package, version in v.items()
-                          if package != "jaxlib" or version != v["jax"]) for v in (wanted, found)]
+    texts = [
+        " and ".join(
+            f"{package} {version or '(none)'}" for package, version in v.items() if package != "jaxlib" or version != v["jax"]
+        )
+        for v in (wanted, found)
+    ]
     message = f"golden programs were recorded with {texts[0]}; installed are {texts[1]}"
     if os.environ.get("DIT_JAX_REQUIRE_GOLDEN") == "1":
         pytest.fail(f"{message}. Install the former, or record the programs again with golden/make_programs.py")

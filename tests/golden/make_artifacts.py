@@ -1,7 +1,7 @@
 """Files that commit e778c7f wrote, in e778c7f/, and expected.json: what that commit computes from them.
 
-    PYTHONPATH=tests python tests/golden/make_artifacts.py                       the files and expected.json
-    PYTHONPATH=tests python tests/golden/make_artifacts.py --expected [NAME ...] expected.json alone, or these parts of it
+    PYTHONPATH=tests/support python tests/golden/make_artifacts.py                       the files and expected.json
+    PYTHONPATH=tests/support python tests/golden/make_artifacts.py --expected [NAME ...] expected.json alone, or these parts of it
 
 Both in a checkout of e778c7f with this folder added.
 Later commits must read these files. The files are never made again; files of a later commit get a folder of their own.

@@ -1,6 +1,6 @@
 """Writes extractors.npz: features of torch-fidelity's Inception-v3 and of DINOv2's own code, for the weights of metric_networks.
 
-    PYTHONPATH=tests python tests/golden/make_extractors.py --dinov2=DIR
+    PYTHONPATH=tests/support python tests/golden/make_extractors.py --dinov2=DIR
 
 DIR is a checkout of github.com/facebookresearch/dinov2; needs torch, torchvision and torch-fidelity.
 """

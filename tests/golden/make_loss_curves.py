@@ -1,6 +1,6 @@
 """Writes loss_curves.json: the loss and the norm of the gradients of short runs, at steps 25, 50, 75 and 100.
 
-    PYTHONPATH=tests python tests/golden/make_loss_curves.py [GROUP ...]
+    PYTHONPATH=tests/support python tests/golden/make_loss_curves.py [GROUP ...]
 
 Each value is the mean over the steps since the point before. Named groups replace their part of the file. Record again only
 when a change of the numbers is wanted, and say why in the commit.

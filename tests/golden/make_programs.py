@@ -1,6 +1,6 @@
 """Writes programs.json: what the compiled training step and sampler compute, move, send and hold, as `dit_jax.plan` counts it.
 
-    PYTHONPATH=tests python tests/golden/make_programs.py [NAME ...]
+    PYTHONPATH=tests/support python tests/golden/make_programs.py [NAME ...]
 
 Nothing is run: libtpu compiles for TPU slices on a machine without one (pip install 'dit_jax[plan]'). Named programs replace
 their part of the file. The numbers hold for the versions of the compiler that the file names. Record again after an upgrade,
@@ -19,8 +19,13 @@ from golden_runs import GOLDEN, ROOT, overrides
 FILE = GOLDEN / "programs.json"
 CACHE = {"data.name": "latents"}
 DIGITS = {"batch_size": 64, "model.depth": 4, "model.width": 128, "model.heads": 4, "evaluation.batch_size": 64}
-VAE = {"batch_size": 64, "task.discriminator_weight": 0.5, "task.discriminator.base_features": 16,
-       "task.discriminator.num_layers": 1, "task.discriminator.norm_groups": 8}
+VAE = {
+    "batch_size": 64,
+    "task.discriminator_weight": 0.5,
+    "task.discriminator.base_features": 16,
+    "task.discriminator.num_layers": 1,
+    "task.discriminator.norm_groups": 8,
+}
 # name: (topology, config, fields). The sampler is compiled for simulated devices only: for a TPU it takes minutes.
 PROGRAMS = {
     "XL/2, v5e:4x4, fsdp=16": ("v5e:4x4", "xl2_imagenet256.py", CACHE | {"mesh.fsdp": 16}),
@@ -29,13 +34,27 @@ PROGRAMS = {
     "digits, cpu:8, data=2 fsdp=2 tensor=2": ("cpu:8", "digits.py", DIGITS | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
     "digits, cpu:8, fsdp=4 sequence=2": ("cpu:8", "digits.py", DIGITS | {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 2}),
     "digits, cpu:8, zero1": ("cpu:8", "digits.py", DIGITS | {"mesh.data": 2, "mesh.fsdp": 4, "mesh.zero1": True}),
-    "in-context flow, cpu:8, microbatches": ("cpu:8", "digits.py:process=flow,conditioning=in_context",
-                                             DIGITS | {"mesh.data": 8, "microbatches": 2}),
+    "in-context flow, cpu:8, microbatches": (
+        "cpu:8",
+        "digits.py:process=flow,conditioning=in_context",
+        DIGITS | {"mesh.data": 8, "microbatches": 2},
+    ),
     "autoencoder, cpu:8, fsdp=4": ("cpu:8", "vae_digits.py", VAE | {"mesh.data": 2, "mesh.fsdp": 4}),
 }
 PACKAGES = ("jax", "jaxlib", "libtpu")
-TRAINING = ("flops_per_step", "executed_flops", "hbm_traffic_bytes", "collective_bytes", "collectives", "memory",
-            "bytes_per_device", "host_bytes_per_device", "unknown_loops", "remat", "fits")
+TRAINING = (
+    "flops_per_step",
+    "executed_flops",
+    "hbm_traffic_bytes",
+    "collective_bytes",
+    "collectives",
+    "memory",
+    "bytes_per_device",
+    "host_bytes_per_device",
+    "unknown_loops",
+    "remat",
+    "fits",
+)
 SAMPLER = ("executed_flops", "collective_bytes", "bytes_per_device", "sampler", "evaluations", "batch_size", "fits")
 
 
@@ -57,10 +76,23 @@ def numbers(name: str) -> dict:
         RuntimeError: it failed.
     """
     topology, config, fields = PROGRAMS[name]
-    command = [sys.executable, "-m", "dit_jax.plan", f"--config=configs/{config}", f"--topology={topology}", "--traffic",
-               f"--sampler={topology.startswith('cpu')}", *overrides(fields)]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-                        "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "dit_jax.plan",
+        f"--config=configs/{config}",
+        f"--topology={topology}",
+        "--traffic",
+        f"--sampler={topology.startswith('cpu')}",
+        *overrides(fields),
+    ]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+    }
     env.pop("JAX_NUM_CPU_DEVICES", None)
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600)
     if process.returncode:

@@ -197,6 +197,7 @@ def test_labels_travel(cache):
     np.testing.assert_array_equal(labels, [Digits()[i]["label"] for i in range(1797)])
 
 
+@pytest.mark.exhaustive
 def test_digits_in_latents(tmp_path):
     """Both stages as the README has them, shorter: an autoencoder that blurs, a scale or patch that nothing is learned in."""
     from sklearn.datasets import load_digits

@@ -16,6 +16,7 @@ from verbs import command, environment, run
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.exhaustive
 def test_digits(tmp_path):
     """A model, loss, sampler or guidance that trains without complaint and draws something else than the asked-for digit."""
     from sklearn.datasets import load_digits
