@@ -341,3 +341,14 @@ def test_bad_ilsvrc_train(members, text, tmp_path):
     write_tar(tmp_path / "t.tar", members)
     with pytest.raises(UserError, match=text):
         IlsvrcTrain(str(tmp_path / "t.tar"))
+
+
+def test_a_caption_that_left_its_json(tmp_path):
+    """A batch with None where the index promised a text."""
+    write_tar(tmp_path / "a.tar", {"a.jpg": encoded(0), "a.json": b'{"caption": "here"}'})
+    source = TarShards(str(tmp_path))
+    assert source[0]["caption"] == "here"
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data.replace(b'{"caption": "here"}', b'{"elsewhere": "he"}'))
+    with pytest.raises(UserError, match=r"the caption of a\.tar:a cannot be read"):
+        source[0]

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -151,3 +152,16 @@ def test_bad_values(changes, text):
     """A mistake that is only found when the first batch reaches the network, or never."""
     with pytest.raises(UserError, match=text):
         build.Run(tiny.autoencoder(**changes)).task
+
+
+def test_one_scale_for_each_channel():
+    """Latents of an autoencoder that is normalised channel by channel, scaled by one number or not at all."""
+    numbers = task_of().codec
+    scale, shift = (np.linspace(start, 2, numbers.latent_channels) for start in (0.5, -1))
+    per_channel = dataclasses.replace(task_of(), codec=dataclasses.replace(numbers, scale=scale.tolist(), shift=shift.tolist()))
+    params, images = randomized().params["codec"], to_float(jnp.asarray(IMAGES[:2]))
+    noise = jnp.zeros((2, *numbers.latent_shape(IMAGES.shape[1:])))
+    plain, _ = task_of().encode(params, images, noise)
+    found, _ = per_channel.encode(params, images, noise)
+    mean = plain / numbers.scale + numbers.shift
+    np.testing.assert_allclose(found, (mean - shift) * scale, rtol=1e-5, atol=1e-5)
