@@ -6,7 +6,6 @@ golden/make_artifacts.py made golden/e778c7f/ and says what is computed, by the 
 import base64
 import json
 import os
-import re
 import zlib
 
 import numpy as np
@@ -14,13 +13,11 @@ import pytest
 from make_artifacts import FILES, cached, files, machine, quick_samples, resumed, samples
 
 FLOATS = 1e-5  # relative
-# The bias of attention's keys adds the same to all scores of a query, so its gradient is zero: what moves it is rounding.
-ROUNDING = re.compile(r"attention/(qkv|key)/bias$")
 LEVELS, SHARE = 1, 0.005  # images of another machine: so many levels in at most this share of the pixels
 
 EXPECTED = json.loads((FILES / "expected.json").read_text())
 # Bits are compared where rounding is the same.
-EXACT = EXPECTED["made_with"] == machine()
+EXACT = EXPECTED["made_with"] == machine() and not os.environ.get("GOLDEN_XLA_FLAGS")
 
 
 def pixels(value: dict) -> np.ndarray:
@@ -37,15 +34,24 @@ def image_differences(expected: dict, found: dict, path: str) -> list[str]:
     return [f"{path}: {(off > 0).mean():.2%} of the pixels differ, by up to {off.max()} levels"] if bad else []
 
 
+def tolerance(path: str, size: float) -> float:
+    """How far the sums of an array of this mean size may be off.
+
+    The bias of attention's keys adds the same to all scores of a query, so its gradient is zero, and on another machine Adam
+    moves it by other rounding errors. Measured with AVX and with SSE4.2: up to 3e-4 alone, 7e-5 of the size as a third of qkv.
+    """
+    if not EXACT and path.endswith("attention/key/bias"):
+        return 1e-3
+    return (1e-3 if not EXACT and path.endswith("attention/qkv/bias") else FLOATS) * max(size, 1e-6)
+
+
 def differences(expected, found, path: str = "") -> list[str]:
     """A line for each value that is another one, is missing or is new."""
     if isinstance(expected, dict) and isinstance(found, dict):
         if "uint8" in expected:
             return image_differences(expected, found, path)
         if "size" in expected and expected["shape"] == found.get("shape"):  # sums of an array, which may cancel
-            if ROUNDING.search(path) and not EXACT:
-                return []
-            near = all(abs(found[k] - expected[k]) <= FLOATS * max(expected["size"], 1e-6) for k in ("sum", "size"))
+            near = all(abs(found[k] - expected[k]) <= tolerance(path, expected["size"]) for k in ("sum", "size"))
             return [] if near else [f"{path}: the array was {expected} and is {found}"]
         return [
             line
