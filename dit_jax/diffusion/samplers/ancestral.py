@@ -8,6 +8,7 @@ import numpy as np
 
 from dit_jax.diffusion.process import Denoise, Process, noise_like
 from dit_jax.diffusion.samplers.frame import scan_steps
+from dit_jax.diffusion.samplers.ode import euler_steps
 from dit_jax.errors import UserError
 
 SPACINGS = ("even", "stride")
@@ -131,20 +132,5 @@ def ddim_invert(process: Process, denoise: Denoise, x0: jax.Array, num_steps: in
     Source: Song et al. 2021, section 5.4 and equation 14.
     """
     times = process.grid(num_steps, spacing)[::-1]
-    scale, clock = process.ode(times)
-
-    def step(carry, c):
-        x, memory = carry
-        prediction, memory = denoise(x, c["t"], memory)
-        return c["from_x"] * x + c["from_slope"] * process.slope(prediction, c["t"]), memory
-
-    noise, _ = scan_steps(
-        step,
-        (x0, denoise.init(x0)),
-        {
-            "t": np.append(times[1] if process.min_time > 0 else times[0], times[1:-1]),
-            "from_x": scale[1:] / scale[:-1],
-            "from_slope": scale[1:] * np.diff(clock),
-        },
-    )
-    return noise
+    evaluated = np.append(times[1] if process.min_time > 0 else times[0], times[1:-1])
+    return euler_steps(process, denoise, x0, times, evaluated)

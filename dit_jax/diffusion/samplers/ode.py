@@ -12,6 +12,26 @@ from dit_jax.diffusion.samplers.frame import scan_steps
 from dit_jax.errors import UserError
 
 
+def euler_steps(process: Process, denoise: Denoise, x: jax.Array, times: np.ndarray, evaluated: np.ndarray) -> jax.Array:
+    """Euler's method over a grid of times [N + 1] in either direction, from x [B, ...]; returns x at the last time.
+
+    evaluated: [N] times at which the network gives the slope of each step; times[:-1] where the process is defined there.
+    """
+    scale, clock = process.ode(times)
+
+    def step(carry, c):
+        x, memory = carry
+        prediction, memory = denoise(x, c["t"], memory)
+        return c["from_x"] * x + c["from_slope"] * process.slope(prediction, c["t"]), memory
+
+    x, _ = scan_steps(
+        step,
+        (x, denoise.init(x)),
+        {"t": evaluated, "from_x": scale[1:] / scale[:-1], "from_slope": scale[1:] * np.diff(clock)},
+    )
+    return x
+
+
 @dataclass(frozen=True)
 class Euler:
     """Euler's method, order 1; on a Gaussian process it is DDIM with eta 0 (Song et al. 2021, section 4.3)."""
@@ -23,23 +43,7 @@ class Euler:
 
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = process.grid(self.num_steps)
-        scale, clock = process.ode(times)
-
-        def step(carry, c):
-            x, memory = carry
-            prediction, memory = denoise(x, c["t"], memory)
-            return c["from_x"] * x + c["from_slope"] * process.slope(prediction, c["t"]), memory
-
-        x0, _ = scan_steps(
-            step,
-            (noise, denoise.init(noise)),
-            {
-                "t": times[:-1],
-                "from_x": scale[1:] / scale[:-1],
-                "from_slope": scale[1:] * np.diff(clock),
-            },
-        )
-        return x0
+        return euler_steps(process, denoise, noise, times, times[:-1])
 
 
 @dataclass(frozen=True)
