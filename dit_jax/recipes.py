@@ -126,6 +126,17 @@ def image_transform(resolution: int, channels: int, flip: bool) -> dict:
 PROCESSES = {"gaussian": gaussian, "flow": flow}
 
 
+def imagenet() -> dict:
+    """ImageNet's training split as TFDS stores it; `path` is left for the user."""
+    return {
+        "name": "tfds",
+        "dataset": "imagenet2012",
+        "path": "",
+        "split": "train",
+        "caption_key": config_dict.placeholder(str),
+    }
+
+
 def section(kind: str, name: str) -> dict:
     """Fields of a section that add to or replace its constructor's defaults; paths that a user must give are "".
 
@@ -165,13 +176,7 @@ def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
     c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
     c.process = gaussian()
     c.codec = {"name": "kl_vae", "path": "", "sha256": "", "scale": 0.18215}
-    c.data = {
-        "name": "tfds",
-        "dataset": "imagenet2012",
-        "path": "",
-        "split": "train",
-        "caption_key": config_dict.placeholder(str),
-    }
+    c.data = imagenet()
     c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
@@ -279,13 +284,7 @@ def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
     c.task.update({"perceptual_weight": 1.0, "discriminator_weight": 0.5, "discriminator_start_step": 50_001})
     c.num_steps, c.batch_size, c.ema_decay = 400_000, 96, 0.9999
     c.optimizer.update({"learning_rate": 1e-4, "b1": 0.5, "b2": 0.9})
-    c.data = {
-        "name": "tfds",
-        "dataset": "imagenet2012",
-        "path": "",
-        "split": "train",
-        "caption_key": config_dict.placeholder(str),
-    }
+    c.data = imagenet()
     c.transform = image_transform(resolution, 3, flip=True)
     c.evaluation.update({"num_images": 10_000, "split": "validation", "features": ""})
     return c
