@@ -41,4 +41,4 @@ def _results_class(run: Run):
     from dit_jax.training.reconstructions import Reconstructions
     from dit_jax.training.samples import Samples
 
-    return {"diffusion": Samples, "autoencoder": Reconstructions}[run.task.name]
+    return Samples if run.task.draws_samples else Reconstructions
