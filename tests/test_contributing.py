@@ -39,6 +39,7 @@ def test_the_files_are_short():
     assert lengths["midpoint.py"] <= 30 and max(lengths.values()) <= 40, lengths
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path):
     """An interface that changed and left its guide behind: a stranger's first file fails."""
     for name, text in FILES.items():

@@ -140,6 +140,7 @@ def test_help_is_a_success(tmp_path):
     assert status == 0 and "--models" in stdout.replace("--[no]models", "--models")
 
 
+@pytest.mark.slow
 def test_plan_models(tmp_path):
     """A table with another model under a name, or a count in other units than the paper's."""
     ((status, stdout, stderr),) = run_verbs(tmp_path, [["plan", "--models"]])

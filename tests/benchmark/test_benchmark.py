@@ -156,6 +156,7 @@ def test_batches_are_what_the_tasks_read():
     assert small().macs == pytest.approx(1e9 * small().describe()["gmacs"]) and autoencoder.macs is None
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_no_speed():
     """Images per second of steps whose loss was not finite, which skip their update."""
     with pytest.raises(UserError, match="not finite"):

@@ -101,6 +101,7 @@ def test_images_do_not_see_each_other():
     np.testing.assert_allclose(alone, together[:1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_on_eight_pixels():
     """A network whose first weights are too small to learn from, or a loss that falls the wrong way."""
     network = PatchDiscriminator(base_features=16, num_layers=1, norm_groups=8)

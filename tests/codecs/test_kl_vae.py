@@ -134,6 +134,7 @@ def test_tiled_decode_is_close_where_tiles_share_their_statistics(tiny):
     assert blended < 0.06 and blended < 0.5 * cut
 
 
+@pytest.mark.slow
 def test_tiled_decode_needs_the_memory_of_a_tile():
     """Tiles kept alive together, by vmap or unrolling, which defeats their purpose."""
     codec = KLVAE(**TINY)

@@ -184,6 +184,7 @@ def test_workers_under_python_dash_m(tmp_path):
     assert "Traceback" not in run.stderr and "leak" not in run.stderr
 
 
+@pytest.mark.slow
 def test_error_in_a_worker_leaves_no_shared_memory(tmp_path):
     """Catches a batch that stays in shared memory because the frames of the error hold it, and an error without its cause."""
     run = run_verb(tmp_path, "--workers=1", "--fail")

@@ -79,11 +79,16 @@ def test_full_steps(interval, warmup, steps):
     "sampler",
     [
         samplers.DDIM(12),
-        samplers.DPMSolverPlusPlus2M(12),
-        samplers.UniPC(12),
-        samplers.Euler(12),
-        samplers.AdamsBashforth(12),
-        samplers.EulerMaruyama(12),
+        *(
+            pytest.param(sampler(12), marks=pytest.mark.slow)
+            for sampler in (
+                samplers.UniPC,
+                samplers.DPMSolverPlusPlus2M,
+                samplers.Euler,
+                samplers.AdamsBashforth,
+                samplers.EulerMaruyama,
+            )
+        ),
     ],
 )
 def test_of_a_network(sampler):

@@ -319,6 +319,7 @@ def vae_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_verb(vae_folder, tmp_path):
     """Flags that do not reach the job, a last line without the promised fields, damage with exit status 0."""
     made = ["encode", "--data=digits", "--split=test", f"--codec={vae_folder.parent}", "--resolution=8", "--out=cache"]

@@ -124,6 +124,7 @@ def test_a_lost_connection_starts_nothing_twice(cloud):
     assert "worker 0, start 1" in stdout and "EXISTS AND IS BILLED" in stderr and "--zone=z1 --delete" in stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_run_and_the_same_call_adopts_it(cloud):
     """Ctrl-C at the laptop that ends a run on a pod; a second call that starts another beside it, or requests another slice."""
     cloud.behave('for _ in {1..400}; do [[ ! -e "$CLOUD/go" ]] || break; sleep 0.05; done; echo done')

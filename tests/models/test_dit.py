@@ -214,7 +214,7 @@ def test_projections_apart_or_together(dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "conditioning", ["adaln_zero", "in_context", *(pytest.param(c, marks=pytest.mark.slow) for c in ("adaln", "cross_attention"))]
+    "conditioning", ["adaln_zero", *(pytest.param(c, marks=pytest.mark.slow) for c in ("in_context", "adaln", "cross_attention"))]
 )
 def test_forms_agree(conditioning):
     """Scanned, unrolled and rematerialised forms that compute different things, forward or backward."""
@@ -246,6 +246,7 @@ def test_form_left_to_the_platform(platform, form, monkeypatch):
     assert gradient() == gradient(unroll=form[0], remat=form[1])
 
 
+@pytest.mark.slow
 def test_remat_saves_memory():
     """A policy that stores what it should repeat: a name that no tensor has, or a tensor that lost its name."""
     x, t, cond = inputs(batch=8)

@@ -219,6 +219,7 @@ def test_codec_and_resident_cache_are_counted():
     assert constants["scaling"]["scale"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_autoencoder():
     """A plan that only knows diffusion."""
     config = tiny.autoencoder(task__discriminator_weight=0.0)
@@ -358,6 +359,7 @@ def test_batch_must_split():
         estimate.plan_training(tiny.config(mesh__fsdp=3), eight())
 
 
+@pytest.mark.slow
 def test_verb(tmp_path):
     """The command as a user runs it: a process, a topology of its own, mistakes in one line."""
     tiny_model = ["--config=configs/digits.py", "--config.model.depth=1", "--config.model.width=32", "--config.batch_size=16"]
@@ -379,9 +381,14 @@ def test_verb(tmp_path):
         refused(outcome, text)
 
 
-@pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:2x2", "v5p:2x2x2", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("v4:2x2x2", "v5e:2x2")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("v5p:2x2x2", "v6e:2x2")),
+    ],
+)
 def test_tpu_slices(name):
     """A TPU compiler that prints what the parser does not read, or a slice whose devices are not its chips."""
     place = topology.find(name)

@@ -42,6 +42,7 @@ with clock, Watchdog(0.8, Path(sys.argv[1]), clock):
 """
 
 
+@pytest.mark.slow
 def test_a_hanging_run_ends(tmp_path):
     """A process that waits for a dead peer for ever, without a trace of where; a long preview taken for a hang."""
     process = subprocess.run(

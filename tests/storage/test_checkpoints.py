@@ -205,6 +205,7 @@ def test_a_leaf_without_sharding_is_named(two_steps):
         Checkpointer(folder, every_steps=1).restore(like.replace(step=jax.ShapeDtypeStruct((), jnp.int32)))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_harmless_or_found(copy, two_steps, caplog):
     """Orbax restores garbage for a flipped bit without an error (12 of 12 tries)."""
     found, expected = set(), {step: make_state(step, mesh_of(8)) for step in (1, 2)}
@@ -466,7 +467,9 @@ def kill_while_saving(folder, after_saves):
     return start, max([last, *map(int, rest[1::2])])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.faults])])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, marks=[pytest.mark.slow, pytest.mark.faults]), pytest.param(10, marks=pytest.mark.exhaustive)]
+)
 def test_kill_9_while_saving_loses_no_committed_step(tmp_path, kills):
     """Catches a half-written or half-deleted step taken for the newest, and leftovers that pile up."""
     reached = 0

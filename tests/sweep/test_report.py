@@ -208,6 +208,7 @@ def written(finished):
     return folder.path, found, (folder.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(written):
     """A page that is broken, fetches fonts or scripts, mixes up the parts of two figures, or runs what a log says."""
     _, found, page = written
@@ -224,6 +225,7 @@ def test_the_page_stands_alone(written):
     assert style.INK not in page.split("</style>")[1], "ink that would be black on a dark page"
 
 
+@pytest.mark.slow
 def test_the_files(written):
     """A figure that is missing in a format, or a table that does not say what the page says."""
     folder, found, _ = written

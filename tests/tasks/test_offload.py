@@ -69,6 +69,7 @@ def test_same_numbers_from_host_memory(tmp_path, zero1):
     equal(*samples)
 
 
+@pytest.mark.slow
 def test_only_the_optimizer():
     """An average that moves although only the optimizer was asked for."""
     config = tiny.autoencoder(mesh__offload="optimizer")

@@ -72,6 +72,7 @@ def test_nothing_to_train_compiles_nothing(whole, monkeypatch):
     assert int(train(build.Run(tiny.config(num_steps=6)), whole[1]).state.step) == 6 and not compiled
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
     """Records of lost steps that stay in the curve; a crash that leaves the folder locked or unusable."""
     real, calls = loop.shard_batch, []
@@ -99,6 +100,7 @@ def test_goes_on_on_another_mesh(whole, tmp_path):
     assert tiny.distance(run.state.ema_params, whole[0].state.ema_params) < 1e-3
 
 
+@pytest.mark.slow
 def test_stop_signal_saves(tmp_path, monkeypatch):
     """SIGTERM that loses steps: the state must be saved at the step that was reached, and the run must say it stopped."""
     monkeypatch.setattr(loop.StopSignal, "requested", lambda self, step: step == 2)

@@ -31,6 +31,7 @@ def records(workdir):
     return {line["step"]: line for line in lines if "fid" in line}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """A best checkpoint that is deleted as an old one; a score that is not recorded, or is taken for the best when it is not; a
     reference whose features are taken again for every score."""
