@@ -216,15 +216,15 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     if process not in PROCESSES:
         raise UserError(f"process {process!r} does not exist; choose one of {', '.join(PROCESSES)}")
     c = diffusion()
-    c.num_steps, c.batch_size, c.ema_decay = 1_500, 128, 0.99
-    c.model = {**model("S/2"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
-    c.process = PROCESSES[process]()
+    c.num_steps, c.batch_size, c.ema_decay = 1_000, 128, 0.99
+    c.model = {**model("S/4"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
+    c.process = PROCESSES[process]() | ({"prediction": "v"} if process == "gaussian" else {})
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
-    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "decay_steps": 1_000, "clip_norm": 1.0})
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})
     c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
@@ -346,8 +346,9 @@ def in_latents(c: ml_collections.ConfigDict, codec: dict) -> ml_collections.Conf
 def digits_latent() -> ml_collections.ConfigDict:
     """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
     c = in_latents(digits(), DIGITS_CODEC)
-    c.model.patch_size = 1
+    c.model.patch_size, c.process.prediction = 1, "noise"
     c.num_steps = c.optimizer.decay_steps = 1_200
+    c.optimizer.learning_rate = 2e-3
     return c
 
 

@@ -29,6 +29,8 @@ def get_sweep():
         },
         grid={
             "model.patch_size": [4],
+            "process.prediction": ["noise"],
+            "optimizer.learning_rate": [2e-3],
             "num_steps": [NUM_STEPS],
             "optimizer.decay_steps": [NUM_STEPS],
             "preview.every_steps": [0],
