@@ -232,14 +232,12 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         UserError: the field does not exist, or the text is not a value of its type.
     """
     from ml_collections import ConfigDict
-    from ml_collections.config_dict import FieldReference
 
     place, _, field = path.rpartition(".")
     section, kind = _section(config, place, path), place.rpartition(".")[2]
     values = dict(section.items(preserve_field_references=True))
     named = kind in registry.SECTIONS and "name" in section
-    parameter = _parameters(kind, section.name).get(field) if named and field != "name" else None
-    if field not in section and parameter is None:
+    if field not in section and _parameter(section, place, field) is None:
         names = [key for key in (*section, *(_parameters(kind, section.name) if named else ())) if key != "name"]
         owner = f"{registry.noun(kind)} {section.name!r}" if named else place or "the config"
         raise UserError(
@@ -249,13 +247,7 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         raise UserError(
             f"--config.{path}: {field} is a section; give its fields, as in --config.{path}.{next(iter(values[field]))}=..."
         )
-    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
-    if not wanted.allowed and field in section:
-        wanted = FieldType.of_value(section[field])
-        if isinstance(values[field], FieldReference):
-            wanted = FieldType.of_annotation(section.get_type(field))
-    if field in section and (section[field] is None or isinstance(values[field], FieldReference)):
-        wanted = wanted.optional()
+    wanted = type_of(config, path)
     if text is None and bool not in wanted.allowed:
         raise UserError(f"--config.{path} has no value; write --config.{path}=...")
     try:
@@ -264,6 +256,30 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         raise UserError(f"--config.{path}={text}: {field} must be {wanted.describe()}") from None
     with config.ignore_type():
         section[field] = value
+
+
+def type_of(config: "ConfigDict", path: str) -> FieldType:
+    """The type of a field: that of its constructor's parameter, else that of its value."""
+    from ml_collections.config_dict import FieldReference
+
+    place, _, field = path.rpartition(".")
+    section = _section(config, place, path)
+    value = dict(section.items(preserve_field_references=True)).get(field)
+    parameter = _parameter(section, place, field)
+    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
+    if not wanted.allowed and field in section:
+        referenced = isinstance(value, FieldReference)
+        wanted = FieldType.of_annotation(section.get_type(field)) if referenced else FieldType.of_value(value)
+    if field in section and (section[field] is None or isinstance(value, FieldReference)):
+        wanted = wanted.optional()
+    return wanted
+
+
+def _parameter(section: "ConfigDict", place: str, field: str) -> inspect.Parameter | None:
+    """The parameter of the section's constructor that a field is; None for `name`, and in sections without a constructor."""
+    kind = place.rpartition(".")[2]
+    named = kind in registry.SECTIONS and "name" in section
+    return _parameters(kind, section.name).get(field) if named and field != "name" else None
 
 
 def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
