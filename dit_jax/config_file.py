@@ -2,8 +2,9 @@
 
     --config=imagenet:B/4,256 --config.batch_size=512 --config.process.name=flow
 
-A config is given by its path, such as configs/imagenet.py, or by its name, which is looked up in ./configs and then in the package
-`dit_jax_configs`, as which `configs/` is installed. The text after the colon is the argument of the file's `get_config`. Fields may be given in any order, also before --config.
+A config is given by its path, such as configs/imagenet.py, or by its name, which is looked up in ./configs and then in the
+package `dit_jax_configs`, as which `configs/` is installed. The text after the colon is the argument of the file's `get_config`.
+Fields may be given in any order, also before --config.
 Names are applied first: if `<section>.name` differs from the file's, the section is reset to the defaults of the new constructor
 and of its recipe, if there is one; no other field of the file's section is kept. Then the given fields are set.
 """
