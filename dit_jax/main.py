@@ -25,17 +25,23 @@ from dit_jax.storage.atomic import write_json
 
 CONFIG = config_file.define_flags("Config file, with its argument after a colon: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
+SHOW = flags.DEFINE_bool("show", False, "Print every field of the config with its value, type and meaning; train nothing.")
 processes.define_flags()
 
 
 def chosen_config():
     if not CONFIG.given:
-        raise UserError("give --config=configs/<name>.py and --workdir=<folder>")
+        raise UserError("give --config=<name or file>, such as --config=digits, and --workdir=<folder>")
     return CONFIG.read()
 
 
 def main() -> dict:
     config = chosen_config()
+    if SHOW.value:
+        from dit_jax import config_reference
+
+        print(config_reference.text(config))
+        return {"config": CONFIG.file.value, "num_fields": len(config_reference.fields(config))}
     if WORKDIR.value is None:
         raise UserError("give --workdir=<folder of the run>")
     processes.join()

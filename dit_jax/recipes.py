@@ -18,6 +18,35 @@ from dit_jax.models import sizes
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 
+_FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
+MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
+    "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
+    "num_steps": "Training steps.",
+    "batch_size": "Images of a step, over all hosts and devices.",
+    "microbatches": "Parts of the batch, computed in sequence, over which gradients are averaged: less memory, the same step.",
+    "ema_decay": "Decay per step of the parameters' moving average, with which samples are drawn.",
+    "imports": "Files of --import that registered constructors; set by the command line.",
+    "mesh.zero1": "Split the optimizer's state and the moving average over fsdp, but not the parameters (ZeRO stage 1).",
+    "mesh.offload": "Kept in host memory between steps: none, optimizer, or optimizer_and_ema.",
+    "codec.path": "Weights of a VAE: a diffusers folder, a .safetensors file, or the workdir of a run that trained one.",
+    "codec.sha256": "SHA-256 that the weights must have; any if empty. Set when they are read.",
+    "task.perceptual_path": "Weights of LPIPS from `dit_jax.convert --from=lpips`; needed where perceptual_weight is above 0.",
+    "log.every_steps": "Prints and records loss, rate and time every so many steps.",
+    "log.wandb": "Name of a Weights & Biases project to log to; off if empty.",
+    "log.watchdog_seconds": "Ends the process (status 75) if no step finishes for so long; 0 turns it off.",
+    "preview.every_steps": "Draws a grid of images every so many steps; 0 turns previews off.",
+    "preview.num_images": "Images of a preview.",
+    "evaluation.num_images": "Images made at the end of the run, and scored if there is a reference; 0 for none.",
+    "evaluation.batch_size": "Images that are drawn at a time, over all devices.",
+    "evaluation.features": f"Features {_FEATURES}; none if empty.",
+    "evaluation.weights": "The extractor's weights, a file of dit_jax.convert; empty for pixels.",
+    "evaluation.reference": "What samples are scored against: digits, a folder, tfds:NAME:PATH, an npz of images or statistics.",
+    "evaluation.split": "Split of the data set that is reconstructed and scored; the training split if unset.",
+    "evaluation.normalize": "What the latents' scale makes 1: scale (their variance over all channels) or channel (of each).",
+    "scoring.every_steps": "Scores samples against evaluation.reference every so many steps, and keeps the best; 0 is off.",
+    "scoring.num_images": "Images of such a score.",
+}
+
 
 def model(size: str) -> dict:
     """Fields of the paper's model "S/8" .. "XL/2".

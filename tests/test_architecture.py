@@ -15,7 +15,7 @@ LAYERS = (
     ("parallel", "storage", "runtime", "errors", "registry", "pixels", ""),
     ("models", "encoders", "codecs", "diffusion", "data", "metrics", "programs"),
     ("tasks", "interop"),
-    ("build", "recipes", "config_file"),
+    ("build", "recipes", "config_file", "config_reference"),
     ("sample", "evaluate", "encode", "prepare", "convert"),
     ("training",),
     ("sweep", "plan", "benchmark"),
