@@ -16,7 +16,7 @@ LAYERS = (
     ("models", "encoders", "codecs", "diffusion", "data", "metrics", "programs"),
     ("tasks", "interop"),
     ("build", "recipes", "config_file", "config_reference"),
-    ("sample", "evaluate", "encode", "prepare", "convert"),
+    ("sample", "evaluate", "encode", "prepare", "convert", "pipeline"),
     ("training",),
     ("sweep", "plan", "benchmark"),
     ("__main__", "main"),

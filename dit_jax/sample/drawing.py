@@ -97,8 +97,10 @@ def draw(
         replace: replaces samples that were drawn with other settings; False refuses them.
 
     Raises:
-        UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk.
+        UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
+            out of range.
     """
+    out, requests = Path(out), generator.task.conditioner.from_requests(dict(requests))
     if SHARD_IMAGES % generator.chunk_size:
         raise UserError(f"chunk_size is {generator.chunk_size}; it must divide {SHARD_IMAGES}, the images of a shard")
     start = time.monotonic()

@@ -17,7 +17,7 @@ from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.labels import spread_requests
-from dit_jax.sample.weights import cast_for_inference
+from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.tasks.state import TrainState
 from dit_jax.training import scoring
 from dit_jax.training.records import Records
@@ -73,7 +73,7 @@ class Samples:
         mesh, seed = drawing_mesh(run.mesh), run.config.seed
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
         params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
-        made_by = samples_file.describe(run.config, params, step, seed) | {"labels": "balanced"}
+        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
         drawn = draw(
             path,
             generator,
