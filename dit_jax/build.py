@@ -231,13 +231,19 @@ class Run:
         self.task.batch_spec(self.entry)
         classes = self.conditioner.num_classes if "conditioner" in config else 0
         if classes and self.source.num_classes != classes:
+            have = self.source.num_classes
             raise UserError(
-                f"the data set has {self.source.num_classes} classes and model.num_classes is {classes}; pass "
-                f"--config.model.num_classes={self.source.num_classes}, or 0 to train without labels"
+                f"the data set has {have or 'no'} classes and model.num_classes is {classes}; pass "
+                f"--config.model.num_classes={have}" + (", or 0" if have else "") + " to train without labels"
             )
+        if config.batch_size > len(self.source):
+            epochs = config.batch_size / len(self.source)
+            say(f"note: each batch of {config.batch_size} holds {epochs:.1f} epochs of the {len(self.source)} examples")
         part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
-            return Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader = Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader.check_small()
+            return loader
         self.source.check(self.codec, config.codec.sha256, self.transform)
         return LatentLoader(self.source, config.batch_size, config.seed, self.transform.flip, **config.loader, **part)
 

@@ -74,8 +74,8 @@ class TFDS:
         root = tfds.core.Path(self.path)
         if not root.exists():
             raise UserError(
-                f"the TFDS folder {self.path} does not exist; give the data_dir that {self.dataset} was prepared in "
-                f"(--config.data.path=...), or {self._remedy()}"
+                f"the TFDS folder {self.path} does not exist; give the data_dir of {self.dataset} (--config.data.path=...), or "
+                f"{self._remedy()}"
             )
         try:
             builder = tfds.builder(self.dataset, data_dir=self.path, try_gcs=False)
@@ -100,7 +100,7 @@ class TFDS:
             return (
                 "prepare it from the two tars of image-net.org: python -m dit_jax.prepare --source=ILSVRC2012_img_train.tar "
                 f"--validation_source=ILSVRC2012_img_val.tar --out={self.path} --dataset=ilsvrc2012, then "
-                f"--config.data.dataset=ilsvrc2012 --config.data.path={self.path}"
+                "--config.data.dataset=ilsvrc2012 of the same --config.data.path"
             )
         return (
             f"prepare it with tfds.builder({self.dataset!r}, data_dir={self.path!r}, file_format='array_record')"
