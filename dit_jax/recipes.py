@@ -156,7 +156,7 @@ PROCESSES = {"gaussian": gaussian, "flow": flow}
 
 
 def imagenet() -> dict:
-    """ImageNet's training split as TFDS stores it; `path` is left for the user."""
+    """ImageNet's training split as TFDS stores it; an empty `path` is TFDS's default folder."""
     return {
         "name": "tfds",
         "dataset": "imagenet2012",
@@ -196,28 +196,39 @@ def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
     return chosen
 
 
-def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
-    """DiT on ImageNet in the latent space of Stable Diffusion's VAE (Peebles & Xie 2023).
+def latents() -> dict:
+    """A latent cache, which `python -m dit_jax.encode` writes; set `path`."""
+    return {"name": "latents", "path": "", "verify": True}
 
-    Set `data.path` to the folder of a TFDS ImageNet and `codec.path` to the VAE's weights.
+
+def dit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """DiT on ImageNet in the latent space of Stable Diffusion's VAE (Peebles & Xie 2023), which is downloaded on first use.
+
+    Args:
+        size: of the paper's models, "S/8" .. "XL/2".
+        resolution: 256 or 512 in the paper.
+        cached: train from a latent cache, and set `data.path` to it. Otherwise images are encoded inside the training step,
+            and come from TFDS's default folder unless `data.path` is set.
     """
     c = diffusion()
     c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
     c.process = gaussian()
-    c.codec = {"name": "kl_vae", "path": "", "sha256": "", "scale": 0.18215}
-    c.data = imagenet()
+    c.codec = {"name": "kl_vae", "path": "sd-vae-ft-mse", "sha256": "", "scale": 0.18215}
+    c.data = latents() if cached else imagenet()
+    if cached:
+        c.loader = loader("latents")
     c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
 
 
-def sit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
+def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
     """SiT on ImageNet (Ma et al. 2024): DiT's networks and optimizer, with a flow instead of the Gaussian process.
 
     As in SiT's code, the network has the C channels that DiT uses for the variance; they are unused, so that its weights fit.
-    Set `data.path` and `codec.path` as for `dit`.
+    The arguments are those of `dit`.
     """
-    c = dit(size, resolution)
+    c = dit(size, resolution, cached)
     c.process = {**flow(), "spare_channels": True}
     c.sampler = default_sampler("sde")
     return c
@@ -387,6 +398,6 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     Set `data.path` to the cache (`python -m dit_jax.encode`) and `codec.path` to the autoencoder's workdir.
     """
     c = in_latents(folder(size, resolution, num_classes), FOLDER_CODEC)
-    c.data = {"name": "latents", "path": "", "verify": True}
+    c.data = latents()
     c.loader = loader("latents")
     return c

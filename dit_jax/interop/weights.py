@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dit_jax.errors import UserError
+from dit_jax.interop import vae
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
@@ -32,9 +33,12 @@ class Weights(NamedTuple):
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied."""
+    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied.
+
+    The name of a published codec stays.
+    """
     sections = {name: config[name] for name in SECTIONS if name in config}
-    if "path" in sections["codec"]:
+    if "path" in sections["codec"] and sections["codec"]["path"] not in vae.PUBLISHED:
         sections["codec"] = {**sections["codec"], "path": ""}
     return sections
 
