@@ -15,7 +15,6 @@ supervisor (launch/) starts it again; 2 for a user's mistake; anything else for 
 
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from dit_jax import config_file
@@ -39,7 +38,10 @@ def main() -> dict:
     if WORKDIR.value is None:
         raise UserError("give --workdir=<folder of the run>")
     processes.join()
+    import jax
+
     from dit_jax.build import Run
+    from dit_jax.training import summary
     from dit_jax.training.loop import train
     from dit_jax.training.results import check_results
 
@@ -59,8 +61,12 @@ def main() -> dict:
     }
     if not trained.stopped:
         result |= trained.results.finish(trained.state, trained.constants, workdir)
-    if not result["stopped"] and jax.process_index() == 0:
+    if result["stopped"]:
+        console.say(f"stopped and saved at step {step}; the same command goes on")
+        return result
+    if jax.process_index() == 0:
         write_json(workdir / "result.json", result)
+        console.say(summary.ending(run, WORKDIR.value, result, None))
     return result
 
 

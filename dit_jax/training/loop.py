@@ -150,6 +150,7 @@ class Training:
 
     def _compile(self):
         run = self.run
+        say("compiling the training step")
         return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
 
     def restore_or_create(self) -> TrainState:
@@ -192,6 +193,7 @@ class Training:
         self.records.scalars(step, {"compile_seconds": seconds})
         stepper = Stepper(compiled, zeros, state, self.constants)
         meter = Meter(self.records, self.clock, self.run.task, self.run.mesh, config.batch_size, config.num_steps, step)
+        self.stack.callback(meter.close)
         self.meter, last = meter, config.num_steps
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [

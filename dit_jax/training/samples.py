@@ -74,6 +74,7 @@ class Samples:
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
         params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
         made_by = samples_file.describe(run.config, params, step, seed) | {"labels": "balanced"}
+        say(f"compiling the sampler for {evaluation.num_images} samples")
         drawn = draw(
             path,
             generator,
@@ -87,7 +88,7 @@ class Samples:
         result = {"samples": str(path), "stopped": drawn.stopped}
         if drawn.stopped:
             return result
-        say(f"{evaluation.num_images} samples in {drawn.seconds:.1f} s: {path} and {drawn.grid}")
+        say(f"{evaluation.num_images} samples in {drawn.seconds:.1f} s: {path}")
         if evaluation.reference and jax.process_index() == 0:
             result |= scores.evaluate(
                 str(path),
