@@ -171,7 +171,9 @@ def main() -> dict:
     from dit_jax.build import Run
     from dit_jax.sample import drawing, samples_file, trained
     from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
+    from dit_jax.sample.grid import label_names, sampling_caption
     from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
+    from dit_jax.storage.run_folder import read_class_names
 
     drawing.check_out(out)
     given = WEIGHTS.value if WEIGHTS.value is not None else WORKDIR.value
@@ -209,7 +211,11 @@ def main() -> dict:
     if weak_task is not None:
         made_by |= {"autoguidance": AUTOGUIDANCE.value, "autoguidance_weights": weights_fingerprint(weak_params)}
         weak_params = cast_for_inference(weak_task, weak_params)
-    drawn = drawing.draw(out, generator, params, constants, requests, len(labels), made_by, weak_params)
+    names = label_names(labels, run.conditioner.num_classes, read_class_names(source)) if run.conditioner.num_classes else []
+    caption = sampling_caption(step, guidance.scale, config.sampler, SEED.value)
+    drawn = drawing.draw(
+        out, generator, params, constants, requests, len(labels), made_by, weak_params, names=names, caption=caption
+    )
     # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
     per_image = None if guidance.is_partial else sampler.evaluations(run.process)
     return {

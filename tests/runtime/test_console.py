@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from absl import logging
 
 from dit_jax.runtime import console

@@ -37,4 +37,4 @@ def test_the_end_of_an_autoencoder():
     """A sample command for a run that draws no samples."""
     text = summary.ending(build.Run(tiny.autoencoder()), "runs/vae", RESULT | {"psnr": 29.6, "ssim": 0.97}, None)
     ((_, _, verb, *words),) = commands(text)
-    assert verb == "dit_jax.encode" and "--data=digits" in words and "--resolution=8" in words and "PSNR 29.60 dB" in text
+    assert verb == "dit_jax.encode" and "--data=digits" in words and "--resolution=8x8" in words and "PSNR 29.60 dB" in text
