@@ -17,7 +17,6 @@ supervisor (launch/) starts it again; 2 for a user's mistake; anything else for 
 import re
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from dit_jax import config_file
@@ -49,6 +48,8 @@ def chosen_workdir() -> Path:
     """
     if WORKDIR.value is not None:
         return Path(WORKDIR.value).expanduser().absolute()
+    import jax
+
     if jax.process_count() > 1:
         raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
     file, _, argument = CONFIG.file.value.partition(":")
@@ -67,7 +68,10 @@ def main() -> dict:
         return {"config": CONFIG.file.value, "num_fields": len(config_reference.fields(config))}
     processes.join()
     workdir = chosen_workdir()
+    import jax
+
     from dit_jax.build import Run
+    from dit_jax.training import summary
     from dit_jax.training.loop import train
     from dit_jax.training.results import check_results
 
@@ -87,8 +91,12 @@ def main() -> dict:
     }
     if not trained.stopped:
         result |= trained.results.finish(trained.state, trained.constants, workdir)
-    if not result["stopped"] and jax.process_index() == 0:
+    if result["stopped"]:
+        console.say(f"stopped and saved at step {step}; the same command goes on")
+        return result
+    if jax.process_index() == 0:
         write_json(workdir / "result.json", result)
+        console.say(summary.ending(run, WORKDIR.value, result, None))
     return result
 
 

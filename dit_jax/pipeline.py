@@ -33,10 +33,12 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, samples_file, shards, trained
 from dit_jax.sample.generator import DECODER_CHUNK, Generator, drawing_mesh, has_replicated_params, on_mesh
+from dit_jax.sample.grid import label_names, sampling_caption
 from dit_jax.sample.labels import chosen_labels
 from dit_jax.sample.samples_file import Samples
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.storage.atomic import replacing_folder, write_json
+from dit_jax.storage.run_folder import read_class_names
 
 Labels = Sequence[int] | np.ndarray | str | None
 PROGRAM, WEIGHTS, MADE_BY = "sampler.stablehlo", "weights.npz", "made_by.json"  # files of `Pipeline.export`
@@ -220,8 +222,18 @@ class Pipeline:
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
         say(f"sampling from {self.path}{at}: {dict(run.config.sampler)}, guidance {guidance.scale}")
+        names = label_names(drawn.labels, self.num_classes, read_class_names(self.path)) if self.num_classes else []
         done = drawing.draw(
-            out, drawn.generator, self._parameters[0], self._constants, drawn.requests, count, drawn.settings(), drawn.weak_params
+            out,
+            drawn.generator,
+            self._parameters[0],
+            self._constants,
+            drawn.requests,
+            count,
+            drawn.settings(),
+            drawn.weak_params,
+            names=names,
+            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, seed),
         )
         # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
         per_image = None if guidance.is_partial else run.sampler.evaluations(run.process)
