@@ -48,6 +48,11 @@ class Images(Protocol):
         ...
 
     @property
+    def labels(self) -> np.ndarray | None:
+        """integer [N], if the images have labels that are known without reading all of them."""
+        ...
+
+    @property
     def identity(self) -> dict:
         """What can be known without reading all of them; extraction that goes on compares it."""
         ...
@@ -84,6 +89,7 @@ class NpzImages:
                     shape, fortran, dtype = _header(file)
                     self._header_bytes = file.tell()
             self.made_by = _made_by(path) if "made_by" in names else None
+            self.labels = _labels(path) if "labels" in names else None
         except UserError:
             raise
         except FileNotFoundError:
@@ -186,6 +192,13 @@ def _made_by(path: Path) -> dict:
         return json.loads(str(file["made_by"]))
 
 
+def _labels(path: Path) -> np.ndarray | None:
+    """The labels that `dit_jax.sample` writes; None if other code gave the name to something else."""
+    with np.load(path, allow_pickle=False) as file:
+        labels = file["labels"]
+    return labels if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
+
+
 class SourceImages:
     """The images of a data source, decoded and cropped, never mirrored; an unreadable image raises an error that names it.
 
@@ -195,6 +208,7 @@ class SourceImages:
 
     def __init__(self, source: Source, transform: ImageTransform, name: str):
         self.source, self._transform, self.name, self.made_by = source, transform, name, None
+        self.labels = getattr(source, "labels", None) if source.num_classes else None
         self.shape = transform.shape
         self.transform = transform.describe()
         self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
@@ -215,6 +229,7 @@ class ArrayImages:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, H, W, 1 or 3]")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
+        self.labels: np.ndarray | None = None
         self.identity = {"array": list(images.shape)}
 
     def __len__(self) -> int:

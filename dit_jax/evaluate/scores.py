@@ -32,6 +32,7 @@ from dit_jax.runtime.versions import device_kind, provenance, version
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_FEATURES = ("precision", "recall", "kid")  # these need the reference's features, not only their moments
 NEIGHBOURS = 3
+LABELS_SHOWN = 10
 
 
 class Options(NamedTuple):
@@ -113,6 +114,7 @@ def evaluate(
     if reference is not None and isinstance(against, Reference):
         check_comparable(against, reference, loaded, images)
     metrics, remarks = choose_metrics(images, against, loaded, options)
+    remarks += compare_labels(images, against)
 
     def take(taken: Images, wanted: Wanted, what: str) -> Extracted:
         return take_features(taken, loaded, wanted, options, what, folder, processes)
@@ -226,6 +228,26 @@ def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Im
             f"{' x '.join(map(str, shape))} images; they must have the same shape: make a reference with "
             f"--resolution={size_text(images.shape[:2])}"
         )
+
+
+def compare_labels(images: Images, reference: Reference | Images | None) -> list[str]:
+    """A remark if one side has classes that the other lacks, for the scores then measure that; [] if the labels are not known."""
+    if reference is None or isinstance(reference, Reference) or images.labels is None or reference.labels is None:
+        return []
+    ours, theirs = set(images.labels.tolist()), set(reference.labels.tolist())
+    if ours == theirs or (images.made_by or {}).get("labels") == "none":  # the null label stands for all classes
+        return []
+    return [
+        f"the samples have the labels {_in_words(ours)} and the reference {reference.name} has {_in_words(theirs)}: the scores "
+        "measure the missing classes too; draw with --labels=balanced, or give a reference with the same labels"
+    ]
+
+
+def _in_words(labels: set[int]) -> str:
+    ordered = sorted(labels)
+    if len(ordered) > 2 and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered[:LABELS_SHOWN])) + ", ..." * (len(ordered) > LABELS_SHOWN)
 
 
 def choose_metrics(

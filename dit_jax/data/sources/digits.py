@@ -33,10 +33,10 @@ class Digits:
 
         digits = load_digits()
         self._images = np.round(digits.images * 255 / 16).astype(np.uint8)[splits[split], :, :, None]
-        self._labels = digits.target[splits[split]]
+        self.labels = digits.target[splits[split]]
         self.fingerprint = fingerprint(
             name="digits",
-            version=hashlib.sha256(self._images.tobytes() + self._labels.astype("<i4").tobytes()).hexdigest(),
+            version=hashlib.sha256(self._images.tobytes() + self.labels.astype("<i4").tobytes()).hexdigest(),
             split=split,
             count=len(self._images),
             class_names=self.class_names,
@@ -46,4 +46,4 @@ class Digits:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        return {"image": self._images[index], "label": int(self._labels[index]), "name": f"digit {index}"}
+        return {"image": self._images[index], "label": int(self.labels[index]), "name": f"digit {index}"}
