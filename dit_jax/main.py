@@ -14,6 +14,7 @@ Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the
 supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def main() -> dict:
         return result
     if jax.process_index() == 0:
         write_json(workdir / "result.json", result)
-        console.say(summary.ending(run, WORKDIR.value, result, None))
+        console.say(summary.ending(run, WORKDIR.value or os.path.relpath(workdir), result, None))
     return result
 
 
