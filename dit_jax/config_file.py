@@ -62,7 +62,10 @@ def define_flags(help_text: str) -> ConfigFlag:
 def define_fields() -> flags.FlagHolder:
     """Defines only the flags of fields: texts "<path>=<value>", or "<path>" without a value."""
     return flags.DEFINE_multi_string(
-        command_line.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
+        command_line.CONFIG_FIELD,
+        [],
+        "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow. All fields are listed by "
+        "`python -m dit_jax.main --config=... --show`.",
     )
 
 
@@ -145,16 +148,21 @@ def find(given: str, flag: str = "config", folder: str = "") -> Path:
     if not given or given.startswith("-"):
         raise UserError(f"--{flag} has no value; give a name or a file, as in --{flag}=digits")
     is_name = given == path.stem
-    for place in _places(folder) if is_name else ():
-        if (file := place / f"{given}.py").is_file():
-            return file
-    known = dict.fromkeys(file.stem for place in _places(folder) for file in _python_files(place))
+    files = known(folder)
+    if is_name and given in files:
+        return files[given]
     if is_name:
         places = " or ".join(str(place) if place.is_absolute() else f"./{place}" for place in _places(folder))
-        choice = suggest(given, list(known)[:CONFIGS_SHOWN]) if known else "; give the path of a file"
+        choice = suggest(given, list(files)[:CONFIGS_SHOWN]) if files else "; give the path of a file"
         raise UserError(f"--{flag}={given} does not exist: there is no {given}.py in {places}{choice}")
-    named = f"; --{flag}={path.stem} exists" if path.stem in known else ""
+    named = f"; --{flag}={path.stem} exists" if path.stem in files else ""
     raise UserError(f"--{flag}={given} does not exist; {_files_near(path)}{named}")
+
+
+def known(folder: str = "") -> dict[str, Path]:
+    """{name: file} of the configs, or of those in a sub-folder, sorted by name; ./configs comes before the installed ones."""
+    found = {file.stem: file for place in reversed(_places(folder)) for file in _python_files(place)}
+    return dict(sorted(found.items()))
 
 
 def _places(folder: str) -> list[Path]:

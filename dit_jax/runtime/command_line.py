@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ USER_ERROR_STATUS = 2
 CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.define_flags`
 FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 HELP = ("--help", "-help", "-h", "-?", "--helpshort")
+ABSL_ADDS = re.compile(r"^<[^>]*>: |;\s+repeat this option to specify a list of values$")  # to the texts of enums and lists
 NAME_COLUMN = 30
 MOST_COLUMNS = 120
 MOST_SUGGESTIONS = 3
@@ -55,13 +57,21 @@ def define_common_flags() -> None:
     )
 
 
+def print_page(text: str) -> None:
+    """Prints text that may be piped into a program that does not read it all, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit would fail again
+
+
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags and returns the other arguments; prints --help or what is wrong, and exits.
 
     Exit status: 0 after --help, 2 for a mistake.
     """
     if any(text in HELP for text in argv[1 : argv.index("--") if "--" in argv else None]):
-        print(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
+        print_page(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
         sys.exit(0)
     takes_config = CONFIG_FIELD in flags.FLAGS
     try:
@@ -208,16 +218,17 @@ def help_text(doc: str, own: Sequence[flags.Flag]) -> str:
 
 def _lines(flag: flags.Flag, width: int) -> list[str]:
     """The lines of --help about a flag."""
-    name = f"--[no]{flag.name}" if flag.boolean and flag.default else f"--{flag.name}"
-    name += "" if flag.boolean else f"={_placeholder(flag)}"
-    text = flag.help or ""
-    if flag.default not in (None, "", False, True) and flag.default != []:
-        default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
-        text += f" Default: {default}."
-    elif flag.boolean and flag.default:
-        text += " Default: yes."
-    if isinstance(flag.parser, flags.EnumParser):
+    can_be_turned_off = flag.boolean and flag.default is not False
+    name = f"--[no]{flag.name}" if can_be_turned_off else f"--{flag.name}"
+    placeholder = _placeholder(flag)
+    name += "" if flag.boolean else f"={placeholder}"
+    text = ABSL_ADDS.sub("", flag.help or "")
+    if isinstance(flag.parser, flags.EnumParser) and "|" not in placeholder:
         text += f" One of {', '.join(flag.parser.enum_values)}."
+    if flag.boolean:
+        text += " Default: yes." if flag.default else ""
+    elif flag.default not in (None, "", []):
+        text += f" Default: {','.join(flag.default) if isinstance(flag.default, list) else flag.default}."
     lines = textwrap.wrap(text, max(width - NAME_COLUMN - 2, 40), break_on_hyphens=False)
     beside = lines.pop(0) if len(name) < NAME_COLUMN and lines else ""
     return [f"  {name:{NAME_COLUMN}}{beside}".rstrip(), *(" " * (NAME_COLUMN + 2) + line for line in lines)]
@@ -226,5 +237,8 @@ def _lines(flag: flags.Flag, width: int) -> list[str]:
 def _placeholder(flag: flags.Flag) -> str:
     if flag.name == CONFIG_FIELD:
         return "VALUE"
+    if isinstance(flag.parser, flags.EnumParser):
+        choices = "|".join(flag.parser.enum_values)
+        return choices if len(f"  --{flag.name}={choices}") <= NAME_COLUMN else "..."
     kinds = {flags.IntegerParser: "N", flags.FloatParser: "X", flags.ListParser: "A,B"}
     return next((text for kind, text in kinds.items() if isinstance(flag.parser, kind)), "...")

@@ -15,6 +15,8 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, compilation_cache, platforms, user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
 
+flags.disclaim_key_flags()  # --help lists --import as the verb's own
+
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 
 
