@@ -35,13 +35,14 @@ from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
-from dit_jax.errors import UserError, failures, raise_all
+from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, vae
 from dit_jax.models.dit import DiT
 from dit_jax.models.network import Network, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
+from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -89,11 +90,12 @@ def construct(section: str, fields: Mapping, **more: Any) -> Any:
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in fields]
     if unknown or missing:
         raise UserError(
-            f"{section} {name!r} has no field {', '.join(unknown)}"
+            f"{section} {name!r} has no field {', '.join(unknown)}{suggest(unknown[0], [*registry.parameters(section, name)])}"
             if unknown
             else f"{section} {name!r} needs the field {', '.join(missing)}"
         )
-    return constructor(**fields)
+    file = registry.origin(section, name)
+    return constructor(**fields) if file is None else user_code.run(lambda: constructor(**fields), file)
 
 
 CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are not fields of a codec

@@ -14,6 +14,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from dit_jax import registry
-from dit_jax.errors import UserError
-from dit_jax.runtime import console, user_code
+from dit_jax.errors import UserError, nearest, suggest
+from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.field_values import NONE, FieldType
 from dit_jax.storage.upgrade import upgrade, upgrade_path
 
@@ -52,13 +53,19 @@ class ConfigFlag(NamedTuple):
 
 def define_flags(help_text: str) -> ConfigFlag:
     """Defines --config and the flags of fields, in a verb's `__main__`."""
-    return ConfigFlag(flags.DEFINE_string("config", None, help_text), define_fields())
+    flag = ConfigFlag(flags.DEFINE_string("config", None, help_text), define_fields())
+    # Called when the flags are wrong, and so not readable by their holders.
+    command_line.know_fields(lambda: _paths(load(file)) if (file := flags.FLAGS["config"].value) else ())
+    return flag
 
 
 def define_fields() -> flags.FlagHolder:
     """Defines only the flags of fields: texts "<path>=<value>", or "<path>" without a value."""
     return flags.DEFINE_multi_string(
-        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
+        command_line.CONFIG_FIELD,
+        [],
+        "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow. All fields are listed by "
+        "`python -m dit_jax.main --config=... --show`.",
     )
 
 
@@ -120,7 +127,7 @@ def load(config_file: str) -> "ConfigDict":
         raise UserError(f"{config_file}: get_config() {wrong}") from None
     config = user_code.run(lambda: module.get_config(*arguments), str(path))
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{file}: get_config() returns a {type(config).__name__}; it must return a ml_collections.ConfigDict")
+        raise UserError(user_code.wrong_result(path, module.get_config, config, "a ml_collections.ConfigDict"))
     return config
 
 
@@ -138,17 +145,24 @@ def find(given: str, flag: str = "config", folder: str = "") -> Path:
     path = Path(given).expanduser()
     if path.is_file():
         return path
+    if not given or given.startswith("-"):
+        raise UserError(f"--{flag} has no value; give a name or a file, as in --{flag}=digits")
     is_name = given == path.stem
-    for place in _places(folder) if is_name else ():
-        if (file := place / f"{given}.py").is_file():
-            return file
-    known = dict.fromkeys(file.stem for place in _places(folder) for file in _python_files(place))
+    files = known(folder)
+    if is_name and given in files:
+        return files[given]
     if is_name:
         places = " or ".join(str(place) if place.is_absolute() else f"./{place}" for place in _places(folder))
-        choice = _choice(given, list(known)[:CONFIGS_SHOWN]) if known else "; give the path of a file"
+        choice = suggest(given, list(files)[:CONFIGS_SHOWN]) if files else "; give the path of a file"
         raise UserError(f"--{flag}={given} does not exist: there is no {given}.py in {places}{choice}")
-    named = f"; --{flag}={path.stem} is an installed one" if path.stem in known else ""
+    named = f"; --{flag}={path.stem} exists" if path.stem in files else ""
     raise UserError(f"--{flag}={given} does not exist; {_files_near(path)}{named}")
+
+
+def known(folder: str = "") -> dict[str, Path]:
+    """{name: file} of the configs, or of those in a sub-folder, sorted by name; ./configs comes before the installed ones."""
+    found = {file.stem: file for place in reversed(_places(folder)) for file in _python_files(place)}
+    return dict(sorted(found.items()))
 
 
 def _places(folder: str) -> list[Path]:
@@ -248,15 +262,9 @@ def _section(config: "ConfigDict", place: str, path: str) -> "ConfigDict":
     for name in place.split(".") if place else []:
         if not isinstance(section.get(name), ConfigDict):
             names = [key for key, value in section.items() if isinstance(value, ConfigDict)]
-            raise UserError(f"--config.{path}: the config has no section {place}{_choice(name, names)}")
+            raise UserError(f"--config.{path}: the config has no section {place}{suggest(name, names)}")
         section = section[name]
     return section
-
-
-def _choice(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """A suggestion: the nearest name, or a path elsewhere that ends in this name; then all names."""
-    near = difflib.get_close_matches(name, names, 1) or [path for path in elsewhere if path.rpartition(".")[2] == name]
-    return f"; did you mean {near[0]}? There are {', '.join(names)}" if near else f"; there are {', '.join(names)}"
 
 
 def _paths(section: "ConfigDict", prefix: str = "") -> Iterator[str]:
@@ -279,15 +287,21 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
     values = dict(section.items(preserve_field_references=True))
     named = kind in registry.SECTIONS and "name" in section
     if field not in section and _parameter(section, place, field) is None:
-        names = [key for key in (*section, *(_parameters(kind, section.name) if named else ())) if key != "name"]
+        if not field:
+            raise UserError(f"--config.{path}: the name of a field is missing; write --config.<field>=<value>")
+        keys = (*section, *(_parameters(kind, section.name) if named else ()))
+        names = list(dict.fromkeys(key for key in keys if key != "name"))
         owner = f"{registry.noun(kind)} {section.name!r}" if named else place or "the config"
-        raise UserError(
-            f"--config.{path}: {owner} has no field {field}{_choice(field, list(dict.fromkeys(names)), [*_paths(config)])}"
-        )
+        elsewhere = [known for known in _paths(config) if known.endswith(f".{field}")]
+        if elsewhere and not nearest(field, names):
+            raise UserError(
+                f"--config.{path}: {owner} has no field {field}; did you mean --config.{' or --config.'.join(elsewhere)}?"
+            )
+        raise UserError(f"--config.{path}: {owner} has no field {field}{suggest(field, names)}")
     if isinstance(values.get(field), ConfigDict):
-        raise UserError(
-            f"--config.{path}: {field} is a section; give its fields, as in --config.{path}.{next(iter(values[field]))}=..."
-        )
+        written = [word for word in re.findall(r"\w+", text or "") if word in values[field]]
+        example = " ".join(f"--config.{path}.{key}=..." for key in written or [next(iter(values[field]))])
+        raise UserError(f"--config.{path}: {field} is a section; give its fields one by one, as in {example}")
     wanted = type_of(config, path)
     if text is None and bool not in wanted.allowed:
         raise UserError(f"--config.{path} has no value; write --config.{path}=...")

@@ -1,8 +1,8 @@
 """Trains a diffusion transformer or an autoencoder, then makes and scores its samples or reconstructions.
 
-    python -m dit_jax.main --config=configs/digits.py --workdir=runs/digits
-    python -m dit_jax.main --config=configs/xl2_imagenet256.py
-    python -m dit_jax.main --config=configs/imagenet.py:B/4,256,latents --workdir=mount/b4 --config.data.path=/data/latents256
+    python -m dit_jax.main --config=digits
+    python -m dit_jax.main --config=xl2_imagenet256
+    python -m dit_jax.main --config=imagenet:B/4,256,latents --workdir=mount/b4 --config.data.path=/data/latents256
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, resets
 its section to the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
@@ -22,10 +22,13 @@ from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import console, processes
+from dit_jax.runtime import command_line, console, processes
 from dit_jax.storage.atomic import write_json
 
-CONFIG = config_file.define_flags("Config file, with its argument after a colon: configs/imagenet.py:B/4,256.")
+command_line.group("The run")
+CONFIG = config_file.define_flags(
+    "Name of a config in ./configs or installed with dit_jax, or a file; its argument stands after a colon: imagenet:B/4,256."
+)
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -65,7 +68,7 @@ def main() -> dict:
     if SHOW.value:
         from dit_jax import config_reference
 
-        print(config_reference.text(config))
+        command_line.print_page(config_reference.text(config))
         return {"config": CONFIG.file.value, "num_fields": len(config_reference.fields(config))}
     processes.join()
     workdir = chosen_workdir()

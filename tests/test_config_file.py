@@ -14,7 +14,7 @@ from dit_jax import config_file, recipes, registry
 from dit_jax.config_file import read
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
-from dit_jax.runtime.console import config_fields
+from dit_jax.runtime.command_line import config_fields
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 pytestmark = pytest.mark.usefixtures("forgetful")

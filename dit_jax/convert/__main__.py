@@ -26,8 +26,9 @@ import jax
 from absl import flags
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
 
+command_line.group("Input and output")
 FROM = flags.DEFINE_string(
     "from",
     None,
@@ -46,14 +47,15 @@ OUT = flags.DEFINE_string("out", None, "Output file or folder. Optional with --d
 DOWNLOAD = flags.DEFINE_string(
     "download", None, "Download these weights first: dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14."
 )
-HEADS = flags.DEFINE_integer(
-    "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
-)
+command_line.group("What the weights do not say")
 LIKE = flags.DEFINE_string(
     "like",
     None,
     "A run's folder or a .safetensors file of dit_jax.convert whose config these weights get. Default: the process, "
     "VAE and sampler of the paper.",
+)
+HEADS = flags.DEFINE_integer(
+    "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from=workdir. Default: the newest intact one.")
 

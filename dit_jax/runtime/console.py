@@ -3,20 +3,18 @@
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
 import traceback
 import typing
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import user_code
+from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
 
 if typing.TYPE_CHECKING:
@@ -24,9 +22,6 @@ if typing.TYPE_CHECKING:
 
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
 
-USER_ERROR_STATUS = 2
-CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.define_flags`
-FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 
 
@@ -110,54 +105,6 @@ class Progress:
         say(f"{self.what} {done}/{self.total}  {rate:.1f}/s{left}")
 
 
-def verb_of(program: str) -> str:
-    """The verb of a program's path: ".../sample/__main__.py" -> "sample", ".../main.py" -> "main"."""
-    path = Path(program)
-    return path.parent.name if path.stem == "__main__" else path.stem
-
-
-def config_fields(argv: list[str]) -> list[str]:
-    """The arguments with every --config.<path>=<value> as --config.<field>=<path>=<value>, a flag that absl can parse.
-
-    absl would refuse the flags of fields, as it does not know the config. The other forms of a flag are read too: --config.path
-    value, --config.path and --noconfig.path of a field that is true or false.
-    """
-    found: list[str] = []
-    may_take_value = False
-    for number, text in enumerate(argv):
-        if text == "--":
-            return found + argv[number:]
-        field = FIELD.match(text)
-        if field:
-            found.append(f"--{CONFIG_FIELD}={text[field.end() :]}" + ("=false" if field["no"] else ""))
-        elif may_take_value and not text.startswith("--"):
-            found[-1] += f"={text}"
-        else:
-            found.append(text)
-        may_take_value = field is not None and not field["no"] and "=" not in text
-    return found
-
-
-def _parse_flags(argv):
-    takes_config = CONFIG_FIELD in flags.FLAGS
-    try:
-        if takes_config:
-            argv = config_fields(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
-        rest = flags.FLAGS(argv)
-        fields = flags.FLAGS[CONFIG_FIELD].value if takes_config else None
-        if fields and "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
-            raise flags.Error(f"--config.{fields[0]} is given without --config=configs/<name>.py")
-        return rest
-    except SystemExit:  # --help: absl leaves with 1
-        sys.exit(0)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        if takes_config and isinstance(error, flags.UnrecognizedFlagError):
-            print(f"A field of the config is given as --config.{error.flagname}=<value>.", file=sys.stderr)
-        print(f"See python -m dit_jax.{verb_of(argv[0])} --help.", file=sys.stderr)
-        sys.exit(USER_ERROR_STATUS)
-
-
 def _which() -> str:
     """ "process 1 of 4: "; "" for one alone."""
     if "jax" not in sys.modules:
@@ -189,19 +136,26 @@ def run(main: Callable[[], dict]) -> None:
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
-        print(f"dit_jax {verb_of(argv[0])}: starting", file=sys.stderr, flush=True)  # importing JAX takes a second
+        print(f"dit_jax {command_line.verb_of(argv[0])}: starting", file=sys.stderr, flush=True)  # importing JAX takes a second
         try:
             if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
-            from dit_jax.runtime import compilation_cache
+                raise UserError(command_line.explain_argument(argv[1]))
+            from dit_jax.runtime import compilation_cache, platforms
 
+            platforms.leave_out_tpu()
+            platforms.check()
             compilation_cache.use()
             user_code.import_all(flags.FLAGS["import"].value or ())
             result = main()
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
-            _leave(USER_ERROR_STATUS)
-        except Exception:
+            _leave(command_line.USER_ERROR_STATUS)
+        except Exception as error:
+            from dit_jax.runtime import platforms
+
+            if said := platforms.explain(error):
+                print(f"error: {said}", file=sys.stderr, flush=True)
+                _leave(command_line.USER_ERROR_STATUS)
             if not _which():
                 raise
             traceback.print_exc()
@@ -215,6 +169,6 @@ def run(main: Callable[[], dict]) -> None:
         if result.get("stopped"):
             sys.exit(STOPPED_STATUS)
 
-    flags.DEFINE_multi_string("import", [], "Python file or module to import first; it may call dit_jax.register")
+    command_line.define_common_flags()
     reuse_freed_memory()
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=command_line.parse)

@@ -14,9 +14,10 @@ from pathlib import Path
 from absl import flags
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import console, processes
+from dit_jax.runtime import command_line, console, processes
 from dit_jax.sample.labels import CHOICES
 
+command_line.group("Where the weights come from")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
 STEP = flags.DEFINE_string(
     "step", None, "Checkpoint: a step, or `best` for the best score during training. Default: the newest intact checkpoint."
@@ -30,17 +31,23 @@ AVERAGE = flags.DEFINE_enum(
     "average", "default", ["default", "none"], "Weights of a run: their moving average, or none for the weights themselves."
 )
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
+command_line.group("What to draw")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Number of images.")
 LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; or `random`, `none`, or `balanced` (default: all in turn).")
+SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed, k and its label.")
+OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of shards.")
+command_line.group("How to draw")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 turns guidance off, 0 ignores the labels. Default: the config's.")
-SAMPLER = flags.DEFINE_string("sampler", None, "A registered sampler, such as ddpm, ddim or heun. Default: the config's.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: the config's.")
-DTYPE = flags.DEFINE_enum(
-    "dtype",
+SAMPLER = flags.DEFINE_string(
+    "sampler",
     None,
-    ["float32", "bfloat16"],
-    "Dtype of the network's computation, independent of training. Default: the config's. With bfloat16 the weights take "
-    "half the memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.",
+    "One of ab, ddim, ddpm, dopri5, dpmpp, euler, heun, sde, unipc, or one of --import. Default: the config's.",
+)
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: the config's.")
+SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
+GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
+GUIDANCE_CHANNELS = flags.DEFINE_integer(
+    "guidance_channels", None, "Number of channels to guide, from the first; 3 for DiT's own samples."
 )
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
@@ -48,23 +55,24 @@ AUTOGUIDANCE = flags.DEFINE_string(
     "A weaker run or .safetensors (smaller, or trained less) that guides "
     "instead of the network without labels; needs a scale above 1.",
 )
-GUIDANCE_CHANNELS = flags.DEFINE_integer(
-    "guidance_channels", None, "Number of channels to guide, from the first; 3 for DiT's own samples."
+command_line.group("Speed and memory")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Images per call of all devices, rounded up to full chunks on each device. Default: the config's."
 )
-GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t between two times, as in 0.2,0.7 (1 is noise).")
-SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Dtype of the network's computation, independent of training. Default: the config's. With bfloat16 the weights take "
+    "half the memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.",
+)
 FORECAST_INTERVAL = flags.DEFINE_integer(
     "forecast_interval",
     None,
     "Run the network's blocks at every N-th step and forecast them at the others; 1 is off. Default: the config's.",
 )
 FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Order of the forecast's Taylor series. Default: the config's.")
-SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed, k and its label.")
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Images per call of all devices, rounded up to full chunks on each device. Default: the config's."
-)
 FSDP = flags.DEFINE_integer("fsdp", 1, "Number of devices over which the parameters of networks and codec are split.")
-OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of shards.")
 processes.define_flags()
 
 

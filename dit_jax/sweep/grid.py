@@ -104,9 +104,7 @@ def load(path: str) -> Sweep:
         raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
     sweep = user_code.run(module.get_sweep, str(file))
     if not isinstance(sweep, Sweep):
-        raise UserError(
-            f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a dit_jax.sweep.grid.Sweep"
-        )
+        raise UserError(user_code.wrong_result(file, module.get_sweep, sweep, "a dit_jax.sweep.grid.Sweep"))
     _check_fields(sweep)
     if sweep.base and registry.entries() != before:  # what the sweep file registers, the processes of its runs must too
         user_code.import_all([str(file)])
