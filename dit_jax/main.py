@@ -13,15 +13,11 @@ Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the
 supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
-from pathlib import Path
-
-import jax
 from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
-from dit_jax.storage.atomic import write_json
 
 CONFIG = config_file.define_flags("Config file, with its argument after a colon: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
@@ -39,29 +35,9 @@ def main() -> dict:
     if WORKDIR.value is None:
         raise UserError("give --workdir=<folder of the run>")
     processes.join()
-    from dit_jax.build import Run
-    from dit_jax.training.loop import train
-    from dit_jax.training.results import check_results
+    from dit_jax.training.session import train
 
-    workdir = Path(WORKDIR.value).expanduser().absolute()
-    run = Run(config)
-    check_results(run)
-    trained = train(run, workdir)
-    step = int(trained.state.step)
-    result = {
-        "step": step,
-        "loss": trained.loss,
-        "images_per_second": trained.images_per_second,
-        "stopped": trained.stopped,
-        "workdir": str(workdir),
-        "checkpoint": str(workdir / "checkpoints" / str(step)),
-        "samples": None,
-    }
-    if not trained.stopped:
-        result |= trained.results.finish(trained.state, trained.constants, workdir)
-    if not result["stopped"] and jax.process_index() == 0:
-        write_json(workdir / "result.json", result)
-    return result
+    return train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,19 @@ def _which() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""
 
 
+def _remedy(argument: str) -> str:
+    """What to write in place of an argument that is no option: a list was written with spaces, or dashes are missing."""
+    end = sys.argv.index(argument) if argument in sys.argv else 0
+    if not sys.argv[end - 1].endswith(","):
+        return "options begin with --"
+    start = end - 1 if sys.argv[end - 1].startswith("-") else end - 2  # --labels=3, 5 or --labels 3, 5
+    while end < len(sys.argv) and sys.argv[end - 1].endswith(","):
+        end += 1
+    text = "".join(sys.argv[start + 1 : end])
+    flag = sys.argv[start]
+    return f"write {flag}{text}" if "=" in flag else f"write {flag}={text}"
+
+
 def _leave(status: int):
     """Exits a failed process. One of several exits immediately: a normal exit waits for the others, which may wait for it."""
     if _which():
@@ -133,7 +146,7 @@ def run(main: Callable[[], dict]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
+                raise UserError(f"unexpected argument {argv[1]!r}; {_remedy(argv[1])}")
             user_code.import_all(flags.FLAGS["import"].value or ())
             result = main()
         except UserError as error:
