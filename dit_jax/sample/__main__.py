@@ -63,6 +63,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Images per call of all devices, rounded up to full chunks on each device. Default: the config's."
 )
+CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size",
+    None,
+    "Images that a device computes at a time, a divisor of 64; it changes the last bits of an image. Default: by the network's "
+    "tokens and the kind of device.",
+)
 FSDP = flags.DEFINE_integer("fsdp", 1, "Number of devices over which the parameters of networks and codec are split.")
 OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of shards.")
 processes.define_flags()
@@ -131,6 +137,7 @@ def main() -> dict:
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,
         batch_size=BATCH_SIZE.value,
+        chunk_size=CHUNK_SIZE.value,
     )
 
 
