@@ -14,7 +14,6 @@ Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the
 supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from absl import flags
 from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
-from dit_jax.storage.atomic import write_json
 
 command_line.group("The run")
 CONFIG = config_file.define_flags(
@@ -51,14 +49,14 @@ def chosen_workdir() -> Path:
         UserError: there are several processes and no --workdir.
     """
     if WORKDIR.value is not None:
-        return Path(WORKDIR.value).expanduser().absolute()
+        return Path(WORKDIR.value)
     import jax
 
     if jax.process_count() > 1:
         raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
     file, _, argument = CONFIG.file.value.partition(":")
     name = "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
-    workdir = (Path("runs") / name).absolute()
+    workdir = Path("runs") / name
     console.say(f"--workdir={workdir}")
     return workdir
 
@@ -72,36 +70,9 @@ def main() -> dict:
         return {"config": CONFIG.file.value, "num_fields": len(config_reference.fields(config))}
     processes.join()
     workdir = chosen_workdir()
-    import jax
+    from dit_jax.session import train
 
-    from dit_jax.build import Run
-    from dit_jax.training import summary
-    from dit_jax.training.loop import train
-    from dit_jax.training.results import check_results
-
-    run = Run(config)
-    run.task  # the errors of the config itself come first
-    run.check_files(workdir, lambda: check_results(run))
-    trained = train(run, workdir)
-    step = int(trained.state.step)
-    result = {
-        "step": step,
-        "loss": trained.loss,
-        "images_per_second": trained.images_per_second,
-        "stopped": trained.stopped,
-        "workdir": str(workdir),
-        "checkpoint": str(workdir / "checkpoints" / str(step)),
-        "samples": None,
-    }
-    if not trained.stopped:
-        result |= trained.results.finish(trained.state, trained.constants, workdir)
-    if result["stopped"]:
-        console.say(f"stopped and saved at step {step}; the same command goes on")
-        return result
-    if jax.process_index() == 0:
-        write_json(workdir / "result.json", result)
-        console.say(summary.ending(run, WORKDIR.value or os.path.relpath(workdir), result, None))
-    return result
+    return train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Options(TypedDict, total=False):
         forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
         forecast_order: order of the forecast's Taylor series.
         batch_size: images per call of all devices, rounded up to full chunks on each device. It changes no bit.
+        chunk_size: images that a device computes at a time, a divisor of 64. It changes the last bits of an image. None chooses
+            it by the network's tokens and the kind of device.
     """
 
     sampler: str | None
@@ -70,6 +72,7 @@ class Options(TypedDict, total=False):
     forecast_interval: int | None
     forecast_order: int | None
     batch_size: int | None
+    chunk_size: int | None
 
 
 class Evaluation(NamedTuple):
@@ -390,7 +393,10 @@ class Pipeline:
         if batch_size is None:
             batch_size = 1 if in_memory else min(config.evaluation.batch_size, len(chosen))  # 1 is rounded up to full chunks
         sections = [dict(config.get(name, {})) for name in ("sampler", "guidance", "forecast")]
-        key = json.dumps([sections, _whole_number("batch_size", batch_size), str(guides), watched], default=str)
+        chunk_size = options.get("chunk_size")
+        if chunk_size is not None and (_whole_number("chunk_size", chunk_size) < 1 or shards.SHARD_IMAGES % chunk_size):
+            raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
+        key = json.dumps([sections, _whole_number("batch_size", batch_size), chunk_size, str(guides), watched], default=str)
         if key not in self._generators:
             weak_task = None if guides is None else self._weaker(guides, config)[0]
             self._generators[key] = Generator(
@@ -401,6 +407,7 @@ class Pipeline:
                 batch_size,
                 seed,
                 weak_task,
+                chunk_size,
                 forecast=run.forecast,
                 watch=self._watcher if watched else None,
             )

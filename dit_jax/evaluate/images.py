@@ -226,8 +226,8 @@ class ArrayImages:
     """Images in memory, uint8 [N, H, W, C]."""
 
     def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, H, W, 1 or 3]")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) < 2:
+            raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3] is needed")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
         self.labels: np.ndarray | None = None
         self.identity = {"array": list(images.shape)}

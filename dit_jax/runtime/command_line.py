@@ -116,7 +116,14 @@ def config_fields(argv: list[str]) -> list[str]:
 
 
 def explain_argument(text: str) -> str:
-    """The message for an argument that is no flag."""
+    """The message for an argument that is no flag: a list that was written with spaces, or dashes that are missing."""
+    end = sys.argv.index(text) if text in sys.argv else 0
+    if sys.argv[end - 1].endswith(","):
+        start = end - 1 if sys.argv[end - 1].startswith("-") else end - 2  # --labels=3, 5 or --labels 3, 5
+        while end < len(sys.argv) and sys.argv[end - 1].endswith(","):
+            end += 1
+        flag, values = sys.argv[start], "".join(sys.argv[start + 1 : end])
+        return f"unexpected argument {text!r}; write {flag}{'' if '=' in flag else '='}{values}"
     hint = ""
     if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and re.fullmatch(r"[\w./:,=-]+", text):
         hint = f"; did you mean --config={text}?"

@@ -72,6 +72,12 @@ FORECAST_INTERVAL = flags.DEFINE_integer(
     "Run the network's blocks at every N-th step and forecast them at the others; 1 is off. Default: the config's.",
 )
 FORECAST_ORDER = flags.DEFINE_integer("forecast_order", None, "Order of the forecast's Taylor series. Default: the config's.")
+CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size",
+    None,
+    "Images that a device computes at a time, a divisor of 64; it changes the last bits of an image. Default: by the network's "
+    "tokens and the kind of device.",
+)
 FSDP = flags.DEFINE_integer("fsdp", 1, "Number of devices over which the parameters of networks and codec are split.")
 processes.define_flags()
 
@@ -139,6 +145,7 @@ def main() -> dict:
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,
         batch_size=BATCH_SIZE.value,
+        chunk_size=CHUNK_SIZE.value,
     )
 
 
