@@ -14,7 +14,6 @@ Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the
 supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
-import re
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import console, processes
 from dit_jax.storage.atomic import write_json
+from dit_jax.storage.run_folder import default_workdir
 
 CONFIG = config_file.define_flags("Config file, with its argument after a colon: configs/imagenet.py:B/4,256.")
 WORKDIR = flags.DEFINE_string(
@@ -40,27 +40,14 @@ def chosen_config():
     return CONFIG.read()
 
 
-def chosen_workdir() -> Path:
-    """--workdir, or its default: configs/imagenet.py:B/4,256 trains in runs/imagenet-B-4-256. Call it when all processes joined.
-
-    Raises:
-        UserError: there are several processes and no --workdir.
-    """
-    if WORKDIR.value is not None:
-        return Path(WORKDIR.value).expanduser().absolute()
-    if jax.process_count() > 1:
-        raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
-    file, _, argument = CONFIG.file.value.partition(":")
-    name = "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
-    workdir = (Path("runs") / name).absolute()
-    console.say(f"--workdir={workdir}")
-    return workdir
-
-
 def main() -> dict:
     config = chosen_config()
     processes.join()
-    workdir = chosen_workdir()
+    if WORKDIR.value is None:
+        workdir = default_workdir(CONFIG.file.value, jax.process_count()).absolute()
+        console.say(f"--workdir={workdir}")
+    else:
+        workdir = Path(WORKDIR.value).expanduser().absolute()
     from dit_jax.build import Run
     from dit_jax.training.loop import train
     from dit_jax.training.results import check_results
