@@ -14,14 +14,12 @@ Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the
 supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
-import re
-from pathlib import Path
-
 from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
+from dit_jax.storage.run_folder import default_workdir
 
 command_line.group("The run")
 CONFIG = config_file.define_flags(
@@ -42,25 +40,6 @@ def chosen_config():
     return CONFIG.read()
 
 
-def chosen_workdir() -> Path:
-    """--workdir, or its default: configs/imagenet.py:B/4,256 trains in runs/imagenet-B-4-256. Call it when all processes joined.
-
-    Raises:
-        UserError: there are several processes and no --workdir.
-    """
-    if WORKDIR.value is not None:
-        return Path(WORKDIR.value)
-    import jax
-
-    if jax.process_count() > 1:
-        raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
-    file, _, argument = CONFIG.file.value.partition(":")
-    name = "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
-    workdir = Path("runs") / name
-    console.say(f"--workdir={workdir}")
-    return workdir
-
-
 def main() -> dict:
     config = chosen_config()
     if SHOW.value:
@@ -69,8 +48,14 @@ def main() -> dict:
         command_line.print_page(config_reference.text(config))
         return {"config": CONFIG.file.value, "num_fields": len(config_reference.fields(config))}
     processes.join()
-    workdir = chosen_workdir()
+    import jax
+
     from dit_jax.session import train
+
+    if WORKDIR.value is not None:
+        return train(config, WORKDIR.value)
+    workdir = default_workdir(CONFIG.file.value, jax.process_count())
+    console.say(f"--workdir={workdir}")
 
     return train(config, workdir)
 

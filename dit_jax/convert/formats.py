@@ -17,6 +17,7 @@ from dit_jax import recipes
 from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
+from dit_jax.interop.download import how_to_get
 from dit_jax.interop.tensors import (
     Tensor,
     Tensors,
@@ -94,7 +95,7 @@ def read(source: Source) -> Weights:
         UserError: the file does not exist, is damaged, or does not fit the layout or its own config.
     """
     if not source.path.exists():
-        raise UserError(f"--weights={source.path} does not exist")
+        raise UserError(f"--weights={source.path} does not exist{how_to_get(source.path)}")
     if source.layout == "workdir":
         return _read_workdir(source)
     if source.layout == "dit_jax":

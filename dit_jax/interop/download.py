@@ -63,6 +63,17 @@ PUBLISHED = {
 }
 
 
+def how_to_get(path: Path) -> str:
+    """The end of a message about a file that does not exist: the command that downloads it; "" for no published file name."""
+    names = [name for name, published in PUBLISHED.items() if published.file_name == path.name]
+    if not names:
+        return ""
+    text = f"; python -m dit_jax.convert --download={names[0]} --weights={path} downloads it"
+    if PUBLISHED[names[0]].layout not in ("official", "sit"):
+        return text
+    return f"{text}, and --download=sd-vae-ft-mse the autoencoder of its latents (else that is downloaded on first use)"
+
+
 def byte_progress(name: str) -> Callable[[int, int], None]:
     """A callback (bytes done, total bytes) that prints progress to stderr."""
     progress = None

@@ -13,6 +13,7 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 import contextlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,21 @@ RESUMABLE_FIELDS = (
     "data.verify",
     "task.perceptual_path",
 )
+
+
+def default_workdir(config: str, process_count: int) -> Path:
+    """The folder of a run without --workdir: "configs/imagenet.py:B/4,256" trains in runs/imagenet-B-4-256.
+
+    Args:
+        config: the config's file or name, with its argument after a colon.
+
+    Raises:
+        UserError: there are several processes, which may not see the same folder.
+    """
+    if process_count > 1:
+        raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
+    file, _, argument = config.partition(":")
+    return Path("runs") / "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

@@ -290,6 +290,8 @@ MISTAKES = {
     "convert --from=inception_tf --weights=lpips.pt --out=y.safetensors": "unpacked classify_image_graph_def.pb",
     "convert --download=dit-s --out=y.safetensors": "dit-xl2-256",
     "convert --download=sit-xl2-256 --from=official --out=y.safetensors": "leave out --from",
+    "convert --download=sd-vae-ft-mse --out=y": "--out has no effect",
+    "convert --from=official --weights=DiT-XL-2-256x256.pt --out=y.safetensors": "--download=dit-xl2-256",
     "sample --weights=x.safetensors --workdir=RUN": "give one of",
     "sample --weights=vae.safetensors": "--codec_path",
     "sample --weights=vae.safetensors --codec_path=nowhere": "nowhere",

@@ -181,7 +181,9 @@ def test_a_codec_by_name_is_downloaded_once_and_resumed(vae_server, tmp_path):
 def test_a_folder_of_that_name_wins(vae_server, tmp_path, monkeypatch):
     """A download in place of the user's own folder sd-vae-ft-mse, which older commands name."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "sd-vae-ft-mse").mkdir()
+    for file in ("config.json", vae.WEIGHTS_NAME):
+        (tmp_path / "sd-vae-ft-mse").mkdir(exist_ok=True)
+        (tmp_path / "sd-vae-ft-mse" / file).write_text("{}")
     assert vae.find("sd-vae-ft-mse").samefile(tmp_path / "sd-vae-ft-mse") and not vae_server.asked
 
 
