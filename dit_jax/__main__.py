@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-ORDER = ("main", "sample", "evaluate", "sweep", "plan", "benchmark", "encode", "prepare", "convert")
+ORDER = ("main", "sample", "evaluate", "report", "sweep", "plan", "benchmark", "encode", "prepare", "convert")
 
 
 def verbs() -> dict[str, str]:

@@ -14,6 +14,7 @@ supervisor (launch/) starts it again; 2 for a user's mistake; anything else for 
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -50,7 +51,7 @@ def main() -> dict:
     check_results(run)
     trained = train(run, workdir)
     step = int(trained.state.step)
-    result = {
+    result: dict[str, Any] = {
         "step": step,
         "loss": trained.loss,
         "images_per_second": trained.images_per_second,
@@ -65,8 +66,13 @@ def main() -> dict:
         console.say(f"stopped and saved at step {step}; the same command goes on")
         return result
     if jax.process_index() == 0:
+        from dit_jax.benchmark import machine
+        from dit_jax.report import ending
+
+        result["machine"] = machine.describe()
         write_json(workdir / "result.json", result)
-        console.say(summary.ending(run, WORKDIR.value, result, None))
+        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
+        console.say(summary.ending(trained.run, WORKDIR.value, result, report))
     return result
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("build", "recipes", "config_file"),
     ("sample", "evaluate", "encode", "prepare", "convert"),
     ("training",),
-    ("sweep", "plan", "benchmark"),
+    ("sweep", "plan", "benchmark", "report"),
     ("__main__", "main"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
