@@ -9,8 +9,10 @@ import jax
 import ml_collections
 
 from dit_jax import config_file
+from dit_jax.benchmark import machine
 from dit_jax.build import Run
 from dit_jax.errors import UserError
+from dit_jax.report import ending
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_json
 from dit_jax.training import loop, summary
@@ -65,6 +67,8 @@ def train(
         say(f"stopped and saved at step {step}; the same command goes on")
         return result
     if jax.process_index() == 0:
+        result["machine"] = machine.describe()
         write_json(workdir / "result.json", result)
-        say(summary.ending(run, shown, result, None))
+        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
+        say(summary.ending(trained.run, shown, result, report))
     return result

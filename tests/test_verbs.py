@@ -39,6 +39,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("verbs") / "run"
     done = result(verb("main", "--config=configs/digits.py", f"--workdir={path}", *TINY))
     assert done["step"] == 4 and done["num_samples"] == 20 and done["fid"] > 0 and Path(done["checkpoint"]).is_dir()
+    assert (path / "report.html").is_file() and done["machine"]["cores"] > 0
     assert Path(done["samples"]).is_file() and Path(done["samples"]).with_suffix(".png").is_file()
     return path
 

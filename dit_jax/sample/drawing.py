@@ -187,6 +187,8 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
     parts, size = generator.share.parts, generator.share.rows
     indices = writer.indices(generator.chunk_size)
     calls = _greatest(-(-len(indices) // size))
+    if calls:
+        say("compiling the sampler")
     indices = np.append(indices, np.zeros(calls * size - len(indices), np.int32))
     requests = {name: x[np.minimum(indices, len(writer.shards) - 1)] for name, x in requests.items()}
     progress = Progress("sampling" if parts == 1 else f"sampling, part 1 of {parts}", writer.waiting)

@@ -14,7 +14,7 @@ _SMALLEST_SIDE = 64
 GAP = 4  # pixels between images and around them
 GAP_LEVEL = 40  # dark grey, so that black images have an edge
 TEXT_LEVEL = 225
-SMALLEST_TEXT, LARGEST_TEXT = 11, 24  # pixels; an eighth of an image's width between them
+SMALLEST_TEXT, LARGEST_TEXT = 11, 24  # pixels; a quarter of an image's width between them
 
 
 def write_image_grid(
@@ -56,7 +56,7 @@ def write_image_grid(
     scale = max(1, math.ceil(_SMALLEST_SIDE / max(height, width))) if scale is None else scale
     if columns < 1 or scale < 1:
         raise ValueError(f"columns={columns} and scale={scale} must be at least 1")
-    font = ImageFont.load_default(min(max(width * scale // 8, SMALLEST_TEXT), LARGEST_TEXT))
+    font = ImageFont.load_default(min(max(width * scale // 4, SMALLEST_TEXT), LARGEST_TEXT))
     line = sum(font.getmetrics()) + GAP  # type: ignore[union-attr]  # FreeType is part of Pillow's wheels
     heads = count > columns and all(name == names[i % columns] for i, name in enumerate(names))
     high, wide = height * scale + GAP + (line if names and not heads else 0), width * scale + GAP

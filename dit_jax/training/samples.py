@@ -83,7 +83,6 @@ class Samples:
         params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
         made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
         names, caption = self.texts(requests, step)
-        say(f"compiling the sampler for {evaluation.num_images} samples")
         drawn = draw(
             path,
             generator,
