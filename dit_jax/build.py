@@ -5,7 +5,7 @@ A new model, process, codec, data source or optimizer of the package is a file a
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
-from dit_jax.errors import UserError
+from dit_jax.errors import UserError, failures, raise_all
 from dit_jax.interop import codec_folder, lpips, vae
 from dit_jax.models.dit import DiT
 from dit_jax.models.network import Network, for_platform
@@ -231,13 +231,19 @@ class Run:
         self.task.batch_spec(self.entry)
         classes = self.conditioner.num_classes if "conditioner" in config else 0
         if classes and self.source.num_classes != classes:
+            have = self.source.num_classes
             raise UserError(
-                f"the data set has {self.source.num_classes} classes and model.num_classes is {classes}; pass "
-                f"--config.model.num_classes={self.source.num_classes}, or 0 to train without labels"
+                f"the data set has {have or 'no'} classes and model.num_classes is {classes}; pass "
+                f"--config.model.num_classes={have}" + (", or 0" if have else "") + " to train without labels"
             )
+        if config.batch_size > len(self.source):
+            epochs = config.batch_size / len(self.source)
+            say(f"note: each batch of {config.batch_size} holds {epochs:.1f} epochs of the {len(self.source)} examples")
         part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
-            return Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader = Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader.check_small()
+            return loader
         self.source.check(self.codec, config.codec.sha256, self.transform)
         return LatentLoader(self.source, config.batch_size, config.seed, self.transform.flip, **config.loader, **part)
 
@@ -361,15 +367,32 @@ class Run:
         config.codec.sha256 = sha256
         return Run(config.lock(), devices=self.devices, codec_params=params, platform=self.platform)
 
-    def _codec_path(self, own: Path | None) -> Path:
+    def _codec_path(self, own: Path | None, fetch: bool = True) -> Path:
         given = self.config.codec.path
         if own and own.exists():
-            if given and not Path(given).expanduser().exists():
+            if given and given not in vae.PUBLISHED and not Path(given).expanduser().exists():
                 say(f"codec.path {given} does not exist; using the copy in {own}")
             return own
         if not given:
             raise UserError(NO_CODEC_PATH)
-        return vae.find(given)
+        return vae.find(given, fetch)
+
+    def check_files(self, workdir: Path, *checks: Callable[[], object]) -> None:
+        """Opens what the run reads: its data, the weights of its loss and its codec. Downloads a codec only if all else is there.
+
+        Args:
+            workdir: folder of the run, whose copy of the codec is preferred.
+            checks: calls that raise a UserError for what else is missing.
+
+        Raises:
+            UserError: everything that is missing or does not fit, in one message, with the remedy of each.
+        """
+        missing = failures(lambda: self.source, *checks)
+        if "perceptual" in self.task.constants():
+            missing += failures(lambda: CONSTANTS["perceptual"](self))
+        if self.has_codec_weights:
+            missing += failures(lambda: self._codec_path(workdir / codec_folder.FOLDER, fetch=not missing))
+        raise_all(missing)
 
     @cached_property
     def sampler(self) -> Any:
@@ -462,8 +485,8 @@ class Run:
 
 
 NO_CODEC_PATH = (
-    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, or the --workdir of a run that trained one "
-    "(--config.codec.path=... or, to sample, --codec_path=...)"
+    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, or "
+    f"{' or '.join(vae.PUBLISHED)}, which is downloaded (--config.codec.path=... or, to sample, --codec_path=...)"
 )
 
 

@@ -1,14 +1,17 @@
 """Reads a config from its file and from fields on the command line.
 
-    --config=configs/imagenet.py:B/4,256 --config.batch_size=512 --config.process.name=flow
+    --config=imagenet:B/4,256 --config.batch_size=512 --config.process.name=flow
 
-The text after the colon is the argument of the file's `get_config`. Fields may be given in any order, also before --config.
+A config is given by its path, such as configs/imagenet.py, or by its name, which is looked up in ./configs and then in the
+package `dit_jax_configs`, as which `configs/` is installed. The text after the colon is the argument of the file's `get_config`.
+Fields may be given in any order, also before --config.
 Names are applied first: if `<section>.name` differs from the file's, the section is reset to the defaults of the new constructor
 and of its recipe, if there is one; no other field of the file's section is kept. Then the given fields are set.
 """
 
 import copy
 import difflib
+import importlib.util
 import inspect
 import json
 import typing
@@ -68,7 +71,7 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     """The config of a file with these fields, locked.
 
     Args:
-        config_file: "configs/digits.py", or with an argument "configs/digits.py:process=flow".
+        config_file: a path or a name, see `find`, and after a colon the argument: "configs/digits.py", "digits:process=flow".
         fields: texts "<path>=<value>", as in "optimizer.learning_rate=1e-3"; the last one of a path counts. "<path>" alone sets
             a field to True.
 
@@ -105,29 +108,67 @@ def load(config_file: str) -> "ConfigDict":
     from ml_collections import ConfigDict
 
     file, colon, argument = config_file.partition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"--config={file} does not exist; {_configs_near(path)}")
+    path = find(file)
     module = user_code.load_file(path, f"--config={file}")
     if not hasattr(module, "get_config"):
-        raise UserError(f"{file} has no get_config(); a config file defines it and returns a ConfigDict, see configs/digits.py")
+        raise UserError(f"{file} has no get_config(); a config file defines it and returns a ConfigDict, see the config digits")
     arguments = (argument,) if colon else ()
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError:
         wrong = f"takes no argument; leave out :{argument}" if colon else f"needs an argument; write --config={file}:<argument>"
         raise UserError(f"{config_file}: get_config() {wrong}") from None
-    config = user_code.run(lambda: module.get_config(*arguments), file)
+    config = user_code.run(lambda: module.get_config(*arguments), str(path))
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config() returns a {type(config).__name__}; it must return a ml_collections.ConfigDict")
     return config
 
 
-def _configs_near(path: Path) -> str:
-    """Lists the config files in the folder of a missing one."""
+def find(given: str, flag: str = "config", folder: str = "") -> Path:
+    """The file of a config or sweep that is given by its path or its name.
+
+    Args:
+        given: a path, such as "configs/digits.py", or a name, such as "digits". A file of that path comes first.
+        flag: that gave it, for messages.
+        folder: sub-folder of the configs in which names are looked up.
+
+    Raises:
+        UserError: there is no such file; the message lists those that there are.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    is_name = given == path.stem
+    for place in _places(folder) if is_name else ():
+        if (file := place / f"{given}.py").is_file():
+            return file
+    known = dict.fromkeys(file.stem for place in _places(folder) for file in _python_files(place))
+    if is_name:
+        places = " or ".join(str(place) if place.is_absolute() else f"./{place}" for place in _places(folder))
+        choice = _choice(given, list(known)[:CONFIGS_SHOWN]) if known else "; give the path of a file"
+        raise UserError(f"--{flag}={given} does not exist: there is no {given}.py in {places}{choice}")
+    named = f"; --{flag}={path.stem} is an installed one" if path.stem in known else ""
+    raise UserError(f"--{flag}={given} does not exist; {_files_near(path)}{named}")
+
+
+def _places(folder: str) -> list[Path]:
+    """The folders in which a name is looked up: ./configs, and that of the installed package."""
+    spec = importlib.util.find_spec("dit_jax_configs")
+    # An editable install adds a name that is no folder.
+    installed = [Path(place) for place in (spec and spec.submodule_search_locations) or () if Path(place).is_dir()]
+    here = Path("configs")
+    return [place / folder for place in (here, *(place for place in installed if place.resolve() != here.resolve()))]
+
+
+def _python_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.py") if file.stem != "__init__")
+
+
+def _files_near(path: Path) -> str:
+    """Lists the Python files in the folder of a missing one."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist in {Path.cwd()}"
-    names = sorted(file.name for file in path.parent.glob("*.py"))
+    names = [file.name for file in _python_files(path.parent)]
     if not names:
         return f"the folder {path.parent} has no *.py"
     names = list(dict.fromkeys([*difflib.get_close_matches(path.name, names, 1), *names]))
@@ -232,14 +273,12 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         UserError: the field does not exist, or the text is not a value of its type.
     """
     from ml_collections import ConfigDict
-    from ml_collections.config_dict import FieldReference
 
     place, _, field = path.rpartition(".")
     section, kind = _section(config, place, path), place.rpartition(".")[2]
     values = dict(section.items(preserve_field_references=True))
     named = kind in registry.SECTIONS and "name" in section
-    parameter = _parameters(kind, section.name).get(field) if named and field != "name" else None
-    if field not in section and parameter is None:
+    if field not in section and _parameter(section, place, field) is None:
         names = [key for key in (*section, *(_parameters(kind, section.name) if named else ())) if key != "name"]
         owner = f"{registry.noun(kind)} {section.name!r}" if named else place or "the config"
         raise UserError(
@@ -249,13 +288,7 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         raise UserError(
             f"--config.{path}: {field} is a section; give its fields, as in --config.{path}.{next(iter(values[field]))}=..."
         )
-    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
-    if not wanted.allowed and field in section:
-        wanted = FieldType.of_value(section[field])
-        if isinstance(values[field], FieldReference):
-            wanted = FieldType.of_annotation(section.get_type(field))
-    if field in section and (section[field] is None or isinstance(values[field], FieldReference)):
-        wanted = wanted.optional()
+    wanted = type_of(config, path)
     if text is None and bool not in wanted.allowed:
         raise UserError(f"--config.{path} has no value; write --config.{path}=...")
     try:
@@ -266,6 +299,30 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         section[field] = value
 
 
+def type_of(config: "ConfigDict", path: str) -> FieldType:
+    """The type of a field: that of its constructor's parameter, else that of its value."""
+    from ml_collections.config_dict import FieldReference
+
+    place, _, field = path.rpartition(".")
+    section = _section(config, place, path)
+    value = dict(section.items(preserve_field_references=True)).get(field)
+    parameter = _parameter(section, place, field)
+    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
+    if not wanted.allowed and field in section:
+        referenced = isinstance(value, FieldReference)
+        wanted = FieldType.of_annotation(section.get_type(field)) if referenced else FieldType.of_value(value)
+    if field in section and (section[field] is None or isinstance(value, FieldReference)):
+        wanted = wanted.optional()
+    return wanted
+
+
+def _parameter(section: "ConfigDict", place: str, field: str) -> inspect.Parameter | None:
+    """The parameter of the section's constructor that a field is; None for `name`, and in sections without a constructor."""
+    kind = place.rpartition(".")[2]
+    named = kind in registry.SECTIONS and "name" in section
+    return _parameters(kind, section.name).get(field) if named and field != "name" else None
+
+
 def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
     """Entries for config.json: the files of --import, and the config file if it registered names that the config uses."""
     imports = user_code.imports()
@@ -273,7 +330,7 @@ def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
     used = {f"{kind}.{name}" for kind, name in _names(config) if name in registry.names(kind) and registry.origin(kind, name)}
     if own := sorted(used - covered):
         file = config_file.partition(":")[0]
-        imports.append(user_code.Import(file, user_code.file_sha256(Path(file).expanduser()), tuple(own)))
+        imports.append(user_code.Import(file, user_code.file_sha256(find(file)), tuple(own)))
     return [entry.describe() for entry in imports]
 
 

@@ -22,13 +22,15 @@ NUM_STEPS = 1_000
 def get_sweep():
     return Sweep(
         title="DiT on the 8 x 8 digits: quality against GFLOPs",
-        base="configs/digits.py",
+        base="digits",
         variants={
             name: {"model.depth": depth, "model.width": width, "model.heads": heads}
             for name, (depth, width, heads) in MODELS.items()
         },
         grid={
             "model.patch_size": [4],
+            "process.prediction": ["noise"],
+            "optimizer.learning_rate": [2e-3],
             "num_steps": [NUM_STEPS],
             "optimizer.decay_steps": [NUM_STEPS],
             "preview.every_steps": [0],

@@ -13,7 +13,7 @@ from dit_jax.sweep.grid import Sweep
 def get_sweep():
     return Sweep(
         title="DiT on ImageNet 256: FID against GFLOPs",
-        base="configs/imagenet.py",
+        base="imagenet",
         variants={model: f"{model},256" for model in recipes.MODELS},
         grid={
             "evaluation.num_images": [50_000],

@@ -49,7 +49,10 @@ class LatentCache:
 
     def __init__(self, path: str | os.PathLike, verify: bool = True):
         if not str(path):
-            raise UserError("data.path is empty; give the folder of a latent cache (made by python -m dit_jax.encode)")
+            raise UserError(
+                "data.path is empty; give the folder of a latent cache, which python -m dit_jax.encode --data=<images> "
+                "--codec=<autoencoder> --resolution=<pixels> --out=<folder> writes (--config.data.path=<folder>)"
+            )
         self.path = Path(path).expanduser()
         self.manifest = read_manifest(self.path)
         m = self.manifest

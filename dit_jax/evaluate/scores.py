@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_jax.data.size import size_text
 from dit_jax.encode.cache_folder import differences
-from dit_jax.errors import UserError
+from dit_jax.errors import UserError, failures, raise_all
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
 from dit_jax.evaluate.images import Images, check_is_images, open_images, open_samples
@@ -55,10 +55,14 @@ class Options(NamedTuple):
 
 def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]) -> None:
     """Raises UserError if samples of `shape` cannot be scored; call before drawing them. A folder is listed, not read."""
-    check_name(features, weights)
     check_is_images(shape, "the run")
-    check_shape(features, shape)
-    open_reference(reference, shape)
+    raise_all(
+        failures(
+            lambda: check_name(features, weights),
+            lambda: check_shape(features, shape),
+            lambda: open_reference(reference, shape),
+        )
+    )
 
 
 def check_options(options: Options) -> None:

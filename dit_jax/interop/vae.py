@@ -19,9 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
+from dit_jax.interop import download
+from dit_jax.runtime import console
 from dit_jax.storage.atomic import replacing, write_json
+from dit_jax.storage.claim import claim
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PUBLISHED = tuple(name for name, file in download.PUBLISHED.items() if file.layout == "vae")
 
 # Our module path, with "." for "/", to diffusers' path. Every pattern is applied; no two overlap.
 TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -62,11 +66,78 @@ CONFIG_DEFAULTS: dict[str, Any] = {
 }
 
 
-def find(path: str | os.PathLike) -> Path:
-    """Path of an autoencoder's weights: `path` itself, or its folder `codec` if `path` is the --workdir of a run."""
+def find(path: str | os.PathLike, fetch: bool = True) -> Path:
+    """Path of an autoencoder's weights: `path` itself, or its folder `codec` if `path` is the --workdir of a run.
+
+    A name in PUBLISHED is the folder of that download, unless a file or folder of this name exists.
+
+    Args:
+        fetch: download a published autoencoder that is not there, about 335 MB.
+
+    Raises:
+        UserError: the download fails, or is needed and `fetch` is False; `path` does not exist or has no weights; or it is a run
+            without a codec of its own.
+    """
+    if str(path) in PUBLISHED and not Path(path).exists():
+        folder = published_folder(str(path))
+        if not fetch and not (folder / WEIGHTS_NAME).exists():
+            raise UserError(f"the autoencoder {path} is not downloaded yet: python -m dit_jax.convert --download={path}")
+        if fetch:
+            fetch_published(str(path), folder)
+        return folder
     path = Path(path).expanduser()
     own = path / "codec"
-    return own if own.is_dir() and not (path / WEIGHTS_NAME).exists() else path
+    if own.is_dir() and not (path / WEIGHTS_NAME).exists():
+        return own
+    _check_is_no_run(path)
+    for file in (path / "config.json", path / WEIGHTS_NAME) if path.is_dir() else (path,):
+        _find(file)
+    return path
+
+
+def published_folder(name: str) -> Path:
+    """The folder that `find` downloads a published autoencoder to: ~/.cache/dit_jax/weights/<name>.
+
+    Raises:
+        UserError: the user has no home folder.
+    """
+    try:
+        return download.CACHE.expanduser() / name
+    except RuntimeError:
+        raise UserError(f"there is no home folder to keep {name} in; set HOME, or give the autoencoder's folder") from None
+
+
+def fetch_published(name: str, folder: Path) -> str:
+    """Downloads a published autoencoder to a folder as diffusers stores it, and verifies it; returns the SHA-256 of the weights.
+
+    Of several processes that call this at the same time one downloads, and the others wait for it.
+
+    Raises:
+        UserError: see `download`.
+    """
+    published, path = download.PUBLISHED[name], folder / WEIGHTS_NAME
+    if path.exists() and (folder / "config.json").exists():
+        return download.download(published, path)
+    with claim(folder, "downloading", "folder", wait=True):
+        if not path.exists():
+            console.say(f"{name}: {published.url} -> {path}")
+        digest = download.download(published, path, download.byte_progress(name))
+        if not (folder / "config.json").exists():
+            _write_config(folder, KLVAE())  # the sizes and the scale of Stable Diffusion's
+    return digest
+
+
+def _check_is_no_run(path: Path) -> None:
+    """Raises a UserError if `path` is the folder of a run that has no codec."""
+    try:
+        task = json.loads((path / "config.json").read_text())["task"]["name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if task == "autoencoder":
+        raise UserError(
+            f"{path} is the run of an autoencoder that has not finished, which writes {path / 'codec'} at its end: start it again"
+        )
+    raise UserError(f"{path} is the run of a {task} model, not of an autoencoder; give the --workdir of one, or a VAE's folder")
 
 
 def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE:
@@ -186,7 +257,7 @@ def save_diffusers(path: str | os.PathLike, codec: KLVAE, params: Any) -> None:
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        write_json(path / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
+        _write_config(path, codec)
         path = path / WEIGHTS_NAME
     with replacing(path) as partial:
         save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers requires a format
@@ -229,7 +300,7 @@ def _find(path):
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: give a .safetensors file, or a folder with config.json and {WEIGHTS_NAME} "
-            "(pickled .bin and .ckpt files are not read)"
+            f"(pickled .bin and .ckpt files are not read), or {' or '.join(PUBLISHED)}, which is downloaded"
         )
     return path
 
@@ -242,6 +313,10 @@ def _rename_old_attention(tensors, path):
             raise UserError(f"{path} holds {new} under both its old and its new name: remove one of them from the file")
         renamed[new] = tensor
     return renamed
+
+
+def _write_config(folder: Path, codec: KLVAE) -> None:
+    write_json(folder / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
 
 
 def _config(codec):

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from dit_jax.errors import UserError
-from dit_jax.interop.tensors import Tensor, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.interop import vae
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
 from dit_jax.storage.upgrade import upgrade
@@ -32,9 +33,12 @@ class Weights(NamedTuple):
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied."""
+    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied.
+
+    The name of a published codec stays.
+    """
     sections = {name: config[name] for name in SECTIONS if name in config}
-    if "path" in sections["codec"]:
+    if "path" in sections["codec"] and sections["codec"]["path"] not in vae.PUBLISHED:
         sections["codec"] = {**sections["codec"], "path": ""}
     return sections
 
@@ -85,8 +89,16 @@ def load(path: Path, tree: Any) -> Any:
     Raises:
         UserError: as `read`; or tensors are missing, extra or misshapen, or their dtypes differ.
     """
-    tensors = read(path).tensors
+    return load_tensors(read(path).tensors, tree, str(path))
+
+
+def load_tensors(tensors: Tensors, tree: Any, what: str) -> Any:
+    """Reads opened parameters as NumPy arrays, in the tree's structure and their own dtype.
+
+    Raises:
+        UserError: tensors are missing, extra or misshapen, or their dtypes differ; `what` names their file in the message.
+    """
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, str(path))
-    common_dtype(tensors, str(path))
+    check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, what)
+    common_dtype(tensors, what)
     return jax.tree.unflatten(structure, [np.asarray(tensors[path_name(keys)].load()) for keys, _ in paths])

@@ -177,18 +177,25 @@ class DiT(nn.Module):
     unrolled. control {"keep": bool[depth]} skips the blocks where it is False (skip-layer guidance).
 
     Fields:
+        patch_size: side p of a patch, in latents or pixels; an image has (H / p) (W / p) tokens.
+        depth: number of blocks.
+        width: features of a token.
+        heads: attention heads; divides the width.
+        num_classes: number of labels; 0 for an unconditional network.
+        mlp_ratio: width of the MLP's hidden layer over the network's.
         out_channels: 2 C when the process learns its variance, else C.
         conditioning: one of CONDITIONINGS.
-        attention: see `attention.attention_kernel`.
+        attention: implementation: "xla", "cudnn" (GPUs, 16-bit dtypes), or "auto", see `attention.attention_kernel`.
         remat: which activations a block stores for its gradient, in addition to its input; the others are recomputed.
-            "auto": see `form_of_loop`.
+            "auto": "none" on a GPU, else "elementwise"; see `form_of_loop`.
             "none": all.
             "elementwise": outputs of linear layers and attention; norms, modulation, GELU and softmax are recomputed.
             "dots": outputs of linear layers, including the modulation; attention is recomputed too.
             "full": none.
             "offload": as "elementwise", stored in host memory until the backward pass.
-        unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None: see `form_of_loop`.
+        unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None unrolls on a GPU.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
+        param_dtype: of the parameters.
     """
 
     patch_size: int

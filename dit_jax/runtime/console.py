@@ -7,15 +7,20 @@ import re
 import sys
 import time
 import traceback
+import typing
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
 from absl import app, flags, logging
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import compilation_cache, user_code
+from dit_jax.runtime import user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
+
+if typing.TYPE_CHECKING:
+    from tqdm import tqdm
 
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
 
@@ -25,10 +30,53 @@ FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 
 
+_bars: "weakref.WeakSet[tqdm]" = weakref.WeakSet()  # progress bars on the terminal
+
+
 def say(text: str) -> None:
     """Prints one line to stderr, on the first process only."""
+    import jax  # takes a second, in which `run` has already printed a line
+
     if jax.process_index() == 0:
+        print_above_bars(text)
+
+
+def print_above_bars(text: str) -> None:
+    """Prints to stderr; progress bars stay below the text."""
+    if not _bars:
         print(text, file=sys.stderr, flush=True)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def progress_bar(what: str, total: int, first: int = 0, unit: str = "") -> "tqdm | None":
+    """A bar with rate and remaining time, redrawn in one line; None where stderr is no terminal, or on another process.
+
+    first: what was done before; it does not count towards the rate.
+    """
+    import jax
+
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or jax.process_index() != 0:
+        return None
+    if min(os.get_terminal_size(sys.stderr.fileno())) < 3:  # unknown, as in some containers: tqdm would hide the bar
+        return None
+    from tqdm import tqdm
+
+    # leave=None: a bar below another one, as that of a score during training, is removed at its end.
+    bar = tqdm(desc=what, total=total, initial=first, unit=unit, file=sys.stderr, dynamic_ncols=True, leave=None)
+    if not _bars:
+        logging.get_absl_handler().addFilter(_clear_bars)
+    _bars.add(bar)
+    return bar
+
+
+def _clear_bars(record: Any) -> bool:
+    """A filter of log records, which are written over the bars; the bars are redrawn at their next update."""
+    for bar in _bars:
+        bar.clear(nolock=True)
+    return True
 
 
 def duration(seconds: float) -> str:
@@ -40,13 +88,19 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Prints the progress of a count with rate and remaining time, at most every `every_seconds`."""
+    """Shows a count with its rate and remaining time: a bar on a terminal, elsewhere a line at most every `every_seconds`."""
 
     def __init__(self, what: str, total: int, every_seconds: float = 5.0):
         self.what, self.total, self.every_seconds = what, total, every_seconds
         self.start = self.last = time.monotonic()
+        self._bar = progress_bar(what, total)
 
     def update(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done >= self.total:
+                self._bar.close()
+            return
         now = time.monotonic()
         if now - self.last < self.every_seconds and done < self.total:
             return
@@ -106,6 +160,10 @@ def _parse_flags(argv):
 
 def _which() -> str:
     """ "process 1 of 4: "; "" for one alone."""
+    if "jax" not in sys.modules:
+        return ""
+    import jax
+
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""
 
@@ -131,9 +189,13 @@ def run(main: Callable[[], dict]) -> None:
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
+        print(f"dit_jax {verb_of(argv[0])}: starting", file=sys.stderr, flush=True)  # importing JAX takes a second
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
+            from dit_jax.runtime import compilation_cache
+
+            compilation_cache.use()
             user_code.import_all(flags.FLAGS["import"].value or ())
             result = main()
         except UserError as error:
@@ -145,6 +207,8 @@ def run(main: Callable[[], dict]) -> None:
             traceback.print_exc()
             print(f"error: {_which()}failed with the error above", file=sys.stderr, flush=True)
             _leave(1)
+        import jax
+
         if jax.process_index() == 0:
             sys.stderr.flush()
             print(json.dumps(result), flush=True)
@@ -153,5 +217,4 @@ def run(main: Callable[[], dict]) -> None:
 
     flags.DEFINE_multi_string("import", [], "Python file or module to import first; it may call dit_jax.register")
     reuse_freed_memory()
-    compilation_cache.use()
     app.run(guarded, flags_parser=_parse_flags)

@@ -54,6 +54,13 @@ class FieldType(NamedTuple):
         """ "a whole number or None"."""
         return " or ".join(_DESCRIPTIONS.get(t, "None") for t in self.allowed)
 
+    def python(self) -> str:
+        """ "int | None", as in Python."""
+        if not self.allowed:
+            return "Any"
+        names = {NONE: "None", tuple: f"tuple[{' | '.join(t.__name__ for t in self.element)}, ...]" if self.element else "tuple"}
+        return " | ".join(names.get(t, t.__name__) for t in self.allowed)
+
     def parse(self, text: str) -> Any:
         """The value that a text means: "" and None, true and false, 1e3 as an int where no digit is lost, (1,2) or 1,2.
 

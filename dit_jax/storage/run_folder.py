@@ -1,6 +1,7 @@
 """The folder of a run: its config, its lock and its layout.
 
 config.json   the resolved config
+classes.json  the names of the data set's classes, for pictures
 checkpoints/  see `storage.checkpoints`
 metrics.jsonl, tensorboard/   see `training.records`
 samples/      grids of images by step
@@ -12,6 +13,7 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
@@ -24,6 +26,7 @@ from dit_jax.storage.claim import claim
 from dit_jax.storage.upgrade import upgrade
 
 SCORES, BEST_SCORE = "scores", "best.json"
+CLASSES = "classes.json"
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -117,7 +120,7 @@ class Workdir:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
                 write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
+                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", "result.json", "codec")
                 self._claim = stack.pop_all()
         return self
 
@@ -152,3 +155,16 @@ def read_best(workdir: Path) -> dict | None:
     except (OSError, ValueError) as error:
         logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
         return None
+
+
+def write_class_names(workdir: Path, names: Sequence[str]) -> None:
+    """Keeps the names of the classes, which `read_class_names` reads without the data set."""
+    write_json(workdir / CLASSES, list(names))
+
+
+def read_class_names(workdir: Path) -> tuple[str, ...]:
+    """The names of a run's classes; () for a run that has not kept them, or for a weights file."""
+    try:
+        return tuple(map(str, json.loads((workdir / CLASSES).read_text())))
+    except (OSError, ValueError, TypeError):
+        return ()

@@ -128,11 +128,12 @@ def main() -> dict:
     from dit_jax.sweep import checks, cost, grid, report
     from dit_jax.sweep.folder import Folder
 
-    sweep = grid.load(SWEEP.value)
+    file = str(grid.find(SWEEP.value))
+    sweep = grid.load(file)
     runs = grid.expand(sweep, [f"--config.{text}" for text in FIELDS.value])
     starts_here = LAUNCH.value == "local" and not (LIST.value or REPORT.value)
     if not LIST.value:
-        report.check_possible(sweep, SWEEP.value)
+        report.check_possible(sweep, file)
     if not REPORT.value:
         checks.check(runs, sweep.samplers, "list" if LIST.value else "local" if starts_here else "remote")
     costs, assumption = estimate(runs, [cost.count(run) for run in runs])
@@ -159,7 +160,7 @@ def main() -> dict:
             return launch_elsewhere(sweep, runs, folder)
         failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder)
         command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:]])
-        written = report.write(sweep, SWEEP.value, runs, costs, folder, command)
+        written = report.write(sweep, file, runs, costs, folder, command)
         result = {
             "runs": len(runs),
             "done": written.done,

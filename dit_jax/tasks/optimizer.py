@@ -17,8 +17,16 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with optional warm-up, decay of the rate, and clipping by the global norm.
 
-    The rate rises linearly over warmup_steps; with decay_steps it then falls along a half cosine to zero at that step, else it
-    stays constant. The defaults are the paper's (Peebles & Xie 2023, section 4). Decoupled decay: Loshchilov & Hutter 2019.
+    The defaults are the paper's (Peebles & Xie 2023, section 4). Decoupled decay: Loshchilov & Hutter 2019.
+
+    Args:
+        learning_rate: the highest rate.
+        b1, b2: decay of Adam's first and second moment per step.
+        eps: added to the square root of the second moment.
+        weight_decay: per step, times the rate; 0 is the paper's.
+        warmup_steps: steps over which the rate rises linearly.
+        decay_steps: the step at which the rate reaches zero, by a half cosine from warmup_steps on; None keeps it constant.
+        clip_norm: a gradient with a larger global norm is scaled to this norm; None does not clip.
 
     Raises:
         UserError: a value is out of its range.

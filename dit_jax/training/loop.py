@@ -23,7 +23,7 @@ from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import Workdir
+from dit_jax.storage.run_folder import Workdir, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
 from dit_jax.training import summary
@@ -141,6 +141,8 @@ class Training:
         self.checkpointer = stack.enter_context(Checkpointer(self.folder.checkpoints, **config.checkpoint))
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal())
+        if first and len(run.source.class_names):
+            write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
         self.score = scorer and Score(scorer, self.constants, self.records, self.checkpointer)
@@ -150,6 +152,7 @@ class Training:
 
     def _compile(self):
         run = self.run
+        say("compiling the training step")
         return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
 
     def restore_or_create(self) -> TrainState:
@@ -192,6 +195,7 @@ class Training:
         self.records.scalars(step, {"compile_seconds": seconds})
         stepper = Stepper(compiled, zeros, state, self.constants)
         meter = Meter(self.records, self.clock, self.run.task, self.run.mesh, config.batch_size, config.num_steps, step)
+        self.stack.callback(meter.close)
         self.meter, last = meter, config.num_steps
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [

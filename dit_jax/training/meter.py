@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dit_jax.errors import UserError
 from dit_jax.programs import chips
-from dit_jax.runtime.console import duration, say
+from dit_jax.runtime.console import duration, progress_bar, say
 from dit_jax.runtime.step_clock import KINDS, StepClock
 from dit_jax.tasks.task import Task
 from dit_jax.training.records import Records
@@ -65,6 +65,17 @@ class Meter:
         self.skipped_in_a_row = 0
         self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
+        self.bar = progress_bar("training", num_steps, first_step, " steps")  # None where stderr is no terminal
+
+    def passed(self, step: int) -> None:
+        """Moves the bar to this step."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        """Ends the bar; it stays on the screen."""
+        if self.bar is not None:
+            self.bar.close()
 
     def defer(self, step: int, sums: dict[str, jax.Array]) -> None:
         self.pending = (step, sums)
@@ -79,14 +90,17 @@ class Meter:
         values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
-        assert self.first_time is not None and self.last_time is not None  # set by `speed`
-        left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
-        say(
-            f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
-            + (f"{values['mfu']:.1%} MFU  " if "mfu" in values else "")
-            + f"{duration(left)} left"
-            + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else "")
-        )
+        facts = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        facts += f"  {values['mfu']:.1%} MFU" if "mfu" in values else ""
+        bad = f"{skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""
+        if self.bar is not None:
+            self.bar.set_postfix_str(facts)
+            if bad:
+                say(f"step {step}/{self.num_steps}  {bad}")
+        else:
+            assert self.first_time is not None and self.last_time is not None  # set by `speed`
+            left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
+            say("  ".join(filter(None, (f"step {step}/{self.num_steps}", facts, f"{duration(left)} left", bad))))
         self.last_step = step
         self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
@@ -120,7 +134,8 @@ class Meter:
         return values
 
     def finish(self, step: int) -> None:
-        """Records and reports where the time of the run went."""
+        """Ends the bar; records and reports where the time of the run went."""
+        self.close()
         times = self.clock.summary()
         self.records.scalars(step, times)
         parts = ", ".join(f"{kind} {times[f'idle_{kind}_seconds']:.1f} s" for kind in KINDS)

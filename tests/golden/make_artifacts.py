@@ -40,6 +40,7 @@ LEFT_OUT = ("tensorboard", ".lock", "log.txt", "attempts.jsonl", "figures", "rep
 EVERY = {"batch_size": 16, "log.every_steps": 10, "preview.every_steps": 0, "evaluation.num_images": 0, "ema_decay": 0.9}
 OPTIMIZER = {"optimizer.warmup_steps": 5, "optimizer.decay_steps": 100}
 NETWORK = {"model.depth": 2, "model.width": 8, "model.heads": 2, "sampler.num_steps": 6}
+DIGITS = {"model.patch_size": 4, "process.prediction": "noise", "optimizer.learning_rate": 2e-3}
 CODEC = {"codec.block_out_channels": "(4,4)", "codec.norm_groups": 2}
 DISCRIMINATOR = {
     "task.discriminator_weight": 0.5,
@@ -55,7 +56,7 @@ def train(config: str, workdir: str, num_steps: int, fields: dict) -> list[str]:
 
 
 def train_run(num_steps: int = 40) -> list[str]:
-    return train("digits.py", "run", num_steps, OPTIMIZER | NETWORK | {"model.patch_size": 4, "checkpoint.every_steps": 20})
+    return train("digits.py", "run", num_steps, OPTIMIZER | NETWORK | DIGITS | {"checkpoint.every_steps": 20})
 
 
 def train_autoencoder(num_steps: int = 30) -> list[str]:
@@ -110,7 +111,8 @@ def write_sweep_file(folder: Path):
         EVERY
         | OPTIMIZER
         | {k: v for k, v in NETWORK.items() if k != "model.width"}
-        | {"num_steps": 20, "model.patch_size": 4, "evaluation.num_images": 20, "evaluation.batch_size": 20}
+        | DIGITS
+        | {"num_steps": 20, "evaluation.num_images": 20, "evaluation.batch_size": 20}
     )
     (folder / "sweep.py").write_text(SWEEP.format(imports=imports, settings={k: [v] for k, v in settings.items()}))
 

@@ -48,8 +48,9 @@ DIGITS = {
 
 
 def digits(argument="", **fields):
-    """configs/digits.py; fields by dotted path with "__" for the dot."""
-    return _curve("digits.py" + argument, NETWORK | _schedule() | _dotted(fields))
+    """configs/digits.py with a small network and noise prediction; fields by dotted path with "__" for the dot."""
+    prediction = {} if "process=flow" in argument else {"process.prediction": "noise"}
+    return _curve("digits.py" + argument, NETWORK | _schedule() | prediction | _dotted(fields))
 
 
 def plain(num_classes=10, **fields):
@@ -82,7 +83,7 @@ def cached(**fields):
 
 
 def _schedule():
-    return {"optimizer.warmup_steps": 20, "optimizer.decay_steps": 120}
+    return {"optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 20, "optimizer.decay_steps": 120}
 
 
 def _dotted(fields):
@@ -127,6 +128,9 @@ GROUPS = {
         ),
         "shift": digits(":process=flow", process__shift=3.0),
         "spare channels": digits(":process=flow", process__spare_channels=True),
+    },
+    "recipe": {
+        "digits as they are": ["--config=configs/digits.py", *overrides({k: v for k, v in EVERY.items() if k != "batch_size"})],
     },
     "optimizer": {
         "constant rate": plain(),

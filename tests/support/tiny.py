@@ -24,7 +24,8 @@ def config(**overrides):
     """configs/digits.py with a tiny model and few steps; overrides by dotted path with "__" for the dot."""
     c = recipes.digits()
     c.update({"num_steps": 6, "batch_size": 16})
-    c.model.update({"depth": 2, "width": 32})
+    c.model.update({"depth": 2, "width": 32, "patch_size": 2})
+    c.process.prediction, c.optimizer.learning_rate = "noise", 2e-3
     c.checkpoint.update({"every_steps": 3})
     c.log.every_steps = 2
     c.preview.update({"every_steps": 0})

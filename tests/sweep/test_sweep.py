@@ -61,7 +61,7 @@ def test_variants_as_config_arguments():
     """Sizes of the config's own argument that all become the default one."""
     sweep = grid.load("configs/sweeps/gflops_imagenet256.py")
     runs = grid.expand(sweep, ["--config.data.path=/data"])
-    assert len(runs) == 12 and runs[0].config_file == "configs/imagenet.py:S/8,256"
+    assert len(runs) == 12 and runs[0].config_file == "imagenet:S/8,256"
     assert {run.config.model.patch_size for run in runs} == {2, 4, 8} and runs[-1].config.model.depth == 28
     assert all(run.config.data.path == "/data" for run in runs)
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from dit_jax import build
 from dit_jax.config_file import plain
@@ -178,6 +179,15 @@ def test_refused_before_any_work(tmp_path, overrides, text):
     with pytest.raises(UserError, match=text):
         train(build.Run(tiny.config(**overrides)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_several_epochs_and_flat_folders_are_reported(tmp_path, capsys):
+    """A batch of 4096 on 1,797 images without a word; two remedies, of which one is the other, for a folder without classes."""
+    build.Run(tiny.config(batch_size=4096)).loader
+    assert "each batch of 4096 holds 2.3 epochs" in capsys.readouterr().err
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"no classes and .* is 10; pass --config\.model\.num_classes=0 to train without labels$"):
+        build.Run(tiny.config(data={"name": "folder", "path": str(tmp_path), "split": ""})).loader
 
 
 def test_a_failed_start_binds_nobody(tmp_path):

@@ -12,6 +12,7 @@ class Digits:
     """1,797 handwritten digits, uint8 [8, 8, 1], ten classes: a very small real image data set without download.
 
     Args:
+        path: must be empty: the digits come with scikit-learn.
         split: "train" is the first 1,500, "test" the last 297 (other writers), "all" both.
 
     Raises:
