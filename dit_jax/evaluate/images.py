@@ -225,11 +225,11 @@ class SourceImages:
 class ArrayImages:
     """Images in memory, uint8 [N, H, W, C]."""
 
-    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None):
+    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None, labels: np.ndarray | None = None):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, H, W, 1 or 3]")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
-        self.labels: np.ndarray | None = None
+        self.labels = labels
         self.identity = {"array": list(images.shape)}
 
     def __len__(self) -> int:
