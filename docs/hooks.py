@@ -19,7 +19,7 @@ INTRODUCTION = """# Config fields
 A config has one section per object. Most sections are the `name` and the keyword arguments of one constructor, so a section
 has the fields of the constructor that its name selects. On the command line a field is `--config.<section>.<field>=<value>`; see
 [Training](training.md#change-any-field) for the rules. Values are those of `configs/digits.py`, or the constructor's defaults.
-This page is made from the constructors when the site is built; `python -m dit_jax.main --config=digits --show` prints one config's.
+This page is made from the constructors when the site is built. `python -m dit_jax.main --config=digits --show` prints one config.
 """
 
 
