@@ -52,10 +52,10 @@ def main() -> dict:
 
     from dit_jax.session import train
 
-    workdir = WORKDIR.value
-    if workdir is None:
-        workdir = default_workdir(CONFIG.file.value, jax.process_count())
-        console.say(f"--workdir={workdir}")
+    if WORKDIR.value is not None:
+        return train(config, WORKDIR.value)
+    workdir = default_workdir(CONFIG.file.value, jax.process_count())
+    console.say(f"--workdir={workdir}")
     return train(config, workdir)
 
 

@@ -1,6 +1,5 @@
 """Makes the pages of the site that are not in docs/: README, CONTRIBUTING, CHANGELOG, and the reference of config fields."""
 
-import collections
 import functools
 import posixpath
 import re
@@ -14,14 +13,13 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]*)(#[^)]*)?\)")
 
 DIFFUSION, AUTOENCODER = "digits.py", "vae_digits.py"
 VARIANTS = ((DIFFUSION,), (DIFFUSION, "data.name=latents"), (AUTOENCODER,))  # sections without a constructor differ between these
-Draft = collections.namedtuple("Draft", "path value type meaning")
 
 INTRODUCTION = """# Config fields
 
 A config has one section per object. Most sections are the `name` and the keyword arguments of one constructor, so a section
 has the fields of the constructor that its name selects. On the command line a field is `--config.<section>.<field>=<value>`; see
 [Training](training.md#change-any-field) for the rules. Values are those of `configs/digits.py`, or the constructor's defaults.
-This page is made from the constructors when the site is built.
+This page is made from the constructors when the site is built. `python -m dit_jax.main --config=digits --show` prints one config.
 """
 
 
@@ -100,21 +98,7 @@ def cell(text: str) -> str:
 
 @functools.cache
 def fields(file: str, *given: str):
-    from dit_jax import config_file
+    from dit_jax import config_file, config_reference
 
     config = config_file.read(str(ROOT / "configs" / file), given)
-    try:
-        from dit_jax.config_reference import fields as reference
-    except ImportError:  # until it is merged
-        reference = draft
-    return reference(config)
-
-
-def draft(config, place=""):
-    found = []
-    for key, x in config.items():
-        if hasattr(x, "items"):
-            found += draft(x, f"{place}{key}.")
-        else:
-            found.append(Draft(f"{place}{key}", x, type(x).__name__ if x is not None else "unset", ""))
-    return found
+    return config_reference.fields(config)

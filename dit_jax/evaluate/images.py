@@ -225,11 +225,11 @@ class SourceImages:
 class ArrayImages:
     """Images in memory, uint8 [N, H, W, C]."""
 
-    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None):
+    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None, labels: np.ndarray | None = None):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) < 2:
             raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3] is needed")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
-        self.labels: np.ndarray | None = None
+        self.labels = labels
         self.identity = {"array": list(images.shape)}
 
     def __len__(self) -> int:
