@@ -30,20 +30,20 @@ import importlib, json, os, sys
 from absl import flags
 from dit_jax import build, config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line
 for verb, calls in json.loads(sys.argv[1]).items():
     child = os.fork()
     if not child:
         importlib.import_module("dit_jax.main" if verb == "main" else f"dit_jax.{verb}.__main__")
-        flags.DEFINE_multi_string("import", [], "as in console.run")
+        command_line.define_common_flags()
         errors = []
         for args in calls:
             flags.FLAGS.unparse_flags()
             try:
-                unexpected = flags.FLAGS(console.config_fields([verb, *args]))[1:]
+                unexpected = flags.FLAGS(command_line.config_fields([verb, *args]))[1:]
                 config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
                 if config and "<" not in config and not flags.FLAGS["import"].value:
-                    config_file.read(config, flags.FLAGS[console.CONFIG_FIELD].value)
+                    config_file.read(config, flags.FLAGS[command_line.CONFIG_FIELD].value)
                 errors.append(f"{unexpected[0]} is no flag" if unexpected else "")
             except (flags.Error, UserError) as error:
                 errors.append(str(error))

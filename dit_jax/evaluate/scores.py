@@ -132,7 +132,7 @@ def score(
 
 def _source(given: str | os.PathLike | Samples | np.ndarray, what: str) -> str | Images:
     if isinstance(given, Samples):
-        return ArrayImages(given.images, f"the {what}", given.made_by)
+        return ArrayImages(given.images, f"the {what}", given.made_by, given.labels)
     return ArrayImages(np.asarray(given), f"the {what}") if hasattr(given, "__array__") else os.fspath(given)
 
 
