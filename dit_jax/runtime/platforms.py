@@ -37,6 +37,8 @@ def check() -> None:
             )
         if name == "tpu" and not importlib.util.find_spec("libtpu") and "TPU_LIBRARY_PATH" not in os.environ:
             raise UserError(f'this JAX does not support TPUs; pip install -U "jax[tpu]", {remedy}')
+        if name == "tpu" and not (_has_tpu() or "JAX_FORCE_TPU_INIT" in os.environ):
+            raise UserError(f"this machine has no TPU; start a TPU VM, {remedy}")
 
 
 def explain(error: Exception) -> str | None:
@@ -44,7 +46,7 @@ def explain(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if not text.startswith(FAILED):
         return None
-    return f"{re.sub(r' [(]([^()]*JAX_PLATFORMS=[^()]*)[)]$', '', text)}; set JAX_PLATFORMS=cpu to go without it"
+    return f"{re.sub(r' [(]([^()]*JAX_PLATFORMS=[^()]*)[)]$', '', text).rstrip('.')}; set JAX_PLATFORMS=cpu to go without it"
 
 
 def leave_out_tpu() -> None:

@@ -125,7 +125,7 @@ def test_bad_sweeps(fields, text):
 @pytest.mark.parametrize(
     "source, text",
     [
-        ("def get_sweep(): return {}", "returned a dict"),
+        ("def get_sweep(): return {}", r"s\.py, line 1: get_sweep\(\) returns a dict"),
         ("x = 1 / 0", "ZeroDivisionError"),
         ("y = 2", "get_sweep"),
         ("grid={'seed': 'abc'}", "list of at least"),
