@@ -32,7 +32,7 @@ from dit_jax.parallel.rules import path_name
 from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, samples_file, shards, trained
-from dit_jax.sample.generator import DECODER_CHUNK, Generator, drawing_mesh, has_replicated_params, on_mesh
+from dit_jax.sample.generator import DECODER_CHUNK, PADDING, Generator, drawing_mesh, has_replicated_params, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption
 from dit_jax.sample.labels import chosen_labels
 from dit_jax.sample.samples_file import Samples
@@ -186,8 +186,8 @@ class Pipeline:
             num_samples: None draws one image for each label, or for each class.
             seed: image k depends on (seed, k) and its label.
             callback: called with an `Evaluation` of some of the images at every evaluation of the network, in order for each
-                image. An error that it raises is raised here, after the call. Images may differ in their last bits from those
-                without a callback.
+                image. It must not call JAX, which waits for it: keep x0, and decode it after the call. An error that it raises is
+                raised here, after the call. Images may differ in their last bits from those without a callback.
             options: see `Options`.
 
         Raises:
@@ -517,10 +517,9 @@ class _Watcher:
 
     def __init__(self):
         self._lock, self._callback, self._error = threading.Lock(), None, None
-        self._seen: set[tuple[int, int]] = set()
 
     def calling(self, callback: Callable[[Evaluation], None] | None) -> "_Watcher":
-        self._callback, self._error, self._seen = callback, None, set()
+        self._callback, self._error = callback, None
         return self
 
     def __enter__(self):
@@ -530,7 +529,7 @@ class _Watcher:
         if self._callback is None:
             return
         jax.effects_barrier()
-        error, self._callback, self._seen = self._error, None, set()
+        error, self._callback = self._error, None
         if error is not None and kind is None:
             raise error
 
@@ -538,20 +537,14 @@ class _Watcher:
         with self._lock:  # devices report at the same time
             if self._callback is None or self._error is not None:
                 return
-            rows = [row for row, index in enumerate(np.asarray(indices).tolist()) if self._is_new(index, int(number))]
-            if not rows:
+            rows = np.asarray(indices) != PADDING
+            if not rows.any():
                 return
             try:
                 images, t, x0 = (np.asarray(x)[rows] for x in (indices, t, x0))
                 self._callback(Evaluation(images, int(number), t, x0))
             except BaseException as error:
                 self._error = error
-
-    def _is_new(self, index: int, number: int) -> bool:
-        """Whether the image is reported for the first time; the last image also fills the last chunks."""
-        new = (index, number) not in self._seen
-        self._seen.add((index, number))
-        return new
 
 
 def spherical(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:

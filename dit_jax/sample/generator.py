@@ -26,6 +26,7 @@ from dit_jax.runtime.console import Progress
 from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
+PADDING = -1  # index of the rows that fill the last call
 DECODER_CHUNK = 8  # a few images fill a device; one of 256 px takes 160 MB in float32
 CHUNK_TOKENS = 16384  # fills an accelerator's matrix units; hides kernel launches and reads of the weights
 CPU_CHUNK_TOKENS = (
@@ -121,7 +122,8 @@ class Generator:
         chunk_size: C. Two generators with the same C give the same bits on devices of one kind if every device holds all
             parameters (`has_replicated_params`), and otherwise agree up to rounding.
         watch: called on the host at every evaluation of the network, for one chunk at a time, as watch(indices [C], number of the
-            evaluation, t [C], predicted x0 [C, h, w, c]), with NumPy arrays. It costs a copy of x0 to the host.
+            evaluation, t [C], predicted x0 [C, h, w, c]), with NumPy arrays; rows with index PADDING are no images. It costs a
+            copy of x0 to the host.
 
     Raises:
         UserError: a number is out of range; guidance without a null condition; `watch` where devices share an image.
@@ -281,9 +283,11 @@ class Generator:
         indices = np.arange(num_images, dtype=np.int32) if indices is None else indices
         images = []
         for start in range(0, num_images, size):
-            rows = np.minimum(np.arange(start, start + size), num_images - 1)  # the last image fills the last call
+            rows = np.arange(start, start + size)
+            keyed = np.where(rows < num_images, indices[np.minimum(rows, num_images - 1)], PADDING)
+            rows = np.minimum(rows, num_images - 1)
             of_call, of_requests, of_noise = jax.tree.map(
-                lambda x, rows=rows: split_rows(self.mesh, x[rows]), (indices, requests, noise)
+                lambda x: split_rows(self.mesh, x), (keyed, *jax.tree.map(lambda x, rows=rows: x[rows], (requests, noise)))
             )
             images.append(hosts.to_host(self.start(params, constants, of_call, of_requests, weak_params, of_noise)))
             if say_progress:
