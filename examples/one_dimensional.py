@@ -1,133 +1,94 @@
-"""Signals instead of images: a 1-D network and a data set, registered from outside of the package.
-
-    python examples/one_dimensional.py --workdir=runs/waves        # trains, draws 12 signals, plots them
-
-The file is also a config, and every verb takes it with --import:
+"""Diffusion of signals in one dimension: a network and a data set from outside of the package, and the config that uses them.
 
     python -m dit_jax.main   --config=examples/one_dimensional.py --workdir=runs/waves
-    python -m dit_jax.sample --import=examples/one_dimensional.py --workdir=runs/waves --num_samples=12 --out=waves.npz
+    python -m dit_jax.sample --import=examples/one_dimensional.py --workdir=runs/waves --num_samples=9 --out=waves.npz
 
-A signal of L samples is an "image" of height L and width 1. Process, samplers, guidance, training and checkpoints do not ask
-how many axes the data has; a network for signals and a data set are all that is needed.
+A signal of L numbers is an image of height 1, so files, grids and samplers need no change: `arr_0` of waves.npz is
+uint8 [9, 1, L, 1]. The network's blocks see [B, L, D] only.
 """
 
-import argparse
-import hashlib
-
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 import dit_jax
 from dit_jax import recipes
-from dit_jax.models.layers import MLP, Attention, TimeEmbedding, normalize
+from dit_jax.data.sources.source import fingerprint
+from dit_jax.errors import UserError
+from dit_jax.models.layers import TimeEmbedding, normalize
 
-LENGTH = 64
-SHAPES = ("sine", "square", "triangle")
+KINDS = {  # class: one period of a wave, over x in [0, 1)
+    "sine": lambda x: np.sin(2 * np.pi * x),
+    "square": lambda x: np.where(x < 0.5, 1.0, -1.0),
+    "sawtooth": lambda x: 2 * x - 1,
+}
 
 
 class Waves:
-    """Periodic signals of random frequency and phase, uint8 [64, 1, 1]; the label is the shape: sine, square or triangle."""
+    """Signals of three kinds, with one to three periods, a random phase and a little noise; example i is a function of i."""
 
-    num_classes, class_names = len(SHAPES), SHAPES
+    num_classes, class_names = len(KINDS), tuple(KINDS)
 
-    def __init__(self, count: int = 3000, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        self.labels = rng.integers(0, len(SHAPES), count)
-        turns = rng.uniform(1, 4, (count, 1)) * np.linspace(0, 1, LENGTH) + rng.uniform(0, 1, (count, 1))
-        sine = np.sin(2 * np.pi * turns)
-        waves = np.choose(self.labels[:, None], [sine, np.sign(sine), 2 / np.pi * np.arcsin(sine)])  # in [-1, 1]
-        self.images = np.round(127.5 + 100 * waves).astype(np.uint8)[:, :, None, None]
-        # Identifies the examples and their order: a run resumes only on the data that it was started with.
-        self.fingerprint = hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
+    def __init__(self, length: int = 64, count: int = 3_000):
+        self.length, self.count = length, count
+        self.fingerprint = fingerprint(name="waves", length=length, count=count)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": int(self.labels[index]), "name": f"wave {index}"}
+        rng, label = np.random.default_rng(index), index % self.num_classes
+        phase = rng.integers(1, 4) * np.arange(self.length) / self.length + rng.uniform()
+        signal = 0.8 * KINDS[self.class_names[label]](phase % 1) + 0.02 * rng.normal(size=self.length)
+        return {"image": np.uint8(np.clip(127.5 * (1 + signal), 0, 255))[None, :, None], "label": label}
 
 
-class SignalTransformer(nn.Module):
-    """A transformer over pieces of a signal. B batch, L samples, N = L / piece tokens, D width, C channels."""
+class DilatedNet(nn.Module):
+    """Residual blocks of convolutions along the signal, each with twice the dilation of the last (van den Oord et al. 2016)."""
 
-    piece: int
     depth: int
     width: int
     num_classes: int
     out_channels: int  # follows from the data and the process; a config does not set it
 
-    # How parameters are split over the mesh, by their paths. A small network is copied to every device.
-    rules = ((r".*", ()),)
+    rules = ((r"label/embedding", (None, "fsdp")), (r"kernel|bias", ()))  # small enough for every device to hold all of it
 
     @nn.compact
-    def __call__(self, x_t, t, cond, control=None):  # x_t [B, L, 1, C]; t f32[B]; cond {"label": int32[B]}
-        batch, length, _, _ = x_t.shape
-        x = nn.Dense(self.width, name="embed")(x_t.reshape(batch, length // self.piece, -1))  # [B, N, D]
-        x = x + self.param("position", nn.initializers.normal(0.02), x.shape[1:])
+    def __call__(self, x_t, t, cond, control=None):  # x_t [B, 1, L, C]; t f32[B]; cond {"label": int32[B]}
+        x = nn.Dense(self.width, name="embed")(x_t[:, 0])  # [B, L, D]
         c = TimeEmbedding(self.width, name="time")(t) + nn.Embed(self.num_classes + 1, self.width, name="label")(cond["label"])
         for i in range(self.depth):
-            shift, scale = jnp.split(nn.Dense(2 * self.width, name=f"modulation_{i}")(nn.silu(c))[:, None], 2, axis=-1)
-            x = x + Attention(4, name=f"attention_{i}")(normalize(x) * (1 + scale) + shift)
-            x = x + MLP(4 * self.width, name=f"mlp_{i}")(normalize(x))
-        x = nn.Dense(self.piece * self.out_channels, name="out")(normalize(x))
-        return x.reshape(batch, length, 1, self.out_channels)
+            y = normalize(x) + nn.Dense(self.width, name=f"condition_{i}")(nn.silu(c))[:, None]
+            y = nn.gelu(nn.Conv(2 * self.width, (3,), kernel_dilation=2**i, padding="CIRCULAR", name=f"in_{i}")(y))
+            x = x + nn.Conv(self.width, (1,), name=f"out_{i}")(y)
+        return nn.Dense(self.out_channels, name="head")(normalize(x))[:, None]  # [B, 1, L, out_channels]
 
     def check(self, latent_shape):
-        if latent_shape[0] % self.piece or latent_shape[1] != 1:
-            raise dit_jax.UserError(f"the input is {latent_shape}; [a multiple of model.piece = {self.piece}, 1, C] is needed")
+        if len(latent_shape) != 3 or latent_shape[0] != 1:
+            raise UserError(f"the network takes signals [1, L, C], not {list(latent_shape)}; set transform.size=1,<length>")
 
     def num_tokens(self, latent_shape):
-        return latent_shape[0] // self.piece
+        return latent_shape[1]
 
     def macs(self, latent_shape, cond_shapes):  # multiply-adds of one example; the embeddings of time and label are left out
-        n, d = self.num_tokens(latent_shape), self.width
-        block = 12 * n * d * d + 2 * n * n * d + 2 * d * d
-        return self.depth * block + n * d * self.piece * (latent_shape[-1] + self.out_channels)
+        _, length, channels = latent_shape
+        d = self.width
+        return length * d * (channels + self.out_channels + self.depth * 8 * d) + self.depth * d * d
 
     def describe(self):
-        return f"transformer over pieces of {self.piece} samples, depth {self.depth}, width {self.width}"
+        return f"DilatedNet, depth {self.depth}, width {self.width}"
 
 
 dit_jax.register("data", "waves", Waves)
-dit_jax.register("model", "signal_transformer", SignalTransformer)
+dit_jax.register("model", "dilated", DilatedNet)
 
 
 def get_config():
     c = recipes.digits(process="flow")
-    c.data = {"name": "waves", "count": 3000, "seed": 0}
-    c.model = {"name": "signal_transformer", "piece": 4, "depth": 4, "width": 96, "num_classes": len(SHAPES)}
-    c.transform.size = (LENGTH, 1)
-    c.codec.update({"mean": 0.0, "std": 0.6})  # of the data
-    c.num_steps = c.optimizer.decay_steps = 800
-    c.optimizer.warmup_steps = 50
-    c.preview.every_steps = 0
-    c.evaluation.num_images = 0
+    c.data = {"name": "waves", "length": 64, "count": 3_000}
+    c.transform.size = (1, 64)
+    c.model = {"name": "dilated", "depth": 6, "width": 64, "num_classes": len(KINDS)}
+    c.codec.update({"mean": 0.0, "std": 0.6})
+    c.num_steps = c.optimizer.decay_steps = 500
+    c.preview.num_images = 9
+    c.evaluation.update({"num_images": 90, "batch_size": 90, "reference": ""})
     return c
-
-
-def plot(samples, path):
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(4, 3, figsize=(9, 6), sharex=True, sharey=True)
-    for axis, signal, label in zip(axes.flat, samples.images, samples.labels, strict=True):
-        axis.plot(signal[:, 0, 0])
-        axis.set_title(SHAPES[label], fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workdir", default="runs/waves")
-    parser.add_argument("--num_steps", type=int, default=800)
-    arguments = parser.parse_args()
-    config = get_config()
-    config.num_steps = config.optimizer.decay_steps = arguments.num_steps
-    dit_jax.train(config, arguments.workdir)
-    pipe = dit_jax.load(arguments.workdir)
-    plot(pipe(num_samples=12, guidance_scale=1.5), f"{arguments.workdir}/waves.png")
-    print(f"plotted 12 signals in {arguments.workdir}/waves.png")

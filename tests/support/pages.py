@@ -2,8 +2,8 @@
 
 A mark stands in a comment before a block: <!-- test: folder=digits seconds=60 main="--config.num_steps=20" -->. The block is then
 run in a folder that all blocks of that name share. `main="..."` adds arguments to the commands of that verb, to make them short;
-`photographs=24` first puts that many pictures into `photographs/`. The seconds are for two quiet cores: it is stopped after three
-times as long. Python that begins with `# name.py` is written to that file. A block without a mark is only read.
+`photographs=24` first puts that many pictures into `photographs/`. The seconds are for two quiet cores; five minutes more are
+allowed. Python that begins with `# name.py` is written to that file. A block without a mark is only read.
 """
 
 import re
