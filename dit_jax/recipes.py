@@ -103,6 +103,11 @@ def training() -> ml_collections.ConfigDict:
     )
 
 
+def decay_to_the_end(c: ml_collections.ConfigDict) -> None:
+    """Makes the learning rate fall to zero at the last step: decay_steps follows num_steps, until it is set."""
+    c.optimizer.decay_steps = c.get_ref("num_steps") + 0  # the sum is a reference of its own: setting it leaves num_steps
+
+
 def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
@@ -264,7 +269,8 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
-    c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "decay_steps": 1_000, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "clip_norm": 1.0})
+    decay_to_the_end(c)
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})
     c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
@@ -334,7 +340,8 @@ def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
     """A small autoencoder (f4, 4 channels) on a folder of photographs; set `data.path`."""
     c = autoencoder(FOLDER_CODEC)
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 16, 0.99
-    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0})
+    decay_to_the_end(c)
     c.data = {"name": "folder", "path": "", "split": ""}
     c.transform = image_transform(resolution, 3, flip=True)
     c.log.every_steps = 20
@@ -356,7 +363,8 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
         raise UserError(f"latent {latent!r} does not exist; choose grid or plane")
     c = autoencoder(DIGITS_CODEC if latent == "grid" else PLANE_CODEC, kl_weight=1e-3 if latent == "grid" else 0.08)
     c.num_steps, c.batch_size, c.ema_decay = 800, 128, 0.99
-    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 800, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "clip_norm": 1.0})
+    decay_to_the_end(c)
     c.data = {"name": "digits", "path": "", "split": "train"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
@@ -387,8 +395,7 @@ def digits_latent() -> ml_collections.ConfigDict:
     """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
     c = in_latents(digits(), DIGITS_CODEC)
     c.model.patch_size, c.process.prediction = 1, "noise"
-    c.num_steps = c.optimizer.decay_steps = 1_200
-    c.optimizer.learning_rate = 2e-3
+    c.num_steps, c.optimizer.learning_rate = 1_200, 2e-3
     return c
 
 

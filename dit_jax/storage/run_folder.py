@@ -55,6 +55,8 @@ RESUMABLE_FIELDS = (
     "data.verify",
     "task.perceptual_path",
 )
+# Fields that may change too, but that the steps from then on depend on: a change is printed.
+PRINTED_FIELDS = ("optimizer.decay_steps",)
 
 
 def default_workdir(config: str, process_count: int) -> Path:
@@ -85,7 +87,7 @@ def differences(old: dict, new: dict) -> list[str]:
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        may_change = key.split(".")[0] in RESUMABLE or key in RESUMABLE_FIELDS
+        may_change = key.split(".")[0] in RESUMABLE or key in (*RESUMABLE_FIELDS, *PRINTED_FIELDS)
         if old.get(key) != new.get(key) and not may_change:
             lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return lines
@@ -125,6 +127,10 @@ class Workdir:
                     f"{self.path} contains a run with another config; use that config, or give a new --workdir. "
                     f"Different:\n  " + "\n  ".join(lines)
                 )
+            old, new = flatten(before), flatten(self.settings)
+            for key in PRINTED_FIELDS:
+                if old.get(key) != new.get(key) and self.checkpoints.exists():
+                    say(f"{key}: {old.get(key)} -> {new.get(key)}, for the steps from here on")
             for line in user_code.changes(before.get("imports", ()), self.settings.get("imports", ())):
                 say(line)
         elif self.checkpoints.exists():

@@ -1,6 +1,6 @@
 """The metrics of an interval of training: means over its steps, speed, and stalls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,11 +49,20 @@ class Meter:
         data_wait_seconds: the loop waited for batches. The devices stall only if they run out of dispatched steps.
         checkpoint_seconds: the loop was blocked by saving (files are written in the background).
         peak_device_bytes: see `peak_bytes`.
+        learning_rate: of the last step of the interval, if the optimizer knows it.
         skipped, bad_records: steps whose loss or gradient was not finite; unreadable records of the data set.
     """
 
     def __init__(
-        self, records: Records, clock: StepClock, task: Task, mesh: Mesh, batch_size: int, num_steps: int, first_step: int
+        self,
+        records: Records,
+        clock: StepClock,
+        task: Task,
+        mesh: Mesh,
+        batch_size: int,
+        num_steps: int,
+        first_step: int,
+        rate: Callable[[int], float] | None = None,
     ):
         self.records, self.clock, self.batch_size, self.num_steps = records, clock, batch_size, num_steps
         self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step costs three forward passes
@@ -62,6 +71,7 @@ class Meter:
         self.last_time: float | None = None
         self.loss: float | None = None
         self.images_per_second: float | None = None
+        self.rate = rate
         self.skipped_in_a_row = 0
         self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
@@ -88,6 +98,8 @@ class Meter:
         values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
         steps, skipped = step - self.last_step, int(sums["skipped"][0])
         values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
+        if self.rate is not None:
+            values["learning_rate"] = self.rate(step - 1)
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
         facts = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"

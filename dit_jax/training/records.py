@@ -99,6 +99,11 @@ class Records:
         if os.path.exists(self._path):
             self._attempt("metrics.jsonl", lambda: self._drop_lines_after(step))
 
+    def last(self, name: str) -> float | None:
+        """The last value of a metric in metrics.jsonl; None without a finite one."""
+        points = curve(read_lines(Path(self._path)), name)
+        return points[-1][1] if points else None
+
     def flush(self) -> None:
         """Flushes all files to the operating system."""
         if self._file is not None:

@@ -26,10 +26,17 @@ def text(run: Run, workdir: Path) -> str:
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
-            *(f"warning    {text}" for text in rules.warnings(split, mesh, task.rules)),
+            *(f"warning    {text}" for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run))),
             f"versions   {versions.one_line()}",
         )
     )
+
+
+def _of_the_rate(run: Run) -> list[str]:
+    rate, last = getattr(run.optimizer, "rate", None), run.config.num_steps - 1
+    if rate is None or last < 1 or rate(last) <= rate(last - 1):
+        return []
+    return [f"the learning rate still rises at the last step, to {rate(last):.2g}; lower optimizer.warmup_steps or train longer"]
 
 
 def ending(run: Run, workdir: str, result: Mapping[str, Any], report: Path | None) -> str:
