@@ -106,4 +106,5 @@ def run(main: Callable[[], dict]) -> None:
     platforms.leave_out_tpu()
     reuse_freed_memory()
     compilation_cache.use()
-    app.run(guarded, flags_parser=command_line.parse)
+    doc = getattr(main, "__globals__", {}).get("__doc__") or ""  # of the verb's module, which --help prints
+    app.run(guarded, flags_parser=lambda argv: command_line.parse(argv, doc))
