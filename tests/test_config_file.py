@@ -213,7 +213,7 @@ def test_configs_by_name(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--sweep=gird does not exist.*there are grid|did you mean grid"):
         config_file.find("gird", "sweep", "sweeps")
     with pytest.raises(
-        UserError, match=r"--config=configs/one\.py does not exist; .* has imagenet\.py, two\.py; --config=one exists"
+        UserError, match=r"--config=configs/one\.py does not exist; .* has two\.py, imagenet\.py; --config=one exists"
     ):
         read("configs/one.py")
     with pytest.raises(UserError, match="--config has no value"):
