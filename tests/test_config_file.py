@@ -96,7 +96,7 @@ def test_every_field_of_a_constructor_can_be_given():
         (["model.wid=3"], r"network 'dit' has no field wid; did you mean width\?.*conditioning, depth"),
         (["modl.width=3"], "no section modl; did you mean model"),
         (["seed.x=3"], "no section seed"),
-        (["model=3"], r"model is a section; give its fields, as in --config\.model\.attention="),
+        (["model=3"], r"model is a section; give its fields one by one, as in --config\.model\.attention="),
         (["process=flow"], "process is a section"),
         (["batch_size=many"], "--config.batch_size=many: batch_size must be a whole number"),
         (["batch_size=None"], "batch_size must be a whole number"),
@@ -213,7 +213,7 @@ def test_configs_by_name(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--sweep=gird does not exist.*there are grid|did you mean grid"):
         config_file.find("gird", "sweep", "sweeps")
     with pytest.raises(
-        UserError, match=r"--config=configs/one\.py does not exist; .* has imagenet\.py, two\.py; --config=one exists"
+        UserError, match=r"--config=configs/one\.py does not exist; .* has two\.py, imagenet\.py; --config=one exists"
     ):
         read("configs/one.py")
     with pytest.raises(UserError, match="--config has no value"):

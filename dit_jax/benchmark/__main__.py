@@ -26,6 +26,7 @@ from dit_jax import config_file
 from dit_jax.data.size import parse_size
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console
+from dit_jax.runtime.field_values import whole_number
 
 command_line.group("What to measure")
 WHAT = flags.DEFINE_enum(
@@ -216,7 +217,7 @@ def threads(cores: int) -> list[int]:
     if THREADS.value is None:
         return [2**i for i in range((2 * cores).bit_length()) if 2**i <= 2 * cores]
     try:
-        counts = [int(text) for text in THREADS.value]
+        counts = [whole_number(text) for text in THREADS.value]
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:

@@ -21,6 +21,7 @@ from absl import flags
 from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console
+from dit_jax.runtime.field_values import whole_number
 
 command_line.group("A run")
 CONFIG = config_file.define_flags("Config of the run to plan, as for dit_jax.main: a name or a file.")
@@ -93,7 +94,7 @@ def print_models() -> dict:
 
 def whole_numbers(name: str, texts: list[str]) -> list[int]:
     try:
-        numbers = [int(text) for text in texts]
+        numbers = [whole_number(text) for text in texts]
     except ValueError:
         numbers = []
     if len(numbers) != len(texts) or any(number < 1 for number in numbers):

@@ -65,13 +65,15 @@ def print_page(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit would fail again
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], doc: str) -> list[str]:
     """Parses the flags and returns the other arguments; prints --help or what is wrong, and exits.
+
+    doc: docstring of the verb, for --help.
 
     Exit status: 0 after --help, 2 for a mistake.
     """
     if any(text in HELP for text in argv[1 : argv.index("--") if "--" in argv else None]):
-        print_page(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
+        print_page(help_text(doc, _own_flags()))
         sys.exit(0)
     takes_config = CONFIG_FIELD in flags.FLAGS
     try:

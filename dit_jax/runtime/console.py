@@ -171,4 +171,5 @@ def run(main: Callable[[], dict]) -> None:
 
     command_line.define_common_flags()
     reuse_freed_memory()
-    app.run(guarded, flags_parser=command_line.parse)
+    doc = getattr(main, "__globals__", {}).get("__doc__") or ""  # of the verb's module, which --help prints
+    app.run(guarded, flags_parser=lambda argv: command_line.parse(argv, doc))

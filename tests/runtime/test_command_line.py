@@ -86,7 +86,6 @@ def test_the_list_of_verbs_and_configs(capsys, monkeypatch):
         ("lr", ["learning_rate", "b1"], "learning_rate"),
         ("widht", ["width", "depth"], "width"),
         ("steps", ["num_steps", "seed"], "num_steps"),
-        ("steps", ["num_steps", "warmup_steps"], None),
         ("xyz", ["num_steps"], None),
     ],
 )
