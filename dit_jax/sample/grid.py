@@ -1,6 +1,7 @@
 """Writes images as a grid in one picture file, and clips as rows of frames."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ GAP = 4  # pixels between images and around them
 GAP_LEVEL = 40  # dark grey, so that black images have an edge
 
 
-def write_image_grid(path: Path, images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+def write_image_grid(
+    path: str | os.PathLike, images: np.ndarray, columns: int | None = None, scale: int | None = None
+) -> np.ndarray:
     """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
     Each clip is a row of its frames; `columns` is then ignored.
