@@ -314,5 +314,5 @@ def test_conditions_are_checked():
 
 def test_import_is_light():
     """`import dit_jax` that takes seconds."""
-    code = "import sys, dit_jax; assert not {'jax', 'flax', 'numpy'} & set(sys.modules); dit_jax.models; assert 'jax' not in sys.modules"
+    code = "import sys, dit_jax; dit_jax.models; assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
