@@ -5,6 +5,7 @@ A new model, process, codec, data source or optimizer of the package is a file a
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -331,7 +332,7 @@ class Run:
         """Whether the weights of a frozen codec must be read. An autoencoder's run trains its codec."""
         return "path" in self.config.codec
 
-    def with_codec_weights(self, workdir: Path | None = None) -> "Run":
+    def with_codec_weights(self, workdir: str | os.PathLike | None = None) -> "Run":
         """This run with the frozen codec's weights, and the fields of `codec` that come with the weights.
 
         A run's own copy of the codec is preferred; the path in the config need not exist any more. If `codec.scale` or
@@ -342,7 +343,7 @@ class Run:
         """
         if not self.has_codec_weights:
             return self
-        section, own = dict(self.config.codec), workdir / codec_folder.FOLDER if workdir else None
+        section, own = dict(self.config.codec), Path(workdir) / codec_folder.FOLDER if workdir else None
         path = self._codec_path(own)
         if path.is_dir():
             stored = vae.read_codec(path)

@@ -20,10 +20,12 @@ from dit_jax import recipes
 from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.errors import UserError
-from dit_jax.interop import weights
+from dit_jax.evaluate.images import NpzImages
+from dit_jax.interop import pt_reader, weights
 from dit_jax.pipeline import spherical
-from dit_jax.sample import trained
+from dit_jax.sample import drawing, samples_file, trained
 from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.run_folder import read_best
 
 # With velocities as output, a random network draws images that are not black and white.
 CONFIG = tiny.config(model__depth=1, process=recipes.flow(), sampler=recipes.default_sampler("euler"))
@@ -181,7 +183,7 @@ def test_raw_weights(run, tmp_path):
     """The moving average in place of the weights that training left, or the other way around."""
     folder = tmp_path / "raw"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    params = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), formats.network_params(CONFIG))
+    params = jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.1, x.dtype), formats.network_params(CONFIG))
     average = jax.tree.map(lambda x: 2 * x, params)
     with Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
         checkpointer.save(7, {"params": params, "ema_params": average}, {})
@@ -212,3 +214,105 @@ def test_weights_of_other_code(tmp_path):
         assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(each, params["ours.safetensors"], strict=True))
     with pytest.raises(UserError, match="has only one set of weights"):
         dit_jax.load(tmp_path / "ours.safetensors", average="none")
+
+
+LOADER = """
+import json, sys, jax, numpy as np
+from jax import export
+
+before = set(sys.modules)
+folder, out = sys.argv[1:]
+with open(f"{folder}/made_by.json") as file:
+    rows = json.load(file)["rows"]  # images of a call
+with open(f"{folder}/sampler.stablehlo", "rb") as file:
+    draw = jax.jit(export.deserialize(bytearray(file.read())).call)
+weights = dict(np.load(f"{folder}/weights.npz"))
+seed, indices, labels = np.uint32(4), np.arange(rows, dtype=np.int32), np.full(rows, 3, np.int32)
+np.save(out, np.asarray(draw(weights, seed, indices, {"label": labels})))
+assert not {"dit_jax", "flax", "ml_collections", "absl"} & (set(sys.modules) - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_export_runs_with_jax_and_numpy_alone(run, tmp_path, dtype):
+    """A sampler that needs the package to run, forgets its weights, or draws other images."""
+    pytest.importorskip("flatbuffers")
+    pipe = dit_jax.load(run, dtype=dtype)
+    folder = pipe.export(tmp_path / "exported", guidance_scale=1.5, **FAST)
+    wanted = pipe([3] * 32, seed=4, guidance_scale=1.5, **FAST)
+    command = [sys.executable, "-c", LOADER, str(folder), str(tmp_path / "images.npy")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=600)
+    images = np.load(tmp_path / "images.npy")
+    assert levels(images, wanted) == 0 and images.std() > 10
+    assert pipe.export(folder, **FAST) == folder
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"holds notes\.txt"):
+        pipe.export(folder, **FAST)
+
+
+def test_paths_may_be_str(run, tmp_path):
+    """'str' object has no attribute 'suffix'."""
+    assert trained.read(str(run)).path == run
+    weights.write(str(tmp_path / "x.safetensors"), tiny_weights())
+    assert weights.read(str(tmp_path / "x.safetensors")).origin == {"from": "a test"}
+    source = formats.Source("dit_jax", str(tmp_path / "x.safetensors"))
+    assert formats.write(formats.read(source), "official", str(tmp_path / "y.pt"))["tensors"]
+    assert pt_reader.is_pt(str(tmp_path / "y.pt")) and pt_reader.read(str(tmp_path / "y.pt"))
+    images = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 1), np.uint8)
+    samples_file.write(str(tmp_path / "x.npz"), images, np.zeros(2), {"seed": 1})
+    assert samples_file.made_by_of(str(tmp_path / "x.npz"))["seed"] == 1 and len(NpzImages(str(tmp_path / "x.npz"))) == 2
+    drawing.check_out(str(tmp_path / "z.npz"))
+    assert read_best(str(run)) is None
+
+
+def test_score_takes_samples_arrays_and_paths(tmp_path):
+    """Scores that depend on how the images are given; an error about their type."""
+    images = np.random.default_rng(0).integers(0, 255, (70, 8, 8, 1), np.uint8)
+    samples = dit_jax.Samples(images, np.zeros(70, np.int32), {"seed": 0})
+    options = {"metrics": ["fid"], "replicates": 0}
+    found = [dit_jax.score(each, "digits", **options)["fid"] for each in (samples, images, samples.save(tmp_path / "x.npz"))]
+    assert found[0] == found[1] == found[2] > 1
+    assert dit_jax.score(samples, images, **options)["fid"] < 1e-4
+    for wrong, text in (
+        ((images[:1],), "N >= 2"),
+        ((images, images[:, :4]), "must be equal"),
+        (("nowhere.npz",), "does not exist"),
+    ):
+        with pytest.raises(UserError, match=text):
+            dit_jax.score(*wrong, **options)
+    with pytest.raises(UserError, match="no option metric"):
+        dit_jax.score(images, metric="fid")
+
+
+def test_train_takes_a_config_or_its_name(tmp_path):
+    """Fields that are ignored because the config is built already; a missing file that is met after the folder was made."""
+    with pytest.raises(UserError, match="set the fields in it"):
+        dit_jax.train(CONFIG, tmp_path / "run", ["num_steps=3"])
+    with pytest.raises(UserError, match=r"nothing\.py"):
+        dit_jax.train(str(tmp_path / "nothing.py"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_conditions_are_checked():
+    """An array of labels in place of {"label": y} (JAX: no string indexing), and NaN for a label that the table does not have."""
+    network = tiny.dit()
+    x, t, y = np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.float32), np.array([3, 10])
+    params = network.init(jax.random.key(0), x, t, {"label": y})
+    for cond, text in (
+        (y, r'int64\[2\]; DiT takes a dict of arrays by name, as in {"label": y}'),
+        ([3, 10], "cond is list"),
+        ({"label": np.array([3, 99])}, "label 99 is out of range: 0 to 9, or 10 for no label"),
+        ({"label": np.array([0.5, 1])}, "is float64"),
+        ({"label": y[:1]}, r"int32\[2\] is needed"),
+        (None, "the condition has no label"),
+    ):
+        with pytest.raises(UserError, match=text):
+            network.apply(params, x, t, cond)
+    assert dit_jax.models.DiT.of("S/8", num_classes=10).out_channels == 8
+
+
+def test_import_is_light():
+    """`import dit_jax` that takes seconds."""
+    code = "import sys, dit_jax; dit_jax.models; assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

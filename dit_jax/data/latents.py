@@ -183,12 +183,13 @@ class LatentCache:
             raise IndexError(f"{what} run from {values.min()} to {values.max()}, outside [0, {size})")
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: str | os.PathLike) -> dict:
     """Reads the manifest of a finished cache and checks its consistency.
 
     Raises:
         UserError: there is no finished cache; the manifest is damaged, has another format, or lists unexpected file names.
     """
+    folder = Path(folder).expanduser()
     try:
         manifest = read_sealed(folder / MANIFEST)
     except UserError as error:

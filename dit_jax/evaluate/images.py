@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -74,7 +75,8 @@ class NpzImages:
             needs.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path).expanduser()
         self.path, self.name = path, str(path)
         try:
             with zipfile.ZipFile(path) as archive:

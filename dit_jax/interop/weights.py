@@ -6,6 +6,7 @@ where the weights came from. Sampling from the file needs no workdir and nothing
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,12 +44,13 @@ def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def write(path: Path, weights: Weights) -> None:
+def write(path: str | os.PathLike, weights: Weights) -> None:
     """Writes the file; an existing one is replaced atomically.
 
     Raises:
         UserError: the name does not end in .safetensors.
     """
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     write_safetensors(
@@ -56,12 +58,13 @@ def write(path: Path, weights: Weights) -> None:
     )
 
 
-def read(path: Path) -> Weights:
+def read(path: str | os.PathLike) -> Weights:
     """Opens the file; parameters are read lazily.
 
     Raises:
         UserError: the file does not exist, is damaged, or is not in this format.
     """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a .safetensors file written by dit_jax.convert")
     if path.suffix != ".safetensors":
@@ -80,7 +83,7 @@ def read(path: Path) -> Weights:
     return Weights(tensors, sections, origin)
 
 
-def load(path: Path, tree: Any) -> Any:
+def load(path: str | os.PathLike, tree: Any) -> Any:
     """Reads the parameters as NumPy arrays, in the tree's structure and the file's dtype.
 
     Args:

@@ -3,6 +3,7 @@
 Part p of P draws the shards p, p + P, .... A part is a process, or all processes that hold the same rows of a batch.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -61,8 +62,9 @@ def folder_of(out: Path) -> Path:
     return out.with_suffix(".shards") if out.suffix == ".npz" else out
 
 
-def check_out(out: Path) -> None:
+def check_out(out: str | os.PathLike) -> None:
     """Raises a UserError if samples cannot be written to `out`, before any sampling."""
+    out = Path(out).expanduser()
     if out.suffix not in ("", ".npz") and not out.is_dir():
         raise UserError(f"{out} must end in .npz, or be a folder whose name has no dot")
     if out.suffix == ".npz" and out.is_dir():
@@ -76,7 +78,7 @@ def check_out(out: Path) -> None:
 
 
 def draw(
-    out: Path,
+    out: str | os.PathLike,
     generator: Generator,
     params: Any,
     constants: Mapping[str, Any],

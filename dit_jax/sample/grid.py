@@ -1,6 +1,7 @@
 """Writes images as a grid in one picture file, and clips as rows of frames, with the names of their classes and a caption."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ SMALLEST_TEXT, LARGEST_TEXT = 11, 24  # pixels; a quarter of an image's width be
 
 
 def write_image_grid(
-    path: Path,
+    path: str | os.PathLike,
     images: np.ndarray,
     columns: int | None = None,
     scale: int | None = None,

@@ -128,8 +128,9 @@ def _member(archive: zipfile.ZipFile, name: str):
     return archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
-def made_by_of(path: Path) -> dict | None:
+def made_by_of(path: str | os.PathLike) -> dict | None:
     """The `made_by` entry of an npz; None if it has none or cannot be read."""
+    path = Path(path).expanduser()
     try:
         with np.load(path, allow_pickle=False) as file:
             made_by = json.loads(str(file["made_by"]))
@@ -138,8 +139,9 @@ def made_by_of(path: Path) -> dict | None:
     return made_by if isinstance(made_by, dict) else None
 
 
-def is_sound(path: Path, made_by: dict) -> bool:
+def is_sound(path: str | os.PathLike, made_by: dict) -> bool:
     """Whether an npz of `write_stream` is intact; reads all of it."""
+    path = Path(path).expanduser()
     sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(path) as archive:

@@ -167,8 +167,9 @@ def read_config(workdir: str | os.PathLike) -> dict:
     return config
 
 
-def read_best(workdir: Path) -> dict | None:
+def read_best(workdir: str | os.PathLike) -> dict | None:
     """The best score of a run so far, {"step", "fid", ...}; None if there is none."""
+    workdir = Path(workdir).expanduser()
     file = workdir / SCORES / BEST_SCORE
     try:
         return json.loads(file.read_text())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Stepper:
         return sums
 
 
-def train(run: Run, workdir: Path) -> TrainResult:
+def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
     SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
