@@ -316,7 +316,7 @@ FOLDER_CODEC = {
 def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
     """Stable Diffusion's autoencoder on ImageNet, as latent diffusion trains it (Rombach et al. 2022, their kl-f8 config).
 
-    Set `data.path` to the folder of a TFDS ImageNet and `task.perceptual_path` to LPIPS's weights.
+    Set `task.perceptual_path` to LPIPS's weights, and `data.path` if ImageNet is not in TFDS's default folder.
     """
     sizes = {
         "block_out_channels": (128, 256, 512, 512),

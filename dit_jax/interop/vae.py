@@ -83,7 +83,13 @@ def find(path: str | os.PathLike, fetch: bool = True) -> Path:
         if not fetch and not (folder / WEIGHTS_NAME).exists():
             raise UserError(f"the autoencoder {path} is not downloaded yet: python -m dit_jax.convert --download={path}")
         if fetch:
-            fetch_published(str(path), folder)
+            try:
+                fetch_published(str(path), folder)
+            except UserError as error:
+                raise UserError(
+                    f"{error}. Or run python -m dit_jax.convert --download={path} --weights=<folder> where there is a "
+                    "connection, and give that folder as codec.path"
+                ) from None
         return folder
     path = Path(path).expanduser()
     own = path / "codec"
