@@ -72,7 +72,7 @@ def main() -> dict:
         result["machine"] = machine.describe()
         write_json(workdir / "result.json", result)
         report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
-        console.say(summary.ending(trained.run, WORKDIR.value, result, report))
+        console.say(summary.ending(trained.run, workdir, result, report))
     return result
 
 
