@@ -46,7 +46,7 @@ def train(
         config = config_file.read(os.fspath(config), fields)
     elif fields:
         raise UserError(f"fields={list(fields)} is given with a config that is built already; set the fields in it")
-    shown, workdir = os.fspath(workdir), Path(workdir).expanduser().absolute()
+    workdir = Path(workdir).expanduser().absolute()
     run = Run(config)
     run.task  # the errors of the config itself come first
     run.check_files(workdir, lambda: check_results(run))
@@ -70,5 +70,5 @@ def train(
         result["machine"] = machine.describe()
         write_json(workdir / "result.json", result)
         report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
-        say(summary.ending(trained.run, shown, result, report))
+        say(summary.ending(trained.run, workdir, result, report))
     return result

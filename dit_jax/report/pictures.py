@@ -15,6 +15,7 @@ from dit_jax.sample.drawing import GRID_IMAGES
 from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
+from dit_jax.tasks.diffusion import CONDITIONER
 
 ROWS, FRAMES = 4, 10  # images, and pictures of each, of the denoising
 LOOKED_AT = 1_000  # records of the data set among which the real images are chosen
@@ -43,10 +44,11 @@ def denoise(run: Run, ema_params: Any, constants: Any) -> tuple[np.ndarray, list
     Raises:
         UserError: the parameters are split over several devices.
     """
-    params = cast_for_inference(run.task, ema_params)
-    if not all(x.is_fully_replicated for x in jax.tree.leaves((params, constants))):
+    constants = {name: tree for name, tree in constants.items() if name in ("codec", CONDITIONER)}
+    if not all(x.is_fully_replicated for x in jax.tree.leaves((ema_params, constants))):
         raise UserError("the parameters are split over the devices")
-    params, constants = jax.tree.map(lambda x: x.addressable_data(0), (params, constants))
+    params, constants = jax.tree.map(lambda x: x.addressable_data(0), (ema_params, constants))
+    params = cast_for_inference(run.task, params)
     seen: list[tuple[float, np.ndarray]] = []
 
     def record(t, x0):

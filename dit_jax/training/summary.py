@@ -39,22 +39,26 @@ def _of_the_rate(run: Run) -> list[str]:
     return [f"the learning rate still rises at the last step, to {rate(last):.2g}; lower optimizer.warmup_steps or train longer"]
 
 
-def ending(run: Run, workdir: str, result: Mapping[str, Any], report: Path | None) -> str:
+def ending(run: Run, workdir: Path, result: Mapping[str, Any], report: Path | None) -> str:
     """At most six lines at the end of a run: its score, its pictures, its report, and the next two commands.
 
     Args:
-        workdir: the folder as the user wrote it, for the commands.
         result: the entries of result.json.
         report: the page of the run; None if it could not be written.
     """
-    lines: list[tuple[str, Any]] = []
+    lines: list[tuple[str, str]] = []
     if result.get("samples"):
-        lines.append(("pictures", Path(result["samples"]).with_suffix(".png")))
+        lines.append(("pictures", _near(Path(result["samples"]).with_suffix(".png"))))
     if report is not None:
-        lines.append(("report", report))
-    commands = next_commands(run, workdir)
+        lines.append(("report", _near(report)))
+    commands = next_commands(run, _near(workdir))
     lines += zip(("next", ""), commands, strict=False)
     return "\n".join(f"{name:10} {text}" for name, text in [("result", score(result)), *lines])
+
+
+def _near(path: Path) -> str:
+    """The path from the current folder, if it lies there."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def score(result: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What a run says at its end."""
 
 import shlex
+from pathlib import Path
 
 import tiny
 
@@ -18,7 +19,7 @@ def commands(text):
 def test_the_end_of_a_run(tmp_path):
     """A score without its interval, a command that needs more than the folder, more than six lines."""
     run = build.Run(tiny.config(evaluation__num_images=1000))
-    text = summary.ending(run, "runs/my digits", RESULT | SCORE, tmp_path / "report.html")
+    text = summary.ending(run, Path.cwd() / "runs/my digits", RESULT | SCORE, tmp_path / "report.html")
     assert len(text.splitlines()) == 5
     assert "Frechet distance 0.321 in pixels (95% interval 0.300 to 0.350), 1,000 samples" in text and "_final.png" in text
     sample, evaluate = commands(text)
@@ -29,12 +30,12 @@ def test_the_end_of_a_run(tmp_path):
 def test_commands_that_would_be_refused():
     """Guidance of a network that was never trained without labels; a score without a reference."""
     run = build.Run(tiny.config(task__cond_dropout=0.0, evaluation__reference=""))
-    ((*sample,),) = commands(summary.ending(run, "runs/a", {"step": 6, "loss": None}, None))
+    ((*sample,),) = commands(summary.ending(run, Path("/runs/a"), {"step": 6, "loss": None}, None))
     assert not [word for word in sample if "guidance" in word] and "loss" not in summary.score({"step": 6, "loss": None})
 
 
 def test_the_end_of_an_autoencoder():
     """A sample command for a run that draws no samples."""
-    text = summary.ending(build.Run(tiny.autoencoder()), "runs/vae", RESULT | {"psnr": 29.6, "ssim": 0.97}, None)
+    text = summary.ending(build.Run(tiny.autoencoder()), Path("/runs/vae"), RESULT | {"psnr": 29.6, "ssim": 0.97}, None)
     ((_, _, verb, *words),) = commands(text)
     assert verb == "dit_jax.encode" and "--data=digits" in words and "--resolution=8x8" in words and "PSNR 29.60 dB" in text
