@@ -120,10 +120,13 @@ def test_every_flag_and_field_in_prose_exists(parsed):
 
 
 def test_names_in_prose_exist():
-    """`dit_jax.module.Name` in a sentence, after it moved."""
-    for place, span in spans():
-        if re.fullmatch(r"dit_jax(\.\w+)+(\(.*\))?", span):
-            assert pkgutil.resolve_name(span.partition("(")[0]), f"{place}: {span}"
+    """`dit_jax.module.Name` in a sentence, or a module or member of the API reference, after it moved."""
+    names = [span.partition("(")[0] for _, span in spans() if re.fullmatch(r"dit_jax(\.\w+)+(\(.*\))?", span)]
+    reference = (ROOT / "docs" / "api.md").read_text()
+    for module, members in re.findall(r"^::: (\S+)\n(?:    options: \{members: \[(.*)\]\})?", reference, re.MULTILINE):
+        names += [module, *(f"{module}.{member}" for member in members.split(", ") if member)]
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
 
 
 @pytest.mark.parametrize("block", [pytest.param(b, id=b.place) for b in BLOCKS if b.language == "python"])
