@@ -257,8 +257,8 @@ class _Unpickler(pickle.Unpickler):
             return StorageType(np.dtype(STORAGES[name]))
         if (module, name) not in GLOBALS:
             raise UserError(
-                f"references {f'{module}.{name}':.200}, which is refused: a weights file needs only tensors, plain containers and "
-                "argparse.Namespace. If you trust its origin, load it in PyTorch and save its state_dict"
+                f"references {f'{module}.{name}':.200}, which is refused: a weights file needs only tensors, plain containers "
+                "and argparse.Namespace. If you trust its origin, load it in PyTorch and save its state_dict"
             )
         return GLOBALS[module, name]
 
@@ -284,7 +284,7 @@ def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=
     if not isinstance(storage, Storage):
         raise UserError(f"has a tensor over {type(storage).__name__}, not over a storage")
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or metadata.keys() - {"neg"} or storage.dtype == np.bool_ and metadata:
+    if not isinstance(metadata, dict) or metadata.keys() - {"neg"} or (storage.dtype == np.bool_ and metadata):
         raise UserError(
             f"has a tensor of {storage.dtype} with the metadata {reprlib.repr(metadata)}, which is not understood: load the file "
             "in PyTorch, resolve_conj() and resolve_neg() its tensors, and save them again"
