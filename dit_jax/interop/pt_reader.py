@@ -213,6 +213,7 @@ def _scan(file) -> None:
     """
     stack: list[_Part] = []
     memo: dict[int, _Part] = {}
+    argument: Any
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
         if number >= MAX_OPCODES:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import remove_leftovers, replacing
+from dit_jax.storage.bounded import check_form, read_json
 
 DTYPES = {
     np.dtype(name): code
@@ -153,15 +155,11 @@ def open_sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
     Raises:
         UserError: the index is damaged, points outside its folder, or disagrees with the parts.
     """
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        parts = sorted(set(places.values()))
-        if not all(isinstance(part, str) and Path(part).name == part for part in parts):
-            raise UserError(f"{index} names parts outside its folder: {', '.join(map(str, parts))}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{index} is not a safetensors index ({error!r}); download it again") from None
+    places = read_json(index, "give the index of a safetensors file, or download it again", {"weight_map": {}})["weight_map"]
+    check_form(list(places.values()), [str], f"the weight_map of {index}", "download it again")
+    parts = sorted(set(places.values()))
+    if not all(Path(part).name == part for part in parts):
+        raise UserError(f"{index} names parts outside its folder: {reprlib.repr(parts)}")
     tensors = {}
     for part in parts:
         if not (index.parent / part).is_file():

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import replacing, write_json
+from dit_jax.storage.bounded import read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -284,11 +284,8 @@ def _read_config(path):
 
     Missing fields get diffusers' defaults, a shift of 0 becomes None, and with lists the scaling factor becomes 1.
     """
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(stored, dict) or stored.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+    stored = read_json(path, "download it again")
+    if stored.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{path} does not describe an AutoencoderKL: give the autoencoder's folder (often named vae)")
     stored = CONFIG_DEFAULTS | stored
     shift = stored["shift_factor"] = stored["shift_factor"] or None

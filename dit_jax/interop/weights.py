@@ -17,7 +17,8 @@ from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor, check, common_dtype, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
-from dit_jax.storage.upgrade import upgrade
+from dit_jax.storage.bounded import json_object
+from dit_jax.storage.upgrade import upgrade_stored
 
 VERSION = "1"
 SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sampler", "guidance", "ema_decay", "imports")
@@ -68,10 +69,11 @@ def read(path: Path) -> Weights:
             f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); convert it "
             "with python -m dit_jax.convert --from=official, sit or diffusers"
         )
-    try:
-        sections, origin = upgrade(json.loads(metadata["config"])), json.loads(metadata["origin"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the header of {path} is damaged ({error!r}); convert the weights again") from None
+    what, remedy = f"the header of {path}", "convert the weights again"
+    if missing := [name for name in ("config", "origin") if name not in metadata]:
+        raise UserError(f"{what} has no {' and no '.join(missing)}; {remedy}")
+    sections = upgrade_stored(json_object(metadata["config"], what, remedy), what, remedy)
+    origin = json_object(metadata["origin"], what, remedy)
     user_code.expect(sections.get("imports", ()))
     return Weights(tensors, sections, origin)
 

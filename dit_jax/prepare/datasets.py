@@ -8,7 +8,6 @@ function of (source, seed), so that a shard can be written at any time, always w
 import contextlib
 import hashlib
 import io
-import json
 import re
 import shutil
 from collections import deque
@@ -30,6 +29,7 @@ from dit_jax.prepare.array_records import measure, shard_path, tf_example, write
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, write_json
+from dit_jax.storage.bounded import check_form, read_json
 from dit_jax.storage.claim import LOCK, claim
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
@@ -37,6 +37,9 @@ PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the ti
 SIZED = 512  # number of records whose mean size determines the number of shards
 MAX_SHARDS = 99_999  # a shard's name has five digits
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+SHARD_FORM = {"records": int, "bytes": int, "bad": [[str]]}
+SPLIT_FORM = {"source": str, "images": int, "seed": int, "shard_bytes": int, "order": str, "mean_bytes": int, "shards": [object]}
+PLAN_FORM = {"resolution": object, "captions": bool, "class_names": [str], "splits": {}, "complete": bool}
 Files = ImageFolder | TarSource  # whose examples hold the bytes of image files
 
 
@@ -198,12 +201,9 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
 
 
 def _read_plan(folder: Path) -> dict | None:
-    file = folder / PLAN
+    file, remedy = folder / PLAN, f"remove {folder} and start again"
     try:
-        plan = json.loads(file.read_text())
-        if plan["format"] != FORMAT:
-            raise ValueError(f"format {plan['format']}, not {FORMAT}")
-        return plan
+        plan = read_json(file, remedy, {"format": int})
     except FileNotFoundError:
         strange = [entry.name for entry in folder.iterdir() if entry.name != LOCK and not is_partial(entry.name)]
         if strange:
@@ -211,8 +211,17 @@ def _read_plan(folder: Path) -> dict | None:
                 f"{folder} contains {_some(strange)} but no {PLAN}: it was not written by this command; give another --dataset"
             ) from None
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): remove {folder} and start again") from None
+    if plan["format"] != FORMAT:
+        raise UserError(f"{file} has format {plan['format']}, not {FORMAT}; {remedy}")
+    check_form(plan, PLAN_FORM, str(file), remedy)
+    for split, facts in plan["splits"].items():
+        if not NAME.fullmatch(split):  # a name of files
+            raise UserError(f"{file} has a split {split!r}; {remedy}")
+        check_form(facts, SPLIT_FORM, str(file), remedy, f"splits.{split}")
+        for number, shard in enumerate(facts["shards"]):
+            if shard is not None:
+                check_form(shard, SHARD_FORM, str(file), remedy, f"splits.{split}.shards[{number}]")
+    return plan
 
 
 def _save(folder: Path, plan: dict) -> None:

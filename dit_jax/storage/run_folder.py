@@ -10,7 +10,6 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 """
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_json
+from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import claim
-from dit_jax.storage.upgrade import upgrade
+from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
 
@@ -132,12 +132,11 @@ def read_config(workdir: str | os.PathLike) -> dict:
         UserError: there is none, or it cannot be read.
     """
     file = Path(workdir).expanduser() / "config.json"
+    remedy = "restore it from the run's config"
     try:
-        config = upgrade(json.loads(file.read_text()))
+        config = upgrade_stored(read_json(file, remedy), str(file), remedy)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: {workdir} is not the --workdir of a dit_jax.main run") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
     user_code.expect(config.get("imports", ()))
     return config
 
@@ -146,9 +145,9 @@ def read_best(workdir: Path) -> dict | None:
     """The best score of a run so far, {"step", "fid", ...}; None if there is none."""
     file = workdir / SCORES / BEST_SCORE
     try:
-        return json.loads(file.read_text())
+        return read_json(file, form={"step": int, "fid": float})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
+    except UserError as error:
+        logging.warning("%s: the best step starts anew.", error)
         return None
