@@ -53,7 +53,7 @@ def read_result(path: str) -> dict:
     Raises:
         UserError: the file cannot be read, or is not a result.
     """
-    remedy = "give a result file of dit_jax.evaluate"
+    remedy = "it is not a result file of dit_jax.evaluate"
     try:
         result = read_json(Path(path).expanduser(), remedy, {"samples_sha256": str})
     except FileNotFoundError as error:

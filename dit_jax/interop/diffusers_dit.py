@@ -9,7 +9,6 @@ and the default norm_eps of the MLP's norm is 1e-5. dit_jax computes what the pa
 """
 
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -150,15 +149,15 @@ def read_config(weights: Path) -> dict:
     """
     path = weights.parent / "config.json"
     try:
-        config = read_json(path, "download it again")
+        config = read_json(path, "download it again", {"_class_name": str})
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; it records the number of heads and the resolution. Copy it from where "
             f"{weights.name} came from"
         ) from None
-    name = config.get("_class_name")
+    name = config["_class_name"]
     if name not in CLASSES:
-        raise UserError(f"{path} describes a {reprlib.repr(name)}, not a {' or '.join(CLASSES)}")
+        raise UserError(f"{path} describes a {name:.100}, not a {' or '.join(CLASSES)}")
     return (CONFIG_DEFAULTS | config) if name == CLASSES[0] else config
 
 

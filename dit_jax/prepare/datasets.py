@@ -21,6 +21,7 @@ from PIL import Image
 
 from dit_jax.data.size import size_json
 from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
+from dit_jax.data.sources.source import is_strange
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
 from dit_jax.data.transforms import FORMATS, center_crop, decode
@@ -127,7 +128,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
     if given.is_file():
         with opened(given) as fd:
             first = next(iter(TarScan(fd, str(given))), None)
-    inside = sorted(entry for entry in given.iterdir() if not entry.name.startswith(".")) if given.is_dir() else []
+    inside = sorted(entry for entry in given.iterdir() if not is_strange(entry.name)) if given.is_dir() else []
     tars = [entry.name for entry in inside if entry.name.endswith((".tar", *PACKED))]
     others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if tars and others:
@@ -143,6 +144,12 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         source = IlsvrcValidation(path, class_names=class_names)
     else:
         source = TarShards(path, None if class_names is None else len(class_names), class_names_file)
+    strange = [name for name in source.class_names if not name.isprintable()]  # among them names that are not UTF-8
+    if strange:
+        raise UserError(
+            f"{len(strange)} class names in {path} cannot be written to the list of labels, which is UTF-8 with a name per line, "
+            f"such as {strange[0]!a}: rename the folder"
+        )
     if class_names_file and not isinstance(source, TarShards):
         raise UserError(
             f"class_names_file={class_names_file} is for WebDataset tars, but the classes of {path} already have names"
@@ -369,7 +376,7 @@ def _in_threads(
 
 def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
     """Converts an example to a record; a `BadRecord` if its image cannot be read."""
-    image, name = example["image"], example["name"]
+    image, name = example["image"], example["name"].encode("utf-8", "backslashreplace").decode()
     assert isinstance(image, bytes)  # of `Files`
     if not image:
         return BadRecord(name, "zero bytes")

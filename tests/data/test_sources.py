@@ -309,6 +309,57 @@ def test_tfds_reads_no_shard_of_another_folder(tfds_dir, tmp_path):
         TFDS("shades", str(tmp_path), "train")
 
 
+def test_only_the_images_of_a_folder_are_counted_and_the_rest_is_said(tmp_path, capsys):
+    """Thumbnails of a NAS that are trained on; images of unusual suffixes, or files without one, that vanish without a word."""
+    for name in ["c/a.jpg", "c/b.jfif", "c/d.JPE", "c/e.ppm", "d/x.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    before = ImageFolder(tmp_path)
+    assert capsys.readouterr().err == ""
+    others = ["c/@eaDir/a.jpg/SYNOPHOTO_THUMB.jpg", "@eaDir/y.jpg", "__MACOSX/c/a.jpg", "c/._a.jpg", "c/n01", "c/n02", "c/x.csv"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = ImageFolder(tmp_path)
+    assert (len(source), source.class_names) == (5, ("c", "d"))
+    assert source.fingerprint == before.fingerprint
+    assert "5 files or folders are no images" in (said := capsys.readouterr().err)
+    assert "2 x no suffix" in said
+    assert "2 x hidden, or of a system" in said
+
+
+@pytest.mark.parametrize("link", ["c/loop", "c/more/loop"])
+def test_a_link_to_a_folder_above_is_named(link, tmp_path):
+    """A walk that ends at the 40th link with a stack trace, or that counts an image 40 times."""
+    (tmp_path / "c/more").mkdir(parents=True)
+    (tmp_path / "c/more/a.jpg").write_bytes(b"x")
+    (tmp_path / link).symlink_to(tmp_path / "c", target_is_directory=True)
+    with pytest.raises(UserError, match=f"c and .*{link} are the same folder"):
+        ImageFolder(tmp_path)
+
+
+def test_a_link_to_itself_is_left_out(tmp_path):
+    """ELOOP with a stack trace."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/a.jpg").write_bytes(b"x")
+    (tmp_path / "c/loop").symlink_to(tmp_path / "c/loop")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert ImageFolder(tmp_path).class_names == ("c",)
+
+
+def test_numeric_class_folders_are_said(tmp_path, capsys):
+    """Label 2 that is the folder 10, without a word."""
+    for number in range(11):
+        (tmp_path / "a" / f"{number}").mkdir(parents=True)
+        (tmp_path / "a" / f"{number}" / "x.jpg").write_bytes(b"x")
+        (tmp_path / "b" / f"{number:02d}").mkdir(parents=True)
+        (tmp_path / "b" / f"{number:02d}" / "x.jpg").write_bytes(b"x")
+    ImageFolder(tmp_path / "a")
+    assert "label 2 is the folder 10; pad" in capsys.readouterr().err
+    ImageFolder(tmp_path / "b")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_dead_link_is_a_bad_record(tmp_path):
     """One link that leads nowhere, which keeps a whole folder from being opened."""
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
