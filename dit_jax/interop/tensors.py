@@ -106,6 +106,50 @@ def common_dtype(tensors: Tensors, what: str) -> np.dtype:
     return dtypes.pop()
 
 
+def finite(tensors: Tensors, what: str) -> dict[str, Tensor]:
+    """The tensors, which raise a UserError with their name if they are read and hold NaN or infinity.
+
+    Args:
+        what: the file, for the error message.
+    """
+
+    def checked(name: str, tensor: Tensor) -> Tensor:
+        def load():
+            array = tensor.load()
+            if not np.isfinite(array).all():
+                bad = np.count_nonzero(~np.isfinite(array))
+                raise UserError(
+                    f"{what}: {name} holds NaN or infinity ({bad:,} of {array.size:,} values); download the file again, or give "
+                    "an earlier checkpoint"
+                )
+            return array
+
+        return tensor._replace(load=load) if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor
+
+    return {name: checked(name, tensor) for name, tensor in tensors.items()}
+
+
+def without_wrappers(tensors: Tensors, what: str) -> tuple[dict[str, Tensor], str]:
+    """Removes what wrappers of PyTorch add to names; returns (tensors, a text that says what was removed, or "").
+
+    These are `module.` of DataParallel and AveragedModel, with the latter's counter `n_averaged`, and `_orig_mod.` of
+    torch.compile, anywhere in a name.
+
+    Raises:
+        UserError: two names become one.
+    """
+    renamed = {name: name.replace("_orig_mod.", "") for name in tensors}
+    if (counted := "n_averaged") in renamed and any(name.startswith("module.") for name in renamed.values()):
+        del renamed[counted]
+    while renamed and all(name.startswith("module.") for name in renamed.values()):
+        renamed = {name: new.removeprefix("module.") for name, new in renamed.items()}
+    kept = {new: tensors[name] for name, new in renamed.items()}
+    if len(kept) != len(renamed):
+        raise UserError(f"{what} holds tensors whose names differ only by _orig_mod.: remove one copy")
+    changed = [name for name in tensors if name not in kept]
+    return kept, " and ".join(part for part in ("module.", "_orig_mod.") if any(part in name for name in changed))
+
+
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Opens a .safetensors file; returns (tensors, metadata).
 

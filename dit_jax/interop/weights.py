@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dit_jax.errors import UserError
-from dit_jax.interop.tensors import Tensor, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.interop.tensors import Tensor, check, common_dtype, finite, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
 from dit_jax.storage.bounded import json_object
@@ -85,9 +85,9 @@ def load(path: Path, tree: Any) -> Any:
         tree: parameters of the network that the file's sections describe, as ShapeDtypeStructs.
 
     Raises:
-        UserError: as `read`; or tensors are missing, extra or misshapen, or their dtypes differ.
+        UserError: as `read`; or tensors are missing, extra or misshapen, their dtypes differ, or they hold NaN or infinity.
     """
-    tensors = read(path).tensors
+    tensors = finite(read(path).tensors, str(path))
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, str(path))
     common_dtype(tensors, str(path))

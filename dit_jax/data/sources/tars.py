@@ -117,10 +117,11 @@ class TarSource:
 class TarShards(TarSource):
     """Tar files in the WebDataset layout: members with the same path up to the first dot of the base name form a sample.
 
-    A sample has one image (.jpg .jpeg .jpe .jfif .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an integer in
-    ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field "caption" or
-    "text") that it has. As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are not part
-    of the data set. Members of a sample need not be adjacent. Samples are numbered by tar, then by their first member.
+    A sample has one image (.jpg .jpeg .jpe .jfif .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an
+    integer in ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field
+    "caption" or "text") that it has. As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are
+    not part of the data set; nor are those in folders such as @eaDir and __MACOSX. Members of a sample need not be adjacent.
+    Samples are numbered by tar, then by their first member.
 
     The first opening reads all headers and labels, and stores an index next to the tars (see `tar_index.cached`).
 
