@@ -1,4 +1,4 @@
-"""DiT on the latents of `configs/vae_digits.py`: pass --config.codec.path=<its workdir>."""
+"""DiT on the latents of `vae_digits`: pass --config.codec.path=<its workdir>."""
 
 from dit_jax import recipes
 

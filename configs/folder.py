@@ -1,4 +1,4 @@
-"""DiT on the pixels of your own images: `configs/folder.py:S/8,32,10` is size S, patch 8, 32 x 32 pixels, 10 class folders.
+"""DiT on the pixels of your own images: `folder:S/8,32,10` is size S, patch 8, 32 x 32 pixels, 10 class folders.
 
 Pass --config.data.path=<folder with one sub-folder per class>.
 """

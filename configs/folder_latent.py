@@ -1,6 +1,6 @@
-"""DiT on a latent cache: `configs/folder_latent.py:S/2,64,10` is size S, patch 2, 64 x 64 pixels, 10 classes (0: no labels).
+"""DiT on a latent cache: `folder_latent:S/2,64,10` is size S, patch 2, 64 x 64 pixels, 10 classes (0: no labels).
 
-Pass --config.data.path=<folder of dit_jax.encode> and --config.codec.path=<workdir of configs/vae_folder.py>.
+Pass --config.data.path=<folder of dit_jax.encode> and --config.codec.path=<workdir of vae_folder>.
 """
 
 from dit_jax import recipes

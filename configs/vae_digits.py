@@ -1,4 +1,4 @@
-"""A small autoencoder on the digits, 8 x 8 pixels to 4 x 4 x 2 numbers: the first stage of `configs/digits_latent.py`."""
+"""A small autoencoder on the digits, 8 x 8 pixels to 4 x 4 x 2 numbers: the first stage of `digits_latent`."""
 
 from dit_jax import recipes
 

@@ -1,4 +1,4 @@
-"""A small autoencoder on a folder of photographs: `configs/vae_folder.py:64` is 64 x 64 pixels to 16 x 16 x 4 numbers.
+"""A small autoencoder on a folder of photographs: `vae_folder:64` is 64 x 64 pixels to 16 x 16 x 4 numbers.
 
 Pass --config.data.path=<folder of images, or of one sub-folder per class>.
 """

@@ -9,7 +9,12 @@ Conventions of all modules:
   GMACs      multiply-adds of one forward pass of one image, in units of 1e9 (Gflops in the paper); FLOPs = 2 x MACs.
   counts end in `_steps` or `_images`, times in `_seconds`.
 
-`dit_jax.register(section, name, constructor)` makes user code available to configs and verbs, see `registry`.
+The API, of which nothing is imported before it is used:
+  load(path)                             a trained network that draws images: pipe(labels=[3, 5]), see `pipeline`
+  train(config, workdir)                 what `python -m dit_jax.main` does, see `session`
+  score(samples, reference)              Frechet distance and its kin, see `evaluate.scores`
+  register(section, name, constructor)   makes user code available to configs and verbs, see `registry`
+  models.DiT.of("S/8", num_classes=10)   a network of the paper, see `models.dit`
 """
 
 import importlib
@@ -17,11 +22,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"register": "dit_jax.registry"}  # name: its module, imported on first use
-__all__ = ["register"]
+_PUBLIC = {  # name: its module, imported on first use
+    "Pipeline": "dit_jax.pipeline",
+    "Samples": "dit_jax.sample.samples_file",
+    "UserError": "dit_jax.errors",
+    "load": "dit_jax.pipeline",
+    "register": "dit_jax.registry",
+    "score": "dit_jax.evaluate.scores",
+    "train": "dit_jax.session",
+}
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module("dit_jax.models")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -5,7 +5,8 @@ A new model, process, codec, data source or optimizer of the package is a file a
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
-from dit_jax.errors import UserError
+from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, vae
 from dit_jax.models.dit import DiT
 from dit_jax.models.network import Network, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
+from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -89,11 +91,12 @@ def construct(section: str, fields: Mapping, **more: Any) -> Any:
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in fields]
     if unknown or missing:
         raise UserError(
-            f"{section} {name!r} has no field {', '.join(unknown)}"
+            f"{section} {name!r} has no field {', '.join(unknown)}{suggest(unknown[0], [*registry.parameters(section, name)])}"
             if unknown
             else f"{section} {name!r} needs the field {', '.join(missing)}"
         )
-    return constructor(**fields)
+    file = registry.origin(section, name)
+    return constructor(**fields) if file is None else user_code.run(lambda: constructor(**fields), file)
 
 
 CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are not fields of a codec
@@ -231,13 +234,19 @@ class Run:
         self.task.batch_spec(self.entry)
         classes = self.conditioner.num_classes if "conditioner" in config else 0
         if classes and self.source.num_classes != classes:
+            have = self.source.num_classes
             raise UserError(
-                f"the data set has {self.source.num_classes} classes and model.num_classes is {classes}; pass "
-                f"--config.model.num_classes={self.source.num_classes}, or 0 to train without labels"
+                f"the data set has {have or 'no'} classes and model.num_classes is {classes}; pass "
+                f"--config.model.num_classes={have}" + (", or 0" if have else "") + " to train without labels"
             )
+        if config.batch_size > len(self.source):
+            epochs = config.batch_size / len(self.source)
+            say(f"note: each batch of {config.batch_size} holds {epochs:.1f} epochs of the {len(self.source)} examples")
         part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
-            return Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader = Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader.check_small()
+            return loader
         self.source.check(self.codec, config.codec.sha256, self.transform)
         return LatentLoader(self.source, config.batch_size, config.seed, self.transform.flip, **config.loader, **part)
 
@@ -323,7 +332,7 @@ class Run:
         """Whether the weights of a frozen codec must be read. An autoencoder's run trains its codec."""
         return "path" in self.config.codec
 
-    def with_codec_weights(self, workdir: Path | None = None) -> "Run":
+    def with_codec_weights(self, workdir: str | os.PathLike | None = None) -> "Run":
         """This run with the frozen codec's weights, and the fields of `codec` that come with the weights.
 
         A run's own copy of the codec is preferred; the path in the config need not exist any more. If `codec.scale` or
@@ -334,7 +343,7 @@ class Run:
         """
         if not self.has_codec_weights:
             return self
-        section, own = dict(self.config.codec), workdir / codec_folder.FOLDER if workdir else None
+        section, own = dict(self.config.codec), Path(workdir) / codec_folder.FOLDER if workdir else None
         path = self._codec_path(own)
         if path.is_dir():
             stored = vae.read_codec(path)
@@ -361,15 +370,32 @@ class Run:
         config.codec.sha256 = sha256
         return Run(config.lock(), devices=self.devices, codec_params=params, platform=self.platform)
 
-    def _codec_path(self, own: Path | None) -> Path:
+    def _codec_path(self, own: Path | None, fetch: bool = True) -> Path:
         given = self.config.codec.path
         if own and own.exists():
-            if given and not Path(given).expanduser().exists():
+            if given and given not in vae.PUBLISHED and not Path(given).expanduser().exists():
                 say(f"codec.path {given} does not exist; using the copy in {own}")
             return own
         if not given:
             raise UserError(NO_CODEC_PATH)
-        return vae.find(given)
+        return vae.find(given, fetch)
+
+    def check_files(self, workdir: Path, *checks: Callable[[], object]) -> None:
+        """Opens what the run reads: its data, the weights of its loss and its codec. Downloads a codec only if all else is there.
+
+        Args:
+            workdir: folder of the run, whose copy of the codec is preferred.
+            checks: calls that raise a UserError for what else is missing.
+
+        Raises:
+            UserError: everything that is missing or does not fit, in one message, with the remedy of each.
+        """
+        missing = failures(lambda: self.source, *checks)
+        if "perceptual" in self.task.constants():
+            missing += failures(lambda: CONSTANTS["perceptual"](self))
+        if self.has_codec_weights:
+            missing += failures(lambda: self._codec_path(workdir / codec_folder.FOLDER, fetch=not missing))
+        raise_all(missing)
 
     @cached_property
     def sampler(self) -> Any:
@@ -462,8 +488,8 @@ class Run:
 
 
 NO_CODEC_PATH = (
-    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, or the --workdir of a run that trained one "
-    "(--config.codec.path=... or, to sample, --codec_path=...)"
+    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, or "
+    f"{' or '.join(vae.PUBLISHED)}, which is downloaded (--config.codec.path=... or, to sample, --codec_path=...)"
 )
 
 

@@ -1,16 +1,20 @@
 """Reads a config from its file and from fields on the command line.
 
-    --config=configs/imagenet.py:B/4,256 --config.batch_size=512 --config.process.name=flow
+    --config=imagenet:B/4,256 --config.batch_size=512 --config.process.name=flow
 
-The text after the colon is the argument of the file's `get_config`. Fields may be given in any order, also before --config.
+A config is given by its path, such as configs/imagenet.py, or by its name, which is looked up in ./configs and then in the
+package `dit_jax_configs`, as which `configs/` is installed. The text after the colon is the argument of the file's `get_config`.
+Fields may be given in any order, also before --config.
 Names are applied first: if `<section>.name` differs from the file's, the section is reset to the defaults of the new constructor
 and of its recipe, if there is one; no other field of the file's section is kept. Then the given fields are set.
 """
 
 import copy
 import difflib
+import importlib.util
 import inspect
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +23,8 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from dit_jax import registry
-from dit_jax.errors import UserError
-from dit_jax.runtime import console, user_code
+from dit_jax.errors import UserError, nearest, suggest
+from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.field_values import NONE, FieldType
 from dit_jax.storage.upgrade import upgrade, upgrade_path
 
@@ -49,13 +53,19 @@ class ConfigFlag(NamedTuple):
 
 def define_flags(help_text: str) -> ConfigFlag:
     """Defines --config and the flags of fields, in a verb's `__main__`."""
-    return ConfigFlag(flags.DEFINE_string("config", None, help_text), define_fields())
+    flag = ConfigFlag(flags.DEFINE_string("config", None, help_text), define_fields())
+    # Called when the flags are wrong, and so not readable by their holders.
+    command_line.know_fields(lambda: _paths(load(file)) if (file := flags.FLAGS["config"].value) else ())
+    return flag
 
 
 def define_fields() -> flags.FlagHolder:
     """Defines only the flags of fields: texts "<path>=<value>", or "<path>" without a value."""
     return flags.DEFINE_multi_string(
-        console.CONFIG_FIELD, [], "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow"
+        command_line.CONFIG_FIELD,
+        [],
+        "Sets a field of the config, as in --config.batch_size=512 or --config.process.name=flow. All fields are listed by "
+        "`python -m dit_jax.main --config=... --show`.",
     )
 
 
@@ -68,7 +78,7 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     """The config of a file with these fields, locked.
 
     Args:
-        config_file: "configs/digits.py", or with an argument "configs/digits.py:process=flow".
+        config_file: a path or a name, see `find`, and after a colon the argument: "configs/digits.py", "digits:process=flow".
         fields: texts "<path>=<value>", as in "optimizer.learning_rate=1e-3"; the last one of a path counts. "<path>" alone sets
             a field to True.
 
@@ -105,29 +115,74 @@ def load(config_file: str) -> "ConfigDict":
     from ml_collections import ConfigDict
 
     file, colon, argument = config_file.partition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"--config={file} does not exist; {_configs_near(path)}")
+    path = find(file)
     module = user_code.load_file(path, f"--config={file}")
     if not hasattr(module, "get_config"):
-        raise UserError(f"{file} has no get_config(); a config file defines it and returns a ConfigDict, see configs/digits.py")
+        raise UserError(f"{file} has no get_config(); a config file defines it and returns a ConfigDict, see the config digits")
     arguments = (argument,) if colon else ()
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError:
         wrong = f"takes no argument; leave out :{argument}" if colon else f"needs an argument; write --config={file}:<argument>"
         raise UserError(f"{config_file}: get_config() {wrong}") from None
-    config = user_code.run(lambda: module.get_config(*arguments), file)
+    config = user_code.run(lambda: module.get_config(*arguments), str(path))
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{file}: get_config() returns a {type(config).__name__}; it must return a ml_collections.ConfigDict")
+        raise UserError(user_code.wrong_result(path, module.get_config, config, "a ml_collections.ConfigDict"))
     return config
 
 
-def _configs_near(path: Path) -> str:
-    """Lists the config files in the folder of a missing one."""
+def find(given: str, flag: str = "config", folder: str = "") -> Path:
+    """The file of a config or sweep that is given by its path or its name.
+
+    Args:
+        given: a path, such as "configs/digits.py", or a name, such as "digits". A file of that path comes first.
+        flag: that gave it, for messages.
+        folder: sub-folder of the configs in which names are looked up.
+
+    Raises:
+        UserError: there is no such file; the message lists those that there are.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if not given or given.startswith("-"):
+        raise UserError(f"--{flag} has no value; give a name or a file, as in --{flag}=digits")
+    is_name = given == path.stem
+    files = known(folder)
+    if is_name and given in files:
+        return files[given]
+    if is_name:
+        places = " or ".join(str(place) if place.is_absolute() else f"./{place}" for place in _places(folder))
+        choice = suggest(given, list(files)[:CONFIGS_SHOWN]) if files else "; give the path of a file"
+        raise UserError(f"--{flag}={given} does not exist: there is no {given}.py in {places}{choice}")
+    named = f"; --{flag}={path.stem} exists" if path.stem in files else ""
+    raise UserError(f"--{flag}={given} does not exist; {_files_near(path)}{named}")
+
+
+def known(folder: str = "") -> dict[str, Path]:
+    """{name: file} of the configs, or of those in a sub-folder, sorted by name; ./configs comes before the installed ones."""
+    found = {file.stem: file for place in reversed(_places(folder)) for file in _python_files(place)}
+    return dict(sorted(found.items()))
+
+
+def _places(folder: str) -> list[Path]:
+    """The folders in which a name is looked up: ./configs, and that of the installed package."""
+    spec = importlib.util.find_spec("dit_jax_configs")
+    # An editable install adds a name that is no folder.
+    installed = [Path(place) for place in (spec and spec.submodule_search_locations) or () if Path(place).is_dir()]
+    here = Path("configs")
+    return [place / folder for place in (here, *(place for place in installed if place.resolve() != here.resolve()))]
+
+
+def _python_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.py") if file.stem != "__init__")
+
+
+def _files_near(path: Path) -> str:
+    """Lists the Python files in the folder of a missing one."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist in {Path.cwd()}"
-    names = sorted(file.name for file in path.parent.glob("*.py"))
+    names = [file.name for file in _python_files(path.parent)]
     if not names:
         return f"the folder {path.parent} has no *.py"
     names = list(dict.fromkeys([*difflib.get_close_matches(path.name, names, 1), *names]))
@@ -207,15 +262,9 @@ def _section(config: "ConfigDict", place: str, path: str) -> "ConfigDict":
     for name in place.split(".") if place else []:
         if not isinstance(section.get(name), ConfigDict):
             names = [key for key, value in section.items() if isinstance(value, ConfigDict)]
-            raise UserError(f"--config.{path}: the config has no section {place}{_choice(name, names)}")
+            raise UserError(f"--config.{path}: the config has no section {place}{suggest(name, names)}")
         section = section[name]
     return section
-
-
-def _choice(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """A suggestion: the nearest name, or a path elsewhere that ends in this name; then all names."""
-    near = difflib.get_close_matches(name, names, 1) or [path for path in elsewhere if path.rpartition(".")[2] == name]
-    return f"; did you mean {near[0]}? There are {', '.join(names)}" if near else f"; there are {', '.join(names)}"
 
 
 def _paths(section: "ConfigDict", prefix: str = "") -> Iterator[str]:
@@ -232,30 +281,28 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         UserError: the field does not exist, or the text is not a value of its type.
     """
     from ml_collections import ConfigDict
-    from ml_collections.config_dict import FieldReference
 
     place, _, field = path.rpartition(".")
     section, kind = _section(config, place, path), place.rpartition(".")[2]
     values = dict(section.items(preserve_field_references=True))
     named = kind in registry.SECTIONS and "name" in section
-    parameter = _parameters(kind, section.name).get(field) if named and field != "name" else None
-    if field not in section and parameter is None:
-        names = [key for key in (*section, *(_parameters(kind, section.name) if named else ())) if key != "name"]
+    if field not in section and _parameter(section, place, field) is None:
+        if not field:
+            raise UserError(f"--config.{path}: the name of a field is missing; write --config.<field>=<value>")
+        keys = (*section, *(_parameters(kind, section.name) if named else ()))
+        names = list(dict.fromkeys(key for key in keys if key != "name"))
         owner = f"{registry.noun(kind)} {section.name!r}" if named else place or "the config"
-        raise UserError(
-            f"--config.{path}: {owner} has no field {field}{_choice(field, list(dict.fromkeys(names)), [*_paths(config)])}"
-        )
+        elsewhere = [known for known in _paths(config) if known.endswith(f".{field}")]
+        if elsewhere and not nearest(field, names):
+            raise UserError(
+                f"--config.{path}: {owner} has no field {field}; did you mean --config.{' or --config.'.join(elsewhere)}?"
+            )
+        raise UserError(f"--config.{path}: {owner} has no field {field}{suggest(field, names)}")
     if isinstance(values.get(field), ConfigDict):
-        raise UserError(
-            f"--config.{path}: {field} is a section; give its fields, as in --config.{path}.{next(iter(values[field]))}=..."
-        )
-    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
-    if not wanted.allowed and field in section:
-        wanted = FieldType.of_value(section[field])
-        if isinstance(values[field], FieldReference):
-            wanted = FieldType.of_annotation(section.get_type(field))
-    if field in section and (section[field] is None or isinstance(values[field], FieldReference)):
-        wanted = wanted.optional()
+        written = [word for word in re.findall(r"\w+", text or "") if word in values[field]]
+        example = " ".join(f"--config.{path}.{key}=..." for key in written or [next(iter(values[field]))])
+        raise UserError(f"--config.{path}: {field} is a section; give its fields one by one, as in {example}")
+    wanted = type_of(config, path)
     if text is None and bool not in wanted.allowed:
         raise UserError(f"--config.{path} has no value; write --config.{path}=...")
     try:
@@ -266,6 +313,30 @@ def _set(config: "ConfigDict", path: str, text: str | None) -> None:
         section[field] = value
 
 
+def type_of(config: "ConfigDict", path: str) -> FieldType:
+    """The type of a field: that of its constructor's parameter, else that of its value."""
+    from ml_collections.config_dict import FieldReference
+
+    place, _, field = path.rpartition(".")
+    section = _section(config, place, path)
+    value = dict(section.items(preserve_field_references=True)).get(field)
+    parameter = _parameter(section, place, field)
+    wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
+    if not wanted.allowed and field in section:
+        referenced = isinstance(value, FieldReference)
+        wanted = FieldType.of_annotation(section.get_type(field)) if referenced else FieldType.of_value(value)
+    if field in section and (section[field] is None or isinstance(value, FieldReference)):
+        wanted = wanted.optional()
+    return wanted
+
+
+def _parameter(section: "ConfigDict", place: str, field: str) -> inspect.Parameter | None:
+    """The parameter of the section's constructor that a field is; None for `name`, and in sections without a constructor."""
+    kind = place.rpartition(".")[2]
+    named = kind in registry.SECTIONS and "name" in section
+    return _parameters(kind, section.name).get(field) if named and field != "name" else None
+
+
 def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
     """Entries for config.json: the files of --import, and the config file if it registered names that the config uses."""
     imports = user_code.imports()
@@ -273,7 +344,7 @@ def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:
     used = {f"{kind}.{name}" for kind, name in _names(config) if name in registry.names(kind) and registry.origin(kind, name)}
     if own := sorted(used - covered):
         file = config_file.partition(":")[0]
-        imports.append(user_code.Import(file, user_code.file_sha256(Path(file).expanduser()), tuple(own)))
+        imports.append(user_code.Import(file, user_code.file_sha256(find(file)), tuple(own)))
     return [entry.describe() for entry in imports]
 
 

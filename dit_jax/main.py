@@ -1,7 +1,8 @@
 """Trains a diffusion transformer or an autoencoder, then makes and scores its samples or reconstructions.
 
-    python -m dit_jax.main --config=configs/digits.py --workdir=runs/digits
-    python -m dit_jax.main --config=configs/imagenet.py:B/4,256 --workdir=gs-mount/b4 --config.data.path=/data/tfds
+    python -m dit_jax.main --config=digits
+    python -m dit_jax.main --config=xl2_imagenet256
+    python -m dit_jax.main --config=imagenet:B/4,256,latents --workdir=mount/b4 --config.data.path=/data/latents256
 
 Any field can be overridden: --config.batch_size=512 --config.mesh.fsdp=4. An overridden name, --config.process.name=flow, resets
 its section to the defaults of that constructor. --import=my_net.py imports user code first, which calls `dit_jax.register`.
@@ -13,55 +14,49 @@ Exit status: 0 when all steps are trained; 75 when SIGTERM or Ctrl-C stopped the
 supervisor (launch/) starts it again; 2 for a user's mistake; anything else for a failure.
 """
 
-from pathlib import Path
-
-import jax
 from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import console, processes
-from dit_jax.storage.atomic import write_json
+from dit_jax.runtime import command_line, console, processes
+from dit_jax.storage.run_folder import default_workdir
 
-CONFIG = config_file.define_flags("Config file, with its argument after a colon: configs/imagenet.py:B/4,256.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, previews, checkpoints.")
+command_line.group("The run")
+CONFIG = config_file.define_flags(
+    "Name of a config in ./configs or installed with dit_jax, or a file; its argument stands after a colon: imagenet:B/4,256."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run: config, metrics, previews, checkpoints. Default: runs/<config>-<its argument>, for one process.",
+)
+SHOW = flags.DEFINE_bool("show", False, "Print every field of the config with its value, type and meaning; train nothing.")
 processes.define_flags()
 
 
 def chosen_config():
     if not CONFIG.given:
-        raise UserError("give --config=configs/<name>.py and --workdir=<folder>")
+        raise UserError("give --config=<name or file>, such as --config=digits")
     return CONFIG.read()
 
 
 def main() -> dict:
     config = chosen_config()
-    if WORKDIR.value is None:
-        raise UserError("give --workdir=<folder of the run>")
-    processes.join()
-    from dit_jax.build import Run
-    from dit_jax.training.loop import train
-    from dit_jax.training.results import check_results
+    if SHOW.value:
+        from dit_jax import config_reference
 
-    workdir = Path(WORKDIR.value).expanduser().absolute()
-    run = Run(config)
-    check_results(run)
-    trained = train(run, workdir)
-    step = int(trained.state.step)
-    result = {
-        "step": step,
-        "loss": trained.loss,
-        "images_per_second": trained.images_per_second,
-        "stopped": trained.stopped,
-        "workdir": str(workdir),
-        "checkpoint": str(workdir / "checkpoints" / str(step)),
-        "samples": None,
-    }
-    if not trained.stopped:
-        result |= trained.results.finish(trained.state, trained.constants, workdir)
-    if not result["stopped"] and jax.process_index() == 0:
-        write_json(workdir / "result.json", result)
-    return result
+        command_line.print_page(config_reference.text(config))
+        return {"config": CONFIG.file.value, "num_fields": len(config_reference.fields(config))}
+    processes.join()
+    import jax
+
+    from dit_jax.session import train
+
+    if WORKDIR.value is not None:
+        return train(config, WORKDIR.value)
+    workdir = default_workdir(CONFIG.file.value, jax.process_count())
+    console.say(f"--workdir={workdir}")
+    return train(config, workdir)
 
 
 if __name__ == "__main__":

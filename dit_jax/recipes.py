@@ -18,6 +18,35 @@ from dit_jax.models import sizes
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 
+_FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
+MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
+    "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
+    "num_steps": "Training steps.",
+    "batch_size": "Images of a step, over all hosts and devices.",
+    "microbatches": "Parts of the batch, computed in sequence, over which gradients are averaged: less memory, the same step.",
+    "ema_decay": "Decay per step of the parameters' moving average, with which samples are drawn.",
+    "imports": "Files of --import that registered constructors; set by the command line.",
+    "mesh.zero1": "Split the optimizer's state and the moving average over fsdp, but not the parameters (ZeRO stage 1).",
+    "mesh.offload": "Kept in host memory between steps: none, optimizer, or optimizer_and_ema.",
+    "codec.path": "Weights of a VAE: a diffusers folder, a .safetensors file, or the workdir of a run that trained one.",
+    "codec.sha256": "SHA-256 that the weights must have; any if empty. Set when they are read.",
+    "task.perceptual_path": "Weights of LPIPS from `dit_jax.convert --from=lpips`; needed where perceptual_weight is above 0.",
+    "log.every_steps": "Prints and records loss, rate and time every so many steps.",
+    "log.wandb": "Name of a Weights & Biases project to log to; off if empty.",
+    "log.watchdog_seconds": "Ends the process (status 75) if no step finishes for so long; 0 turns it off.",
+    "preview.every_steps": "Draws a grid of images every so many steps; 0 turns previews off.",
+    "preview.num_images": "Images of a preview.",
+    "evaluation.num_images": "Images made at the end of the run, and scored if there is a reference; 0 for none.",
+    "evaluation.batch_size": "Images that are drawn at a time, over all devices.",
+    "evaluation.features": f"Features {_FEATURES}; none if empty.",
+    "evaluation.weights": "The extractor's weights, a file of dit_jax.convert; empty for pixels.",
+    "evaluation.reference": "What samples are scored against: digits, a folder, tfds:NAME:PATH, an npz of images or statistics.",
+    "evaluation.split": "Split of the data set that is reconstructed and scored; the training split if unset.",
+    "evaluation.normalize": "What the latents' scale makes 1: scale (their variance over all channels) or channel (of each).",
+    "scoring.every_steps": "Scores samples against evaluation.reference every so many steps, and keeps the best; 0 is off.",
+    "scoring.num_images": "Images of such a score.",
+}
+
 
 def model(size: str) -> dict:
     """Fields of the paper's model "S/8" .. "XL/2".
@@ -74,6 +103,11 @@ def training() -> ml_collections.ConfigDict:
     )
 
 
+def decay_to_the_end(c: ml_collections.ConfigDict) -> None:
+    """Makes the learning rate fall to zero at the last step: decay_steps follows num_steps, until it is set."""
+    c.optimizer.decay_steps = c.get_ref("num_steps") + 0  # the sum is a reference of its own: setting it leaves num_steps
+
+
 def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
@@ -127,7 +161,7 @@ PROCESSES = {"gaussian": gaussian, "flow": flow}
 
 
 def imagenet() -> dict:
-    """ImageNet's training split as TFDS stores it; `path` is left for the user."""
+    """ImageNet's training split as TFDS stores it; an empty `path` is TFDS's default folder."""
     return {
         "name": "tfds",
         "dataset": "imagenet2012",
@@ -167,28 +201,39 @@ def choices(arg: str, names: tuple[str, ...]) -> dict[str, str]:
     return chosen
 
 
-def dit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
-    """DiT on ImageNet in the latent space of Stable Diffusion's VAE (Peebles & Xie 2023).
+def latents() -> dict:
+    """A latent cache, which `python -m dit_jax.encode` writes; set `path`."""
+    return {"name": "latents", "path": "", "verify": True}
 
-    Set `data.path` to the folder of a TFDS ImageNet and `codec.path` to the VAE's weights.
+
+def dit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """DiT on ImageNet in the latent space of Stable Diffusion's VAE (Peebles & Xie 2023), which is downloaded on first use.
+
+    Args:
+        size: of the paper's models, "S/8" .. "XL/2".
+        resolution: 256 or 512 in the paper.
+        cached: train from a latent cache, and set `data.path` to it. Otherwise images are encoded inside the training step,
+            and come from TFDS's default folder unless `data.path` is set.
     """
     c = diffusion()
     c.model = {**model(size), "num_classes": 1000, "dtype": "bfloat16"}
     c.process = gaussian()
-    c.codec = {"name": "kl_vae", "path": "", "sha256": "", "scale": 0.18215}
-    c.data = imagenet()
+    c.codec = {"name": "kl_vae", "path": "sd-vae-ft-mse", "sha256": "", "scale": 0.18215}
+    c.data = latents() if cached else imagenet()
+    if cached:
+        c.loader = loader("latents")
     c.transform = image_transform(resolution, 3, flip=True)
     c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
     return c
 
 
-def sit(size: str = "XL/2", resolution: int = 256) -> ml_collections.ConfigDict:
+def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
     """SiT on ImageNet (Ma et al. 2024): DiT's networks and optimizer, with a flow instead of the Gaussian process.
 
     As in SiT's code, the network has the C channels that DiT uses for the variance; they are unused, so that its weights fit.
-    Set `data.path` and `codec.path` as for `dit`.
+    The arguments are those of `dit`.
     """
-    c = dit(size, resolution)
+    c = dit(size, resolution, cached)
     c.process = {**flow(), "spare_channels": True}
     c.sampler = default_sampler("sde")
     return c
@@ -224,7 +269,8 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
     c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
-    c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "decay_steps": 1_000, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "clip_norm": 1.0})
+    decay_to_the_end(c)
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})
     c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
@@ -270,7 +316,7 @@ FOLDER_CODEC = {
 def vae_f8(resolution: int = 256) -> ml_collections.ConfigDict:
     """Stable Diffusion's autoencoder on ImageNet, as latent diffusion trains it (Rombach et al. 2022, their kl-f8 config).
 
-    Set `data.path` to the folder of a TFDS ImageNet and `task.perceptual_path` to LPIPS's weights.
+    Set `task.perceptual_path` to LPIPS's weights, and `data.path` if ImageNet is not in TFDS's default folder.
     """
     sizes = {
         "block_out_channels": (128, 256, 512, 512),
@@ -294,7 +340,8 @@ def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
     """A small autoencoder (f4, 4 channels) on a folder of photographs; set `data.path`."""
     c = autoencoder(FOLDER_CODEC)
     c.num_steps, c.batch_size, c.ema_decay = 1_500, 16, 0.99
-    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1_500, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0})
+    decay_to_the_end(c)
     c.data = {"name": "folder", "path": "", "split": ""}
     c.transform = image_transform(resolution, 3, flip=True)
     c.log.every_steps = 20
@@ -316,7 +363,8 @@ def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
         raise UserError(f"latent {latent!r} does not exist; choose grid or plane")
     c = autoencoder(DIGITS_CODEC if latent == "grid" else PLANE_CODEC, kl_weight=1e-3 if latent == "grid" else 0.08)
     c.num_steps, c.batch_size, c.ema_decay = 800, 128, 0.99
-    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": 800, "clip_norm": 1.0})
+    c.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "clip_norm": 1.0})
+    decay_to_the_end(c)
     c.data = {"name": "digits", "path": "", "split": "train"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
@@ -347,8 +395,7 @@ def digits_latent() -> ml_collections.ConfigDict:
     """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
     c = in_latents(digits(), DIGITS_CODEC)
     c.model.patch_size, c.process.prediction = 1, "noise"
-    c.num_steps = c.optimizer.decay_steps = 1_200
-    c.optimizer.learning_rate = 2e-3
+    c.num_steps, c.optimizer.learning_rate = 1_200, 2e-3
     return c
 
 
@@ -358,6 +405,6 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     Set `data.path` to the cache (`python -m dit_jax.encode`) and `codec.path` to the autoencoder's workdir.
     """
     c = in_latents(folder(size, resolution, num_classes), FOLDER_CODEC)
-    c.data = {"name": "latents", "path": "", "verify": True}
+    c.data = latents()
     c.loader = loader("latents")
     return c

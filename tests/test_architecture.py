@@ -15,10 +15,10 @@ LAYERS = (
     ("parallel", "storage", "runtime", "errors", "registry", "pixels", ""),
     ("models", "encoders", "codecs", "diffusion", "data", "metrics", "programs"),
     ("tasks", "interop"),
-    ("build", "recipes", "config_file"),
-    ("sample", "evaluate", "encode", "prepare", "convert"),
+    ("build", "recipes", "config_file", "config_reference"),
+    ("sample", "evaluate", "encode", "prepare", "convert", "pipeline"),
     ("training",),
-    ("sweep", "plan", "benchmark"),
+    ("sweep", "plan", "benchmark", "report", "session"),
     ("__main__", "main"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -11,10 +12,11 @@ from user_files import write
 
 import dit_jax
 from dit_jax import config_file, recipes, registry
+from dit_jax.build import Run
 from dit_jax.config_file import read
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
-from dit_jax.runtime.console import config_fields
+from dit_jax.runtime.command_line import config_fields
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 pytestmark = pytest.mark.usefixtures("forgetful")
@@ -85,11 +87,16 @@ def test_every_field_of_a_constructor_can_be_given():
         (["process.name=steam"], "process 'steam' is not registered; choose one of flow, gaussian"),
         (["data.name=tfds"], r"data set 'tfds' needs dataset, split; add --config\.data\.dataset=\.\.\. --config\.data\.split"),
         (["batchsize=3"], "did you mean batch_size"),
-        (["learning_rate=3"], r"did you mean optimizer\.learning_rate"),
+        (["learning_rate=3"], r"did you mean --config\.optimizer\.learning_rate\?"),
+        (["optimizer.lr=3"], r"optimizer 'adamw' has no field lr; did you mean learning_rate\? There are b1, b2"),
+        (["=3"], "the name of a field is missing"),
+        (["codec.mean=nan"], "mean must be a number"),
+        (["transform.size=(8, 8"], "size must be a tuple"),
+        (["optimizer={'learning_rate': 1}"], r"a section; give its fields one by one, as in --config\.optimizer\.learning_rate="),
         (["model.wid=3"], r"network 'dit' has no field wid; did you mean width\?.*conditioning, depth"),
         (["modl.width=3"], "no section modl; did you mean model"),
         (["seed.x=3"], "no section seed"),
-        (["model=3"], r"model is a section; give its fields, as in --config\.model\.attention="),
+        (["model=3"], r"model is a section; give its fields one by one, as in --config\.model\.attention="),
         (["process=flow"], "process is a section"),
         (["batch_size=many"], "--config.batch_size=many: batch_size must be a whole number"),
         (["batch_size=None"], "batch_size must be a whole number"),
@@ -146,6 +153,12 @@ def test_fields_that_follow_others(tmp_path):
         ("def get_config(:\n", "c.py, line 1: SyntaxError"),
         ("x = 1\n", "has no get_config"),
         ("def get_config():\n    return {}\n", "returns a dict"),
+        ("\ndef get_config():\n    pass\n", r"c\.py, line 2: get_config\(\) returns None; it has no return statement"),
+        ("import sys\nsys.exit(3)\n", "c.py, line 2: SystemExit: 3"),
+        (
+            "from dit_jax import recipes as r\ndef get_config():\n    c = r.digits().lock()\n    c.model.widht = 3\n",
+            'c.py, line 4: AttributeError: Key "widht" does not exist .*locked. Did you mean "width" instead of "widht"',
+        ),
         ("def get_config(size):\n    return {}\n", "needs an argument; write --config=.*:<argument>"),
         ("from dit_jax import recipes\ndef get_config():\n    return recipes.digits('vp')\n", "process 'vp' does not exist"),
     ],
@@ -155,6 +168,56 @@ def test_failing_files(tmp_path, text, said):
     with pytest.raises(UserError, match=said) as caught:
         read(str(write(tmp_path / "c.py", text)))
     assert len(str(caught.value).splitlines()) <= 2 and len(str(caught.value)) < 500
+
+
+def test_failing_constructor_of_a_file(tmp_path):
+    """Fifty frames for a wrong line in a class that the user's file registers, because it fails only when it is built."""
+    text = """
+        import dit_jax
+        from dit_jax import recipes
+        class Mine:
+            def __init__(self, num_steps=3):
+                self.num_steps = nothing
+        dit_jax.register("sampler", "mine", Mine)
+        def get_config():
+            return recipes.digits()
+        """
+    config = read(str(write(tmp_path / "c.py", text)), ["sampler.name=mine"])
+    with pytest.raises(
+        UserError, match=r"c\.py, line 6: NameError: name 'nothing' is not defined\n    self\.num_steps = nothing$"
+    ):
+        Run(config).sampler
+
+
+def test_configs_by_name(tmp_path, monkeypatch):
+    """An installed config that needs its path; one of ./configs that the installed one hides; a path that a name hides."""
+    monkeypatch.chdir(tmp_path)
+    installed, here = tmp_path / "site" / "dit_jax_configs", tmp_path / "configs"
+    (installed / "sweeps").mkdir(parents=True)
+    here.mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "dit_jax_configs", raising=False)
+    source = "from dit_jax import recipes\ndef get_config(arg=''):\n    c = recipes.digits()\n    c.seed = {}\n    return c\n"
+    for file, seed in ((installed / "one.py", 1), (installed / "two.py", 2), (here / "two.py", 3), (here / "imagenet.py", 4)):
+        file.write_text(source.format(seed))
+    (installed / "sweeps" / "grid.py").touch()
+    assert [read(name).seed for name in ("one", "two", "imagenet:B/4,256", str(installed / "two.py"))] == [1, 3, 4, 2]
+    assert config_file.find("grid", "sweep", "sweeps") == installed / "sweeps" / "grid.py"
+    assert list(config_file.known()) == ["imagenet", "one", "two"]
+    (tmp_path / "one").write_text("")
+    assert config_file.find("one") == Path("one")
+    with pytest.raises(
+        UserError, match=r"no tow\.py in \./configs or .*dit_jax_configs; did you mean two\? There are imagenet, one"
+    ):
+        read("tow")
+    with pytest.raises(UserError, match=r"--sweep=gird does not exist.*there are grid|did you mean grid"):
+        config_file.find("gird", "sweep", "sweeps")
+    with pytest.raises(
+        UserError, match=r"--config=configs/one\.py does not exist; .* has two\.py, imagenet\.py; --config=one exists"
+    ):
+        read("configs/one.py")
+    with pytest.raises(UserError, match="--config has no value"):
+        read("")
 
 
 def test_missing_files(tmp_path, monkeypatch):

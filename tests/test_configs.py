@@ -41,7 +41,26 @@ def test_all_sizes(size, resolution):
     assert build.Run(config).network.patch_size == int(size[-1])
 
 
-@pytest.mark.parametrize("arg, text", [("XL/3,256", "choose one of"), ("XL/2,250", "256 or 512"), ("XL/2", "256 or 512")])
+def test_imagenet_parts_in_any_order():
+    """A part that is dropped: the pixels of ImageNet instead of the cache, DiT instead of SiT."""
+    config = load_config("imagenet", "512,sit,latents,B/4")
+    assert (config.data.name, config.process.name, config.codec.path) == ("latents", "flow", "sd-vae-ft-mse")
+    assert (config.model.patch_size, config.model.width, config.transform.resolution) == (4, 768, 512)
+    assert load_config("imagenet", "B/4,512").data.name == "tfds"
+    assert load_config("imagenet", "XL/2,256,sit") == load_config("sit_xl2_imagenet256")
+
+
+@pytest.mark.parametrize(
+    "arg, text",
+    [
+        ("XL/3,256", "choose one of"),
+        ("XL/2,250", "256 or 512"),
+        ("XL/2", "256 or 512"),
+        ("XL/2,256,latent", "256 or 512"),
+        ("XL/2,256,512", "one resolution"),
+        ("latents,XL/2,256,latents", "one size"),
+    ],
+)
 def test_bad_imagenet_argument(arg, text):
     """A mistyped size that silently becomes another."""
     with pytest.raises(UserError, match=text):

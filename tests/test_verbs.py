@@ -39,6 +39,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("verbs") / "run"
     done = result(verb("main", "--config=configs/digits.py", f"--workdir={path}", *TINY))
     assert done["step"] == 4 and done["num_samples"] == 20 and done["fid"] > 0 and Path(done["checkpoint"]).is_dir()
+    assert (path / "report.html").is_file() and done["machine"]["cores"] > 0
     assert Path(done["samples"]).is_file() and Path(done["samples"]).with_suffix(".png").is_file()
     return path
 
@@ -87,11 +88,23 @@ MISTAKES = {
     "no such import": ("evaluate", ["--import=nowhere.py"], "nowhere.py does not exist"),
     "wrong type": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.batch_size=many"], "many"),
     "bad argument": ("main", ["--config=configs/imagenet.py:XL/3,256", "--workdir=W"], "XL/3"),
-    "no workdir": ("main", ["--config=configs/digits.py"], "--workdir"),
     "patch": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.transform.resolution=9"], "not a multiple"),
     "heads": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.heads=5"], "does not divide"),
     "mesh": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.mesh.fsdp=64"], "needs 64 devices"),
-    "no vae": ("main", ["--config=configs/xl2_imagenet256.py", "--workdir=W"], "codec.path is empty"),
+    "no vae": ("main", ["--config=configs/digits_latent.py", "--workdir=W"], "codec.path is empty"),
+    "no data, no codec, no reference": (
+        "main",
+        [
+            "--config=configs/xl2_imagenet256.py",
+            "--workdir=W",
+            "--config.data.path=W/data",
+            "--config.codec.path=W/codec",
+            "--config.evaluation.num_images=100",
+            "--config.evaluation.features=inception",
+            "--config.evaluation.reference=W.npz",
+        ],
+        "4 things to mend",
+    ),
     "no reference": ("main", ["--config=configs/digits.py", "--workdir=W", "--config.evaluation.reference=/none"], "/none does"),
     "no run": ("sample", ["--workdir=W"], "config.json does not exist"),
     "no npz": ("evaluate", ["--samples=W/x.npz", "--reference=digits"], "does not exist"),

@@ -22,7 +22,7 @@ NUM_STEPS = 1_000
 def get_sweep():
     return Sweep(
         title="DiT on the 8 x 8 digits: quality against GFLOPs",
-        base="configs/digits.py",
+        base="digits",
         variants={
             name: {"model.depth": depth, "model.width": width, "model.heads": heads}
             for name, (depth, width, heads) in MODELS.items()

@@ -1,14 +1,14 @@
 """Measures the speed of each part of training and sampling separately, on noise where possible.
 
     python -m dit_jax.benchmark --what=train_step --model=XL/2 --batch_size=256 --dtype=bfloat16
-    python -m dit_jax.benchmark --what=train_step --config=configs/xl2_imagenet256.py --config.mesh.fsdp=8
+    python -m dit_jax.benchmark --what=train_step --config=xl2_imagenet256 --config.mesh.fsdp=8
     python -m dit_jax.benchmark --what=sampler --model=S/2 --sampler=ddim --num_steps=50 --guidance_scale=1.5 --compare
     python -m dit_jax.benchmark --what=vae --preset=sd --resolution=256 --batch_size=16 --dtype=bfloat16
     python -m dit_jax.benchmark --what=images --data=photographs --threads=1,2,4
     python -m dit_jax.benchmark --what=latents
     python -m dit_jax.benchmark --what=evaluation --resolution=256
     python -m dit_jax.benchmark --what=checkpoint --model=XL/2
-    python -m dit_jax.benchmark --what=startup --config=configs/digits.py
+    python -m dit_jax.benchmark --what=startup --config=digits
     python -m dit_jax.benchmark --what=scaling --model=XL/2 --batch_size=256 --axis=fsdp
 
 train_step, forward, sampler, scaling and vae need only jax, flax and optax, unless --config is given; with it, neither the data
@@ -25,20 +25,19 @@ from absl import flags
 from dit_jax import config_file
 from dit_jax.data.size import parse_size
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
+from dit_jax.runtime.field_values import whole_number
 
+command_line.group("What to measure")
 WHAT = flags.DEFINE_enum(
     "what",
     None,
     ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup", "evaluation", "scaling"],
     "What to measure.",
 )
-CONFIG = config_file.define_flags("Training config, instead of --model.")
+CONFIG = config_file.define_flags("Config of a run, as for dit_jax.main, instead of --model.")
 MODEL = flags.DEFINE_string(
     "model", "S/2", "A model of the paper, trained on cached latents: S, B, L or XL, then /2, /4 or /8, as in XL/2."
-)
-RESOLUTION = flags.DEFINE_string(
-    "resolution", "256", "Size of the images in pixels: one number for squares, or height x width, as in 256x384."
 )
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
@@ -46,9 +45,20 @@ BATCH_SIZE = flags.DEFINE_integer(
     "Images per call over all devices. Default: 256 for latents, 32 for images, 8 for vae, that of dit_jax.evaluate "
     "for evaluation; otherwise 256, or 8 on a CPU.",
 )
+RESOLUTION = flags.DEFINE_string(
+    "resolution", "256", "Size of the images in pixels: one number for squares, or height x width, as in 256x384."
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Dtype of the network's computation. Default: bfloat16, or float32 on a CPU."
 )
+command_line.group("How to measure")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds to measure after warm-up. At least 3 calls are measured.", lower_bound=0.0)
+COMPARE = flags.DEFINE_bool(
+    "compare", False, "Also measure PyTorch (diffusers' DiT), alternating with ours. The ratio is our time divided by PyTorch's."
+)
+PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "Comma-separated modes of PyTorch for --compare: eager, compiled.")
+TABLE = flags.DEFINE_bool("table", False, "Also print the result as a table on stderr.")
+command_line.group("The network")
 REMAT = flags.DEFINE_enum(
     "remat",
     "auto",
@@ -69,15 +79,18 @@ AXIS = flags.DEFINE_enum(
     ["data", "fsdp"],
     "Mesh axis that grows with --what=scaling. The batch size grows with it, from --batch_size at the fewest devices.",
 )
+command_line.group("Sampling")
 SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Number of sampling steps of --model.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Scale of classifier-free guidance of --model. 1 turns it off.")
+command_line.group("The autoencoder")
 PRESET = flags.DEFINE_string("preset", "sd", "Size of the autoencoder: sd, sd3 or small.")
 CODEC = flags.DEFINE_string(
     "codec",
     None,
     "Folder of a diffusers AutoencoderKL, or workdir of a run, that gives the size of the autoencoder instead of --preset.",
 )
+command_line.group("Data and files")
 DATA = flags.DEFINE_string(
     "data",
     None,
@@ -92,12 +105,6 @@ RECORDS = flags.DEFINE_integer(
 THREADS = flags.DEFINE_list(
     "threads", None, "Comma-separated numbers of threads that read images. Default: 1, 2, 4, ... up to twice the number of cores."
 )
-SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds to measure after warm-up. At least 3 calls are measured.", lower_bound=0.0)
-COMPARE = flags.DEFINE_bool(
-    "compare", False, "Also measure PyTorch (diffusers' DiT), alternating with ours. The ratio is our time divided by PyTorch's."
-)
-PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "Comma-separated modes of PyTorch for --compare: eager, compiled.")
-TABLE = flags.DEFINE_bool("table", False, "Also print the result as a table on stderr.")
 
 SIMULATED_DEVICES = 8  # of scaling on a CPU, where JAX_NUM_CPU_DEVICES does not say
 NETWORK = ("config", "model", "resolution", "batch_size", "dtype", "remat", "attention", "unroll", "fsdp", "tensor")
@@ -210,7 +217,7 @@ def threads(cores: int) -> list[int]:
     if THREADS.value is None:
         return [2**i for i in range((2 * cores).bit_length()) if 2**i <= 2 * cores]
     try:
-        counts = [int(text) for text in THREADS.value]
+        counts = [whole_number(text) for text in THREADS.value]
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:

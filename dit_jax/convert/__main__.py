@@ -2,13 +2,17 @@
 
     python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --out=dit.safetensors
     python -m dit_jax.convert --download=dit-xl2-256 --out=dit.safetensors
+    python -m dit_jax.convert --download=sd-vae-ft-mse
     python -m dit_jax.convert --from=workdir --weights=runs/b4 --to=official --out=b4.pt
     python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
     python -m dit_jax.convert --download=inception --out=inception.safetensors
     python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
     python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
 
-Then: python -m dit_jax.sample --weights=dit.safetensors --codec_path=<the VAE's weights> --labels=207,360 --guidance_scale=4
+Then: python -m dit_jax.sample --weights=dit.safetensors --labels=207,360 --guidance_scale=4
+
+sd-vae-ft-mse is the autoencoder of DiT and SiT. It is used as it is and kept in ~/.cache/dit_jax/weights, where
+--codec_path=sd-vae-ft-mse and --config.codec.path=sd-vae-ft-mse find it; the configs of ImageNet name it.
 
 To write lpips_vgg.pt, the perceptual loss of autoencoders, use PyTorch and `pip install lpips`:
     import lpips, torch
@@ -19,15 +23,15 @@ graph in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-
 transformers.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import flags
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
 
+command_line.group("Input and output")
 FROM = flags.DEFINE_string(
     "from",
     None,
@@ -40,15 +44,15 @@ TO = flags.DEFINE_string(
     "Layout of --out: dit_jax (a .safetensors file), official (a .pt or .safetensors file) or diffusers (a folder).",
 )
 WEIGHTS = flags.DEFINE_string(
-    "weights", None, "File or folder to convert. With --download, the path that the file is downloaded to."
+    "weights", None, "File or folder to convert. With --download, the path that is downloaded to: a file; of a VAE, a folder."
 )
 OUT = flags.DEFINE_string("out", None, "Output file or folder. Optional with --download.")
 DOWNLOAD = flags.DEFINE_string(
-    "download", None, "Download these weights first: dit-xl2-256, dit-xl2-512, sit-xl2-256, inception or dinov2-vitl14."
+    "download",
+    None,
+    "Download these weights first: dit-xl2-256, dit-xl2-512, sit-xl2-256, sd-vae-ft-mse, inception or dinov2-vitl14.",
 )
-HEADS = flags.DEFINE_integer(
-    "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
-)
+command_line.group("What the weights do not say")
 LIKE = flags.DEFINE_string(
     "like",
     None,
@@ -67,30 +71,35 @@ NUM_CLASSES = flags.DEFINE_integer(
     "Number of classes of --from=official and sit. Needed if the label table has as many rows as a usual data set has classes: "
     "its last row may be that of the null label.",
 )
+HEADS = flags.DEFINE_integer(
+    "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
+)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from=workdir. Default: the newest intact one.")
 
 
-def byte_progress(name: str) -> Callable[[int, int], None]:
-    """Returns a callback (bytes done, total bytes) that prints progress to stderr."""
-    progress = None
+def download_vae(name: str) -> dict:
+    """Downloads a published autoencoder, which needs no conversion; returns its folder and the SHA-256 of its weights."""
+    from dit_jax.interop import vae
 
-    def update(done: int, total: int):
-        nonlocal progress
-        progress = progress or console.Progress(f"{name}: bytes", total)
-        progress.update(done)
-
-    return update
+    given = {"from": FROM.value, "out": OUT.value, "heads": HEADS.value, "like": LIKE.value, "step": STEP.value}
+    if unused := [flag for flag, value in given.items() if value is not None]:
+        raise UserError(f"--{unused[0]} has no effect with --download={name}, which is used as it is; leave it out")
+    folder = vae.published_folder(name) if WEIGHTS.value is None else Path(WEIGHTS.value).expanduser()
+    sha256 = vae.fetch_published(name, folder)
+    return {"downloaded": {"path": str(folder), "sha256": sha256}}
 
 
 def main() -> dict:
     from dit_jax.convert import formats
-    from dit_jax.interop.download import PUBLISHED, download
+    from dit_jax.interop.download import PUBLISHED, byte_progress, download
 
     layout, path, result = FROM.value, WEIGHTS.value, {}
     if DOWNLOAD.value is not None:
         if DOWNLOAD.value not in PUBLISHED:
             raise UserError(f"--download={DOWNLOAD.value}: one of {', '.join(PUBLISHED)} is needed")
         published = PUBLISHED[DOWNLOAD.value]
+        if published.layout == "vae":
+            return download_vae(DOWNLOAD.value)
         if layout not in (None, published.layout):
             raise UserError(f"--from={layout}: {DOWNLOAD.value} has the layout {published.layout}; leave out --from")
         layout, path = published.layout, path or published.file_name

@@ -3,6 +3,7 @@
 The layouts themselves are in `interop`. This module needs `build`, because a network's shapes come from its config.
 """
 
+import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dit_jax import recipes
 from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
+from dit_jax.interop.download import how_to_get
 from dit_jax.interop.tensors import (
     Tensor,
     Tensors,
@@ -73,6 +75,9 @@ class Source:
     num_classes: int | None = None
 
     def __post_init__(self):
+        for name in ("path", "like"):  # str is accepted too
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
         if self.layout not in SOURCES:
             raise UserError(f"--from={self.layout}: one of {', '.join(SOURCES)} is needed")
         foreign = self.layout in ("official", "sit", "diffusers")
@@ -111,7 +116,7 @@ def read(source: Source) -> Weights:
         UserError: the file does not exist, is damaged, or does not fit the layout or its own config.
     """
     if not source.path.exists():
-        raise UserError(f"--weights={source.path} does not exist")
+        raise UserError(f"--weights={source.path} does not exist{how_to_get(source.path)}")
     if source.layout == "workdir":
         return _read_workdir(source)
     if source.layout == "dit_jax":
@@ -127,7 +132,7 @@ def read(source: Source) -> Weights:
     return (_read_diffusers if source.layout == "diffusers" else _read_official)(source)
 
 
-def write(to_write: Weights, layout: str, out: Path) -> dict:
+def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
     """Writes weights in a layout of TARGETS; returns {"out", "tensors", "parameters", "sha256"}.
 
     A network that no config describes keeps the names of its publication.
@@ -135,6 +140,7 @@ def write(to_write: Weights, layout: str, out: Path) -> dict:
     Raises:
         UserError: the name of `out` does not fit the layout, or the layout cannot represent the network.
     """
+    out = Path(out).expanduser()
     if not to_write.sections and layout != "dit_jax":
         raise UserError(
             f"--to={layout}: weights read with --from={to_write.origin['from']} cannot be written in that layout; omit --to"

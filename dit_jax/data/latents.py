@@ -51,7 +51,10 @@ class LatentCache:
 
     def __init__(self, path: str | os.PathLike, verify: bool = True):
         if not str(path):
-            raise UserError("data.path is empty; give the folder of a latent cache (made by python -m dit_jax.encode)")
+            raise UserError(
+                "data.path is empty; give the folder of a latent cache, which python -m dit_jax.encode --data=<images> "
+                "--codec=<autoencoder> --resolution=<pixels> --out=<folder> writes (--config.data.path=<folder>)"
+            )
         self.path = Path(path).expanduser()
         self.manifest = read_manifest(self.path)
         m = self.manifest
@@ -190,12 +193,13 @@ class LatentCache:
             raise IndexError(f"{what} run from {values.min()} to {values.max()}, outside [0, {size})")
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: str | os.PathLike) -> dict:
     """Reads the manifest of a finished cache and checks its consistency.
 
     Raises:
         UserError: there is no finished cache; the manifest is damaged, has another format, or lists unexpected file names.
     """
+    folder = Path(folder).expanduser()
     try:
         manifest = read_sealed(folder / MANIFEST, {"format": int})
     except UserError as error:

@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -21,6 +22,7 @@ Batch = dict[str, Any]  # arrays, and "caption" as a list of str or None
 BadRecord = tuple[int, str]  # number in the source, reason
 
 REPLACEMENT_TRIES = 16
+SMALL = 300  # records of a data set that is read once before training: seconds for photographs
 
 
 class _ReadAndTransform(grain.transforms.RandomMap):
@@ -74,8 +76,8 @@ class Loader:
 
     An unreadable record i (the source or the transform raises UserError) is replaced by record i + 1 of the source, or
     i + 2, ... up to 16 tries; the first record follows the last. Each bad record is reported once on stderr and added to
-    `Batches.bad_records`. The limit applies to the bad records that a host has met since it started: the first one beyond
-    floor(max_bad_share x records) ends the run. The default thus tolerates no bad record in fewer than 1,000.
+    `Batches.bad_records`. The limit, see `tolerated_bad_records`, applies to the bad records that a host has met since it
+    started: the first one beyond it ends the run.
 
     Args:
         source: the data set; pickled if there are workers.
@@ -86,7 +88,7 @@ class Loader:
             is decoding (which releases the interpreter lock).
         num_threads: threads of this host that read and transform; divided among the workers, at least one each. With workers,
             every thread holds a complete batch.
-        max_bad_share: tolerated share of bad records in the source, in [0, 1); 0 tolerates none.
+        max_bad_share: tolerated share of bad records in the source, in [0, 1); 0 tolerates none, any other share at least one.
         process_index, process_count: this host and P.
 
     Raises:
@@ -124,6 +126,26 @@ class Loader:
         self.source, self.transform, self.batch_size, self.seed = source, transform, batch_size, seed
         self.num_workers, self.num_threads, self.max_bad_share = num_workers, num_threads, max_bad_share
         self.process_index, self.process_count = process_index, process_count
+
+    def check_small(self) -> None:
+        """Reads every record of a data set of at most SMALL records once, so that too many bad ones are found before training.
+
+        Raises:
+            UserError: more records are bad than max_bad_share tolerates.
+        """
+        if len(self.source) > SMALL:
+            return
+
+        def problem(number: int) -> list[BadRecord]:
+            try:
+                self.transform.random_map(self.source[number], np.random.default_rng(self.seed))
+            except UserError as error:
+                return [(number, str(error))]
+            return []
+
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            bad = [record for found in pool.map(problem, range(len(self.source))) for record in found]
+        check_bad_records(dict(bad), len(self.source), self.max_bad_share)
 
     def batches(self, start_step: int = 0) -> "Batches":
         """An endless iterator over this host's batches from step start_step on; close it, or use it in a `with`.
@@ -170,6 +192,30 @@ class Loader:
         return Batches(batches.to_iter_dataset(options).mp_prefetch(workers), len(self.source), self.max_bad_share)
 
 
+def tolerated_bad_records(num_records: int, max_bad_share: float) -> int:
+    """The number of bad records that a share tolerates: floor(max_bad_share x num_records), at least 1 unless the share is 0.
+
+    One bad file must not cost a small data set, of which it is a large share.
+    """
+    tolerated = math.floor(max_bad_share * num_records)
+    tolerated += (tolerated + 1) / num_records <= max_bad_share  # 0.29 x 100 is less than 29
+    return max(tolerated, 1) if max_bad_share else 0
+
+
+def check_bad_records(bad: dict[int, str], num_records: int, max_bad_share: float) -> None:
+    """Raises a UserError if more records are bad, {number: reason}, than the share tolerates."""
+    count, tolerated = len(bad), tolerated_bad_records(num_records, max_bad_share)
+    if count > tolerated:
+        share, first = count / num_records, "; ".join(list(bad.values())[:3])
+        more = next((limit for limit in (0.001, 0.01, 0.1) if share < limit), None)
+        allow = f", or tolerate more of them with --config.loader.max_bad_share={more}" if more else ""
+        raise UserError(
+            f"{count} of the {num_records} records ({share:.2%}) cannot be read, but max_bad_share={max_bad_share:g} "
+            f"tolerates {tolerated}: {first}. Restore them{allow}. Resuming a run needs the same data set; another set of "
+            "files needs a new --workdir"
+        )
+
+
 class Batches:
     """Iterator over a host's batches; closing it stops its threads and processes.
 
@@ -179,8 +225,6 @@ class Batches:
     def __init__(self, dataset: grain.IterDataset, num_records: int, max_bad_share: float):
         self._iterator = iter(dataset)
         self._num_records, self._max_bad_share = num_records, max_bad_share
-        self._tolerated = math.floor(max_bad_share * num_records)
-        self._tolerated += (self._tolerated + 1) / num_records <= max_bad_share  # 0.29 x 100 is less than 29
         self.bad_records: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -211,16 +255,7 @@ class Batches:
         """
         new = {number: reason for number, reason in bad if number not in self.bad_records}
         self.bad_records |= new
-        count, total = len(self.bad_records), self._num_records
-        if count > self._tolerated:
-            first = "; ".join(list(self.bad_records.values())[:3])
-            more = next((share for share in (0.001, 0.01, 0.1) if count / total < share), None)
-            allow = f", or tolerate more of them with --config.loader.max_bad_share={more}" if more else ""
-            raise UserError(
-                f"{count} of the {total} records ({count / total:.2%}) cannot be read, but max_bad_share="
-                f"{self._max_bad_share:g} tolerates {self._tolerated}: {first}. Restore them{allow}. Resuming a run needs the "
-                f"same data set; another set of files needs a new --workdir"
-            )
+        check_bad_records(self.bad_records, self._num_records, self._max_bad_share)
         for number, reason in new.items():
             print(f"replacing bad record {number} by the next one: {reason}", file=sys.stderr, flush=True)
 

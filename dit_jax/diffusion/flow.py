@@ -87,7 +87,8 @@ class Flow:
         interpolant: one of INTERPOLANTS.
         time_distribution: of training times: "uniform", or "logit_normal", where logit(t) is normal with mean logit_mean and
             deviation logit_std (SD3, section 3.1).
-        shift: `shifted` is applied to training times and to the sampling grid; 1 is off.
+        logit_mean, logit_std: of "logit_normal".
+        shift: of training times and of the sampling grid towards noise (`shifted`); 1 is off.
         spare_channels: the network returns 2C channels and the second half is ignored, as in SiT's released models.
     """
 

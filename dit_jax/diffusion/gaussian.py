@@ -87,7 +87,8 @@ class Gaussian:
     """DDPM with T discrete steps (Ho et al. 2020), learned-range variance (Nichol & Dhariwal 2021).
 
     Fields:
-        schedule: one of SCHEDULES.
+        schedule: of the noise: one of SCHEDULES.
+        num_timesteps: T; samplers take at most so many steps.
         prediction: what the first C output channels are: "noise", "x0", or "v" = alpha noise - sigma x0
             (Salimans & Ho 2022).
         variance: of the reverse steps: the posterior variance ("fixed_small"), beta ("fixed_large"), or a fraction between

@@ -42,7 +42,7 @@ class Guidance:
     same condition (autoguidance). The learned variance is that of the strong output.
 
     Fields:
-        scale: 1 turns guidance off; the network then runs once.
+        scale: at least 0. 1 turns guidance off; the network then runs once. 0 ignores the condition.
         channels: number of data channels to guide, from the first; None for all. DiT's released samples used 3 of 4.
         low, high: guide only where low <= t <= high (Kynkaanniemi et al. 2024); where no example is inside, the network runs
             once.
@@ -56,6 +56,10 @@ class Guidance:
     high: float = 1.0
 
     def __post_init__(self):
+        if not 0 <= self.scale < float("inf"):
+            raise UserError(
+                f"guidance.scale is {self.scale}; it must be at least 0 (1 turns guidance off, 0 ignores the condition)"
+            )
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(f"guidance.low is {self.low} and guidance.high {self.high}; 0 <= low <= high <= 1 is required")
         if self.channels is not None and self.channels < 1:

@@ -59,6 +59,23 @@ class Memoryless:
         return self.function(x_t, t), memory
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A `Denoise` that also calls watch(number of the evaluation, t, predicted x0) at every evaluation."""
+
+    denoise: Denoise
+    watch: Callable[[jax.Array, ArrayLike, jax.Array], None]
+
+    def init(self, x: jax.Array) -> Memory:
+        return self.denoise.init(x), jnp.int32(0)
+
+    def __call__(self, x_t: jax.Array, t: jax.Array, memory: Memory) -> tuple[Prediction, Memory]:
+        memory, number = memory
+        prediction, memory = self.denoise(x_t, t, memory)
+        self.watch(number, t, prediction.x0)
+        return prediction, (memory, number + 1)
+
+
 class Process(Protocol):
     """A frozen dataclass; every method is pure and can be traced.
 

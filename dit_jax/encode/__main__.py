@@ -2,7 +2,7 @@
 
     python -m dit_jax.encode --data=folder:photographs --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --data=tfds:imagenet2012:/data/tfds --split=train --codec=sd-vae-ft-mse --resolution=256 --out=cache
-    python -m dit_jax.encode --config=configs/xl2_imagenet256.py --config.data.path=... --config.codec.path=... --out=cache
+    python -m dit_jax.encode --config=xl2_imagenet256 --config.data.path=... --config.codec.path=... --out=cache
     python -m dit_jax.encode --verify --out=cache
 
 The same command resumes an interrupted one. For a finished cache it checks every file and encodes damaged shards again. Several
@@ -17,19 +17,20 @@ from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import console, processes
+from dit_jax.runtime import command_line, console, processes
 
-CONFIG = config_file.define_flags(
-    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
-)
+command_line.group("What to encode")
 DATA = flags.DEFINE_string("data", None, "Data set: digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
 CODEC = flags.DEFINE_string(
     "codec", None, "Folder of a diffusers AutoencoderKL, or workdir of a run that trained an autoencoder."
 )
 RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: one number for squares, or height x width, as in 256x384.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the codec's computation. Default: float32.")
 OUT = flags.DEFINE_string("out", None, "Output folder of the latent cache.")
+CONFIG = config_file.define_flags(
+    "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
+)
+command_line.group("How to encode")
 MIRROR = flags.DEFINE_boolean(
     "mirror", None, "Encode mirrored images too. Default: yes, or --config.transform.flip where --config is given."
 )
@@ -38,19 +39,21 @@ UPRIGHT = flags.DEFINE_boolean(
     None,
     "Apply the EXIF orientation of photographs. Default: no, or --config.transform.upright where --config is given.",
 )
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the codec's computation. Default: float32.")
+VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache and change nothing.")
+command_line.group("Speed and files")
 BATCH_SIZE = flags.DEFINE_integer(
     "device_batch_size",
     16,
     "Images per device and call: a multiple of 8 (any number on a CPU). The bytes written do not depend on it.",
 )
+NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Number of threads per process that read and decode images.")
 SHARD_RECORDS = flags.DEFINE_integer("shard_records", None, "Records per shard. Default: as many as fit in 512 MiB.")
 MAX_BAD_SHARE = flags.DEFINE_float(
     "max_bad_share",
     0.001,
     "Largest share of the records, in 0 to 1, that may be unreadable. Those are left out and listed; more is an error.",
 )
-NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Number of threads per process that read and decode images.")
-VERIFY = flags.DEFINE_boolean("verify", False, "Check every file of a finished cache and change nothing.")
 processes.define_flags()
 
 
@@ -64,7 +67,7 @@ def job_of_flags():
     if data is None or codec_path is None or resolution is None:
         given = {"data": data, "codec": codec_path, "resolution": resolution}
         missing = [f"--{name}" for name, value in given.items() if value is None]
-        raise UserError(f"give {', '.join(missing)}; or --config=configs/<name>.py, which has them")
+        raise UserError(f"give {', '.join(missing)}; or --config=<name or file>, which has them")
     size, path = parse_size(resolution), vae.find(codec_path)
     codec = vae.read_codec(path, DTYPE.value or "float32")
     return Job(

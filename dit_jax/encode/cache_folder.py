@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
+from dit_jax.data.loader import tolerated_bad_records
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
@@ -144,7 +145,7 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
 
 
 def check_bad(bad: list, records: int, max_bad_share: float) -> None:
-    if len(bad) / records > max_bad_share:
+    if len(bad) > tolerated_bad_records(records, max_bad_share):
         first = "; ".join(f"record {index}: {reason}" for index, reason in bad[:3])
         raise UserError(
             f"at least {len(bad)} of {records} records cannot be read ({len(bad) / records:.2%}, but "

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -152,7 +153,7 @@ class Job:
         )
 
 
-def encode(job: Job, folder: Path, max_bad_share: float = 0.001, num_threads: int = 16) -> tuple[dict, float | None]:
+def encode(job: Job, folder: str | os.PathLike, max_bad_share: float = 0.001, num_threads: int = 16) -> tuple[dict, float | None]:
     """Writes the latent cache of a job, or resumes it; returns its manifest and images/s of this process.
 
     Finished shards are verified by their hashes; damaged ones are encoded again. Each of several processes encodes its own
@@ -166,6 +167,7 @@ def encode(job: Job, folder: Path, max_bad_share: float = 0.001, num_threads: in
         UserError: the folder contains a cache of another job, or is being written; too many bad records; moments exceed the
             range of float16.
     """
+    folder = Path(folder).expanduser()
     if not 0 <= max_bad_share < 1:
         raise UserError(f"max_bad_share is {max_bad_share}; it must lie in [0, 1)")
     rate = encode_shards(job, folder, max_bad_share, num_threads, jax.process_index(), jax.process_count())

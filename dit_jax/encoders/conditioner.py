@@ -44,7 +44,7 @@ class Conditioner(Protocol):
         """The condition: arrays [B, ...] by name, {} for an unconditional network."""
 
     def from_requests(self, requests: Requests) -> Requests:
-        """The entries of a batch for these requests.
+        """The entries of a batch for these requests; entries that it has returned are returned again.
 
         Raises:
             UserError: the conditioner does not support a request, or a request is out of range.

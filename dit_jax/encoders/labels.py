@@ -50,7 +50,10 @@ class Labels:
             raise UserError(f"the network is conditioned on labels and cannot take {', '.join(unknown)}; ask for labels")
         if not self.num_classes or "label" not in requests:
             return {}
-        labels = np.asarray(requests["label"], np.int32)
+        given = np.asarray(requests["label"])
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            raise UserError(f"labels are {given.dtype}; they must be whole numbers from 0 to {self.num_classes - 1}")
+        labels = given.astype(np.int32)
         if labels.size and not 0 <= labels.min() <= labels.max() <= self.num_classes:
             wrong = labels[(labels < 0) | (labels > self.num_classes)][0]
             raise UserError(f"label {wrong} is out of range: 0 to {self.num_classes - 1}, or {self.num_classes} for no label")

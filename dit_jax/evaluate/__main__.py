@@ -16,9 +16,10 @@ import jax
 from absl import flags
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import console, processes
+from dit_jax.runtime import command_line, console, processes
 from dit_jax.storage.atomic import check_writable, resumable_path, write_atomic, write_json
 
+command_line.group("Score samples")
 SAMPLES = flags.DEFINE_string(
     "samples", None, "Images to score: an npz with arr_0 (uint8 [N, H, W, C]) or a sample folder of dit_jax.sample."
 )
@@ -36,14 +37,7 @@ METRIC_NAMES = flags.DEFINE_list(
     "metrics", None, "Comma-separated list of fid, sfid, is, precision, recall, kid. Default: all that the inputs allow."
 )
 OUT = flags.DEFINE_string("out", None, "Output file. Default: <samples>.<features>.json.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images per call of one process.")
-KID_SUBSET_SIZE = flags.DEFINE_integer("kid_subset_size", 1_000, "Images in each of the 100 subsets of KID.")
-REPLICATES = flags.DEFINE_integer(
-    "replicates",
-    1_000,
-    "Number of bootstrap replicates for the interval of fid. 0 turns the interval off and stores no features.",
-)
-LEVEL = flags.DEFINE_float("level", 0.95, "Confidence level of the bootstrap interval, between 0 and 1.")
+command_line.group("Make a reference")
 MAKE_REFERENCE = flags.DEFINE_string(
     "make_reference", None, "Write the statistics of --data to this npz instead of scoring samples."
 )
@@ -60,8 +54,18 @@ KEEP_FEATURES = flags.DEFINE_boolean(
     None,
     "Store the features in --make_reference too; precision, recall and KID need them. Default: yes up to 50,000 images.",
 )
+command_line.group("Compare results")
 TABLE = flags.DEFINE_list("table", None, "Comma-separated result files to compare in one table.")
 FORMAT = flags.DEFINE_string("format", "text", "Format of --table: text, csv or markdown.")
+command_line.group("Details of the scores")
+REPLICATES = flags.DEFINE_integer(
+    "replicates",
+    1_000,
+    "Number of bootstrap replicates for the interval of fid. 0 turns the interval off and stores no features.",
+)
+LEVEL = flags.DEFINE_float("level", 0.95, "Confidence level of the bootstrap interval, between 0 and 1.")
+KID_SUBSET_SIZE = flags.DEFINE_integer("kid_subset_size", 1_000, "Images in each of the 100 subsets of KID.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images per call of one process.")
 processes.define_flags()
 
 KEPT_IMAGES = 50_000

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_jax import registry
 from dit_jax.errors import UserError
+from dit_jax.interop.download import PUBLISHED
 from dit_jax.metrics.features import Extractor, Pixels
 
 MAX_PIXEL_FEATURES = 4_096
@@ -31,7 +32,10 @@ def check_name(name: str, weights: str | None) -> None:
     parameter = inspect.signature(registry.get("metric", name)).parameters.get("weights")
     if parameter is None and weights:
         raise UserError(f"features {name!r} have no weights: omit --weights={weights}")
-    made_by = f"python -m dit_jax.convert --from={name}" if registry.origin("metric", name) is None else f"the owner of {name!r}"
+    download = next((key for key, file in PUBLISHED.items() if file.layout == name), None)
+    made_by = (
+        f"python -m dit_jax.convert --download={download} --out={name}.safetensors" if download else f"the owner of {name!r}"
+    )
     if parameter is not None and parameter.default is parameter.empty and not weights:
         raise UserError(f"features {name!r} need --weights=<.safetensors written by {made_by}>")
     if weights and not Path(weights).expanduser().is_file():

@@ -6,6 +6,7 @@ N images of H x W pixels and C channels.
 import contextlib
 import functools
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -48,6 +49,11 @@ class Images(Protocol):
         ...
 
     @property
+    def labels(self) -> np.ndarray | None:
+        """integer [N], if the images have labels that are known without reading all of them."""
+        ...
+
+    @property
     def identity(self) -> dict:
         """What can be known without reading all of them; extraction that goes on compares it."""
         ...
@@ -69,7 +75,8 @@ class NpzImages:
             needs.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path).expanduser()
         self.path, self.name = path, str(path)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -86,6 +93,7 @@ class NpzImages:
                     shape, fortran, dtype = array_header(file)
                     self._header_bytes = file.tell()
             self.made_by = _made_by(path) if "made_by" in names else None
+            self.labels = _labels(path) if "labels" in names else None
         except UserError:
             raise
         except FileNotFoundError:
@@ -179,6 +187,12 @@ def _made_by(path: Path) -> dict:
     return json_object(str(read_npz(path, ["made_by"])["made_by"]), f"the entry made_by of {path}", "draw or write it again")
 
 
+def _labels(path: Path) -> np.ndarray | None:
+    """The labels that `dit_jax.sample` writes; None if other code gave the name to something else."""
+    labels = read_npz(path, ["labels"])["labels"]
+    return labels if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
+
+
 class SourceImages:
     """The images of a data source, decoded and cropped, never mirrored; an unreadable image raises an error that names it.
 
@@ -188,6 +202,7 @@ class SourceImages:
 
     def __init__(self, source: Source, transform: ImageTransform, name: str):
         self.source, self._transform, self.name, self.made_by = source, transform, name, None
+        self.labels = getattr(source, "labels", None) if source.num_classes else None
         self.shape = transform.shape
         self.transform = transform.describe()
         self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
@@ -204,10 +219,11 @@ class SourceImages:
 class ArrayImages:
     """Images in memory, uint8 [N, H, W, C]."""
 
-    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, H, W, 1 or 3]")
+    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None, labels: np.ndarray | None = None):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) < 2:
+            raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3] is needed")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
+        self.labels = labels
         self.identity = {"array": list(images.shape)}
 
     def __len__(self) -> int:

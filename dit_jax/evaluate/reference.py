@@ -7,6 +7,7 @@ the SHA-256 of all of these.
 
 import hashlib
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -70,12 +71,13 @@ def of_images(images: Images, extracted: Extracted, loaded: Loaded) -> Reference
     return Reference(extracted.moments, extracted.features, json.loads(json.dumps(recipe_of(images, extracted, loaded))))
 
 
-def write(path: Path, reference: Reference) -> None:
+def write(path: str | os.PathLike, reference: Reference) -> None:
     """Writes the reference's file atomically.
 
     Raises:
         UserError: it cannot be written.
     """
+    path = Path(path).expanduser()
     arrays = _arrays(reference.moments, reference.features)
     recipe = json.dumps(reference.recipe)
     seal = _sha256(arrays, recipe)
@@ -104,12 +106,13 @@ def _sha256(arrays: dict[str, np.ndarray], recipe: str) -> str:
     return digest.hexdigest()
 
 
-def holds_statistics(path: Path) -> bool:
+def holds_statistics(path: str | os.PathLike) -> bool:
     """Whether an npz contains moments; otherwise it contains images.
 
     Raises:
         UserError: the file is not an npz.
     """
+    path = Path(path).expanduser()
     try:
         with zipfile.ZipFile(path) as archive:
             return "mu.npy" in archive.namelist()
@@ -119,7 +122,7 @@ def holds_statistics(path: Path) -> bool:
         raise UserError(f"{path} is not a readable npz: {error}") from None
 
 
-def read(path: Path) -> Reference:
+def read(path: str | os.PathLike) -> Reference:
     """Reads statistics from a file of dit_jax, ADM or pytorch-fid, without opening pickles.
 
     Of the latter two only the numbers are known: their recipe says "published", and their count is None.
@@ -128,6 +131,7 @@ def read(path: Path) -> Reference:
         UserError: the file is not readable, has an unsuitable dtype or shape or a non-finite value, does not match its seal, or
             has an unknown format.
     """
+    path = Path(path).expanduser()
     arrays = read_npz(path, (*sum(KEYS.values(), ()), "features", "recipe", "seal", "format"))
     recipe, seal, version = (str(arrays.pop(name)) if name in arrays else None for name in ("recipe", "seal", "format"))
     if recipe is None:

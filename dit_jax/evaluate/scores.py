@@ -4,18 +4,20 @@ N samples, M reference images, F features.
 """
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dit_jax.data.size import size_text
 from dit_jax.encode.cache_folder import differences
-from dit_jax.errors import UserError
+from dit_jax.errors import UserError, failures, raise_all
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
-from dit_jax.evaluate.images import Images, check_is_images, open_images, open_samples
+from dit_jax.evaluate.images import ArrayImages, Images, check_is_images, open_images, open_samples
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots, remove
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
@@ -28,10 +30,12 @@ from dit_jax.metrics.kernel_distance import kernel_distance
 from dit_jax.metrics.precision_recall import precision_recall
 from dit_jax.runtime.console import say
 from dit_jax.runtime.versions import device_kind, provenance, version
+from dit_jax.sample.samples_file import Samples
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_FEATURES = ("precision", "recall", "kid")  # these need the reference's features, not only their moments
 NEIGHBOURS = 3
+LABELS_SHOWN = 10
 
 
 class Options(NamedTuple):
@@ -54,10 +58,14 @@ class Options(NamedTuple):
 
 def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]) -> None:
     """Raises UserError if samples of `shape` cannot be scored; call before drawing them. A folder is listed, not read."""
-    check_name(features, weights)
     check_is_images(shape, "the run")
-    check_shape(features, shape)
-    open_reference(reference, shape)
+    raise_all(
+        failures(
+            lambda: check_name(features, weights),
+            lambda: check_shape(features, shape),
+            lambda: open_reference(reference, shape),
+        )
+    )
 
 
 def check_options(options: Options) -> None:
@@ -67,7 +75,7 @@ def check_options(options: Options) -> None:
         bootstrap.check(options.replicates, options.level)
 
 
-def open_reference(reference: str, shape: tuple[int, ...], split: str | None = None) -> Reference | Images:
+def open_reference(reference: str | Images, shape: tuple[int, ...], split: str | None = None) -> Reference | Images:
     """Opens a reference: an npz of statistics, or images of that shape.
 
     Args:
@@ -76,6 +84,13 @@ def open_reference(reference: str, shape: tuple[int, ...], split: str | None = N
     Raises:
         UserError: it cannot be read, its images have another shape, or an npz is to be split.
     """
+    if not isinstance(reference, str):
+        if tuple(reference.shape) != tuple(shape):
+            raise UserError(
+                f"the samples are {' x '.join(map(str, shape))} and {reference.name} is {' x '.join(map(str, reference.shape))}; "
+                "they must be equal"
+            )
+        return reference
     if split and reference.endswith(".npz"):
         raise UserError(f"--split={split} has no effect with --reference={reference}, an npz; omit it")
     if reference.endswith(".npz") and references.holds_statistics(Path(reference).expanduser()):
@@ -83,9 +98,52 @@ def open_reference(reference: str, shape: tuple[int, ...], split: str | None = N
     return open_images(reference, shape, split)
 
 
+def score(
+    samples: str | os.PathLike | Samples | np.ndarray,
+    reference: str | os.PathLike | Samples | np.ndarray | None = "digits",
+    features: str = "pixels",
+    weights: str | os.PathLike | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Scores images against a reference: the Frechet distance in the features, with a bootstrap interval, and others.
+
+        dit_jax.score(pipe(num_samples=1000), "digits")["fid"]
+
+    Args:
+        samples: of a pipeline; uint8 [N, H, W, C]; an npz of images; or a folder of `dit_jax.sample`.
+        reference: the same; an npz of statistics; a data set (digits, a folder of images, tfds:NAME:PATH, tars:PATTERN), cropped
+            to the size of the samples; None for only the Inception Score.
+        features: "pixels" (for tiny images), "inception" or "dinov2".
+        weights: of the extractor, a .safetensors file of `convert`.
+        metrics: of METRICS; None computes all that are possible.
+        options: other fields of `Options`.
+
+    Returns:
+        {"fid": ..., "fid_interval": [low, high], ...} and everything that the numbers depend on, as JSON values.
+
+    Raises:
+        UserError: a file cannot be read, a metric is not possible, or the reference is not comparable.
+    """
+    if unknown := sorted(options.keys() - set(Options._fields)):
+        raise UserError(f"score has no option {', '.join(unknown)}; there are {', '.join(Options._fields)}")
+    if isinstance(metrics, str):
+        raise UserError(f"metrics={metrics!r} is one text; give a list, as in [{metrics!r}]")
+    against = None if reference is None else _source(reference, "reference")
+    chosen = Options(None if metrics is None else tuple(metrics), **options)
+    return evaluate(_source(samples, "samples"), against, features, None if weights is None else os.fspath(weights), chosen)
+
+
+def _source(given: str | os.PathLike | Samples | np.ndarray, what: str) -> str | Images:
+    if isinstance(given, Samples):
+        return ArrayImages(given.images, f"the {what}", given.made_by, given.labels)
+    return ArrayImages(np.asarray(given), f"the {what}") if hasattr(given, "__array__") else os.fspath(given)
+
+
 def evaluate(
-    samples: str,
-    reference: str | None,
+    samples: str | Images,
+    reference: str | Images | None,
     features: str,
     weights: str | None = None,
     options: Options | None = None,
@@ -97,8 +155,9 @@ def evaluate(
     """Computes the metrics of a file of images; returns them, with everything they depend on, as a JSON object.
 
     Args:
-        samples: npz of images, or a folder of `dit_jax.sample`.
-        reference: npz of statistics or images, or a data set as in `named_source`; None for only the Inception Score.
+        samples: npz of images, or a folder of `dit_jax.sample`; or opened images.
+        reference: npz of statistics or images, or a data set as in `named_source`; opened images; None for only the Inception
+            Score.
         features, weights: name and weights file of the extractor.
         split: of the reference, if it is a data set; None for all of it.
         folder: for snapshots, from which an interrupted evaluation resumes; deleted at the end. None writes no snapshots.
@@ -109,13 +168,14 @@ def evaluate(
     options = options or Options()
     check_options(options)
     check_name(features, weights)
-    images = open_samples(samples)
+    images = open_samples(samples) if isinstance(samples, str) else samples
     check_shape(features, images.shape)
     against = None if reference is None else open_reference(reference, images.shape, split)
     loaded = load(features, weights)
-    if reference is not None and isinstance(against, Reference):
+    if isinstance(reference, str) and isinstance(against, Reference):
         check_comparable(against, reference, loaded, images)
     metrics, remarks = choose_metrics(images, against, loaded, options)
+    remarks += compare_labels(images, against)
 
     def take(taken: Images, wanted: Wanted, what: str) -> Extracted:
         return take_features(taken, loaded, wanted, options, what, folder, processes)
@@ -135,11 +195,11 @@ def evaluate(
     return {
         **result,
         "features": features,
-        "samples": samples,
+        "samples": samples if isinstance(samples, str) else samples.name,
         "num_samples": extracted.count,
         "samples_sha256": extracted.sha256,
         "image_shape": list(images.shape),
-        "reference": reference,
+        "reference": reference if reference is None or isinstance(reference, str) else reference.name,
         **({} if split is None else {"reference_split": split}),
         **(
             {}
@@ -230,6 +290,26 @@ def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Im
             f"{' x '.join(map(str, shape))} images; they must have the same shape: make a reference with "
             f"--resolution={size_text(images.shape[:2])}"
         )
+
+
+def compare_labels(images: Images, reference: Reference | Images | None) -> list[str]:
+    """A remark if one side has classes that the other lacks, for the scores then measure that; [] if the labels are not known."""
+    if reference is None or isinstance(reference, Reference) or images.labels is None or reference.labels is None:
+        return []
+    ours, theirs = set(images.labels.tolist()), set(reference.labels.tolist())
+    if ours == theirs or (images.made_by or {}).get("labels") == "none":  # the null label stands for all classes
+        return []
+    return [
+        f"the samples have the labels {_in_words(ours)} and the reference {reference.name} has {_in_words(theirs)}: the scores "
+        "measure the missing classes too; draw with --labels=balanced, or give a reference with the same labels"
+    ]
+
+
+def _in_words(labels: set[int]) -> str:
+    ordered = sorted(labels)
+    if len(ordered) > 2 and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered[:LABELS_SHOWN])) + ", ..." * (len(ordered) > LABELS_SHOWN)
 
 
 def choose_metrics(

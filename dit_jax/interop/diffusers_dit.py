@@ -8,6 +8,7 @@ deviates from the paper's code in ways that its config cannot fix: it spaces the
 and the default norm_eps of the MLP's norm is 1e-5. dit_jax computes what the paper's code does.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,13 +109,14 @@ def from_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
     return theirs
 
 
-def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int) -> None:
+def write(folder: str | os.PathLike, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int) -> None:
     """Writes config.json and the weights to a folder that `DiTTransformer2DModel.from_pretrained` reads.
 
     Args:
         tensors: with official names.
         sample_size: side of the network's input.
     """
+    folder = Path(folder).expanduser()
     if architecture.mlp_width != 4 * architecture.width:
         raise UserError(
             f"the MLP has width {architecture.mlp_width}, but diffusers' module supports only 4 x width = "
@@ -126,12 +128,13 @@ def write(folder: Path, tensors: Tensors, architecture: Architecture, heads: int
     write_json(folder / "config.json", config, indent=2)
 
 
-def find_weights(path: Path) -> Path:
+def find_weights(path: str | os.PathLike) -> Path:
     """Returns the weights file of a folder; a file is returned unchanged.
 
     Raises:
         UserError: the folder has none.
     """
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     for name in WEIGHTS_NAMES:
@@ -141,12 +144,13 @@ def find_weights(path: Path) -> Path:
     raise UserError(f"{path} has none of {', '.join(WEIGHTS_NAMES)}{hint or ': give the folder of a DiTTransformer2DModel'}")
 
 
-def read_config(weights: Path) -> dict:
+def read_config(weights: str | os.PathLike) -> dict:
     """Reads config.json in the weights' folder; missing fields get diffusers' defaults.
 
     Raises:
         UserError: it is missing, damaged, or of another class of model.
     """
+    weights = Path(weights).expanduser()
     path = weights.parent / "config.json"
     try:
         config = read_json(path, "download it again", {"_class_name": str})

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from dit_jax.errors import UserError
 from dit_jax.interop.pt_reader import is_pt
+from dit_jax.runtime import console
 from dit_jax.storage.atomic import commit, resumable_path, write_atomic
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.sealed import sha256_of
 
+CACHE = Path("~/.cache/dit_jax/weights")  # of files that a config names, such as the codec sd-vae-ft-mse
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20
 
@@ -25,7 +27,7 @@ class Published(NamedTuple):
     """A file on the web.
 
     Fields:
-        layout: its name for `convert --from`.
+        layout: its name for `convert --from`; "vae" for an autoencoder, which is used as it is.
         sha256: hex digest or a prefix of it, as far as the publisher gives it; None if none is given.
     """
 
@@ -43,6 +45,13 @@ PUBLISHED = {
         "SiT-XL-2-256x256.pt",
         "sit",
     ),
+    "sd-vae-ft-mse": Published(  # config.json of the same revision is what `vae.fetch_published` writes
+        "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/"
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "vae",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
     "inception": Published(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         "pt_inception-2015-12-05-6726825d.pth",
@@ -53,6 +62,29 @@ PUBLISHED = {
         "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", "dinov2_vitl14_pretrain.pth", "dinov2"
     ),
 }
+
+
+def how_to_get(path: Path) -> str:
+    """The end of a message about a file that does not exist: the command that downloads it; "" for no published file name."""
+    names = [name for name, published in PUBLISHED.items() if published.file_name == path.name]
+    if not names:
+        return ""
+    text = f"; python -m dit_jax.convert --download={names[0]} --weights={path} downloads it"
+    if PUBLISHED[names[0]].layout not in ("official", "sit"):
+        return text
+    return f"{text}, and --download=sd-vae-ft-mse the autoencoder of its latents (else that is downloaded on first use)"
+
+
+def byte_progress(name: str) -> Callable[[int, int], None]:
+    """A callback (bytes done, total bytes) that prints progress to stderr."""
+    progress = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or console.Progress(f"{name}: bytes", total)
+        progress.update(done)
+
+    return update
 
 
 def download(published: Published, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
@@ -69,21 +101,28 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
     Raises:
         UserError: the connection failed or broke; the server refused or sent something else; size or hash are wrong.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = resumable_path(path)
+    digest = _check(published, path, path) if path.exists() else _download(published, path, progress)
+    record = f"{digest}  {path.name}\n"
+    if not _record(path).exists() or _record(path).read_text() != record:  # the folder may be read-only by now
+        write_atomic(_record(path), record)
+    return digest
+
+
+def _download(published: Published, path: Path, progress) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = resumable_path(path)
+    try:
         _fetch(published.url, partial, progress)
-        if not is_pt(partial):
-            partial.unlink()
-            raise UserError(
-                f"{published.url} did not send a PyTorch file; it may have moved. Give the file with --weights instead"
-            )
-        digest = _check(published, partial, path)
-        commit(partial, path)
-        partial.with_name(partial.name + ".json").unlink(missing_ok=True)
-    else:
-        digest = _check(published, path, path)
-    write_atomic(_record(path), f"{digest}  {path.name}\n")
+    except UserError as error:
+        raise UserError(f"{error} Or download it elsewhere and copy it to {path}; the same command then takes it") from None
+    if path.suffix != ".safetensors" and not is_pt(partial):
+        partial.unlink()
+        raise UserError(
+            f"{published.url} did not send a PyTorch file; it may have moved. Download it elsewhere and copy it to {path}"
+        )
+    digest = _check(published, partial, path)
+    commit(partial, path)
+    partial.with_name(partial.name + ".json").unlink(missing_ok=True)
     return digest
 
 
@@ -119,7 +158,7 @@ def _fetch(url: str, partial: Path, progress):
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
             if response.headers.get_content_maintype() == "text":
-                raise UserError(f"{url} sent a text page, not a file; it may have moved. Give the file with --weights instead")
+                raise UserError(f"{url} sent a text page, not a file; it may have moved.")
             if response.status != 206:  # the whole file: it changed, or the server cannot resume
                 have = 0
             total = _total(response, have)
@@ -129,36 +168,29 @@ def _fetch(url: str, partial: Path, progress):
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the partial file is longer than the published one
             partial.unlink()
-            raise UserError(f"{partial} no longer matches {url} and was removed; run the command again") from None
-        raise UserError(
-            f"{url}: the server answered {error.code} {error.reason}. Try later, or give the file with --weights"
-        ) from None
+            raise UserError(f"{partial} no longer matches {url} and was removed; run the command again.") from None
+        raise UserError(f"{url}: the server answered {error.code} {error.reason}. Try later.") from None
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise UserError(f"cannot write {partial}: {error}") from None
+            raise UserError(f"cannot write {partial}: {error}.") from None
         reason = getattr(error, "reason", error)
         kept = f" {partial.stat().st_size} bytes are kept; run the command again to resume." if partial.exists() else ""
-        raise UserError(
-            f"cannot download {url}: {reason}.{kept} Without a connection, download the file elsewhere and give it with --weights"
-        ) from None
+        raise UserError(f"cannot download {url}: {reason}.{kept}") from None
     if done != total:
-        raise UserError(f"{url}: the connection ended after {done} of {total} bytes; run the command again to resume")
+        raise UserError(f"{url}: the connection ended after {done} of {total} bytes; run the command again to resume.")
 
 
 def _total(response, have: int) -> int:
     """Total size of the file, from the response headers."""
     length = response.headers.get("Content-Length")
     if length is None:
-        raise UserError(
-            f"{response.url}: the server does not report the size, so the download cannot be verified; download the "
-            "file elsewhere and give it with --weights"
-        )
+        raise UserError(f"{response.url}: the server does not report the size, so the download cannot be verified.")
     if have:
         start = response.headers.get("Content-Range", "")
         if not start.startswith(f"bytes {have}-"):
             raise UserError(
                 f"{response.url}: the request was for bytes from {have}, but the server sent {start!r}; delete the "
-                ".partial file and run the command again"
+                ".partial file and run the command again."
             )
     return have + int(length)
 

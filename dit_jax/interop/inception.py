@@ -86,12 +86,13 @@ def from_port(tensors: Tensors, what: str) -> Tensors:
     return {name: kept[name] for name in LAYOUT}
 
 
-def from_graph(path: Path) -> Tensors:
+def from_graph(path: str | os.PathLike) -> Tensors:
     """Reads the TensorFlow graph's constants with the port's names and layout; equal to the port's bit for bit.
 
     Raises:
         UserError: the file is not a frozen graph; or as `from_port`.
     """
+    path = Path(path).expanduser()
     constants = read_constants(path)
     tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}  # and the axes of the port in those of the graph
     for name, (graph, *_) in CONVOLUTIONS.items():

@@ -6,6 +6,7 @@ It reads both of PyTorch's formats: the zip archive (since 1.6) and the older st
 """
 
 import mmap
+import os
 import pickle
 import pickletools
 import reprlib
@@ -86,19 +87,21 @@ class Namespace:
         pass
 
 
-def is_pt(path: Path) -> bool:
+def is_pt(path: str | os.PathLike) -> bool:
     """Whether the file starts like one of the two formats; the rest is not checked."""
+    path = Path(path).expanduser()
     with open(path, "rb") as file:
         start = file.read(len(LEGACY_START))
     return start.startswith(ZIP_MAGIC) or start == LEGACY_START
 
 
-def read(path: Path) -> Any:
+def read(path: str | os.PathLike) -> Any:
     """Reads the saved object: dicts, lists, tuples, numbers and strings, with a `Tensor` for each tensor.
 
     Raises:
         UserError: the file is damaged or truncated, or references anything but tensors and plain containers.
     """
+    path = Path(path).expanduser()
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == ZIP_MAGIC

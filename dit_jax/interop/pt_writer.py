@@ -1,5 +1,6 @@
 """Writes a state_dict as PyTorch's .pt (the zip archive of 1.6 and later) without PyTorch."""
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,8 +17,9 @@ ALIGNMENT = 64  # PyTorch's alignment of storages, so that it can memory-map the
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 
-def write(path: Path, tensors: Tensors) -> None:
+def write(path: str | os.PathLike, tensors: Tensors) -> None:
     """Writes a dict of tensors that torch.load(weights_only=True) reads. An existing file is replaced atomically."""
+    path = Path(path).expanduser()
     remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", _pickle(tensors))

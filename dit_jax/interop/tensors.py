@@ -150,12 +150,13 @@ def without_wrappers(tensors: Tensors, what: str) -> tuple[dict[str, Tensor], st
     return kept, " and ".join(part for part in ("module.", "_orig_mod.") if any(part in name for name in changed))
 
 
-def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Opens a .safetensors file; returns (tensors, metadata).
 
     Raises:
         UserError: it is not a complete safetensors file.
     """
+    path = Path(path).expanduser()
     try:
         file = safe_open(path, framework="numpy")
         tensors = {}
@@ -193,12 +194,13 @@ def open_converted(path: str | os.PathLike, what: str, source: str, way: str) ->
     return path, open_safetensors(path)[0]
 
 
-def open_sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
+def open_sharded(index: str | os.PathLike) -> tuple[dict[str, Tensor], list[Path]]:
     """Opens the parts that a *.safetensors.index.json lists; returns (tensors, files).
 
     Raises:
         UserError: the index is damaged, points outside its folder, or disagrees with the parts.
     """
+    index = Path(index).expanduser()
     places = read_json(index, "give the index of a safetensors file, or download it again", {"weight_map": {}})["weight_map"]
     check_form(list(places.values()), [str], f"the weight_map of {index}", "download it again")
     parts = sorted(set(places.values()))
@@ -217,11 +219,12 @@ def open_sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:
     return tensors, [index.parent / part for part in parts]
 
 
-def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Writes the tensors in their order; an existing file is replaced atomically.
 
     The library's writer takes all arrays at once. This one holds a single tensor in memory.
     """
+    path = Path(path).expanduser()
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     position = 0
     for name, tensor in tensors.items():
@@ -237,7 +240,7 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
             file.write(raw_bytes(tensor))
 
 
-def write_foreign(path: Path, tensors: Tensors, origin: Mapping) -> None:
+def write_foreign(path: str | os.PathLike, tensors: Tensors, origin: Mapping) -> None:
     """Writes a network that no config describes, with the names of its publication.
 
     Args:
@@ -245,6 +248,7 @@ def write_foreign(path: Path, tensors: Tensors, origin: Mapping) -> None:
     Raises:
         UserError: the name does not end in .safetensors.
     """
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise UserError(f"--out={path} must end in .safetensors")
     write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
+from dit_jax.interop import download
+from dit_jax.runtime import console
 from dit_jax.storage.atomic import replacing, write_json
 from dit_jax.storage.bounded import read_json
+from dit_jax.storage.claim import claim
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PUBLISHED = tuple(name for name, file in download.PUBLISHED.items() if file.layout == "vae")
 
 # Our module path, with "." for "/", to diffusers' path. Every pattern is applied; no two overlap.
 TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -39,6 +43,20 @@ TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 # Names of the attention layers in files written before diffusers 0.17, such as the published sd-vae-ft-*.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# Names in the LDM code, to diffusers' names.
+LDM_PREFIX = "first_stage_model."
+FROM_LDM = [
+    (r"\b(down|up)\.(\d+)\.block\.(\d+)\b", r"\1_blocks.\2.resnets.\3"),
+    (r"\bdown\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"\bup\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"\bmid\.block_1\b", "mid_block.resnets.0"),
+    (r"\bmid\.block_2\b", "mid_block.resnets.1"),
+    (r"\bmid\.attn_1\.norm\b", "mid_block.attentions.0.group_norm"),
+    (r"\bmid\.attn_1\.(q|k|v)\b", r"mid_block.attentions.0.to_\1"),
+    (r"\bmid\.attn_1\.proj_out\b", "mid_block.attentions.0.to_out.0"),
+    (r"\bnin_shortcut\b", "conv_shortcut"),
+    (r"\bnorm_out\b", "conv_norm_out"),
+]
 # Normalisation of latents, which the diffusion model chooses.
 NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # diffusers' defaults for fields missing from config.json; older files lack several.
@@ -62,11 +80,84 @@ CONFIG_DEFAULTS: dict[str, Any] = {
 }
 
 
-def find(path: str | os.PathLike) -> Path:
-    """Path of an autoencoder's weights: `path` itself, or its folder `codec` if `path` is the --workdir of a run."""
+def find(path: str | os.PathLike, fetch: bool = True) -> Path:
+    """Path of an autoencoder's weights: `path` itself, or its folder `codec` if `path` is the --workdir of a run.
+
+    A name in PUBLISHED is the folder of that download, unless a file or folder of this name exists.
+
+    Args:
+        fetch: download a published autoencoder that is not there, about 335 MB.
+
+    Raises:
+        UserError: the download fails, or is needed and `fetch` is False; `path` does not exist or has no weights; or it is a run
+            without a codec of its own.
+    """
+    if str(path) in PUBLISHED and not Path(path).exists():
+        folder = published_folder(str(path))
+        if not fetch and not (folder / WEIGHTS_NAME).exists():
+            raise UserError(f"the autoencoder {path} is not downloaded yet: python -m dit_jax.convert --download={path}")
+        if fetch:
+            try:
+                fetch_published(str(path), folder)
+            except UserError as error:
+                raise UserError(
+                    f"{error}. Or run python -m dit_jax.convert --download={path} --weights=<folder> where there is a "
+                    "connection, and give that folder as codec.path"
+                ) from None
+        return folder
     path = Path(path).expanduser()
     own = path / "codec"
-    return own if own.is_dir() and not (path / WEIGHTS_NAME).exists() else path
+    if own.is_dir() and not (path / WEIGHTS_NAME).exists():
+        return own
+    _check_is_no_run(path)
+    for file in (path / "config.json", path / WEIGHTS_NAME) if path.is_dir() else (path,):
+        _find(file)
+    return path
+
+
+def published_folder(name: str) -> Path:
+    """The folder that `find` downloads a published autoencoder to: ~/.cache/dit_jax/weights/<name>.
+
+    Raises:
+        UserError: the user has no home folder.
+    """
+    try:
+        return download.CACHE.expanduser() / name
+    except RuntimeError:
+        raise UserError(f"there is no home folder to keep {name} in; set HOME, or give the autoencoder's folder") from None
+
+
+def fetch_published(name: str, folder: Path) -> str:
+    """Downloads a published autoencoder to a folder as diffusers stores it, and verifies it; returns the SHA-256 of the weights.
+
+    Of several processes that call this at the same time one downloads, and the others wait for it.
+
+    Raises:
+        UserError: see `download`.
+    """
+    published, path = download.PUBLISHED[name], folder / WEIGHTS_NAME
+    if path.exists() and (folder / "config.json").exists():
+        return download.download(published, path)
+    with claim(folder, "downloading", "folder", wait=True):
+        if not path.exists():
+            console.say(f"{name}: {published.url} -> {path}")
+        digest = download.download(published, path, download.byte_progress(name))
+        if not (folder / "config.json").exists():
+            _write_config(folder, KLVAE())  # the sizes and the scale of Stable Diffusion's
+    return digest
+
+
+def _check_is_no_run(path: Path) -> None:
+    """Raises a UserError if `path` is the folder of a run that has no codec."""
+    try:
+        task = read_json(path / "config.json", form={"task": {"name": str}})["task"]["name"]
+    except (OSError, ValueError):
+        return
+    if task == "autoencoder":
+        raise UserError(
+            f"{path} is the run of an autoencoder that has not finished, which writes {path / 'codec'} at its end: start it again"
+        )
+    raise UserError(f"{path} is the run of a {task} model, not of an autoencoder; give the --workdir of one, or a VAE's folder")
 
 
 def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE:
@@ -135,7 +226,7 @@ def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
         tensors = load_file(_find(path))
     except SafetensorError as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}): download or convert it again") from error
-    tensors = _rename_old_attention(tensors, path)
+    tensors = _rename_old_attention(_from_ldm(tensors, str(path), len(codec.block_out_channels)), path)
 
     expected = _expected(codec)
     problems = [f"missing {name} {shape}" for name, (_, shape) in expected.items() if name not in tensors]
@@ -156,6 +247,8 @@ def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
         node = params
         for key in keys[:-1]:
             node = node.setdefault(key, {})
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; download the file again")
         node[keys[-1]] = _to_ours(tensors[name])
     return params
 
@@ -186,7 +279,7 @@ def save_diffusers(path: str | os.PathLike, codec: KLVAE, params: Any) -> None:
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        write_json(path / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
+        _write_config(path, codec)
         path = path / WEIGHTS_NAME
     with replacing(path) as partial:
         save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})  # diffusers requires a format
@@ -229,9 +322,35 @@ def _find(path):
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: give a .safetensors file, or a folder with config.json and {WEIGHTS_NAME} "
-            "(pickled .bin and .ckpt files are not read)"
+            f"(pickled .bin and .ckpt files are not read), or {' or '.join(PUBLISHED)}, which is downloaded"
         )
     return path
+
+
+def _from_ldm(tensors: Mapping[str, np.ndarray], what: str, levels: int) -> dict[str, np.ndarray]:
+    """Renames the tensors of the LDM code (CompVis), which counts the decoder's levels from the other end; others are kept.
+
+    Of a whole checkpoint of Stable Diffusion, whose autoencoder is under `first_stage_model.`, only that is taken.
+
+    Args:
+        levels: of the codec.
+    """
+    prefix = LDM_PREFIX if any(name.startswith(LDM_PREFIX) for name in tensors) else ""
+    if f"{prefix}encoder.mid.block_1.conv1.weight" not in tensors:
+        return dict(tensors)
+    console.say(f"{what} has the names of the LDM code, which are read as diffusers' names")
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            continue
+        new = name.removeprefix(prefix)
+        for pattern, replacement in FROM_LDM:
+            new = re.sub(pattern, replacement, new)
+        new = re.sub(r"\bup_blocks\.(\d{1,3})\.", lambda match: f"up_blocks.{levels - 1 - int(match[1])}.", new)
+        if re.search(r"attentions\.0\.to_.*weight$", new) and tensor.shape[2:] == (1, 1):  # a convolution there
+            tensor = tensor[:, :, 0, 0]
+        renamed[new] = tensor
+    return renamed
 
 
 def _rename_old_attention(tensors, path):
@@ -242,6 +361,10 @@ def _rename_old_attention(tensors, path):
             raise UserError(f"{path} holds {new} under both its old and its new name: remove one of them from the file")
         renamed[new] = tensor
     return renamed
+
+
+def _write_config(folder: Path, codec: KLVAE) -> None:
+    write_json(folder / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
 
 
 def _config(codec):

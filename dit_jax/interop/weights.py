@@ -6,6 +6,7 @@ where the weights came from. Sampling from the file needs no workdir and nothing
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import jax
 import numpy as np
 
 from dit_jax.errors import UserError
-from dit_jax.interop.tensors import Tensor, check, common_dtype, finite, open_safetensors, write_safetensors
+from dit_jax.interop import vae
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, finite, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
 from dit_jax.storage.bounded import json_object
@@ -33,19 +35,23 @@ class Weights(NamedTuple):
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied."""
+    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied.
+
+    The name of a published codec stays.
+    """
     sections = {name: config[name] for name in SECTIONS if name in config}
-    if "path" in sections["codec"]:
+    if "path" in sections["codec"] and sections["codec"]["path"] not in vae.PUBLISHED:
         sections["codec"] = {**sections["codec"], "path": ""}
     return sections
 
 
-def write(path: Path, weights: Weights) -> None:
+def write(path: str | os.PathLike, weights: Weights) -> None:
     """Writes the file; an existing one is replaced atomically.
 
     Raises:
         UserError: the name does not end in .safetensors.
     """
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     write_safetensors(
@@ -53,12 +59,13 @@ def write(path: Path, weights: Weights) -> None:
     )
 
 
-def read(path: Path) -> Weights:
+def read(path: str | os.PathLike) -> Weights:
     """Opens the file; parameters are read lazily.
 
     Raises:
         UserError: the file does not exist, is damaged, or is not in this format.
     """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a .safetensors file written by dit_jax.convert")
     if path.suffix != ".safetensors":
@@ -78,7 +85,7 @@ def read(path: Path) -> Weights:
     return Weights(tensors, sections, origin)
 
 
-def load(path: Path, tree: Any) -> Any:
+def load(path: str | os.PathLike, tree: Any) -> Any:
     """Reads the parameters as NumPy arrays, in the tree's structure and the file's dtype.
 
     Args:
@@ -87,8 +94,18 @@ def load(path: Path, tree: Any) -> Any:
     Raises:
         UserError: as `read`; or tensors are missing, extra or misshapen, their dtypes differ, or they hold NaN or infinity.
     """
-    tensors = finite(read(path).tensors, str(path))
+    return load_tensors(read(path).tensors, tree, str(path))
+
+
+def load_tensors(tensors: Tensors, tree: Any, what: str) -> Any:
+    """Reads opened parameters as NumPy arrays, in the tree's structure and their own dtype.
+
+    Raises:
+        UserError: tensors are missing, extra or misshapen, their dtypes differ, or they hold NaN or infinity; `what` names their
+            file in the message.
+    """
+    tensors = finite(tensors, what)
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, str(path))
-    common_dtype(tensors, str(path))
+    check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, what)
+    common_dtype(tensors, what)
     return jax.tree.unflatten(structure, [np.asarray(tensors[path_name(keys)].load()) for keys, _ in paths])

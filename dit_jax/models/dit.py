@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
-from dit_jax.models.network import Cond, Shape, check_entries
+from dit_jax.models.network import Cond, Shape, check_entries, check_labels
 from dit_jax.models.patches import patchify, unpatchify
 from dit_jax.models.sizes import fields as fields_of_size
 from dit_jax.parallel.mesh import constrain_batch
@@ -177,18 +177,25 @@ class DiT(nn.Module):
     unrolled. control {"keep": bool[depth]} skips the blocks where it is False (skip-layer guidance).
 
     Fields:
+        patch_size: side p of a patch, in latents or pixels; an image has (H / p) (W / p) tokens.
+        depth: number of blocks.
+        width: features of a token.
+        heads: attention heads; divides the width.
+        num_classes: number of labels; 0 for an unconditional network.
+        mlp_ratio: width of the MLP's hidden layer over the network's.
         out_channels: 2 C when the process learns its variance, else C.
         conditioning: one of CONDITIONINGS.
-        attention: see `attention.attention_kernel`.
+        attention: implementation: "xla", "cudnn" (GPUs, 16-bit dtypes), or "auto", see `attention.attention_kernel`.
         remat: which activations a block stores for its gradient, in addition to its input; the others are recomputed.
-            "auto": see `form_of_loop`.
+            "auto": "none" on a GPU, else "elementwise"; see `form_of_loop`.
             "none": all.
             "elementwise": outputs of linear layers and attention; norms, modulation, GELU and softmax are recomputed.
             "dots": outputs of linear layers, including the modulation; attention is recomputed too.
             "full": none.
             "offload": as "elementwise", stored in host memory until the backward pass.
-        unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None: see `form_of_loop`.
+        unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None unrolls on a GPU.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
+        param_dtype: of the parameters.
     """
 
     patch_size: int
@@ -208,8 +215,16 @@ class DiT(nn.Module):
     rules = RULES
 
     @classmethod
-    def of(cls, size: str, *, num_classes: int, out_channels: int, **fields: Any) -> "DiT":
+    def of(cls, size: str, *, num_classes: int, out_channels: int = 8, **fields: Any) -> "DiT":
         """A model of the paper, "S/8" to "XL/2".
+
+            network = dit_jax.models.DiT.of("S/8", num_classes=10)
+            params = network.init(key, x_t, t, {"label": y})  # x_t [B, 32, 32, 4], t f32[B], y int32[B]
+            output = network.apply(params, x_t, t, {"label": y})  # [B, 32, 32, 8]
+
+        Args:
+            out_channels: 8 for the 4 channels of the paper's latents and their learned variance.
+            fields: others of DiT.
 
         Raises:
             UserError: no such size or patch.
@@ -247,7 +262,7 @@ class DiT(nn.Module):
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
         check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
-        if self.num_classes and "label" not in cond:
+        if self.num_classes and "label" not in (cond or {}):
             raise UserError(
                 f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
                 "model.num_classes to 0"
@@ -258,6 +273,7 @@ class DiT(nn.Module):
         x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
         vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
+            check_labels(cond["label"], len(x_t), self.num_classes)
             vectors.append(self.label_embedding(cond["label"]))
         c = sum(vectors)  # [B, D]
         tokens = jnp.stack(vectors, axis=1)  # [B, M, D]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
@@ -96,11 +98,38 @@ def for_platform(network: Network, platform: str) -> Network:
     return network if method is None else method(platform)
 
 
+def check_labels(label: Any, batch: int, num_classes: int) -> None:
+    """Raises a UserError unless labels are whole numbers [batch] from 0 to num_classes (the null label).
+
+    The values of traced labels are not known.
+
+    An embedding gives NaN for a label outside of its table.
+    """
+    if not hasattr(label, "dtype") or not jnp.issubdtype(label.dtype, jnp.integer) or label.shape != (batch,):
+        raise UserError(
+            f'cond["label"] is {_kind(label)}; an array int32[{batch}] is needed, with values from 0 to {num_classes - 1}'
+        )
+    if isinstance(label, jax.core.Tracer) or not getattr(label, "is_fully_addressable", True):
+        return
+    values = np.asarray(label)
+    if values.size and not 0 <= values.min() <= values.max() <= num_classes:
+        wrong = values[(values < 0) | (values > num_classes)][0]
+        raise UserError(f"label {wrong} is out of range: 0 to {num_classes - 1}, or {num_classes} for no label")
+
+
+def _kind(x: Any) -> str:
+    """ "int32[8]" of an array, "list" of a list."""
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
+
+
 def check_entries(what: str, given: Mapping[str, Any] | None, known: tuple[str, ...], network: str) -> None:
-    """Raises a UserError if `given` has an entry that the network does not use.
+    """Raises a UserError if `given` is not a dict, or has an entry that the network does not use.
 
     what: "cond" or "control".
     """
+    if not isinstance(given, (Mapping, type(None))):
+        example = "{" + ", ".join(f'"{name}": y' for name in known) + "}"
+        raise UserError(f"{what} is {_kind(given)}; {network} takes a dict of arrays by name, as in {example}")
     unknown = sorted(set(given or ()) - set(known))
     if unknown:
         raise UserError(

@@ -24,6 +24,12 @@ def make_mesh(
 ) -> Mesh:
     """Makes a mesh over all devices of all hosts; data = -1 uses all devices that the other axes leave.
 
+    Args:
+        data: devices over which the batch is split, with a copy of the parameters each; -1 for all that are left.
+        fsdp: devices over which the batch and the parameters are split.
+        tensor: devices over which heads and the MLP's features are split.
+        sequence: devices over which the tokens of an example are split.
+
     Raises:
         UserError: the product of the sizes is not the number of devices, or slices have unequal sizes.
     """

@@ -1,15 +1,15 @@
 """Computes the cost of models, and plans runs on devices that this machine need not have.
 
     python -m dit_jax.plan --models
-    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5p:4x4x4 --config.mesh.fsdp=64
-    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=v5e:4x4 --search --search_batch_sizes=256,512
-    python -m dit_jax.plan --config=configs/xl2_imagenet256.py --topology=h200:1 --config.data.name=latents --traffic
+    python -m dit_jax.plan --config=xl2_imagenet256 --topology=v5p:4x4x4 --config.mesh.fsdp=64
+    python -m dit_jax.plan --config=xl2_imagenet256 --topology=v5e:4x4 --search --search_batch_sizes=256,512
+    python -m dit_jax.plan --config=xl2_imagenet256 --topology=h200:1 --config.data.name=latents --traffic
     python -m dit_jax.plan --table=v5e:4x4,v5p:4x4x4,v6e:4x4
 
-The first prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters,
+--models prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters,
 GMACs (multiply-adds of one forward pass of one image, which the paper calls Gflops), and FLOPs of training on one image.
 
-The second compiles the config's training step and sampler ahead of time for a TPU slice (pip install 'dit_jax[plan]'), for GPUs
+--config compiles the config's training step and sampler ahead of time for a TPU slice (pip install 'dit_jax[plan]'), for GPUs
 (h200:8), for simulated devices (cpu:8), or, without --topology, for the devices of this machine. It reports the memory of a
 device by kind, whether the run fits, compute and communication, and an estimated step time. It reads no weights and no data: with
 --config.data.name=latents the step starts from a latent cache, otherwise with the codec's encoder if there is one.
@@ -20,10 +20,11 @@ from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
+from dit_jax.runtime.field_values import whole_number
 
-MODELS = flags.DEFINE_bool("models", False, "The table of models.")
-CONFIG = config_file.define_flags("Config file of the run to plan.")
+command_line.group("A run")
+CONFIG = config_file.define_flags("Config of the run to plan, as for dit_jax.main: a name or a file.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:4x4, h200:8, cpu:8; those of this machine if not given."
 )
@@ -36,11 +37,14 @@ TRAFFIC = flags.DEFINE_bool(
 RESIDENT_ROWS = flags.DEFINE_integer(
     "resident_rows", 0, "Rows of the latent cache that loader.resident keeps on the devices.", lower_bound=0
 )
+command_line.group("Search for the fastest settings")
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies, batch sizes and microbatches; rank them by images/s.")
-REMATS = flags.DEFINE_list("search_remats", [], "Policies to try; all if empty.")
 BATCH_SIZES = flags.DEFINE_list("search_batch_sizes", [], "Global batch sizes to try; the config's if empty.")
 MICROBATCHES = flags.DEFINE_list("search_microbatches", [], "Numbers of microbatches to try; the config's if empty.")
+REMATS = flags.DEFINE_list("search_remats", [], "Policies to try, of none, full, dots, elementwise and offload; all if empty.")
 MAX_COMPILES = flags.DEFINE_integer("search_max_compiles", 24, "Compile at most so many, of those that may fit.")
+command_line.group("Tables")
+MODELS = flags.DEFINE_bool("models", False, "The table of models.")
 TABLE = flags.DEFINE_list(
     "table",
     [],
@@ -90,7 +94,7 @@ def print_models() -> dict:
 
 def whole_numbers(name: str, texts: list[str]) -> list[int]:
     try:
-        numbers = [int(text) for text in texts]
+        numbers = [whole_number(text) for text in texts]
     except ValueError:
         numbers = []
     if len(numbers) != len(texts) or any(number < 1 for number in numbers):
@@ -166,7 +170,7 @@ def main() -> dict:
         return print_table()
     if not CONFIG.given:
         raise UserError(
-            "choose what to plan: --models prints the table of models, --config=configs/<name>.py with "
+            "choose what to plan: --models prints the table of models, --config=<name or file> with "
             "--topology=v5p:4x4x4 plans a run"
         )
     config = CONFIG.read()

@@ -38,6 +38,6 @@ def sampling(run: Run):
     indices = rows((), np.int32)
     requests = {name: rows(x.shape, x.dtype) for name, x in run.conditioner.batch_spec().items()}
     with jax.set_mesh(mesh):
-        traced = generator.program.trace(params, constants, indices, requests, None)
+        traced = generator.program.trace(params, constants, indices, requests, None, np.uint32(generator.seed), None)
     arguments = {"params": params, "constants": constants, "batch": (indices, requests)}
     return traced, arguments, generator.batch_size, run.sampler.evaluations(run.process)

@@ -17,25 +17,25 @@ import jax
 from absl import flags
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
 
+command_line.group("Input and output")
 SOURCE = flags.DEFINE_string(
     "source",
     None,
     "Input: a folder of class folders or of images; ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, unextracted; "
     "or tars in the WebDataset layout, as a folder, a glob or train-{0000..0099}.tar.",
 )
-VALIDATION = flags.DEFINE_string("validation_source", None, "Input of a second split, called validation. Same forms as --source.")
 OUT = flags.DEFINE_string("out", None, "TFDS data_dir. The data set is written to <out>/<dataset>/1.0.0.")
 DATASET = flags.DEFINE_string(
     "dataset", None, "Name of the new data set: lower-case letters, digits and _. It must not be a name of TFDS."
 )
+VALIDATION = flags.DEFINE_string("validation_source", None, "Input of a second split, called validation. Same forms as --source.")
 SPLIT = flags.DEFINE_string("split", "train", "Name of the split made from --source.")
 CLASS_NAMES = flags.DEFINE_string(
     "class_names_file", "", "Text file with the class names of WebDataset tars, one per line. Default: 0, 1, 2, ..."
 )
-SHARD_MIB = flags.DEFINE_float("shard_mib", 256, "Approximate size of a shard in MiB.")
-SEED = flags.DEFINE_integer("seed", 0, "Random seed of the order of the records.")
+command_line.group("Records")
 RESOLUTION = flags.DEFINE_string(
     "resolution",
     "0",
@@ -44,13 +44,15 @@ RESOLUTION = flags.DEFINE_string(
     "as from its stored crop of 110 KB, 4 times from 1024x768, 13 times from 2048x1536 (one core). It fixes the resolution, "
     "and leaves out truncated files, which 0 keeps.",
 )
-THREADS = flags.DEFINE_integer("num_threads", max(4, os.cpu_count() or 1), "Number of threads that read and crop images.")
+SEED = flags.DEFINE_integer("seed", 0, "Random seed of the order of the records.")
+SHARD_MIB = flags.DEFINE_float("shard_mib", 256, "Approximate size of a shard in MiB.")
 MAX_BAD_SHARE = flags.DEFINE_float(
     "max_bad_share",
     0.001,
     "Largest share of a split, in 0 to 1, that may be empty files or not images. Those are left out and listed; more "
     "is an error.",
 )
+THREADS = flags.DEFINE_integer("num_threads", max(4, os.cpu_count() or 1), "Number of threads that read and crop images.")
 
 
 def main() -> dict:

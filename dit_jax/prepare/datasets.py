@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.loader import tolerated_bad_records
 from dit_jax.data.size import size_json
 from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.source import is_strange
@@ -337,7 +338,7 @@ def _write_split(request: Request, plan: dict, split: str, source: Files, missin
                 yield record
                 continue
             bad.append(record)
-            if len(bad) > request.max_bad_share * images:
+            if len(bad) > tolerated_bad_records(images, request.max_bad_share):
                 examples = "; ".join(f"{one.name}: {one.reason}" for one in bad[:3])
                 raise UserError(
                     f"{len(bad)} images of split {split} are bad so far, more than the share of "

@@ -3,32 +3,75 @@
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
 import traceback
+import typing
+import weakref
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import jax
 from absl import app, flags, logging
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import compilation_cache, user_code
+from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
+
+if typing.TYPE_CHECKING:
+    from tqdm import tqdm
 
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
 
-USER_ERROR_STATUS = 2
-CONFIG_FIELD = "config.<field>"  # the flag of all fields that are given, see `config_file.define_flags`
-FIELD = re.compile(r"--?(?P<no>no)?config\.(?!<)")
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
+
+
+_bars: "weakref.WeakSet[tqdm]" = weakref.WeakSet()  # progress bars on the terminal
 
 
 def say(text: str) -> None:
     """Prints one line to stderr, on the first process only."""
+    import jax  # takes a second, in which `run` has already printed a line
+
     if jax.process_index() == 0:
+        print_above_bars(text)
+
+
+def print_above_bars(text: str) -> None:
+    """Prints to stderr; progress bars stay below the text."""
+    if not _bars:
         print(text, file=sys.stderr, flush=True)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def progress_bar(what: str, total: int, first: int = 0, unit: str = "") -> "tqdm | None":
+    """A bar with rate and remaining time, redrawn in one line; None where stderr is no terminal, or on another process.
+
+    first: what was done before; it does not count towards the rate.
+    """
+    import jax
+
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or jax.process_index() != 0:
+        return None
+    if min(os.get_terminal_size(sys.stderr.fileno())) < 3:  # unknown, as in some containers: tqdm would hide the bar
+        return None
+    from tqdm import tqdm
+
+    # leave=None: a bar below another one, as that of a score during training, is removed at its end.
+    bar = tqdm(desc=what, total=total, initial=first, unit=unit, file=sys.stderr, dynamic_ncols=True, leave=None)
+    if not _bars:
+        logging.get_absl_handler().addFilter(_clear_bars)
+    _bars.add(bar)
+    return bar
+
+
+def _clear_bars(record: Any) -> bool:
+    """A filter of log records, which are written over the bars; the bars are redrawn at their next update."""
+    for bar in _bars:
+        bar.clear(nolock=True)
+    return True
 
 
 def duration(seconds: float) -> str:
@@ -40,13 +83,19 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Prints the progress of a count with rate and remaining time, at most every `every_seconds`."""
+    """Shows a count with its rate and remaining time: a bar on a terminal, elsewhere a line at most every `every_seconds`."""
 
     def __init__(self, what: str, total: int, every_seconds: float = 5.0):
         self.what, self.total, self.every_seconds = what, total, every_seconds
         self.start = self.last = time.monotonic()
+        self._bar = progress_bar(what, total)
 
     def update(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done >= self.total:
+                self._bar.close()
+            return
         now = time.monotonic()
         if now - self.last < self.every_seconds and done < self.total:
             return
@@ -56,56 +105,12 @@ class Progress:
         say(f"{self.what} {done}/{self.total}  {rate:.1f}/s{left}")
 
 
-def verb_of(program: str) -> str:
-    """The verb of a program's path: ".../sample/__main__.py" -> "sample", ".../main.py" -> "main"."""
-    path = Path(program)
-    return path.parent.name if path.stem == "__main__" else path.stem
-
-
-def config_fields(argv: list[str]) -> list[str]:
-    """The arguments with every --config.<path>=<value> as --config.<field>=<path>=<value>, a flag that absl can parse.
-
-    absl would refuse the flags of fields, as it does not know the config. The other forms of a flag are read too: --config.path
-    value, --config.path and --noconfig.path of a field that is true or false.
-    """
-    found: list[str] = []
-    may_take_value = False
-    for number, text in enumerate(argv):
-        if text == "--":
-            return found + argv[number:]
-        field = FIELD.match(text)
-        if field:
-            found.append(f"--{CONFIG_FIELD}={text[field.end() :]}" + ("=false" if field["no"] else ""))
-        elif may_take_value and not text.startswith("--"):
-            found[-1] += f"={text}"
-        else:
-            found.append(text)
-        may_take_value = field is not None and not field["no"] and "=" not in text
-    return found
-
-
-def _parse_flags(argv):
-    takes_config = CONFIG_FIELD in flags.FLAGS
-    try:
-        if takes_config:
-            argv = config_fields(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
-        rest = flags.FLAGS(argv)
-        fields = flags.FLAGS[CONFIG_FIELD].value if takes_config else None
-        if fields and "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
-            raise flags.Error(f"--config.{fields[0]} is given without --config=configs/<name>.py")
-        return rest
-    except SystemExit:  # --help: absl leaves with 1
-        sys.exit(0)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        if takes_config and isinstance(error, flags.UnrecognizedFlagError):
-            print(f"A field of the config is given as --config.{error.flagname}=<value>.", file=sys.stderr)
-        print(f"See python -m dit_jax.{verb_of(argv[0])} --help.", file=sys.stderr)
-        sys.exit(USER_ERROR_STATUS)
-
-
 def _which() -> str:
     """ "process 1 of 4: "; "" for one alone."""
+    if "jax" not in sys.modules:
+        return ""
+    import jax
+
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""
 
@@ -131,27 +136,40 @@ def run(main: Callable[[], dict]) -> None:
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
+        print(f"dit_jax {command_line.verb_of(argv[0])}: starting", file=sys.stderr, flush=True)  # importing JAX takes a second
         try:
             if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
+                raise UserError(command_line.explain_argument(argv[1]))
+            from dit_jax.runtime import compilation_cache, platforms
+
+            platforms.leave_out_tpu()
+            platforms.check()
+            compilation_cache.use()
             user_code.import_all(flags.FLAGS["import"].value or ())
             result = main()
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
-            _leave(USER_ERROR_STATUS)
-        except Exception:
+            _leave(command_line.USER_ERROR_STATUS)
+        except Exception as error:
+            from dit_jax.runtime import platforms
+
+            if said := platforms.explain(error):
+                print(f"error: {said}", file=sys.stderr, flush=True)
+                _leave(command_line.USER_ERROR_STATUS)
             if not _which():
                 raise
             traceback.print_exc()
             print(f"error: {_which()}failed with the error above", file=sys.stderr, flush=True)
             _leave(1)
+        import jax
+
         if jax.process_index() == 0:
             sys.stderr.flush()
             print(json.dumps(result), flush=True)
         if result.get("stopped"):
             sys.exit(STOPPED_STATUS)
 
-    flags.DEFINE_multi_string("import", [], "Python file or module to import first; it may call dit_jax.register")
+    command_line.define_common_flags()
     reuse_freed_memory()
-    compilation_cache.use()
-    app.run(guarded, flags_parser=_parse_flags)
+    doc = getattr(main, "__globals__", {}).get("__doc__") or ""  # of the verb's module, which --help prints
+    app.run(guarded, flags_parser=lambda argv: command_line.parse(argv, doc))

@@ -2,6 +2,7 @@
 
 import ast
 import decimal
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -54,6 +55,13 @@ class FieldType(NamedTuple):
         """ "a whole number or None"."""
         return " or ".join(_DESCRIPTIONS.get(t, "None") for t in self.allowed)
 
+    def python(self) -> str:
+        """ "int | None", as in Python."""
+        if not self.allowed:
+            return "Any"
+        names = {NONE: "None", tuple: f"tuple[{' | '.join(t.__name__ for t in self.element)}, ...]" if self.element else "tuple"}
+        return " | ".join(names.get(t, t.__name__) for t in self.allowed)
+
     def parse(self, text: str) -> Any:
         """The value that a text means: "" and None, true and false, 1e3 as an int where no digit is lost, (1,2) or 1,2.
 
@@ -67,7 +75,7 @@ class FieldType(NamedTuple):
             return None
         if bool in self.allowed and word in WORDS_FOR_BOOL:
             return WORDS_FOR_BOOL[word]
-        for convert, of_type in ((_whole_number, int), (float, float)):
+        for convert, of_type in ((whole_number, int), (_number, float)):
             if of_type in self.allowed:
                 try:
                     return convert(text)
@@ -82,6 +90,8 @@ class FieldType(NamedTuple):
     def _parse_tuple(self, text: str) -> tuple:
         found = _literal(text) if text.strip() else ()
         if isinstance(found, str):  # a,b without quotes
+            if (found[0], found[-1]) not in (("(", ")"), ("[", "]")) and set(found) & set("()[]{}"):
+                raise ValueError(text)
             found = [part.strip() for part in found.strip("()[]").split(",") if part.strip()]
         elements = tuple(found) if isinstance(found, (tuple, list)) else (found,)
         return tuple(FieldType(self.element).parse(str(x)) for x in elements) if self.element else elements
@@ -98,7 +108,19 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _whole_number(text: str) -> int:
+def _number(text: str) -> float:
+    number = float(text)
+    if math.isnan(number):
+        raise ValueError(text)
+    return number
+
+
+def whole_number(text: str) -> int:
+    """The integer that a text means: 1000, 1_000, 0x10, and 1e3 where no digit is lost.
+
+    Raises:
+        ValueError: it means none.
+    """
     try:
         return int(text, 0)  # 1_000 and 0x10 too
     except ValueError:

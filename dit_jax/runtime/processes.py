@@ -2,12 +2,15 @@
 
 from absl import flags
 
+from dit_jax.runtime import command_line
+
 flags.disclaim_key_flags()  # --help lists them as the verb's own
 
 
 def define_flags() -> None:
     """Defines --coordinator_address, --num_processes and --process_id, for a verb that calls `join`."""
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the cluster is not detected.")
+    command_line.group("Several processes, where the cluster is not detected")
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator_address.")
     flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator_address.")
 

@@ -66,4 +66,5 @@ class StopSignal:
         self._asked = True
         # No logging here: the signal may have interrupted the logger while it held its lock.
         name = signal.Signals(number).name
-        os.write(2, f"{name}: saving and stopping; a second signal ends the process immediately\n".encode())
+        start = "\n" if os.isatty(2) else ""  # the line has a progress bar and "^C"
+        os.write(2, f"{start}{name}: saving and stopping; a second signal ends the process immediately\n".encode())

@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +21,7 @@ from dit_jax.errors import UserError
 
 Result = TypeVar("Result")
 LONGEST_MESSAGE = 200
+OTHER_FIELDS = re.compile(r'\s*Other fields present: "\{.*\}"', re.DOTALL)  # ml_collections prints the config
 
 
 class Import(NamedTuple):
@@ -125,20 +128,37 @@ def run(code: Callable[[], Result], file: str) -> Result:
         return code()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(_explain(error, file)) from error
 
 
-def _explain(error: Exception, file: str) -> str:
+def wrong_result(path: Path, function: Callable, result: Any, wanted: str) -> str:
+    """The message about a function of the user's file that returns None or another type than it must, with its line."""
+    hint = "; it has no return statement that is reached" if result is None else ""
+    code = inspect.unwrap(function).__code__ if inspect.isfunction(inspect.unwrap(function)) else None
+    place = f"{path}, line {code.co_firstlineno}" if code and _same_file(code.co_filename, str(path)) else str(path)
+    found = "None" if result is None else f"a {type(result).__name__}"
+    return f"{place}: {function.__name__}() returns {found}{hint}; it must return {wanted}"
+
+
+def _explain(error: BaseException, file: str) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _same_file(frame.filename, file)]
     number, line = (frames[-1].lineno, frames[-1].line) if frames else (None, None)
-    said = " ".join(str(error).split())
+    said = " ".join(OTHER_FIELDS.sub("", _message(error)).split())
     if isinstance(error, SyntaxError) and _same_file(error.filename or file, file):
         number, line, said = error.lineno, error.text, error.msg
-    if len(said) > LONGEST_MESSAGE:  # ml_collections prints the config, and what it suggests after it
+    if len(said) > LONGEST_MESSAGE:
         said = f"{said[: LONGEST_MESSAGE // 2]} ... {said[-LONGEST_MESSAGE // 2 :]}"
     place = file if number is None else f"{file}, line {number}"
     return f"{place}: {type(error).__name__}: {said}" + (f"\n    {line.strip()}" if line else "")
+
+
+def _message(error: BaseException) -> str:
+    """str(error) without the quotes and escapes of a KeyError, also of one that another error wraps, as ml_collections does."""
+    inner = error.args[0] if len(error.args) == 1 else None
+    if isinstance(inner, BaseException):
+        return _message(inner)
+    return inner if isinstance(error, KeyError) and isinstance(inner, str) and " " in inner else str(error)
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -3,9 +3,10 @@
 Part p of P draws the shards p, p + P, .... A part is a process, or all processes that hold the same rows of a batch.
 """
 
+import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from dit_jax.sample.generator import Generator, has_replicated_params
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
 from dit_jax.storage.atomic import check_writable
+
+GRID_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ def folder_of(out: Path) -> Path:
     return out.with_suffix(".shards") if out.suffix == ".npz" else out
 
 
-def check_out(out: Path) -> None:
+def check_out(out: str | os.PathLike) -> None:
     """Raises a UserError if samples cannot be written to `out`, before any sampling."""
+    out = Path(out).expanduser()
     if out.suffix not in ("", ".npz") and not out.is_dir():
         raise UserError(f"{out} must end in .npz, or be a folder whose name has no dot")
     if out.suffix == ".npz" and out.is_dir():
@@ -74,7 +78,7 @@ def check_out(out: Path) -> None:
 
 
 def draw(
-    out: Path,
+    out: str | os.PathLike,
     generator: Generator,
     params: Any,
     constants: Mapping[str, Any],
@@ -83,6 +87,8 @@ def draw(
     made_by: dict,
     weak_params: Any = None,
     replace: bool = False,
+    names: Sequence[str] = (),
+    caption: str = "",
 ) -> Drawn:
     """Draws image k for request k, k = 0, 1, ..., into an npz or a folder of shards; finished shards are not drawn again.
 
@@ -95,10 +101,13 @@ def draw(
             images, as zeros if there are none.
         made_by: all other settings that the images depend on, including the weights' fingerprints; JSON values.
         replace: replaces samples that were drawn with other settings; False refuses them.
+        names, caption: texts of the grid, which shows the first GRID_IMAGES images, see `write_image_grid`.
 
     Raises:
-        UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk.
+        UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
+            out of range.
     """
+    out, requests = Path(out), generator.task.conditioner.from_requests(dict(requests))
     if SHARD_IMAGES % generator.chunk_size:
         raise UserError(f"chunk_size is {generator.chunk_size}; it must divide {SHARD_IMAGES}, the images of a shard")
     start = time.monotonic()
@@ -107,13 +116,14 @@ def draw(
     settings = shards.settings_of(labels, generator.image_shape, made_by, made_with(generator), requests)
     wanted = Shards(folder_of(out), settings, labels)
     grid = out.with_suffix(".png") if out.suffix == ".npz" else out / shards.GRID
+    texts = (names[:GRID_IMAGES], caption)
     done = out.suffix == ".npz" and hosts.is_first() and _is_done(out, wanted, replace)
     if _greatest(int(done)):
         return Drawn(out, grid, 0, time.monotonic() - start, False)
     if not hosts.is_first():
-        return _draw_folder(out, grid, generator, (params, constants, weak_params), requests, wanted.path, start)
+        return _draw_folder(out, grid, texts, generator, (params, constants, weak_params), requests, wanted.path, start)
     with shards.claimed(wanted, replace):
-        return _draw_folder(out, grid, generator, (params, constants, weak_params), requests, wanted.path, start)
+        return _draw_folder(out, grid, texts, generator, (params, constants, weak_params), requests, wanted.path, start)
 
 
 def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
@@ -141,7 +151,7 @@ def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
     return True
 
 
-def _draw_folder(out, grid, generator, arrays, requests, path, start) -> Drawn:
+def _draw_folder(out, grid, texts, generator, arrays, requests, path, start) -> Drawn:
     hosts.wait_for_all("the folder of samples is claimed")
     samples = shards.opened(path)
     if samples is None:
@@ -157,7 +167,7 @@ def _draw_folder(out, grid, generator, arrays, requests, path, start) -> Drawn:
         stopped = _draw_shards(generator, arrays, requests, writer, stop)
     hosts.wait_for_all("every shard of the samples is written")
     if not stopped and hosts.is_first():
-        _finish(out, grid, samples)
+        _finish(out, grid, texts, samples)
     return Drawn(out, grid, writer.done, time.monotonic() - start, stopped)
 
 
@@ -179,6 +189,8 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
     parts, size = generator.share.parts, generator.share.rows
     indices = writer.indices(generator.chunk_size)
     calls = _greatest(-(-len(indices) // size))
+    if calls:
+        say("compiling the sampler")
     indices = np.append(indices, np.zeros(calls * size - len(indices), np.int32))
     requests = {name: x[np.minimum(indices, len(writer.shards) - 1)] for name, x in requests.items()}
     progress = Progress("sampling" if parts == 1 else f"sampling, part 1 of {parts}", writer.waiting)
@@ -271,16 +283,17 @@ class ShardWriter:
             self._writing.result()
 
 
-def _finish(out: Path, grid: Path, samples: Shards):
+def _finish(out: Path, grid: Path, texts: tuple[Sequence[str], str], samples: Shards):
     """Writes the npz, if one is wanted, and the grid, from a folder with all its shards."""
     samples = shards.read(samples.path)
-    first = next(samples.batches(0, min(len(samples), 100), 100))
+    first = next(samples.batches(0, min(len(samples), GRID_IMAGES), GRID_IMAGES))
+    names, caption = texts
     try:
         if out.suffix == ".npz":
             samples_file.write_stream(
                 out, (len(samples), *samples.shape), (images for _, images, _ in samples.rows()), samples.labels, samples.made_by
             )
-        write_image_grid(grid, first, columns=10 if len(first) >= 10 else None)
+        write_image_grid(grid, first, 10 if len(first) >= 10 else None, names=names, caption=caption)
     except OSError as error:
         raise shards.unwritable(out, error) from None
     if out.suffix == ".npz":

@@ -5,13 +5,16 @@ last bits of an image depend on C and on the row's place in its chunk. They do n
 devices or the number of processes.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.diffusion.forecast import Forecast
@@ -23,14 +26,18 @@ from dit_jax.runtime.console import Progress
 from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
+PADDING = -1  # index of the rows that fill the last call
 DECODER_CHUNK = 8  # a few images fill a device; one of 256 px takes 160 MB in float32
 CHUNK_TOKENS = 16384  # fills an accelerator's matrix units; hides kernel launches and reads of the weights
+CPU_CHUNK_TOKENS = (
+    512  # with more, activations leave the caches: the digits' images/s are 15, 21, 27 and 21 with 8, 16, 32 and 64 rows
+)
 
 
 def default_chunk_size(num_tokens: int, platform: str) -> int:
-    """The default of C: 8 on a CPU, elsewhere a power of two from 8 to 64 for at most CHUNK_TOKENS tokens per chunk."""
-    size = SMALLEST_CHUNK
-    while platform != "cpu" and size < LARGEST_CHUNK and 2 * size * num_tokens <= CHUNK_TOKENS:
+    """The default of C: a power of two from 8 to 64, for at most CHUNK_TOKENS tokens per chunk, or CPU_CHUNK_TOKENS on a CPU."""
+    size, most = SMALLEST_CHUNK, CPU_CHUNK_TOKENS if platform == "cpu" else CHUNK_TOKENS
+    while size < LARGEST_CHUNK and 2 * size * num_tokens <= most:
         size *= 2
     return size
 
@@ -75,6 +82,17 @@ def in_chunks(function: Callable[..., jax.Array], chunk_size: int, ways: int, *t
     return done.reshape(-1, *done.shape[3:])
 
 
+def image_keys(seed: jax.Array | int, indices: jax.Array) -> jax.Array:
+    """Keys [B] of the images with these indices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+
+
+def check_seed(seed: int) -> None:
+    """Raises a UserError if the seed is out of range."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed of sampling is {seed}; it must lie in 0 to 2**32 - 1")
+
+
 class Share(NamedTuple):
     """This process's share of each batch. A part is a process, or all processes that hold the same rows of a batch.
 
@@ -96,12 +114,19 @@ class Generator:
     Fields:
         image_shape: (H, W, C) or (F, H, W, C) of one sample.
         batch_size: images of a call over all devices: the argument, rounded up to full chunks on every device.
-        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params) -> uint8 [batch_size, H, W, C], rows
-            split over the mesh. Pass parameters from `weights.cast_for_inference`; others are cast at every step.
+        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params, uint32 seed, noise) -> uint8
+            [batch_size, H, W, C], rows split over the mesh. Pass parameters from `weights.cast_for_inference`; others are cast at
+            every step.
 
     Args:
         chunk_size: C. Two generators with the same C give the same bits on devices of one kind if every device holds all
             parameters (`has_replicated_params`), and otherwise agree up to rounding.
+        watch: called on the host at every evaluation of the network, for one chunk at a time, as watch(indices [C], number of the
+            evaluation, t [C], predicted x0 [C, h, w, c]), with NumPy arrays; rows with index PADDING are no images. It costs a
+            copy of x0 to the host.
+
+    Raises:
+        UserError: a number is out of range; guidance without a null condition; `watch` where devices share an image.
     """
 
     def __init__(
@@ -115,47 +140,78 @@ class Generator:
         weak_task: DiffusionTask | None = None,
         chunk_size: int | None = None,
         forecast: Forecast | None = None,
+        watch: Callable[..., None] | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"the batch size of sampling is {batch_size}; it must be at least 1")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"the seed of sampling is {seed}; it must lie in 0 to 2**32 - 1")
+        check_seed(seed)
+        if watch is not None and not has_replicated_params(mesh):
+            raise UserError(
+                f"sampling can be watched only where every device holds all parameters; the mesh is {dict(mesh.shape)}"
+            )
+        if chunk_size is not None and chunk_size < 1:
+            raise UserError(f"the chunk size of sampling is {chunk_size}; it must be at least 1")
         if guidance.active and weak_task is None and not task.has_null_condition:
             raise UserError(
                 f"guidance.scale is {guidance.scale} and the network was never trained without its condition "
                 f"(task.cond_dropout is {task.cond_dropout}); set the scale to 1, or guide by a second network (autoguidance)"
             )
-        self.mesh, self.seed, self.image_shape = mesh, seed, task.image_shape
+        self.mesh, self.seed, self.task, self.image_shape = mesh, seed, task, task.image_shape
         self.chunk_size = chunk_size or default_chunk_size(
             task.network.num_tokens(task.latent_shape), mesh.devices.flat[0].platform
         )
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // (ways * self.chunk_size)) * ways * self.chunk_size
 
-        def images(ways, params, constants, indices, requests, weak_params):
-            def latents(indices, requests):
+        def images(ways, params, constants, indices, requests, weak_params, seed, noise):
+            def latents(indices, requests, noise):
                 def weak(x, t, cond):
                     assert weak_task is not None  # called only where there is one
                     return weak_task.apply(weak_params, x, t, cond)
 
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-                second = weak if weak_task else None
-                return task.draw_latents(params, constants, keys, requests, sampler, guidance, second, forecast)
+                def report(number, t, x0):
+                    assert watch is not None
+                    io_callback(watch, None, indices, number, jnp.broadcast_to(t, indices.shape), x0)
 
-            drawn = in_chunks(latents, self.chunk_size, ways, indices, requests)
-            return in_chunks(lambda x: task.decode(constants, x), math.gcd(self.chunk_size, DECODER_CHUNK), ways, drawn)
+                keys, second = image_keys(seed, indices), weak if weak_task else None
+                return task.draw_latents(
+                    params, constants, keys, requests, sampler, guidance, second, forecast, noise, report if watch else None
+                )
 
-        def draw(params, constants, indices, requests, weak_params):
-            args = params, constants, indices, requests, weak_params
+            drawn = in_chunks(latents, self.chunk_size, ways, indices, requests, noise)
+            return self.decode(constants, drawn, ways)
+
+        def draw(*args):
             if not has_replicated_params(mesh):
                 return images(ways, *args)
             replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
-            in_specs = (replicated, replicated, split, split, replicated)
+            in_specs = (replicated, replicated, split, split, replicated, replicated, split)
             return jax.shard_map(lambda *args: images(1, *args), mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)(
                 *args
             )
 
         self.program = jax.jit(draw, out_shardings=batch_sharding(mesh))
+        self.images_of_one_device = functools.partial(images, 1)
+
+    def with_seed(self, seed: int) -> "Generator":
+        """The same generator with another seed, which is not compiled again.
+
+        Raises:
+            UserError: the seed is out of range.
+        """
+        check_seed(seed)
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def noise(self, indices: np.ndarray) -> np.ndarray:
+        """f32[B, h, w, c]: the noise that sampling of the images with these indices starts from."""
+        return np.asarray(self.task.initial_noise(image_keys(self.seed, jnp.asarray(indices))))
+
+    def decode(self, constants: Mapping[str, Any], latents: jax.Array, ways: int = 1) -> jax.Array:
+        """uint8 images of latents [B, h, w, c], whose rows are split over `ways` devices; B is a multiple of ways x C."""
+        size = math.gcd(self.chunk_size, DECODER_CHUNK)
+        return in_chunks(lambda x: self.task.decode(constants, x), size, ways, latents)
 
     @property
     def calls_in_flight(self) -> int:
@@ -183,6 +239,7 @@ class Generator:
         indices: jax.Array,
         requests: Mapping[str, jax.Array],
         weak_params: Any = None,
+        noise: jax.Array | None = None,
     ) -> jax.Array:
         """Dispatches a call and returns its images, which may not be computed yet.
 
@@ -190,10 +247,11 @@ class Generator:
             constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; other entries are ignored.
             indices: int32[batch_size], global.
             requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
+            noise: f32[batch_size, h, w, c], global, that sampling starts from; None draws it from the seed and the indices.
         """
         constants = {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
         with jax.set_mesh(self.mesh):
-            return self.program(params, constants, indices, requests, weak_params)
+            return self.program(params, constants, indices, requests, weak_params, np.uint32(self.seed), noise)
 
     def __call__(
         self,
@@ -203,24 +261,35 @@ class Generator:
         num_images: int,
         weak_params: Any = None,
         say_progress: bool = False,
+        noise: np.ndarray | None = None,
+        indices: np.ndarray | None = None,
     ) -> np.ndarray:
         """Images 0 .. num_images - 1, as many as fit in memory; use `drawing.draw` for more.
 
         Args:
             requests: host arrays [num_images, ...].
             weak_params: parameters of autoguidance's second network, if there is one.
+            noise: host array f32[num_images, h, w, c] that sampling starts from; None draws it from the seed.
+            indices: int32[num_images] that the images' keys are made of; None for 0 .. num_images - 1.
 
         Returns:
             uint8 [num_images, H, W, C], the same on every process.
+
+        Raises:
+            UserError: a request is out of range.
         """
-        size = self.batch_size
+        requests, size = self.task.conditioner.from_requests(dict(requests)), self.batch_size
         progress = Progress("sampling", num_images)
+        indices = np.arange(num_images, dtype=np.int32) if indices is None else indices
         images = []
         for start in range(0, num_images, size):
-            indices = np.minimum(np.arange(start, start + size, dtype=np.int32), num_images - 1)
-            rows = {name: x[indices] for name, x in requests.items()}
-            indices, rows = jax.tree.map(lambda x: split_rows(self.mesh, x), (indices, rows))
-            images.append(hosts.to_host(self.start(params, constants, indices, rows, weak_params)))
+            rows = np.arange(start, start + size)
+            keyed = np.where(rows < num_images, indices[np.minimum(rows, num_images - 1)], PADDING)
+            rows = np.minimum(rows, num_images - 1)
+            of_call, of_requests, of_noise = jax.tree.map(
+                lambda x: split_rows(self.mesh, x), (keyed, *jax.tree.map(lambda x, rows=rows: x[rows], (requests, noise)))
+            )
+            images.append(hosts.to_host(self.start(params, constants, of_call, of_requests, weak_params, of_noise)))
             if say_progress:
                 progress.update(min(start + size, num_images))
         return np.concatenate(images)[:num_images]

@@ -1,22 +1,34 @@
-"""Writes images as a grid in one picture file, and clips as rows of frames."""
+"""Writes images as a grid in one picture file, and clips as rows of frames, with the names of their classes and a caption."""
 
 import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dit_jax.storage.atomic import replacing
 
 _SMALLEST_SIDE = 64
 GAP = 4  # pixels between images and around them
 GAP_LEVEL = 40  # dark grey, so that black images have an edge
+TEXT_LEVEL = 225
+SMALLEST_TEXT, LARGEST_TEXT = 11, 24  # pixels; a quarter of an image's width between them
 
 
-def write_image_grid(path: Path, images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+def write_image_grid(
+    path: str | os.PathLike,
+    images: np.ndarray,
+    columns: int | None = None,
+    scale: int | None = None,
+    names: Sequence[str] = (),
+    caption: str = "",
+) -> np.ndarray:
     """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
 
-    Each clip is a row of its frames; `columns` is then ignored.
+    Each clip is a row of its frames; `columns` is then ignored. A text that is wider than its image is cut and ends in "…".
 
     Args:
         path: file to write, atomically; its suffix is the format, its folder is created.
@@ -24,13 +36,19 @@ def write_image_grid(path: Path, images: np.ndarray, columns: int | None = None,
         columns: images per row; None makes the grid about square.
         scale: integer enlargement by nearest neighbour; None enlarges until the longer side of an image is at least
             64 pixels.
-    Raises: ValueError for another dtype or shape, an unknown suffix, or for columns or scale below 1.
+        names: one for each image or clip, written below it; once above each column if all its images have the same name.
+        caption: written above the images.
+    Raises: ValueError for another dtype or shape, an unknown suffix, another number of names, or for columns or scale below 1.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images are {images.dtype}{list(images.shape)}: a grid needs uint8 [N >= 1, (F,) H, W, 1 or 3]")
+    if len(names) not in (0, len(images)):
+        raise ValueError(f"there are {len(names)} names for {len(images)} images")
     if images.ndim == 5:
-        columns, images = images.shape[1], images.reshape(-1, *images.shape[2:])
+        columns = images.shape[1]
+        names = [text for name in names for text in (name, *[""] * (columns - 1))]
+        images = images.reshape(-1, *images.shape[2:])
     file_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if file_format is None:
         raise ValueError(f"{path} has a suffix that is not a picture format; use .png")
@@ -39,13 +57,61 @@ def write_image_grid(path: Path, images: np.ndarray, columns: int | None = None,
     scale = max(1, math.ceil(_SMALLEST_SIDE / max(height, width))) if scale is None else scale
     if columns < 1 or scale < 1:
         raise ValueError(f"columns={columns} and scale={scale} must be at least 1")
-    rows = math.ceil(count / columns)
-    high, wide = height * scale + GAP, width * scale + GAP
-    grid = np.full((rows * high + GAP, columns * wide + GAP, channels), GAP_LEVEL, np.uint8)
+    font = ImageFont.load_default(min(max(width * scale // 4, SMALLEST_TEXT), LARGEST_TEXT))
+    line = sum(font.getmetrics()) + GAP  # type: ignore[union-attr]  # FreeType is part of Pillow's wheels
+    heads = count > columns and all(name == names[i % columns] for i, name in enumerate(names))
+    high, wide = height * scale + GAP + (line if names and not heads else 0), width * scale + GAP
+    captions = _wrapped(caption, font, columns * wide - GAP)
+    first = GAP + line * (len(captions) + (heads and bool(names)))  # pixels above the first row of images
+    grid = np.full((first + math.ceil(count / columns) * high, columns * wide + GAP, channels), GAP_LEVEL, np.uint8)
     for index, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
-        top, left = GAP + index // columns * high, GAP + index % columns * wide
+        top, left = first + index // columns * high, GAP + index % columns * wide
         grid[top : top + height * scale, left : left + width * scale] = image
 
+    picture = Image.fromarray(grid[..., 0] if channels == 1 else grid)
+    draw = ImageDraw.Draw(picture)
+    fill = TEXT_LEVEL if channels == 1 else (TEXT_LEVEL,) * 3
+    for row, text in enumerate(captions):
+        draw.text((GAP, GAP + row * line), text, fill, font)
+    for index, name in enumerate(names[:columns] if heads else names):
+        top = first - line if heads else first + index // columns * high + height * scale + GAP // 2
+        text = _cut(name, font, width * scale)
+        middle = GAP + index % columns * wide + (width * scale - font.getlength(text)) / 2
+        draw.text((middle, top), text, fill, font)
     with replacing(path) as partial:
-        Image.fromarray(grid[..., 0] if channels == 1 else grid).save(partial, file_format)
-    return grid
+        picture.save(partial, file_format)
+    return np.asarray(picture).reshape(grid.shape)
+
+
+def _cut(text: str, font, width: int) -> str:
+    """The text, or its beginning and "…", no wider than this."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    """The text in lines no wider than this, broken between words; a wider word is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(_cut(word, font, width))
+    return lines
+
+
+def label_names(labels: Iterable[int], num_classes: int, class_names: Sequence[str] = ()) -> list[str]:
+    """The name of each label: of `class_names` if there is one for each class, else the number; "none" of the null label."""
+    known = class_names if len(class_names) == num_classes else list(map(str, range(num_classes)))
+    return ["none" if label == num_classes else known[label] for label in map(int, labels)]
+
+
+def sampling_caption(step: int | None, guidance_scale: float, sampler: Mapping[str, Any], seed: int) -> str:
+    """ "step 1500, guidance 1.5, ddpm with 100 steps, seed 0"."""
+    steps = f" with {sampler['num_steps']} steps" if "num_steps" in sampler else ""
+    at = "" if step is None else f"step {step}, "
+    return f"{at}guidance {guidance_scale:g}, {sampler['name']}{steps}, seed {seed}"

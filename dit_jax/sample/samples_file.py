@@ -2,54 +2,115 @@
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dit_jax.errors import UserError
 from dit_jax.sample.grid import write_image_grid
-from dit_jax.sample.weights import weights_fingerprint
 from dit_jax.storage.atomic import remove_leftovers, replacing
 from dit_jax.storage.bounded import json_object, read_npz
 
 READ_BYTES = 2**24
 
 
-def describe(config: Any, params: Any, step: int | None, seed: int) -> dict:
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images that a network drew. NumPy takes them for the array of their images.
+
+    Fields:
+        images: uint8 [N, H, W, C], or [N, F, H, W, C] for clips.
+        labels: int32 [N]; `num_classes` where the network was given no label, 0 for a network without labels.
+        made_by: how they were made, as JSON values: weights, sampler, guidance, seed, versions.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    made_by: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.images, dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        return f"Samples({len(self)} images, {' x '.join(map(str, self.images.shape[1:]))})"
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes the npz that `sample` writes for these images, atomically; returns its path.
+
+        Raises:
+            UserError: the name does not end in .npz, or the file cannot be written.
+        """
+        path = Path(path).expanduser()
+        if path.suffix != ".npz":
+            raise UserError(f"{path} must end in .npz; save_grid writes a picture")
+        try:
+            write_stream(path, self.images.shape, [self.images], self.labels, self.made_by)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
+        return path
+
+    def save_grid(self, path: str | os.PathLike, columns: int | None = None) -> Path:
+        """Writes all images as one picture, row by row; returns its path. The suffix is the format.
+
+        columns: images in a row; None makes the grid about square.
+
+        Raises:
+            UserError: the suffix is not that of a picture, or the file cannot be written.
+        """
+        path = Path(path).expanduser()
+        try:
+            write_image_grid(path, self.images, columns)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return path
+
+
+def describe(config: Any, weights: str, step: int | None, seed: int) -> dict:
     """The settings of samples, which are stored with them.
 
-    params: in the dtype of training, which may differ from that of sampling.
+    weights: `weights_fingerprint` of the parameters in the dtype of training, which may differ from that of sampling.
     """
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
     return {
         "step": step,
         "seed": seed,
-        "weights": weights_fingerprint(params),
+        "weights": weights,
         "ema_decay": config.ema_decay,
         "codec": codec,
         **{name: config[name].to_dict() for name in sections if name in config},
     }
 
 
-def write(path: Path, images: np.ndarray, labels: np.ndarray, made_by: dict) -> None:
+def write(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray, made_by: dict) -> None:
     """Writes the npz, atomically, and a grid of the first 100 images next to it."""
+    path = Path(path)
     write_stream(path, images.shape, [images], labels, made_by)
     write_image_grid(path.with_suffix(".png"), images[:100], columns=10 if len(images) >= 10 else None)
 
 
-def write_stream(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict) -> None:
+def write_stream(
+    path: str | os.PathLike, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict
+) -> None:
     """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
 
     Args:
         shape: [N, H, W, C], or [N, F, H, W, C], of all blocks together.
         made_by: the settings; "images_sha256", the hash of the bytes of all images, is added.
     """
+    path, sha256 = Path(path), hashlib.sha256()
     remove_leftovers(path.parent, path.name)
-    sha256 = hashlib.sha256()
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with _member(archive, "arr_0") as member:
             np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
@@ -68,16 +129,18 @@ def _member(archive: zipfile.ZipFile, name: str):
     return archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
-def made_by_of(path: Path) -> dict | None:
+def made_by_of(path: str | os.PathLike) -> dict | None:
     """The `made_by` entry of an npz; None if it has none or cannot be read."""
+    path = Path(path).expanduser()
     try:
         return json_object(str(read_npz(path, ["made_by"])["made_by"]), str(path))
     except (OSError, ValueError, KeyError):
         return None
 
 
-def is_sound(path: Path, made_by: dict) -> bool:
+def is_sound(path: str | os.PathLike, made_by: dict) -> bool:
     """Whether an npz of `write_stream` is intact; reads all of it."""
+    path = Path(path).expanduser()
     sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(path) as archive:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -203,12 +204,13 @@ def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]
     return differences(*(compared({**each, "made_by": compared(each["made_by"])}) for each in (stored, wanted)))
 
 
-def read(path: Path) -> Shards:
+def read(path: str | os.PathLike) -> Shards:
     """The samples in a folder with all its shards.
 
     Raises:
         UserError: not a folder of samples; unfinished; the manifest or the labels are damaged.
     """
+    path = Path(path).expanduser()
     samples = opened(path)
     if samples is None:
         raise UserError(f"{path} has no {MANIFEST}; give a folder of dit_jax.sample")
@@ -218,12 +220,13 @@ def read(path: Path) -> Shards:
     return samples
 
 
-def opened(path: Path) -> Shards | None:
+def opened(path: str | os.PathLike) -> Shards | None:
     """The samples in a folder, finished or not; None if there is no manifest.
 
     Raises:
         UserError: the manifest or the labels are damaged or have another format.
     """
+    path = Path(path).expanduser()
     try:
         settings = read_sealed(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,5 +1,8 @@
-"""Loads trained networks for sampling, from a run's folder or from a weights file."""
+"""Opens trained networks for sampling: a run's folder, a weights file, or weights of other code."""
 
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,45 +10,123 @@ import jax
 import ml_collections
 
 from dit_jax.build import Run
-from dit_jax.convert.formats import config_of
+from dit_jax.convert import formats
 from dit_jax.errors import UserError
-from dit_jax.interop import weights
+from dit_jax.interop import diffusers_dit, pt_reader
+from dit_jax.interop import weights as weights_file
+from dit_jax.interop.tensors import open_safetensors
 from dit_jax.parallel.mesh import place
+from dit_jax.runtime.console import say
 from dit_jax.storage.checkpoints import restore_subtree
-from dit_jax.storage.run_folder import read_config
+from dit_jax.storage.run_folder import read_best, read_config
+
+AVERAGES = {"default": "ema_params", "none": "params"}  # of a checkpoint: its entry of the training state
 
 
-def read(path: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any] | None]:
-    """The config of a run's folder or of a weights file, and the origin of the file's weights (None for a run).
+@dataclass(frozen=True)
+class Trained:
+    """A trained network on disk; its parameters are read by `params`.
+
+    Fields:
+        path: what was opened, absolute.
+        config: a copy may be changed before `Run` builds the network from it.
+        weights: opened parameters; None for a run, which has checkpoints.
+        codec: the autoencoder that lies beside the weights; None if there is none.
+    """
+
+    path: Path
+    config: ml_collections.ConfigDict
+    weights: weights_file.Weights | None = None
+    codec: Path | None = None
+
+    def check(self, step: int | str | None, average: str) -> int | None:
+        """The step of the checkpoint that `step` selects; None for the newest, and for weights that are no run's.
+
+        Raises:
+            UserError: there is no such average; weights with one set of parameters; `best` without scores; not a step.
+        """
+        if average not in AVERAGES:
+            raise UserError(f"average={average!r}: one of {', '.join(AVERAGES)} is needed")
+        if self.weights is not None:
+            for name, given in (("step", step is not None), ("average", average != "default")):
+                if given:
+                    raise UserError(
+                        f"{name} selects weights of a run, and {self.path} has only one set of weights; leave {name} out"
+                    )
+        if step is None:
+            return None
+        if step == "best":
+            best = read_best(self.path)
+            if best is None:
+                raise UserError(
+                    f"step=best: {self.path} has no scores; train with --config.scoring.every_steps=N, or give a step"
+                )
+            return best["step"]
+        if not str(step).isdigit():
+            raise UserError(f"step={step} must be the step of a checkpoint, or best")
+        return int(step)
+
+    def params(self, run: Run, step: int | None = None, average: str = "default") -> tuple[Any, int | None]:
+        """(parameters on the mesh, their step or None), for the run of this config.
+
+        step, average: as `check` has them.
+
+        Raises:
+            UserError: the run has no such checkpoint; the tensors do not fit the network.
+        """
+        state = run.abstract_state
+        if self.weights is not None:
+            abstract = state.ema_params
+            tensors = weights_file.load_tensors(self.weights.tensors, abstract, str(self.path))
+            return place(tensors, jax.tree.map(lambda x: x.sharding, abstract)), None
+        entry = AVERAGES[average]
+        try:
+            restored, _, step = restore_subtree(self.path / "checkpoints", {entry: getattr(state, entry)}, step)
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
+        return restored[entry], step
+
+
+def read(path: str | os.PathLike) -> Trained:
+    """Opens a trained network; parameters are not read yet.
+
+    Args:
+        path: a run's folder; a .safetensors file of `convert`; a .pt or .safetensors file of the paper's code (or of SiT's, if
+            its name has the word "sit"); a folder that diffusers wrote, of the transformer or of the pipeline.
 
     Raises:
-        UserError: neither a run nor a weights file; or the run of an autoencoder.
+        UserError: none of these; damaged; or the run of an autoencoder.
     """
-    if path.suffix == ".safetensors":
-        stored = weights.read(path)
-        return config_of(stored.sections), stored.origin
+    path = Path(path).expanduser().absolute()
+    if path.is_dir() and not (path / "config.json").exists() and (path / "transformer").is_dir():
+        vae = path / "vae"
+        return _read_foreign(path / "transformer", "diffusers", vae if vae.is_dir() else None)
+    if path.name in diffusers_dit.WEIGHTS_NAMES or any((path / name).exists() for name in diffusers_dit.WEIGHTS_NAMES):
+        return _read_foreign(path, "diffusers")
+    if path.is_file() and (pt_reader.is_pt(path) or not _is_ours(path)):
+        return _read_foreign(path, "sit" if re.search(r"(?<![a-z])sit(?![a-z])", path.stem.lower()) else "official")
+    if path.is_file() or path.suffix == ".safetensors":
+        opened = weights_file.read(path)
+        return Trained(path, formats.config_of(opened.sections), opened)
+    if path.suffix == ".pt":
+        raise UserError(f"{path} does not exist; give a .pt file of DiT or SiT")
     config = ml_collections.ConfigDict(read_config(path))
     if not Run(config).task.draws_samples:
         raise UserError(
             f"{path} is the run of an autoencoder, which cannot be sampled; give {path} as codec.path of a diffusion run"
         )
-    return config, None
+    return Trained(path, config)
 
 
-def load_params(run: Run, path: Path, step: int | None = None) -> tuple[Any, int | None]:
-    """(moving-average parameters on the mesh, their step or None) of a run's folder or a weights file.
+def _is_ours(path: Path) -> bool:
+    """Whether a file that exists is a weights file of `convert`, or has another format than safetensors."""
+    return path.suffix != ".safetensors" or "dit_jax" in open_safetensors(path)[1]
 
-    Raises:
-        UserError: the run has no such checkpoint.
-    """
-    abstract = run.abstract_state.ema_params
-    if path.suffix == ".safetensors":
-        return place(weights.load(path, abstract), jax.tree.map(lambda x: x.sharding, abstract)), None
-    try:
-        restored, _, step = restore_subtree(path / "checkpoints", {"ema_params": abstract}, step)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    return restored["ema_params"], step
+
+def _read_foreign(path: Path, layout: str, codec: Path | None = None) -> Trained:
+    say(f"reading {path} with the layout {layout}")
+    opened = formats.read(formats.Source(layout, path))
+    return Trained(path, formats.config_of(opened.sections), opened, codec)
 
 
 def check_guides(run: Run, other: Run, path: Path) -> None:

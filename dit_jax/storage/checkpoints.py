@@ -60,7 +60,7 @@ class Checkpointer:
 
     Args:
         directory: local (or bucket) folder, created by the first save; for one training job at a time.
-        every_steps: interval of `due`.
+        every_steps: saves every so many steps, and at the end.
         keep_last: number of newest steps to keep. An older step is deleted only after a newer one was read back from
             disk and verified, so there may be one or two more until the next save or `close`.
         keep_every_steps: multiples of this are kept forever; None keeps none.

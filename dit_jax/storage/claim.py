@@ -30,19 +30,20 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(folder: str | os.PathLike, what: str, flag: str = "--workdir") -> Iterator[Claim]:
+def claim(folder: str | os.PathLike, what: str, flag: str = "--workdir", wait: bool = False) -> Iterator[Claim]:
     """Creates a folder and holds the claim on it during the block; then removes the lock file.
 
     Args:
         what: the work that needs the claim, for the error message: "training".
         flag: the user's flag for the folder, for the error message.
+        wait: for the end of another command in the folder, instead of raising.
 
     Raises:
         UserError: another command is running in the folder; or it cannot be written or locked.
     """
     folder = Path(folder)
     try:
-        descriptor = _lock(folder)
+        descriptor = _lock(folder, wait)
     except BlockingIOError:
         raise UserError(
             f"another command, or a process that a killed one left behind, is at work in {folder}; wait for it or end it "
@@ -59,13 +60,13 @@ def claim(folder: str | os.PathLike, what: str, flag: str = "--workdir") -> Iter
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
-    """Acquires the lock and returns its descriptor. Raises: BlockingIOError if another process holds it, OSError."""
+def _lock(folder: Path, wait: bool) -> int:
+    """Acquires the lock and returns its descriptor. Raises: BlockingIOError if another process holds it and not wait, OSError."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_at(folder / LOCK, descriptor):
                 return descriptor
         except BaseException:

@@ -1,6 +1,7 @@
 """The folder of a run: its config, its lock and its layout.
 
 config.json   the resolved config
+classes.json  the names of the data set's classes, for pictures
 checkpoints/  see `storage.checkpoints`
 metrics.jsonl, tensorboard/   see `training.records`
 samples/      grids of images by step
@@ -11,6 +12,8 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 
 import contextlib
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
@@ -19,11 +22,12 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_json
-from dit_jax.storage.bounded import read_json
+from dit_jax.storage.bounded import check_form, parsed, read_json
 from dit_jax.storage.claim import claim
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
+CLASSES = "classes.json"
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -51,6 +55,23 @@ RESUMABLE_FIELDS = (
     "data.verify",
     "task.perceptual_path",
 )
+# Fields that may change too, but that the steps from then on depend on: a change is printed.
+PRINTED_FIELDS = ("optimizer.decay_steps",)
+
+
+def default_workdir(config: str, process_count: int) -> Path:
+    """The folder of a run without --workdir: "configs/imagenet.py:B/4,256" trains in runs/imagenet-B-4-256.
+
+    Args:
+        config: the config's file or name, with its argument after a colon.
+
+    Raises:
+        UserError: there are several processes, which may not see the same folder.
+    """
+    if process_count > 1:
+        raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
+    file, _, argument = config.partition(":")
+    return Path("runs") / "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -66,7 +87,7 @@ def differences(old: dict, new: dict) -> list[str]:
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        may_change = key.split(".")[0] in RESUMABLE or key in RESUMABLE_FIELDS
+        may_change = key.split(".")[0] in RESUMABLE or key in (*RESUMABLE_FIELDS, *PRINTED_FIELDS)
         if old.get(key) != new.get(key) and not may_change:
             lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return lines
@@ -106,6 +127,10 @@ class Workdir:
                     f"{self.path} contains a run with another config; use that config, or give a new --workdir. "
                     f"Different:\n  " + "\n  ".join(lines)
                 )
+            old, new = flatten(before), flatten(self.settings)
+            for key in PRINTED_FIELDS:
+                if old.get(key) != new.get(key) and self.checkpoints.exists():
+                    say(f"{key}: {old.get(key)} -> {new.get(key)}, for the steps from here on")
             for line in user_code.changes(before.get("imports", ()), self.settings.get("imports", ())):
                 say(line)
         elif self.checkpoints.exists():
@@ -117,7 +142,7 @@ class Workdir:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
                 write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", "metrics.jsonl", "result.json", "codec")
+                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", "result.json", "codec")
                 self._claim = stack.pop_all()
         return self
 
@@ -141,8 +166,9 @@ def read_config(workdir: str | os.PathLike) -> dict:
     return config
 
 
-def read_best(workdir: Path) -> dict | None:
+def read_best(workdir: str | os.PathLike) -> dict | None:
     """The best score of a run so far, {"step", "fid", ...}; None if there is none."""
+    workdir = Path(workdir).expanduser()
     file = workdir / SCORES / BEST_SCORE
     try:
         return read_json(file, form={"step": int, "fid": float})
@@ -151,3 +177,18 @@ def read_best(workdir: Path) -> dict | None:
     except UserError as error:
         logging.warning("%s: the best step starts anew.", error)
         return None
+
+
+def write_class_names(workdir: Path, names: Sequence[str]) -> None:
+    """Keeps the names of the classes, which `read_class_names` reads without the data set."""
+    write_json(workdir / CLASSES, list(names))
+
+
+def read_class_names(workdir: Path) -> tuple[str, ...]:
+    """The names of a run's classes; () for a run that has not kept them, or for a weights file."""
+    try:
+        names = parsed((workdir / CLASSES).read_bytes(), str(workdir / CLASSES))
+        check_form(names, [str], str(workdir / CLASSES))
+        return tuple(names)
+    except (OSError, ValueError):
+        return ()

@@ -7,6 +7,6 @@ folder    the folder of a sweep and the state of its runs
 local     runs them sequentially on this machine; `scores` then scores each with other samplers
 remote    writes commands for SLURM, GKE and TPU VMs instead
 collect   reads the results of all runs into rows, JSON and CSV
-points, fits, paper, figures, style   rows -> numbers and figures
-report, page   the report, as files and as one HTML page
+points, fits, paper, figures   rows -> numbers and figures
+report, page   the report, as files and as one HTML page of the parts in `dit_jax.report`
 """

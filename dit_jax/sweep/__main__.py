@@ -1,10 +1,10 @@
 """Trains a grid of models and reports on them: quality against GFLOPs, training compute and sampling compute.
 
-    python -m dit_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/sweep
-    python -m dit_jax.sweep --sweep=configs/sweeps/gflops_imagenet256.py --list --chip=v5p --mfu=0.4
-    python -m dit_jax.sweep --sweep=configs/sweeps/gflops_imagenet256.py --workdir=runs/twelve --config.data.path=/gcs/tfds ... \\
+    python -m dit_jax.sweep --sweep=digits --workdir=runs/sweep
+    python -m dit_jax.sweep --sweep=gflops_imagenet256 --list --chip=v5p --mfu=0.4
+    python -m dit_jax.sweep --sweep=gflops_imagenet256 --workdir=runs/twelve --config.data.path=/gcs/tfds ... \\
         --launch=gke --remote_workdir=/gcs/twelve --launch_args='--image=I --bucket=B --accelerator=tpu-v6e-slice --topology=4x4'
-    python -m dit_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/sweep --report
+    python -m dit_jax.sweep --sweep=digits --workdir=runs/sweep --report
 
 The sweep file defines the config, its variants, the grid and the seeds (`dit_jax/sweep/grid.py`). --config.<path>=<value> sets a
 field of all runs. The command lists the runs with their cost and checks all of them before the first one starts. It then runs
@@ -25,30 +25,33 @@ from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
 
-SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/digits.py.")
+command_line.group("The sweep")
+SWEEP = flags.DEFINE_string("sweep", None, "Name of a sweep in ./configs/sweeps or installed with dit_jax, or a file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
+FIELDS = config_file.define_fields()
 LIST = flags.DEFINE_bool("list", False, "Show and check the runs, start nothing.")
 REPORT = flags.DEFINE_bool("report", False, "Collect what is there and write the report, start nothing.")
+command_line.group("Run elsewhere")
 LAUNCH = flags.DEFINE_enum(
     "launch", "local", ["local", "slurm", "gke", "tpu_vm"], "Run here, or write the commands that run elsewhere."
 )
 LAUNCH_ARGS = flags.DEFINE_string("launch_args", "", "Options of sbatch, launch/gke.sh or launch/tpu_vm.sh for every run.")
 REMOTE_WORKDIR = flags.DEFINE_string("remote_workdir", None, "--workdir as the launched machines see it, if by another path.")
+command_line.group("Estimate of device hours")
 CHIP = flags.DEFINE_string("chip", None, "Estimate device hours on this chip (v4, v5e, v5p, v6e, h100, h200) at --mfu.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Assumed share of the chip's dense bfloat16 peak; small models reach less.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Estimate device hours by the roofline of dit_jax.plan, as in v5p:4x4x4; compiles every run's step."
 )
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Estimate device hours from results of dit_jax.benchmark --what=train_step.")
-FIELDS = config_file.define_fields()
 
 
 def check_flags():
     """Raises UserError if a flag is missing or has no effect."""
     if SWEEP.value is None:
-        raise UserError("give --sweep=<file>, such as configs/sweeps/digits.py, and --workdir=<folder>")
+        raise UserError("give --sweep=<name or file>, such as --sweep=digits, and --workdir=<folder>")
     if WORKDIR.value is None and not LIST.value:
         raise UserError("give --workdir=<folder of the sweep>; only --list does not need it")
     if LIST.value and REPORT.value:
@@ -128,11 +131,12 @@ def main() -> dict:
     from dit_jax.sweep import checks, cost, grid, report
     from dit_jax.sweep.folder import Folder
 
-    sweep = grid.load(SWEEP.value)
+    file = str(grid.find(SWEEP.value))
+    sweep = grid.load(file)
     runs = grid.expand(sweep, [f"--config.{text}" for text in FIELDS.value])
     starts_here = LAUNCH.value == "local" and not (LIST.value or REPORT.value)
     if not LIST.value:
-        report.check_possible(sweep, SWEEP.value)
+        report.check_possible(sweep, file)
     if not REPORT.value:
         checks.check(runs, sweep.samplers, "list" if LIST.value else "local" if starts_here else "remote")
     costs, assumption = estimate(runs, [cost.count(run) for run in runs])
@@ -159,7 +163,7 @@ def main() -> dict:
             return launch_elsewhere(sweep, runs, folder)
         failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder)
         command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:]])
-        written = report.write(sweep, SWEEP.value, runs, costs, folder, command)
+        written = report.write(sweep, file, runs, costs, folder, command)
         result = {
             "runs": len(runs),
             "done": written.done,

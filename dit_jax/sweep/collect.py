@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.evaluate import table
@@ -20,6 +18,7 @@ from dit_jax.sweep.folder import Folder
 from dit_jax.sweep.grid import Run
 from dit_jax.sweep.local import last_lines
 from dit_jax.sweep.scores import file_of
+from dit_jax.training.records import curve
 
 CURVE_FIELDS = ("run", "step", "loss")
 # Settings that a FID depends on besides the model, with the names of `evaluate`'s table.
@@ -124,12 +123,6 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
         samples=str(current) if samples.name and current.exists() else None,
         error=last_lines(folder.of(run) / "log.txt") if state == "failed" else [],
     )
-
-
-def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
-    """[(step, value)] of a metric in order, without values that are not finite."""
-    values = {row["step"]: float(row[name]) for row in metrics if name in row}
-    return sorted((step, value) for step, value in values.items() if np.isfinite(value))
 
 
 def family(config) -> str:

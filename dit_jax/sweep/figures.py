@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_jax.sweep import paper, style
+from dit_jax.report import style
+from dit_jax.sweep import paper
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.points import Point, comparable, fit, groups, labels, of_paper, ours
 

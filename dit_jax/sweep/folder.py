@@ -11,7 +11,6 @@ results.json, results.csv, curves.csv, report.html, figures/
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from dit_jax.config_file import plain
@@ -22,20 +21,10 @@ from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import Claim, claim
 from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, read_config
 from dit_jax.sweep.grid import Run
+from dit_jax.training.records import read_lines
 
 # Sections that affect only a run's speed and output files, not its result.
 FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "scoring", "imports")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file, without lines truncated by a kill; [] if the file does not exist."""
-    values = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            continue
-    return values
 
 
 class Folder:

@@ -3,7 +3,7 @@
 A sweep file is a Python file with `get_sweep()`, which returns a `Sweep`:
 
     def get_sweep():
-        return Sweep(title="Width against learning rate", base="configs/digits.py:process=flow",
+        return Sweep(title="Width against learning rate", base="digits:process=flow",
                      grid={"model.width": [64, 128], "optimizer.learning_rate": [1e-3, 2e-3]}, seeds=[0, 1])
 """
 
@@ -30,8 +30,8 @@ class Sweep:
 
     Fields:
         title: heading of the report.
-        base: config file of the runs, as --config takes it: "configs/digits.py", after a colon its argument; the sweep file
-            itself if empty, which then has a `get_config` too.
+        base: config file of the runs, as --config takes it: "digits" or "configs/digits.py", after a colon its argument; the
+            sweep file itself if empty, which then has a `get_config` too.
         variants: {name: the argument of the config file, or {config path: value}}; one without a name if empty.
         grid: {config path: values}; a single value is a setting of all runs.
         seeds: values of `seed`; that of the config if empty.
@@ -83,24 +83,28 @@ class Run:
         return [f"--import={entry['name']}" for entry in self.config.get("imports", ())]
 
 
+def find(path: str) -> Path:
+    """The sweep file of a path, or of a name in configs/sweeps, see `config_file.find`."""
+    return config_file.find(path, "sweep", "sweeps")
+
+
 def load(path: str) -> Sweep:
     """Loads a sweep file.
+
+    Args:
+        path: a path or a name, see `find`.
 
     Raises:
         UserError: the file does not exist, fails, or does not return a valid `Sweep`.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"--sweep={path} does not exist; give a file such as configs/sweeps/digits.py")
+    file = find(path)
     before = registry.entries()
     module = user_code.load_file(file, f"--sweep={path}")
     if not hasattr(module, "get_sweep"):
         raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
     sweep = user_code.run(module.get_sweep, str(file))
     if not isinstance(sweep, Sweep):
-        raise UserError(
-            f"--sweep={path}: get_sweep() returned a {type(sweep).__name__}; it must return a dit_jax.sweep.grid.Sweep"
-        )
+        raise UserError(user_code.wrong_result(file, module.get_sweep, sweep, "a dit_jax.sweep.grid.Sweep"))
     _check_fields(sweep)
     if sweep.base and registry.entries() != before:  # what the sweep file registers, the processes of its runs must too
         user_code.import_all([str(file)])

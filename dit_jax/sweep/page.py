@@ -1,58 +1,39 @@
 """The HTML page of a sweep's report: figures, a table of the runs, and a description of the method."""
 
-import base64
 import datetime
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.benchmark import machine
+from dit_jax.report import parts, style
 from dit_jax.runtime import versions
 from dit_jax.runtime.console import duration
-from dit_jax.sweep import paper, points, style
+from dit_jax.sweep import paper, points
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.grid import Sweep
-
-CSS = """
-:root { --page: #fefefd; --ink: #1c1c1b; --soft: #5d5d5a; --grid: #dededc; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --page: #191a1b; --ink: #e6e6e3; --soft: #a4a4a0; --grid: #3c3d3e; } }
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; } p { overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.lead { font-size: 1.05rem; } .soft, figcaption { color: var(--soft); } figcaption { font-size: .9rem; }
-figure { margin: 1rem 0 2rem; } figure svg, figure img { width: 100%; height: auto; } figure.narrow { max-width: 38rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; width: 100%; }
-th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
-td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; } th { font-weight: 600; vertical-align: bottom; }
-code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; }
-a { color: inherit; }
-@media print { :root { --page: #fff; --ink: #000; --soft: #444; --grid: #ccc; }
-  body { margin: 0; max-width: none; font-size: 10pt; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
 
 
 def figure(number: int, name: str, drawn, caption: str, folder: Path) -> str:
     """Makes the <figure> element of a drawing, with links to its files in <folder>/figures."""
     if name == "samples":
-        data = base64.b64encode((folder / "figures" / f"{name}.png").read_bytes()).decode()
-        picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+        picture = parts.image(folder / "figures" / f"{name}.png", caption)
     else:
         picture = style.inline_svg(drawn, name.replace("_", "-"), html.escape(caption, quote=True))
-    narrow = ' class="narrow"' if drawn.get_size_inches()[0] < 0.8 * style.WIDTH else ""
+    kind = "narrow" if drawn.get_size_inches()[0] < 0.8 * style.WIDTH else ""
     links = " ".join(f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>' for suffix in style.FORMATS)
-    return f"<figure{narrow}>{picture}<figcaption><b>Figure {number}.</b> {html.escape(caption)} {links}</figcaption></figure>"
+    return parts.figure(picture, f"<b>Figure {number}.</b> {html.escape(caption)} {links}", f"{kind} scroll".strip())
 
 
-def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, commands: Sequence[str], parts: Sequence[str]) -> str:
+def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, commands: Sequence[str], drawn: Sequence[str]) -> str:
     """Makes the page.
 
     Args:
         others: rows that are in no figure of scores.
         protocol: of the scores of the other rows.
         commands: the command of the report, then those of the runs.
-        parts: the <figure> elements.
+        drawn: the <figure> elements.
     """
-    title = html.escape(sweep.title)
     notes = ""
     if others:
         names = html.escape(", ".join(row.name for row in others))
@@ -62,12 +43,11 @@ def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, comm
             text = html.escape("\n".join(row.error))
             notes += f"<h3>{html.escape(row.name)} failed</h3><pre>{text}</pre>"
     credit = html.escape(f"The paper's points: {paper.CITATION}, Scalable Diffusion Models with Transformers, arXiv 2212.09748.")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{CSS}</style></head><body>
-<h1>{title}</h1>
-<p class="lead">{_lead(sweep, rows, others)}</p>
-{"".join(parts)}
+    listed = parts.details("Commands of the runs", f"<pre>{html.escape(chr(10).join(commands[1:]))}</pre>")
+    return parts.page(
+        sweep.title,
+        f"""<p class="lead">{_lead(sweep, rows, others)}</p>
+{"".join(drawn)}
 <h2>Runs</h2>
 {_table(rows, others)}{notes}
 <p class="soft">The same data as <a href="results.json">JSON</a> and <a href="results.csv">CSV</a>; all loss curves as
@@ -75,10 +55,9 @@ def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, comm
 <h2>Method</h2>
 {_method(sweep, rows, protocol)}
 <pre>{html.escape(commands[0])}</pre>
-<details><summary>Commands of the runs</summary><pre>{html.escape(chr(10).join(commands[1:]))}</pre></details>
-{f'<p class="soft">{credit}</p>' if sweep.paper else ""}
-</body></html>
-"""
+{listed}
+{f'<p class="soft">{credit}</p>' if sweep.paper else ""}""",
+    )
 
 
 def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
@@ -108,14 +87,8 @@ def _table(rows: list[Row], others: list[Row]) -> str:
         interval = " to ".join(f"{bound:.3g}" for bound in row.fid_interval or ()) or "-"
         numbers = (row.name, row.cost.parameters, row.cost.gmacs, row.cost.compute_gmacs, row.loss)
         cells = [*map(_cell, numbers), fid, interval, duration(row.seconds) if row.seconds else "-", row.state]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return (
-        '<div class="wide"><table><thead><tr>'
-        + "".join(f"<th>{name}</th>" for name in head)
-        + "</tr></thead><tbody>"
-        + "".join(lines)
-        + "</tbody></table></div>"
-    )
+        lines.append(cells)
+    return parts.table(head, lines)
 
 
 def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
@@ -125,18 +98,15 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
     )
     steps = sorted({(row.num_steps, row.batch_size) for row in rows})
     work = "; ".join(f"{count:,} steps at batch {batch}" for count, batch in steps[:4])
-    return "".join(
-        f"<p>{html.escape(text)}</p>"
-        for text in (
-            f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
-            f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
-            f"Scores: {made}. The interval in the table is a bootstrap over the images of one run; it does not cover seeds.",
-            "GMACs are multiply-adds of one forward pass of one image, counted from the architecture (Gflops in the paper). "
-            "Time is the wall time of training, sampling and scoring, including the effect of other load on the machine.",
-            _origin(rows),
-            f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} "
-            f"cores, with {versions.one_line()}.",
-        )
+    return parts.paragraphs(
+        f"{len(rows)} runs, {len({row.group for row in rows})} models, seeds "
+        f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
+        f"Scores: {made}. The interval in the table is a bootstrap over the images of one run; it does not cover seeds.",
+        "GMACs are multiply-adds of one forward pass of one image, counted from the architecture (Gflops in the paper). "
+        "Time is the wall time of training, sampling and scoring, including the effect of other load on the machine.",
+        _origin(rows),
+        f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} "
+        f"cores, with {versions.one_line()}.",
     )
 
 

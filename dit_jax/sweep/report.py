@@ -4,9 +4,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from dit_jax.report import style
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_atomic
-from dit_jax.sweep import collect, figures, page, points, style
+from dit_jax.sweep import collect, figures, page, points
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.cost import Cost
 from dit_jax.sweep.folder import Folder

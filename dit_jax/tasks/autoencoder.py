@@ -41,6 +41,10 @@ class AutoencoderTask:
 
     Fields:
         image_shape: (H, W, C).
+        kl_weight: of the KL divergence from a standard normal, which keeps latents small.
+        perceptual_weight: of LPIPS; 0 turns it off, above 0 needs its weights.
+        discriminator_weight: of the generator's loss; 0 turns the discriminator off.
+        discriminator_start_step: first step with the discriminator's losses.
 
     Raises:
         UserError: a weight or step out of range; images that do not suit the codec or a loss.

@@ -14,7 +14,7 @@ import optax
 from dit_jax.codecs.codec import Codec
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
-from dit_jax.diffusion.process import Denoise, Memoryless, Process, noise_like
+from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
@@ -207,6 +207,8 @@ class DiffusionTask:
         guidance: guiding.Guidance,
         weak: Callable[..., jax.Array] | None = None,
         forecast: Forecast | None = None,
+        noise: jax.Array | None = None,
+        watch: Callable[[jax.Array, Any, jax.Array], None] | None = None,
     ) -> jax.Array:
         """Latents from the network, for `decode`.
 
@@ -217,6 +219,8 @@ class DiffusionTask:
             requests: arrays [B, ...] as `Conditioner.from_requests` returns them.
             weak: the second network of autoguidance, called as a `Network` with its parameters bound.
             forecast: selects the steps that run the network's blocks; None for all.
+            noise: f32[B, h, w, c] that sampling starts from; None draws it from the keys (`initial_noise`).
+            watch: see `diffusion.process.Watched`.
 
         Returns:
             float32[B, h, w, c].
@@ -239,9 +243,15 @@ class DiffusionTask:
         if forecast and forecast.active:
             run, run_head = self.parts(params)
             denoise = ForecastingDenoise(forecast, run, run_head, predict_with)
-        noise = noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
+        if watch is not None:
+            denoise = Watched(denoise, watch)
+        noise = self.initial_noise(keys) if noise is None else noise
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
+
+    def initial_noise(self, keys: jax.Array) -> jax.Array:
+        """f32[B, h, w, c]: the noise that sampling starts from, for keys [B]."""
+        return noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
 
     def parts(self, params: Any) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
         """(run, run_head) of a network in three parts, for `ForecastingDenoise`."""

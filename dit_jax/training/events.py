@@ -53,6 +53,7 @@ class Log:
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.meter.report()
+        self.meter.passed(step)
         self.meter.bad_records = len(self.batches.bad_records)
         if step % self.every_steps == 0 or step == self.num_steps:
             self.meter.defer(step, self.stepper.take_sums())

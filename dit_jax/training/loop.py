@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import Workdir
+from dit_jax.storage.run_folder import Workdir, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
 from dit_jax.training import summary
@@ -44,7 +45,7 @@ class TrainResult:
         results: the run's results; `results.finish` makes the final samples and their score.
         constants: the arrays that a step reads and does not change, on the mesh.
         stopped: a signal ended training before the last step, with everything saved.
-        loss, images_per_second: of the last logged interval; None if no step was taken.
+        loss, images_per_second: of the last logged interval, also of an earlier start; None if there is none.
     """
 
     run: Run
@@ -75,7 +76,7 @@ class Stepper:
         return sums
 
 
-def train(run: Run, workdir: Path) -> TrainResult:
+def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
     SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
@@ -95,7 +96,8 @@ def train(run: Run, workdir: Path) -> TrainResult:
             return TrainResult(run, training.results, state, training.constants, stopped=True)
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
-            return TrainResult(run, training.results, state, training.constants, stopped=False)
+            loss, rate = training.records.last("loss"), training.records.last("images_per_second")
+            return TrainResult(run, training.results, state, training.constants, False, loss, rate)
 
         stepper, batches, batch = training.start(state)
         stopping = interrupted = False
@@ -120,6 +122,25 @@ def train(run: Run, workdir: Path) -> TrainResult:
     return TrainResult(run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second)
 
 
+def check_steps(run: Run, begun: int, workdir: Path) -> None:
+    """Raises a UserError if the folder has more steps than num_steps, or if the last steps would have a learning rate of 0.
+
+    begun: the last saved step.
+    """
+    num_steps, optimizer = run.config.num_steps, run.config.optimizer
+    if begun > num_steps:
+        raise UserError(
+            f"{workdir} has {begun} steps and num_steps is {num_steps}; give --config.num_steps={begun} or more, or a new "
+            "--workdir. dit_jax.sample --step= samples an earlier checkpoint"
+        )
+    decay = optimizer.get("decay_steps") if hasattr(run.optimizer, "rate") else None
+    if decay is not None and decay < num_steps and begun < num_steps:
+        raise UserError(
+            f"optimizer.decay_steps is {decay} and num_steps is {num_steps}: the learning rate would be 0 after step {decay}; "
+            f"set optimizer.decay_steps to {num_steps} or more, or to None for a constant rate"
+        )
+
+
 class Training:
     """The objects of the loop: the folder, the checkpoints, the records and the events.
 
@@ -137,19 +158,24 @@ class Training:
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
         wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
         self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
+        checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
+        begun = checkpointer.latest_step or 0
+        check_steps(run, begun, workdir)
         self.folder = stack.enter_context(Workdir(workdir, settings, first))
-        self.checkpointer = stack.enter_context(Checkpointer(self.folder.checkpoints, **config.checkpoint))
+        self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal())
+        if first and len(run.source.class_names):
+            write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
         self.score = scorer and Score(scorer, self.constants, self.records, self.checkpointer)
         # The step is compiled while the state is restored or created.
-        begun = self.checkpointer.latest_step or 0
         self._compiling = self._compile() if begun < config.num_steps else None
 
     def _compile(self):
         run = self.run
+        say("compiling the training step")
         return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
 
     def restore_or_create(self) -> TrainState:
@@ -191,7 +217,9 @@ class Training:
         say(f"compiled the training step in {seconds:.1f} s")
         self.records.scalars(step, {"compile_seconds": seconds})
         stepper = Stepper(compiled, zeros, state, self.constants)
-        meter = Meter(self.records, self.clock, self.run.task, self.run.mesh, config.batch_size, config.num_steps, step)
+        rate = getattr(self.run.optimizer, "rate", None)
+        meter = Meter(self.records, self.clock, self.run.task, self.run.mesh, config.batch_size, config.num_steps, step, rate)
+        self.stack.callback(meter.close)
         self.meter, last = meter, config.num_steps
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [

@@ -1,6 +1,6 @@
 """The metrics of an interval of training: means over its steps, speed, and stalls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dit_jax.errors import UserError
 from dit_jax.programs import chips
-from dit_jax.runtime.console import duration, say
+from dit_jax.runtime.console import duration, progress_bar, say
 from dit_jax.runtime.step_clock import KINDS, StepClock
 from dit_jax.tasks.task import Task
 from dit_jax.training.records import Records
@@ -49,11 +49,20 @@ class Meter:
         data_wait_seconds: the loop waited for batches. The devices stall only if they run out of dispatched steps.
         checkpoint_seconds: the loop was blocked by saving (files are written in the background).
         peak_device_bytes: see `peak_bytes`.
+        learning_rate: of the last step of the interval, if the optimizer knows it.
         skipped, bad_records: steps whose loss or gradient was not finite; unreadable records of the data set.
     """
 
     def __init__(
-        self, records: Records, clock: StepClock, task: Task, mesh: Mesh, batch_size: int, num_steps: int, first_step: int
+        self,
+        records: Records,
+        clock: StepClock,
+        task: Task,
+        mesh: Mesh,
+        batch_size: int,
+        num_steps: int,
+        first_step: int,
+        rate: Callable[[int], float] | None = None,
     ):
         self.records, self.clock, self.batch_size, self.num_steps = records, clock, batch_size, num_steps
         self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step costs three forward passes
@@ -62,9 +71,21 @@ class Meter:
         self.last_time: float | None = None
         self.loss: float | None = None
         self.images_per_second: float | None = None
+        self.rate = rate
         self.skipped_in_a_row = 0
         self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
+        self.bar = progress_bar("training", num_steps, first_step, " steps")  # None where stderr is no terminal
+
+    def passed(self, step: int) -> None:
+        """Moves the bar to this step."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        """Ends the bar; it stays on the screen."""
+        if self.bar is not None:
+            self.bar.close()
 
     def defer(self, step: int, sums: dict[str, jax.Array]) -> None:
         self.pending = (step, sums)
@@ -77,16 +98,21 @@ class Meter:
         values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
         steps, skipped = step - self.last_step, int(sums["skipped"][0])
         values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
+        if self.rate is not None:
+            values["learning_rate"] = self.rate(step - 1)
         self.loss = values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
-        assert self.first_time is not None and self.last_time is not None  # set by `speed`
-        left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
-        say(
-            f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
-            + (f"{values['mfu']:.1%} MFU  " if "mfu" in values else "")
-            + f"{duration(left)} left"
-            + (f"  {skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else "")
-        )
+        facts = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        facts += f"  {values['mfu']:.1%} MFU" if "mfu" in values else ""
+        bad = f"{skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""
+        if self.bar is not None:
+            self.bar.set_postfix_str(facts)
+            if bad:
+                say(f"step {step}/{self.num_steps}  {bad}")
+        else:
+            assert self.first_time is not None and self.last_time is not None  # set by `speed`
+            left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
+            say("  ".join(filter(None, (f"step {step}/{self.num_steps}", facts, f"{duration(left)} left", bad))))
         self.last_step = step
         self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
@@ -120,7 +146,8 @@ class Meter:
         return values
 
     def finish(self, step: int) -> None:
-        """Records and reports where the time of the run went."""
+        """Ends the bar; records and reports where the time of the run went."""
+        self.close()
         times = self.clock.summary()
         self.records.scalars(step, times)
         parts = ", ".join(f"{kind} {times[f'idle_{kind}_seconds']:.1f} s" for kind in KINDS)

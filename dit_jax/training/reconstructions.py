@@ -81,6 +81,10 @@ def side_by_side(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     return np.stack([images, reconstructions], 1).reshape(-1, *images.shape[1:])
 
 
+def _pairs(step: int) -> str:
+    return f"step {step}, each original left of its reconstruction"
+
+
 def is_plane(latent_shape: tuple[int, ...]) -> bool:
     """Whether the latent of an image is 2 numbers in all."""
     return math.prod(latent_shape) == 2
@@ -142,7 +146,7 @@ class Reconstructions:
             path = folder / f"{step:08d}.png"
             quality = float(np.mean(psnr(self.images, decoded)))
             pairs = side_by_side(self.images, decoded)
-            records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10)})
+            records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10, caption=_pairs(step))})
             records.scalars(step, {"psnr": quality})
             say(f"images and their reconstructions in {path}, PSNR {quality:.2f} dB")
         return time.monotonic() - start
@@ -190,7 +194,7 @@ class Reconstructions:
             data = run.config.data.to_dict()
             samples_file.write(original, images, labels, {"data": data})
             samples_file.write(path, decoded, labels, {"step": step, "codec": run.config.codec.to_dict(), "data": data})
-            write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10)
+            write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10, caption=_pairs(step))
             if evaluation.features:
                 result |= scores.evaluate(
                     str(path),

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -98,6 +99,11 @@ class Records:
         if os.path.exists(self._path):
             self._attempt("metrics.jsonl", lambda: self._drop_lines_after(step))
 
+    def last(self, name: str) -> float | None:
+        """The last value of a metric in metrics.jsonl; None without a finite one."""
+        points = curve(read_lines(Path(self._path)), name)
+        return points[-1][1] if points else None
+
     def flush(self) -> None:
         """Flushes all files to the operating system."""
         if self._file is not None:
@@ -168,6 +174,23 @@ class Records:
                     kept.append(line.rstrip("\n") + "\n")
         logging.info("%s: %d lines after step %d and %d broken lines dropped.", self._path, late, step, broken)
         write_atomic(self._path, "".join(kept))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON lines of a file, without lines truncated by a kill; [] if the file does not exist."""
+    values = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
+
+
+def curve(metrics: list[dict], name: str) -> list[tuple[int, float]]:
+    """[(step, value)] of a metric in order, without values that are not finite."""
+    values = {row["step"]: float(row[name]) for row in metrics if name in row}
+    return sorted((step, value) for step, value in values.items() if np.isfinite(value))
 
 
 def _number(name, value):

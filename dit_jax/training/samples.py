@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from dit_jax.build import Run
+from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.evaluate import scores
 from dit_jax.parallel import hosts
@@ -15,9 +16,9 @@ from dit_jax.runtime.console import say
 from dit_jax.sample import samples_file
 from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
-from dit_jax.sample.grid import write_image_grid
+from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
 from dit_jax.sample.labels import spread_requests
-from dit_jax.sample.weights import cast_for_inference
+from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.tasks.state import TrainState
 from dit_jax.training import scoring
 from dit_jax.training.records import Records
@@ -58,10 +59,17 @@ class Samples:
         images = self.generator(cast_for_inference(self.run.task, state.ema_params), constants, requests, count)
         if hosts.is_first():
             path = folder / f"{step:08d}.png"
+            names, caption = self.texts(requests, step)
             columns = classes if classes <= MOST_COLUMNS and count >= classes else None
-            records.images(step, {"samples": write_image_grid(path, images, columns)})
+            records.images(step, {"samples": write_image_grid(path, images, columns, names=names, caption=caption)})
             say(f"samples in {path}")
         return time.monotonic() - start
+
+    def texts(self, requests: Requests, step: int) -> tuple[list[str], str]:
+        """(name of each image's class, caption) of a grid."""
+        run, classes = self.run, self.run.conditioner.num_classes
+        names = label_names(requests["label"], classes, run.source.class_names) if classes else []
+        return names, sampling_caption(step, run.guidance.scale, run.config.sampler, run.config.seed)
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
         """Draws evaluation.num_images samples with the moving average; scores them if the config names a reference."""
@@ -73,7 +81,8 @@ class Samples:
         mesh, seed = drawing_mesh(run.mesh), run.config.seed
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
         params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
-        made_by = samples_file.describe(run.config, params, step, seed) | {"labels": "balanced"}
+        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
+        names, caption = self.texts(requests, step)
         drawn = draw(
             path,
             generator,
@@ -83,11 +92,13 @@ class Samples:
             evaluation.num_images,
             made_by,
             replace=True,
+            names=names,
+            caption=caption,
         )
         result = {"samples": str(path), "stopped": drawn.stopped}
         if drawn.stopped:
             return result
-        say(f"{evaluation.num_images} samples in {drawn.seconds:.1f} s: {path} and {drawn.grid}")
+        say(f"{evaluation.num_images} samples in {drawn.seconds:.1f} s: {path}")
         if evaluation.reference and jax.process_index() == 0:
             result |= scores.evaluate(
                 str(path),

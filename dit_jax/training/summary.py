@@ -1,6 +1,9 @@
-"""The summary of a run, printed before it starts."""
+"""The summaries of a run for people: one is printed before it starts, one at its end."""
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,7 +26,84 @@ def text(run: Run, workdir: Path) -> str:
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
-            *(f"warning    {text}" for text in rules.warnings(split, mesh, task.rules)),
+            *(f"warning    {text}" for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run))),
             f"versions   {versions.one_line()}",
         )
     )
+
+
+def _of_the_rate(run: Run) -> list[str]:
+    rate, last = getattr(run.optimizer, "rate", None), run.config.num_steps - 1
+    if rate is None or last < 1 or rate(last) <= rate(last - 1):
+        return []
+    return [f"the learning rate still rises at the last step, to {rate(last):.2g}; lower optimizer.warmup_steps or train longer"]
+
+
+def ending(run: Run, workdir: Path, result: Mapping[str, Any], report: Path | None) -> str:
+    """At most six lines at the end of a run: its score, its pictures, its report, and the next two commands.
+
+    Args:
+        result: the entries of result.json.
+        report: the page of the run; None if it could not be written.
+    """
+    lines: list[tuple[str, str]] = []
+    if result.get("samples"):
+        lines.append(("pictures", _near(Path(result["samples"]).with_suffix(".png"))))
+    if report is not None:
+        lines.append(("report", _near(report)))
+    commands = next_commands(run, _near(workdir))
+    lines += zip(("next", ""), commands, strict=False)
+    return "\n".join(f"{name:10} {text}" for name, text in [("result", score(result)), *lines])
+
+
+def _near(path: Path) -> str:
+    """The path from the current folder, if it lies there."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def score(result: Mapping[str, Any]) -> str:
+    """The loss and the scores of a run, in one line."""
+    facts = [f"step {result['step']}"]
+    if result.get("loss") is not None:
+        facts.append(f"loss {result['loss']:.4g}")
+    if "psnr" in result:
+        facts.append(f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.3f}")
+    if "fid" in result:
+        text = f"Frechet distance {result['fid']:.3f} in {result['features']}"
+        if "fid_interval" in result:
+            low, high = result["fid_interval"]
+            text += f" ({result['fid_interval_level']:.0%} interval {low:.3f} to {high:.3f})"
+        facts.append(f"{text}, {result['num_samples']:,} samples")
+    return "; ".join(facts)
+
+
+def next_commands(run: Run, workdir: str) -> list[str]:
+    """At most two commands that use the finished run."""
+    config = run.config
+    imports = [f"--import={entry['name']}" for entry in config.get("imports", ())]
+
+    def command(verb: str, *flags: str) -> str:
+        return shlex.join(["python", "-m", f"dit_jax.{verb}", *imports, *flags])
+
+    if not run.task.draws_samples:
+        data = {
+            "digits": "digits",
+            "folder": config.data.get("path"),
+            "tfds": f"tfds:{config.data.get('dataset')}:{config.data.get('path')}",
+            "tars": f"tars:{config.data.get('path')}",
+        }.get(config.data.name)
+        size = "x".join(map(str, run.image_shape[:2]))
+        out = f"{workdir}/latents"
+        encode = command("encode", f"--data={data}", f"--codec={workdir}", f"--resolution={size}", f"--out={out}")
+        return [encode] if data else []
+    guided = run.conditioner.num_classes and run.task.has_null_condition
+    count = config.evaluation.num_images or 100
+    out = f"{workdir}/guided.npz" if guided else f"{workdir}/more.npz"
+    seed = f"--seed={config.seed + 1}"
+    drawn = [f"--workdir={workdir}", f"--num_samples={count}", seed, *["--guidance_scale=1.5"] * bool(guided), f"--out={out}"]
+    commands = [command("sample", *drawn)]
+    if reference := config.evaluation.reference:
+        weights = [f"--weights={config.evaluation.weights}"] * bool(config.evaluation.weights)
+        features = f"--features={config.evaluation.features}"
+        commands.append(command("evaluate", f"--samples={out}", f"--reference={reference}", features, *weights))
+    return commands

@@ -1,12 +1,15 @@
 """Metrics of a run on Weights & Biases (wandb.ai); needs the package `wandb`."""
 
+import importlib.util
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dit_jax.errors import UserError
 from dit_jax.storage.atomic import write_atomic
 
 
@@ -20,9 +23,16 @@ class WandbWriter:
         workdir: holds the id and W&B's own files, in `wandb/`.
         project: where the run appears.
         config: dict of the run's settings, shown there.
+
+    Raises:
+        UserError: the package is not installed.
     """
 
     def __init__(self, workdir: str | os.PathLike, project: str, config: dict):
+        if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                f"log.wandb is {project!r} and the package wandb is not installed; pip install wandb, or leave log.wandb empty"
+            )
         self._workdir, self._project, self._config = Path(workdir), project, config
         self._run: Any = None  # wandb's run
         self._failed: Exception | None = None

@@ -432,3 +432,23 @@ def test_processes_do_not_matter(tmp_path):
     for name in ("fid", "kid"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-6)
     assert found[0]["fid_interval"] == pytest.approx(found[1]["fid_interval"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "labels, made_by, says",
+    [
+        (np.resize([3, 5], 30), {}, "have the labels 3, 5 and the reference digits has 0 to 9"),
+        (np.arange(30) % 10, {}, None),
+        (np.full(30, 10), {"labels": "none"}, None),
+        (None, {}, None),
+    ],
+)
+def test_missing_classes_are_said(tmp_path, labels, made_by, says):
+    """Two classes scored against ten: a distance of 11.6 that looks like a bad model."""
+    arrays = {
+        "arr_0": np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8),
+        "made_by": np.array(json.dumps(made_by)),
+    }
+    np.savez(tmp_path / "x.npz", **arrays, **({} if labels is None else {"labels": labels}))
+    remarks = scores.evaluate(str(tmp_path / "x.npz"), "digits", "pixels")["remarks"]
+    assert [says in remark for remark in remarks if "labels" in remark] == [True] * (says is not None)

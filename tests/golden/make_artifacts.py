@@ -93,6 +93,7 @@ def train_on_cache(resident: bool) -> list[str]:
 
 ENCODE = ["encode", "--data=images", "--codec=autoencoder", "--resolution=8", "--shard_records=20"]
 SAMPLE = ["sample", "--num_samples=12", "--guidance_scale=1.5", "--seed=3"]
+AS_THEN = "--chunk_size=8"  # rows that a CPU computed at a time in e778c7f; bits depend on them
 SCORE = ["evaluate", "--features=pixels"]
 KEPT = ["--reference=reference_kept.npz", "--kid_subset_size=12"]
 
@@ -264,14 +265,14 @@ def samples(folder: Path) -> dict:
         "latent run": ["--workdir=latent_run"],
     }
     back = ["convert", "--from=official", "--weights=official.pt", "--like=run", "--out=back.safetensors"]
-    run(folder, [back, *([*SAMPLE, *flags, f"--out=drawn{number}.npz"] for number, flags in enumerate(calls.values()))])
+    run(folder, [back, *([*SAMPLE, AS_THEN, *flags, f"--out=drawn{number}.npz"] for number, flags in enumerate(calls.values()))])
     return {name: image_values(folder / f"drawn{number}.npz") for number, name in enumerate(calls)}
 
 
 def quick_samples(folder: Path) -> dict:
     """Images drawn from the old run alone."""
     unpack(folder, ("run",))
-    run(folder, [[*SAMPLE, "--workdir=run", "--out=drawn.npz"]])
+    run(folder, [[*SAMPLE, AS_THEN, "--workdir=run", "--out=drawn.npz"]])
     return {"run": image_values(folder / "drawn.npz")}
 
 

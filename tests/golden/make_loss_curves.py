@@ -129,8 +129,11 @@ GROUPS = {
         "shift": digits(":process=flow", process__shift=3.0),
         "spare channels": digits(":process=flow", process__spare_channels=True),
     },
-    "recipe": {
-        "digits as they are": ["--config=configs/digits.py", *overrides({k: v for k, v in EVERY.items() if k != "batch_size"})],
+    "recipe": {  # the first steps of configs/digits.py as it is
+        "digits as they are": [
+            "--config=configs/digits.py",
+            *overrides({k: v for k, v in EVERY.items() if k != "batch_size"} | {"optimizer.decay_steps": 1000}),
+        ],
     },
     "optimizer": {
         "constant rate": plain(),

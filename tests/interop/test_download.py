@@ -1,15 +1,19 @@
 """Downloads from a server on this machine: resumed, checked, and refused."""
 
 import hashlib
+import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from dit_files import held
 
+from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
-from dit_jax.interop import pt_writer
+from dit_jax.interop import download as downloads
+from dit_jax.interop import pt_writer, vae
 from dit_jax.interop.download import PUBLISHED, Published, download
 
 
@@ -133,7 +137,7 @@ def test_without_a_connection_the_message_says_so(server, tmp_path):
     """A stack trace, or a wait without end."""
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match=r"cannot download http://127\.0\.0\.1.*--weights"):
+    with pytest.raises(UserError, match=r"cannot download http://127\.0\.0\.1.* elsewhere and copy it to .*in/x\.pt"):
         download(server.published, tmp_path / "in" / "x.pt")
 
 
@@ -141,4 +145,77 @@ def test_published_files_are_fetched_over_https():
     """A typo in the table."""
     for published in PUBLISHED.values():
         assert published.url.startswith("https://")
-        assert published.file_name.endswith((".pt", ".pth"))
+        assert published.file_name.endswith((".pt", ".pth", ".safetensors"))
+
+
+@pytest.fixture
+def vae_server(server, tmp_path, monkeypatch):
+    """The server has the weights of sd-vae-ft-mse, which are kept below tmp_path."""
+    server.content = b"not read here" * 20_000
+    url, digest = server.published.url.replace("x.pt", vae.WEIGHTS_NAME), hashlib.sha256(server.content).hexdigest()
+    published = PUBLISHED["sd-vae-ft-mse"]._replace(url=url, sha256=digest)
+    monkeypatch.setitem(PUBLISHED, "sd-vae-ft-mse", published)
+    monkeypatch.setattr(downloads, "CACHE", tmp_path / "cache")
+    return server
+
+
+def test_a_codec_by_name_is_downloaded_once_and_resumed(vae_server, tmp_path):
+    """The default codec of ImageNet fetched at every start, started again from zero, or unreadable without its config."""
+    with pytest.raises(UserError, match=r"convert --download=sd-vae-ft-mse"):
+        vae.find("sd-vae-ft-mse", fetch=False)
+    assert not (tmp_path / "cache").exists()
+    vae_server.cut = 70_000
+    with pytest.raises(
+        UserError, match=r"ended after 70000 .* copy it to .*/cache/sd-vae-ft-mse/diffusion_pytorch_model.*--download=sd"
+    ):
+        vae.find("sd-vae-ft-mse")
+    vae_server.cut = None
+    folder = vae.find("sd-vae-ft-mse")
+    assert vae.find("sd-vae-ft-mse") == vae.find("sd-vae-ft-mse", fetch=False) == folder == tmp_path / "cache" / "sd-vae-ft-mse"
+    assert vae_server.asked == [None, "bytes=70000-"]
+    assert (folder / vae.WEIGHTS_NAME).read_bytes() == vae_server.content
+    assert vae.read_codec(folder) == KLVAE()
+    (folder / vae.WEIGHTS_NAME).write_bytes(b"?" + vae_server.content[1:])
+    with pytest.raises(UserError, match="the published hash is"):
+        vae.find("sd-vae-ft-mse")
+
+
+def test_a_folder_of_that_name_wins(vae_server, tmp_path, monkeypatch):
+    """A download in place of the user's own folder sd-vae-ft-mse, which older commands name."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("config.json", vae.WEIGHTS_NAME):
+        (tmp_path / "sd-vae-ft-mse").mkdir(exist_ok=True)
+        (tmp_path / "sd-vae-ft-mse" / file).write_text("{}")
+    assert vae.find("sd-vae-ft-mse").samefile(tmp_path / "sd-vae-ft-mse") and not vae_server.asked
+
+
+def test_processes_that_start_together_download_once(vae_server):
+    """Two processes of a host that write one partial file."""
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(lambda _: vae.find("sd-vae-ft-mse"), range(3)))) == 1
+    assert vae_server.asked == [None]
+
+
+def test_the_written_config_is_that_of_the_published_codec(vae_server):
+    """A scale or a size that is not sd-vae-ft-mse's. `published` is its config.json, by SHA-256 of the file."""
+    published = {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.4.2",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 256,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    text = json.dumps(published, indent=2) + "\n"
+    assert hashlib.sha256(text.encode()).hexdigest() == "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e"
+    written = json.loads((vae.find("sd-vae-ft-mse") / "config.json").read_text())
+    assert {
+        key: written[key] for key in published if key not in ("_diffusers_version", "sample_size")
+    }.items() <= published.items()
+    assert written["scaling_factor"] == 0.18215 and written["use_quant_conv"]

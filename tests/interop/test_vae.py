@@ -216,13 +216,23 @@ def test_a_codec_of_another_kind_is_refused(folder, tmp_path):
 
 
 def test_find(folder, tmp_path):
-    """The config.json of a run, which lies beside its codec, taken for the codec's."""
+    """The config.json of a run, which lies beside its codec, taken for the codec's; a run that has none, in seven lines."""
+    assert find(folder) == folder and find(folder / WEIGHTS_NAME) == folder / WEIGHTS_NAME
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text("{}")
-    assert find(run) == run and find(folder) == folder and find(folder / WEIGHTS_NAME) == folder / WEIGHTS_NAME
+    messages = {"diffusion": "is the run of a diffusion model, not of an autoencoder", "autoencoder": "has not finished"}
+    for task, message in messages.items():
+        (run / "config.json").write_text(json.dumps({"task": {"name": task}}))
+        with pytest.raises(UserError, match=message):
+            find(run)
     (run / "codec").mkdir()
     assert find(run) == run / "codec"
+    for missing in (folder / WEIGHTS_NAME, folder / "config.json"):
+        missing.unlink()
+        with pytest.raises(UserError, match=rf"{missing.name} does not exist"):
+            find(folder)
+    with pytest.raises(UserError, match=r"nowhere does not exist.*sd-vae-ft-mse, which is downloaded"):
+        find(tmp_path / "nowhere")
 
 
 def test_weights_sha256(codec, folder, tmp_path):

@@ -38,6 +38,11 @@ def test_the_codecs_path_stays_behind():
     assert sections == {"codec": {"name": "kl_vae", "path": ""}}
 
 
+def test_a_published_codec_is_named(path):
+    """Official weights that need --codec_path although everybody can get the codec that they were trained with."""
+    assert weights.read(path).sections["codec"]["path"] == "sd-vae-ft-mse"
+
+
 def test_a_file_of_another_kind_is_refused(path, tmp_path):
     """Foreign tensors sampled from under our names, or a parameter left at its initial value."""
     tensors = load_file(path)

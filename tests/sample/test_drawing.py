@@ -28,7 +28,7 @@ LABELS = spread_labels(COUNT, 10)
 
 def generator(devices=1, batch_size=64, seed=3, fsdp=1, sampler=CONFIG):
     mesh = make_mesh(devices // fsdp, fsdp, devices=jax.devices()[:devices])
-    made = Generator(TASK, mesh, build.Run(sampler).sampler, build.Run(CONFIG).guidance, batch_size, seed)
+    made = Generator(TASK, mesh, build.Run(sampler).sampler, build.Run(CONFIG).guidance, batch_size, seed, chunk_size=8)
     rng = np.random.default_rng(7)
     like = abstract_state(TASK, mesh).ema_params
     made.params = jax.tree.map(lambda x: jax.device_put((0.1 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding), like)
@@ -235,7 +235,7 @@ def test_chunks():
 def test_default_chunk_size():
     """Chunks that starve an accelerator, or that a shard is no multiple of."""
     assert [default_chunk_size(tokens, "tpu") for tokens in (256, 1024, 16)] == [64, 16, 64]
-    assert default_chunk_size(16, "cpu") == 8
+    assert [default_chunk_size(tokens, "cpu") for tokens in (4, 16, 64, 256)] == [64, 32, 8, 8]
 
 
 def test_a_folder_whose_samples_are_replaced_stays_claimed(tmp_path):

@@ -23,8 +23,8 @@ DRAWS = {
     "flow": f"--workdir=flow --num_samples=9 {DRAW}",
 }
 MISTAKES = {
-    "--workdir=strong --autoguidance_workdir=weak": "needs --guidance_scale above 1",
-    "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs --guidance_scale above 1",
+    "--workdir=strong --autoguidance_workdir=weak": "needs guidance_scale above 1",
+    "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=flow --guidance_scale=2": "was trained with another process",
     "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not the --workdir",
     "--workdir=strong --dtype=float16": "value should be one of <float32|bfloat16>",

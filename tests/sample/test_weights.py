@@ -122,7 +122,7 @@ def test_no_weight_is_cast_in_the_loop():
 
     def casts(params):
         with jax.set_mesh(mesh):
-            text = str(generator.program.trace(params, {"codec": {}}, rows, {"label": rows}, None).jaxpr)
+            text = str(generator.program.trace(params, {"codec": {}}, rows, {"label": rows}, None, np.uint32(0), None).jaxpr)
         return text.count("bf16[32,128] = convert_element_type")  # of an MLP's kernel, in the loop over the blocks
 
     params = abstract_state(task, mesh).ema_params

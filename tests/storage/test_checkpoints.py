@@ -174,6 +174,7 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     like = abstract(make_state(0, mesh_of(1)), mesh_of(1))
     assert Checkpointer(tmp_path / "missing", every_steps=1).restore(like) is None
     (tmp_path / "3.orbax-checkpoint-tmp-17").mkdir()
+    (tmp_path / "229.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # of a second Ctrl-C while saving
     (tmp_path / "notes").mkdir()
     assert Checkpointer(tmp_path, every_steps=1).restore(like) is None
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]

@@ -2,16 +2,17 @@
 
 import csv
 import dataclasses
-import html.parser
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_structure import Structure
 
 from dit_jax.errors import UserError
-from dit_jax.sweep import collect, cost, figures, grid, paper, points, report, style
+from dit_jax.report import style
+from dit_jax.sweep import collect, cost, figures, grid, paper, points, report
 from dit_jax.sweep.fits import log_linear
 from dit_jax.sweep.folder import Folder, write_json
 from dit_jax.sweep.grid import Sweep
@@ -171,34 +172,6 @@ def test_panels(rows):
     assert len(together.axes) == 1 and together.axes[0].get_ylabel() == "FID-50K"
     assert {"XL/2", "S/8"} <= {text.get_text() for text in apart.axes[1].texts}
     plt.close("all")
-
-
-class Structure(html.parser.HTMLParser):
-    """Elements that do not close, ids that come twice, and everything that a browser would fetch."""
-
-    EMPTY = ("meta", "img", "br")
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.ids, self.uses, self.fetched = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in self.EMPTY:
-            self.open.append(tag)
-        self.look(tag, dict(attrs))
-
-    def handle_startendtag(self, tag, attrs):
-        self.look(tag, dict(attrs))
-
-    def look(self, tag, attrs):
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.uses += [attrs["href"][1:]] if attrs.get("href", "").startswith("#") else []
-        self.uses += re.findall(r"url\(#([^)]*)\)", " ".join(value or "" for value in attrs.values()))
-        if tag in ("script", "link", "iframe") or (tag == "img" and not attrs["src"].startswith("data:image/png;base64,")):
-            self.fetched.append((tag, attrs))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
 
 @pytest.fixture(scope="module")

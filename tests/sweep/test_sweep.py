@@ -61,7 +61,7 @@ def test_variants_as_config_arguments():
     """Sizes of the config's own argument that all become the default one."""
     sweep = grid.load("configs/sweeps/gflops_imagenet256.py")
     runs = grid.expand(sweep, ["--config.data.path=/data"])
-    assert len(runs) == 12 and runs[0].config_file == "configs/imagenet.py:S/8,256"
+    assert len(runs) == 12 and runs[0].config_file == "imagenet:S/8,256"
     assert {run.config.model.patch_size for run in runs} == {2, 4, 8} and runs[-1].config.model.depth == 28
     assert all(run.config.data.path == "/data" for run in runs)
 
@@ -125,7 +125,7 @@ def test_bad_sweeps(fields, text):
 @pytest.mark.parametrize(
     "source, text",
     [
-        ("def get_sweep(): return {}", "returned a dict"),
+        ("def get_sweep(): return {}", r"s\.py, line 1: get_sweep\(\) returns a dict"),
         ("x = 1 / 0", "ZeroDivisionError"),
         ("y = 2", "get_sweep"),
         ("grid={'seed': 'abc'}", "list of at least"),

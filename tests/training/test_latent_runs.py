@@ -13,12 +13,15 @@ from PIL import Image
 from verbs import run
 
 from dit_jax import build
+from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.config_file import read
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.sources import Digits
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.encode.writer import Job, encode
 from dit_jax.errors import UserError
-from dit_jax.interop import vae
+from dit_jax.interop import download, vae
+from dit_jax.storage.sealed import sha256_of
 from dit_jax.tasks.task import named_key
 from dit_jax.training.loop import train
 from dit_jax.training.results import check_results
@@ -229,3 +232,24 @@ def test_digits_in_latents(tmp_path):
     judge = SVC(gamma=1e-3, C=10).fit(digits.data, digits.target)
     with np.load(guided["out"]) as samples:
         assert (judge.predict(samples["arr_0"].reshape(500, 64) * (16 / 255)) == samples["labels"]).mean() > 0.9
+
+
+def test_imagenet_config_trains_from_a_cache(tmp_path, monkeypatch):
+    """No way from the config of the paper to a latent cache; a default codec that only the config of images looks up."""
+    codec = KLVAE((8, 16), layers_per_block=1, norm_groups=4)
+    folder = tmp_path / "weights" / "sd-vae-ft-mse"
+    vae.save_diffusers(folder, codec, latents.params(codec))
+    monkeypatch.setattr(download, "CACHE", tmp_path / "weights")
+    published = download.PUBLISHED["sd-vae-ft-mse"]._replace(sha256=sha256_of(folder / vae.WEIGHTS_NAME))
+    monkeypatch.setitem(download.PUBLISHED, "sd-vae-ft-mse", published)
+    encode(Job(latents.Photographs(bad=()), codec, latents.params(codec), latents.SIZE, mirror=True), tmp_path / "cache")
+    fields = [f"data.path={tmp_path / 'cache'}", "transform.resolution=8", "codec.block_out_channels=8,16", "codec.norm_groups=4"]
+    fields += ["codec.layers_per_block=1", "model.num_classes=5", "model.depth=1", "model.width=32", "model.heads=4"]
+    fields += ["batch_size=16", "num_steps=4", "preview.every_steps=0", "log.every_steps=2", "optimizer.learning_rate=1e-3"]
+    config = read("configs/imagenet.py:S/2,256,latents", fields)
+    assert read("configs/s2_imagenet256.py", ["data.name=latents", *fields]) == config
+    run = build.Run(config)
+    run.check_files(tmp_path / "run", lambda: check_results(run))
+    trained = train(run, tmp_path / "run")
+    assert int(trained.state.step) == 4 and trained.loss > 0
+    assert vae.read_codec(tmp_path / "run" / "codec") == codec

@@ -1,11 +1,14 @@
+import importlib.util
 import json
 import logging as python_logging
+import shutil
 import threading
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from dit_jax import build
 from dit_jax.config_file import plain
@@ -117,6 +120,28 @@ def test_finished_run_trains_no_more(whole):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_finished_run_keeps_its_records(whole):
+    """A second call of a finished run that loses the loss; a call with fewer steps that rewrites the config."""
+    again = train(build.Run(tiny.config(num_steps=6)), whole[1])
+    assert again.loss == pytest.approx(whole[0].loss) and again.images_per_second == pytest.approx(whole[0].images_per_second)
+    with pytest.raises(UserError, match="has 6 steps and num_steps is 5; give --config"):
+        train(build.Run(tiny.config(num_steps=5)), whole[1])
+    assert json.loads((whole[1] / "config.json").read_text())["num_steps"] == 6
+
+
+def test_a_longer_decay_when_resuming(whole, tmp_path, capsys):
+    """Steps with a learning rate of 0 that change nothing; a finished decay that can never be extended."""
+    shutil.copytree(whole[1], tmp_path / "run")
+    fixed = {"optimizer__warmup_steps": 2, "optimizer__decay_steps": 6}
+    with pytest.raises(UserError, match=r"decay_steps is 6 and num_steps is 7: the learning rate would be 0 after step 6; set"):
+        train(build.Run(tiny.config(num_steps=7, **fixed)), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["num_steps"] == 6
+    train(build.Run(tiny.config(num_steps=7)), tmp_path / "run")
+    assert "optimizer.decay_steps: 6 -> 7, for the steps from here on" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows if "loss" in row][-1] == pytest.approx(2e-3 * 7 / 100)
+
+
 def test_diverged_run_stops(tmp_path, monkeypatch):
     """A run that goes on with NaN for days, or one bad step that ends it."""
     monkeypatch.setattr(DiffusionTask, "loss", nan_loss(DiffusionTask.loss))
@@ -169,15 +194,28 @@ def test_one_process_at_a_time(tmp_path):
         ({"log__watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
         ({"profile__num_steps": 9}, "do not lie within 0 to num_steps = 6"),
         ({"seed": -1}, "seed is -1"),
+        ({"optimizer__decay_steps": 5}, "learning rate would be 0 after step 5"),
+        ({"log__wandb": "digits"}, "pip install wandb"),
         ({"model__mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be positive"),
         ({"loader__num_threads": 0}, "num_threads=0"),
     ],
 )
-def test_refused_before_any_work(tmp_path, overrides, text):
+def test_refused_before_any_work(tmp_path, monkeypatch, overrides, text):
     """A mistake that leaves a half-made workdir behind."""
+    if "log__wandb" in overrides:  # which a machine may have
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=text):
         train(build.Run(tiny.config(**overrides)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_several_epochs_and_flat_folders_are_reported(tmp_path, capsys):
+    """A batch of 4096 on 1,797 images without a word; two remedies, of which one is the other, for a folder without classes."""
+    build.Run(tiny.config(batch_size=4096)).loader
+    assert "each batch of 4096 holds 2.3 epochs" in capsys.readouterr().err
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"no classes and .* is 10; pass --config\.model\.num_classes=0 to train without labels$"):
+        build.Run(tiny.config(data={"name": "folder", "path": str(tmp_path), "split": ""})).loader
 
 
 def test_a_failed_start_binds_nobody(tmp_path):

@@ -12,6 +12,7 @@ class Digits:
     """1,797 handwritten digits, uint8 [8, 8, 1], ten classes: a very small real image data set without download.
 
     Args:
+        path: must be empty: the digits come with scikit-learn.
         split: "train" is the first 1,500, "test" the last 297 (other writers), "all" both.
 
     Raises:
@@ -32,10 +33,10 @@ class Digits:
 
         digits = load_digits()
         self._images = np.round(digits.images * 255 / 16).astype(np.uint8)[splits[split], :, :, None]
-        self._labels = digits.target[splits[split]]
+        self.labels = digits.target[splits[split]]
         self.fingerprint = fingerprint(
             name="digits",
-            version=hashlib.sha256(self._images.tobytes() + self._labels.astype("<i4").tobytes()).hexdigest(),
+            version=hashlib.sha256(self._images.tobytes() + self.labels.astype("<i4").tobytes()).hexdigest(),
             split=split,
             count=len(self._images),
             class_names=self.class_names,
@@ -45,4 +46,4 @@ class Digits:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        return {"image": self._images[index], "label": int(self._labels[index]), "name": f"digit {index}"}
+        return {"image": self._images[index], "label": int(self.labels[index]), "name": f"digit {index}"}

@@ -60,7 +60,7 @@ class ImageFolder:
             labels += [label] * len(of_class)
             texts |= {text: size for text, size in files if text.endswith(CAPTION_SUFFIX)}
         self._files = tuple(name for name, _ in images)
-        self._labels = np.asarray(labels, np.int32)
+        self.labels = np.asarray(labels, np.int32)
         captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
         self._captions = frozenset(text for text, _ in captions)
         self.has_captions = bool(captions)
@@ -74,7 +74,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         name = self._files[index]
-        example: Example = {"image": self._read(name), "label": int(self._labels[index]), "name": str(self.path / name)}
+        example: Example = {"image": self._read(name), "label": int(self.labels[index]), "name": str(self.path / name)}
         text = _caption_file(name)
         if text in self._captions:
             example["caption"] = caption_text(self._read(text), str(self.path / text))

@@ -31,7 +31,8 @@ class Source(Protocol):
     """A data set with random access to its examples, from many threads at once.
 
     It is pickled into the worker processes of the loader, so files are opened on first use and are not pickled. `fingerprint`
-    changes if the examples or their numbering change; resuming compares it.
+    changes if the examples or their numbering change; resuming compares it. A source that knows the labels without reading the
+    examples may also have `labels`, integer [N].
     """
 
     num_classes: int

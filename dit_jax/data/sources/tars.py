@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from absl import logging
 
 import dit_jax.data.sources.tar_index as tar_index
@@ -78,6 +79,10 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.index.label
 
     def __getitem__(self, i: int) -> Example:
         """Example with the bytes of the image, its label, its name "<tar>:<key>", and "caption" if it has one."""

@@ -34,6 +34,8 @@ FEATURE_TYPES = frozenset(
 TYPE_KEYS = ("pythonClassName", "python_class_name", "type")  # of today's files, in both spellings of a protocol buffer; of older
 DEEPEST = 50  # of nested values in features.json
 
+DEFAULT_FOLDER = "~/tensorflow_datasets"  # as in TFDS
+
 
 class TFDS:
     """A TensorFlow Datasets data set with random access and encoded images; TensorFlow is not needed.
@@ -42,7 +44,8 @@ class TFDS:
 
     Args:
         dataset: name in TFDS: `imagenet2012`, `name/config` or `name/config:1.0.0`.
-        path: the TFDS data_dir, the folder that contains a folder called `dataset`.
+        path: the TFDS data_dir, the folder that contains a folder called `dataset`; empty for TFDS's default, $TFDS_DATA_DIR
+            or ~/tensorflow_datasets.
         split: a split or a slice of one: `train`, `train[:50%]`.
         image_key: name of the Image feature.
         label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
@@ -63,8 +66,7 @@ class TFDS:
         label_key: str | None = "label",
         caption_key: str | None = None,
     ):
-        if not path:
-            raise UserError(f"data.path is empty; give the TFDS folder (data_dir) that holds {dataset}")
+        path = path or os.environ.get("TFDS_DATA_DIR") or DEFAULT_FOLDER
         self.dataset, self.path, self.split = dataset, os.path.expanduser(path), split
         self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
         self._lock = threading.Lock()
@@ -98,7 +100,10 @@ class TFDS:
 
         root = tfds.core.Path(self.path)
         if not root.exists():
-            raise UserError(f"TFDS folder {self.path} does not exist: pass the data_dir the data set was prepared in")
+            raise UserError(
+                f"the TFDS folder {self.path} does not exist; give the data_dir of {self.dataset} (--config.data.path=...), or "
+                f"{self._remedy()}"
+            )
         try:
             name, _ = tfds.core.naming.parse_builder_name_kwargs(self.dataset)
             if name.namespace:
@@ -127,8 +132,20 @@ class TFDS:
         if (root / "dataset_info.json").exists():
             hint = "; this is the folder of one version: pass the folder that holds the folder of the data set"
         return UserError(
-            f"TFDS data set {self.dataset!r} is not prepared in {self.path}, which holds {found}{hint}. Prepare it with "
-            f"tfds.builder({self.dataset!r}, data_dir={self.path!r}, file_format='array_record').download_and_prepare()"
+            f"TFDS data set {self.dataset!r} is not prepared in {self.path}, which holds {found}{hint}; {self._remedy()}"
+        )
+
+    def _remedy(self) -> str:
+        """How to get the data set. Of ImageNet, TFDS downloads nothing, and our `prepare` needs no TensorFlow."""
+        if self.dataset.split("/")[0].split(":")[0] == "imagenet2012":
+            return (
+                "prepare it from the two tars of image-net.org: python -m dit_jax.prepare --source=ILSVRC2012_img_train.tar "
+                f"--validation_source=ILSVRC2012_img_val.tar --out={self.path} --dataset=ilsvrc2012, then "
+                "--config.data.dataset=ilsvrc2012 of the same --config.data.path"
+            )
+        return (
+            f"prepare it with tfds.builder({self.dataset!r}, data_dir={self.path!r}, file_format='array_record')"
+            ".download_and_prepare()"
         )
 
     def _check_features(self, features) -> None:

@@ -35,6 +35,9 @@ class DormandPrince:
     amplifies it). A step takes six evaluations, accepted or rejected, and a batch takes as many steps as its slowest example.
     A step of SHORTEST_STEP is always accepted, which bounds the number of steps.
 
+    Fields:
+        rtol, atol: relative and absolute tolerance of the error of a step.
+
     Source: Dormand & Prince 1980; step control as in Hairer, Norsett & Wanner 1993, section II.4. SiT's default
     is "dopri5" with rtol 1e-3, atol 1e-6 and one error norm over the batch.
     """

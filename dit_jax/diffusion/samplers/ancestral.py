@@ -30,6 +30,7 @@ class Ancestral:
     """DDPM's sampler over any subset of the timesteps. It draws x_s from q(x_s | x_t, predicted x0) with the predicted variance.
 
     Fields:
+        num_steps: steps from noise to data.
         spacing: "even", or "stride" as in DDIM (`Gaussian.grid`).
 
     Source: Ho et al. 2020, algorithm 2; respaced and with learned variance as in Nichol & Dhariwal 2021, section 4.
@@ -77,6 +78,7 @@ class DDIM:
     """DDIM: x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z, with d = eta times the posterior's standard deviation.
 
     Fields:
+        num_steps: steps from noise to data.
         eta: 0 is deterministic; 1 is the ancestral sampler with the small variance.
         spacing: "even" steps, both ends included, or "stride", every k-th timestep from the first on, which exists only for some
             num_steps (the paper's code calls it "ddim50"); see `Gaussian.grid`.

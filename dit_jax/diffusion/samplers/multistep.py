@@ -31,6 +31,9 @@ class DPMSolverPlusPlus2M:
 
     The first and the last step are of first order (DDIM's).
 
+    Fields:
+        num_steps: steps from noise to data.
+
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
 
@@ -68,6 +71,9 @@ class UniPC:
     """UniPC of order 2 with B(h) = e^h - 1 ("bh2"): the step of DPM-Solver++(2M), corrected with the x0 of the next evaluation.
 
     One evaluation per step: the x0 at the predicted x both corrects x and predicts the next step.
+
+    Fields:
+        num_steps: steps from noise to data.
 
     Source: Zhao et al. 2023, section 3, with data prediction.
     """

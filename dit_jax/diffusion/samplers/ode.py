@@ -34,7 +34,11 @@ def euler_steps(process: Process, denoise: Denoise, x: jax.Array, times: np.ndar
 
 @dataclass(frozen=True)
 class Euler:
-    """Euler's method, order 1; on a Gaussian process it is DDIM with eta 0 (Song et al. 2021, section 4.3)."""
+    """Euler's method, order 1; on a Gaussian process it is DDIM with eta 0 (Song et al. 2021, section 4.3).
+
+    Fields:
+        num_steps: steps from noise to data.
+    """
 
     num_steps: int = 50
 
@@ -51,6 +55,9 @@ class Heun:
     """Heun's method, order 2: the mean of the slopes at both ends of a step; two evaluations per step.
 
     The last step of a process with discrete timesteps, which is not defined at t = 0, is an Euler step.
+
+    Fields:
+        num_steps: steps from noise to data.
 
     Source: Karras et al. 2022 (EDM), algorithm 1; torchdiffeq's "heun2", as SiT uses it.
     """
@@ -109,6 +116,10 @@ class AdamsBashforth:
     through slopes 0 and 1 gives points 1 (again) and 2; a parabola gives points 1 to 3. Orders 3 and 4 take 1 and 3 more
     evaluations than steps.
     On a Gaussian process it is DEIS's rho-AB (Zhang & Chen 2023).
+
+    Fields:
+        num_steps: steps from noise to data.
+        order: 2, 3 or 4.
 
     Source: Hairer, Norsett & Wanner 1993, section III.1 and III.5 (variable steps).
     """

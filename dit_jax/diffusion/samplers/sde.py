@@ -34,7 +34,8 @@ class EulerMaruyama:
             step; without a last step all are equal, down to t = 0.
         diffusion: w(t), one of DIFFUSIONS. "sbdm" is infinite at t = 1 and so starts at 1 - SBDM_MARGIN.
         norm: the scale of w.
-        last_step: "mean" is the drift without noise, "tweedie" the predicted x0, "euler" a step of the ODE.
+        last_step: one of LAST_STEPS: "mean" is the drift without noise, "tweedie" the predicted x0, "euler" a step of the ODE.
+        last_step_size: t at which the last step begins.
 
     Source: Ma et al. 2024 (SiT), equation 4 and table 2; grids and last steps as in its code.
     """

@@ -1,0 +1,597 @@
+"""Draws images with a trained network, in a script, a notebook, or the verb `sample`.
+
+    import dit_jax
+    pipe = dit_jax.load("runs/digits")
+    samples = pipe(labels=[3, 5], num_steps=50, guidance_scale=1.5, seed=0)
+    samples.save_grid("digits.png")
+
+An image depends on the weights, the settings, the seed, its index and its label. It does not depend on the other images, the
+batch size or the number of devices.
+"""
+
+import difflib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dit_jax import recipes, registry
+from dit_jax.build import Run
+from dit_jax.encoders.conditioner import Requests
+from dit_jax.errors import UserError
+from dit_jax.parallel.rules import path_name
+from dit_jax.runtime.console import say
+from dit_jax.runtime.field_values import FieldType
+from dit_jax.sample import drawing, samples_file, shards, trained
+from dit_jax.sample.generator import DECODER_CHUNK, PADDING, Generator, drawing_mesh, has_replicated_params, on_mesh
+from dit_jax.sample.grid import label_names, sampling_caption
+from dit_jax.sample.labels import chosen_labels
+from dit_jax.sample.samples_file import Samples
+from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
+from dit_jax.storage.atomic import replacing_folder, write_json
+from dit_jax.storage.run_folder import read_class_names
+
+Labels = Sequence[int] | np.ndarray | str | None
+PROGRAM, WEIGHTS, MADE_BY = "sampler.stablehlo", "weights.npz", "made_by.json"  # files of `Pipeline.export`
+
+
+class Options(TypedDict, total=False):
+    """How images are drawn; what is left out is as the config of the run or the weights has it.
+
+    Fields:
+        sampler: a registered sampler, such as "ddpm", "ddim" or "heun".
+        num_steps: sampling steps.
+        sampler_fields: other fields of the sampler, as in {"eta": 0.5}.
+        guidance_scale: 1 turns guidance off, 0 ignores the labels.
+        guidance_channels: number of channels to guide, from the first.
+        guidance_interval: guide only for t between two times, as in (0.2, 0.7); 1 is noise.
+        autoguidance: a weaker run or weights file, which guides instead of the network without labels.
+        forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
+        forecast_order: order of the forecast's Taylor series.
+        batch_size: images per call of all devices, rounded up to full chunks on each device. It changes no bit.
+        chunk_size: images that a device computes at a time, a divisor of 64. It changes the last bits of an image. None chooses
+            it by the network's tokens and the kind of device.
+    """
+
+    sampler: str | None
+    num_steps: int | None
+    sampler_fields: Mapping[str, Any] | None
+    guidance_scale: float | None
+    guidance_channels: int | None
+    guidance_interval: Sequence[float] | None
+    autoguidance: str | os.PathLike | None
+    forecast_interval: int | None
+    forecast_order: int | None
+    batch_size: int | None
+    chunk_size: int | None
+
+
+class Evaluation(NamedTuple):
+    """What a callback is told at an evaluation of the network.
+
+    Fields:
+        images: int32[n], indices of the images.
+        number: of the evaluation, from 0; Heun's sampler has two in a step.
+        t: f32[n], 1 is noise, 0 is data.
+        x0: f32[n, h, w, c], the predicted latents; `Pipeline.decode` makes images of them.
+    """
+
+    images: np.ndarray
+    number: int
+    t: np.ndarray
+    x0: np.ndarray
+
+
+class Pipeline:
+    """A trained network with its codec, which draws images. `load` makes one.
+
+    Fields:
+        run: the objects of the config, with the codec's weights.
+        path: what the weights were read from.
+
+    Args: see `load`; fsdp is the number of devices over which the parameters of network and codec are split.
+
+    Raises:
+        UserError: as `load`, except for errors of the parameters, which are read when they are first used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        codec: str | os.PathLike | None = None,
+        step: int | str | None = None,
+        average: str = "default",
+        dtype: str | None = None,
+        fsdp: int = 1,
+    ):
+        opened = trained.read(path)
+        self.path, self.average, self._opened, self._dtype = opened.path, average, opened, dtype
+        self._chosen_step = opened.check(step, average)
+        config = ml_collections.ConfigDict(opened.config.to_dict())
+        if dtype is not None:
+            if dtype not in ("float32", "bfloat16"):
+                raise UserError(f"dtype={dtype!r}: one of float32, bfloat16 is needed")
+            config.model.dtype = dtype
+        codec = opened.codec if codec is None else codec
+        if codec is not None:
+            if "path" not in config.codec:
+                raise UserError(f"codec={codec}: codec {config.codec.name!r} has no weights; leave it out")
+            config.codec.path, config.codec.sha256 = str(codec), ""
+        config.mesh = {"data": -1, "fsdp": fsdp}  # the devices of this machine, not those of training
+        is_run = opened.weights is None
+        self.run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
+        self.run.task  # raises errors of the config
+        self._generators: dict[str, Generator] = {}
+        self._weak: dict[Path, tuple[Any, Any, str]] = {}
+        self._watcher = _Watcher()
+
+    def __repr__(self) -> str:
+        at = "" if self._chosen_step is None else f" at step {self._chosen_step}"
+        return f"<Pipeline of {self.path}{at}: {self.run.network.describe()}, {self.num_classes} classes>"
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 for a network without labels."""
+        return self.run.conditioner.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) or (F, H, W, C) of one image."""
+        return self.run.image_shape
+
+    @property
+    def step(self) -> int | None:
+        """The training step of the weights; None if their file does not say it."""
+        return self._parameters[1]
+
+    @cached_property
+    def _mesh(self):
+        return drawing_mesh(self.run.mesh)
+
+    @cached_property
+    def _constants(self):
+        return on_mesh(self.run.frozen, self._mesh)
+
+    @cached_property
+    def _parameters(self) -> tuple[Any, int | None, str]:
+        """(parameters for inference on the mesh, their step, the fingerprint of the stored ones)."""
+        params, step = self._opened.params(self.run, self._chosen_step, self.average)
+        params = on_mesh(params, self._mesh)
+        fingerprint = weights_fingerprint(params)
+        return cast_for_inference(self.run.task, params), step, fingerprint
+
+    def __call__(
+        self,
+        labels: Labels = None,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        callback: Callable[[Evaluation], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Samples:
+        """Draws images and returns them; `write` draws more than fit in memory, and goes on after an interruption.
+
+        Args:
+            labels: classes in turn, as in [3, 5]; None or "balanced" for all in turn; "random"; "none" for no label.
+            num_samples: None draws one image for each label, or for each class.
+            seed: image k depends on (seed, k) and its label.
+            callback: called with an `Evaluation` of some of the images at every evaluation of the network, in order for each
+                image. It must not call JAX, which waits for it: keep x0, and decode it after the call. An error that it raises is
+                raised here, after the call. Images may differ in their last bits from those without a callback.
+            options: see `Options`.
+
+        Raises:
+            UserError: an option does not exist, has a value out of range, or does not fit the network.
+        """
+        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=callback is not None)
+        arrays = self._parameters[0], self._constants, drawn.requests, len(drawn.labels), drawn.weak_params
+        with self._watcher.calling(callback):
+            images = drawn.generator(*arrays)
+        return Samples(images, drawn.labels, drawn.made_by())
+
+    def write(
+        self,
+        out: str | os.PathLike,
+        labels: Labels = None,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> dict[str, Any]:
+        """Draws images into x.npz, or into a folder of shards, and a grid of the first 100; the same call continues one.
+
+        The images are those of a call with the same arguments. All processes make the same call.
+
+        Returns:
+            {"out", "grid", "num_samples", "seconds", "evaluations" of the network per image (None if they vary), "step",
+            "stopped": whether a signal ended the work early}.
+
+        Raises:
+            UserError: as for a call; `out` holds other samples or cannot be written.
+        """
+        out = Path(out).expanduser().absolute()
+        drawing.check_out(out)
+        drawn = self._prepare(labels, num_samples, seed, options)
+        run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
+        at = "" if self.step is None else f" at step {self.step}"
+        say(f"sampling from {self.path}{at}: {dict(run.config.sampler)}, guidance {guidance.scale}")
+        names = label_names(drawn.labels, self.num_classes, read_class_names(self.path)) if self.num_classes else []
+        done = drawing.draw(
+            out,
+            drawn.generator,
+            self._parameters[0],
+            self._constants,
+            drawn.requests,
+            count,
+            drawn.settings(),
+            drawn.weak_params,
+            names=names,
+            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, seed),
+        )
+        # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
+        per_image = None if guidance.is_partial else run.sampler.evaluations(run.process)
+        return {
+            "out": str(out),
+            "grid": str(done.grid),
+            "num_samples": count,
+            "seconds": done.seconds,
+            "evaluations": per_image and per_image * (2 if guidance.active else 1),
+            "step": self.step,
+            "stopped": done.stopped,
+            **({"steps_with_blocks": run.forecast.full_steps(run.sampler.num_steps)} if run.forecast.active else {}),
+        }
+
+    def interpolate(
+        self, seeds: tuple[int, int], num_samples: int = 8, label: int | None = None, **options: Unpack[Options]
+    ) -> Samples:
+        """Draws images of one label between the first image of one seed and the first image of another.
+
+        The initial noise moves along the great circle through both, in equal angles, both ends included. A sampler that adds
+        noise (ddpm, sde, ddim with eta > 0) adds that of the first seed to all images; the last image is then not the second
+        seed's.
+
+        Args:
+            label: a class; None for no label.
+
+        Raises:
+            UserError: as for a call; fewer than two images.
+
+        Source: Shoemake 1985 (slerp); Song et al. 2021 (DDIM), section 5.3 and appendix D.5.
+        """
+        if num_samples < 2:
+            raise UserError(f"num_samples is {num_samples}; an interpolation has at least 2 images")
+        labels = "none" if label is None else [label]
+        drawn = self._prepare(labels, num_samples, seeds[0], options, in_memory=True)
+        first, last = (drawn.generator.with_seed(seed).noise(np.zeros(1, np.int32)) for seed in seeds)
+        noise = spherical(first, last, np.linspace(0, 1, num_samples))
+        images = drawn.generator(
+            self._parameters[0],
+            self._constants,
+            drawn.requests,
+            num_samples,
+            drawn.weak_params,
+            noise=noise,
+            indices=np.zeros(num_samples, np.int32),
+        )
+        return Samples(images, drawn.labels, drawn.made_by() | {"interpolated_seeds": list(seeds)})
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """uint8 images [N, H, W, C] of latents f32[N, h, w, c], such as the x0 of an `Evaluation`."""
+        count = len(latents)
+        rows = np.minimum(np.arange(-(-count // DECODER_CHUNK) * DECODER_CHUNK), count - 1).reshape(-1, DECODER_CHUNK)
+        images = [np.asarray(self._decode(self._constants, np.asarray(latents[chunk]))) for chunk in rows]
+        return np.concatenate(images)[:count]
+
+    @cached_property
+    def _decode(self):
+        return jax.jit(self.run.task.decode)
+
+    def export(self, path: str | os.PathLike, **options: Unpack[Options]) -> Path:
+        """Writes the sampler as StableHLO, with its weights, to a folder that a process with only jax and numpy can run.
+
+        The folder holds sampler.stablehlo (a serialized `jax.export.Exported`), weights.npz and made_by.json. It runs on the kind
+        of device that it was exported on. This draws image k of a seed for k = 0 to rows - 1, all of class 3:
+
+            import json, jax, numpy as np
+            from jax import export
+
+            with open("exported/made_by.json") as file:
+                rows = json.load(file)["rows"]  # images of a call
+            with open("exported/sampler.stablehlo", "rb") as file:
+                draw = jax.jit(export.deserialize(bytearray(file.read())).call)
+            weights = dict(np.load("exported/weights.npz"))
+            seed, indices, labels = np.uint32(0), np.arange(rows, dtype=np.int32), np.full(rows, 3, np.int32)
+            images = np.asarray(draw(weights, seed, indices, {"label": labels}))  # uint8 [rows, H, W, C]
+
+        Other indices give other images; a network without labels takes {}. On the same kind of machine, with the same jax, the
+        images have the same bits as those of this pipeline.
+
+        Args:
+            path: a folder; one that exists is replaced if it holds nothing but an export.
+            options: see `Options`.
+
+        Raises:
+            UserError: as for a call; the weights are split over devices; the folder holds something else; cannot be written.
+        """
+        from jax import export
+
+        path = Path(path).expanduser().absolute()
+        strange = sorted(p.name for p in path.iterdir() if p.name not in (PROGRAM, WEIGHTS, MADE_BY)) if path.is_dir() else []
+        if strange or path.is_file():
+            raise UserError(f"{path} {f'holds {strange[0]}' if strange else 'is a file'}; give a folder that does not exist")
+        if not has_replicated_params(self._mesh):
+            raise UserError(
+                f"an exported sampler runs on one device, and the weights are split over {self._mesh.size}; use fsdp=1"
+            )
+        drawn = self._prepare(None, None, 0, options, in_memory=True)
+        generator, rows = drawn.generator, drawn.generator.chunk_size
+        trees = {"params": self._parameters[0], "weak_params": drawn.weak_params, "codec": self._constants["codec"]}
+        leaves, structure = jax.tree_util.tree_flatten_with_path(trees)
+        names, dtypes = [path_name(keys) for keys, _ in leaves], [x.dtype for _, x in leaves]
+        # NumPy has no bfloat16: its bits travel as uint16.
+        stored = [np.asarray(x) if x.dtype != jnp.bfloat16 else np.asarray(x).view(np.uint16) for _, x in leaves]
+
+        def images(weights, seed, indices, requests):
+            arrays = [
+                x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+                for x, dtype in zip((weights[name] for name in names), dtypes, strict=True)
+            ]
+            trees = jax.tree.unflatten(structure, arrays)
+            constants = {"codec": trees["codec"]}
+            return generator.images_of_one_device(trees["params"], constants, indices, requests, trees["weak_params"], seed, None)
+
+        weights: dict[str, Any] = dict(zip(names, stored, strict=True))
+        requests = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in drawn.requests.items()}
+        exported = export.export(jax.jit(images))(
+            {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()},
+            jax.ShapeDtypeStruct((), jnp.uint32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            requests,
+        )
+        try:
+            with replacing_folder(path) as folder:
+                (folder / PROGRAM).write_bytes(exported.serialize())
+                np.savez(folder / WEIGHTS, **weights)
+                made_by = {k: v for k, v in drawn.settings().items() if k not in ("seed", "labels")}
+                facts = {"rows": rows, "image_shape": list(self.image_shape), "num_classes": self.num_classes}
+                write_json(folder / MADE_BY, {**facts, "platform": exported.platforms[0], "made_by": made_by}, indent=2)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another folder") from None
+        return path
+
+    def _prepare(
+        self,
+        labels: Labels,
+        num_samples: int | None,
+        seed: int,
+        options: Options,
+        in_memory: bool = False,
+        watched: bool = False,
+    ) -> "_Drawing":
+        """Checks everything that a drawing depends on; reads no parameters of the network itself."""
+        seed = _whole_number("seed", seed)
+        num_samples = None if num_samples is None else _whole_number("num_samples", num_samples)
+        config = self._configured(options)
+        run = Run(config, codec_params=self.run.codec_params)
+        chosen, mode = chosen_labels(labels, num_samples, self.num_classes, seed)
+        requests = run.conditioner.from_requests({"label": chosen} if self.num_classes else {})
+        guides = options.get("autoguidance")
+        guidance = run.guidance if guides is None else run.guidance_by_second_network
+        if guidance.scale == 0:
+            say(f"guidance_scale is 0: {'the labels count for nothing' if guides is None else 'only the weaker network counts'}")
+        batch_size = options.get("batch_size")
+        if batch_size is None:
+            batch_size = 1 if in_memory else min(config.evaluation.batch_size, len(chosen))  # 1 is rounded up to full chunks
+        sections = [dict(config.get(name, {})) for name in ("sampler", "guidance", "forecast")]
+        chunk_size = options.get("chunk_size")
+        if chunk_size is not None and (_whole_number("chunk_size", chunk_size) < 1 or shards.SHARD_IMAGES % chunk_size):
+            raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
+        key = json.dumps([sections, _whole_number("batch_size", batch_size), chunk_size, str(guides), watched], default=str)
+        if key not in self._generators:
+            weak_task = None if guides is None else self._weaker(guides, config)[0]
+            self._generators[key] = Generator(
+                self.run.task,
+                self._mesh,
+                run.sampler,
+                guidance,
+                batch_size,
+                seed,
+                weak_task,
+                chunk_size,
+                forecast=run.forecast,
+                watch=self._watcher if watched else None,
+            )
+        return _Drawing(self, run, self._generators[key].with_seed(seed), guidance, chosen, mode, requests, guides)
+
+    def _configured(self, options: Options) -> ml_collections.ConfigDict:
+        """The config with the options in place of its sections `sampler`, `guidance` and `forecast`."""
+        for name in options:
+            if name not in Options.__annotations__:
+                near = difflib.get_close_matches(name, Options.__annotations__, 1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"there is no option {name!r}; {hint}The options are {', '.join(Options.__annotations__)}")
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        config = ml_collections.ConfigDict(self.run.config.to_dict())
+        if given.get("sampler", config.sampler.name) != config.sampler.name:
+            config.sampler = ml_collections.ConfigDict(recipes.default_sampler(given["sampler"]))
+        if "num_steps" in given:
+            if "num_steps" not in config.sampler:
+                raise UserError(
+                    f"num_steps={given['num_steps']}: sampler {config.sampler.name!r} chooses its own steps; leave num_steps out"
+                )
+            config.sampler.num_steps = _whole_number("num_steps", given["num_steps"])
+        for key, value in dict(given.get("sampler_fields", {})).items():
+            fields = registry.parameters("sampler", config.sampler.name)
+            if key not in fields:
+                raise UserError(f"sampler_fields {key}: sampler {config.sampler.name!r} has the fields {', '.join(fields)}")
+            wanted = FieldType.of_annotation(fields[key].annotation)
+            try:
+                config.sampler[key] = wanted.parse(str(value))
+            except ValueError:
+                raise UserError(f"sampler_fields {key}={value}: {key} must be {wanted.describe()}") from None
+        for key in ("interval", "order"):
+            if f"forecast_{key}" in given:
+                number = _whole_number(f"forecast_{key}", given[f"forecast_{key}"])
+                config.forecast = {**config.get("forecast", {}), key: number}
+        if "guidance_scale" in given:
+            config.guidance.scale = _number("guidance_scale", given["guidance_scale"])
+        if "guidance_channels" in given:
+            config.guidance.channels = _whole_number("guidance_channels", given["guidance_channels"])
+        if "guidance_interval" in given:
+            times = [_number("guidance_interval", t) for t in given["guidance_interval"]]
+            if len(times) != 2:
+                raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
+            config.guidance.low, config.guidance.high = times
+        return config.lock()
+
+    def _weaker(self, path: str | os.PathLike, config: ml_collections.ConfigDict) -> tuple[Any, Any, str]:
+        """(task, parameters for inference, fingerprint) of the network that guides in place of the one without labels.
+
+        Raises:
+            UserError: guidance is off, or the network's process, codec, image size or classes differ from this one's.
+        """
+        if config.guidance.scale == 1.0:
+            raise UserError("autoguidance needs guidance_scale above 1; at 1 guidance is off")
+        path = Path(path).expanduser().absolute()
+        if path not in self._weak:
+            opened = trained.read(path)
+            weaker = ml_collections.ConfigDict(opened.config.to_dict())
+            if self._dtype is not None:
+                weaker.model.dtype = self._dtype
+            trained.check_guides(self.run, Run(weaker), path)
+            weaker.codec, weaker.mesh = self.run.config.codec, self.run.config.mesh
+            run = Run(weaker)
+            params = on_mesh(opened.params(run)[0], self._mesh)
+            self._weak[path] = run.task, cast_for_inference(run.task, params), weights_fingerprint(params)
+        return self._weak[path]
+
+
+class _Drawing(NamedTuple):
+    """A checked request for images."""
+
+    pipe: Pipeline
+    run: Run
+    generator: Generator
+    guidance: Any
+    labels: np.ndarray
+    labels_mode: str
+    requests: Requests
+    guides: str | os.PathLike | None
+
+    @property
+    def weak_params(self) -> Any:
+        return None if self.guides is None else self.pipe._weaker(self.guides, self.run.config)[1]
+
+    def settings(self) -> dict[str, Any]:
+        """What the images depend on, besides the labels and the machine."""
+        pipe, (_, step, fingerprint) = self.pipe, self.pipe._parameters
+        settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed) | {"labels": self.labels_mode}
+        if pipe.average != "default":
+            settings["average"] = pipe.average
+        if pipe._opened.weights is not None:
+            settings["origin"] = pipe._opened.weights.origin
+        if self.guides is not None:
+            weights = pipe._weaker(self.guides, self.run.config)[2]
+            settings |= {"autoguidance": str(self.guides), "autoguidance_weights": weights}
+        return settings
+
+    def made_by(self) -> dict[str, Any]:
+        """`settings` and all others, as they stand in the npz of samples."""
+        shape, made_with = self.generator.image_shape, drawing.made_with(self.generator)
+        settings = shards.settings_of(self.labels, shape, self.settings(), made_with, self.requests)
+        return json.loads(json.dumps(shards.Shards(Path(), settings, self.labels).made_by))
+
+
+class _Watcher:
+    """Passes what the devices report to the callback of the current call; its first error ends the reports."""
+
+    def __init__(self):
+        self._lock, self._callback, self._error = threading.Lock(), None, None
+
+    def calling(self, callback: Callable[[Evaluation], None] | None) -> "_Watcher":
+        self._callback, self._error = callback, None
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exc_info):
+        if self._callback is None:
+            return
+        jax.effects_barrier()
+        error, self._callback = self._error, None
+        if error is not None and kind is None:
+            raise error
+
+    def __call__(self, indices: np.ndarray, number: np.ndarray, t: np.ndarray, x0: np.ndarray) -> None:
+        with self._lock:  # devices report at the same time
+            if self._callback is None or self._error is not None:
+                return
+            rows = np.asarray(indices) != PADDING
+            if not rows.any():
+                return
+            try:
+                images, t, x0 = (np.asarray(x)[rows] for x in (indices, t, x0))
+                self._callback(Evaluation(images, int(number), t, x0))
+            except BaseException as error:
+                self._error = error
+
+
+def spherical(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """f32[N, ...]: points at N fractions of the angle from `first` [1, ...] to `last` [1, ...]."""
+    a, b = first.astype(np.float64), last.astype(np.float64)
+    angle = np.arccos(np.clip((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()), -1, 1))
+    if np.sin(angle) < 1e-9:  # the same noise
+        return np.repeat(first, len(fractions), axis=0)
+    share = fractions.reshape(-1, *[1] * (a.ndim - 1))
+    return ((np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)).astype(np.float32)
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise UserError(f"{name}={value!r} must be a whole number")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise UserError(f"{name}={value!r} must be a number")
+    return float(value)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    codec: str | os.PathLike | None = None,
+    step: int | str | None = None,
+    average: str = "default",
+    dtype: str | None = None,
+    fsdp: int = 1,
+) -> Pipeline:
+    """Loads a trained network, for `pipe(labels=[3, 5])`.
+
+    Args:
+        path: the folder of a run; a .safetensors file of `convert`; a .pt file of DiT or SiT; a folder that diffusers wrote.
+        codec: weights of the VAE, in place of the run's own: a diffusers folder, a safetensors file, or an autoencoder's run.
+        step: of a run's checkpoint; "best" for the best score during training; None for the newest that is intact.
+        average: "default" for the moving average of the weights, "none" for the weights themselves.
+        dtype: of the network's computation, "float32" or "bfloat16"; None as in training. With bfloat16 the weights take half the
+            memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.
+        fsdp: number of devices over which the parameters are split.
+
+    Raises:
+        UserError: there is no such network or checkpoint, it is damaged, or the codec is missing or does not fit.
+    """
+    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, fsdp=fsdp)
+    pipe._parameters  # read now, not at the first call
+    return pipe

@@ -1,0 +1,27 @@
+"""Writes report.html into the folder of a run: its curves, scores, pictures, config and machine on one page.
+
+    python -m dit_jax.report --workdir=runs/digits
+
+A run writes it at its end. The page needs no other file, font or script, and may be written while the run is training.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from dit_jax.errors import UserError
+from dit_jax.runtime import console
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
+
+
+def main() -> dict:
+    if WORKDIR.value is None:
+        raise UserError("give --workdir=<folder of a run of dit_jax.main>")
+    from dit_jax.report import page
+
+    return {"report": str(page.write(Path(WORKDIR.value).expanduser().absolute()))}
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,125 @@
+"""The page of a run: what it shows, that it stands alone, and that it never fails a finished run."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from html_structure import Structure
+
+from dit_jax import build
+from dit_jax.config_file import plain
+from dit_jax.errors import UserError
+from dit_jax.report import collect, ending, page, pictures
+from dit_jax.sample.generator import Generator
+from dit_jax.sample.grid import write_image_grid
+from dit_jax.sample.labels import spread_requests
+from dit_jax.sample.weights import cast_for_inference
+from dit_jax.tasks.state import create_sharded
+
+MACHINE = {"device": "TPU v5", "num_devices": 4, "platform": "tpu", "cpu": "Abacus", "cores": 3, "versions": {"jax": "0.10.2"}}
+RESULT = {
+    "step": 90,
+    "loss": 0.25,
+    "samples": "/moved/samples/00000090_final.npz",
+    "fid": 0.32,
+    "fid_interval": [0.3, 0.34],
+    "fid_interval_level": 0.95,
+    "features": "pixels",
+    "num_samples": 1000,
+    "machine": MACHINE,
+}
+
+
+def write_run(folder, finished):
+    """A run's folder with made-up records and pictures."""
+    config = plain(tiny.config(num_steps=90)) | {"imports": []}
+    config["data"]["name"] = "<script>alert(1)</script>"
+    (folder / "scores").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [{"step": step, "loss": "NaN" if step == 50 else 9 / step, "images_per_second": 80.0} for step in range(10, 91, 10)]
+    lines = [json.dumps(row) for row in [*rows, {"step": 90, "wall_seconds": 75.0, "goodput": 0.5}]]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"st')
+    for step, fid in ((30, 3.0), (60, 1.0)):
+        (folder / "scores" / f"{step:08d}.json").write_text(json.dumps({"step": step, "fid": fid}))
+    noise = np.random.default_rng(0)
+    for step in range(10, 90, 10):
+        write_image_grid(folder / "samples" / f"{step:08d}.png", noise.integers(0, 256, (4, 8, 8, 1), np.uint8), caption="x")
+    if finished:
+        for name in ("00000090_final", "00000090_denoising", "real"):
+            images = noise.integers(0, 256, (4, 256, 256, 3), np.uint8)
+            write_image_grid(folder / "samples" / f"{name}.png", images, caption=name)
+        (folder / "result.json").write_text(json.dumps(RESULT))
+    return folder
+
+
+def test_the_page_of_a_finished_run(tmp_path):
+    """A page that is broken, is unreadable on a phone, fetches something, runs what a config says, or leaves out a part."""
+    text = page.write(write_run(tmp_path / "my run", True)).read_text()
+    structure = Structure()
+    structure.feed(text)
+    assert not structure.open and not structure.fetched and not re.search(r"https?://", text)
+    assert len(structure.ids) == len(set(structure.ids)) and set(structure.uses) <= set(structure.ids)
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text and "prefers-color-scheme: dark" in text
+    assert text.count("<svg") == 3  # loss, images per second, score
+    assert text.count("<img") == 3 + page.MOST_PREVIEWS and text.count("image/jpeg") == 3  # the large ones
+    assert "Step 10." in text and "Step 80." in text and "95% interval 0.300 to 0.340" in text
+    assert "4 x TPU v5 (tpu)" in text and "Abacus, 3 cores" in text and "1m15s" in text
+    assert "<dt>optimizer.learning_rate</dt><dd>0.002</dd>" in text
+    assert len(text) < 2_000_000
+
+
+def test_the_page_of_a_run_that_still_trains(tmp_path):
+    """A page that waits for the end, or a number that is not finite in a curve."""
+    run = collect.read(write_run(tmp_path / "run", False))
+    assert run.curves["loss"][3:5] == [(40, 9 / 40), (60, 9 / 60)] and run.last_step == 90
+    assert "Not finished: 90 of 90 steps" in page.text(run)
+    with pytest.raises(UserError, match=r"not the --workdir of a dit_jax.main run"):
+        page.write(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A tiny run on one device, and its state with random parameters."""
+    run = build.Run(tiny.config(mesh__data=1, evaluation__num_images=20), devices=jax.devices()[:1])
+    state = create_sharded(run.task, jax.random.key(0), run.mesh)
+    return run, state.replace(ema_params=tiny.random_params(state.ema_params))
+
+
+def test_denoising_ends_with_the_run_s_sample(run, tmp_path):
+    """Frames in another order than the sampler's, of another seed or label than the run's samples."""
+    run, state = run
+    images, times = pictures.denoise(run, state.ema_params, run.constants)
+    assert images.shape == (pictures.ROWS, 5, 8, 8, 1) and times == sorted(times, reverse=True) and times[0] == 1.0
+    generator = Generator(run.task, run.mesh, run.sampler, run.guidance, 4, run.config.seed, chunk_size=4)
+    params = cast_for_inference(run.task, state.ema_params)
+    drawn = generator(params, run.constants, spread_requests(run.conditioner, pictures.ROWS), pictures.ROWS)
+    assert np.abs(images[:, -1].astype(int) - drawn).max() <= 1
+    assert (images[:, 0] != images[:, -1]).any()
+
+
+def test_real_images_have_the_wanted_labels(run):
+    """Real images of other classes than the samples beside them, or the same one twice."""
+    run, _ = run
+    images, labels = pictures.real_images(run, np.arange(50) % 10)
+    assert labels.tolist() == [*range(10)] * 5 and len({image.tobytes() for image in images}) == 50
+    images, labels = pictures.real_images(run, np.full(300, 3))  # more than there are among those looked at
+    assert len(images) == 300 and (labels == 3).sum() > 80
+
+
+def test_an_error_in_the_report_does_not_fail_the_run(run, tmp_path, monkeypatch, capsys):
+    """A run of days that ends with status 1 because of a picture."""
+    run, state = run
+
+    def fail(*args):
+        raise RuntimeError("no space\nfor pictures")
+
+    monkeypatch.setattr(pictures, "denoise", fail)
+    write_run(tmp_path / "run", False)
+    assert ending.write(run, state.ema_params, run.constants, tmp_path / "run", 6) == tmp_path / "run" / "report.html"
+    assert "the picture of the denoising is left out: no space for pictures (test_report.py:" in capsys.readouterr().err
+    monkeypatch.setattr(page, "write", fail)
+    assert ending.write(run, state.ema_params, run.constants, tmp_path / "run", 6) is None

@@ -1,0 +1,41 @@
+"""What a run says at its end."""
+
+import shlex
+from pathlib import Path
+
+import tiny
+
+from dit_jax import build
+from dit_jax.training import summary
+
+RESULT = {"step": 6, "loss": 0.25, "samples": "/runs/x/samples/00000006_final.npz"}
+SCORE = {"fid": 0.3214, "fid_interval": [0.3, 0.35], "fid_interval_level": 0.95, "features": "pixels", "num_samples": 1000}
+
+
+def commands(text):
+    return [shlex.split(line[10:]) for line in text.splitlines() if "python -m" in line]
+
+
+def test_the_end_of_a_run(tmp_path):
+    """A score without its interval, a command that needs more than the folder, more than six lines."""
+    run = build.Run(tiny.config(evaluation__num_images=1000))
+    text = summary.ending(run, Path.cwd() / "runs/my digits", RESULT | SCORE, tmp_path / "report.html")
+    assert len(text.splitlines()) == 5
+    assert "Frechet distance 0.321 in pixels (95% interval 0.300 to 0.350), 1,000 samples" in text and "_final.png" in text
+    sample, evaluate = commands(text)
+    assert sample[2] == "dit_jax.sample" and "--workdir=runs/my digits" in sample and "--guidance_scale=1.5" in sample
+    assert "--reference=digits" in evaluate and f"--samples={sample[-1].removeprefix('--out=')}" in evaluate
+
+
+def test_commands_that_would_be_refused():
+    """Guidance of a network that was never trained without labels; a score without a reference."""
+    run = build.Run(tiny.config(task__cond_dropout=0.0, evaluation__reference=""))
+    ((*sample,),) = commands(summary.ending(run, Path("/runs/a"), {"step": 6, "loss": None}, None))
+    assert not [word for word in sample if "guidance" in word] and "loss" not in summary.score({"step": 6, "loss": None})
+
+
+def test_the_end_of_an_autoencoder():
+    """A sample command for a run that draws no samples."""
+    text = summary.ending(build.Run(tiny.autoencoder()), Path("/runs/vae"), RESULT | {"psnr": 29.6, "ssim": 0.97}, None)
+    ((_, _, verb, *words),) = commands(text)
+    assert verb == "dit_jax.encode" and "--data=digits" in words and "--resolution=8x8" in words and "PSNR 29.60 dB" in text
