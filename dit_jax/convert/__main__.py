@@ -59,6 +59,18 @@ LIKE = flags.DEFINE_string(
     "A run's folder or a .safetensors file of dit_jax.convert whose config these weights get. Default: the process, "
     "VAE and sampler of the paper.",
 )
+KEY = flags.DEFINE_string(
+    "key",
+    None,
+    "Place of the weights in a PyTorch checkpoint, as in ema or state.model. Default: ema, model_ema, model or state_dict, "
+    "whichever there is first.",
+)
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes",
+    None,
+    "Number of classes of --from=official and sit. Needed if the label table has as many rows as a usual data set has classes: "
+    "its last row may be that of the null label.",
+)
 HEADS = flags.DEFINE_integer(
     "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
 )
@@ -104,7 +116,8 @@ def main() -> dict:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
     out = Path(OUT.value).expanduser()
     like = Path(LIKE.value).expanduser() if LIKE.value is not None else None
-    weights = formats.read(formats.Source(layout, Path(path).expanduser(), HEADS.value, like, STEP.value))
+    source = formats.Source(layout, Path(path).expanduser(), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value)
+    weights = formats.read(source)
     written = formats.write(weights, TO.value, out)
     console.say(f"{written['parameters']:,} parameters of {path} written to {out}")
     return result | written | {"origin": weights.origin}

@@ -4,6 +4,7 @@ The layouts themselves are in `interop`. This module needs `build`, because a ne
 """
 
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +26,10 @@ from dit_jax.interop.tensors import (
     check,
     common_dtype,
     count,
+    finite,
     open_safetensors,
     open_sharded,
+    without_wrappers,
     write_foreign,
     write_safetensors,
 )
@@ -41,7 +44,11 @@ from dit_jax.storage.sealed import sha256_of
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
 SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", *FOREIGN, "inception_tf")
 TARGETS = ("dit_jax", "official", "diffusers")
-NESTED = ("ema", "model")  # keys of a training checkpoint; the moving average first, as in the paper's sampling code
+# Keys of a training checkpoint, in order of preference; the moving average first, as in the paper's sampling code.
+NESTED = ("ema", "model_ema", "ema_state_dict", "model", "model_state_dict", "state_dict", "module")
+DEEPEST = 3  # of such keys, one inside of another
+# Usual numbers of classes. A label table of so many rows has no row for the null label, or is of one class less.
+USUAL_CLASSES = (10, 100, 200, 365, 1_000, 21_841, 21_843)
 LATENT_CHANNELS = 4  # of the autoencoder that DiT and SiT were trained with
 
 
@@ -55,6 +62,8 @@ class Source:
         heads: attention heads, if the layout does not record them and the width is not one of the paper's; None otherwise.
         like: a run's folder or a file in our format whose config, process and codec these weights have. None: the paper's.
         step: checkpoint of a workdir; None for the newest valid one.
+        key: place of the weights in a .pt, as in "ema" or "state.model"; None for the first of NESTED.
+        num_classes: of the label table of "official" and "sit", which has that many rows or one more; None if that is clear.
     """
 
     layout: str
@@ -62,6 +71,8 @@ class Source:
     heads: int | None = None
     like: Path | None = None
     step: int | None = None
+    key: str | None = None
+    num_classes: int | None = None
 
     def __post_init__(self):
         for name in ("path", "like"):  # str is accepted too
@@ -74,11 +85,17 @@ class Source:
             ("heads", self.heads, foreign),
             ("like", self.like, foreign),
             ("step", self.step, self.layout == "workdir"),
+            ("key", self.key, self.layout not in ("workdir", "dit_jax", "inception_tf")),
+            ("num_classes", self.num_classes, self.layout in ("official", "sit")),
         ):
             if value is not None and not wanted:
                 raise UserError(f"--{name} has no effect with --from={self.layout}; omit it")
         if self.like and self.heads is not None:
             raise UserError("--like determines the number of heads; omit --heads")
+        if self.like and self.num_classes is not None:
+            raise UserError("--like determines the number of classes; omit --num_classes")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise UserError(f"--num_classes={self.num_classes} must be at least 1")
 
 
 def config_of(sections: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -106,12 +123,12 @@ def read(source: Source) -> Weights:
         opened = weights.read(source.path)
         check(opened.tensors, _shapes(opened.sections), str(source.path))
         common_dtype(opened.tensors, str(source.path))
-        return opened
+        return opened._replace(tensors=finite(opened.tensors, str(source.path)))
     if source.layout == "inception_tf" and not source.path.is_dir():
         return Weights(inception.from_graph(source.path), {}, _origin(source, [source.path]))
     if source.layout in (*FOREIGN, "inception_tf"):
-        tensors, files = _open(source.path)
-        return Weights(FOREIGN[source.layout](tensors, str(source.path)), {}, _origin(source, files))
+        tensors, files, key = _open(source.path, source.key)
+        return Weights(FOREIGN[source.layout](tensors, str(source.path)), {}, _origin(source, files, key))
     return (_read_diffusers if source.layout == "diffusers" else _read_official)(source)
 
 
@@ -185,60 +202,122 @@ def _read_workdir(source: Source) -> Weights:
     tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, partial(np.asarray, leaf)) for keys, leaf in leaves}
     sections = weights.sections_of(config.to_dict())
     sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
-    return Weights(tensors, sections, {"from": "workdir", "name": source.path.name, "step": step})
+    return Weights(finite(tensors, str(source.path)), sections, {"from": "workdir", "name": source.path.name, "step": step})
 
 
-def _open(path: Path) -> tuple[Tensors, list[Path]]:
-    """Opens a .pt or .safetensors file, distinguished by content, or an index of parts; returns (tensors, files)."""
+def _open(path: Path, key: str | None) -> tuple[Tensors, list[Path], str | None]:
+    """Opens a .pt or .safetensors file, distinguished by content, or an index of parts.
+
+    Names lose what wrappers of PyTorch added; tensors of numbers refuse NaN when they are read.
+
+    Returns:
+        (tensors, files, key): the place of the tensors in a .pt, None if they are at the top level.
+    """
     if path.is_dir():
         raise UserError(f"--weights={path} is a folder; give the file in it")
+    tensors, files, key = _opened(path, key)
+    tensors, removed = without_wrappers(tensors, str(path))
+    if removed:
+        console.say(f"{path}: names are read without {removed}")
+    return finite(tensors, str(path)), files, key
+
+
+def _opened(path: Path, key: str | None) -> tuple[Tensors, list[Path], str | None]:
+    is_pt = not path.name.endswith(".index.json") and pt_reader.is_pt(path)
+    if key is not None and not is_pt:
+        raise UserError(f"--key={key} is for PyTorch's files, and {path} is none; omit it")
     if path.name.endswith(".index.json"):
-        return open_sharded(path)
-    if not pt_reader.is_pt(path):
+        return *open_sharded(path), None
+    if not is_pt:
         if path.suffix != ".safetensors":
             raise UserError(
                 f"{path} is not a PyTorch file (a zip archive, or the stream written before 1.6), and its name does not "
                 "end in .safetensors; check that it is the right file and complete"
             )
-        return open_safetensors(path)[0], [path]
-    content = pt_reader.read(path)
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            console.say(f"{path} is a training checkpoint with {', '.join(map(str, content))}: using {key!r}")
-            content = content[key]
-            break
+        return open_safetensors(path)[0], [path], None
+    content: Any = pt_reader.read(path)
+    taken: list[str] = []
+    for part in key.split(".") if key is not None else ():
+        inside = [name for name, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
+        if part not in inside:
+            raise UserError(f"--key={key}: {path} has no {part!r} that holds tensors; it has {reprlib.repr(inside)}")
+        content, taken = content[part], [*taken, part]
+    while key is None and len(taken) < DEEPEST and (nested := _nested(content)):
+        names = [str(name)[:40] for name in list(content)[:10]]
+        console.say(f"{path} is a checkpoint with {', '.join(names)}: using {nested!r}; --key takes another")
+        content, taken = content[nested], [*taken, nested]
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{path} holds {type(content).__name__}, not a dict of tensors at the top level or under "
             f"{' or '.join(map(repr, NESTED))}"
         )
-    strange = [repr(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    strange = [
+        reprlib.repr(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
+    ]
     if strange:
         raise UserError(
             f"{path} has entries that are not tensors: {', '.join(strange[:10])}; give a state_dict, at the top level or "
             f"under {' or '.join(map(repr, NESTED))}"
         )
-    return content, [path]
+    return content, [path], ".".join(taken) or None
+
+
+def _nested(content: Any) -> str | None:
+    """The first key of NESTED under which a checkpoint has a dict."""
+    return next((key for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
 
 
 def _read_official(source: Source) -> Weights:
     what = str(source.path)
-    tensors, files = _open(source.path)
+    tensors, files, key = _open(source.path, source.key)
     if any(name.startswith("transformer_blocks.") for name in tensors):
         raise UserError(f"{what} has the layout of diffusers: use --from=diffusers")
     architecture = official.infer(tensors, what)
+    tensors, architecture, has_null = _with_null_row(source, tensors, architecture)
     side = official.grid_side(tensors, what)
     sections = _sections(source, architecture, side * architecture.patch_size)
+    if not has_null:
+        sections["task"] = {**sections["task"], "cond_dropout": 0.0}
     shapes = _shapes(sections)
     check(tensors, official.expected(shapes, sections["model"]["patch_size"], _tokens_per_side(sections)), what)
     official.check_position(tensors[official.POSITION], what)
-    return Weights(official.to_ours(tensors, shapes), sections, _origin(source, files))
+    return Weights(official.to_ours(tensors, shapes), sections, _origin(source, files, key))
+
+
+def _with_null_row(
+    source: Source, tensors: Tensors, architecture: official.Architecture
+) -> tuple[Tensors, official.Architecture, bool]:
+    """Tells from --num_classes whether the last row of the label table is that of the null label; adds zeros if it is not.
+
+    Raises:
+        UserError: --num_classes is needed, or does not fit the table.
+    """
+    rows, classes = architecture.num_classes + 1, source.num_classes
+    if source.like is not None or (classes is None and rows not in USUAL_CLASSES):
+        return tensors, architecture, True
+    if classes is None:
+        raise UserError(
+            f"{source.path}: the label table has {rows:,} rows. Give --num_classes={rows} if each is a class, as in a network "
+            f"trained without label dropout, or --num_classes={rows - 1} if the last one is the null label"
+        )
+    if rows not in (classes, classes + 1):
+        raise UserError(
+            f"--num_classes={classes}: {source.path} has {rows:,} rows in its label table, not {classes} or {classes + 1}"
+        )
+    if rows == classes + 1:
+        return tensors, architecture, True
+    table = tensors[official.TABLE]
+    padded = Tensor(
+        (rows + 1, *table.shape[1:]), table.dtype, lambda: np.pad(table.load(), [(0, 1)] + [(0, 0)] * (len(table.shape) - 1))
+    )
+    console.say(f"{source.path}: no row for the null label, so the network cannot be guided; a row of zeros stands in")
+    return {**tensors, official.TABLE: padded}, architecture._replace(num_classes=classes), False
 
 
 def _read_diffusers(source: Source) -> Weights:
     path = diffusers_dit.find_weights(source.path)
     what = str(path)
-    tensors, files = _open(path)
+    tensors, files, key = _open(path, source.key)
     if official.PATCH in tensors:
         raise UserError(f"{what} has the layout of the paper's code: use --from=official, or --from=sit")
     architecture = official.infer(tensors, what, lambda name: diffusers_dit.names(name, 1)[0], "transformer_blocks")
@@ -258,7 +337,7 @@ def _read_diffusers(source: Source) -> Weights:
         "1/127, not 1/128); the published weights were renamed from the paper's and are not affected"
     )
     return Weights(
-        official.to_ours(diffusers_dit.to_official(tensors, architecture.depth), shapes), sections, _origin(source, files)
+        official.to_ours(diffusers_dit.to_official(tensors, architecture.depth), shapes), sections, _origin(source, files, key)
     )
 
 
@@ -279,8 +358,10 @@ def _side(config) -> int:
     return height
 
 
-def _origin(source: Source, files: list[Path]) -> dict:
-    return {"from": source.layout, "sha256": {file.name: sha256_of(file) for file in files}}
+def _origin(source: Source, files: list[Path], key: str | None = None) -> dict:
+    """key: place of the weights in a checkpoint."""
+    place = {} if key is None else {"key": key}
+    return {"from": source.layout, "sha256": {file.name: sha256_of(file) for file in files}, **place}
 
 
 def _sections(source: Source, architecture: official.Architecture, input_size: int, heads: int | None = None) -> dict:

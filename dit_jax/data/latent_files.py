@@ -12,6 +12,19 @@ settings.json, the facts and manifest.json are sealed, see `storage.sealed`.
 """
 
 FORMAT = 1
+FILE_FORM = {"name": str, "bytes": int, "sha256": str}
+MANIFEST_FORM = {
+    "format": int,
+    "count": int,
+    "views": int,
+    "num_classes": int,
+    "class_names": [str],
+    "moments": {"shape": [int]},
+    "codec": {},
+    "transform": {},
+    "settings": FILE_FORM,
+    "shards": [{"count": int, "files": {"moments": FILE_FORM, "labels": FILE_FORM, "index": FILE_FORM}}],
+}
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 SUFFIXES = {
     "moments": ".moments.npy",

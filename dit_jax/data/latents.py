@@ -7,14 +7,16 @@ import dataclasses
 import functools
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
+from dit_jax.data.latent_files import FILE_FORM, FORMAT, MANIFEST, MANIFEST_FORM, SETTINGS, SUFFIXES, shard_file
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
+from dit_jax.storage.bounded import check_form, parsed
 from dit_jax.storage.sealed import damage, digest, read_sealed
 
 SHOWN = 10  # number of lines of a list in an error message
@@ -81,7 +83,10 @@ class LatentCache:
 
     def _open(self, shard: int, kind: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         name = self.manifest["shards"][shard]["files"][kind]["name"]
-        array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError, OverflowError) as error:
+            raise UserError(f"{self.path / name} cannot be read ({error}): encode again") from None
         if array.dtype != dtype or array.shape != shape:
             raise UserError(
                 f"{self.path / name} is {array.dtype}{list(array.shape)}, but the manifest says {np.dtype(dtype)}{list(shape)}"
@@ -109,7 +114,12 @@ class LatentCache:
         facts = self.manifest["shards"][shard]
         if "captions" not in facts["files"]:
             return [None] * facts["count"]
-        return json.loads((self.path / facts["files"]["captions"]["name"]).read_bytes())
+        file = self.path / facts["files"]["captions"]["name"]
+        captions = parsed(file.read_bytes(), str(file), "encode again")
+        if not isinstance(captions, list) or len(captions) != facts["count"]:
+            raise UserError(f"{file} does not hold {facts['count']} captions; encode again")
+        check_form([caption for caption in captions if caption is not None], [str], str(file), "encode again")
+        return captions
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Gathers moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N), with one copy per shard.
@@ -191,7 +201,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     """
     folder = Path(folder).expanduser()
     try:
-        manifest = read_sealed(folder / MANIFEST)
+        manifest = read_sealed(folder / MANIFEST, {"format": int})
     except UserError as error:
         raise UserError(f"{error}. Run its encode command again, which writes the manifest again") from None
     except OSError as error:
@@ -202,8 +212,16 @@ def read_manifest(folder: str | os.PathLike) -> dict:
         ) from None
     if manifest["format"] != FORMAT:
         raise UserError(f"{folder} has cache format {manifest['format']}, but this dit_jax reads {FORMAT}: encode again")
-    shards = manifest["shards"]
+    check_form(manifest, MANIFEST_FORM, str(folder / MANIFEST), "encode again")
+    shards, shape = manifest["shards"], manifest["moments"]["shape"]
+    numbers = [manifest["count"], manifest["views"], *shape, *(shard["count"] for shard in shards)]
+    if not shards or len(shape) not in (3, 4) or min(numbers) < 0 or max(numbers) >= 2**40 or manifest["views"] not in (1, 2):
+        raise UserError(f"{folder / MANIFEST} says {reprlib.repr(numbers)}, which is impossible; encode again")
     for k, shard in enumerate(shards):
+        for kind, file in shard["files"].items():
+            check_form(file, FILE_FORM, str(folder / MANIFEST), "encode again", f"shards[{k}].files.{kind}")
+            if kind not in SUFFIXES:
+                raise UserError(f"{folder / MANIFEST} lists a file of the unknown kind {kind!r}; encode again")
         for kind, file in shard["files"].items():
             if file["name"] != shard_file(k, len(shards), kind):  # this also prevents reading outside the folder
                 raise UserError(

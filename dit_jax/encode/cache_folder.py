@@ -16,6 +16,7 @@ from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
 from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.sealed import damage, digest, read_sealed, sealed, write_sealed
 
+FACTS_FORM = {"settings": str, "count": int, "files": {}, "bad_records": [object], "sums": {}, "captions": int}
 LISTED = 100  # number of bad records in the manifest; the facts of the shards list all
 
 
@@ -45,7 +46,7 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
         UserError: the folder has other settings (lists the differing fields), or contains something else.
     """
     try:
-        settings = read_sealed(folder / SETTINGS)
+        settings = read_sealed(folder / SETTINGS, {"format": int, "encoding": {}})
     except FileNotFoundError:
         # Another process of this command may already have created files.
         names = sorted(path.name for path in folder.iterdir())
@@ -91,7 +92,7 @@ def intact_shards(folder: Path, shards: range, total: int, settings_digest: str)
     intact = {}
     for k in shards:
         try:
-            facts = read_sealed(folder / shard_file(k, total, "facts"))
+            facts = read_sealed(folder / shard_file(k, total, "facts"), FACTS_FORM)
         except FileNotFoundError:
             continue
         except UserError as error:
@@ -120,7 +121,7 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
     records = encoding["source"]["records"]
     total = -(-records // encoding["shard_records"])
     try:
-        facts = [read_sealed(folder / shard_file(k, total, "facts")) for k in range(total)]
+        facts = [read_sealed(folder / shard_file(k, total, "facts"), FACTS_FORM) for k in range(total)]
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: all processes need the same --out, on a shared file system") from None
     if strangers := [k for k, shard in enumerate(facts) if shard["settings"] != digest(settings)]:

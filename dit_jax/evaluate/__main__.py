@@ -42,7 +42,9 @@ MAKE_REFERENCE = flags.DEFINE_string(
     "make_reference", None, "Write the statistics of --data to this npz instead of scoring samples."
 )
 DATA = flags.DEFINE_string("data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
-SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
+SPLIT = flags.DEFINE_string(
+    "split", None, "Split of the data set in --data or --reference, as in train or train[:50%], where it has splits."
+)
 RESOLUTION = flags.DEFINE_string(
     "resolution", None, "Size in pixels that --data is cropped to: one number for squares, or height x width, as in 256x384."
 )
@@ -149,7 +151,9 @@ def score() -> dict:
         raise UserError(f"--samples={SAMPLES.value} does not exist; give an npz of images or a folder of dit_jax.sample")
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
     path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json")
-    result = evaluate(SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), folder=resumable_path(path))
+    result = evaluate(
+        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), split=SPLIT.value, folder=resumable_path(path)
+    )
     result["out"] = str(path)
     if jax.process_index() == 0:
         write_json(path, result)
@@ -163,10 +167,39 @@ def score() -> dict:
     return result
 
 
+USED = {
+    "table": {"format", "out"},
+    "make_reference": {"data", "split", "resolution", "channels", "keep_features", "features", "weights", "batch_size"},
+    "samples": {"reference", "split", "features", "weights", "metrics", "out", "batch_size"}
+    | {"kid_subset_size", "replicates", "level"},
+}
+
+
+def check_flags(task: str) -> None:
+    """Raises UserError if a flag is given that the task, a key of USED, does not use."""
+    unused = dict.fromkeys(set().union(*USED.values()) - USED[task], f"--{task}")
+    if task == "samples":
+        wanted = set(METRIC_NAMES.value or ("fid", "kid"))
+        given = f"--metrics={','.join(METRIC_NAMES.value or ())}"
+        unused |= {} if "fid" in wanted else {"replicates": given, "level": given}
+        unused |= {} if "kid" in wanted else {"kid_subset_size": given}
+        unused |= {} if REPLICATES.value else {"level": "--replicates=0"}
+        unused |= {"split": "no --reference"} if REFERENCE.value is None else {}
+    elif task == "make_reference" and DATA.value is not None:
+        if DATA.value.endswith(".npz"):
+            unused |= dict.fromkeys(("split", "resolution", "channels"), f"--data={DATA.value}, an npz")
+        elif DATA.value == "digits":
+            unused["channels"] = "--data=digits, which has one channel"
+    for name in sorted(unused):
+        if flags.FLAGS[name].present:
+            raise UserError(f"--{name} has no effect with {unused[name]}; omit it")
+
+
 def main() -> dict:
     asked = [name for name, flag in (("samples", SAMPLES), ("make_reference", MAKE_REFERENCE), ("table", TABLE)) if flag.value]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
+    check_flags(asked[0] if asked else "samples")
     if TABLE.value:
         return make_table(TABLE.value)
     processes.join()

@@ -5,7 +5,6 @@ N images of H x W pixels and C channels.
 
 import contextlib
 import functools
-import json
 import math
 import os
 import struct
@@ -24,6 +23,7 @@ from dit_jax.data.sources.source import Source
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.sample import shards
+from dit_jax.storage.bounded import array_header, json_object, read_npz
 
 ARRAY = "arr_0.npy"
 DIGITS_SHAPE = (8, 8, 1)
@@ -87,8 +87,10 @@ class NpzImages:
                         "dit_jax.sample or np.savez(path, images)"
                     )
                 self._member = archive.getinfo(ARRAY)
+                if self._member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError("arr_0 is packed in another way than NumPy's")
                 with archive.open(ARRAY) as file:
-                    shape, fortran, dtype = _header(file)
+                    shape, fortran, dtype = array_header(file)
                     self._header_bytes = file.tell()
             self.made_by = _made_by(path) if "made_by" in names else None
             self.labels = _labels(path) if "labels" in names else None
@@ -181,23 +183,13 @@ class NpzImages:
         return data
 
 
-def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f"arr_0 has .npy version {version}")
-    return read[version](file)
-
-
 def _made_by(path: Path) -> dict:
-    with np.load(path, allow_pickle=False) as file:
-        return json.loads(str(file["made_by"]))
+    return json_object(str(read_npz(path, ["made_by"])["made_by"]), f"the entry made_by of {path}", "draw or write it again")
 
 
 def _labels(path: Path) -> np.ndarray | None:
     """The labels that `dit_jax.sample` writes; None if other code gave the name to something else."""
-    with np.load(path, allow_pickle=False) as file:
-        labels = file["labels"]
+    labels = read_npz(path, ["labels"])["labels"]
     return labels if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
 
 

@@ -21,8 +21,10 @@ from dit_jax.evaluate.statistics import Extracted
 from dit_jax.metrics.frechet import Moments
 from dit_jax.runtime.versions import device_kind, versions
 from dit_jax.storage.atomic import remove_leftovers, replacing
+from dit_jax.storage.bounded import json_object, read_npz
 
 FORMAT = 1
+RECIPE_FORM = {"source": str, "count": int, "image_shape": [int], "images_sha256": str, "extractor": {"name": str}}
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 TENSORFLOW_WIDTHS = {"features": 2_048, "spatial": 2_023}  # of the graph behind published statistics
 
@@ -130,21 +132,23 @@ def read(path: str | os.PathLike) -> Reference:
             has an unknown format.
     """
     path = Path(path).expanduser()
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*sum(KEYS.values(), ()), "features") if name in file}
-            recipe, seal = (str(file[name]) if name in file else None for name in ("recipe", "seal"))
-            version = int(file["format"]) if "format" in file else None
-    except Exception as error:  # NumPy can raise any exception for a damaged or hostile file
-        raise UserError(f"{path} is not a readable npz of statistics: {error}") from None
+    arrays = read_npz(path, (*sum(KEYS.values(), ()), "features", "recipe", "seal", "format"))
+    recipe, seal, version = (str(arrays.pop(name)) if name in arrays else None for name in ("recipe", "seal", "format"))
     if recipe is None:
         return _published(path, arrays)
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}, but this dit_jax reads {FORMAT}: make it again with --make_reference")
+    if version != str(FORMAT):
+        raise UserError(f"{path} has format {version:.20}, but this dit_jax reads {FORMAT}: make it again with --make_reference")
     if _sha256(arrays, recipe) != seal:
         raise UserError(f"{path} is damaged: its content does not match its seal. Make it again with --make_reference")
-    recipe = json.loads(recipe)
-    return Reference(_moments(path, arrays, recipe["count"]), arrays.get("features"), recipe)
+    facts = json_object(recipe, f"the recipe in {path}", "make it again with --make_reference", RECIPE_FORM)
+    moments, features = _moments(path, arrays, facts["count"]), arrays.get("features")
+    width = len(moments["features"].mean)
+    if features is not None and (features.dtype != np.float32 or features.ndim != 2 or features.shape[1] != width):
+        raise UserError(
+            f"{path}: features is {features.dtype} {list(features.shape)}, not float32 [M, {width}]. Make it again with "
+            "--make_reference"
+        )
+    return Reference(moments, features, facts)
 
 
 def _published(path: Path, arrays: dict[str, np.ndarray]) -> Reference:

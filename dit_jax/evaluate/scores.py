@@ -75,11 +75,14 @@ def check_options(options: Options) -> None:
         bootstrap.check(options.replicates, options.level)
 
 
-def open_reference(reference: str | Images, shape: tuple[int, ...]) -> Reference | Images:
+def open_reference(reference: str | Images, shape: tuple[int, ...], split: str | None = None) -> Reference | Images:
     """Opens a reference: an npz of statistics, or images of that shape.
 
+    Args:
+        split: of a data set; None for all of it.
+
     Raises:
-        UserError: it cannot be read, or its images have another shape.
+        UserError: it cannot be read, its images have another shape, or an npz is to be split.
     """
     if not isinstance(reference, str):
         if tuple(reference.shape) != tuple(shape):
@@ -88,9 +91,11 @@ def open_reference(reference: str | Images, shape: tuple[int, ...]) -> Reference
                 "they must be equal"
             )
         return reference
+    if split and reference.endswith(".npz"):
+        raise UserError(f"--split={split} has no effect with --reference={reference}, an npz; omit it")
     if reference.endswith(".npz") and references.holds_statistics(Path(reference).expanduser()):
         return references.read(Path(reference).expanduser())
-    return open_images(reference, shape)
+    return open_images(reference, shape, split)
 
 
 def score(
@@ -143,6 +148,7 @@ def evaluate(
     weights: str | None = None,
     options: Options | None = None,
     *,
+    split: str | None = None,
     folder: Path | None = None,
     processes: tuple[int, int] | None = None,
 ) -> dict:
@@ -153,6 +159,7 @@ def evaluate(
         reference: npz of statistics or images, or a data set as in `named_source`; opened images; None for only the Inception
             Score.
         features, weights: name and weights file of the extractor.
+        split: of the reference, if it is a data set; None for all of it.
         folder: for snapshots, from which an interrupted evaluation resumes; deleted at the end. None writes no snapshots.
         processes: see `extract`; all of several processes must call this, and all get the result.
     Raises:
@@ -163,7 +170,7 @@ def evaluate(
     check_name(features, weights)
     images = open_samples(samples) if isinstance(samples, str) else samples
     check_shape(features, images.shape)
-    against = None if reference is None else open_reference(reference, images.shape)
+    against = None if reference is None else open_reference(reference, images.shape, split)
     loaded = load(features, weights)
     if isinstance(reference, str) and isinstance(against, Reference):
         check_comparable(against, reference, loaded, images)
@@ -193,6 +200,7 @@ def evaluate(
         "samples_sha256": extracted.sha256,
         "image_shape": list(images.shape),
         "reference": reference if reference is None or isinstance(reference, str) else reference.name,
+        **({} if split is None else {"reference_split": split}),
         **(
             {}
             if against is None

@@ -9,7 +9,6 @@ damaged, extraction starts again.
 
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import replacing
+from dit_jax.storage.bounded import read_npz
 from dit_jax.storage.sealed import digest
 
 
@@ -40,12 +40,12 @@ class Snapshots:
             return zeros, [], []
         leaves, structure = jax.tree.flatten(zeros)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                sums = [file[f"sum_{i}"] for i in range(len(leaves))]
-                digests = [row.tobytes() for row in file["digests"]]
-                keeps = bool(file["features"])
+            file = read_npz(path, [*(f"sum_{i}" for i in range(len(leaves))), "digests", "features"])
+            sums = [file[f"sum_{i}"] for i in range(len(leaves))]
+            digests = [row.tobytes() for row in file["digests"]]
+            keeps = bool(file["features"])
             features = [self._features(k) if keeps else None for k in range(len(digests))]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError) as error:
             say(f"{path} is damaged ({error}); extracting features from the start")
             return zeros, [], []
         self._written = len(digests)
@@ -53,8 +53,7 @@ class Snapshots:
         return jax.tree.unflatten(structure, sums), digests, features
 
     def _features(self, chunk: int) -> np.ndarray:
-        with np.load(self._features_path(chunk), allow_pickle=False) as file:
-            return file["features"]
+        return read_npz(self._features_path(chunk), ["features"])["features"]
 
     def _features_path(self, chunk: int) -> Path:
         return self.folder / f"{self.name}.features-{chunk:05d}.npz"

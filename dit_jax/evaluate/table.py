@@ -9,6 +9,7 @@ from typing import Any
 
 from dit_jax.errors import UserError
 from dit_jax.evaluate.scores import METRICS
+from dit_jax.storage.bounded import read_json
 
 FORMATS = ("text", "csv", "markdown")
 # Settings that a comparison depends on: column -> path in the result.
@@ -52,15 +53,14 @@ def read_result(path: str) -> dict:
     Raises:
         UserError: the file cannot be read, or is not a result.
     """
+    remedy = "it is not a result file of dit_jax.evaluate"
     try:
-        result = json.loads(Path(path).expanduser().read_text())
-        if not (isinstance(result, dict) and set(METRICS) & result.keys() and "samples_sha256" in result):
-            raise ValueError("it has no metric or no samples_sha256")
-        return result
-    except OSError as error:
+        result = read_json(Path(path).expanduser(), remedy, {"samples_sha256": str})
+    except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not a result file of dit_jax.evaluate: {error}") from None
+    if not set(METRICS) & result.keys():
+        raise UserError(f"{path} has no metric; {remedy}")
+    return result
 
 
 def table(paths: list[str], form: str) -> str:

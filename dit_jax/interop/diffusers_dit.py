@@ -8,7 +8,6 @@ deviates from the paper's code in ways that its config cannot fix: it spaces the
 and the default norm_eps of the MLP's norm is 1e-5. dit_jax computes what the paper's code does.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop.official import POSITION, Architecture
 from dit_jax.interop.tensors import Tensor, Tensors, write_safetensors
 from dit_jax.storage.atomic import write_json
+from dit_jax.storage.bounded import read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
@@ -153,17 +153,15 @@ def read_config(weights: str | os.PathLike) -> dict:
     weights = Path(weights).expanduser()
     path = weights.parent / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path, "download it again", {"_class_name": str})
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; it records the number of heads and the resolution. Copy it from where "
             f"{weights.name} came from"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = config["_class_name"]
     if name not in CLASSES:
-        raise UserError(f"{path} describes a {name}, not a {' or '.join(CLASSES)}")
+        raise UserError(f"{path} describes a {name:.100}, not a {' or '.join(CLASSES)}")
     return (CONFIG_DEFAULTS | config) if name == CLASSES[0] else config
 
 

@@ -135,7 +135,7 @@ def load(path: str | os.PathLike) -> dict:
 
 
 def _depth(tensors: Tensors) -> int:
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))), default=0)
+    return 1 + max((int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))), default=0)
 
 
 def _mlp(tensors: Tensors) -> tuple[str, str]:
@@ -166,6 +166,8 @@ def _layout(tensors: Tensors, what: str) -> dict[str, tuple[int, ...]]:
             f"{what} is not DINOv2: {', '.join(missing)} is missing or has another rank. Give the published "
             ".pth, or the model.safetensors of transformers' Dinov2Model"
         )
+    if _depth(tensors) > len(tensors):
+        raise UserError(f"{what} is not DINOv2: it has {len(tensors)} tensors, but names of {_depth(tensors)} blocks")
     width, channels, patch, _ = tensors[PATCH].shape
     positions, hidden = tensors["pos_embed"].shape[1], tensors[f"blocks.0.mlp.{out}.weight"].shape[1]
     grid = math.isqrt(max(positions - 1, 0))

@@ -15,6 +15,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop.pt_reader import is_pt
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import commit, resumable_path, write_atomic
+from dit_jax.storage.bounded import read_json
 from dit_jax.storage.sealed import sha256_of
 
 CACHE = Path("~/.cache/dit_jax/weights")  # of files that a config names, such as the codec sd-vae-ft-mse
@@ -148,7 +149,7 @@ def _fetch(url: str, partial: Path, progress):
     state = partial.with_name(partial.name + ".json")
     have, validator = 0, ""
     if partial.exists() and state.exists():
-        stored = json.loads(state.read_text())
+        stored = read_json(state, "delete it", {"url": str, "validator": str})
         if stored["url"] == url and stored["validator"]:  # otherwise the file at the URL may have changed
             have, validator = partial.stat().st_size, stored["validator"]
             if have == stored["total"]:

@@ -7,6 +7,7 @@ attr_value.proto, tensor.proto and tensor_shape.proto:
     TensorShapeProto.dim 2; Dim.size 1.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FLOATS: dict[int, np.dtype] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2")}  # by DataType's numbers
 VALUES = {1: 5, 2: 6}  # field of TensorProto that has the values if tensor_content is empty
 LARGEST_RANK = 8
+MAX_FILE_BYTES = 512 << 20  # Inception's graph has 95 MB
+MAX_FIELDS = 500_000  # it has some 30,000
 
 
 def read_constants(path: Path) -> dict[str, Tensor]:
@@ -28,13 +31,16 @@ def read_constants(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is not a GraphDef, is truncated, or has a constant whose values do not fill its shape.
     """
-    content = memoryview(path.read_bytes())
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; give the unpacked classify_image_graph_def.pb")
+    content, budget = memoryview(path.read_bytes()), itertools.count()
     try:
-        constants, nodes = {}, [_fields(value) for number, kind, value in _walk(content) if (number, kind) == (1, BYTES)]
+        constants = {}
+        nodes = [_fields(value, budget) for number, kind, value in _walk(content, budget) if (number, kind) == (1, BYTES)]
         for node in nodes:
-            if bytes(_last(node, 2, b"")) == b"Const":
-                name = bytes(_last(node, 1, b"")).decode()
-                tensor = _tensor(name, node)
+            if _last_bytes(node, 2) == b"Const":
+                name = bytes(_last_bytes(node, 1)).decode()
+                tensor = _tensor(name, node, budget)
                 if tensor is not None:
                     constants[name] = tensor
     except (ValueError, IndexError, TypeError, OverflowError) as error:
@@ -47,42 +53,46 @@ def read_constants(path: Path) -> dict[str, Tensor]:
     return constants
 
 
-def _tensor(name: str, node) -> Tensor | None:
+def _tensor(name: str, node, budget) -> Tensor | None:
     for entry in node.get(5, ()):
-        pair = _fields(entry)
-        if bytes(_last(pair, 1, b"")) == b"value":
-            proto = _fields(_last(_fields(_last(pair, 2, b"")), 8, b""))
+        pair = _fields(entry, budget)
+        if _last_bytes(pair, 1) == b"value":
+            proto = _fields(_last_bytes(_fields(_last_bytes(pair, 2), budget), 8), budget)
             break
     else:
         raise ValueError(f"the constant {name} has no value")
     kind = _last(proto, 1, 0)
     if kind not in FLOATS:
         return None
-    dimensions = _fields(_last(proto, 2, b"")).get(2, [])
+    dimensions = _fields(_last_bytes(proto, 2), budget).get(2, [])
     if len(dimensions) > LARGEST_RANK:
         raise ValueError(f"the constant {name} has {len(dimensions)} dimensions")
-    shape = tuple(_last(_fields(dimension), 1, 0) for dimension in dimensions)
+    shape = tuple(_last(_fields(dimension, budget), 1, 0) for dimension in dimensions)
+    if not all(isinstance(size, int) and size < 2**31 for size in shape):
+        raise ValueError(f"the constant {name} has the shape {list(shape)}")
     dtype = FLOATS[kind]
-    data = b"".join(proto.get(4, ())) or _values(proto, kind, dtype)
-    size = math.prod(shape)
-    if len(data) == dtype.itemsize < size * dtype.itemsize:  # one value for all elements
-        data = bytes(data) * size if size <= 1 << 24 else data
-    if len(data) != size * dtype.itemsize:
+    data = b"".join(proto.get(4, ())) or _values(proto, kind)
+    size = math.prod(shape) * dtype.itemsize
+    is_one = len(data) == dtype.itemsize < size  # one value for all elements
+    if len(data) != size and not (is_one and size <= MAX_FILE_BYTES):
         raise ValueError(f"the constant {name} of shape {list(shape)} has {len(data)} bytes")
-    return Tensor(shape, dtype.newbyteorder("="), lambda: np.frombuffer(data, dtype).reshape(shape))
+
+    def load():
+        values = np.frombuffer(data, dtype)
+        return np.full(shape, values[0]) if is_one else values.reshape(shape)
+
+    return Tensor(shape, dtype.newbyteorder("="), load)
 
 
-def _values(proto, kind: int, dtype) -> bytes:
+def _values(proto, kind: int) -> bytes:
     """float_val or double_val, packed or repeated."""
-    if kind not in VALUES:
-        return b""
-    return b"".join(bytes(value) for value in proto.get(VALUES[kind], ()))
+    return b"".join(proto.get(VALUES[kind], ())) if kind in VALUES else b""
 
 
-def _fields(message) -> dict[int, list]:
+def _fields(message, budget) -> dict[int, list]:
     """{field number: its values in order}."""
-    fields = {}
-    for number, _, value in _walk(message):
+    fields: dict[int, list] = {}
+    for number, _, value in _walk(message, budget):
         fields.setdefault(number, []).append(value)
     return fields
 
@@ -91,10 +101,24 @@ def _last(fields, number: int, default):
     return fields.get(number, [default])[-1]
 
 
-def _walk(message) -> Iterator[tuple[int, int, int | memoryview]]:
-    """Yields (field number, wire type, value) of a message; the value is an int for a varint, bytes for other types."""
+def _last_bytes(fields, number: int) -> memoryview | bytes:
+    """A field that must not be a number: bytes(2**40) would be as many zeros."""
+    value = _last(fields, number, b"")
+    if isinstance(value, int):
+        raise ValueError(f"field {number} is a number")
+    return value
+
+
+def _walk(message, budget) -> Iterator[tuple[int, int, int | memoryview]]:
+    """Yields (field number, wire type, value) of a message; the value is an int for a varint, bytes for other types.
+
+    Args:
+        budget: counts the fields of the whole file.
+    """
     message, place = memoryview(message), 0
     while place < len(message):
+        if next(budget) >= MAX_FIELDS:
+            raise ValueError(f"more than {MAX_FIELDS:,} fields")
         key, place = _varint(message, place)
         number, kind = key >> 3, key & 7
         if kind == VARINT:

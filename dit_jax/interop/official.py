@@ -81,10 +81,11 @@ def infer(tensors: Tensors, what: str, rename: Callable[[str], str] = str, block
             f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}, ..."
         )
     (width, channels, patch, patch_2), (rows, _), (mlp_width, _), (features, _) = (tensors[name].shape for name in ranks)
-    block = re.compile(re.escape(block_prefix) + r"\.(\d+)\.")
+    block = re.compile(re.escape(block_prefix) + r"\.(\d{1,9})\.")
     depth = 1 + max(int(match[1]) for match in map(block.match, tensors) if match)
-    out_channels, rest = divmod(features, patch * patch)
-    if patch != patch_2 or rest or out_channels not in (channels, 2 * channels) or rows < 2 or depth > len(tensors):
+    out_channels, rest = divmod(features, max(patch * patch, 1))
+    sizes = width, channels, patch, mlp_width, features
+    if 0 in sizes or patch != patch_2 or rest or out_channels not in (channels, 2 * channels) or rows < 2 or depth > len(tensors):
         raise UserError(
             f"{what} is not a DiT: patches {patch} x {patch_2}, {channels} channels in, {features} features out, "
             f"{rows} rows in the label table, {depth} blocks; a DiT has square patches, p p C or 2 p p C features "

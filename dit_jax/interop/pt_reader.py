@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 import pickletools
+import reprlib
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -38,6 +39,12 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # LEGACY_MAGIC, pickled
 LEGACY_PROTOCOL = 1001
+LARGEST_RANK = 8
+# Of one pickle. The checkpoint of a network of 10,000 tensors, with its optimizer, needs a tenth of each.
+MAX_PICKLE_BYTES = 256 << 20
+MAX_OPCODES = 3_000_000
+MAX_PARTS = 10_000_000  # with every reference counted as a copy: what printing, hashing or comparing a value may visit
+MAX_DEPTH = 500  # hashing a tuple recurses without a limit of its own
 
 
 class Storage(NamedTuple):
@@ -124,6 +131,8 @@ def _read_zip(path: Path):
             raise UserError(f"{name} claims {members[name].file_size} bytes, more than the size of the file")
         return members[name]
 
+    if (size := member(f"{root}data.pkl").file_size) > MAX_PICKLE_BYTES:
+        raise UserError(f"{root}data.pkl claims {size:,} bytes; the description of tensors needs less than {MAX_PICKLE_BYTES:,}")
     if f"{root}byteorder" in members and archive.read(member(f"{root}byteorder")) != b"little":
         raise UserError("was written on a big-endian machine; save it again on a little-endian one")
     read_member = lru_cache(maxsize=1)(archive.read)  # tensors that share a storage are adjacent; checks the CRC
@@ -184,14 +193,62 @@ def _unpickle(file, storage=None):
     storage: (dtype, key, size) -> Storage.
     """
     start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name.startswith("EXT"):
-            raise UserError("references a registered extension, which is refused")
-        if "PUT" in opcode.name and argument is not None and int(argument) > 10_000_000:
-            raise UserError(f"needs memory for {argument} references, which is refused")
+    _scan(file)
     end = file.tell()
     file.seek(start)
     return _Unpickler(BytesIO(file.read(end - start)), storage).load()
+
+
+class _Part(NamedTuple):
+    """What one entry of the unpickler's stack would be: its number of parts and its depth."""
+
+    parts: int
+    depth: int
+
+
+MARK = _Part(0, 0)
+
+
+def _scan(file) -> None:
+    """Runs a pickle with sizes in place of values, and refuses one that would need much time or memory.
+
+    A tuple may hold another one twice, and that one another one twice: 40 such lines describe 2^40 parts.
+    """
+    stack: list[_Part] = []
+    memo: dict[int, _Part] = {}
+    argument: Any
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if number >= MAX_OPCODES:
+            raise UserError(f"has a pickle of more than {MAX_OPCODES:,} operations, which is refused")
+        if name.startswith("EXT"):
+            raise UserError("references a registered extension, which is refused")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if name == "MEMOIZE" else int(argument)
+            if place > MAX_PARTS:
+                raise UserError(f"needs memory for {place} references, which is refused")
+            memo[place] = stack[-1]
+            continue
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+            continue
+        taken: list[_Part] = []
+        wanted = len(opcode.stack_before)
+        if pickletools.markobject in opcode.stack_before:
+            wanted = opcode.stack_before.index(pickletools.markobject)
+            while (part := stack.pop()) is not MARK:
+                taken.append(part)
+        taken += [stack.pop() for _ in range(wanted)]
+        if pickletools.markobject in opcode.stack_after:
+            stack.append(MARK)
+            continue
+        made = _Part(1 + sum(part.parts for part in taken), 1 + max((part.depth for part in taken), default=0))
+        if made.parts > MAX_PARTS or made.depth > MAX_DEPTH:
+            raise UserError(
+                f"describes a value of more than {MAX_PARTS:,} parts or {MAX_DEPTH} levels, which is refused: a state_dict needs "
+                "a few thousand parts"
+            )
+        stack += [made] * len(opcode.stack_after)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -204,29 +261,42 @@ class _Unpickler(pickle.Unpickler):
             return StorageType(np.dtype(STORAGES[name]))
         if (module, name) not in GLOBALS:
             raise UserError(
-                f"references {module}.{name}, which is refused: a weights file needs only tensors, plain containers and "
-                "argparse.Namespace. If you trust its origin, load it in PyTorch and save its state_dict"
+                f"references {f'{module}.{name}':.200}, which is refused: a weights file needs only tensors, plain containers "
+                "and argparse.Namespace. If you trust its origin, load it in PyTorch and save its state_dict"
             )
         return GLOBALS[module, name]
 
     def persistent_load(self, reference):
         kind, storage_type, key, _, size, *view = reference
         if kind != "storage" or not isinstance(storage_type, StorageType) or not isinstance(key, str) or any(view):
-            raise UserError(f"has an unknown kind of reference, {reference!r:.200}")
+            raise UserError(f"has an unknown kind of reference, {reprlib.repr(reference)}")
         return self._storage(storage_type.dtype, key, _whole("storage size", size))
 
 
 def _whole(what, value) -> int:
-    if type(value) is not int or value < 0:
-        raise UserError(f"has {what} {value!r}, not an integer of at least 0")
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise UserError(f"has {what} {reprlib.repr(value)}, not an integer in [0, 2^63)")
     return value
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
-    """A view of a storage; views that exceed the storage are refused before anything is allocated."""
+def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> Tensor:
+    """A view of a storage; views that exceed the storage are refused before anything is allocated.
+
+    Args:
+        metadata: {"neg": True} of a tensor whose values PyTorch negates lazily (`torch._utils._rebuild_tensor_v2`).
+    """
     if not isinstance(storage, Storage):
         raise UserError(f"has a tensor over {type(storage).__name__}, not over a storage")
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or metadata.keys() - {"neg"} or (storage.dtype == np.bool_ and metadata):
+        raise UserError(
+            f"has a tensor of {storage.dtype} with the metadata {reprlib.repr(metadata)}, which is not understood: load the file "
+            "in PyTorch, resolve_conj() and resolve_neg() its tensors, and save them again"
+        )
+    negative = bool(metadata.get("neg"))
     offset = _whole("offset", offset)
+    if max(len(shape), len(strides)) > LARGEST_RANK:
+        raise UserError(f"has a tensor of {len(shape)} dimensions; at most {LARGEST_RANK} are read")
     shape, strides = (tuple(_whole("tensor size", n) for n in sizes) for sizes in (shape, strides))
     numbers = 1
     for n in shape:
@@ -244,7 +314,8 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
     )  # of an axis of size 1 the stride is unused and arbitrary
 
     def load():
-        return np.ndarray(shape, dtype, storage.load(), offset * size, tuple(stride * size for stride in strides))
+        view = np.ndarray(shape, dtype, storage.load(), offset * size, tuple(stride * size for stride in strides))
+        return np.negative(view) if negative else view
 
     return Tensor(shape, dtype, load)
 

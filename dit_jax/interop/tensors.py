@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import remove_leftovers, replacing
+from dit_jax.storage.bounded import check_form, read_json
 
 DTYPES = {
     np.dtype(name): code
@@ -104,6 +106,50 @@ def common_dtype(tensors: Tensors, what: str) -> np.dtype:
     return dtypes.pop()
 
 
+def finite(tensors: Tensors, what: str) -> dict[str, Tensor]:
+    """The tensors, which raise a UserError with their name if they are read and hold NaN or infinity.
+
+    Args:
+        what: the file, for the error message.
+    """
+
+    def checked(name: str, tensor: Tensor) -> Tensor:
+        def load():
+            array = tensor.load()
+            if not np.isfinite(array).all():
+                bad = np.count_nonzero(~np.isfinite(array))
+                raise UserError(
+                    f"{what}: {name} holds NaN or infinity ({bad:,} of {array.size:,} values); download the file again, or give "
+                    "an earlier checkpoint"
+                )
+            return array
+
+        return tensor._replace(load=load) if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor
+
+    return {name: checked(name, tensor) for name, tensor in tensors.items()}
+
+
+def without_wrappers(tensors: Tensors, what: str) -> tuple[dict[str, Tensor], str]:
+    """Removes what wrappers of PyTorch add to names; returns (tensors, a text that says what was removed, or "").
+
+    These are `module.` of DataParallel and AveragedModel, with the latter's counter `n_averaged`, and `_orig_mod.` of
+    torch.compile, anywhere in a name.
+
+    Raises:
+        UserError: two names become one.
+    """
+    renamed = {name: name.replace("_orig_mod.", "") for name in tensors}
+    if (counted := "n_averaged") in renamed and any(name.startswith("module.") for name in renamed.values()):
+        del renamed[counted]
+    while renamed and all(name.startswith("module.") for name in renamed.values()):
+        renamed = {name: new.removeprefix("module.") for name, new in renamed.items()}
+    kept = {new: tensors[name] for name, new in renamed.items()}
+    if len(kept) != len(renamed):
+        raise UserError(f"{what} holds tensors whose names differ only by _orig_mod.: remove one copy")
+    changed = [name for name in tensors if name not in kept]
+    return kept, " and ".join(part for part in ("module.", "_orig_mod.") if any(part in name for name in changed))
+
+
 def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Opens a .safetensors file; returns (tensors, metadata).
 
@@ -155,15 +201,11 @@ def open_sharded(index: str | os.PathLike) -> tuple[dict[str, Tensor], list[Path
         UserError: the index is damaged, points outside its folder, or disagrees with the parts.
     """
     index = Path(index).expanduser()
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        parts = sorted(set(places.values()))
-        if not all(isinstance(part, str) and Path(part).name == part for part in parts):
-            raise UserError(f"{index} names parts outside its folder: {', '.join(map(str, parts))}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{index} is not a safetensors index ({error!r}); download it again") from None
+    places = read_json(index, "give the index of a safetensors file, or download it again", {"weight_map": {}})["weight_map"]
+    check_form(list(places.values()), [str], f"the weight_map of {index}", "download it again")
+    parts = sorted(set(places.values()))
+    if not all(Path(part).name == part for part in parts):
+        raise UserError(f"{index} names parts outside its folder: {reprlib.repr(parts)}")
     tensors = {}
     for part in parts:
         if not (index.parent / part).is_file():

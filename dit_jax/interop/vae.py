@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop import download
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import replacing, write_json
+from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import claim
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -43,6 +43,20 @@ TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 # Names of the attention layers in files written before diffusers 0.17, such as the published sd-vae-ft-*.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# Names in the LDM code, to diffusers' names.
+LDM_PREFIX = "first_stage_model."
+FROM_LDM = [
+    (r"\b(down|up)\.(\d+)\.block\.(\d+)\b", r"\1_blocks.\2.resnets.\3"),
+    (r"\bdown\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"\bup\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"\bmid\.block_1\b", "mid_block.resnets.0"),
+    (r"\bmid\.block_2\b", "mid_block.resnets.1"),
+    (r"\bmid\.attn_1\.norm\b", "mid_block.attentions.0.group_norm"),
+    (r"\bmid\.attn_1\.(q|k|v)\b", r"mid_block.attentions.0.to_\1"),
+    (r"\bmid\.attn_1\.proj_out\b", "mid_block.attentions.0.to_out.0"),
+    (r"\bnin_shortcut\b", "conv_shortcut"),
+    (r"\bnorm_out\b", "conv_norm_out"),
+]
 # Normalisation of latents, which the diffusion model chooses.
 NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # diffusers' defaults for fields missing from config.json; older files lack several.
@@ -136,8 +150,8 @@ def fetch_published(name: str, folder: Path) -> str:
 def _check_is_no_run(path: Path) -> None:
     """Raises a UserError if `path` is the folder of a run that has no codec."""
     try:
-        task = json.loads((path / "config.json").read_text())["task"]["name"]
-    except (OSError, ValueError, TypeError, KeyError):
+        task = read_json(path / "config.json", form={"task": {"name": str}})["task"]["name"]
+    except (OSError, ValueError):
         return
     if task == "autoencoder":
         raise UserError(
@@ -212,7 +226,7 @@ def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
         tensors = load_file(_find(path))
     except SafetensorError as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}): download or convert it again") from error
-    tensors = _rename_old_attention(tensors, path)
+    tensors = _rename_old_attention(_from_ldm(tensors, str(path), len(codec.block_out_channels)), path)
 
     expected = _expected(codec)
     problems = [f"missing {name} {shape}" for name, (_, shape) in expected.items() if name not in tensors]
@@ -233,6 +247,8 @@ def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
         node = params
         for key in keys[:-1]:
             node = node.setdefault(key, {})
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; download the file again")
         node[keys[-1]] = _to_ours(tensors[name])
     return params
 
@@ -311,6 +327,32 @@ def _find(path):
     return path
 
 
+def _from_ldm(tensors: Mapping[str, np.ndarray], what: str, levels: int) -> dict[str, np.ndarray]:
+    """Renames the tensors of the LDM code (CompVis), which counts the decoder's levels from the other end; others are kept.
+
+    Of a whole checkpoint of Stable Diffusion, whose autoencoder is under `first_stage_model.`, only that is taken.
+
+    Args:
+        levels: of the codec.
+    """
+    prefix = LDM_PREFIX if any(name.startswith(LDM_PREFIX) for name in tensors) else ""
+    if f"{prefix}encoder.mid.block_1.conv1.weight" not in tensors:
+        return dict(tensors)
+    console.say(f"{what} has the names of the LDM code, which are read as diffusers' names")
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            continue
+        new = name.removeprefix(prefix)
+        for pattern, replacement in FROM_LDM:
+            new = re.sub(pattern, replacement, new)
+        new = re.sub(r"\bup_blocks\.(\d{1,3})\.", lambda match: f"up_blocks.{levels - 1 - int(match[1])}.", new)
+        if re.search(r"attentions\.0\.to_.*weight$", new) and tensor.shape[2:] == (1, 1):  # a convolution there
+            tensor = tensor[:, :, 0, 0]
+        renamed[new] = tensor
+    return renamed
+
+
 def _rename_old_attention(tensors, path):
     renamed = {}
     for name, tensor in tensors.items():
@@ -365,11 +407,8 @@ def _read_config(path):
 
     Missing fields get diffusers' defaults, a shift of 0 becomes None, and with lists the scaling factor becomes 1.
     """
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(stored, dict) or stored.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+    stored = read_json(path, "download it again")
+    if stored.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{path} does not describe an AutoencoderKL: give the autoencoder's folder (often named vae)")
     stored = CONFIG_DEFAULTS | stored
     shift = stored["shift_factor"] = stored["shift_factor"] or None

@@ -16,10 +16,11 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop import vae
-from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_safetensors, write_safetensors
+from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, finite, open_safetensors, write_safetensors
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
-from dit_jax.storage.upgrade import upgrade
+from dit_jax.storage.bounded import json_object
+from dit_jax.storage.upgrade import upgrade_stored
 
 VERSION = "1"
 SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sampler", "guidance", "ema_decay", "imports")
@@ -75,10 +76,11 @@ def read(path: str | os.PathLike) -> Weights:
             f"{path} has no header of dit_jax, version {VERSION} (it has {sorted(metadata) or 'none'}); convert it "
             "with python -m dit_jax.convert --from=official, sit or diffusers"
         )
-    try:
-        sections, origin = upgrade(json.loads(metadata["config"])), json.loads(metadata["origin"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the header of {path} is damaged ({error!r}); convert the weights again") from None
+    what, remedy = f"the header of {path}", "convert the weights again"
+    if missing := [name for name in ("config", "origin") if name not in metadata]:
+        raise UserError(f"{what} has no {' and no '.join(missing)}; {remedy}")
+    sections = upgrade_stored(json_object(metadata["config"], what, remedy), what, remedy)
+    origin = json_object(metadata["origin"], what, remedy)
     user_code.expect(sections.get("imports", ()))
     return Weights(tensors, sections, origin)
 
@@ -90,7 +92,7 @@ def load(path: str | os.PathLike, tree: Any) -> Any:
         tree: parameters of the network that the file's sections describe, as ShapeDtypeStructs.
 
     Raises:
-        UserError: as `read`; or tensors are missing, extra or misshapen, or their dtypes differ.
+        UserError: as `read`; or tensors are missing, extra or misshapen, their dtypes differ, or they hold NaN or infinity.
     """
     return load_tensors(read(path).tensors, tree, str(path))
 
@@ -99,8 +101,10 @@ def load_tensors(tensors: Tensors, tree: Any, what: str) -> Any:
     """Reads opened parameters as NumPy arrays, in the tree's structure and their own dtype.
 
     Raises:
-        UserError: tensors are missing, extra or misshapen, or their dtypes differ; `what` names their file in the message.
+        UserError: tensors are missing, extra or misshapen, their dtypes differ, or they hold NaN or infinity; `what` names their
+            file in the message.
     """
+    tensors = finite(tensors, what)
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     check(tensors, {path_name(keys): leaf.shape for keys, leaf in paths}, what)
     common_dtype(tensors, what)

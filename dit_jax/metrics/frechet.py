@@ -56,7 +56,8 @@ def square_root(matrix: np.ndarray) -> np.ndarray:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
 
-    Computed by eigenvalues, so that singular covariances need no added diagonal.
+    Computed by eigenvalues, so that singular covariances need no added diagonal. It is 0 if it is not larger than its rounding
+    error, as for two equal sets.
 
     Source: Heusel et al. 2017, equation 6; Dowson & Landau 1982.
     """
@@ -66,9 +67,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _distance(a: Moments, b: Moments, values: np.ndarray) -> float:
-    cross = np.sqrt(np.maximum(values, 0)).sum()
-    shift = np.square(a.mean - b.mean).sum()
-    return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    roots = np.sqrt(np.maximum(values, 0))
+    shift, traces = np.square(a.mean - b.mean).sum(), np.trace(a.covariance) + np.trace(b.covariance)
+    distance = float(shift + traces - 2 * roots.sum())
+    # An eigenvalue is known to about eps times the largest one. What is below that has a root that is all rounding; the error of
+    # the others shrinks with their root.
+    eps = np.finfo(np.float64).eps
+    kept = values > values[-1] * len(values) * eps
+    error = len(values) * eps * traces + 2 * roots[~kept].sum() + (values[-1] * eps / roots[kept]).sum()
+    return distance if distance > error else 0.0
 
 
 class Gradient(NamedTuple):

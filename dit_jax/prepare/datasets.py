@@ -8,7 +8,6 @@ function of (source, seed), so that a shard can be written at any time, always w
 import contextlib
 import hashlib
 import io
-import json
 import re
 import shutil
 from collections import deque
@@ -23,6 +22,7 @@ from PIL import Image
 from dit_jax.data.loader import tolerated_bad_records
 from dit_jax.data.size import size_json
 from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
+from dit_jax.data.sources.source import is_strange
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
 from dit_jax.data.transforms import FORMATS, center_crop, decode
@@ -31,6 +31,7 @@ from dit_jax.prepare.array_records import measure, shard_path, tf_example, write
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, write_json
+from dit_jax.storage.bounded import check_form, read_json
 from dit_jax.storage.claim import LOCK, claim
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
@@ -38,6 +39,9 @@ PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the ti
 SIZED = 512  # number of records whose mean size determines the number of shards
 MAX_SHARDS = 99_999  # a shard's name has five digits
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+SHARD_FORM = {"records": int, "bytes": int, "bad": [[str]]}
+SPLIT_FORM = {"source": str, "images": int, "seed": int, "shard_bytes": int, "order": str, "mean_bytes": int, "shards": [object]}
+PLAN_FORM = {"resolution": object, "captions": bool, "class_names": [str], "splits": {}, "complete": bool}
 Files = ImageFolder | TarSource  # whose examples hold the bytes of image files
 
 
@@ -125,7 +129,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
     if given.is_file():
         with opened(given) as fd:
             first = next(iter(TarScan(fd, str(given))), None)
-    inside = sorted(entry for entry in given.iterdir() if not entry.name.startswith(".")) if given.is_dir() else []
+    inside = sorted(entry for entry in given.iterdir() if not is_strange(entry.name)) if given.is_dir() else []
     tars = [entry.name for entry in inside if entry.name.endswith((".tar", *PACKED))]
     others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if tars and others:
@@ -141,6 +145,12 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         source = IlsvrcValidation(path, class_names=class_names)
     else:
         source = TarShards(path, None if class_names is None else len(class_names), class_names_file)
+    strange = [name for name in source.class_names if not name.isprintable()]  # among them names that are not UTF-8
+    if strange:
+        raise UserError(
+            f"{len(strange)} class names in {path} cannot be written to the list of labels, which is UTF-8 with a name per line, "
+            f"such as {strange[0]!a}: rename the folder"
+        )
     if class_names_file and not isinstance(source, TarShards):
         raise UserError(
             f"class_names_file={class_names_file} is for WebDataset tars, but the classes of {path} already have names"
@@ -199,12 +209,9 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
 
 
 def _read_plan(folder: Path) -> dict | None:
-    file = folder / PLAN
+    file, remedy = folder / PLAN, f"remove {folder} and start again"
     try:
-        plan = json.loads(file.read_text())
-        if plan["format"] != FORMAT:
-            raise ValueError(f"format {plan['format']}, not {FORMAT}")
-        return plan
+        plan = read_json(file, remedy, {"format": int})
     except FileNotFoundError:
         strange = [entry.name for entry in folder.iterdir() if entry.name != LOCK and not is_partial(entry.name)]
         if strange:
@@ -212,8 +219,17 @@ def _read_plan(folder: Path) -> dict | None:
                 f"{folder} contains {_some(strange)} but no {PLAN}: it was not written by this command; give another --dataset"
             ) from None
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): remove {folder} and start again") from None
+    if plan["format"] != FORMAT:
+        raise UserError(f"{file} has format {plan['format']}, not {FORMAT}; {remedy}")
+    check_form(plan, PLAN_FORM, str(file), remedy)
+    for split, facts in plan["splits"].items():
+        if not NAME.fullmatch(split):  # a name of files
+            raise UserError(f"{file} has a split {split!r}; {remedy}")
+        check_form(facts, SPLIT_FORM, str(file), remedy, f"splits.{split}")
+        for number, shard in enumerate(facts["shards"]):
+            if shard is not None:
+                check_form(shard, SHARD_FORM, str(file), remedy, f"splits.{split}.shards[{number}]")
+    return plan
 
 
 def _save(folder: Path, plan: dict) -> None:
@@ -361,7 +377,7 @@ def _in_threads(
 
 def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
     """Converts an example to a record; a `BadRecord` if its image cannot be read."""
-    image, name = example["image"], example["name"]
+    image, name = example["image"], example["name"].encode("utf-8", "backslashreplace").decode()
     assert isinstance(image, bytes)  # of `Files`
     if not image:
         return BadRecord(name, "zero bytes")

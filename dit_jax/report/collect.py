@@ -1,6 +1,5 @@
 """Reads the folder of a run, finished or not, without its data set, weights or devices."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from absl import logging
 
 from dit_jax.errors import UserError
+from dit_jax.storage.bounded import read_json
 from dit_jax.storage.run_folder import SCORES
 from dit_jax.training.records import curve, read_lines
 
@@ -54,7 +54,7 @@ def read(folder: Path) -> Collected:
         UserError: it is not the folder of a run.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not the --workdir of a dit_jax.main run: config.json cannot be read ({error})") from None
     rows, samples = read_lines(folder / "metrics.jsonl"), folder / "samples"
@@ -82,10 +82,9 @@ def read(folder: Path) -> Collected:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text())
+        return read_json(file)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        logging.warning("%s cannot be read (%s) and is left out of the report.", file, error)
+    except UserError as error:
+        logging.warning("%s: it is left out of the report.", error)
         return {}
-    return value if isinstance(value, dict) else {}

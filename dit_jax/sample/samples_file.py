@@ -15,6 +15,7 @@ from PIL import Image
 from dit_jax.errors import UserError
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.storage.atomic import remove_leftovers, replacing
+from dit_jax.storage.bounded import json_object, read_npz
 
 READ_BYTES = 2**24
 
@@ -132,11 +133,9 @@ def made_by_of(path: str | os.PathLike) -> dict | None:
     """The `made_by` entry of an npz; None if it has none or cannot be read."""
     path = Path(path).expanduser()
     try:
-        with np.load(path, allow_pickle=False) as file:
-            made_by = json.loads(str(file["made_by"]))
-    except Exception:
+        return json_object(str(read_npz(path, ["made_by"])["made_by"]), str(path))
+    except (OSError, ValueError, KeyError):
         return None
-    return made_by if isinstance(made_by, dict) else None
 
 
 def is_sound(path: str | os.PathLike, made_by: dict) -> bool:

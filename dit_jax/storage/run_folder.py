@@ -11,7 +11,6 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_json
+from dit_jax.storage.bounded import check_form, parsed, read_json
 from dit_jax.storage.claim import claim
-from dit_jax.storage.upgrade import upgrade
+from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
 CLASSES = "classes.json"
@@ -157,12 +157,11 @@ def read_config(workdir: str | os.PathLike) -> dict:
         UserError: there is none, or it cannot be read.
     """
     file = Path(workdir).expanduser() / "config.json"
+    remedy = "restore it from the run's config"
     try:
-        config = upgrade(json.loads(file.read_text()))
+        config = upgrade_stored(read_json(file, remedy), str(file), remedy)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: {workdir} is not the --workdir of a dit_jax.main run") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); restore it from the run's config") from None
     user_code.expect(config.get("imports", ()))
     return config
 
@@ -172,11 +171,11 @@ def read_best(workdir: str | os.PathLike) -> dict | None:
     workdir = Path(workdir).expanduser()
     file = workdir / SCORES / BEST_SCORE
     try:
-        return json.loads(file.read_text())
+        return read_json(file, form={"step": int, "fid": float})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        logging.warning("%s cannot be read (%s): the best step starts anew.", file, error)
+    except UserError as error:
+        logging.warning("%s: the best step starts anew.", error)
         return None
 
 
@@ -188,6 +187,8 @@ def write_class_names(workdir: Path, names: Sequence[str]) -> None:
 def read_class_names(workdir: Path) -> tuple[str, ...]:
     """The names of a run's classes; () for a run that has not kept them, or for a weights file."""
     try:
-        return tuple(map(str, json.loads((workdir / CLASSES).read_text())))
-    except (OSError, ValueError, TypeError):
+        names = parsed((workdir / CLASSES).read_bytes(), str(workdir / CLASSES))
+        check_form(names, [str], str(workdir / CLASSES))
+        return tuple(names)
+    except (OSError, ValueError):
         return ()

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import Buffer, Written, write_atomic
+from dit_jax.storage.bounded import check_form, json_object
 
 
 def digest(content: dict) -> str:
@@ -26,22 +28,28 @@ def write_sealed(path: Path, content: dict) -> Written:
     return write_atomic(path, sealed(content))
 
 
-def read_sealed(path: Path) -> dict:
+def read_sealed(path: Path, form: Mapping[str, Any] | None = None) -> dict:
     """Reads the object in a file written by `write_sealed`.
+
+    A seal finds damage. Anybody can make one, so it does not say that the content is of dit_jax.
+
+    Args:
+        form: what the object must hold, see `bounded.check_form`.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        UserError: any byte of it has changed.
+        UserError: any byte of it has changed, or it has another form.
     """
     data = path.read_bytes()
     try:
-        content = json.loads(data)
+        content = json_object(data, str(path))
         content.pop("seal")
         intact = sealed(content) == data
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, KeyError):
         intact = False
     if not intact:
         raise UserError(f"{path} is damaged: its content does not match its seal")
+    check_form(content, form or {}, str(path))
     return content
 
 

@@ -3,8 +3,33 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dit_jax.storage.bounded import check_form
+
 RENAMED = {"task.label_dropout": "task.cond_dropout"}  # path of a field in older configs: in those of today
 ADDED = {"diffusion": {"conditioner": {"name": "labels"}}}  # task.name: sections that its older configs lack, with their meaning
+
+
+NAMED = ("task", "model", "conditioner", "process", "codec", "data", "transform", "optimizer", "sampler", "guidance")
+REQUIRED = ("task", "codec", "transform")
+REQUIRED_OF = {"diffusion": ("model", "process")}
+IMPORTS = [{"name": str, "sha256": str, "registers": [str]}]
+
+
+def upgrade_stored(config: Mapping[str, Any], what: str, remedy: str) -> dict[str, Any]:
+    """Upgrades a config that was read from a file, and checks that it has its sections.
+
+    Args:
+        what: the file, for the error message.
+        remedy: the end of the error message.
+
+    Raises:
+        UserError: a section is missing, or is not an object with a name.
+    """
+    check_form(config, {"task": {"name": str}}, what, remedy)
+    required = (*REQUIRED, *REQUIRED_OF.get(config["task"]["name"], ()))
+    check_form(config, {name: {"name": str} for name in NAMED if name in config or name in required}, what, remedy)
+    check_form(config.get("imports", []), IMPORTS, what, remedy, "imports")
+    return upgrade(config)
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:

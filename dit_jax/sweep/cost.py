@@ -4,7 +4,6 @@ GMACs are multiply-adds of one forward pass of one image, which the paper calls 
 steps x 3, because a backward pass costs two forward passes (Peebles & Xie 2023, section 5, figure 9).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from dit_jax import build
 from dit_jax.errors import UserError
 from dit_jax.programs import chips
 from dit_jax.runtime.console import say
+from dit_jax.storage.bounded import parsed
 from dit_jax.sweep.grid import Run
 from dit_jax.tasks.state import count_parameters
 
@@ -84,7 +84,7 @@ def read_benchmarks(paths: Sequence[str]) -> list[dict]:
     for path in paths:
         try:
             lines = Path(path).expanduser().read_text().strip().splitlines()
-            results = [json.loads(line) for line in (lines if path.endswith(".jsonl") else lines[-1:])]
+            results = [parsed(line, path) for line in (lines if path.endswith(".jsonl") else lines[-1:])]
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--benchmarks: {path} cannot be read ({error}); give the last line of "

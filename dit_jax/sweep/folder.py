@@ -11,13 +11,13 @@ results.json, results.csv, curves.csv, report.html, figures/
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
+from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import Claim, claim
 from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, read_config
 from dit_jax.sweep.grid import Run
@@ -59,13 +59,11 @@ class Folder:
         """Raises UserError if the folder contains another sweep, or something else."""
         file = self.path / "sweep.json"
         try:
-            before = json.loads(file.read_text())["title"]
+            before = read_json(file, "restore it or give another --workdir", {"title": str})["title"]
         except FileNotFoundError:
             if (self.path / "checkpoints").exists():
                 raise UserError(f"{self.path} is the folder of a single run; give another --workdir") from None
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} cannot be read ({error}); restore it or give another --workdir") from None
         if before != self.title:
             raise UserError(f"{self.path} contains the sweep {before!r}, not {self.title!r}; give another --workdir")
 
@@ -79,13 +77,9 @@ class Folder:
     def result(self, run: Run) -> dict | None:
         """result.json of a finished run; None if it is not finished, or has fewer steps than the sweep now requests."""
         try:
-            result = json.loads((self.of(run) / "result.json").read_text())
+            result = read_json(self.of(run) / "result.json", "delete it to finish the run again", {"step": int})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.of(run) / 'result.json'} cannot be read ({error}); delete it to finish the run again"
-            ) from None
         return result if result["step"] >= run.config.num_steps else None
 
     def attempts(self, run: Run) -> list[dict]:

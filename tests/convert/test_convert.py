@@ -18,7 +18,7 @@ from dit_jax.config_file import plain
 from dit_jax.convert import formats
 from dit_jax.convert.formats import Source
 from dit_jax.errors import UserError
-from dit_jax.interop import dinov2, lpips, pt_reader, pt_writer
+from dit_jax.interop import dinov2, lpips, pt_reader, pt_writer, weights
 from dit_jax.models.dit import DiT
 from dit_jax.parallel import rules
 from dit_jax.parallel.mesh import make_mesh
@@ -118,6 +118,100 @@ def test_the_moving_average_of_a_training_checkpoint_is_taken(pt, tmp_path):
     torch.save({"model": model}, tmp_path / "model.pt")
     assert same_bits(read(tmp_path / "train.pt"), read(pt))
     assert not same_bits(read(tmp_path / "model.pt"), read(pt))
+
+
+def saved(path, **entries):
+    """Saves {key: {name: array}} as PyTorch does."""
+    torch = pytest.importorskip("torch")
+    torch.save({key: {name: torch.from_numpy(array) for name, array in value.items()} for key, value in entries.items()}, path)
+    return path
+
+
+def theirs(pt, plus=0.0):
+    return {name: tensor.load() + np.float32(plus * (name != "pos_embed")) for name, tensor in pt_reader.read(pt).items()}
+
+
+@pytest.mark.parametrize(
+    ("keys", "taken"),
+    [
+        (("model", "ema"), "ema"),
+        (("model", "model_ema"), "model_ema"),
+        (("model",), "model"),
+        (("state_dict",), "state_dict"),
+        (("other", "state_dict"), "state_dict"),
+    ],
+)
+def test_which_weights_of_a_checkpoint_are_taken_is_said_and_recorded(keys, taken, pt, tmp_path, capsys):
+    """Raw weights taken for the average without a word, or a usual checkpoint refused."""
+    path = saved(tmp_path / "y.pt", **{key: theirs(pt, key != taken) for key in keys})
+    found = read(path)
+    assert same_bits(found, read(pt))
+    assert found.origin["key"] == taken
+    assert f"using '{taken}'" in capsys.readouterr().err
+    other = read(path, key=keys[0])
+    assert other.origin["key"] == keys[0]
+    assert same_bits(other, read(pt)) == (keys[0] == taken)
+    assert "key" not in read(pt).origin
+    with pytest.raises(UserError, match=f"has no 'neither' that holds tensors; it has .*'{taken}'"):
+        read(path, key="neither")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "module.module."])
+def test_names_lose_what_wrappers_of_pytorch_add(prefix, pt, capsys):
+    """Every tensor missing and every tensor extra, for a prefix."""
+    found = read(rewrite(pt, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}))
+    assert same_bits(found, read(pt))
+    assert "names are read without" in capsys.readouterr().err
+
+
+def test_wrappers_inside_of_names(pt):
+    """Blocks that were compiled one by one; the counter of AveragedModel; two copies of a tensor of which one is taken."""
+    inside = rewrite(pt, lambda t: {name.replace("blocks.1.", "blocks.1._orig_mod."): tensor for name, tensor in t.items()})
+    assert same_bits(read(inside), read(pt))
+    counted = {"n_averaged": held(np.zeros((1,), np.int64))}
+    assert same_bits(read(rewrite(pt, lambda t: counted | {f"module.{k}": v for k, v in t.items()})), read(pt))
+    with pytest.raises(UserError, match="remove one copy"):
+        read(rewrite(pt, lambda t: t | {"_orig_mod.pos_embed": t["pos_embed"]}))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_numbers_are_refused_by_name(value, pt, tmp_path):
+    """Black images of a weights file with NaN in it."""
+
+    def change(tensors):
+        array = tensors["final_layer.linear.bias"].load().copy()
+        array[1] = value
+        return tensors | {"final_layer.linear.bias": held(array)}
+
+    bad = rewrite(pt, change)
+    for layout, out in (("dit_jax", "o.safetensors"), ("official", "o.pt"), ("diffusers", "o")):
+        with pytest.raises(UserError, match=r"final_layer\.linear\.bias holds NaN or infinity \(1 of 32 values\)"):
+            formats.write(read(bad), layout, tmp_path / out)
+        assert not list(tmp_path.glob("o*.safetensors")) + list(tmp_path.glob("o/*.safetensors"))
+    tensors = read(pt).tensors
+    bias = tensors["final/linear/bias"].load().copy()
+    bias[:] = value
+    weights.write(tmp_path / "w.safetensors", read(pt)._replace(tensors={**tensors, "final/linear/bias": held(bias)}))
+    tree = formats.network_params(formats.config_of(read(pt).sections))
+    with pytest.raises(UserError, match="final/linear/bias holds NaN"):
+        weights.load(tmp_path / "w.safetensors", tree)
+
+
+def test_a_label_table_without_a_null_row_is_asked_about(tmp_path):
+    """The last class of 1,000 taken for the null label, in silence."""
+    formats.write(tiny_weights(num_classes=99), "official", tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"has 100 rows\. Give --num_classes=100 if .* or --num_classes=99 if"):
+        read(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="100 rows in its label table, not 50 or 51"):
+        read(tmp_path / "x.pt", num_classes=50)
+    with_null, without = read(tmp_path / "x.pt", num_classes=99), read(tmp_path / "x.pt", num_classes=100)
+    assert (with_null.sections["model"]["num_classes"], without.sections["model"]["num_classes"]) == (99, 100)
+    assert (with_null.sections["task"]["cond_dropout"] > 0, without.sections["task"]["cond_dropout"]) == (True, 0)
+    tables = [found.tensors["label_embedding/embedding"].load() for found in (with_null, without)]
+    np.testing.assert_array_equal(tables[0], tables[1][:-1])
+    assert not tables[1][-1].any()
+    formats.write(without, "dit_jax", tmp_path / "y.safetensors")
+    assert same_bits(formats.read(Source("dit_jax", tmp_path / "y.safetensors")), without)
 
 
 def test_every_tensor_is_accounted_for(pt):
@@ -260,6 +354,10 @@ def test_a_name_that_does_not_suit_is_refused(layout, name, message, tmp_path):
         {"layout": "official", "step": 3},
         {"layout": "dit_jax", "like": Path("x")},
         {"layout": "lpips", "heads": 4},
+        {"layout": "workdir", "key": "ema"},
+        {"layout": "diffusers", "num_classes": 4},
+        {"layout": "official", "num_classes": 0},
+        {"layout": "official", "num_classes": 4, "like": Path("x")},
     ],
 )
 def test_options_that_mean_nothing_are_refused(options):

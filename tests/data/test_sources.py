@@ -1,8 +1,10 @@
 """Sources: what they count, name and number, and what they say when the data are not what they should be."""
 
 import io
+import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -237,8 +239,6 @@ def test_tfds_says_what_is_missing(tfds_dir, arguments, message):
 
 def test_tfds_missing_and_broken_shards(tfds_dir, tmp_path):
     """Catches a lost shard found only hours later, and a truncated record without the name of the data set."""
-    import shutil
-
     shutil.copytree(tfds_dir / "shades", tmp_path / "shades")
     shard = tmp_path / "shades" / "1.0.0" / "shades-train.array_record-00001-of-00002"
     good = shard.read_bytes()
@@ -249,6 +249,115 @@ def test_tfds_missing_and_broken_shards(tfds_dir, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"1 of 2 shards of shades split 'train' are missing.*00001-of-00002"):
         TFDS("shades", str(tmp_path), "train")
+
+
+def bad_features(form):
+    """A features.json whose type of feature is a module, in each form that TFDS reads."""
+    content = {"features": {"image": {"pythonClassName": "hostile_module.Image", "image": {}}}}
+    own = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    legacy = {"image": {"type": "hostile_module.Image", "content": {}}}
+    return {
+        "proto": {"pythonClassName": own, "featuresDict": content},
+        "other spelling": {"python_class_name": "hostile_module.Image", "image": {}},
+        "legacy": {"type": own, "content": legacy},
+        "text": {"pythonClassName": own, "jsonFeature": {"json": json.dumps(legacy)}},
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["proto", "other spelling", "legacy", "text"])
+def test_tfds_does_not_import_what_a_folder_names(form, tfds_dir, tmp_path, monkeypatch):
+    """Code that runs because features.json names its module."""
+    shutil.copytree(tfds_dir / "shades", tmp_path / "shades")
+    (tmp_path / "hostile_module.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shades/1.0.0/features.json").write_text(json.dumps(bad_features(form)))
+    with pytest.raises(UserError, match=r"features\.json has a feature of type hostile_module\.Image"):
+        TFDS("shades", str(tmp_path), "train")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("features.json", "[" * 100_000),
+        ("features.json", "[]"),
+        ("features.json", "null"),
+        ("features.json", '{"a":' * 60 + "1" + "}" * 60),
+        ("features.json", '{"featuresDict": {"features": {"../../label": {}}}}'),
+        ("dataset_info.json", "[]"),
+        ("dataset_info.json", "[" * 100_000),
+        ("dataset_info.json", '{"name": "shades", "version": "1.0.0", "splits": 3}'),
+    ],
+)
+def test_tfds_with_other_metadata_is_one_line(file, text, tfds_dir, tmp_path):
+    """A stack trace of TFDS or of protocol buffers."""
+    shutil.copytree(tfds_dir / "shades", tmp_path / "shades")
+    (tmp_path / "shades/1.0.0" / file).write_text(text)
+    with pytest.raises(UserError):
+        TFDS("shades", str(tmp_path), "train")
+
+
+def test_tfds_reads_no_shard_of_another_folder(tfds_dir, tmp_path):
+    """A file elsewhere on the machine, read as records because dataset_info.json says so."""
+    shutil.copytree(tfds_dir / "shades", tmp_path / "shades")
+    shutil.copytree(tfds_dir / "shades/1.0.0", tmp_path / "other")
+    info = tmp_path / "shades/1.0.0/dataset_info.json"
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    assert template in info.read_text()
+    info.write_text(info.read_text().replace(template, f"../../other/{template}"))
+    with pytest.raises(UserError, match="outside of its folder"):
+        TFDS("shades", str(tmp_path), "train")
+
+
+def test_only_the_images_of_a_folder_are_counted_and_the_rest_is_said(tmp_path, capsys):
+    """Thumbnails of a NAS that are trained on; images of unusual suffixes, or files without one, that vanish without a word."""
+    for name in ["c/a.jpg", "c/b.jfif", "c/d.JPE", "c/e.ppm", "d/x.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    before = ImageFolder(tmp_path)
+    assert capsys.readouterr().err == ""
+    others = ["c/@eaDir/a.jpg/SYNOPHOTO_THUMB.jpg", "@eaDir/y.jpg", "__MACOSX/c/a.jpg", "c/._a.jpg", "c/n01", "c/n02", "c/x.csv"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = ImageFolder(tmp_path)
+    assert (len(source), source.class_names) == (5, ("c", "d"))
+    assert source.fingerprint == before.fingerprint
+    assert "5 files or folders are no images" in (said := capsys.readouterr().err)
+    assert "2 x no suffix" in said
+    assert "2 x hidden, or of a system" in said
+
+
+@pytest.mark.parametrize("link", ["c/loop", "c/more/loop"])
+def test_a_link_to_a_folder_above_is_named(link, tmp_path):
+    """A walk that ends at the 40th link with a stack trace, or that counts an image 40 times."""
+    (tmp_path / "c/more").mkdir(parents=True)
+    (tmp_path / "c/more/a.jpg").write_bytes(b"x")
+    (tmp_path / link).symlink_to(tmp_path / "c", target_is_directory=True)
+    with pytest.raises(UserError, match=f"c and .*{link} are the same folder"):
+        ImageFolder(tmp_path)
+
+
+def test_a_link_to_itself_is_left_out(tmp_path):
+    """ELOOP with a stack trace."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/a.jpg").write_bytes(b"x")
+    (tmp_path / "c/loop").symlink_to(tmp_path / "c/loop")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert ImageFolder(tmp_path).class_names == ("c",)
+
+
+def test_numeric_class_folders_are_said(tmp_path, capsys):
+    """Label 2 that is the folder 10, without a word."""
+    for number in range(11):
+        (tmp_path / "a" / f"{number}").mkdir(parents=True)
+        (tmp_path / "a" / f"{number}" / "x.jpg").write_bytes(b"x")
+        (tmp_path / "b" / f"{number:02d}").mkdir(parents=True)
+        (tmp_path / "b" / f"{number:02d}" / "x.jpg").write_bytes(b"x")
+    ImageFolder(tmp_path / "a")
+    assert "label 2 is the folder 10; pad" in capsys.readouterr().err
+    ImageFolder(tmp_path / "b")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dead_link_is_a_bad_record(tmp_path):

@@ -84,6 +84,30 @@ def link(kind):
     return info
 
 
+def signed(header):
+    """A header with its checksum."""
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def numbered(size):
+    """A tar of one member with these twelve bytes as its size."""
+    header = bytearray(tarfile.TarInfo("x.jpg").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size
+    return signed(header) + bytes(1024)
+
+
+def pax(record, length=None):
+    """A tar of one member after a PAX header with this record."""
+    length = str(next(n for n in range(len(record), 10**6) if len(f"{n} ") + len(record) + 1 == n)) if length is None else length
+    body = (length.encode() if isinstance(length, str) else length) + b" " + record + b"\n"
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(body)
+    start = info.tobuf(tarfile.USTAR_FORMAT) + body.ljust(-(-len(body) // 512) * 512, b"\0")
+    return start + tarfile.TarInfo("x.jpg").tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+
+
 GOOD = tar_bytes(pairs(2))
 HOSTILE = {
     "cut in data": (GOOD[:700], "truncated"),
@@ -98,6 +122,15 @@ HOSTILE = {
     "symbolic link": (tar_bytes([(link(tarfile.SYMTYPE), b"")]), "--dereference"),
     "sparse": (tar_bytes([(link(tarfile.GNUTYPE_SPARSE), b"")]), "sparse"),
     "device": (tar_bytes([(link(tarfile.CHRTYPE), b"")]), "leave it out"),
+    "2^87 bytes": (numbered(b"\x80" + b"\x7f" * 11), "a member of"),
+    "2^60 bytes": (numbered(b"\x80" + (2**60).to_bytes(11)), "truncated"),
+    "negative": (numbered(b"\xff" * 12), "no header"),
+    "negative octal": (numbered(b"-0000000007\0"), "no header"),
+    "a long PAX size": (pax(b"size=" + b"9" * 5000), "PAX header with size"),
+    "a PAX size of other digits": (pax("size=\u00b2".encode()), "PAX header with size"),
+    "a PAX size past the end": (pax(b"size=4611686018427387904"), "truncated"),
+    "a long PAX length": (pax(b"size=1", b"9" * 5000), "unreadable PAX"),
+    "no PAX length": (pax(b"size=1", b""), "unreadable PAX"),
 }
 
 
@@ -341,6 +374,56 @@ def test_bad_ilsvrc_train(members, text, tmp_path):
     write_tar(tmp_path / "t.tar", members)
     with pytest.raises(UserError, match=text):
         IlsvrcTrain(str(tmp_path / "t.tar"))
+
+
+def test_previews_of_a_nas_are_not_in_a_tar(tmp_path, caplog):
+    """Thumbnails and macOS's shadow files as samples of their own."""
+    write_tar(
+        tmp_path / "a.tar",
+        pairs(2) | {"@eaDir/x.jpg/SYNOPHOTO_THUMB.jpg": b"t", "__MACOSX/y.jpg": b"t", ".trash/z.jpg": b"t", "._w.jpg": b"t"},
+    )
+    assert len(TarShards(str(tmp_path / "a.tar"), cache_index=False)) == 2
+    assert "3 members in folders such as @eaDir" in caplog.text
+
+
+@pytest.mark.parametrize("text", [b"[]", b"null", b"[" * 100_000, b'{"label": [[[[[[[[[]]]]]]]]]}', b'{"caption": [1]}'])
+def test_other_json_in_a_tar_is_one_line(text, tmp_path):
+    """A stack trace of the JSON of one sample."""
+    write_tar(tmp_path / "a.tar", pairs(1) | {"x.jpg": b"", "x.json": text})
+    with pytest.raises(UserError, match=r"a\.tar:x") as caught:
+        TarShards(str(tmp_path / "a.tar"), cache_index=False)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("tar", 1),
+        ("tar", -1),
+        ("offset", -512),
+        ("offset", 2**40),
+        ("size", 2**62),
+        ("size", -1),
+        ("caption_offset", 2**62),
+        ("name_end", 2**40),
+        ("name_end", -1),
+        ("names", 255),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_built_again(column, value, tmp_path, caplog):
+    """Bytes outside of a tar, or a stack trace, because the file next to it says so."""
+    write_tar(tmp_path / "a.tar", pairs(3) | {f"0000{i}.txt": b"words" for i in range(3)})
+    good = TarShards(str(tmp_path))
+    (kept,) = tmp_path.glob("*.npz")
+    with np.load(kept) as file:
+        arrays = dict(file)
+    arrays[column] = arrays[column].copy()
+    arrays[column][1] = value
+    np.savez(kept, **arrays)
+    again = TarShards(str(tmp_path))
+    assert "is damaged" in caplog.text
+    assert again.fingerprint == good.fingerprint
+    assert [again[i]["image"] for i in range(3)] == [good[i]["image"] for i in range(3)]
 
 
 def test_a_caption_that_left_its_json(tmp_path):

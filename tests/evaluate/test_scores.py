@@ -13,6 +13,7 @@ import pytest
 from extractors import images, load
 from paths import ROOT
 from PIL import Image
+from verbs import run_verbs
 
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference, scores, snapshots, statistics
@@ -352,6 +353,40 @@ def test_whole_evaluation(tmp_path, monkeypatch):
     assert found["made_by"] == {"sampler": {"name": "ddim"}} and found["num_reference"] == 1797
     assert found["extractor"]["name"] == "pixels" and found["versions"]["jax"] == jax.__version__
     json.dumps(found, allow_nan=False)
+
+
+def test_the_split_of_a_reference(tmp_path):
+    """A distance to all 1,797 digits where --split=test asks for 297; a set that is not at no distance from itself."""
+    test = np.concatenate(list(open_images("digits", (8, 8, 1), "test").batches(0, 297, 300)))
+    np.savez(tmp_path / "x.npz", arr_0=test)
+    found = scores.evaluate(str(tmp_path / "x.npz"), "digits", "pixels", split="test", options=scores.Options(("fid",)))
+    assert (found["num_reference"], found["reference_split"], found["fid"]) == (297, "test", 0)
+    assert found["fid_interval"][0] <= 0 <= found["fid_interval"][1]
+    with pytest.raises(UserError, match=r"--split=test has no effect with --reference=.*an npz"):
+        scores.evaluate(str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), "pixels", split="test")
+
+
+UNUSED = {
+    "evaluate --samples=x.npz --reference=digits --data=digits": "--data has no effect with --samples",
+    "evaluate --samples=x.npz --reference=digits --keep_features": "--keep_features has no effect",
+    "evaluate --samples=x.npz --reference=digits --metrics=fid --kid_subset_size=5": "--kid_subset_size has no effect",
+    "evaluate --samples=x.npz --reference=digits --replicates=0 --level=0.9": "--level has no effect with --replicates=0",
+    "evaluate --samples=x.npz --metrics=is --split=test": "--split has no effect with no --reference",
+    "evaluate --make_reference=r.npz --data=digits --channels=1": "--channels has no effect with --data=digits",
+    "evaluate --make_reference=r.npz --data=x.npz --split=test": "--split has no effect with --data=x.npz",
+    "evaluate --make_reference=r.npz --data=digits --out=y": "--out has no effect with --make_reference",
+    "evaluate --table=a.json --features=inception": "--features has no effect with --table",
+    "evaluate --table=a.json --split=test": "--split has no effect with --table",
+}
+
+
+def test_flags_that_a_task_does_not_use_are_refused(tmp_path):
+    """A flag that is ignored, and a number that is not what it says."""
+    found = run_verbs(tmp_path, [line.split() for line in UNUSED])
+    for (status, _, error), text in zip(found, UNUSED.values(), strict=True):
+        assert status == 2, error
+        assert text in error
+        assert error.count("\n") == 1
 
 
 def test_an_unreadable_reference_image_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Inception's weights from the PyTorch port and from the TensorFlow graph."""
 
 import struct
+import tracemalloc
 
 import metric_networks
 import numpy as np
@@ -180,13 +181,31 @@ def test_numbers_are_found_wherever_a_graph_keeps_them(tmp_path):
         constant("x", (2,), field(4, b"12345678"))[:-3],
         constant("x", (3,), field(4, b"12345678")),
         constant("x", (1 << 60,), field(4, b"1234")),
+        constant("x", (0, 1 << 63), b""),
+        field(1, b"\x08" + varint(10**10) + field(2, b"Const")),
+        field(1, field(2, b"Const") + field(5, field(1, b"value") + b"\x10" + varint(10**10))),
+        constant("x", (2,), b"\x28" + varint(10**10)),
+        field(1, b"\x08\x01" * 500_000),
+        constant("x", (2**28,), field(4, b"1234")),
     ],
+    ids=range(13),
 )
 def test_damaged_graphs_are_named(content, tmp_path):
     """A stack trace, endless memory or made-up numbers for a file that is cut short, packed or no graph."""
     (tmp_path / "x.pb").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pb.*unpacked classify_image_graph_def\.pb"):
         read_constants(tmp_path / "x.pb")
+
+
+def test_a_constant_of_one_number_is_unpacked_when_it_is_read(tmp_path):
+    """100 constants that claim 2^24 copies of a number each: 6 GB before their names and shapes are looked at."""
+    nodes = (constant(f"{i}", (1 << 24,), field(4, struct.pack("<f", i))) for i in range(100))
+    (tmp_path / "x.pb").write_bytes(b"".join(nodes))
+    tracemalloc.start()
+    found = read_constants(tmp_path / "x.pb")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+    assert len(found) == 100
 
 
 def test_wrong_files_are_named(tmp_path):

@@ -32,7 +32,8 @@ def storage(key="0", size=4, kind="FloatStorage"):
     return b"(" + text("storage") + op_global("torch", kind) + text(key) + text("cpu") + number(size) + b"tQ"
 
 
-def tensor(shape=(4,), strides=(1,), offset=0, **of):
+def tensor(shape=(4,), strides=(1,), offset=0, metadata=b"", **of):
+    """metadata: a pickled last argument of _rebuild_tensor_v2."""
     return (
         op_global("torch._utils", "_rebuild_tensor_v2")
         + b"("
@@ -40,7 +41,9 @@ def tensor(shape=(4,), strides=(1,), offset=0, **of):
         + number(offset)
         + number(shape)
         + number(strides)
-        + b"\x89}tR"
+        + b"\x89}"
+        + metadata
+        + b"tR"
     )
 
 
@@ -161,6 +164,26 @@ BAD_TENSORS = {
     "other dtype": tensor(kind="DoubleStorage"),
     "absent": tensor(key="1"),
     "memo": b"}r\0\0\0\x02",
+    "many dimensions": tensor(shape=(1,) * 100, strides=(1,) * 100),
+    "endless size": tensor(shape=(2**80,)),
+    "far offset": tensor(offset=2**40),
+    "2^40 parts": b")q\0" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40)) + b"h\x28",
+    "2^40 parts as a storage": b")q\0" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40)) + b"h\x28Q",
+    "2^40 parts as a key": b"}" + b")q\0" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40)) + b"h\x28Ns",
+    "a key 10^6 deep": b"})" + b"\x85" * 10**6 + b"Ns",
+    "an offset in 2^30 parts": op_global("torch._utils", "_rebuild_tensor_v2")
+    + b"("
+    + storage()
+    + b"]q\0"
+    + b"".join(b"]q%c" % (i + 1) for i in range(30))
+    + b"".join(b"h%c(h%ch%ce0" % (i + 1, i, i) for i in reversed(range(30)))
+    + b"2h\x1e"
+    + number((1,))
+    + number((1,))
+    + b"\x89}tR",
+    "conjugated": tensor(metadata=number({"conj": True})),
+    "negated truths": tensor(size=16, kind="BoolStorage", metadata=number({"neg": True})),
+    "unknown metadata": tensor(metadata=number({"neg": True, "scale": 2})),
     "text length": b"X\xff\xff\xff\x7f",
     "no storage": op_global("torch._utils", "_rebuild_tensor_v2")
     + b"("
@@ -200,6 +223,28 @@ def test_a_compressed_byteorder_is_refused(tmp_path):
         archive.writestr("archive/byteorder", b"\0" * 10**7)
     with pytest.raises(UserError, match="which PyTorch never does"):
         pt_reader.read(path)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize(("kind", "dtype"), [("FloatStorage", np.float32), ("IntStorage", np.int32)])
+def test_a_lazily_negated_tensor_has_its_own_sign(kind, dtype, write, tmp_path):
+    """The negative bit of a tensor dropped: every value with the wrong sign."""
+    stored = np.array([1, -2, 3, 0], dtype)
+    path = write(tmp_path / "x.pt", tensor(kind=kind, metadata=number({"neg": True})), stored.tobytes())
+    found = pt_reader.read(path).load()
+    assert found.dtype == dtype
+    assert found.tolist() == [-1, 2, -3, 0]
+    path = write(tmp_path / "y.pt", tensor(kind=kind, metadata=number({"neg": False})), stored.tobytes())
+    assert pt_reader.read(path).load().tolist() == [1, -2, 3, 0]
+
+
+def test_what_torch_negates_lazily_is_read_exactly(tmp_path):
+    """Another place of the negative bit in the file than the one read here."""
+    torch = pytest.importorskip("torch")
+    lazy = torch._neg_view(torch.arange(4.0))
+    assert lazy.is_neg()
+    torch.save({"w": lazy, "z": torch.zeros(1, dtype=torch.float32)}, tmp_path / "x.pt")
+    assert pt_reader.read(tmp_path / "x.pt")["w"].load().tolist() == [0, -1, -2, -3]
 
 
 def test_the_stride_of_a_single_row_does_not_matter(tmp_path):

@@ -3,6 +3,7 @@ import pytest
 import scipy.linalg
 
 from dit_jax.errors import UserError
+from dit_jax.metrics.bootstrap import bootstrap_interval, influences
 from dit_jax.metrics.features import Pixels
 from dit_jax.metrics.frechet import Moments, frechet_distance, frechet_gradient, moments
 
@@ -32,6 +33,21 @@ def test_fewer_images_than_features():
     a, b = random_features(0, 10), random_features(1, 12)
     assert np.isfinite(frechet_distance(moments(a), moments(b)))
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6 * np.trace(np.cov(a.T)))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+@pytest.mark.parametrize("count", [10, 300])
+def test_equal_sets_have_no_distance_and_an_interval_that_contains_it(count, scale):
+    """-8.5e-9 for equal sets, with an interval that excludes 0; a small but real distance taken for rounding."""
+    a = scale * random_features(0, count)
+    ours, theirs = moments(a), moments(a[np.random.default_rng(0).permutation(count)])
+    gradient = frechet_gradient(ours, theirs)
+    assert frechet_distance(ours, theirs) == gradient.distance == 0
+    interval = bootstrap_interval(gradient.distance, influences(a, ours.mean, gradient), 200)
+    assert interval.low <= 0 <= interval.high
+    assert interval.high - interval.low < 1e-5 * np.trace(ours.covariance)
+    if count == 300:  # otherwise the covariance is singular, and its rounding larger
+        assert frechet_distance(ours, moments(a + 1e-4 * scale)) == pytest.approx(24e-8 * scale**2, rel=0.1)
 
 
 def test_gradient():

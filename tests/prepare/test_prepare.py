@@ -277,6 +277,39 @@ def test_damage_after_the_end(photos, tmp_path):
         prepare(request(tmp_path), {"train": str(photos)})
 
 
+def test_names_that_are_not_utf_8(photos, tmp_path):
+    """A class that cannot be written to the list of labels, found after all shards; a bad file that cannot be listed."""
+    os.rename(photos / "ant", os.fsencode(photos) + b"/cl\xe9")
+    with pytest.raises(UserError, match=r"such as 'cl\\udce9': rename the folder"):
+        prepare(request(tmp_path), {"train": str(photos)})
+    assert not list(tmp_path.rglob("*array_record*"))
+    os.rename(os.fsencode(photos) + b"/cl\xe9", photos / "ant")
+    os.rename(photos / "ant/0.jpg", os.fsencode(photos) + b"/ant/\xe9.jpg")
+    with open(os.fsencode(photos) + b"/ant/\xe9.jpg", "wb"):
+        pass
+    result = prepare(request(tmp_path, max_bad_share=0.04), {"train": str(photos)})
+    assert r"\udce9.jpg" in result["bad_records"][0]["name"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"format": 1}', '{"format": 1, "splits": 3}', "[" * 100_000])
+def test_another_plan_is_one_line(text, photos, tmp_path):
+    """A stack trace because preparation.json is something else."""
+    folder = tmp_path / "out/shots/1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "preparation.json").write_text(text)
+    with pytest.raises(UserError, match=r"preparation\.json.*start again"):
+        prepare(request(tmp_path), {"train": str(photos)})
+
+
+def test_a_split_of_a_plan_is_a_name(photos, tmp_path):
+    """Shards written outside of the folder, because a split is called ../../x."""
+    prepare(request(tmp_path), {"train": str(photos)})
+    plan = tmp_path / "out/shots/1.0.0/preparation.json"
+    plan.write_text(plan.read_text().replace('"train"', '"../../train"'))
+    with pytest.raises(UserError, match="has a split"):
+        prepare(request(tmp_path), {"train": str(photos)})
+
+
 def test_refused(photos, tmp_path):
     """Another source or setting mixed into the shards of a data set, or files of others overwritten."""
     prepare(request(tmp_path), {"train": str(photos)})

@@ -1,15 +1,17 @@
 """Image files in one folder per class or in a single folder, with captions in text files."""
 
+import collections
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.sources.source import Example, caption_text, fingerprint
+from dit_jax.data.sources.source import Example, caption_text, fingerprint, is_strange
 from dit_jax.errors import UserError
+from dit_jax.runtime.console import say
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 CAPTION_SUFFIX = ".txt"
 
 
@@ -18,16 +20,18 @@ class ImageFolder:
 
     Class folders are searched recursively. A folder that contains images but no folders is a data set without labels:
     num_classes is 0 and every label is 0, which is the null label of a network for 0 classes. Images are numbered by
-    sorted relative path. The text in `name.txt` next to `name.jpg` is the caption of that image. Files with other suffixes and
-    names that begin with a dot are not part of the data set.
+    sorted relative path. The text in `name.txt` next to `name.jpg` is the caption of that image. Files with other suffixes or
+    none, names that begin with a dot, and folders such as @eaDir and __MACOSX are not part of the data set; they are counted and
+    said.
 
     Args:
         path: the folder that contains the class folders or images, or one that contains such a folder per split.
         split: name of that folder, such as `train`; empty if there are no splits.
 
     Raises:
-        UserError: the folder does not exist or has no images, it mixes images and class folders, or a class has no images; and
-            from `source[i]`, a file cannot be read or a caption is not UTF-8.
+        UserError: the folder does not exist or has no images, it mixes images and class folders, or a class has no images or
+            reaches one folder by two paths, as through a link to a folder above it; and from `source[i]`, a file cannot be read
+            or a caption is not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = ""):
@@ -38,17 +42,18 @@ class ImageFolder:
         if not path.is_dir():
             raise UserError(f"image folder {path} {'is not a folder' if path.exists() else 'does not exist'}")
         with os.scandir(path) as entries:
-            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        loose = [e.name for e in visible if e.is_file() and e.name.lower().endswith(IMAGE_SUFFIXES)]
-        self.class_names = tuple(e.name for e in visible if e.is_dir())
+            visible = sorted((e for e in entries if not is_strange(e.name)), key=lambda e: e.name)
+        loose = [e.name for e in visible if e.name.lower().endswith(IMAGE_SUFFIXES) and not _is_dir(e)]
+        self.class_names = tuple(e.name for e in visible if _is_dir(e))
         self.num_classes = len(self.class_names)
         if loose and self.class_names:
             raise UserError(f"{len(loose)} images such as {loose[0]} are in no class folder of {layout}; move them")
         if not loose and not self.class_names:
             raise UserError(f"no class folders and no images in {layout}")
         images, labels, texts = [], [], {}
+        others: collections.Counter[str] = collections.Counter()
         for label, name in enumerate(self.class_names or [""]):
-            files = sorted(_files_below(path, name))
+            files = sorted(_files_below(path, name, others, {}))
             images += (of_class := [file for file in files if file[0].lower().endswith(IMAGE_SUFFIXES)])
             if not of_class:
                 raise UserError(f"class folder {name!r} holds no images, in {layout}; fill or remove it")
@@ -59,6 +64,8 @@ class ImageFolder:
         captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
         self._captions = frozenset(text for text, _ in captions)
         self.has_captions = bool(captions)
+        _say_what_is_left_out(path, others)
+        _say_numbering(path, self.class_names)
         facts = {"class_names": self.class_names, "count": len(images), "files": images}
         self.fingerprint = fingerprint(name="image_folder", **facts, **({"captions": captions} if captions else {}))
 
@@ -85,17 +92,61 @@ def _caption_file(image_file: str) -> str:
     return image_file.rpartition(".")[0] + CAPTION_SUFFIX
 
 
-def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """Yields (path relative to root, size in bytes) of every image and text under root/folder, following links."""
+def _files_below(
+    root: Path, folder: str, others: collections.Counter[str], seen: dict[tuple[int, int], str]
+) -> Iterator[tuple[str, int]]:
+    """Yields (path relative to root, size in bytes) of every image and text under root/folder, following links.
+
+    Args:
+        others: counts what is left out, by its kind.
+        seen: {(device, inode): path} of the folders before this one.
+
+    Raises:
+        UserError: two paths lead to one folder.
+    """
+    status = os.stat(root / folder)
+    before = seen.setdefault((status.st_dev, status.st_ino), folder)
+    if before != folder:
+        raise UserError(
+            f"{root / before} and {root / folder} are the same folder, so its images would count twice: remove the link"
+        )
     with os.scandir(root / folder) as entries:
         for entry in entries:
             relative = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _files_below(root, relative)
+            if is_strange(entry.name):
+                others["hidden, or of a system (@eaDir, __MACOSX, ...)"] += 1
+            elif _is_dir(entry):
+                yield from _files_below(root, relative, others, seen)
             elif entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.name.endswith(CAPTION_SUFFIX):
                 yield relative, _size(entry)
+            else:
+                others[os.path.splitext(entry.name)[1].lower()[:20] or "no suffix"] += 1
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    """Whether it is a folder; False for a link that leads nowhere or to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _say_what_is_left_out(path: Path, others: collections.Counter[str]) -> None:
+    if others:
+        kinds = [f"{count:,} x {kind}" for kind, count in others.most_common(5)]
+        more = ", ..." if len(others) > 5 else ""
+        say(f"{path}: {others.total():,} files or folders are no images and not part of the data set ({', '.join(kinds)}{more})")
+
+
+def _say_numbering(path: Path, names: tuple[str, ...]) -> None:
+    """Says so if the classes are numbers in another order than that of the numbers."""
+    if not all(name.isascii() and name.isdigit() for name in names) or list(names) == sorted(names, key=lambda n: (len(n), n)):
+        return
+    first = next(label for label, name in enumerate(names) if int(name[:18]) != label)
+    say(
+        f"{path}: class folders are numbered in the order of text, so that label {first} is the folder {names[first]}; "
+        "pad the names with zeros for the order of numbers"
+    )
 
 
 def _size(entry: os.DirEntry) -> int:

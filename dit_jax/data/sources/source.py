@@ -11,6 +11,12 @@ import numpy as np
 
 from dit_jax.errors import UserError
 
+# Folders of previews and rubbish that a NAS, a file manager or an operating system puts beside one's files.
+STRANGE_FOLDERS = frozenset(
+    ("@eaDir", "#recycle", "@Recycle", "@tmp", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+MAX_CAPTION_BYTES = 1 << 20
+
 
 class Example(TypedDict):
     """One record of a source; `name` is its name in error messages, `caption` a text that describes the image."""
@@ -45,6 +51,11 @@ def fingerprint(**facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_strange(name: str) -> bool:
+    """Whether a file or folder is hidden, or one of STRANGE_FOLDERS: it is no part of a data set."""
+    return name.startswith(".") or name in STRANGE_FOLDERS
+
+
 def caption_text(text: bytes, name: str) -> str:
     """Decodes a caption, UTF-8 with or without a byte order mark, and strips white space.
 
@@ -52,8 +63,10 @@ def caption_text(text: bytes, name: str) -> str:
         name: name of the caption in the error message.
 
     Raises:
-        UserError: the caption is not UTF-8.
+        UserError: the caption is not UTF-8, or longer than MAX_CAPTION_BYTES.
     """
+    if len(text) > MAX_CAPTION_BYTES:
+        raise UserError(f"the caption {name} has {len(text):,} bytes; at most {MAX_CAPTION_BYTES:,} are read")
     try:
         return text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -75,17 +75,22 @@ class TarScan:
         Raises:
             UserError: the tar ends earlier.
         """
+        if offset + size > self._end:
+            raise self._truncated()
         first = offset - self._window_at
         if first < 0 or first + size > len(self._window):
             self._window = os.pread(self._fd, min(max(size, WINDOW), max(self._end - offset, 0)), offset)
             self._window_at, first = offset, 0
         data = self._window[first : first + size]
         if len(data) < size:
-            raise UserError(
-                f"{self.what} is truncated: it ends at byte {self._end - self._start:,}, in a member or before the "
-                "end mark; copy or pack it again"
-            )
+            raise self._truncated()
         return data
+
+    def _truncated(self) -> UserError:
+        return UserError(
+            f"{self.what} is truncated: it ends at byte {self._end - self._start:,}, in a member or before the end mark; copy or "
+            "pack it again"
+        )
 
     def __iter__(self) -> Iterator[Member]:
         position, shared, own, long_name = self._start, {}, {}, None
@@ -95,6 +100,8 @@ class TarScan:
                 return self._check_end(position)
             kind, name, size = self._parse(header, position)
             data = position + BLOCK
+            if size >= 2**63:
+                raise self._damaged(position, f"a member of {size:,} bytes")
             if kind in EXTENSIONS:
                 if size > MAX_EXTENSION:
                     raise self._damaged(position, f"a header of {size:,} bytes")
@@ -109,11 +116,13 @@ class TarScan:
             name = attributes.get("path", long_name or name).removeprefix("./")
             size = int(attributes.get("size", size))
             own, long_name = {}, None
-            if any(key.startswith("GNU.sparse") for key in attributes):
+            if "GNU.sparse" in attributes:
                 kind = b"S"
             if kind in DIRECTORY or (kind in REGULAR and name.endswith("/")):
                 size = 0
             elif kind in REGULAR:
+                if size > self._end - data:
+                    raise self._truncated()
                 yield Member(name, data, size)
             elif kind not in NO_MEMBER:
                 raise UserError(f"{self.what}: member {name} is {REFUSED.get(kind, f'of type {kind!r}: leave it out')}")
@@ -139,18 +148,22 @@ class TarScan:
         return header[156:157], _text(name), size
 
     def _pax(self, body: bytes, position: int) -> dict[str, str]:
-        """Parses the "length key=value\\n" records of a PAX header to {key: value}."""
+        """Parses the "length key=value\\n" records of a PAX header; returns path, size, and "GNU.sparse" for any such key."""
         attributes, at = {}, 0
         while at < len(body) and body[at]:
             digits = body[at : body.find(b" ", at)]
-            length = int(digits) if digits.isdigit() else 0
+            length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
             key, equals, value = body[at + len(digits) + 1 : at + length - 1].partition(b"=")
             if length < 1 or at + length > len(body) or not equals:
                 raise self._damaged(position, "an unreadable PAX header")
-            attributes[_text(key)] = _text(value)
+            if key in (b"path", b"size"):
+                attributes[key.decode()] = _text(value)
+            elif key.startswith(b"GNU.sparse"):
+                attributes["GNU.sparse"] = ""
             at += length
-        if not attributes.get("size", "0").isdigit():
-            raise self._damaged(position, f"a PAX header with size {attributes['size']!r}")
+        stated = attributes.get("size", "0")
+        if not (stated.isascii() and stated.isdigit() and len(stated) < 20):
+            raise self._damaged(position, f"a PAX header with size {stated!r:.40}")
         return attributes
 
     def _damaged(self, position: int, problem: str) -> UserError:

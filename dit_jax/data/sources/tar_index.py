@@ -5,7 +5,6 @@ Letters: N is the number of samples.
 
 import dataclasses
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from absl import logging
 from dit_jax.data.sources.source import fingerprint
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import replacing
+from dit_jax.storage.bounded import read_npz
 
 FORMAT = 1
 SCAN_THREADS = 16  # for slow storage; the scan of local files is limited by the interpreter
@@ -129,11 +129,10 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
     facts = [[file.name, status.st_size, status.st_mtime_ns] for file, status in ((file, file.stat()) for file in files)]
     kept = files[0].parent / f"dit_jax-index-{fingerprint(format=FORMAT, layout=layout, files=facts)}.npz"
     try:
-        with np.load(kept, allow_pickle=False) as arrays:
-            return TarIndex(**arrays)
+        return _stored(kept, [file.stat().st_size for file in files])
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         logging.warning("the index %s is damaged (%s); building it again", kept, error)
     index = build()
     try:
@@ -146,6 +145,35 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
             kept.parent,
             error.strerror,
         )
+    return index
+
+
+def _stored(path: Path, sizes: list[int]) -> TarIndex:
+    """Reads an index; every position must lie in one of the files, which have these sizes in bytes. Raises: ValueError."""
+    arrays = read_npz(path, [field.name for field in dataclasses.fields(TarIndex)])
+    found = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
+    wanted = {name: (column.dtype, 1) for name, column in _columns(of_rows([])).items()}
+    if found != wanted:
+        raise ValueError(f"it has {found}")
+    index = TarIndex(**arrays)
+    ends, count = index.name_end, len(index)
+    if {len(column) for name, column in _columns(index).items() if name != "names"} != {count}:
+        raise ValueError("its columns have several lengths")
+    if count == 0:
+        return index
+    if not 0 <= index.tar.min() <= index.tar.max() < len(sizes):
+        raise ValueError("it names a file that is not there")
+    ends_of_tar = np.asarray(sizes, np.int64)[index.tar]
+    captions = index.caption_size >= 0
+    for offset, size, end in (
+        (index.offset, index.size, ends_of_tar),
+        (index.caption_offset[captions], index.caption_size[captions], ends_of_tar[captions]),
+    ):
+        if (offset < 0).any() or (size < 0).any() or (size > end).any() or (offset > end - size).any():
+            raise ValueError("it points outside of its files")
+    if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] != len(index.names):
+        raise ValueError("its names do not end where they should")
+    index.names.tobytes().decode()
     return index
 
 

@@ -3,22 +3,24 @@
 import collections
 import functools
 import glob
-import json
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 import dit_jax.data.sources.tar_index as tar_index
-from dit_jax.data.sources.source import Example, fingerprint
+from dit_jax.data.sources.source import Example, fingerprint, is_strange
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.errors import UserError
+from dit_jax.storage.bounded import json_object
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("txt", "caption", "json")  # in order of precedence
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 OPEN_FILES = 256
@@ -54,6 +56,13 @@ class TarSource:
         self.files, self.index = tuple(files), index
         self.num_classes, self.class_names = num_classes, tuple(class_names)
         self.has_captions = bool((index.caption_size >= 0).any())
+        tar_index.reject(
+            index,
+            index.caption_size > TEXT_BYTES["json"],
+            lambda i: (
+                f"the caption of {self._name(i)} has {index.caption_size[i]:,} bytes; at most {TEXT_BYTES['json']:,} are read"
+            ),
+        )
         self.fingerprint = fingerprint(
             name=layout,
             class_names=self.class_names,
@@ -84,7 +93,7 @@ class TarSource:
         if index.caption_size[i] >= 0:
             data = self._read(file, index.caption_offset[i], index.caption_size[i], name)
             try:
-                caption = _caption_field(json.loads(data)) if index.caption_is_json[i] else data.decode()
+                caption = _caption_field(json_object(data, "its .json")) if index.caption_is_json[i] else data.decode()
                 if caption is None:
                     raise ValueError("the .json had one when it was indexed")
             except ValueError as error:
@@ -113,10 +122,11 @@ class TarSource:
 class TarShards(TarSource):
     """Tar files in the WebDataset layout: members with the same path up to the first dot of the base name form a sample.
 
-    A sample has one image (.jpg .jpeg .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an integer in
-    ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field "caption" or
-    "text") that it has. As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are not part
-    of the data set. Members of a sample need not be adjacent. Samples are numbered by tar, then by their first member.
+    A sample has one image (.jpg .jpeg .jpe .jfif .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an
+    integer in ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field
+    "caption" or "text") that it has. As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are
+    not part of the data set; nor are those in folders such as @eaDir and __MACOSX. Members of a sample need not be adjacent.
+    Samples are numbered by tar, then by their first member.
 
     The first opening reads all headers and labels, and stores an index next to the tars (see `tar_index.cached`).
 
@@ -235,10 +245,14 @@ class _Part(NamedTuple):
 def _samples(file: Path, number: int) -> list[Row]:
     """Lists the samples of one tar, in the order of their first members."""
     samples: dict[str, dict[str, _Part]] = {}
+    strange = 0
     with opened(file) as fd:
         scan = TarScan(fd, str(file))
         for member in scan:
             folder, slash, base = member.name.rpartition("/")
+            if any(map(is_strange, folder.split("/"))):
+                strange += 1
+                continue
             stem, dot, suffix = base.partition(".")
             suffix = suffix.lower()
             if not stem or not dot:
@@ -247,6 +261,10 @@ def _samples(file: Path, number: int) -> list[Row]:
             if suffix in parts:
                 raise UserError(f"{file}: two members are called {folder + slash + stem}.{suffix}; rename one sample")
             parts[suffix] = _part(scan, member, suffix)
+    if strange:
+        logging.warning(
+            "%s: %d members in folders such as @eaDir, __MACOSX or hidden ones are not part of the data set", file, strange
+        )
     return [_row(f"{file}:{key}", key, number, parts) for key, parts in samples.items()]
 
 
@@ -265,9 +283,7 @@ def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
         text = data.strip()
         return _Part(member, (int(text) if text.isdigit() else text.decode(errors="backslashreplace"),))
     try:
-        fields = json.loads(data)
-        if not isinstance(fields, dict):
-            raise ValueError(f"it contains {type(fields).__name__}, not an object")
+        fields = json_object(data, "it")
         caption = _caption_field(fields)
     except ValueError as error:
         raise UserError(f"{what} cannot be read ({error}): correct it, or pack the tar without it") from None
@@ -284,7 +300,9 @@ def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
     labels = [label for part in parts.values() for label in part.labels]
     for label in labels:
         if type(label) is not int or not 0 <= label < 2**31:
-            raise UserError(f"{what} has the label {label!r}, but a label must be an integer of at least 0: number the classes")
+            raise UserError(
+                f"{what} has the label {reprlib.repr(label)}, but a label must be an integer of at least 0: number the classes"
+            )
     if len(set(labels)) > 1:
         raise UserError(f"{what} has several labels, {', '.join(map(str, labels))}: leave one")
     caption = next((suffix for suffix in CAPTIONS if suffix in parts and parts[suffix].has_caption), None)
@@ -297,5 +315,5 @@ def _caption_field(fields: dict) -> str | None:
     """The caption in a sample's .json. Raises ValueError if it is not a string."""
     caption = next((fields[name] for name in ("caption", "text") if fields.get(name) is not None), None)
     if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"its caption is {caption!r}, not a string")
+        raise ValueError(f"its caption is {reprlib.repr(caption)}, not a string")
     return caption

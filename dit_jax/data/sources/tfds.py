@@ -2,10 +2,37 @@
 
 import functools
 import os
+import reprlib
 import threading
+from typing import Any
 
 from dit_jax.data.sources.source import Example, caption_text, fingerprint
 from dit_jax.errors import UserError
+from dit_jax.storage.bounded import parsed
+
+# TFDS imports the module of any other name in features.json, which runs the code in it.
+FEATURE_TYPES = frozenset(
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+        "audio_feature.Audio",
+        "bounding_boxes.BBoxFeature",
+        "class_label_feature.ClassLabel",
+        "dataset_feature.Dataset",
+        "feature.Tensor",
+        "features_dict.FeaturesDict",
+        "image_feature.Image",
+        "labeled_image.LabeledImage",
+        "scalar.Scalar",
+        "sequence_feature.Sequence",
+        "tensor_feature.Tensor",
+        "text_feature.Text",
+        "translation_feature.Translation",
+        "translation_feature.TranslationVariableLanguages",
+        "video_feature.Video",
+    )
+)
+TYPE_KEYS = ("pythonClassName", "python_class_name", "type")  # of today's files, in both spellings of a protocol buffer; of older
+DEEPEST = 50  # of nested values in features.json
 
 DEFAULT_FOLDER = "~/tensorflow_datasets"  # as in TFDS
 
@@ -78,9 +105,23 @@ class TFDS:
                 f"{self._remedy()}"
             )
         try:
+            name, _ = tfds.core.naming.parse_builder_name_kwargs(self.dataset)
+            if name.namespace:
+                raise UserError(
+                    f"data.dataset={self.dataset!r} names a collection of data sets, {name.namespace!r}: leave it out"
+                )
+            for depth in ("*", "*/*"):  # <version> or <config>/<version>
+                for file in root.glob(f"{name.name}/{depth}/features.json"):
+                    check_features_file(file)
             builder = tfds.builder(self.dataset, data_dir=self.path, try_gcs=False)
+        except UserError:
+            raise
         except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
             raise self._not_found(root) from error
+        except Exception as error:  # of a protocol buffer, for example
+            raise UserError(
+                f"TFDS data set {self.dataset!r} in {self.path} cannot be opened ({error}): prepare it again"
+            ) from error
         if not (tfds.core.Path(builder.data_dir) / "dataset_info.json").exists():
             raise self._not_found(root)
         return builder
@@ -140,8 +181,14 @@ class TFDS:
             raise UserError(f"split {self.split!r} of {self.dataset} is empty")
 
     def _check_shards(self, info) -> None:
-        files = {os.path.basename(i.filename) for i in info.splits[self.split].file_instructions}
-        folder = info.data_dir
+        folder, files = str(info.data_dir), set()
+        for instruction in info.splits[self.split].file_instructions:
+            place, name = os.path.split(os.fspath(instruction.filename))
+            if os.path.normpath(place) != os.path.normpath(folder):
+                raise UserError(
+                    f"{folder}/dataset_info.json names the shard {instruction.filename}, which is outside of its folder"
+                )
+            files.add(name)
         # On a bucket (gs://) the reader is the first to tell.
         missing = sorted(files - set(os.listdir(folder)) if os.path.isdir(folder) else ())
         if missing:
@@ -186,3 +233,36 @@ class TFDS:
         if self.caption_key is not None:
             example["caption"] = caption_text(caption, f"of {name}")
         return example
+
+
+def check_features_file(file) -> None:
+    """Raises UserError if a features.json names a type of feature that is not TFDS's own, or a feature that is no file name.
+
+    Args:
+        file: path, local or of a bucket.
+    """
+    waiting = [(parsed(file.read_bytes(), str(file), "copy the data set again"), 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise UserError(f"{file} is nested more than {DEEPEST} levels deep: copy the data set again")
+        if isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value]
+        if not isinstance(value, dict):
+            continue
+        for key, inner in value.items():
+            _check_feature(file, key, inner)
+            # Older files have JSON in texts, which TFDS parses too.
+            if isinstance(inner, str) and inner.lstrip()[:1] in ("{", "["):
+                inner = parsed(inner, str(file), "copy the data set again")
+            waiting.append((inner, depth + 1))
+
+
+def _check_feature(file, key: str, value: Any) -> None:
+    if key in TYPE_KEYS and isinstance(value, str) and value not in FEATURE_TYPES:
+        raise UserError(
+            f"{file} has a feature of type {value:.200}, and TFDS would run code of that name: dit_jax opens only data sets of "
+            "TFDS's own features"
+        )
+    if "/" in key or "\\" in key or key in ("", ".", ".."):  # TFDS reads <feature>.labels.txt
+        raise UserError(f"{file} has a feature called {reprlib.repr(key)}, which is no file name")
