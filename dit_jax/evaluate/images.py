@@ -99,7 +99,7 @@ class NpzImages:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:
-            raise UserError(f"{path} is not a readable npz of images: {error}") from None
+            raise UserError(f"{path} is not a readable npz of images: {error!s:.300}") from None
         check_is_images(shape[1:], str(path))
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(

@@ -110,7 +110,7 @@ def read(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle or archive raises almost anything
         raise UserError(
-            f"{path} is not a complete PyTorch file ({type(error).__name__}: {error}); download or write it again"
+            f"{path} is not a complete PyTorch file ({type(error).__name__}: {error!s:.300}); download or write it again"
         ) from error
 
 

@@ -118,7 +118,8 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy and zipfile can raise any exception for a damaged or hostile file
-        raise UserError(f"{path} is not a readable npz ({error or type(error).__name__}): write or download it again") from None
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path} is not a readable npz ({why:.300}): write or download it again") from None
 
 
 def unpacked_limit(path: Path) -> int:
