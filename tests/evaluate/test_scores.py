@@ -386,7 +386,7 @@ def test_flags_that_a_task_does_not_use_are_refused(tmp_path):
     for (status, _, error), text in zip(found, UNUSED.values(), strict=True):
         assert status == 2, error
         assert text in error
-        assert error.count("\n") == 1
+        assert error.count("\n") == 2  # that it starts, and the error
 
 
 def test_an_unreadable_reference_image_is_named(tmp_path):
