@@ -149,7 +149,7 @@ def _read_zip(path: Path):
 def _read_stored(path, read_member, info):
     try:
         return read_member(info)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:  # RuntimeError: it claims to be encrypted
         raise UserError(f"{path}: {info.filename} is damaged ({error}); download or write the file again") from None
 
 
