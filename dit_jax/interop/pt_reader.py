@@ -41,7 +41,7 @@ LEGACY_START = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # LEGA
 LEGACY_PROTOCOL = 1001
 LARGEST_RANK = 8
 # Of one pickle. The checkpoint of a network of 10,000 tensors, with its optimizer, needs a tenth of each.
-MAX_PICKLE_BYTES = 256 << 20
+MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 3_000_000
 MAX_PARTS = 10_000_000  # with every reference counted as a copy: what printing, hashing or comparing a value may visit
 MAX_DEPTH = 500  # hashing a tuple recurses without a limit of its own
@@ -193,10 +193,11 @@ def _unpickle(file, storage=None):
     storage: (dtype, key, size) -> Storage.
     """
     start = file.tell()
-    _scan(file)
-    end = file.tell()
-    file.seek(start)
-    return _Unpickler(BytesIO(file.read(end - start)), storage).load()
+    part = BytesIO(file.read(MAX_PICKLE_BYTES))
+    _scan(part)
+    file.seek(start + part.tell())
+    part.seek(0)
+    return _Unpickler(part, storage).load()
 
 
 class _Part(NamedTuple):
