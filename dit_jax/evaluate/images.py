@@ -109,7 +109,7 @@ class NpzImages:
             )
         if self._member.file_size > max(MAX_UNPACKED_BYTES, MAX_PACKED_RATIO * self._member.compress_size):
             raise UserError(
-                f"{path}: arr_0 unpacks from {self._member.compress_size:,} to {self._member.file_size:,} bytes, more than images do; "
+                f"{path}: arr_0 unpacks from {self._member.compress_size:,} to {self._member.file_size:,}, more than images do; "
                 "write it with np.savez, unpacked, if they are real"
             )
         if self._member.file_size != self._header_bytes + math.prod(shape):
