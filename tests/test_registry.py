@@ -90,7 +90,7 @@ def test_an_extractor_of_the_user(tmp_path):
     assert extractors.load("means").weights_sha256 is None
     with pytest.raises(UserError, match="'means' have no weights"):
         extractors.load("means", "weights.npy")
-    with pytest.raises(UserError, match="features 'shifted' need --weights"):
+    with pytest.raises(UserError, match="features 'shifted' need weights"):
         extractors.load("shifted")
     np.save(tmp_path / "weights.npy", np.float32(2))
     loaded = extractors.load("shifted", str(tmp_path / "weights.npy"))

@@ -37,7 +37,7 @@ def check_name(name: str, weights: str | None) -> None:
         f"python -m dit_jax.convert --download={download} --out={name}.safetensors" if download else f"the owner of {name!r}"
     )
     if parameter is not None and parameter.default is parameter.empty and not weights:
-        raise UserError(f"features {name!r} need --weights=<.safetensors written by {made_by}>")
+        raise UserError(f"features {name!r} need weights (--weights, or --config.evaluation.weights); {made_by} writes them")
     if weights and not Path(weights).expanduser().is_file():
         raise UserError(f"--weights={weights} is not a file; {made_by} writes one")
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models.attention import attention_kernel, dot_product_attention
+from dit_jax.models.products import dot_general
 
 Dtype = Any
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -107,7 +108,7 @@ class Projections(nn.Module):
         if self.apart:
             parts = [x @ kernel[:, i].reshape(width, width) + bias[i].reshape(width) for i in range(self.count)]
             return [checkpoint_name(part, "qkv").reshape(*x.shape[:-1], *shape[1:]) for part in parts]
-        together = checkpoint_name(jnp.tensordot(x, kernel, 1) + bias, "qkv")  # [B, N, count, H, E]
+        together = checkpoint_name(dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias, "qkv")  # [B, N, count, H, E]
         return [together[:, :, i] for i in range(self.count)]
 
 
@@ -126,13 +127,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        layer = {"kernel_init": xavier_uniform, "dot_general": dot_general, **dtypes}
         kernel = attention_kernel(self.implementation, self.dtype, x.shape[-1] // self.heads)
 
         def project(x, count, name):
             return Projections(count, self.heads, kernel == "cudnn", **dtypes, name=name)(x)
 
         def linear(x, features, axis, name):
-            return nn.DenseGeneral(features, axis=axis, kernel_init=xavier_uniform, **dtypes, name=name)(x)
+            return nn.DenseGeneral(features, axis=axis, **layer, name=name)(x)
 
         if context is None:
             q, k, v = project(x, 3, "qkv")
@@ -152,8 +154,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        layer = {"kernel_init": xavier_uniform, "dot_general": dot_general, "dtype": self.dtype, "param_dtype": self.param_dtype}
+
         def linear(features, name):
-            return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+            return nn.Dense(features, **layer, name=name)
 
         hidden = checkpoint_name(linear(self.hidden_width, "in")(x), "mlp_in")
         return checkpoint_name(linear(x.shape[-1], "out")(gelu(hidden)), "mlp_out")

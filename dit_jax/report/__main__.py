@@ -10,8 +10,9 @@ from pathlib import Path
 from absl import flags
 
 from dit_jax.errors import UserError
-from dit_jax.runtime import console
+from dit_jax.runtime import command_line, console
 
+command_line.group("The run")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
 
 

@@ -107,9 +107,9 @@ def _final(run: Collected) -> str:
 
 
 def _previews(run: Collected) -> str:
-    shown = [run.previews[i] for i in sorted({*np.linspace(0, len(run.previews) - 1, MOST_PREVIEWS).round().astype(int)})]
     if len(run.previews) < 2:
         return ""
+    shown = [run.previews[i] for i in sorted({*np.linspace(0, len(run.previews) - 1, MOST_PREVIEWS).round().astype(int)})]
     figures = (parts.figure(parts.image(file, f"step {step}"), f"Step {step:,}.") for step, file in shown)
     return parts.side_by_side(figures) + '<p class="soft">The noise and the labels are the same at every step.</p>'
 

@@ -217,9 +217,10 @@ def help_text(doc: str, own: Sequence[flags.Flag]) -> str:
     paragraphs = inspect.cleandoc(doc).split("\n\n")
     head = 1 + (len(paragraphs) > 1 and paragraphs[1].startswith("    "))
     number_of = {name: number for number, name in enumerate(flags.FLAGS)}
-    starts = [*(start for _, start in _groups), len(number_of)]
+    groups = [("Options", 0), *_groups]  # the first: flags that stand before any group
+    starts = [*(start for _, start in groups), len(number_of)]
     parts = paragraphs[:head]
-    for (title, start), end in zip(_groups, starts[1:], strict=True):
+    for (title, start), end in zip(groups, starts[1:], strict=True):
         lines = [line for flag in own if start <= number_of[flag.name] < end for line in _lines(flag, width)]
         parts += ["\n".join([f"{title}:", *lines])] * bool(lines)
     return "\n\n".join([*parts, *paragraphs[head:]])

@@ -230,3 +230,4 @@ def test_a_stopped_run_ends_with_75(tmp_path):
         process.kill()
     result = json.loads(stdout.splitlines()[-1])
     assert process.returncode == 75 and result["stopped"] and Path(result["checkpoint"]).is_dir(), stderr
+    assert f"stopped and saved at step {result['step']}; the same command goes on" in stderr

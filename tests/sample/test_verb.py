@@ -27,7 +27,7 @@ MISTAKES = {
     "--workdir=strong --autoguidance_workdir=weak --guidance_scale=1": "needs guidance_scale above 1",
     "--workdir=strong --autoguidance_workdir=flow --guidance_scale=2": "was trained with another process",
     "--workdir=strong --autoguidance_workdir=nowhere --guidance_scale=2": "nowhere is not the --workdir",
-    "--workdir=strong --dtype=float16": "value should be one of <float32|bfloat16>",
+    "--workdir=strong --dtype=float16": "--dtype=float16 must be one of float32, bfloat16",
     "--workdir=strong --sampler=dopri5": "sampler 'dopri5' needs a continuous process",
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
     "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",

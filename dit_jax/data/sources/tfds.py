@@ -141,7 +141,7 @@ class TFDS:
             return (
                 "prepare it from the two tars of image-net.org: python -m dit_jax.prepare --source=ILSVRC2012_img_train.tar "
                 f"--validation_source=ILSVRC2012_img_val.tar --out={self.path} --dataset=ilsvrc2012, then "
-                "--config.data.dataset=ilsvrc2012 of the same --config.data.path"
+                "give --config.data.dataset=ilsvrc2012"
             )
         return (
             f"prepare it with tfds.builder({self.dataset!r}, data_dir={self.path!r}, file_format='array_record')"
