@@ -25,7 +25,7 @@ from dit_jax.sample import samples_file
 from dit_jax.storage import run_folder
 from dit_jax.storage.sealed import digest, write_sealed
 
-MUTATIONS, MANY = 15, 2_000  # of each kind of file: in the default suite, and when exhaustive
+MUTATIONS, MANY = 15, 1_000  # of each kind of file: in the default suite, and when exhaustive
 SECONDS, MEBIBYTES = 10, 500  # of one file
 
 
@@ -80,7 +80,8 @@ def statistics(path):
 def tar(form):
     def write(path):
         with tarfile.open(path, "w", format=form) as file:
-            members = {"a" * 120 + ".jpg": b"image", "b.jpg": b"image", "b.cls": b"1", "a" * 120 + ".json": b'{"label": 0}'}
+            long = f"{'a' * 90}/{'a' * 60}"
+            members = {f"{long}.jpg": b"image", "b.jpg": b"image", "b.cls": b"1", f"{long}.json": b'{"label": 0}'}
             for name, data in members.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -112,13 +113,20 @@ def text(content):
     return lambda path: path.write_text(json.dumps(content))
 
 
+def index_of_parts(path):
+    safetensors(path.with_name("x.safetensors"))
+    text({"weight_map": {"a/kernel": "x.safetensors"}})(path)
+
+
 def picture(kind):
     return lambda path: Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)).save(path, kind)
 
 
 def read_pt(path):
-    for value in pt_reader.read(path).values():
-        value.load()
+    found = pt_reader.read(path)
+    for value in found.values() if isinstance(found, dict) else ():
+        if isinstance(value, tensors.Tensor):
+            value.load()
 
 
 def read_weights(path):
@@ -145,6 +153,7 @@ FEATURES = {
     "featuresDict": {"features": {"image": {"pythonClassName": "tensorflow_datasets.core.features.image_feature.Image"}}},
 }
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 RESULT = {"fid": 1.0, "samples_sha256": "a"}
 KINDS = {
     "pt": ("x.pt", small_pt, read_pt),
@@ -161,7 +170,7 @@ KINDS = {
     "config": ("config.json", text(CONFIG), lambda path: run_folder.read_config(path.parent)),
     "vae": ("config.json", text(VAE), lambda path: vae.read_codec(path.parent)),
     "features": ("features.json", text(FEATURES), check_features_file),
-    "index": ("x.index.json", text({"weight_map": {"a/kernel": "x.safetensors"}}), tensors.open_sharded),
+    "index": ("x.index.json", index_of_parts, tensors.open_sharded),
     "result": ("x.json", text(RESULT), lambda path: table.read_result(str(path))),
     **{
         kind: (f"x.{kind}", picture(kind), lambda path: decode(path.read_bytes(), 3, "x"))

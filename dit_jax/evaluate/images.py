@@ -23,11 +23,12 @@ from dit_jax.data.sources.source import Source
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.sample import shards
-from dit_jax.storage.bounded import array_header, json_object, read_npz
+from dit_jax.storage.bounded import MAX_UNPACKED_BYTES, array_header, json_object, read_npz
 
 ARRAY = "arr_0.npy"
 DIGITS_SHAPE = (8, 8, 1)
 READ_BYTES = 2**24
+MAX_PACKED_RATIO = 100  # of an array of images; that of photographs is below 2
 
 
 class Images(Protocol):
@@ -99,12 +100,17 @@ class NpzImages:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:
-            raise UserError(f"{path} is not a readable npz of images: {error}") from None
+            raise UserError(f"{path} is not a readable npz of images: {error!s:.300}") from None
         check_is_images(shape[1:], str(path))
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(
                 f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; it must be uint8 "
                 "[N, H, W, 1 or 3] with N >= 2"
+            )
+        if self._member.file_size > max(MAX_UNPACKED_BYTES, MAX_PACKED_RATIO * self._member.compress_size):
+            raise UserError(
+                f"{path}: arr_0 unpacks from {self._member.compress_size:,} to {self._member.file_size:,}, more than images do; "
+                "write it with np.savez, unpacked, if they are real"
             )
         if self._member.file_size != self._header_bytes + math.prod(shape):
             raise UserError(

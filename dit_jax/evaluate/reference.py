@@ -137,7 +137,9 @@ def read(path: str | os.PathLike) -> Reference:
     if recipe is None:
         return _published(path, arrays)
     if version != str(FORMAT):
-        raise UserError(f"{path} has format {version:.20}, but this dit_jax reads {FORMAT}: make it again with --make_reference")
+        raise UserError(
+            f"{path} has format {version!s:.20}, but this dit_jax reads {FORMAT}: make it again with --make_reference"
+        )
     if _sha256(arrays, recipe) != seal:
         raise UserError(f"{path} is damaged: its content does not match its seal. Make it again with --make_reference")
     facts = json_object(recipe, f"the recipe in {path}", "make it again with --make_reference", RECIPE_FORM)

@@ -242,10 +242,12 @@ def opened(path: str | os.PathLike) -> Shards | None:
     if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) >= 2**63:
         raise UserError(f"{path / MANIFEST} says {count!r} images of shape {shape!r}, which is impossible; give another folder")
     try:
-        labels = np.load(path / LABELS, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        labels = np.load(path / LABELS, mmap_mode="r", allow_pickle=False)  # a header may claim any size
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise UserError(f"{path / LABELS} cannot be read ({error}); remove {path} and draw again") from None
-    same = settings_of(labels.astype(np.int32), tuple(sizes[1:]), {}, {}) if labels.ndim == 1 else {}
+    same = (
+        settings_of(labels.astype(np.int32), tuple(sizes[1:]), {}, {}) if labels.ndim == 1 and labels.dtype.kind in "iu" else {}
+    )
     if any(same.get(key) != settings.get(key) for key in ("num_images", "labels_sha256")):
         raise UserError(f"{path / LABELS} does not hold the labels that {MANIFEST} names; remove {path} and draw again")
     return Shards(path, settings, labels.astype(np.int32))

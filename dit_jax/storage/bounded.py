@@ -118,7 +118,8 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy and zipfile can raise any exception for a damaged or hostile file
-        raise UserError(f"{path} is not a readable npz ({error or type(error).__name__}): write or download it again") from None
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path} is not a readable npz ({why:.300}): write or download it again") from None
 
 
 def unpacked_limit(path: Path) -> int:
@@ -131,6 +132,8 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError(f"{member.filename} is packed in another way than NumPy's")
     with archive.open(member) as file:
         shape, _, dtype = array_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} is a pickle, which is not opened")
         if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
             raise ValueError(f"{member.filename} declares {dtype} {list(shape)} but has {member.file_size - file.tell():,} bytes")
     with archive.open(member) as file:
@@ -143,6 +146,6 @@ def array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version not in HEADERS:
         raise ValueError(f"the .npy version is {version}")
     shape, fortran, dtype = HEADERS[version](file)
-    if dtype.hasobject or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"its array is {dtype} {reprlib.repr(shape)}")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"its array has the shape {reprlib.repr(shape)}")
     return shape, fortran, dtype

@@ -408,6 +408,8 @@ def test_other_json_in_a_tar_is_one_line(text, tmp_path):
         ("name_end", 2**40),
         ("name_end", -1),
         ("names", 255),
+        ("label", -2),
+        ("label", 2**40),
     ],
 )
 def test_an_index_that_points_elsewhere_is_built_again(column, value, tmp_path, caplog):

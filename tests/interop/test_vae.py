@@ -113,6 +113,49 @@ def test_every_tensor_is_accounted_for(codec, folder):
     assert "4 differences" in str(error.value)
 
 
+def ldm_name(name, levels):
+    """diffusers' name to that of the LDM code (ldm/modules/diffusionmodules/model.py)."""
+    parts = name.split(".")
+    if parts[0] not in ("encoder", "decoder"):
+        return name
+    side, part, *rest = parts
+    if part in ("down_blocks", "up_blocks"):
+        level = int(rest[0]) if part == "down_blocks" else levels - 1 - int(rest[0])
+        kind = {"resnets": f"block.{rest[2]}", "downsamplers": "downsample", "upsamplers": "upsample"}[rest[1]]
+        return ".".join([side, part.split("_")[0], str(level), kind, *rest[3:]]).replace("conv_shortcut", "nin_shortcut")
+    if part == "mid_block":
+        if rest[0] == "resnets":
+            return ".".join([side, "mid", f"block_{int(rest[1]) + 1}", *rest[2:]])
+        where = ".".join(rest[2:]).replace("to_out.0", "proj_out").replace("to_", "").replace("group_norm", "norm")
+        return f"{side}.mid.attn_1.{where}"
+    return name.replace("conv_norm_out", "norm_out")
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_the_names_of_the_ldm_code_are_read(prefix, codec, folder, capsys):
+    """173 lines of missing and extra tensors for the names that the paper's autoencoder was published under."""
+    expected = load_diffusers(folder, codec)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    levels = len(codec.block_out_channels)
+    theirs = {prefix + ldm_name(name, levels): tensor for name, tensor in tensors.items()}
+    assert f"{prefix}encoder.mid.attn_1.q.weight" in theirs
+    assert f"{prefix}decoder.up.0.block.0.conv1.weight" in theirs
+    for name, tensor in theirs.items():
+        if ".attn_1." in name and tensor.ndim == 2:
+            theirs[name] = tensor[:, :, None, None]  # convolutions there
+    save_file(theirs | ({"model.diffusion_model.x": np.ones(1, np.float32)} if prefix else {}), folder / WEIGHTS_NAME)
+    found = load_diffusers(folder, codec)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert "names of the LDM code" in capsys.readouterr().err
+
+
+def test_a_vae_with_nan_is_named(codec, folder):
+    """Images of NaN, drawn black."""
+    edit(folder, lambda tensors: tensors["decoder.conv_out.bias"].fill(np.nan))
+    with pytest.raises(UserError, match=r"decoder\.conv_out\.bias holds NaN"):
+        load_diffusers(folder, codec)
+
+
 def test_both_names_of_one_tensor_are_refused(codec, folder):
     """One of two conflicting tensors taken at random."""
     name = "encoder.mid_block.attentions.0.to_q.weight"

@@ -164,6 +164,15 @@ def test_an_npz_that_unpacks_to_much_more_is_refused_before_it_is_unpacked(tmp_p
         tracemalloc.stop()
 
 
+def test_images_that_unpack_to_a_thousand_times_their_size_are_refused(tmp_path, monkeypatch):
+    """Gigabytes of black images in a few megabytes, unpacked and scored."""
+    np.savez_compressed(tmp_path / "x.npz", np.zeros((64, 256, 256, 1), np.uint8))
+    assert len(images.NpzImages(tmp_path / "x.npz")) == 64  # small, whatever its ratio
+    monkeypatch.setattr(images, "MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(UserError, match="arr_0 unpacks from"):
+        images.NpzImages(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -163,6 +163,8 @@ def _stored(path: Path, sizes: list[int]) -> TarIndex:
         return index
     if not 0 <= index.tar.min() <= index.tar.max() < len(sizes):
         raise ValueError("it names a file that is not there")
+    if not -1 <= index.label.min() <= index.label.max() < 2**31:
+        raise ValueError("it has impossible labels")
     ends_of_tar = np.asarray(sizes, np.int64)[index.tar]
     captions = index.caption_size >= 0
     for offset, size, end in (

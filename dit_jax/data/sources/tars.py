@@ -24,6 +24,7 @@ IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "gif", "bmp", "tif
 CAPTIONS = ("txt", "caption", "json")  # in order of precedence
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 OPEN_FILES = 256
+MAX_CLASSES = 1_000_000
 TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # largest file that is read while indexing
 
 
@@ -151,6 +152,14 @@ class TarShards(TarSource):
         )
         if not len(index):
             raise UserError(f"{path}: {len(files)} tars contain no samples")
+        tar_index.reject(
+            index,
+            index.label >= MAX_CLASSES,
+            lambda i: (
+                f"{files[index.tar[i]].name}:{index.name(i)} has label {index.label[i]}, of {MAX_CLASSES:,} at most: "
+                "number them from 0"
+            ),
+        )
         class_names = _class_names(class_names_file) if class_names_file else None
         if num_classes is None:
             num_classes = len(class_names) if class_names is not None else int(index.label.max()) + 1
