@@ -1,5 +1,6 @@
 """Every test runs with 8 simulated devices; what is not put on a mesh uses the first."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 
 import jax
+import pytest
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the processes that they start inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,3 +36,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # those inherit it, as the verbs th
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def _warnings():
+    """Warnings reach `caplog`, whatever level an earlier test or a verb has set."""
+    logging.getLogger("absl").setLevel(logging.WARNING)

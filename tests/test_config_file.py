@@ -201,6 +201,7 @@ def test_configs_by_name(tmp_path, monkeypatch):
     for file, seed in ((installed / "one.py", 1), (installed / "two.py", 2), (here / "two.py", 3), (here / "imagenet.py", 4)):
         file.write_text(source.format(seed))
     (installed / "sweeps" / "grid.py").touch()
+    (installed / "__init__.py").touch()  # found before the package of an editable install
     assert [read(name).seed for name in ("one", "two", "imagenet:B/4,256", str(installed / "two.py"))] == [1, 3, 4, 2]
     assert config_file.find("grid", "sweep", "sweeps") == installed / "sweeps" / "grid.py"
     assert list(config_file.known()) == ["imagenet", "one", "two"]

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import logging as python_logging
 import shutil
 import threading
 
@@ -18,8 +17,6 @@ from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.training import loop
 from dit_jax.training.loop import train
 from dit_jax.training.meter import Diverged
-
-python_logging.getLogger("absl").setLevel(python_logging.ERROR)
 
 
 def leaves(run):
