@@ -27,6 +27,7 @@ from dit_jax.sample.generator import Generator, has_replicated_params
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
 from dit_jax.storage.atomic import check_writable
+from dit_jax.storage.paths import local_path
 
 GRID_IMAGES = 100
 
@@ -64,7 +65,7 @@ def folder_of(out: Path) -> Path:
 
 def check_out(out: str | os.PathLike) -> None:
     """Raises a UserError if samples cannot be written to `out`, before any sampling."""
-    out = Path(out).expanduser()
+    out = local_path(out)
     if out.suffix not in ("", ".npz") and not out.is_dir():
         raise UserError(f"{out} must end in .npz, or be a folder whose name has no dot")
     if out.suffix == ".npz" and out.is_dir():

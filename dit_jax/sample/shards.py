@@ -29,6 +29,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
 from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
@@ -210,7 +211,7 @@ def read(path: str | os.PathLike) -> Shards:
     Raises:
         UserError: not a folder of samples; unfinished; the manifest or the labels are damaged.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     samples = opened(path)
     if samples is None:
         raise UserError(f"{path} has no {MANIFEST}; give a folder of dit_jax.sample")
@@ -226,7 +227,7 @@ def opened(path: str | os.PathLike) -> Shards | None:
     Raises:
         UserError: the manifest or the labels are damaged or have another format.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         settings = read_sealed(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
