@@ -45,6 +45,7 @@ from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
+from dit_jax.storage.paths import local_path
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
@@ -373,7 +374,7 @@ class Run:
     def _codec_path(self, own: Path | None, fetch: bool = True) -> Path:
         given = self.config.codec.path
         if own and own.exists():
-            if given and given not in vae.PUBLISHED and not Path(given).expanduser().exists():
+            if given and given not in vae.PUBLISHED and not local_path(given).exists():
                 say(f"codec.path {given} does not exist; using the copy in {own}")
             return own
         if not given:

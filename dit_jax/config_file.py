@@ -26,6 +26,7 @@ from dit_jax import registry
 from dit_jax.errors import UserError, nearest, suggest
 from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.field_values import NONE, FieldType
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade, upgrade_path
 
 if typing.TYPE_CHECKING:  # `benchmark --model` runs without ml_collections
@@ -142,7 +143,7 @@ def find(given: str, flag: str = "config", folder: str = "") -> Path:
     Raises:
         UserError: there is no such file; the message lists those that there are.
     """
-    path = Path(given).expanduser()
+    path = local_path(given)
     if path.is_file():
         return path
     if not given or given.startswith("-"):

@@ -38,6 +38,7 @@ from dit_jax.sample.labels import chosen_labels
 from dit_jax.sample.samples_file import Samples
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.storage.atomic import replacing_folder, write_json
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
 
 Labels = Sequence[int] | np.ndarray | str | None
@@ -219,7 +220,7 @@ class Pipeline:
         Raises:
             UserError: as for a call; `out` holds other samples or cannot be written.
         """
-        out = Path(out).expanduser().absolute()
+        out = local_path(out).absolute()
         drawing.check_out(out)
         drawn = self._prepare(labels, num_samples, seed, options)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
@@ -325,7 +326,7 @@ class Pipeline:
         """
         from jax import export
 
-        path = Path(path).expanduser().absolute()
+        path = local_path(path).absolute()
         strange = sorted(p.name for p in path.iterdir() if p.name not in (PROGRAM, WEIGHTS, MADE_BY)) if path.is_dir() else []
         if strange or path.is_file():
             raise UserError(f"{path} {f'holds {strange[0]}' if strange else 'is a file'}; give a folder that does not exist")
@@ -462,7 +463,7 @@ class Pipeline:
         """
         if config.guidance.scale == 1.0:
             raise UserError("autoguidance needs guidance_scale above 1; at 1 guidance is off")
-        path = Path(path).expanduser().absolute()
+        path = local_path(path).absolute()
         if path not in self._weak:
             opened = trained.read(path)
             weaker = ml_collections.ConfigDict(opened.config.to_dict())

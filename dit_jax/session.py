@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from dit_jax.errors import UserError
 from dit_jax.report import ending
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_json
+from dit_jax.storage.paths import local_path
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
 
@@ -46,7 +46,7 @@ def train(
         config = config_file.read(os.fspath(config), fields)
     elif fields:
         raise UserError(f"fields={list(fields)} is given with a config that is built already; set the fields in it")
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir).absolute()
     run = Run(config)
     run.task  # the errors of the config itself come first
     run.check_files(workdir, lambda: check_results(run))

@@ -23,13 +23,12 @@ graph in http://download.tensorflow.org/models/image/imagenet/inception-2015-12-
 transformers.
 """
 
-from pathlib import Path
-
 import jax
 from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console
+from dit_jax.storage.paths import local_path
 
 command_line.group("Input and output")
 FROM = flags.DEFINE_string(
@@ -84,7 +83,7 @@ def download_vae(name: str) -> dict:
     given = {"from": FROM.value, "out": OUT.value, "heads": HEADS.value, "like": LIKE.value, "step": STEP.value}
     if unused := [flag for flag, value in given.items() if value is not None]:
         raise UserError(f"--{unused[0]} has no effect with --download={name}, which is used as it is; leave it out")
-    folder = vae.published_folder(name) if WEIGHTS.value is None else Path(WEIGHTS.value).expanduser()
+    folder = vae.published_folder(name) if WEIGHTS.value is None else local_path(WEIGHTS.value)
     sha256 = vae.fetch_published(name, folder)
     return {"downloaded": {"path": str(folder), "sha256": sha256}}
 
@@ -104,7 +103,7 @@ def main() -> dict:
             raise UserError(f"--from={layout}: {DOWNLOAD.value} has the layout {published.layout}; leave out --from")
         layout, path = published.layout, path or published.file_name
         console.say(f"{DOWNLOAD.value}: {published.url} -> {path}")
-        sha256 = download(published, Path(path).expanduser(), byte_progress(DOWNLOAD.value))
+        sha256 = download(published, local_path(path), byte_progress(DOWNLOAD.value))
         result["downloaded"] = {"path": path, "sha256": sha256}
         if OUT.value is None:
             return result
@@ -114,9 +113,9 @@ def main() -> dict:
         raise UserError(f"--to={TO.value}: one of {', '.join(formats.TARGETS)} is needed")
     if layout == TO.value:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
-    out = Path(OUT.value).expanduser()
-    like = Path(LIKE.value).expanduser() if LIKE.value is not None else None
-    source = formats.Source(layout, Path(path).expanduser(), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value)
+    out = local_path(OUT.value)
+    like = local_path(LIKE.value) if LIKE.value is not None else None
+    source = formats.Source(layout, local_path(path), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value)
     weights = formats.read(source)
     written = formats.write(weights, TO.value, out)
     console.say(f"{written['parameters']:,} parameters of {path} written to {out}")

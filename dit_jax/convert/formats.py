@@ -37,6 +37,7 @@ from dit_jax.interop.weights import Weights
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
 from dit_jax.storage.checkpoints import restore_subtree
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_config
 from dit_jax.storage.sealed import sha256_of
 
@@ -77,7 +78,7 @@ class Source:
     def __post_init__(self):
         for name in ("path", "like"):  # str is accepted too
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+                object.__setattr__(self, name, local_path(getattr(self, name)))
         if self.layout not in SOURCES:
             raise UserError(f"--from={self.layout}: one of {', '.join(SOURCES)} is needed")
         foreign = self.layout in ("official", "sit", "diffusers")
@@ -140,7 +141,7 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
     Raises:
         UserError: the name of `out` does not fit the layout, or the layout cannot represent the network.
     """
-    out = Path(out).expanduser()
+    out = local_path(out)
     if not to_write.sections and layout != "dit_jax":
         raise UserError(
             f"--to={layout}: weights read with --from={to_write.origin['from']} cannot be written in that layout; omit --to"

@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import reprlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from dit_jax.data.latent_files import FILE_FORM, FORMAT, MANIFEST, MANIFEST_FORM
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.storage.bounded import check_form, parsed
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import damage, digest, read_sealed
 
 SHOWN = 10  # number of lines of a list in an error message
@@ -55,7 +55,7 @@ class LatentCache:
                 "data.path is empty; give the folder of a latent cache, which python -m dit_jax.encode --data=<images> "
                 "--codec=<autoencoder> --resolution=<pixels> --out=<folder> writes (--config.data.path=<folder>)"
             )
-        self.path = Path(path).expanduser()
+        self.path = local_path(path)
         self.manifest = read_manifest(self.path)
         m = self.manifest
         files = [m["settings"], *(file for shard in m["shards"] for file in shard["files"].values())]
@@ -199,7 +199,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     Raises:
         UserError: there is no finished cache; the manifest is damaged, has another format, or lists unexpected file names.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     try:
         manifest = read_sealed(folder / MANIFEST, {"format": int})
     except UserError as error:

@@ -10,7 +10,6 @@ processes divide the shards among themselves: start the command once per host, w
 """
 
 import hashlib
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -18,6 +17,7 @@ from absl import flags
 from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
+from dit_jax.storage.paths import local_path
 
 command_line.group("What to encode")
 DATA = flags.DEFINE_string("data", None, "Data set: digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
@@ -138,7 +138,7 @@ def summary(manifest: dict) -> dict:
 def main() -> dict:
     if OUT.value is None:
         raise UserError("give --out=<folder of the cache>")
-    out = Path(OUT.value).expanduser()
+    out = local_path(OUT.value)
     if VERIFY.value:
         from dit_jax.data.latents import LatentCache
 

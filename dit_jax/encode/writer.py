@@ -39,6 +39,7 @@ from dit_jax.pixels import to_float
 from dit_jax.runtime.console import Progress, say
 from dit_jax.runtime.versions import arithmetic, version, versions
 from dit_jax.storage.atomic import npy, remove_leftovers
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import digest, write_listed, write_sealed
 
 SHARD_BYTES = 2**29
@@ -167,7 +168,7 @@ def encode(job: Job, folder: str | os.PathLike, max_bad_share: float = 0.001, nu
         UserError: the folder contains a cache of another job, or is being written; too many bad records; moments exceed the
             range of float16.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     if not 0 <= max_bad_share < 1:
         raise UserError(f"max_bad_share is {max_bad_share}; it must lie in [0, 1)")
     rate = encode_shards(job, folder, max_bad_share, num_threads, jax.process_index(), jax.process_count())

@@ -18,6 +18,7 @@ from absl import flags
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
 from dit_jax.storage.atomic import check_writable, resumable_path, write_atomic, write_json
+from dit_jax.storage.paths import local_path
 
 command_line.group("Score samples")
 SAMPLES = flags.DEFINE_string(
@@ -92,7 +93,7 @@ def options():
 
 def result_path(name: str) -> Path:
     """The absolute path; the first process checks that it can be written, before any work is done."""
-    path = Path(name).expanduser().absolute()
+    path = local_path(name).absolute()
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     if jax.process_index() == 0:
@@ -117,7 +118,7 @@ def make_reference(out: str) -> dict:
     path = result_path(out)
     images: Images
     if DATA.value.endswith(".npz"):
-        images = NpzImages(Path(DATA.value).expanduser())
+        images = NpzImages(local_path(DATA.value))
     else:
         is_digits = DATA.value == "digits"
         if RESOLUTION.value is None and not is_digits:
@@ -146,7 +147,7 @@ def score() -> dict:
         raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
     from dit_jax.evaluate.scores import METRICS, evaluate
 
-    samples = Path(SAMPLES.value).expanduser()
+    samples = local_path(SAMPLES.value)
     if not samples.exists():
         raise UserError(f"--samples={SAMPLES.value} does not exist; give an npz of images or a folder of dit_jax.sample")
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples

@@ -11,6 +11,7 @@ from dit_jax import registry
 from dit_jax.errors import UserError
 from dit_jax.interop.download import PUBLISHED
 from dit_jax.metrics.features import Extractor, Pixels
+from dit_jax.storage.paths import local_path
 
 MAX_PIXEL_FEATURES = 4_096
 
@@ -38,7 +39,7 @@ def check_name(name: str, weights: str | None) -> None:
     )
     if parameter is not None and parameter.default is parameter.empty and not weights:
         raise UserError(f"features {name!r} need weights (--weights, or --config.evaluation.weights); {made_by} writes them")
-    if weights and not Path(weights).expanduser().is_file():
+    if weights and not local_path(weights).is_file():
         raise UserError(f"--weights={weights} is not a file; {made_by} writes one")
 
 
@@ -66,7 +67,7 @@ def load(name: str, weights: str | None = None) -> Loaded:
         return Loaded(constructor(), {}, None)
     from dit_jax.interop.vae import weights_sha256
 
-    extractor, params = constructor(Path(weights).expanduser()) if weights else constructor()
+    extractor, params = constructor(local_path(weights)) if weights else constructor()
     return Loaded(extractor, params, weights_sha256(jax.tree.map(np.asarray, params)))
 
 

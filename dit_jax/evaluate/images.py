@@ -24,6 +24,7 @@ from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 from dit_jax.sample import shards
 from dit_jax.storage.bounded import MAX_UNPACKED_BYTES, array_header, json_object, read_npz
+from dit_jax.storage.paths import local_path
 
 ARRAY = "arr_0.npy"
 DIGITS_SHAPE = (8, 8, 1)
@@ -77,7 +78,7 @@ class NpzImages:
     """
 
     def __init__(self, path: str | os.PathLike):
-        path = Path(path).expanduser()
+        path = local_path(path)
         self.path, self.name = path, str(path)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -255,7 +256,7 @@ def open_samples(path: str) -> Images:
     Raises:
         UserError: it does not exist or contains no images; see `NpzImages` and `sample.shards.read`.
     """
-    location = Path(path).expanduser()
+    location = local_path(path)
     if not location.is_dir():
         return NpzImages(location)
     samples = shards.read(location)
@@ -278,7 +279,7 @@ def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> 
     """
     images: Images
     if data.endswith(".npz"):
-        images = NpzImages(Path(data).expanduser())
+        images = NpzImages(local_path(data))
     else:
         height, width, channels = DIGITS_SHAPE if data == "digits" else shape
         images = cropped(data, (height, width), channels, split)

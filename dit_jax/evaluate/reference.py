@@ -22,6 +22,7 @@ from dit_jax.metrics.frechet import Moments
 from dit_jax.runtime.versions import device_kind, versions
 from dit_jax.storage.atomic import remove_leftovers, replacing
 from dit_jax.storage.bounded import json_object, read_npz
+from dit_jax.storage.paths import local_path
 
 FORMAT = 1
 RECIPE_FORM = {"source": str, "count": int, "image_shape": [int], "images_sha256": str, "extractor": {"name": str}}
@@ -77,7 +78,7 @@ def write(path: str | os.PathLike, reference: Reference) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     arrays = _arrays(reference.moments, reference.features)
     recipe = json.dumps(reference.recipe)
     seal = _sha256(arrays, recipe)
@@ -112,7 +113,7 @@ def holds_statistics(path: str | os.PathLike) -> bool:
     Raises:
         UserError: the file is not an npz.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return "mu.npy" in archive.namelist()
@@ -131,7 +132,7 @@ def read(path: str | os.PathLike) -> Reference:
         UserError: the file is not readable, has an unsuitable dtype or shape or a non-finite value, does not match its seal, or
             has an unknown format.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     arrays = read_npz(path, (*sum(KEYS.values(), ()), "features", "recipe", "seal", "format"))
     recipe, seal, version = (str(arrays.pop(name)) if name in arrays else None for name in ("recipe", "seal", "format"))
     if recipe is None:

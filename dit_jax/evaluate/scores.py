@@ -31,6 +31,7 @@ from dit_jax.metrics.precision_recall import precision_recall
 from dit_jax.runtime.console import say
 from dit_jax.runtime.versions import device_kind, provenance, version
 from dit_jax.sample.samples_file import Samples
+from dit_jax.storage.paths import local_path
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_FEATURES = ("precision", "recall", "kid")  # these need the reference's features, not only their moments
@@ -93,8 +94,8 @@ def open_reference(reference: str | Images, shape: tuple[int, ...], split: str |
         return reference
     if split and reference.endswith(".npz"):
         raise UserError(f"--split={split} has no effect with --reference={reference}, an npz; omit it")
-    if reference.endswith(".npz") and references.holds_statistics(Path(reference).expanduser()):
-        return references.read(Path(reference).expanduser())
+    if reference.endswith(".npz") and references.holds_statistics(local_path(reference)):
+        return references.read(local_path(reference))
     return open_images(reference, shape, split)
 
 

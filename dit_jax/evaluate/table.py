@@ -10,6 +10,7 @@ from typing import Any
 from dit_jax.errors import UserError
 from dit_jax.evaluate.scores import METRICS
 from dit_jax.storage.bounded import read_json
+from dit_jax.storage.paths import local_path
 
 FORMATS = ("text", "csv", "markdown")
 # Settings that a comparison depends on: column -> path in the result.
@@ -55,7 +56,7 @@ def read_result(path: str) -> dict:
     """
     remedy = "it is not a result file of dit_jax.evaluate"
     try:
-        result = read_json(Path(path).expanduser(), remedy, {"samples_sha256": str})
+        result = read_json(local_path(path), remedy, {"samples_sha256": str})
     except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not set(METRICS) & result.keys():

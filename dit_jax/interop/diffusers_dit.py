@@ -20,6 +20,7 @@ from dit_jax.interop.official import POSITION, Architecture
 from dit_jax.interop.tensors import Tensor, Tensors, write_safetensors
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.bounded import read_json
+from dit_jax.storage.paths import local_path
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
@@ -116,7 +117,7 @@ def write(folder: str | os.PathLike, tensors: Tensors, architecture: Architectur
         tensors: with official names.
         sample_size: side of the network's input.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     if architecture.mlp_width != 4 * architecture.width:
         raise UserError(
             f"the MLP has width {architecture.mlp_width}, but diffusers' module supports only 4 x width = "
@@ -134,7 +135,7 @@ def find_weights(path: str | os.PathLike) -> Path:
     Raises:
         UserError: the folder has none.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.is_dir():
         return path
     for name in WEIGHTS_NAMES:
@@ -150,7 +151,7 @@ def read_config(weights: str | os.PathLike) -> dict:
     Raises:
         UserError: it is missing, damaged, or of another class of model.
     """
-    weights = Path(weights).expanduser()
+    weights = local_path(weights)
     path = weights.parent / "config.json"
     try:
         config = read_json(path, "download it again", {"_class_name": str})

@@ -9,7 +9,6 @@ http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz; A
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop.graph_def import read_constants
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, open_converted
 from dit_jax.metrics.inception import BLOCKS, CLASSES, FEATURES, STEM, Conv, names
+from dit_jax.storage.paths import local_path
 
 EPSILON = 1e-3  # of the batch norms, in the graph and in its ports
 NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
@@ -92,7 +92,7 @@ def from_graph(path: str | os.PathLike) -> Tensors:
     Raises:
         UserError: the file is not a frozen graph; or as `from_port`.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     constants = read_constants(path)
     tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}  # and the axes of the port in those of the graph
     for name, (graph, *_) in CONVOLUTIONS.items():

@@ -22,6 +22,7 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor
+from dit_jax.storage.paths import local_path
 
 STORAGES = {
     "FloatStorage": np.float32,
@@ -89,7 +90,7 @@ class Namespace:
 
 def is_pt(path: str | os.PathLike) -> bool:
     """Whether the file starts like one of the two formats; the rest is not checked."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     with open(path, "rb") as file:
         start = file.read(len(LEGACY_START))
     return start.startswith(ZIP_MAGIC) or start == LEGACY_START
@@ -101,7 +102,7 @@ def read(path: str | os.PathLike) -> Any:
     Raises:
         UserError: the file is damaged or truncated, or references anything but tensors and plain containers.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == ZIP_MAGIC

@@ -3,13 +3,13 @@
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
 from dit_jax.interop.pt_reader import STORAGES
 from dit_jax.interop.tensors import Tensor, Tensors, raw_bytes
 from dit_jax.storage.atomic import remove_leftovers, replacing
+from dit_jax.storage.paths import local_path
 
 STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 ROOT = "archive"
@@ -19,7 +19,7 @@ LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 def write(path: str | os.PathLike, tensors: Tensors) -> None:
     """Writes a dict of tensors that torch.load(weights_only=True) reads. An existing file is replaced atomically."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     remove_leftovers(path.parent, path.name)
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", _pickle(tensors))

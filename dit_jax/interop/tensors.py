@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from dit_jax.errors import UserError
 from dit_jax.storage.atomic import remove_leftovers, replacing
 from dit_jax.storage.bounded import check_form, read_json
+from dit_jax.storage.paths import local_path
 
 DTYPES = {
     np.dtype(name): code
@@ -156,7 +157,7 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     Raises:
         UserError: it is not a complete safetensors file.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         file = safe_open(path, framework="numpy")
         tensors = {}
@@ -181,7 +182,7 @@ def open_converted(path: str | os.PathLike, what: str, source: str, way: str) ->
     Raises:
         UserError: the file does not exist, or is not a complete .safetensors file.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: the weights of {what} are one .safetensors file, written by python -m dit_jax.convert "
@@ -200,7 +201,7 @@ def open_sharded(index: str | os.PathLike) -> tuple[dict[str, Tensor], list[Path
     Raises:
         UserError: the index is damaged, points outside its folder, or disagrees with the parts.
     """
-    index = Path(index).expanduser()
+    index = local_path(index)
     places = read_json(index, "give the index of a safetensors file, or download it again", {"weight_map": {}})["weight_map"]
     check_form(list(places.values()), [str], f"the weight_map of {index}", "download it again")
     parts = sorted(set(places.values()))
@@ -224,7 +225,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Tensors, metadata: Mappi
 
     The library's writer takes all arrays at once. This one holds a single tensor in memory.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     position = 0
     for name, tensor in tensors.items():
@@ -248,7 +249,7 @@ def write_foreign(path: str | os.PathLike, tensors: Tensors, origin: Mapping) ->
     Raises:
         UserError: the name does not end in .safetensors.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"--out={path} must end in .safetensors")
     write_safetensors(path, tensors, {"format": "pt", "origin": json.dumps(origin)})

@@ -23,6 +23,7 @@ from dit_jax.runtime import console
 from dit_jax.storage.atomic import replacing, write_json
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import claim
+from dit_jax.storage.paths import local_path
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PUBLISHED = tuple(name for name, file in download.PUBLISHED.items() if file.layout == "vae")
@@ -105,7 +106,7 @@ def find(path: str | os.PathLike, fetch: bool = True) -> Path:
                     "connection, and give that folder as codec.path"
                 ) from None
         return folder
-    path = Path(path).expanduser()
+    path = local_path(path)
     own = path / "codec"
     if own.is_dir() and not (path / WEIGHTS_NAME).exists():
         return own
@@ -169,7 +170,7 @@ def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE:
     Raises:
         UserError: the folder or config.json does not exist, or describes an unsupported autoencoder; lists the fields.
     """
-    path = Path(path).expanduser() / "config.json"
+    path = local_path(path) / "config.json"
     if not path.is_file():
         problem = f"{path} does not exist"
         if path.parent.is_file():

@@ -8,7 +8,6 @@ where the weights came from. Sampling from the file needs no workdir and nothing
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype, finite
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import user_code
 from dit_jax.storage.bounded import json_object
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 VERSION = "1"
@@ -51,7 +51,7 @@ def write(path: str | os.PathLike, weights: Weights) -> None:
     Raises:
         UserError: the name does not end in .safetensors.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     write_safetensors(
@@ -65,7 +65,7 @@ def read(path: str | os.PathLike) -> Weights:
     Raises:
         UserError: the file does not exist, is damaged, or is not in this format.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a .safetensors file written by dit_jax.convert")
     if path.suffix != ".safetensors":

@@ -11,13 +11,13 @@ tfds.data_source("my_imagenet", data_dir="data"), or data.name=tfds, data.datase
 """
 
 import os
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console
+from dit_jax.storage.paths import local_path
 
 command_line.group("Input and output")
 SOURCE = flags.DEFINE_string(
@@ -70,7 +70,7 @@ def main() -> dict:
     if not SHARD_MIB.value > 0:
         raise UserError(f"--shard_mib={SHARD_MIB.value} must be above 0")
     request = datasets.Request(
-        out=Path(out).expanduser(),
+        out=local_path(out),
         dataset=dataset,
         seed=SEED.value,
         shard_bytes=max(round(SHARD_MIB.value * 2**20), 1),

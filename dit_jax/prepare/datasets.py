@@ -33,6 +33,7 @@ from dit_jax.runtime import console
 from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, write_json
 from dit_jax.storage.bounded import check_form, read_json
 from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.paths import local_path
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
 PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the time
@@ -125,7 +126,7 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
     Raises:
         UserError: nothing exists there, a folder mixes tars with folders or images, or the classes differ.
     """
-    given, first = Path(path).expanduser(), None
+    given, first = local_path(path), None
     if given.is_file():
         with opened(given) as fd:
             first = next(iter(TarScan(fd, str(given))), None)

@@ -14,6 +14,7 @@ from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.data.sources.tars import TarSource
 from dit_jax.errors import UserError
+from dit_jax.storage.paths import local_path
 
 CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 VALIDATION_IMAGE = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
@@ -34,7 +35,7 @@ class IlsvrcTrain(TarSource):
     """
 
     def __init__(self, path: str, cache_index: bool = True):
-        file = Path(path).expanduser()
+        file = local_path(path)
         with opened(file):
             index = tar_index.cached([file], "ilsvrc_train", functools.partial(_index_train, file), cache_index)
         if not len(index):
@@ -62,7 +63,7 @@ class IlsvrcValidation(TarSource):
     def __init__(
         self, path: str, labels: Sequence[str] | None = None, class_names: Sequence[str] | None = None, cache_index: bool = True
     ):
-        file = Path(path).expanduser()
+        file = local_path(path)
         labels = _tfds_list("validation_labels.txt") if labels is None else list(labels)
         class_names = _tfds_list("labels.txt") if class_names is None else list(class_names)
         unknown = sorted(set(labels) - set(class_names))

@@ -5,12 +5,11 @@
 A run writes it at its end. The page needs no other file, font or script, and may be written while the run is training.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console
+from dit_jax.storage.paths import local_path
 
 command_line.group("The run")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
@@ -21,7 +20,7 @@ def main() -> dict:
         raise UserError("give --workdir=<folder of a run of dit_jax.main>")
     from dit_jax.report import page
 
-    return {"report": str(page.write(Path(WORKDIR.value).expanduser().absolute()))}
+    return {"report": str(page.write(local_path(WORKDIR.value).absolute()))}
 
 
 if __name__ == "__main__":

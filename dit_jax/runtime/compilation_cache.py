@@ -21,21 +21,25 @@ def use() -> None:
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    folder = folder or str(Path("~/.cache/dit_jax/xla").expanduser() / cpu_kind())
+    try:
+        folder = folder or str(Path("~/.cache/dit_jax/xla").expanduser() / cpu_kind())
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        return _leave_off("there is no home folder to keep them in; set HOME or JAX_COMPILATION_CACHE_DIR")
     if "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            print(
-                f"compiled programs are not cached: {folder} cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR "
-                "to another folder, or JAX_ENABLE_COMPILATION_CACHE=false",
-                file=sys.stderr,
-                flush=True,
+            return _leave_off(
+                f"{folder} cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR to another folder, or "
+                "JAX_ENABLE_COMPILATION_CACHE=false"
             )
-            jax.config.update("jax_enable_compilation_cache", False)
-            return
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _leave_off(why: str) -> None:
+    print(f"compiled programs are not cached: {why}", file=sys.stderr, flush=True)
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def cpu_kind() -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dit_jax import registry
 from dit_jax.errors import UserError
+from dit_jax.storage.paths import local_path
 
 Result = TypeVar("Result")
 LONGEST_MESSAGE = 200
@@ -75,7 +76,7 @@ def import_all(names: Iterable[str]) -> None:
 def _import(name: str) -> Path | None:
     """Imports a file or a module; returns the file."""
     if name.endswith(".py") or "/" in name:
-        path = Path(name).expanduser()
+        path = local_path(name)
         load_file(path, f"--import={name}")
         return path
     try:

@@ -9,13 +9,12 @@ After a kill or a stop (SIGTERM, exit status 75) the same command continues; oth
 depend on the number of devices and processes or on --batch_size: to the bit with --fsdp=1, else up to rounding.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
 from dit_jax.sample.labels import CHOICES
+from dit_jax.storage.paths import local_path
 
 command_line.group("Where the weights come from")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of dit_jax.main.")
@@ -121,7 +120,7 @@ def main() -> dict:
     from dit_jax.pipeline import Pipeline
     from dit_jax.sample.drawing import check_out
 
-    check_out(Path(OUT.value).expanduser().absolute())
+    check_out(local_path(OUT.value).absolute())
     pipe = Pipeline(
         source,
         codec=CODEC_PATH.value,

@@ -26,7 +26,8 @@ from dit_jax.sample import samples_file, shards
 from dit_jax.sample.generator import Generator, has_replicated_params
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
-from dit_jax.storage.atomic import check_writable
+from dit_jax.storage.atomic import check_writable, remove_leftovers
+from dit_jax.storage.paths import local_path
 
 GRID_IMAGES = 100
 
@@ -64,7 +65,7 @@ def folder_of(out: Path) -> Path:
 
 def check_out(out: str | os.PathLike) -> None:
     """Raises a UserError if samples cannot be written to `out`, before any sampling."""
-    out = Path(out).expanduser()
+    out = local_path(out)
     if out.suffix not in ("", ".npz") and not out.is_dir():
         raise UserError(f"{out} must end in .npz, or be a folder whose name has no dot")
     if out.suffix == ".npz" and out.is_dir():
@@ -119,10 +120,14 @@ def draw(
     texts = (names[:GRID_IMAGES], caption)
     done = out.suffix == ".npz" and hosts.is_first() and _is_done(out, wanted, replace)
     if _greatest(int(done)):
+        if hosts.is_first():
+            shards.remove_finished(wanted.path)
+            remove_leftovers(out.parent, out.name, grid.name)
         return Drawn(out, grid, 0, time.monotonic() - start, False)
     if not hosts.is_first():
         return _draw_folder(out, grid, texts, generator, (params, constants, weak_params), requests, wanted.path, start)
     with shards.claimed(wanted, replace):
+        remove_leftovers(out.parent, out.name, grid.name)
         return _draw_folder(out, grid, texts, generator, (params, constants, weak_params), requests, wanted.path, start)
 
 
@@ -289,11 +294,11 @@ def _finish(out: Path, grid: Path, texts: tuple[Sequence[str], str], samples: Sh
     first = next(samples.batches(0, min(len(samples), GRID_IMAGES), GRID_IMAGES))
     names, caption = texts
     try:
-        if out.suffix == ".npz":
+        write_image_grid(grid, first, 10 if len(first) >= 10 else None, names=names, caption=caption)
+        if out.suffix == ".npz":  # last: a later start takes it for the sign that all is done
             samples_file.write_stream(
                 out, (len(samples), *samples.shape), (images for _, images, _ in samples.rows()), samples.labels, samples.made_by
             )
-        write_image_grid(grid, first, 10 if len(first) >= 10 else None, names=names, caption=caption)
     except OSError as error:
         raise shards.unwritable(out, error) from None
     if out.suffix == ".npz":

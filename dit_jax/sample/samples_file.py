@@ -16,6 +16,7 @@ from dit_jax.errors import UserError
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.storage.atomic import remove_leftovers, replacing
 from dit_jax.storage.bounded import json_object, read_npz
+from dit_jax.storage.paths import local_path
 
 READ_BYTES = 2**24
 
@@ -49,7 +50,7 @@ class Samples:
         Raises:
             UserError: the name does not end in .npz, or the file cannot be written.
         """
-        path = Path(path).expanduser()
+        path = local_path(path)
         if path.suffix != ".npz":
             raise UserError(f"{path} must end in .npz; save_grid writes a picture")
         try:
@@ -66,7 +67,7 @@ class Samples:
         Raises:
             UserError: the suffix is not that of a picture, or the file cannot be written.
         """
-        path = Path(path).expanduser()
+        path = local_path(path)
         try:
             write_image_grid(path, self.images, columns)
         except OSError as error:
@@ -131,7 +132,7 @@ def _member(archive: zipfile.ZipFile, name: str):
 
 def made_by_of(path: str | os.PathLike) -> dict | None:
     """The `made_by` entry of an npz; None if it has none or cannot be read."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         return json_object(str(read_npz(path, ["made_by"])["made_by"]), str(path))
     except (OSError, ValueError, KeyError):
@@ -140,7 +141,7 @@ def made_by_of(path: str | os.PathLike) -> dict | None:
 
 def is_sound(path: str | os.PathLike, made_by: dict) -> bool:
     """Whether an npz of `write_stream` is intact; reads all of it."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(path) as archive:

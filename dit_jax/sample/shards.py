@@ -29,6 +29,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
 from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 
 FORMAT = 1
@@ -210,7 +211,7 @@ def read(path: str | os.PathLike) -> Shards:
     Raises:
         UserError: not a folder of samples; unfinished; the manifest or the labels are damaged.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     samples = opened(path)
     if samples is None:
         raise UserError(f"{path} has no {MANIFEST}; give a folder of dit_jax.sample")
@@ -226,7 +227,7 @@ def opened(path: str | os.PathLike) -> Shards | None:
     Raises:
         UserError: the manifest or the labels are damaged or have another format.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         settings = read_sealed(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -275,12 +276,9 @@ def claimed(wanted: Shards, replace: bool = False) -> Iterator[None]:
 
 def _prepare(wanted: Shards, replace: bool):
     path = wanted.path
-    own = (MANIFEST, LABELS, SHARDS, GRID, LOCK)
-    strange = sorted(p.name for p in path.iterdir() if p.name not in own and not is_partial(p.name))
-    if strange or ((path / SHARDS).exists() and not (path / MANIFEST).exists()):
+    if strange := _strange(path):
         raise UserError(
-            f"{path} holds {(strange or [SHARDS])[0]} and is not a folder of dit_jax.sample; give an empty folder, or "
-            "one that does not exist"
+            f"{path} holds {strange[0]} and is not a folder of dit_jax.sample; give an empty folder, or one that does not exist"
         )
     try:
         existing = opened(path)
@@ -303,24 +301,43 @@ def _prepare(wanted: Shards, replace: bool):
             )
             clear(path)
             existing = None
-    (path / SHARDS).mkdir(exist_ok=True)
     remove_leftovers(path)
     remove_leftovers(path / SHARDS)
-    if existing is None:
-        write_atomic(path / LABELS, npy(wanted.labels))
+    if existing is None:  # the manifest first: it shows a later start that the other files are ours
         write_sealed(path / MANIFEST, wanted.settings)
+        write_atomic(path / LABELS, npy(wanted.labels))
+    (path / SHARDS).mkdir(exist_ok=True)
+
+
+def _strange(path: Path) -> list[str]:
+    """Names in a folder that `claimed` and `Shards.write` did not write, also if they were killed; sorted."""
+    names = [p.name for p in path.iterdir() if not is_partial(p.name)]
+    own = {LOCK, MANIFEST, LABELS, SHARDS, GRID}
+    if MANIFEST not in names:  # dit_jax 0.1.0 wrote an empty folder of shards and the labels first
+        empty = (path / SHARDS).is_dir() and all(is_partial(p.name) for p in (path / SHARDS).iterdir())
+        own = {LOCK, SHARDS, LABELS} if empty else {LOCK}
+    return sorted(set(names) - own)
 
 
 def clear(path: Path) -> None:
-    """Removes the files of `claimed` and `Shards.write`, the manifest last."""
+    """Removes the files of `claimed` and `Shards.write`, the manifest last, so that a kill leaves a folder of samples."""
     shutil.rmtree(path / SHARDS, ignore_errors=True)
     for name in (LABELS, GRID, MANIFEST):
         (path / name).unlink(missing_ok=True)
 
 
+def remove_finished(path: Path) -> None:
+    """Removes a folder of shards that a command left when it was killed after its npz was complete."""
+    with contextlib.suppress(UserError):  # another command is still at work there
+        if path.is_dir() and not _strange(path):
+            with claim(path, "removing it"):
+                remove(path)
+
+
 def remove(path: Path) -> None:
     """Removes a folder that this process has claimed, after its samples were copied."""
     clear(path)
+    remove_leftovers(path)
     (path / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a network file system may keep the open lock for a moment
         path.rmdir()

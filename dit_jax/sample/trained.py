@@ -18,6 +18,7 @@ from dit_jax.interop.tensors import open_safetensors
 from dit_jax.parallel.mesh import place
 from dit_jax.runtime.console import say
 from dit_jax.storage.checkpoints import restore_subtree
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_best, read_config
 
 AVERAGES = {"default": "ema_params", "none": "params"}  # of a checkpoint: its entry of the training state
@@ -97,7 +98,7 @@ def read(path: str | os.PathLike) -> Trained:
     Raises:
         UserError: none of these; damaged; or the run of an autoencoder.
     """
-    path = Path(path).expanduser().absolute()
+    path = local_path(path).absolute()
     if path.is_dir() and not (path / "config.json").exists() and (path / "transformer").is_dir():
         vae = path / "vae"
         return _read_foreign(path / "transformer", "diffusers", vae if vae.is_dir() else None)

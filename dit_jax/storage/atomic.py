@@ -165,7 +165,7 @@ def check_writable(path: str | os.PathLike) -> None:
     partial = partial_path(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # another command that starts here may have removed it as a leftover
 
 
 def sync(path: Path) -> None:

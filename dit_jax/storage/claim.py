@@ -54,10 +54,12 @@ def claim(folder: str | os.PathLike, what: str, flag: str = "--workdir", wait: b
     try:
         yield Claim(folder, descriptor)
     finally:
-        with contextlib.suppress(OSError):
-            if _is_at(folder / LOCK, descriptor):
-                (folder / LOCK).unlink()
-        os.close(descriptor)
+        try:
+            with contextlib.suppress(OSError):
+                if _is_at(folder / LOCK, descriptor):
+                    (folder / LOCK).unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _lock(folder: Path, wait: bool) -> int:

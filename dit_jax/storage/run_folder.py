@@ -24,6 +24,7 @@ from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import check_form, parsed, read_json
 from dit_jax.storage.claim import claim
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
@@ -103,7 +104,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True):
-        self.path = Path(path).expanduser().absolute()
+        self.path = local_path(path).absolute()
         self.settings, self.first = settings, first
         self._claim = contextlib.ExitStack()
 
@@ -156,7 +157,7 @@ def read_config(workdir: str | os.PathLike) -> dict:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    file = Path(workdir).expanduser() / "config.json"
+    file = local_path(workdir) / "config.json"
     remedy = "restore it from the run's config"
     try:
         config = upgrade_stored(read_json(file, remedy), str(file), remedy)
@@ -168,7 +169,7 @@ def read_config(workdir: str | os.PathLike) -> dict:
 
 def read_best(workdir: str | os.PathLike) -> dict | None:
     """The best score of a run so far, {"step", "fid", ...}; None if there is none."""
-    workdir = Path(workdir).expanduser()
+    workdir = local_path(workdir)
     file = workdir / SCORES / BEST_SCORE
     try:
         return read_json(file, form={"step": int, "fid": float})

@@ -6,7 +6,6 @@ steps x 3, because a backward pass costs two forward passes (Peebles & Xie 2023,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
@@ -15,6 +14,7 @@ from dit_jax.errors import UserError
 from dit_jax.programs import chips
 from dit_jax.runtime.console import say
 from dit_jax.storage.bounded import parsed
+from dit_jax.storage.paths import local_path
 from dit_jax.sweep.grid import Run
 from dit_jax.tasks.state import count_parameters
 
@@ -83,7 +83,7 @@ def read_benchmarks(paths: Sequence[str]) -> list[dict]:
     benchmarks = []
     for path in paths:
         try:
-            lines = Path(path).expanduser().read_text().strip().splitlines()
+            lines = local_path(path).read_text().strip().splitlines()
             results = [parsed(line, path) for line in (lines if path.endswith(".jsonl") else lines[-1:])]
         except (OSError, ValueError) as error:
             raise UserError(

@@ -19,6 +19,7 @@ from dit_jax.runtime.console import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import Claim, claim
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, read_config
 from dit_jax.sweep.grid import Run
 from dit_jax.training.records import read_lines
@@ -35,7 +36,7 @@ class Folder:
     """
 
     def __init__(self, path, title: str):
-        self.path, self.title = Path(path).expanduser().absolute(), title
+        self.path, self.title = local_path(path).absolute(), title
         self._exit = contextlib.ExitStack()
         self._claim: Claim | None = None
 

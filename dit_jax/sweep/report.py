@@ -2,11 +2,11 @@
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from dit_jax.report import style
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_atomic
+from dit_jax.storage.paths import local_path
 from dit_jax.sweep import collect, figures, page, points
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.cost import Cost
@@ -37,7 +37,7 @@ def check_possible(sweep: Sweep, sweep_file: str):
 def reference(sweep: Sweep, sweep_file: str) -> dict[str, list[tuple[int, float]]]:
     if not sweep.reference_curves:
         return {}
-    return collect.read_curves(Path(sweep_file).expanduser().parent / sweep.reference_curves)
+    return collect.read_curves(local_path(sweep_file).parent / sweep.reference_curves)
 
 
 def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], folder: Folder, command: str) -> Written:

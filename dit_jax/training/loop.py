@@ -24,6 +24,7 @@ from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import Workdir, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
@@ -85,7 +86,7 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
         UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
     """
-    clock, workdir, num_steps = StepClock(), Path(workdir).expanduser().absolute(), run.config.num_steps
+    clock, workdir, num_steps = StepClock(), local_path(workdir).absolute(), run.config.num_steps
     run.task  # raises errors of the config before weights and data are read
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ import numpy as np
 from dit_jax.data.sources.source import Example, caption_text, fingerprint, is_strange
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.storage.paths import local_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 CAPTION_SUFFIX = ".txt"
@@ -37,7 +38,7 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike, split: str = ""):
         if not str(path):
             raise UserError("data.path is empty; give a folder of images, or one that holds one sub-folder of images per class")
-        self.path = path = Path(path).expanduser() / split
+        self.path = path = local_path(path) / split
         layout = f"{path}: expected <path>/<class name>/*.jpg, or <path>/*.jpg (suffixes {', '.join(IMAGE_SUFFIXES)})"
         if not path.is_dir():
             raise UserError(f"image folder {path} {'is not a folder' if path.exists() else 'does not exist'}")

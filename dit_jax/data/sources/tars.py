@@ -19,6 +19,7 @@ from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.errors import UserError
 from dit_jax.storage.bounded import json_object
+from dit_jax.storage.paths import local_path
 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("txt", "caption", "json")  # in order of precedence
@@ -190,7 +191,7 @@ def tar_files(path: str) -> list[Path]:
     """
     if not str(path):
         raise UserError("data.path is empty; give a folder of .tar files or a pattern such as train-{0000..0099}.tar")
-    whole = Path(path).expanduser()
+    whole = local_path(path)
     if whole.is_dir():
         visible = (file for file in whole.iterdir() if not file.name.startswith("."))
         files = sorted(file for file in visible if file.name.endswith((".tar", *PACKED)))
@@ -233,7 +234,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def _class_names(file: str) -> list[str]:
     try:
-        names = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        names = local_path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"class_names_file={file} cannot be read ({error}): give a UTF-8 text file, one name per line") from None
     twice = [name for name, times in collections.Counter(names).items() if times > 1 or not name.strip()]

@@ -1,0 +1,87 @@
+"""Kills Python code before its n-th operation that changes files, without a process of its own.
+
+The operation raises `Killed`, and so does every later one, in every thread: code that runs on the way out changes nothing more.
+Reads still work.
+"""
+
+import builtins
+import contextlib
+import datetime
+import io
+import os
+from pathlib import Path
+from unittest import mock
+
+CHANGES = ("replace", "rename", "remove", "unlink", "mkdir", "rmdir", "truncate", "link", "symlink")
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+class Killed(BaseException):
+    """Not an Exception, so that no handler of errors takes it."""
+
+
+class Operations:
+    """The operations so far below a folder; `names` says what they were."""
+
+    def __init__(self, folder: Path, number: int | None):
+        self.folder, self.number, self.names, self.dead = str(folder), number, [], False
+
+    def before(self, name, path):
+        if isinstance(path, str | os.PathLike) and not self.is_below(path):
+            return
+        self.names.append(f"{name} {path}")
+        if self.dead or len(self.names) == self.number:
+            self.dead = True
+            raise Killed(self.names[-1])
+
+    def is_below(self, path):
+        path = os.fspath(path)
+        return not os.path.isabs(path) or path.startswith(self.folder)  # relative ones belong to a descriptor, as in rmtree
+
+
+@contextlib.contextmanager
+def killed_before(folder: Path, number: int | None):
+    """Kills the block before operation `number` below the folder, from 1; with None it only counts. Yields `Operations`."""
+    operations = Operations(folder, number)
+
+    def changing(name):
+        real = getattr(os, name)
+
+        def call(path, *args, **kwargs):
+            operations.before(name, path)
+            return real(path, *args, **kwargs)
+
+        return call
+
+    def open_file(real):
+        def call(file, mode="r", *args, **kwargs):
+            if set(mode) & set("wax+"):
+                operations.before("open", file)
+            return real(file, mode, *args, **kwargs)
+
+        return call
+
+    def os_open(path, flags, *args, real=os.open, **kwargs):
+        if flags & WRITE_FLAGS and not flags & os.O_DIRECTORY:
+            operations.before("os.open", path)
+        return real(path, flags, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for name in CHANGES:
+            stack.enter_context(mock.patch.object(os, name, changing(name)))
+        for module in (builtins, io):
+            stack.enter_context(mock.patch.object(module, "open", open_file(open)))
+        stack.enter_context(mock.patch.object(os, "open", os_open))
+        yield operations
+
+
+def every(share: int, total: int) -> range:
+    """Every `share`-th of the operations 1 .. total, other ones each day; with 1 all of them."""
+    return range(1 + datetime.date.today().toordinal() % share, total + 1, share)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """{path below the folder: content} of all files, and of empty folders as b"/"."""
+    paths = sorted(folder.rglob("*"))
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+    return files | {str(path.relative_to(folder)): b"/" for path in paths if path.is_dir() and not any(path.iterdir())}
