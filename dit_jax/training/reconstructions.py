@@ -98,7 +98,7 @@ def draw_plane(
     means = reconstructor(params, images)[1].reshape(-1, 2)
 
     def decode(points):
-        latents = points.reshape(-1, *codec.latent_shape(images.shape[1]))
+        latents = points.reshape(-1, *codec.latent_shape(images.shape[1:]))
         return np.asarray(codec.decode(params, (latents - codec.shift) * codec.scale))
 
     names = class_names or ("images",)
