@@ -27,6 +27,7 @@ def begin(folder, out, processes=1, devices=2, steps=50, more=()):
         f"--workdir={folder / 'run'}",
         "--num_samples=400",
         "--batch_size=32",
+        "--chunk_size=8",  # many calls, between which a signal can stop it
         f"--num_steps={steps}",
         f"--out={out}",
         *more,
