@@ -354,7 +354,7 @@ def test_the_verb(vae_folder, tmp_path):
     assert len({line["manifest_sha256"] for line in lines}) == 1 and lines[2]["verified"]
     assert sha256_of(tmp_path / "cache" / "manifest.json") == lines[0]["manifest_sha256"]
     refused(other, "views: 2 there, 1 now")
-    texts = ["--split", "--codec, --resolution", "omit one", "not a latent cache", "c/config.json does not exist"]
+    texts = ["--split", "--codec, --resolution", "omit one", "not a latent cache", "c does not exist"]
     for outcome, text in zip(outcomes[4:9], texts, strict=True):
         refused(outcome, text)
     assert outcomes[9][0] == 0, outcomes[9][2]
