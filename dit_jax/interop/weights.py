@@ -79,7 +79,10 @@ def read(path: str | os.PathLike) -> Weights:
     what, remedy = f"the header of {path}", "convert the weights again"
     if missing := [name for name in ("config", "origin") if name not in metadata]:
         raise UserError(f"{what} has no {' and no '.join(missing)}; {remedy}")
-    sections = upgrade_stored(json_object(metadata["config"], what, remedy), what, remedy)
+    stored = json_object(metadata["config"], what, remedy)
+    sections = upgrade_stored({"task": {"name": "diffusion"}, **stored}, what, remedy)
+    if "task" not in stored:  # files of dit_jax 0.1.0
+        del sections["task"]
     origin = json_object(metadata["origin"], what, remedy)
     user_code.expect(sections.get("imports", ()))
     return Weights(tensors, sections, origin)
