@@ -344,7 +344,7 @@ class Run:
         """
         if not self.has_codec_weights:
             return self
-        section, own = dict(self.config.codec), Path(workdir) / codec_folder.FOLDER if workdir else None
+        section, own = dict(self.config.codec), local_path(workdir) / codec_folder.FOLDER if workdir else None
         path = self._codec_path(own)
         if path.is_dir():
             stored = vae.read_codec(path)

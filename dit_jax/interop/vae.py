@@ -122,10 +122,7 @@ def published_folder(name: str) -> Path:
     Raises:
         UserError: the user has no home folder.
     """
-    try:
-        return download.CACHE.expanduser() / name
-    except RuntimeError:
-        raise UserError(f"there is no home folder to keep {name} in; set HOME, or give the autoencoder's folder") from None
+    return local_path(download.CACHE) / name
 
 
 def fetch_published(name: str, folder: Path) -> str:

@@ -108,7 +108,7 @@ def draw(
         UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
             out of range.
     """
-    out, requests = Path(out), generator.task.conditioner.from_requests(dict(requests))
+    out, requests = local_path(out), generator.task.conditioner.from_requests(dict(requests))
     if SHARD_IMAGES % generator.chunk_size:
         raise UserError(f"chunk_size is {generator.chunk_size}; it must divide {SHARD_IMAGES}, the images of a shard")
     start = time.monotonic()

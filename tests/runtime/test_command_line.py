@@ -7,8 +7,12 @@ import pytest
 from paths import ROOT
 from verbs import run_verbs
 
+from dit_jax import build, registry
 from dit_jax.__main__ import ORDER, configs, main
 from dit_jax.errors import nearest
+from dit_jax.interop import download
+
+assert build  # registers the package's constructors
 
 CONFIG = ["--config=digits", "--workdir=w"]
 MISTAKES = {
@@ -99,3 +103,11 @@ def test_show(tmp_path):
     ((status, stdout, _),) = run_verbs(tmp_path, [["main", "--config.sampler.name=heun", "--config=digits", "--show"]])
     assert status == 0 and "  name = 'heun'  (str)\n" in stdout and "\noptimizer\n" in stdout
     assert json.loads(stdout.splitlines()[-1])["num_fields"] > 60 and not (tmp_path / "runs").exists()
+
+
+def test_choices_in_texts_are_those_that_exist(outcomes):
+    """A sampler or a download that --help does not name; the texts are written out, so that flags need no imports of JAX."""
+    helps = {verb: " ".join(outcomes[1][verb][1].split()) for verb in ("sample", "convert")}
+    own = sorted(name for name in registry.names("sampler") if registry.origin("sampler", name) is None)
+    assert f"One of {', '.join(own)}, or one of --import" in helps["sample"]
+    assert f"{', '.join([*download.PUBLISHED][:-1])} or {[*download.PUBLISHED][-1]}." in helps["convert"]
