@@ -187,10 +187,7 @@ def with_additions(line, mark):
 
 @pytest.mark.slow
 @pytest.mark.pages
-@pytest.mark.parametrize(
-    "block",
-    [pytest.param(b, id=b.place, marks=pytest.mark.xdist_group(b.mark["folder"])) for b in MARKED],
-)
+@pytest.mark.parametrize("block", MARKED, ids=[block.place for block in MARKED])
 def test_block_runs(block, folders):
     """A command that is accepted and then fails, or takes minutes where the page says seconds."""
     folder = folders(block.mark["folder"])
