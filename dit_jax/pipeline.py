@@ -13,14 +13,12 @@ import difflib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -28,21 +26,19 @@ from dit_jax import recipes, registry
 from dit_jax.build import Run
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
-from dit_jax.parallel.rules import path_name
 from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
-from dit_jax.sample import drawing, samples_file, shards, trained
-from dit_jax.sample.generator import DECODER_CHUNK, PADDING, Generator, drawing_mesh, has_replicated_params, on_mesh
+from dit_jax.sample import drawing, export, samples_file, shards, trained
+from dit_jax.sample.generator import DECODER_CHUNK, Generator, drawing_mesh, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption
 from dit_jax.sample.labels import chosen_labels
 from dit_jax.sample.samples_file import Samples
+from dit_jax.sample.watch import Evaluation, Watcher
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
-from dit_jax.storage.atomic import replacing_folder, write_json
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
 
 Labels = Sequence[int] | np.ndarray | str | None
-PROGRAM, WEIGHTS, MADE_BY = "sampler.stablehlo", "weights.npz", "made_by.json"  # files of `Pipeline.export`
 
 
 class Options(TypedDict, total=False):
@@ -74,22 +70,6 @@ class Options(TypedDict, total=False):
     forecast_order: int | None
     batch_size: int | None
     chunk_size: int | None
-
-
-class Evaluation(NamedTuple):
-    """What a callback is told at an evaluation of the network.
-
-    Fields:
-        images: int32[n], indices of the images.
-        number: of the evaluation, from 0; Heun's sampler has two in a step.
-        t: f32[n], 1 is noise, 0 is data.
-        x0: f32[n, h, w, c], the predicted latents; `Pipeline.decode` makes images of them.
-    """
-
-    images: np.ndarray
-    number: int
-    t: np.ndarray
-    x0: np.ndarray
 
 
 class Pipeline:
@@ -134,7 +114,7 @@ class Pipeline:
         self.run.task  # raises errors of the config
         self._generators: dict[str, Generator] = {}
         self._weak: dict[Path, tuple[Any, Any, str]] = {}
-        self._watcher = _Watcher()
+        self._watcher = Watcher()
 
     def __repr__(self) -> str:
         at = "" if self._chosen_step is None else f" at step {self._chosen_step}"
@@ -324,51 +304,11 @@ class Pipeline:
         Raises:
             UserError: as for a call; the weights are split over devices; the folder holds something else; cannot be written.
         """
-        from jax import export
-
-        path = local_path(path).absolute()
-        strange = sorted(p.name for p in path.iterdir() if p.name not in (PROGRAM, WEIGHTS, MADE_BY)) if path.is_dir() else []
-        if strange or path.is_file():
-            raise UserError(f"{path} {f'holds {strange[0]}' if strange else 'is a file'}; give a folder that does not exist")
-        if not has_replicated_params(self._mesh):
-            raise UserError(
-                f"an exported sampler runs on one device, and the weights are split over {self._mesh.size}; use fsdp=1"
-            )
         drawn = self._prepare(None, None, 0, options, in_memory=True)
-        generator, rows = drawn.generator, drawn.generator.chunk_size
         trees = {"params": self._parameters[0], "weak_params": drawn.weak_params, "codec": self._constants["codec"]}
-        leaves, structure = jax.tree_util.tree_flatten_with_path(trees)
-        names, dtypes = [path_name(keys) for keys, _ in leaves], [x.dtype for _, x in leaves]
-        # NumPy has no bfloat16: its bits travel as uint16.
-        stored = [np.asarray(x) if x.dtype != jnp.bfloat16 else np.asarray(x).view(np.uint16) for _, x in leaves]
-
-        def images(weights, seed, indices, requests):
-            arrays = [
-                x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-                for x, dtype in zip((weights[name] for name in names), dtypes, strict=True)
-            ]
-            trees = jax.tree.unflatten(structure, arrays)
-            constants = {"codec": trees["codec"]}
-            return generator.images_of_one_device(trees["params"], constants, indices, requests, trees["weak_params"], seed, None)
-
-        weights: dict[str, Any] = dict(zip(names, stored, strict=True))
-        requests = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in drawn.requests.items()}
-        exported = export.export(jax.jit(images))(
-            {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()},
-            jax.ShapeDtypeStruct((), jnp.uint32),
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
-            requests,
-        )
-        try:
-            with replacing_folder(path) as folder:
-                (folder / PROGRAM).write_bytes(exported.serialize())
-                np.savez(folder / WEIGHTS, **weights)
-                made_by = {k: v for k, v in drawn.settings().items() if k not in ("seed", "labels")}
-                facts = {"rows": rows, "image_shape": list(self.image_shape), "num_classes": self.num_classes}
-                write_json(folder / MADE_BY, {**facts, "platform": exported.platforms[0], "made_by": made_by}, indent=2)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); give another folder") from None
-        return path
+        made_by = {k: v for k, v in drawn.settings().items() if k not in ("seed", "labels")}
+        facts = {"num_classes": self.num_classes, "made_by": made_by}
+        return export.write(path, drawn.generator, trees, drawn.requests, facts)
 
     def _prepare(
         self,
@@ -511,41 +451,6 @@ class _Drawing(NamedTuple):
         shape, made_with = self.generator.image_shape, drawing.made_with(self.generator)
         settings = shards.settings_of(self.labels, shape, self.settings(), made_with, self.requests)
         return json.loads(json.dumps(shards.Shards(Path(), settings, self.labels).made_by))
-
-
-class _Watcher:
-    """Passes what the devices report to the callback of the current call; its first error ends the reports."""
-
-    def __init__(self):
-        self._lock, self._callback, self._error = threading.Lock(), None, None
-
-    def calling(self, callback: Callable[[Evaluation], None] | None) -> "_Watcher":
-        self._callback, self._error = callback, None
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *exc_info):
-        if self._callback is None:
-            return
-        jax.effects_barrier()
-        error, self._callback = self._error, None
-        if error is not None and kind is None:
-            raise error
-
-    def __call__(self, indices: np.ndarray, number: np.ndarray, t: np.ndarray, x0: np.ndarray) -> None:
-        with self._lock:  # devices report at the same time
-            if self._callback is None or self._error is not None:
-                return
-            rows = np.asarray(indices) != PADDING
-            if not rows.any():
-                return
-            try:
-                images, t, x0 = (np.asarray(x)[rows] for x in (indices, t, x0))
-                self._callback(Evaluation(images, int(number), t, x0))
-            except BaseException as error:
-                self._error = error
 
 
 def spherical(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:
