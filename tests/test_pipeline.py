@@ -236,7 +236,6 @@ assert not {"dit_jax", "flax", "ml_collections", "absl"} & (set(sys.modules) - b
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_export_runs_with_jax_and_numpy_alone(run, tmp_path, dtype):
     """A sampler that needs the package to run, forgets its weights, or draws other images."""
-    pytest.importorskip("flatbuffers")
     pipe = dit_jax.load(run, dtype=dtype)
     folder = pipe.export(tmp_path / "exported", guidance_scale=1.5, **FAST)
     wanted = pipe([3] * 32, seed=4, guidance_scale=1.5, **FAST)
