@@ -101,6 +101,7 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
             return TrainResult(run, training.results, state, training.constants, False, loss, rate)
 
         stepper, batches, batch = training.start(state)
+        training.stop.unsaved = True
         stopping = interrupted = False
         while step < num_steps and not (stopping or interrupted):
             clock.wait(step + 1 - IN_FLIGHT)
@@ -165,7 +166,7 @@ class Training:
         self.folder = stack.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
-        self.stop = stack.enter_context(StopSignal())
+        self.stop = stack.enter_context(StopSignal(unsaved=False))
         if first and len(run.source.class_names):
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
