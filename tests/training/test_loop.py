@@ -253,3 +253,11 @@ def test_preview_and_records(tmp_path):
     compiled, _, shown, last = rows
     assert compiled["compile_seconds"] > 0 and shown["preview_seconds"] > 0
     assert 0 < last["goodput"] < 1 and last["idle_preview_seconds"] > 0.5 * shown["preview_seconds"]
+
+
+def test_a_preview_that_cannot_be_written(tmp_path):
+    """A run that ends because of a picture."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").touch()
+    run = train(build.Run(tiny.config(num_steps=2, preview__every_steps=1, preview__num_images=4)), tmp_path / "run")
+    assert int(run.state.step) == 2 and not run.stopped and run.dropped == {"previews": 2}
