@@ -139,6 +139,7 @@ def test_a_longer_decay_when_resuming(whole, tmp_path, capsys):
     assert [row["learning_rate"] for row in rows if "loss" in row][-1] == pytest.approx(2e-3 * 7 / 100)
 
 
+@pytest.mark.slow
 def test_diverged_run_stops(tmp_path, monkeypatch):
     """A run that goes on with NaN for days, or one bad step that ends it."""
     monkeypatch.setattr(DiffusionTask, "loss", nan_loss(DiffusionTask.loss))
