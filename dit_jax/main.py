@@ -60,4 +60,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, continues=True)

@@ -60,6 +60,7 @@ def train(
         "workdir": str(workdir),
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
+        **({"dropped": trained.dropped} if trained.dropped else {}),
     }
     if not trained.stopped:
         result |= trained.results.finish(trained.state, trained.constants, workdir)

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-STOPPED_STATUS = 75  # dit_jax.runtime.console.STOPPED_STATUS; not imported, for a fast start and to run any command
+STOPPED_STATUS = 75  # dit_jax.runtime.signals.STOPPED_STATUS; not imported, for a fast start and to run any command
 LINES_SHOWN = 15
 
 

@@ -307,6 +307,7 @@ def test_forms_of_a_flag(given, found):
     assert config_fields(["main", *given]) == ["main", *found]
 
 
+@pytest.mark.slow
 def test_modules_define_no_flags():
     """Two subpackages that cannot be imported in one process, because both define a flag."""
     code = """

@@ -16,14 +16,12 @@ from absl import app, flags, logging
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
+from dit_jax.runtime.signals import STOPPED_STATUS, end_at_once
 
 if typing.TYPE_CHECKING:
     from tqdm import tqdm
 
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
-
-STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
-
 
 _bars: "weakref.WeakSet[tqdm]" = weakref.WeakSet()  # progress bars on the terminal
 
@@ -125,14 +123,18 @@ def _leave(status: int):
     sys.exit(status)
 
 
-def run(main: Callable[[], dict]) -> None:
+def run(main: Callable[[], dict], continues: bool = False) -> None:
     """Runs a verb: imports what --import names, then calls main(), which returns a dict, printed as the last line of stdout.
 
     Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a
-    signal ended the work early with everything saved. A UserError becomes one or two lines on stderr and exit status 2,
-    without a stack trace; of several processes it says which. JAX ends the others: at once where the first failed, which they
-    all talk to, else within 100 s.
+    signal ended the work early with everything saved. With `continues`, a signal that comes while there is nothing to save ends
+    the verb at once with 75, see `signals`; without, it has its usual effect. A UserError becomes one or two lines on stderr
+    and exit status 2, without a stack trace; of several processes it says which. JAX ends the others: at once where the first
+    failed, which they all talk to, else within 100 s.
     """
+
+    if continues:
+        end_at_once()
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)

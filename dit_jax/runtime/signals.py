@@ -1,38 +1,74 @@
-"""Turns SIGTERM and SIGINT into a request to save and stop; all processes stop at the same step."""
+"""Turns SIGTERM, SIGINT and SIGHUP into a request to save and stop; all processes stop at the same step.
 
+A verb that continues where it was stopped begins with `end_at_once`: while there is nothing to save, a signal ends it. Within
+`StopSignal` there is: the first signal requests a stop, the second ends the process. Ignored signals (nohup) stay ignored.
+"""
+
+import multiprocessing
 import os
 import signal
+from types import FrameType
+from typing import Any
 
-import jax
 from absl import logging
 
-from dit_jax.parallel.hosts import SharedFlag
-from dit_jax.runtime.step_clock import IN_FLIGHT
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+def end_at_once() -> None:
+    """From here on, a signal ends the process with STOPPED_STATUS and one line on stderr. Call it on the main thread.
+
+    For a verb whose files are whole at every moment, and which continues when it is called again.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    _write(number, "stopped; the same command goes on")
+    for child in multiprocessing.active_children():  # the data loader's
+        child.kill()
+    os._exit(STOPPED_STATUS)
+
+
+def _write(number: int, text: str) -> None:
+    # No logging and no print: the signal may have interrupted them while they held their lock.
+    start = "\n" if os.isatty(2) else ""  # the line has a progress bar and "^C"
+    os.write(2, f"{start}{signal.Signals(number).name}: {text}\n".encode())
 
 
 class StopSignal:
-    """A context manager: the first SIGTERM or SIGINT requests a stop, the second ends the process immediately.
+    """A context manager: the first SIGTERM, SIGINT or SIGHUP requests a stop, the second ends the process immediately.
 
     The second signal has its previous effect: a handler installed by other code is called. Python's own KeyboardInterrupt is
-    replaced by the system's default, because it would wait for open saves. A signal that was ignored (nohup) stays ignored. Enter
-    the context on the main thread.
+    replaced by the system's default, because it would wait for open saves; so is `end_at_once`. Enter the context on the main
+    thread.
+
+    unsaved: whether there is something to save. While it is False, and after `end_at_once`, the first signal ends the process.
 
     With several processes, a signal to one stops all at the same step. A cluster signals its hosts seconds apart, so every host
     may still receive its first signal after it has started to stop. That signal does not end the process, not even after the
     context.
     """
 
-    def __init__(self):
+    def __init__(self, unsaved: bool = True):
+        self.unsaved = unsaved
         self._asked = self._stopping = False
         self._previous = {}
-        self._agreement = None
+        self._agreement: Any = None
 
     def __enter__(self):
+        import jax  # after `end_at_once`, as that takes a second
+
+        from dit_jax.parallel.hosts import SharedFlag
+        from dit_jax.runtime.step_clock import IN_FLIGHT
+
         if jax.process_count() > 1:
             self._agreement = SharedFlag(delay=IN_FLIGHT)
-        for number in _SIGNALS:
+            self.unsaved = True  # one of several that leaves alone would have the others wait for it
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -60,11 +96,10 @@ class StopSignal:
         return self._stopping
 
     def _handle(self, number, frame):
+        if not self.unsaved and self._previous[number] is _end:
+            _end(number, frame)
         for other, handler in self._previous.items():
-            foreign = callable(handler) and handler is not signal.default_int_handler
+            foreign = callable(handler) and handler not in (signal.default_int_handler, _end)
             signal.signal(other, handler if foreign else signal.SIG_DFL)
         self._asked = True
-        # No logging here: the signal may have interrupted the logger while it held its lock.
-        name = signal.Signals(number).name
-        start = "\n" if os.isatty(2) else ""  # the line has a progress bar and "^C"
-        os.write(2, f"{start}{name}: saving and stopping; a second signal ends the process immediately\n".encode())
+        _write(number, "saving and stopping; a second signal ends the process immediately")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dit_jax.errors import UserError
-from dit_jax.runtime.console import STOPPED_STATUS
+from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.runtime.step_clock import StepClock
 
 

@@ -97,8 +97,12 @@ class Preview:
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.meter.report()
-        seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
-        self.records.scalars(step, {"preview_seconds": seconds})
+        try:
+            seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
+        except OSError as error:  # of the picture; the next preview is written, if the disk lets it
+            self.records.lost("previews", error)
+        else:
+            self.records.scalars(step, {"preview_seconds": seconds})
 
 
 @dataclass

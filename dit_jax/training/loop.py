@@ -47,6 +47,7 @@ class TrainResult:
         constants: the arrays that a step reads and does not change, on the mesh.
         stopped: a signal ended training before the last step, with everything saved.
         loss, images_per_second: of the last logged interval, also of an earlier start; None if there is none.
+        dropped: {sink: number of records or pictures that could not be written}, without zeros.
     """
 
     run: Run
@@ -56,6 +57,7 @@ class TrainResult:
     stopped: bool
     loss: float | None = None
     images_per_second: float | None = None
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Stepper:
@@ -101,6 +103,7 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
             return TrainResult(run, training.results, state, training.constants, False, loss, rate)
 
         stepper, batches, batch = training.start(state)
+        training.stop.unsaved = True
         stopping = interrupted = False
         while step < num_steps and not (stopping or interrupted):
             clock.wait(step + 1 - IN_FLIGHT)
@@ -119,8 +122,10 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
                 batch = training.next_batch(batches)
         training.finish(step)
     stopped = interrupted or (stopping and step < num_steps)
-    meter = training.meter
-    return TrainResult(run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second)
+    meter, dropped = training.meter, {name: count for name, count in training.records.dropped.items() if count}
+    return TrainResult(
+        run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second, dropped
+    )
 
 
 def check_steps(run: Run, begun: int, workdir: Path) -> None:
@@ -165,7 +170,7 @@ class Training:
         self.folder = stack.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
-        self.stop = stack.enter_context(StopSignal())
+        self.stop = stack.enter_context(StopSignal(unsaved=False))
         if first and len(run.source.class_names):
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:

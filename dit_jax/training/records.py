@@ -1,12 +1,17 @@
 """Metrics of a run: `metrics.jsonl`, one JSON object per line, TensorBoard events under `tensorboard/`, and W&B if enabled."""
 
 import contextlib
+import functools
 import importlib
 import json
 import math
+import operator
 import os
+import queue
+import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +19,57 @@ import numpy as np
 from absl import logging
 
 from dit_jax.storage.atomic import write_atomic
+from dit_jax.training.tensorboard import TensorBoard
+
+MOST_WAITING = 1_000  # records of a sink that hangs; later ones are dropped
+MOST_SECONDS = {"metrics.jsonl": 10.0, "tensorboard": 10.0, "wandb": 60.0}  # that closing a sink may take
+
+
+class Sink:
+    """Runs writes in order on a thread of its own. One that fails or hangs costs records, and never stops the run.
+
+    dropped: number of records that were not written.
+    """
+
+    def __init__(self, name: str, workdir: str):
+        self.name, self.workdir, self.dropped = name, workdir, 0
+        self._writes: queue.Queue[Callable[[], object]] = queue.Queue(MOST_WAITING)
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, write: Callable[[], object]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"records in {self.name}", daemon=True)
+            self._thread.start()
+        try:
+            self._writes.put_nowait(write)
+        except queue.Full:
+            self._failed("it does not respond")
+
+    def wait(self) -> None:
+        """Waits for the writes so far, at most MOST_SECONDS."""
+        done = threading.Event()
+        if self._thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._writes.put_nowait(done.set)
+            done.wait(MOST_SECONDS[self.name])
+
+    def leave(self) -> None:
+        """Waits as `wait`; what is not written by then counts as dropped."""
+        self.wait()
+        if waiting := self._writes.qsize():
+            self._failed("it does not respond", waiting)
+
+    def _run(self):
+        while True:
+            try:
+                self._writes.get()()
+            except Exception as error:
+                self._failed(f"{type(error).__name__}: {error}")
+
+    def _failed(self, why: str, count: int = 1):
+        if not self.dropped:
+            logging.warning("Cannot write %s in %s (%s); the run continues without these records.", self.name, self.workdir, why)
+        self.dropped += count
 
 
 class Records:
@@ -33,15 +89,27 @@ class Records:
         self._path = os.path.join(self._workdir, "metrics.jsonl")
         self._enabled = enabled
         self._file: TextIO | None = None
-        self._writer: Any = None  # of tensorboardX
+        self._writer: TensorBoard | None = None
         self._purge_step: int | None = None
         self._wandb = wandb
-        self.dropped = {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 0}
+        self._sinks = {name: Sink(name, self._workdir) for name in MOST_SECONDS}
+        self._lost: Counter[str] = Counter()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of records and pictures that could not be written, by sink."""
+        return {name: sink.dropped for name, sink in self._sinks.items()} | self._lost
+
+    def lost(self, what: str, error: OSError) -> None:
+        """Counts a side product, such as "previews", that could not be written; the first one is said."""
+        self._lost[what] += 1
+        if self._lost[what] == 1:
+            logging.warning("Cannot write %s in %s (%s); the run continues without.", what, self._workdir, error)
 
     def prepare(self) -> None:
         """Imports the packages of the first scalar, which takes two seconds if PyTorch is installed."""
         if self._enabled:
-            self._attempt("tensorboard", lambda: importlib.import_module("tensorboardX"))
+            self._sinks["tensorboard"](lambda: importlib.import_module("tensorboardX"))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {name: number or array of one element} at `step`.
@@ -58,15 +126,16 @@ class Records:
             "time": time.time(),
             **{name: _json_number(number) for name, number in numbers.items()},
         }
-        self._attempt("metrics.jsonl", lambda: self._append(json.dumps(row, allow_nan=False) + "\n"))
+        line = json.dumps(row, allow_nan=False) + "\n"
+        self._sinks["metrics.jsonl"](lambda: self._append(line))
 
-        def write():
+        def write(events):
             for name, number in numbers.items():
-                self._events().add_scalar(name, number, int(step))
+                events.scalar(name, number, int(step))
 
-        self._attempt("tensorboard", write)
+        self._to_tensorboard(write)
         if self._wandb is not None:
-            self._attempt("wandb", lambda: self._wandb.scalars(int(step), numbers))
+            self._sinks["wandb"](lambda: self._wandb.scalars(int(step), numbers))
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Records {name: uint8 [H, W, C]}, C = 1 or 3, at `step`, except in metrics.jsonl.
@@ -79,12 +148,9 @@ class Records:
             image = np.asarray(image)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
                 raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, not uint8 [H, W, 1 or 3]")
-            self._attempt(
-                "tensorboard",
-                lambda name=name, image=image: self._events().add_image(name, image, int(step), dataformats="HWC"),
-            )
+            self._to_tensorboard(operator.methodcaller("image", name, image, int(step)))
             if self._wandb is not None:
-                self._attempt("wandb", lambda name=name, image=image: self._wandb.image(int(step), name, image))
+                self._sinks["wandb"](functools.partial(self._wandb.image, int(step), name, image))
 
     def rewind(self, step: int) -> None:
         """Drops the records after `step`, so that a run resumed there has no duplicates.
@@ -97,7 +163,8 @@ class Records:
         self.close()
         self._purge_step = int(step) + 1
         if os.path.exists(self._path):
-            self._attempt("metrics.jsonl", lambda: self._drop_lines_after(step))
+            self._sinks["metrics.jsonl"](lambda: self._drop_lines_after(step))
+            self._sinks["metrics.jsonl"].wait()
 
     def last(self, name: str) -> float | None:
         """The last value of a metric in metrics.jsonl; None without a finite one."""
@@ -106,20 +173,21 @@ class Records:
 
     def flush(self) -> None:
         """Flushes all files to the operating system."""
-        if self._file is not None:
-            self._attempt("metrics.jsonl", self._file.flush)
-        if self._writer is not None:
-            self._attempt("tensorboard", self._writer.flush)
+        for name, flush in {"metrics.jsonl": self._flush_file, "tensorboard": self._flush_events}.items():
+            self._sinks[name](flush)
+        for sink in self._sinks.values():
+            sink.wait()
 
     def close(self) -> None:
-        """Flushes and closes all files; a later record opens them again."""
-        if self._file is not None:
-            self._attempt("metrics.jsonl", self._file.close)
-        if self._writer is not None:
-            self._attempt("tensorboard", self._writer.close)
-        self._file = self._writer = None
+        """Flushes and closes all files; a later record opens them again. A sink that does not respond is left behind."""
+        if not self._enabled:
+            return
+        self._sinks["metrics.jsonl"](self._close_file)
+        self._sinks["tensorboard"](self._close_events)
         if self._wandb is not None:
-            self._attempt("wandb", self._wandb.close)
+            self._sinks["wandb"](self._wandb.close)
+        for sink in self._sinks.values():
+            sink.leave()
 
     def __enter__(self):
         return self
@@ -127,15 +195,36 @@ class Records:
     def __exit__(self, *exc_info):
         self.close()
 
-    def _attempt(self, sink, write):
-        try:
-            write()
-        except Exception:
-            self.dropped[sink] += 1
-            if self.dropped[sink] == 1:
-                logging.warning(
-                    "Cannot write %s in %s; the run continues without these records.", sink, self._workdir, exc_info=True
-                )
+    def _flush_file(self):
+        if self._file is not None:
+            self._file.flush()
+
+    def _flush_events(self):
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _close_file(self):
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _close_events(self):
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _to_tensorboard(self, write: Callable[[TensorBoard], None]) -> None:
+        def attempt():
+            if self._writer is None:
+                self._writer = TensorBoard(os.path.join(self._workdir, "tensorboard"), self._purge_step)
+                self._purge_step = None
+            try:
+                write(self._writer)
+            except OSError:
+                self._writer = None  # the next record begins another file
+                raise
+
+        self._sinks["tensorboard"](attempt)
 
     def _append(self, line):
         if self._file is None:
@@ -150,15 +239,6 @@ class Records:
             with contextlib.suppress(OSError):
                 file.close()
             raise
-
-    def _events(self):
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
-
-            folder, suffix = os.path.join(self._workdir, "tensorboard"), f".{time.time_ns()}"  # one file per opening
-            self._writer = SummaryWriter(folder, purge_step=self._purge_step, filename_suffix=suffix)
-            self._purge_step = None
-        return self._writer
 
     def _drop_lines_after(self, step):
         kept, late, broken = [], 0, 0

@@ -269,12 +269,14 @@ def outcomes(tmp_path_factory):
     return dict(zip(["config", *MISTAKES], run_verbs(tmp_path_factory.mktemp("benchmarks"), calls), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(outcomes, mistake):
     """A flag that is ignored, a stack trace for a user's mistake, or a zero exit status."""
     refused(outcomes[mistake], MISTAKES[mistake][1])
 
 
+@pytest.mark.slow
 def test_a_config(outcomes):
     """Overrides that do not reach the benchmark, or a config that needs its data set."""
     status, stdout, stderr = outcomes["config"]

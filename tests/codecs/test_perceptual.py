@@ -73,6 +73,7 @@ def test_value_and_gradient_are_pytorchs(params, distance, gradient):
         assert np.linalg.norm(ours - reference) < 1e-4 * np.linalg.norm(reference)
 
 
+@pytest.mark.slow
 def test_equal_images_have_distance_and_gradient_zero(params, distance, gradient):
     """A loss that pulls at a perfect reconstruction."""
     x, y = pairs(*SHAPE)

@@ -75,6 +75,7 @@ def test_full_steps(interval, warmup, steps):
     assert len(calls) == forecast.full_steps(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [

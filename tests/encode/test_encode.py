@@ -116,6 +116,7 @@ def test_images_that_are_not_square(weights, tmp_path):
         job(weights, size=(8, 7))
 
 
+@pytest.mark.slow
 def test_stopped_at_every_rename_it_ends_with_the_same_bytes(whole, weights, compiled, tmp_path, monkeypatch):
     """A state on disk from which the same command does not reach the cache of an undisturbed run."""
     replace = os.replace

@@ -380,6 +380,7 @@ UNUSED = {
 }
 
 
+@pytest.mark.slow
 def test_flags_that_a_task_does_not_use_are_refused(tmp_path):
     """A flag that is ignored, and a number that is not what it says."""
     found = run_verbs(tmp_path, [line.split() for line in UNUSED])

@@ -231,3 +231,40 @@ def test_a_stopped_run_ends_with_75(tmp_path):
     result = json.loads(stdout.splitlines()[-1])
     assert process.returncode == 75 and result["stopped"] and Path(result["checkpoint"]).is_dir(), stderr
     assert f"stopped and saved at step {result['step']}; the same command goes on" in stderr
+
+
+PHASES = {  # line on stderr at which a signal is sent: what is said then
+    "dit_jax main: starting": (signal.SIGHUP, "stopped; the same command goes on"),
+    "compiling the training step": (signal.SIGINT, "stopped; the same command goes on"),
+    "compiling the sampler": (signal.SIGTERM, "stopped and saved at step 2; the same command goes on"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_stopped_in_every_phase(tmp_path):
+    """A signal outside of the steps that ends the run with a failure, or a run that does not go on from there."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "dit_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path}"]
+    fields = ["num_steps=2", "batch_size=8", "model.depth=1", "model.width=32", "log.every_steps=1", "preview.every_steps=0"]
+    fields += ["optimizer.warmup_steps=0", "evaluation.num_images=600", "evaluation.batch_size=64"]
+    command += [f"--config.{field}" for field in fields]
+
+    for start, (number, said) in PHASES.items():
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        lines = []
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if line.startswith(start):
+                    process.send_signal(number)
+                    start = "no other line"
+            assert process.wait(60) == 75, "".join(lines)
+        finally:
+            process.kill()
+        assert said in "".join(lines)
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0 and json.loads(process.stdout.splitlines()[-1])["fid"] > 0, process.stderr

@@ -45,6 +45,7 @@ def start(home, **environment):
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
+@pytest.mark.slow
 def test_second_start_reads_what_the_first_compiled(tmp_path):
     """A cache that is never hit, gives other numbers, or ends the program over a broken entry."""
     hits, total, *_ = start(tmp_path, **KEEP_ALL)

@@ -1,4 +1,4 @@
-"""training/signals.py: the first signal asks, the second ends."""
+"""The first signal asks, the second ends."""
 
 import os
 import signal
@@ -50,6 +50,32 @@ def test_ignored_signals_stay_ignored():
             assert not stop.requested(1)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+BEFORE = """
+    import os, signal, sys
+    from dit_jax.runtime.signals import StopSignal, end_at_once
+    assert "jax" not in sys.modules
+    number = signal.Signals[sys.argv[1]]
+    end_at_once()
+"""
+AFTER = {  # what stands after it: (exit status, text on stderr)
+    "os.kill(os.getpid(), number)": (75, "stopped; the same command goes on"),
+    "with StopSignal(unsaved=False): os.kill(os.getpid(), number)": (75, "stopped; the same command goes on"),
+    "with StopSignal() as stop: os.kill(os.getpid(), number); print(stop.requested(1))": (0, "saving and stopping"),
+    "with StopSignal(): os.kill(os.getpid(), number); os.kill(os.getpid(), number)": (None, "saving and stopping"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("code", AFTER)
+def test_a_signal_while_there_is_nothing_to_save(code, number):
+    """A stop that waits for minutes of compiling, a trace, or a status after which no supervisor starts the run again."""
+    status, text = AFTER[code]
+    program = [sys.executable, "-c", textwrap.dedent(BEFORE) + code, number.name]
+    process = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == (-number if status is None else status), process.stderr
+    assert process.stderr == f"{number.name}: {text}{'; a second signal ends the process immediately' * (status != 75)}\n"
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -31,6 +31,7 @@ def outcomes(tmp_path_factory):
     return folder, dict(zip(URLS, run_verbs(folder, [line.split() for line in URLS]), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", URLS)
 def test_urls_are_refused(outcomes, line):
     """A folder named gs: that appears in the current one, and a run that dies at its third save."""

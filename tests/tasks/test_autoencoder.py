@@ -72,6 +72,7 @@ def test_one_device_is_every_mesh(shape):
     assert tiny.distance(sharded_sums, sums) < 1e-4
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_stated_loss():
     """A term that is dropped, doubled or divided by the wrong count on its way through the hand-made backward pass."""
     task, params = task_of(), randomized().params
@@ -161,6 +162,7 @@ def test_bad_values(changes, text):
         build.Run(tiny.autoencoder(**changes)).task
 
 
+@pytest.mark.slow
 def test_one_scale_for_each_channel():
     """Latents of an autoencoder that is normalised channel by channel, scaled by one number or not at all."""
     numbers = task_of().codec

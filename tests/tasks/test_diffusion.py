@@ -151,6 +151,7 @@ def test_label_and_guidance_reach_the_samples():
     np.testing.assert_array_equal(images(3.0, [10, 10, 10, 10]), images(1.0, [10, 10, 10, 10]))  # null against null
 
 
+@pytest.mark.slow
 def test_unconditional():
     """A network of 0 classes that still reads labels."""
     task, mesh = build.Run(tiny.config(model__num_classes=0)).task, make_mesh(1, 1, 1, jax.devices()[:1])

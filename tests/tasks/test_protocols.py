@@ -118,6 +118,7 @@ class SkipLayerGuidance(Guidance):
         return super().__call__(network, cond, null_cond, lambda x, t, cond: network(x, t, cond, {"keep": keep}))
 
 
+@pytest.mark.slow
 def test_skip_layer_guidance():
     """`keep` that leaves out another block, or all of them; guidance that cannot reach the network's control."""
     network = tiny.dit(num_classes=0, out_channels=2, depth=2)

@@ -139,6 +139,7 @@ def test_a_longer_decay_when_resuming(whole, tmp_path, capsys):
     assert [row["learning_rate"] for row in rows if "loss" in row][-1] == pytest.approx(2e-3 * 7 / 100)
 
 
+@pytest.mark.slow
 def test_diverged_run_stops(tmp_path, monkeypatch):
     """A run that goes on with NaN for days, or one bad step that ends it."""
     monkeypatch.setattr(DiffusionTask, "loss", nan_loss(DiffusionTask.loss))
@@ -253,3 +254,11 @@ def test_preview_and_records(tmp_path):
     compiled, _, shown, last = rows
     assert compiled["compile_seconds"] > 0 and shown["preview_seconds"] > 0
     assert 0 < last["goodput"] < 1 and last["idle_preview_seconds"] > 0.5 * shown["preview_seconds"]
+
+
+def test_a_preview_that_cannot_be_written(tmp_path):
+    """A run that ends because of a picture."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").touch()
+    run = train(build.Run(tiny.config(num_steps=2, preview__every_steps=1, preview__num_images=4)), tmp_path / "run")
+    assert int(run.state.step) == 2 and not run.stopped and run.dropped == {"previews": 2}

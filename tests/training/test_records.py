@@ -1,8 +1,10 @@
 """training/records.py and grid.py: curves without duplicates, pictures one can see, and no way to stop a run."""
 
+import errno
 import json
 import math
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ import pytest
 from PIL import Image
 
 from dit_jax.sample.grid import write_image_grid
+from dit_jax.training import records as records_module
 from dit_jax.training.records import Records
+from dit_jax.training.tensorboard import TensorBoard
 from dit_jax.training.wandb_writer import WandbWriter
 
 
@@ -118,6 +122,39 @@ def test_a_failing_sink_is_counted_and_never_raises(tmp_path, caplog):
     assert records.dropped["tensorboard"] == 6
 
 
+def test_a_full_disk_costs_the_records_of_that_moment(tmp_path, monkeypatch):
+    """TensorBoard's thread dies of the first error, its queue fills, and the run hangs at the sixth record."""
+    real, broken = TensorBoard.scalar, [True]
+
+    def scalar(self, *args):
+        if broken:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        real(self, *args)
+
+    monkeypatch.setattr(TensorBoard, "scalar", scalar)
+    with Records(tmp_path) as records:
+        for step in range(20):
+            records.scalars(step, {"loss": 1.0})
+            records.flush()
+            if step == 1:
+                broken.clear()
+    assert records.dropped == {"metrics.jsonl": 0, "tensorboard": 2, "wandb": 0}
+    assert len(lines_of(tmp_path)) == 20 and [step for step, _, _ in events_of(tmp_path)[0]] == list(range(2, 20))
+
+
+def test_a_sink_that_hangs_stops_nothing(tmp_path, monkeypatch):
+    """A file system that does not respond holds up every step, or the end of the run."""
+    for_ever = threading.Event()
+    monkeypatch.setattr(TensorBoard, "scalar", lambda *_: for_ever.wait())
+    monkeypatch.setitem(records_module.MOST_SECONDS, "tensorboard", 0.1)
+    monkeypatch.setattr(records_module, "MOST_WAITING", 30)
+    with Records(tmp_path) as records:
+        for step in range(20):
+            records.scalars(step, {"loss": 1.0})
+    assert len(lines_of(tmp_path)) == 20 and records.dropped["tensorboard"] >= 19
+    for_ever.set()
+
+
 def test_disabled_records_write_nothing(tmp_path):
     """Every process but the first would write the same lines again."""
     with Records(tmp_path / "run", enabled=False) as records:
@@ -188,6 +225,7 @@ def test_wandb_never_stops_a_run(tmp_path, wandb, monkeypatch, broken):
     with with_wandb(tmp_path) as records:
         for step in (1, 2, 3):
             records.scalars(step, {"loss": step})
+            records.flush()
             wandb.fails = broken != "absent"
     assert len(lines_of(tmp_path)) == 3 and len(wandb.starts) == (broken != "absent")
     assert records.dropped == {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 2 if broken == "later" else 3}
