@@ -268,7 +268,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.data = {"name": "digits", "path": "", "split": "all"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
-    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
+    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "dpmpp"))
     c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "clip_norm": 1.0})
     decay_to_the_end(c)
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
@@ -394,7 +394,7 @@ def in_latents(c: ml_collections.ConfigDict, codec: dict) -> ml_collections.Conf
 def digits_latent() -> ml_collections.ConfigDict:
     """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
     c = in_latents(digits(), DIGITS_CODEC)
-    c.model.patch_size, c.process.prediction = 1, "noise"
+    c.model.patch_size, c.process.prediction, c.sampler = 1, "noise", default_sampler("ddpm")
     c.num_steps, c.optimizer.learning_rate = 1_200, 2e-3
     return c
 
