@@ -72,6 +72,20 @@ def test_the_page_of_a_finished_run(tmp_path):
     assert len(text) < 2_000_000
 
 
+def test_the_page_shows_the_starts(tmp_path):
+    """Starts that only a file has; text of a log that runs in the browser, or values that end in a trace."""
+    folder = write_run(tmp_path / "run", True)
+    log = [
+        {"start": "a", "time": 1.7e9, "host": "<b>", "devices": "4 x TPU v5", "first_step": 0},
+        {"start": "b", "time": "x", "first_step": 40},
+        {"start": "b", "last_step": 90, "ended": "finished", "status": 0},
+    ]
+    (folder / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    text = page.text(collect.read(folder))
+    assert "Starts: 2" in text and "<td>2023-11-14 22:13 UTC</td><td>&lt;b&gt;</td><td>4 x TPU v5</td><td>0 to ?</td><td>killed</td>" in text
+    assert "<td>40 to 90</td><td>finished (status 0)</td>" in text
+
+
 def test_the_page_of_a_run_that_still_trains(tmp_path):
     """A page that waits for the end, or a number that is not finite in a curve."""
     run = collect.read(write_run(tmp_path / "run", False))
