@@ -399,6 +399,12 @@ class Pipeline:
             if len(times) != 2:
                 raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
             config.guidance.low, config.guidance.high = times
+        off = {"guidance_channels": config.guidance.scale == 1, "guidance_interval": config.guidance.scale == 1}
+        off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
+        for name, is_off in off.items():
+            if is_off and name in given:
+                switch = "guidance is off (guidance_scale is 1)" if name.startswith("guidance") else "forecast_interval is 1"
+                raise UserError(f"{name}={given[name]} has no effect where {switch}; omit it")
         return config.lock()
 
     def _weaker(self, path: str | os.PathLike, config: ml_collections.ConfigDict) -> tuple[Any, Any, str]:

@@ -156,7 +156,9 @@ def _starts(run: Collected) -> str:
             ended if "status" not in start else f"{ended} (status {start['status']})",
         )
         rows.append([html.escape(str(cell)) for cell in cells])
-    return parts.details(f"Starts: {len(rows)}", parts.table(("Began", "Host", "Devices", "Steps", "Ended"), rows)) if rows else ""
+    return (
+        parts.details(f"Starts: {len(rows)}", parts.table(("Began", "Host", "Devices", "Steps", "Ended"), rows)) if rows else ""
+    )
 
 
 def _date(seconds: Any) -> str:

@@ -107,9 +107,7 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
             loss, rate = training.records.last("loss"), training.records.last("images_per_second")
-            return TrainResult(
-                run, training.results, state, training.constants, False, loss, rate, finished=training.finished
-            )
+            return TrainResult(run, training.results, state, training.constants, False, loss, rate, finished=training.finished)
 
         stepper, batches, batch = training.start(state)
         training.stop.unsaved = True

@@ -29,7 +29,10 @@ def text(run: Run, workdir: Path) -> str:
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
-            *(f"warning    {text}" for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run), *_of_the_guidance(run))),
+            *(
+                f"warning    {text}"
+                for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run), *_of_the_guidance(run))
+            ),
             f"versions   {versions.one_line()}",
         )
     )
@@ -50,7 +53,7 @@ def _of_the_classes(run: Run) -> list[str]:
     if list(names) == [str(label) for label in range(len(names))]:
         return [f"labels     0 to {len(names) - 1}"]
     shown = [f"{label} {name!r}" for label, name in enumerate(names)]
-    return [f"labels     {', '.join(shown if len(shown) <= MOST_NAMES else [*shown[:MOST_NAMES - 1], '...', shown[-1]])}"]
+    return [f"labels     {', '.join(shown if len(shown) <= MOST_NAMES else [*shown[: MOST_NAMES - 1], '...', shown[-1]])}"]
 
 
 def _of_the_guidance(run: Run) -> list[str]:

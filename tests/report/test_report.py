@@ -82,7 +82,10 @@ def test_the_page_shows_the_starts(tmp_path):
     ]
     (folder / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     text = page.text(collect.read(folder))
-    assert "Starts: 2" in text and "<td>2023-11-14 22:13 UTC</td><td>&lt;b&gt;</td><td>4 x TPU v5</td><td>0 to ?</td><td>killed</td>" in text
+    assert (
+        "Starts: 2" in text
+        and "<td>2023-11-14 22:13 UTC</td><td>&lt;b&gt;</td><td>4 x TPU v5</td><td>0 to ?</td><td>killed</td>" in text
+    )
     assert "<td>40 to 90</td><td>finished (status 0)</td>" in text
 
 
