@@ -37,7 +37,7 @@ def write(folder: Path) -> Path:
     """
     file, page = folder / FILE, text(read(folder))
     try:
-        write_atomic(file, page)
+        write_atomic(file, page.encode("utf-8", "backslashreplace"))  # paths and names may hold bytes that are not UTF-8
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); make the folder writable") from None
     return file

@@ -198,8 +198,8 @@ def check_finished(workdir: Path, old: dict, new: dict) -> None:
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
     if other := [text for key, text in lines.items() if key.split(".")[0] in RESULT_SECTIONS]:
         raise UserError(
-            f"the run in {workdir} is finished, with other settings of its results ({'; '.join(other)}); draw and score more with "
-            f"dit_jax.sample and dit_jax.evaluate, or remove {RESULT} there to make the results again"
+            f"the run in {workdir} is finished, with other settings of its results ({'; '.join(other)}); draw and score more "
+            f"with dit_jax.sample and dit_jax.evaluate, or remove {RESULT} there to make the results again"
         )
     if lines:
         say(f"the run is finished; without effect: {'; '.join(lines.values())}")

@@ -7,7 +7,6 @@ A start without a second line was killed, or is running.
 """
 
 import contextlib
-import os
 import platform
 import secrets
 import time

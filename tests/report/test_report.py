@@ -57,7 +57,7 @@ def write_run(folder, finished):
 
 def test_the_page_of_a_finished_run(tmp_path):
     """A page that is broken, is unreadable on a phone, fetches something, runs what a config says, or leaves out a part."""
-    text = page.write(write_run(tmp_path / "my run", True)).read_text()
+    text = page.write(write_run(tmp_path / "my r\udce9n", True)).read_text()
     structure = Structure()
     structure.feed(text)
     assert not structure.open and not structure.fetched and not re.search(r"https?://", text)
