@@ -152,6 +152,7 @@ def summary(manifest: dict) -> dict:
 
 def main() -> dict:
     check_flags()
+    assert OUT.value is not None  # see `check_flags`
     out = local_path(OUT.value)
     if VERIFY.value:
         from dit_jax.data.latents import LatentCache

@@ -52,7 +52,8 @@ def check_uses(uses: Mapping[str, Iterable[str]], mode: str) -> None:
     """
     for name in sorted({name for names in uses.values() for name in names} - set(uses[mode])):
         if flags.FLAGS[name].present:
-            shown = f"config.{flags.FLAGS[name].value[0]}" if name == CONFIG_FIELD else name
+            values = flags.FLAGS[name].value
+            shown = f"config.{values[0]}" if name == CONFIG_FIELD and values else name
             raise UserError(f"--{shown} has no effect with {mode}; omit it")
 
 

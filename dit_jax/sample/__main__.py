@@ -127,6 +127,7 @@ def check_flags() -> None:
 def main() -> dict:
     check_flags()
     source = WORKDIR.value or WEIGHTS.value
+    assert source is not None  # see `check_flags`
     labels, sampler_fields, guidance_interval = chosen_labels(), fields_of_sampler(), interval()
     processes.join()
     from dit_jax.pipeline import Pipeline

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 
 import jax
@@ -10,10 +9,15 @@ import pytest
 import tiny
 
 from dit_jax import build, session
+from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime import signals
+from dit_jax.storage.atomic import write_json
+from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.run_folder import Workdir, read_result, write_class_names
+from dit_jax.tasks.state import create_sharded
 from dit_jax.training import starts
-from dit_jax.training.loop import train
+from dit_jax.training.records import Records
 from dit_jax.training.starts import Start
 
 
@@ -76,9 +80,15 @@ def test_a_log_that_cannot_be_written(tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train(build.Run(tiny.config(num_steps=2, log__every_steps=1)), folder)
+    """A finished run, without its training."""
+    folder, config = tmp_path_factory.mktemp("finished") / "run", tiny.config(num_steps=2, log__every_steps=1)
+    run = build.Run(config)
+    state = create_sharded(run.task, jax.random.key(0), run.mesh)
+    with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
+        checkpointer.save(2, state.replace(step=state.step + 2), {"data": run.source.fingerprint})
+        with Records(folder) as records:
+            records.scalars(2, {"loss": 0.5})
+        write_class_names(folder, run.source.class_names)
     (folder / "result.json").write_text(json.dumps({"step": 2, "loss": 0.5, "samples": None}))
     (folder / "report.html").touch()
     return folder
@@ -106,15 +116,14 @@ def test_other_results_of_a_finished_run_are_refused(finished):
     assert json.loads((finished / "config.json").read_text())["evaluation"]["num_images"] == 0
 
 
-def test_a_longer_run_is_not_finished(finished, tmp_path):
-    """A finished run that cannot be trained on, or whose lost samples never come back."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    trained = train(build.Run(tiny.config(num_steps=3)), folder)
-    assert trained.finished is None and int(trained.state.step) == 3
-    assert json.loads((folder / "config.json").read_text())["num_steps"] == 3
-    (folder / "result.json").write_text(json.dumps({"step": 3, "samples": "/moved/samples/00000003_final.npz"}))
-    assert train(build.Run(tiny.config(num_steps=3)), folder).finished is None
-    (folder / "samples").mkdir()
-    (folder / "samples" / "00000003_final.npz").touch()
-    assert train(build.Run(tiny.config(num_steps=3)), folder).finished["step"] == 3
+def test_what_is_not_finished(tmp_path):
+    """A longer run that is taken for finished, or one whose samples were removed and never come back."""
+    assert read_result(tmp_path, 3) is None
+    write_json(tmp_path / "result.json", {"step": 3, "samples": "/moved/samples/00000003_final.npz"})
+    assert read_result(tmp_path, 3) is None
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "00000003_final.npz").touch()
+    assert read_result(tmp_path, 3)["step"] == 3 and read_result(tmp_path, 4) is None
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(UserError, match="remove it to make the results again"):
+        read_result(tmp_path, 3)
