@@ -34,6 +34,17 @@ SHOW = flags.DEFINE_bool("show", False, "Print every field of the config with it
 processes.define_flags()
 
 
+USES = {
+    "--show": {"show"},
+    "training": {"workdir", *processes.FLAGS},
+}
+
+
+def check_flags() -> None:
+    """Raises a UserError for a flag without effect."""
+    command_line.check_uses(USES, "--show" if SHOW.value else "training")
+
+
 def chosen_config():
     if not CONFIG.given:
         raise UserError("give --config=<name or file>, such as --config=digits")
@@ -41,6 +52,7 @@ def chosen_config():
 
 
 def main() -> dict:
+    check_flags()
     config = chosen_config()
     if SHOW.value:
         from dit_jax import config_reference

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,12 +12,15 @@ from dit_jax import config_file
 from dit_jax.benchmark import machine
 from dit_jax.build import Run
 from dit_jax.errors import UserError
-from dit_jax.report import ending
+from dit_jax.report import ending, page
 from dit_jax.runtime.console import say
+from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
+from dit_jax.storage.run_folder import RESULT
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
+from dit_jax.training.starts import Start
 
 
 def train(
@@ -36,7 +40,8 @@ def train(
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
-        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid".
+        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". Those of a run
+        that was finished before are read, and nothing is written.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -50,8 +55,15 @@ def train(
     run = Run(config)
     run.task  # the errors of the config itself come first
     run.check_files(workdir, lambda: check_results(run))
-    trained = loop.train(run, workdir)
+    with Start(workdir) as start:
+        return _train(run, workdir, start)
+
+
+def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
+    trained = loop.train(run, workdir, start)
     step = int(trained.state.step)
+    if trained.finished is not None:
+        return _again(trained, workdir, start)
     result: dict[str, Any] = {
         "step": step,
         "loss": trained.loss,
@@ -66,10 +78,27 @@ def train(
         result |= trained.results.finish(trained.state, trained.constants, workdir)
     if result["stopped"]:
         say(f"stopped and saved at step {step}; the same command goes on")
+        start.end("stopped by a signal", STOPPED_STATUS)
         return result
     if jax.process_index() == 0:
         result["machine"] = machine.describe()
-        write_json(workdir / "result.json", result)
-        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
-        say(summary.ending(trained.run, workdir, result, report))
+        write_json(workdir / RESULT, result)
+    start.end("finished", 0)
+    _report(trained, workdir, result)
     return result
+
+
+def _again(trained: loop.TrainResult, workdir: Path, start: Start) -> dict[str, Any]:
+    """The stored result of a run that was finished before; its records are kept."""
+    assert trained.finished is not None
+    say(f"the run is finished: its records are kept, and the result is that of {workdir / RESULT}")
+    start.end("nothing to train", 0)
+    if not (workdir / page.FILE).exists():  # a kill after the result
+        _report(trained, workdir, trained.finished)
+    return trained.finished
+
+
+def _report(trained: loop.TrainResult, workdir: Path, result: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, result["step"])
+        say(summary.ending(trained.run, workdir, result, report))

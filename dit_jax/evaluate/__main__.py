@@ -168,23 +168,30 @@ def score() -> dict:
     return result
 
 
-USED = {
-    "table": {"format", "out"},
-    "make_reference": {"data", "split", "resolution", "channels", "keep_features", "features", "weights", "batch_size"},
-    "samples": {"reference", "split", "features", "weights", "metrics", "out", "batch_size"}
-    | {"kid_subset_size", "replicates", "level"},
+EXTRACTOR = {"split", "features", "weights", "batch_size", *processes.FLAGS}
+USES = {
+    "--table": {"table", "format", "out"},
+    "--make_reference": {"make_reference", "data", "resolution", "channels", "keep_features", *EXTRACTOR},
+    "--samples": {"samples", "reference", "metrics", "out", "kid_subset_size", "replicates", "level", *EXTRACTOR},
 }
 
 
-def check_flags(task: str) -> None:
-    """Raises UserError if a flag is given that the task, a key of USED, does not use."""
-    unused = dict.fromkeys(set().union(*USED.values()) - USED[task], f"--{task}")
+def check_flags() -> None:
+    """Raises a UserError for a flag without effect."""
+    tasks = {"samples": SAMPLES.value, "make_reference": MAKE_REFERENCE.value, "table": TABLE.value}
+    asked = [name for name, value in tasks.items() if value]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
+    task = asked[0] if asked else "samples"
+    command_line.check_uses(USES, f"--{task}")
+    unused: dict[str, str] = {}
     if task == "samples":
         wanted = set(METRIC_NAMES.value or ("fid", "kid"))
         given = f"--metrics={','.join(METRIC_NAMES.value or ())}"
         unused |= {} if "fid" in wanted else {"replicates": given, "level": given}
         unused |= {} if "kid" in wanted else {"kid_subset_size": given}
         unused |= {} if REPLICATES.value else {"level": "--replicates=0"}
+        unused |= {} if wanted & {"fid", "sfid", "precision", "recall", "kid"} else {"reference": given}
         unused |= {"split": "no --reference"} if REFERENCE.value is None else {}
     elif task == "make_reference" and DATA.value is not None:
         if DATA.value.endswith(".npz"):
@@ -197,10 +204,7 @@ def check_flags(task: str) -> None:
 
 
 def main() -> dict:
-    asked = [name for name, flag in (("samples", SAMPLES), ("make_reference", MAKE_REFERENCE), ("table", TABLE)) if flag.value]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
-    check_flags(asked[0] if asked else "samples")
+    check_flags()
     if TABLE.value:
         return make_table(TABLE.value)
     processes.join()

@@ -7,6 +7,7 @@ A verb that continues where it was stopped begins with `end_at_once`: while ther
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,9 @@ from absl import logging
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# Called with (why, exit status) before the process ends without leaving its contexts, as by a signal or the watchdog.
+before_exit: list[Callable[[str, int], object]] = []
 
 
 def end_at_once() -> None:
@@ -28,6 +32,8 @@ def end_at_once() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     _write(number, "stopped; the same command goes on")
+    for tell in before_exit:
+        tell(signal.Signals(number).name, STOPPED_STATUS)
     for child in multiprocessing.active_children():  # the data loader's
         child.kill()
     os._exit(STOPPED_STATUS)

@@ -35,8 +35,8 @@ from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every default chunk size of the generator
 MANIFEST, LABELS, SHARDS, GRID = "manifest.json", "labels.npy", "shards", "samples.png"
-# Paths and origins of weights. Their hashes are compared instead.
-NOT_COMPARED = ("origin", "autoguidance", "images_sha256")
+# Paths and origins of weights, whose hashes are compared instead, and names of labels, which change no image.
+NOT_COMPARED = ("origin", "autoguidance", "images_sha256", "class_names")
 
 
 class Shards:

@@ -56,6 +56,24 @@ def write_json(path: str | os.PathLike, value: Any, indent: int = 1) -> Written:
     return write_atomic(path, json.dumps(value, indent=indent) + "\n")
 
 
+def append_json(path: str | os.PathLike, value: Any) -> None:
+    """Appends a line of JSON to a file, in one write, and syncs it; creates the file.
+
+    A kill leaves the line or nothing. A half line that a power failure left is ended first, so that it spoils no other.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" * is_torn + json.dumps(value) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def npy(array: np.ndarray) -> list[Buffer]:
     """The parts of an .npy file of a C-contiguous array, for `write_atomic`: header and data; the data are not copied."""
     header = io.BytesIO()

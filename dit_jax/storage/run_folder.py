@@ -4,6 +4,8 @@ config.json   the resolved config
 classes.json  the names of the data set's classes, for pictures
 checkpoints/  see `storage.checkpoints`
 metrics.jsonl, tensorboard/   see `training.records`
+starts.jsonl  see `training.starts`
+result.json   the result; written at the end, and not again
 samples/      grids of images by step
 profile/      see `runtime.profile`
 stacks.txt    see `runtime.watchdog`
@@ -28,7 +30,8 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
-CLASSES = "classes.json"
+CLASSES, RESULT = "classes.json", "result.json"
+RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -98,14 +101,15 @@ class Workdir:
     """Opens or creates a run's folder for training; a context manager that holds the claim on it.
 
     settings: the run's config as JSON values (`config_file.plain`).
+    finished: the run has its result; its records are not written again.
 
     Raises on entry:
         UserError: another command is at work in it; its config differs; it holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True):
+    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True, finished: bool = False):
         self.path = local_path(path).absolute()
-        self.settings, self.first = settings, first
+        self.settings, self.first, self.finished = settings, first, finished
         self._claim = contextlib.ExitStack()
 
     @property
@@ -129,7 +133,9 @@ class Workdir:
                     f"Different:\n  " + "\n  ".join(lines)
                 )
             old, new = flatten(before), flatten(self.settings)
-            for key in PRINTED_FIELDS:
+            if self.finished:
+                check_finished(self.path, old, new)
+            for key in () if self.finished else PRINTED_FIELDS:
                 if old.get(key) != new.get(key) and self.checkpoints.exists():
                     say(f"{key}: {old.get(key)} -> {new.get(key)}, for the steps from here on")
             for line in user_code.changes(before.get("imports", ()), self.settings.get("imports", ())):
@@ -142,8 +148,9 @@ class Workdir:
         if self.first:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
-                write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", "result.json", "codec")
+                if not self.finished:
+                    write_json(file, self.settings, indent=2)
+                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", RESULT, "codec")
                 self._claim = stack.pop_all()
         return self
 
@@ -165,6 +172,37 @@ def read_config(workdir: str | os.PathLike) -> dict:
         raise UserError(f"{file} does not exist: {workdir} is not the --workdir of a dit_jax.main run") from None
     user_code.expect(config.get("imports", ()))
     return config
+
+
+def read_result(workdir: Path, num_steps: int) -> dict | None:
+    """result.json of a run that is finished with `num_steps` steps, its samples included; None for another run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        result = read_json(workdir / RESULT, "remove it to make the results again", {"step": int})
+    except FileNotFoundError:
+        return None
+    samples = result.get("samples")
+    has_samples = not samples or (workdir / "samples" / Path(samples).name).exists()  # the folder may have moved
+    return result if result["step"] == num_steps and has_samples else None
+
+
+def check_finished(workdir: Path, old: dict, new: dict) -> None:
+    """Raises a UserError if another config wants other results of a finished run; says which other fields have no effect.
+
+    old, new: flat configs.
+    """
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
+    if other := [text for key, text in lines.items() if key.split(".")[0] in RESULT_SECTIONS]:
+        raise UserError(
+            f"the run in {workdir} is finished, with other settings of its results ({'; '.join(other)}); draw and score more "
+            f"with dit_jax.sample and dit_jax.evaluate, or remove {RESULT} there to make the results again"
+        )
+    if lines:
+        say(f"the run is finished; without effect: {'; '.join(lines.values())}")
 
 
 def read_best(workdir: str | os.PathLike) -> dict | None:

@@ -81,7 +81,8 @@ class Samples:
         mesh, seed = drawing_mesh(run.mesh), run.config.seed
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
         params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
-        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
+        class_names = run.source.class_names if run.conditioner.num_classes else ()
+        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names) | {"labels": "balanced"}
         names, caption = self.texts(requests, step)
         drawn = draw(
             path,

@@ -394,7 +394,7 @@ MISTAKES = {
     "sample --weights=vae.safetensors": "--codec_path",
     "sample --weights=vae.safetensors --codec_path=nowhere": "nowhere",
     "sample --workdir=RUN --codec_path=nowhere": "has no weights",
-    "sample --weights=vae.safetensors --step=3": "leave step out",
+    "sample --weights=vae.safetensors --step=3": "--step has no effect with --weights",
 }
 
 
