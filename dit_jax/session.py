@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from dit_jax.benchmark import machine
 from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.report import ending
+from dit_jax.runtime import phases
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
@@ -63,13 +65,31 @@ def train(
         **({"dropped": trained.dropped} if trained.dropped else {}),
     }
     if not trained.stopped:
-        result |= trained.results.finish(trained.state, trained.constants, workdir)
+        with loop.watchdog_of(run, workdir), phases.phase("sampling"):
+            result |= finish(trained, workdir, step)
     if result["stopped"]:
         say(f"stopped and saved at step {step}; the same command goes on")
         return result
     if jax.process_index() == 0:
         result["machine"] = machine.describe()
         write_json(workdir / "result.json", result)
-        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
+        with loop.watchdog_of(run, workdir), phases.phase("report"):
+            report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
+        if report is None:
+            result["dropped"] = result.get("dropped", {}) | {"report": 1}
+            write_json(workdir / "result.json", result)
         say(summary.ending(trained.run, workdir, result, report))
     return result
+
+
+def finish(trained: loop.TrainResult, workdir: Path, step: int) -> dict[str, Any]:
+    """Makes and scores the results of a trained run; see `Results.finish`.
+
+    Raises:
+        Exception: the results cannot be made; says first that the training is saved.
+    """
+    try:
+        return trained.results.finish(trained.state, trained.constants, workdir)
+    except Exception:
+        say(f"step {step} is trained and saved, but its results were not made; the same command makes them")
+        raise

@@ -149,4 +149,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main, continues=True)
+    console.run(main, continues=True, phase="sampling")
