@@ -183,6 +183,7 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
             _leave(command_line.USER_ERROR_STATUS)
         except Exception as error:
+            watchdog.wait_if_ending()
             from dit_jax.runtime import platforms
 
             if said := platforms.explain(error):
@@ -193,6 +194,8 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
                 raise
             traceback.print_exc()
             print(f"error: {_which()}failed with the error above", file=sys.stderr, flush=True)
+            if silent := watchdog.silent_peers():
+                print(f"error: {_which()}{silent}", file=sys.stderr, flush=True)
             _leave(1)
         import jax
 

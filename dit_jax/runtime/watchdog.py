@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import phases
 from dit_jax.runtime.signals import STOPPED_STATUS
 
+T = TypeVar("T")
 DEFAULT_SECONDS = 1800.0
 LIMITS = {  # of each phase: the time in which something must finish, in units of log.watchdog_seconds; and what did not
     "step": (1.0, "no step has finished"),
@@ -33,7 +34,24 @@ LIMITS = {  # of each phase: the time in which something must finish, in units o
     "start or end": (4.0, "the run neither started nor ended"),
 }
 KEY = "dit_jax/watchdog"  # of JAX's coordination service
+GONE = "left"  # in place of a phase: the process has left its watchdog, and says no more
+MOST_SECONDS_BETWEEN = 5.0  # two exchanges of a process with the others
 LEAVE_SECONDS = 10.0  # for the stacks, which a dead disk may keep from being written
+
+
+_ending = threading.Lock()  # held by the thread that ends the process
+_last: "Peers | None" = None
+
+
+def wait_if_ending() -> None:
+    """Waits for the end if a watchdog is ending this process: an error of the main thread is then that of an ended peer."""
+    if _ending.locked():
+        time.sleep(60)
+
+
+def silent_peers() -> str:
+    """Names the processes that died or stopped without a word, "" if there are none; takes some seconds if there are several."""
+    return "" if _last is None else _last.silent()
 
 
 class Watchdog:
@@ -60,7 +78,7 @@ class Watchdog:
             raise UserError(f"log.watchdog_seconds is {seconds}; it must be at least 0 (0 turns the watchdog off)")
         self.seconds, self.file, self.more = seconds, file, more or {}
         self.tick = min(seconds / 4, 10.0)
-        self._leaving, self._ending = threading.Event(), threading.Lock()
+        self._leaving = threading.Event()
         self._peers: Peers | None = None
 
     def __enter__(self) -> "Watchdog":
@@ -83,13 +101,19 @@ class Watchdog:
                 phases.beat()  # the process was stopped
             slept = woken
             if self._peers is None:
-                self._peers = Peers.of_this_run(self.tick, self._leaving, self._end)
+                self._peers = Peers.of_this_run(min(self.tick, MOST_SECONDS_BETWEEN), self._leaving, self._end)
             now, at = phases.current()
-            if now is not None and time.monotonic() - at > self.limit(now):
+            waited = time.monotonic() - at
+            if now is not None and waited > self.limit(now) and waited > self._limit_of_others():
                 self._end(False, f"{LIMITS[now][1]} for {self.limit(now):g} s (log.watchdog_seconds is {self.seconds:g})")
 
+    def _limit_of_others(self) -> float:
+        """The longest limit of the phases in which other processes are at work: this one may wait for them."""
+        busy = None if self._peers is None else _within(2.0, self._peers.busy)
+        return max((self.limit(name) for name in busy or ()), default=0.0)
+
     def _end(self, told: bool, reason: str):
-        if not self._ending.acquire(blocking=False):
+        if not _ending.acquire(blocking=False):
             return
         try:
             said = threading.Thread(target=self._say, args=(told, reason), daemon=True)
@@ -97,10 +121,9 @@ class Watchdog:
             said.join(LEAVE_SECONDS)
             for child in multiprocessing.active_children():
                 child.kill()
-            if (
-                self._peers is not None
-            ):  # the others read the reason within a tick, while the first process, which holds it, lives
-                time.sleep((1.5 if self._peers.index else 3.0) * self.tick + 0.5)
+            if self._peers is not None:
+                # The others read the reason at their next exchange, for which the first process, which has it, must live.
+                time.sleep((1.5 if self._peers.index else 3.0) * self._peers.every_seconds + 0.5)
         finally:
             os._exit(STOPPED_STATUS)
 
@@ -143,8 +166,8 @@ class Peers:
         leaving: threading.Event,
         ended: Callable[[bool, str], None],
     ):
-        self.index, self.count = index, count
-        self._client, self._every_seconds, self._leaving, self._ended = client, every_seconds, leaving, ended
+        self.index, self.count, self.every_seconds = index, count, every_seconds
+        self._client, self._leaving, self._ended = client, leaving, ended
         threading.Thread(target=self._exchange, name="watchdog peers", daemon=True).start()
 
     @classmethod
@@ -157,32 +180,57 @@ class Peers:
         state = distributed.global_state
         if state.client is None or (state.num_processes or 1) < 2:
             return None
-        return cls(state.client, int(state.process_id or 0), int(state.num_processes), *args)
+        global _last
+        _last = cls(state.client, int(state.process_id or 0), int(state.num_processes), *args)
+        return _last
 
     def tell(self, reason: str) -> str:
         """Tells the others why this process ends; returns what they did last, as text."""
         self._client.key_value_set(f"{KEY}/ended", reason, allow_overwrite=True)
-        said = []
+        said = [f"process {i} was heard of {age:.0f} s ago ({name or 'between phases'})" for i, name, age in self._others()]
+        return "".join(f"; {text}" for text in said[:8])
+
+    def busy(self) -> list[str]:
+        """The phases of the other processes that respond."""
+        return [name for _, name, age in self._others() if name in LIMITS and age < 3 * self.every_seconds + 1]
+
+    def silent(self) -> str:
+        """See `silent_peers`."""
+        time.sleep(2 * self.every_seconds + 1)
+        silent = _within(
+            2.0, lambda: [str(i) for i, name, age in self._others() if name != GONE and age > 2 * self.every_seconds]
+        )
+        if silent is None:
+            return "process 0 does not respond any more"
+        return f"process {', '.join(silent)} of {self.count} does not respond any more" if silent else ""
+
+    def _others(self) -> list[tuple[int, str | None, float]]:
+        """(index, last phase, seconds since it was heard of) of each other process, in order."""
+        others = []
         for key, value in self._client.key_value_dir_get(f"{KEY}/alive/"):
             index, (name, when) = int(key.rpartition("/")[2]), json.loads(value)
             if index != self.index:
-                said.append(f"process {index} was heard of {max(time.time() - when, 0):.0f} s ago ({name or 'between phases'})")
-        return "".join(f"; {text}" for text in sorted(said)[:8])
+                others.append((index, name, max(time.time() - when, 0.0)))
+        return sorted(others)
+
+    def _alive(self, name: str | None):
+        self._client.key_value_set(f"{KEY}/alive/{self.index}", json.dumps([name, time.time()]), allow_overwrite=True)
 
     def _exchange(self):
-        while not self._leaving.wait(self._every_seconds):
+        while not self._leaving.wait(self.every_seconds):
             reason = ""
             with contextlib.suppress(Exception):  # none has ended, or the first process has
-                alive = json.dumps([phases.current()[0], time.time()])
-                self._client.key_value_set(f"{KEY}/alive/{self.index}", alive, allow_overwrite=True)
+                self._alive(phases.current()[0])
                 reason = str(self._client.key_value_try_get(f"{KEY}/ended"))
             if reason:
                 self._ended(True, reason)
+        with contextlib.suppress(Exception):
+            self._alive(GONE)
 
 
-def _within(seconds: float, call: Callable[[], str]) -> str | None:
+def _within(seconds: float, call: Callable[[], T]) -> T | None:
     """The result of a call that may fail or hang; None if it does."""
-    results: list[str] = []
+    results: list[T] = []
 
     def attempt():
         with contextlib.suppress(Exception):

@@ -1,11 +1,13 @@
 """runtime/watchdog.py: a process that hangs ends by itself and says where; one that works is left alone."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
@@ -175,11 +177,37 @@ def test_a_process_that_hangs_tells_the_others():
         while len(service.values) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
         assert not told
+        assert peers[0].busy() == ["preview"]
         assert "process 1 was heard of 0 s ago (preview)" in peers[0].tell("process 0 of 2: no step has finished")
         while not any(i == 1 for i, *_ in told) and time.monotonic() < deadline:
             time.sleep(0.001)
-    leaving.set()
     assert (1, True, "process 0 of 2: no step has finished") in told
+    leaving.set()
+    while not all(watchdog.GONE in value for key, value in service.values.items() if "alive" in key):
+        assert time.monotonic() < deadline
+
+
+def test_a_process_waits_for_another_one_at_work(ended):
+    """Processes that end because one of them compiles, restores or draws for longer than a step may take."""
+    watching = Watchdog(0.05)
+    watching._peers = SimpleNamespace(busy=lambda: ["step", "compile"])
+    start = time.monotonic()
+    with watching, phases.phase("step"):
+        assert "no step" in ended.wait()
+    assert time.monotonic() - start >= watching.limit("compile") > watching.limit("step")
+
+
+def test_a_process_that_died_is_named(monkeypatch):
+    """A process that fails because its peer was killed, and names nobody; or that names one which has left in order."""
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: None))
+    service, leaving = Service(), threading.Event()
+    leaving.set()
+    peers = watchdog.Peers(service, 0, 4, 1.0, leaving, None)
+    for index, name, age in ((1, "step", 30), (2, watchdog.GONE, 30), (3, "step", 0)):
+        service.values[f"{watchdog.KEY}/alive/{index}"] = json.dumps([name, time.time() - age])
+    assert peers.silent() == "process 1 of 4 does not respond any more"
+    monkeypatch.setattr(service, "key_value_dir_get", lambda folder: 1 / 0)
+    assert peers.silent() == "process 0 does not respond any more"
 
 
 def test_negative_limit():
