@@ -33,7 +33,7 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "task.perceptual_path": "Weights of LPIPS from `dit_jax.convert --from=lpips`; needed where perceptual_weight is above 0.",
     "log.every_steps": "Prints and records loss, rate and time every so many steps.",
     "log.wandb": "Name of a Weights & Biases project to log to; off if empty.",
-    "log.watchdog_seconds": "Ends the process (status 75) if no step finishes for so long; 0 turns it off.",
+    "log.watchdog_seconds": "Ends a process (75) if a step, batch or save takes so long, or other work 4 times so long; 0: off.",
     "preview.every_steps": "Draws a grid of images every so many steps; 0 turns previews off.",
     "preview.num_images": "Images of a preview.",
     "evaluation.num_images": "Images made at the end of the run, and scored if there is a reference; 0 for none.",

@@ -13,6 +13,7 @@ from dit_jax.benchmark import machine
 from dit_jax.build import Run
 from dit_jax.errors import UserError
 from dit_jax.report import ending, page
+from dit_jax.runtime import phases
 from dit_jax.runtime.console import say
 from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
@@ -75,7 +76,8 @@ def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
         **({"dropped": trained.dropped} if trained.dropped else {}),
     }
     if not trained.stopped:
-        result |= trained.results.finish(trained.state, trained.constants, workdir)
+        with loop.watchdog_of(run, workdir), phases.phase("sampling"):
+            result |= finish(trained, workdir, step)
     if result["stopped"]:
         say(f"stopped and saved at step {step}; the same command goes on")
         start.end("stopped by a signal", STOPPED_STATUS)
@@ -84,7 +86,9 @@ def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
         result["machine"] = machine.describe()
         write_json(workdir / RESULT, result)
     start.end("finished", 0)
-    _report(trained, workdir, result)
+    if not _report(trained, workdir, result):
+        result["dropped"] = result.get("dropped", {}) | {"report": 1}
+        write_json(workdir / RESULT, result)
     return result
 
 
@@ -98,7 +102,24 @@ def _again(trained: loop.TrainResult, workdir: Path, start: Start) -> dict[str, 
     return trained.finished
 
 
-def _report(trained: loop.TrainResult, workdir: Path, result: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
+def _report(trained: loop.TrainResult, workdir: Path, result: dict[str, Any]) -> bool:
+    """Writes the page and prints the end of a run, on process 0; returns False if the page cannot be written."""
+    if jax.process_index() != 0:
+        return True
+    with loop.watchdog_of(trained.run, workdir), phases.phase("report"):
         report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, result["step"])
-        say(summary.ending(trained.run, workdir, result, report))
+    say(summary.ending(trained.run, workdir, result, report))
+    return report is not None
+
+
+def finish(trained: loop.TrainResult, workdir: Path, step: int) -> dict[str, Any]:
+    """Makes and scores the results of a trained run; see `Results.finish`.
+
+    Raises:
+        Exception: the results cannot be made; says first that the training is saved.
+    """
+    try:
+        return trained.results.finish(trained.state, trained.constants, workdir)
+    except Exception:
+        say(f"step {step} is trained and saved, but its results were not made; the same command makes them")
+        raise

@@ -20,12 +20,23 @@ SECTIONS = (
     "Files from elsewhere",
     "Many processes",
 )
-STATUS = re.compile(r"(0|1|2|75|128 \+ (9|its number))( or (0|1|2|75|128 \+ (9|its number)))*")
+STATUS = re.compile(r"not 0|(0|1|2|75|128 \+ (9|its number))( or (0|1|2|75|128 \+ (9|its number)))*")
 # Faults that were met by users of this or of other programs: words of the row that has each.
 MET = {
     "Signals": ["start-up", "steps", "final sampling", "second signal"],
     "Kills": ["kill -9 of a run", "sample", "encode", "prepare", "evaluate", "sweep", "metrics.jsonl"],
-    "Disk": ["metrics, TensorBoard", "preview", "three checkpoints", "full", "HOME", "passwd", "URL", "locked"],
+    "Disk": [
+        "metrics, TensorBoard",
+        "preview",
+        "three checkpoints",
+        "latent plane",
+        "final samples",
+        "full",
+        "HOME",
+        "passwd",
+        "URL",
+        "locked",
+    ],
     "Data": ["cannot be read", "another data set", "@eaDir", "__MACOSX", "hidden", "link", "UTF-8", "cache"],
     "Checkpoints": [
         "a bit",
@@ -36,7 +47,7 @@ MET = {
         "rate would be 0",
         "two commands",
     ],
-    "Hangs": ["watchdog_seconds", "worker"],
+    "Hangs": ["limit of a phase", "processes hangs", "is killed", "worker"],
     "Numbers": ["not finite", "in a row", "NaN in weights"],
     "Labels": ["guidance of a network", "null label", "below 0", "scale of 0", "does not have", "no null row", "numbers"],
     "Files from elsewhere": [

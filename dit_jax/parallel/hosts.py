@@ -86,6 +86,15 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def greatest(number: int) -> int:
+    """The maximum over all processes, which call this together."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
 class SharedFlag:
     """A flag that any process can raise and that all processes see raised at the same call, without waiting for one another.
 

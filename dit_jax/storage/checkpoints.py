@@ -96,7 +96,8 @@ class Checkpointer:
         except SaveError:
             if exc_type is None:
                 raise
-            logging.exception("While closing after %s:", exc_type.__name__)  # must not hide the first error
+            if not issubclass(exc_type, SaveError):  # which says the same
+                logging.exception("While closing after %s:", exc_type.__name__)  # must not hide the first error
 
     @property
     def latest_step(self) -> int | None:
@@ -198,12 +199,18 @@ class Checkpointer:
             self.wait()
         finally:
             self._drop_manager()
+            if self._failures:
+                self._remove_leftovers()  # of writers that were still at work when the first of them failed
             self._background.shutdown()
 
     def _open(self):
         if self._manager is None:
             self._remove_leftovers()
-            self._manager = ocp.CheckpointManager(self._root)  # asynchronous; deletes nothing by itself
+            # Orbax's writers wait 300 s for a folder that cannot be created, and the process at its end for the writers. So one
+            # process creates it before they start. Of several, the others would wait for the one that fails.
+            asynchronous = ocp.AsyncOptions(create_directories_asynchronously=jax.process_count() > 1)
+            options = ocp.CheckpointManagerOptions(async_options=asynchronous)  # deletes nothing by itself
+            self._manager = ocp.CheckpointManager(self._root, options=options)
         return self._manager
 
     def _drop_manager(self):

@@ -97,11 +97,8 @@ class Preview:
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.meter.report()
-        try:
+        with self.records.without("previews"):
             seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
-        except OSError as error:  # of the picture; the next preview is written, if the disk lets it
-            self.records.lost("previews", error)
-        else:
             self.records.scalars(step, {"preview_seconds": seconds})
 
 
@@ -125,11 +122,17 @@ class Score:
         if self.meter is not None and self.clock is not None:  # None when an interrupted score is continued, before the loop
             self.meter.report()
             self.clock.wait(step)
-        result = self.scorer(step, state.ema_params, self.constants)
-        if result is None:
-            return True
-        best = self.scorer.best
-        assert best is not None  # there is a score now
-        self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
-        self.checkpointer.best_step = best["step"]
+        if problem := self.scorer.problem(step):
+            self.records.lost("scores", problem)
+            return False
+        with self.records.without("scores"):
+            result = self.scorer(step, state.ema_params, self.constants)
+            if result is None:
+                return True
+            best = self.scorer.best
+            assert best is not None  # there is a score now
+            self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
+            self.checkpointer.best_step = best["step"]
+            return False
+        self.scorer.give_up(step)
         return False

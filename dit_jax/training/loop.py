@@ -18,11 +18,11 @@ from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import shard_batch
+from dit_jax.runtime import phases, watchdog
 from dit_jax.runtime.console import say
 from dit_jax.runtime.profile import Profile
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
-from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import Workdir, read_result, write_class_names
@@ -98,12 +98,16 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack)
-        state = training.restore_or_create()
-        step = int(state.step)
+        with phases.phase("restore"):
+            state = training.restore_or_create()
+            step = int(state.step)
         if started is not None:
             started.begin(step, num_steps)
-        if training.score and training.score.scorer.unfinished(step) and training.score(step, state):
-            return TrainResult(run, training.results, state, training.constants, stopped=True)
+        if training.score and training.score.scorer.unfinished(step):
+            with clock.spend("scoring"):
+                interrupted = training.score(step, state)
+            if interrupted:
+                return TrainResult(run, training.results, state, training.constants, stopped=True)
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
             loss, rate = training.records.last("loss"), training.records.last("images_per_second")
@@ -135,6 +139,13 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
     return TrainResult(
         run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second, dropped
     )
+
+
+def watchdog_of(run: Run, workdir: Path) -> watchdog.Watchdog:
+    """The watchdog of a run. A batch that is waited for may be retried for `loader.retry_seconds`, on top of its limit."""
+    retry_seconds = run.config.loader.get("retry_seconds", 0.0)
+    file = workdir / f"stacks{jax.process_index() or ''}.txt"
+    return watchdog.Watchdog(run.config.log.watchdog_seconds, file, {"data": retry_seconds})
 
 
 def check_steps(run: Run, begun: int, workdir: Path) -> None:
@@ -172,11 +183,13 @@ class Training:
         scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
         wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
-        self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
+        watching = watchdog_of(run, workdir)
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
         begun = checkpointer.latest_step or 0
         check_steps(run, begun, workdir)
         self.finished = read_result(workdir, begun) if begun == config.num_steps else None
+        stack.enter_context(watching)
+        stack.enter_context(phases.phase("start or end"))
         self.folder = stack.enter_context(Workdir(workdir, settings, first, self.finished is not None))
         self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
@@ -228,7 +241,7 @@ class Training:
         self.records.prepare()
         self.profile.resumed(step)
         batches: Any = self.stack.enter_context(self.run.loader.batches(step))
-        for context in (self.clock, self.watchdog, self.profile):
+        for context in (self.clock, self.profile):
             self.stack.enter_context(context)
         batch = self.next_batch(batches)
         with self.clock.spend("compile"):
@@ -248,6 +261,7 @@ class Training:
         ]
         if self.score:
             self.events.append(dataclasses.replace(self.score, meter=meter, clock=self.clock))
+        self.stack.enter_context(phases.phase("step"))
         return stepper, batches, batch
 
     def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
