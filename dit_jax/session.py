@@ -9,12 +9,13 @@ import ml_collections
 
 from dit_jax import config_file
 from dit_jax.benchmark import machine
-from dit_jax.build import Run
+from dit_jax.build import Run, check_dtypes
 from dit_jax.errors import UserError
 from dit_jax.report import ending
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
+from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
 
@@ -36,7 +37,8 @@ def train(
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
-        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid".
+        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". After few steps
+        also "initial_weights_in_average": the share of the initial weights in the moving average, ema_decay ** step.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -49,6 +51,7 @@ def train(
     workdir = local_path(workdir).absolute()
     run = Run(config)
     run.task  # the errors of the config itself come first
+    check_dtypes(config)
     run.check_files(workdir, lambda: check_results(run))
     trained = loop.train(run, workdir)
     step = int(trained.state.step)
@@ -61,6 +64,7 @@ def train(
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
         **({"dropped": trained.dropped} if trained.dropped else {}),
+        **({"initial_weights_in_average": share} if (share := share_of_initial(config.ema_decay, step)) > MOST_INITIAL else {}),
     }
     if not trained.stopped:
         result |= trained.results.finish(trained.state, trained.constants, workdir)

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from dit_jax.errors import UserError
+from dit_jax.errors import Failure, UserError
 from dit_jax.runtime import command_line, user_code
 from dit_jax.runtime.host_memory import reuse_freed_memory
 from dit_jax.runtime.signals import STOPPED_STATUS, end_at_once
@@ -152,6 +152,9 @@ def run(main: Callable[[], dict], continues: bool = False) -> None:
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
             _leave(command_line.USER_ERROR_STATUS)
+        except Failure as error:
+            print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
+            _leave(1)
         except Exception as error:
             from dit_jax.runtime import platforms
 

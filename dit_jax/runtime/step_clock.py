@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -25,6 +26,7 @@ class Finished:
         seconds: time the devices worked on it: from its dispatch, or from the end of the previous step if that was later.
         waited: time the host spent before it dispatched the step, by kind.
         idle: the part of `waited` during which the devices had no work because the previous step was finished.
+        output: of the step, as it was given to `StepClock.dispatched`.
     """
 
     step: int
@@ -33,6 +35,7 @@ class Finished:
     seconds: float
     waited: Counter
     idle: Counter
+    output: Any = None
 
 
 class StepClock:
@@ -95,12 +98,17 @@ class StepClock:
                 raise self._error
 
     def take(self, step: int) -> list[Finished]:
-        """Waits for `step`; returns the finished steps up to it that were not returned before."""
-        self.wait(step)
+        """Waits for `step`; returns the finished steps up to it that were not taken before."""
+        taken = self.peek(step)
         with self._changed:
-            taken = [x for x in self._finished if x.step <= step]
             self._finished = self._finished[len(taken) :]
         return taken
+
+    def peek(self, step: int) -> list[Finished]:
+        """Waits for `step`; returns what `take` would, and takes nothing."""
+        self.wait(step)
+        with self._changed:
+            return [x for x in self._finished if x.step <= step]
 
     def summary(self) -> dict[str, float]:
         """Goodput and idle times since the clock started; call when every step is finished.
@@ -144,7 +152,7 @@ class StepClock:
                 waited[kind] += end - start
             with self._changed:
                 idle = self._idle_until(when, spans, first)
-                self._finished.append(Finished(step, at, when, at - max(when, self._at), waited, idle))
+                self._finished.append(Finished(step, at, when, at - max(when, self._at), waited, idle, output))
                 self._productive += at - max(when, self._at)
                 self._idle += idle
                 self._step, self._at = step, at

@@ -6,6 +6,7 @@ After each step the loop runs the events that are due, in order. Saving precedes
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dit_jax.errors import NotFinite
 from dit_jax.runtime.step_clock import StepClock
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.tasks.state import TrainState
@@ -61,18 +62,23 @@ class Log:
 
 @dataclass
 class Save:
-    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops."""
+    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops.
+
+    While steps are skipped, the state is that of an earlier step and perhaps the reason. It would displace the good ones.
+    """
 
     checkpointer: Checkpointer
     fingerprint: str
     scorer: Scorer | None
     num_steps: int
+    meter: Meter
 
     kind = "checkpoint"
 
     def due(self, step: int, stopping: bool) -> bool:
         scored = self.scorer is not None and self.scorer.due(step)
-        return self.checkpointer.due(step) or scored or stopping or step == self.num_steps
+        wanted = self.checkpointer.due(step) or scored or step == self.num_steps
+        return stopping or (wanted and not self.meter.skipped_in_a_row(step))
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.checkpointer.save(step, state, {"data": self.fingerprint})
@@ -101,6 +107,8 @@ class Preview:
             seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
         except OSError as error:  # of the picture; the next preview is written, if the disk lets it
             self.records.lost("previews", error)
+        except NotFinite as error:
+            self.records.lost("previews", error)
         else:
             self.records.scalars(step, {"preview_seconds": seconds})
 
@@ -119,13 +127,17 @@ class Score:
     kind = "scoring"
 
     def due(self, step: int, stopping: bool) -> bool:
-        return self.scorer.due(step) and not stopping
+        return self.scorer.due(step) and not stopping and not (self.meter and self.meter.skipped_in_a_row(step))
 
     def __call__(self, step: int, state: TrainState) -> bool:
         if self.meter is not None and self.clock is not None:  # None when an interrupted score is continued, before the loop
             self.meter.report()
             self.clock.wait(step)
-        result = self.scorer(step, state.ema_params, self.constants)
+        try:
+            result = self.scorer(step, state.ema_params, self.constants)
+        except NotFinite as error:
+            self.records.lost("scores", error)
+            return False
         if result is None:
             return True
         best = self.scorer.best
