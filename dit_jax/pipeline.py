@@ -148,13 +148,22 @@ class Pipeline:
     def _parameters(self) -> tuple[Any, int | None, str]:
         """(parameters for inference on the mesh, their step, the fingerprint of the stored ones)."""
         params, step = self._opened.params(self.run, self._chosen_step, self.average)
-        if self._opened.weights is None and self.average == "default" and step is not None:
-            remedy = 'average="none" (--average=none) samples the weights themselves; lower ema_decay for short runs'
-            if text := warning_of_average(self.run.config.ema_decay, step, remedy):
-                say(f"warning: {text}")
+        self._warn_of_average(step)
         params = on_mesh(params, self._mesh)
         fingerprint = weights_fingerprint(params)
         return cast_for_inference(self.run.task, params), step, fingerprint
+
+    def _warn_of_average(self, step: int | None) -> None:
+        """Says that the weights are the moving average of a short run, also if `convert` wrote them to a file."""
+        if self.average != "default":
+            return
+        remedy = 'average="none" (--average=none) samples the weights themselves; lower ema_decay for short runs'
+        if self._opened.weights is not None:
+            origin, remedy = self._opened.weights.origin, "train longer, or with a lower ema_decay"
+            step = origin.get("step") if origin.get("from") == "workdir" else None
+        text = warning_of_average(self.run.config.ema_decay, step, remedy) if isinstance(step, int) else None
+        if text:
+            say(f"warning: {text}")
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 IN_FLIGHT = 2  # steps dispatched but not finished: one that runs and one that is ready to follow
 KINDS = ("init", "compile", "data", "checkpoint", "preview", "scoring", "other")
@@ -26,7 +27,7 @@ class Finished:
         seconds: time the devices worked on it: from its dispatch, or from the end of the previous step if that was later.
         waited: time the host spent before it dispatched the step, by kind.
         idle: the part of `waited` during which the devices had no work because the previous step was finished.
-        output: of the step, as it was given to `StepClock.dispatched`.
+        output: of the step, on the host; see `StepClock.dispatched`.
     """
 
     step: int
@@ -140,7 +141,7 @@ class StepClock:
         while (item := self._queue.get()) is not None:
             step, when, output, spans = item
             try:
-                jax.block_until_ready(output)
+                output = np.asarray(jax.block_until_ready(output))  # no memory of the devices is kept
             except Exception as error:
                 with self._changed:
                     self._error = error
