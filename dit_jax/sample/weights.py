@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_jax.errors import NotFinite
 from dit_jax.storage.fingerprint import fingerprints, leaf_names
@@ -28,7 +27,7 @@ def check_finite(params: Any, what: str) -> None:
         NotFinite: with the names of the first arrays that are not.
     """
     leaves = jax.tree.leaves(params)
-    counts = np.asarray(_count_not_finite(leaves))
+    counts = [int(x) for x in _count_not_finite(leaves)]
     names = [f"{name} ({count} of {x.size})" for name, x, count in zip(leaf_names(params), leaves, counts, strict=True) if count]
     if names:
         more = f", and {len(names) - 5} more" if len(names) > 5 else ""
@@ -40,7 +39,7 @@ def check_finite(params: Any, what: str) -> None:
 
 @jax.jit
 def _count_not_finite(arrays):
-    return jnp.stack([jnp.sum(~jnp.isfinite(on_device(x))) for x in arrays])
+    return [jnp.sum(~jnp.isfinite(on_device(x))) for x in arrays]
 
 
 def weights_fingerprint(params: Any) -> str:
