@@ -143,11 +143,18 @@ def check_steps(run: Run, begun: int, workdir: Path) -> None:
             f"{workdir} has {begun} steps and num_steps is {num_steps}; give --config.num_steps={begun} or more, or a new "
             "--workdir. dit_jax.sample --step= samples an earlier checkpoint"
         )
-    decay = optimizer.get("decay_steps") if hasattr(run.optimizer, "rate") else None
+    rate = getattr(run.optimizer, "rate", None)
+    decay = optimizer.get("decay_steps") if rate is not None else None
     if decay is not None and decay < num_steps and begun < num_steps:
         raise UserError(
             f"optimizer.decay_steps is {decay} and num_steps is {num_steps}: the learning rate would be 0 after step {decay}; "
             f"set optimizer.decay_steps to {num_steps} or more, or to None for a constant rate"
+        )
+    if decay is None and rate is not None and begun < num_steps and rate(num_steps - 1) == 0:
+        last = max((step for step in range(num_steps) if rate(step) != 0), default=-1) + 1
+        raise UserError(
+            f"optimizer {optimizer.name!r} has a learning rate of 0 after step {last}, and num_steps is {num_steps}; lower "
+            "num_steps, or change its schedule"
         )
 
 

@@ -132,7 +132,7 @@ class Meter:
         values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(finished)
         if self.rate is not None:
             values["learning_rate"] = self.rate(step - 1)
-        self.loss = values["loss"]
+        self.loss = self.loss if np.isnan(values["loss"]) else values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
         facts = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         facts += f"  {values['mfu']:.1%} MFU" if "mfu" in values else ""

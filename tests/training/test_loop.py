@@ -209,6 +209,18 @@ def nan_loss(real):
     return loss
 
 
+def test_a_rate_of_zero_of_another_optimizer(tmp_path):
+    """Steps that change nothing, with an optimizer that the package does not know."""
+
+    def run(rate):
+        config = tiny.config(optimizer={"name": "mine"}, num_steps=6)
+        return SimpleNamespace(config=config, optimizer=SimpleNamespace(rate=rate))
+
+    with pytest.raises(UserError, match="optimizer 'mine' has a learning rate of 0 after step 4, and num_steps is 6"):
+        loop.check_steps(run(lambda step: max(0, 4 - step)), 0, tmp_path)
+    loop.check_steps(run(lambda step: step), 0, tmp_path)
+
+
 def test_other_config_is_refused(whole):
     """A folder that silently goes on with another model, data set or seed."""
     with pytest.raises(UserError, match=r"model.width: 32 -> 64(.|\n)*seed: 0 -> 1"):
