@@ -8,6 +8,14 @@ class UserError(ValueError):
     """A config, flag, file or folder is wrong; verbs print its message without a stack trace and exit with status 2."""
 
 
+class Failure(RuntimeError):
+    """Work failed for a reason that the message says in full; verbs print it without a stack trace and exit with status 1."""
+
+
+class NotFinite(Failure):
+    """Weights or results hold NaN or infinity; nothing is written of them."""
+
+
 class UserErrors(UserError):
     """Several mistakes that are independent of one another, in one message."""
 

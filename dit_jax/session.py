@@ -10,7 +10,7 @@ import ml_collections
 
 from dit_jax import config_file
 from dit_jax.benchmark import machine
-from dit_jax.build import Run
+from dit_jax.build import Run, check_dtypes
 from dit_jax.errors import UserError
 from dit_jax.report import ending, page
 from dit_jax.runtime import phases
@@ -19,6 +19,7 @@ from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import RESULT
+from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
 from dit_jax.training.starts import Start
@@ -41,8 +42,9 @@ def train(
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
-        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". Those of a run
-        that was finished before are read, and nothing is written.
+        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". After few steps
+        also "initial_weights_in_average": the share of the initial weights in the moving average, ema_decay ** step. Those of a
+        run that was finished before are read, and nothing is written.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -55,6 +57,7 @@ def train(
     workdir = local_path(workdir).absolute()
     run = Run(config)
     run.task  # the errors of the config itself come first
+    check_dtypes(config)
     run.check_files(workdir, lambda: check_results(run))
     with Start(workdir) as start:
         return _train(run, workdir, start)
@@ -74,6 +77,11 @@ def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
         **({"dropped": trained.dropped} if trained.dropped else {}),
+        **(
+            {"initial_weights_in_average": share}
+            if (share := share_of_initial(run.config.ema_decay, step)) > MOST_INITIAL
+            else {}
+        ),
     }
     if not trained.stopped:
         with loop.watchdog_of(run, workdir), phases.phase("sampling"):

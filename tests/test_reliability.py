@@ -48,7 +48,7 @@ MET = {
         "two commands",
     ],
     "Hangs": ["limit of a phase", "processes hangs", "is killed", "worker"],
-    "Numbers": ["not finite", "in a row", "NaN in weights"],
+    "Numbers": ["NaN or infinite", "in a row", "after that", "float16", "NaN in weights", "an image is NaN"],
     "Labels": ["guidance of a network", "null label", "below 0", "scale of 0", "does not have", "no null row", "numbers"],
     "Files from elsewhere": [
         "pickle",

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from dit_jax.errors import UserError
+from dit_jax.errors import Failure, UserError
 from dit_jax.runtime import command_line, phases, user_code, watchdog
 from dit_jax.runtime.host_memory import reuse_freed_memory
 from dit_jax.runtime.signals import STOPPED_STATUS, end_at_once
@@ -182,6 +182,9 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
             _leave(command_line.USER_ERROR_STATUS)
+        except Failure as error:
+            print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
+            _leave(1)
         except Exception as error:
             watchdog.wait_if_ending()
             from dit_jax.runtime import platforms

@@ -7,8 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 
 from dit_jax.runtime import phases
 
@@ -26,6 +28,7 @@ class Finished:
         seconds: time the devices worked on it: from its dispatch, or from the end of the previous step if that was later.
         waited: time the host spent before it dispatched the step, by kind.
         idle: the part of `waited` during which the devices had no work because the previous step was finished.
+        output: of the step, on the host; see `StepClock.dispatched`.
     """
 
     step: int
@@ -34,6 +37,7 @@ class Finished:
     seconds: float
     waited: Counter
     idle: Counter
+    output: Any = None
 
 
 class StepClock:
@@ -90,12 +94,17 @@ class StepClock:
                 raise self._error
 
     def take(self, step: int) -> list[Finished]:
-        """Waits for `step`; returns the finished steps up to it that were not returned before."""
-        self.wait(step)
+        """Waits for `step`; returns the finished steps up to it that were not taken before."""
+        taken = self.peek(step)
         with self._changed:
-            taken = [x for x in self._finished if x.step <= step]
             self._finished = self._finished[len(taken) :]
         return taken
+
+    def peek(self, step: int) -> list[Finished]:
+        """Waits for `step`; returns what `take` would, and takes nothing."""
+        self.wait(step)
+        with self._changed:
+            return [x for x in self._finished if x.step <= step]
 
     def summary(self) -> dict[str, float]:
         """Goodput and idle times since the clock started; call when every step is finished.
@@ -126,7 +135,7 @@ class StepClock:
         while (item := self._queue.get()) is not None:
             step, when, output, spans = item
             try:
-                jax.block_until_ready(output)
+                output = np.asarray(jax.block_until_ready(output))  # no memory of the devices is kept
             except Exception as error:
                 with self._changed:
                     self._error = error
@@ -138,7 +147,7 @@ class StepClock:
                 waited[kind] += end - start
             with self._changed:
                 idle = self._idle_until(when, spans, first)
-                self._finished.append(Finished(step, at, when, at - max(when, self._at), waited, idle))
+                self._finished.append(Finished(step, at, when, at - max(when, self._at), waited, idle, output))
                 self._productive += at - max(when, self._at)
                 self._idle += idle
                 self._step, self._at = step, at

@@ -55,7 +55,8 @@ def write(
         ]
         trees = jax.tree.unflatten(structure, arrays)
         constants = {"codec": trees["codec"]}
-        return generator.images_of_one_device(trees["params"], constants, indices, requests, trees["weak_params"], seed, None)
+        args = trees["params"], constants, indices, requests, trees["weak_params"], seed, None
+        return generator.images_of_one_device(*args)[0]  # the file has no place for whether they are finite
 
     weights: dict[str, Any] = dict(zip(names, stored, strict=True))
     exported = export.export(jax.jit(images))(

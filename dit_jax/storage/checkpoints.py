@@ -104,6 +104,11 @@ class Checkpointer:
         """Newest step on disk, or None. A save in flight counts after `wait`; a damaged step counts until `restore`."""
         return max(steps_in(self._root), default=None)
 
+    @property
+    def steps(self) -> list[int]:
+        """All steps on disk, sorted, as `latest_step` counts them."""
+        return steps_in(self._root)
+
     def due(self, step: int) -> bool:
         """True if `step` is a positive multiple of every_steps. Logs the failure of a background save.
 
@@ -178,6 +183,16 @@ class Checkpointer:
         _worst(0)  # a barrier: no process saves before the renames are done
         self._verified = {other for other in self._verified if other < number} | {number}
         return state, meta
+
+    def abandon_all(self) -> None:
+        """Renames every step to `<step>.abandoned`, so that training begins anew."""
+        self._collect_read_back()
+        self._settle()
+        self._drop_manager()
+        for step in self.steps:
+            logging.warning("Going back to step 0: step %d is set aside.", step)
+            self._set_aside(step, "abandoned")
+        _worst(0)  # a barrier, as in `restore`
 
     def restore_subtree(self, abstract: Any, step: int | None = None) -> tuple[Any, dict, int]:
         """Calls the function `restore_subtree` with this directory."""

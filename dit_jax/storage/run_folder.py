@@ -9,6 +9,7 @@ result.json   the result; written at the end, and not again
 samples/      grids of images by step
 profile/      see `runtime.profile`
 stacks.txt    see `runtime.watchdog`
+divergences.json   see `storage.divergences`
 codec/        the frozen codec of a diffusion run, or the result of an autoencoder run (see `interop.codec_folder`)
 """
 
@@ -23,6 +24,7 @@ from absl import logging
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
+from dit_jax.storage import divergences
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import check_form, parsed, read_json
 from dit_jax.storage.claim import claim
@@ -86,12 +88,15 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """Lines "field: old -> new" for changed fields that must not change when a run resumes."""
+def differences(old: dict, new: dict, free: Sequence[str] = ()) -> list[str]:
+    """Lines "field: old -> new" for changed fields that must not change when a run resumes.
+
+    free: more fields that may change.
+    """
     old, new = flatten(old), flatten(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        may_change = key.split(".")[0] in RESUMABLE or key in (*RESUMABLE_FIELDS, *PRINTED_FIELDS)
+        may_change = key.split(".")[0] in RESUMABLE or key in (*RESUMABLE_FIELDS, *PRINTED_FIELDS, *free)
         if old.get(key) != new.get(key) and not may_change:
             lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return lines
@@ -126,7 +131,8 @@ class Workdir:
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
             before = read_config(self.path)
-            lines = differences(before, self.settings)
+            diverged = divergences.unsolved(self.path) is not None
+            lines = differences(before, self.settings, divergences.FIELDS if diverged else ())
             if lines and self.checkpoints.exists():  # without a checkpoint there is nothing to resume
                 raise UserError(
                     f"{self.path} contains a run with another config; use that config, or give a new --workdir. "

@@ -61,18 +61,23 @@ class Log:
 
 @dataclass
 class Save:
-    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops."""
+    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops.
+
+    While steps are skipped, the state is that of an earlier step and perhaps the reason. It would displace the good ones.
+    """
 
     checkpointer: Checkpointer
     fingerprint: str
     scorer: Scorer | None
     num_steps: int
+    meter: Meter
 
     kind = "checkpoint"
 
     def due(self, step: int, stopping: bool) -> bool:
         scored = self.scorer is not None and self.scorer.due(step)
-        return self.checkpointer.due(step) or scored or stopping or step == self.num_steps
+        wanted = self.checkpointer.due(step) or scored or step == self.num_steps
+        return stopping or (wanted and not self.meter.skipped_in_a_row(step))
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.checkpointer.save(step, state, {"data": self.fingerprint})
@@ -116,7 +121,7 @@ class Score:
     kind = "scoring"
 
     def due(self, step: int, stopping: bool) -> bool:
-        return self.scorer.due(step) and not stopping
+        return self.scorer.due(step) and not stopping and not (self.meter and self.meter.skipped_in_a_row(step))
 
     def __call__(self, step: int, state: TrainState) -> bool:
         if self.meter is not None and self.clock is not None:  # None when an interrupted score is continued, before the loop

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dit_jax.build import Run
+from dit_jax.build import Run, check_dtypes
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
@@ -23,14 +23,16 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.profile import Profile
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
-from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage import divergences
+from dit_jax.storage.checkpoints import Checkpointer, SaveError
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import Workdir, read_result, write_class_names
+from dit_jax.storage.run_folder import Workdir, flatten, read_result, write_class_names
+from dit_jax.storage.step_folder import OtherStructure
 from dit_jax.tasks.compiled_step import compile_in_background
-from dit_jax.tasks.state import TrainState, create_sharded
+from dit_jax.tasks.state import TrainState, create_sharded, with_structure
 from dit_jax.training import summary
 from dit_jax.training.events import Event, Log, Preview, Save, Score
-from dit_jax.training.meter import Meter
+from dit_jax.training.meter import Diverged, Meter
 from dit_jax.training.records import Records
 from dit_jax.training.results import Results, results_of
 from dit_jax.training.scoring import Scorer
@@ -95,6 +97,7 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
     """
     clock, workdir, num_steps = StepClock(), local_path(workdir).absolute(), run.config.num_steps
     run.task  # raises errors of the config before weights and data are read
+    check_dtypes(run.config)
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack)
@@ -115,6 +118,7 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
 
         stepper, batches, batch = training.start(state)
         training.stop.unsaved = True
+        stack.enter_context(training.recorded_divergence())
         stopping = interrupted = False
         while step < num_steps and not (stopping or interrupted):
             clock.wait(step + 1 - IN_FLIGHT)
@@ -159,11 +163,18 @@ def check_steps(run: Run, begun: int, workdir: Path) -> None:
             f"{workdir} has {begun} steps and num_steps is {num_steps}; give --config.num_steps={begun} or more, or a new "
             "--workdir. dit_jax.sample --step= samples an earlier checkpoint"
         )
-    decay = optimizer.get("decay_steps") if hasattr(run.optimizer, "rate") else None
+    rate = getattr(run.optimizer, "rate", None)
+    decay = optimizer.get("decay_steps") if rate is not None else None
     if decay is not None and decay < num_steps and begun < num_steps:
         raise UserError(
             f"optimizer.decay_steps is {decay} and num_steps is {num_steps}: the learning rate would be 0 after step {decay}; "
             f"set optimizer.decay_steps to {num_steps} or more, or to None for a constant rate"
+        )
+    if decay is None and rate is not None and begun < num_steps and rate(num_steps - 1) == 0:
+        last = max((step for step in range(num_steps) if rate(step) != 0), default=-1) + 1
+        raise UserError(
+            f"optimizer {optimizer.name!r} has a learning rate of 0 after step {last}, and num_steps is {num_steps}; lower "
+            "num_steps, or change its schedule"
         )
 
 
@@ -177,6 +188,7 @@ class Training:
     def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
+        self.fields = {name: value for name, value in flatten(settings).items() if name in divergences.FIELDS}
         self.run, self.clock, self.stack = run, clock, stack
         self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
         self.results = results_of(run)
@@ -213,7 +225,7 @@ class Training:
         Raises:
             UserError: the data set differs from that of the checkpoint.
         """
-        run, restored = self.run, self.checkpointer.restore(self.run.abstract_state)
+        run, restored = self.run, self._restored()
         if restored is None:
             state = create_sharded(run.task, jax.random.key(run.config.seed), run.mesh)
         else:
@@ -224,6 +236,8 @@ class Training:
                     "or give a new --workdir"
                 )
             say(f"continuing from step {int(state.step)}")
+        if self._goes_back and hosts.is_first():
+            divergences.settle(self.folder.path, int(state.step))
         if int(state.step) < run.config.num_steps:
             self.finished = None  # its last checkpoint was damaged and set aside
         if not self.finished:
@@ -234,6 +248,64 @@ class Training:
             best = self.score.scorer.best
             self.checkpointer.best_step = best and best["step"]
         return state
+
+    def _restored(self) -> tuple[TrainState, dict] | None:
+        """As `Checkpointer.restore`. A diverged run with another rate or clipping goes back to its last good step, maybe to 0."""
+        divergence, folder = divergences.unsolved(self.folder.path), self.folder.path
+        lines = divergences.changes(divergence, self.fields) if divergence else []
+        self._goes_back = bool(lines)
+        if divergence is None or not lines:
+            if divergence is not None:
+                say(f"this run diverged at step {divergence['step']} with the same settings, see {folder / divergences.FILE}")
+            return self._restore(None)
+        good = self._good_step(divergence["first_skipped"])
+        say(f"this run diverged at step {divergence['step']}; from step {good} on it has {'; '.join(lines)}")
+        if not good:
+            self.checkpointer.abandon_all()
+            return None
+        return self._restore(good)
+
+    def _restore(self, step: int | None) -> tuple[TrainState, dict] | None:
+        """As `Checkpointer.restore`; clipping or a schedule may have come or gone since the checkpoint was saved."""
+        wanted = self.run.abstract_state
+        error: OtherStructure | None = None
+        for abstract in self.run.abstract_states():
+            try:
+                restored = self.checkpointer.restore(abstract, step)
+            except OtherStructure as other:
+                error = error or other
+                continue
+            if restored is None:
+                return None
+            state, meta = restored
+            return state.replace(opt_state=with_structure(state.opt_state, wanted.opt_state)), meta
+        assert error is not None  # there is at least one structure
+        raise error
+
+    def _good_step(self, first_skipped: int) -> int:
+        """The newest saved step from which at least one step was taken, else 0: the state itself may be what diverged."""
+        return max((step for step in self.checkpointer.steps if step < first_skipped - 1), default=0)
+
+    @contextlib.contextmanager
+    def recorded_divergence(self) -> Iterator[None]:
+        """Records a `Diverged` in the folder, and adds how the run goes on. A run that comes further has settled the last one."""
+        folder, first = self.folder.path, hosts.is_first()
+        try:
+            yield
+        except Diverged as error:
+            with contextlib.suppress(SaveError):  # which is logged
+                self.checkpointer.wait()
+            good = self._good_step(error.first_skipped)
+            if first:
+                divergences.add(folder, error.step, error.first_skipped, self.fields)
+            raise Diverged(
+                f"{error}; start the same command again with a lower --config.optimizer.learning_rate, or a lower "
+                f"--config.optimizer.clip_norm: it goes on from step {good}, the last good one that is saved",
+                error.step,
+                error.first_skipped,
+            ) from None
+        if first and (last := divergences.unsolved(folder)) and self.meter.last_step >= last["step"]:
+            divergences.settle(folder, self.meter.first_step)
 
     def start(self, state: TrainState) -> tuple[Stepper, Any, Any]:
         """Makes the events; returns (the compiled step, this host's batches from the state's step on, the first batch)."""
@@ -256,7 +328,7 @@ class Training:
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [
             Log(meter, stepper, batches, config.log.every_steps, last),
-            Save(self.checkpointer, self.fingerprint, scorer, last),
+            Save(self.checkpointer, self.fingerprint, scorer, last, meter),
             Preview(self.results, meter, self.records, self.folder.samples, self.constants, config.preview.every_steps, last),
         ]
         if self.score:

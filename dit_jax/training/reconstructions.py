@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dit_jax.build import Run
 from dit_jax.codecs.kl_vae import KLVAE, normalised, split_moments
 from dit_jax.data.loader import read_in_order
-from dit_jax.errors import UserError
+from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate import extractors, scores
 from dit_jax.interop import codec_folder
 from dit_jax.metrics.image_quality import psnr, ssim
@@ -46,18 +46,27 @@ class Reconstructor:
             params = on_device(params)
             mean, log_variance = split_moments(codec.encode(params, to_float(images)))
             decoded = codec.decode(params, (mean - jnp.asarray(codec.shift)) * jnp.asarray(codec.scale))
-            return to_uint8(decoded), mean, jnp.exp(log_variance)
+            finite = [jnp.isfinite(x).all((1, 2, 3)) for x in (decoded, mean, log_variance)]
+            return to_uint8(decoded), mean, jnp.exp(log_variance), finite[0] & finite[1] & finite[2]
 
         self._run = jax.jit(run, out_shardings=batch_sharding(mesh))
 
     def __call__(self, params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host."""
+        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host.
+
+        Raises:
+            NotFinite: an image is not finite.
+        """
         parts, count = [], len(images)
         with jax.set_mesh(self.mesh):
             for start in range(0, count, self.batch_size):
                 rows = np.minimum(np.arange(start, start + self.batch_size), count - 1)
                 parts.append([hosts.to_host(x) for x in self._run(params, split_rows(self.mesh, images[rows]))])
-        decoded, mean, variance = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        decoded, mean, variance, finite = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        if len(bad := np.flatnonzero(~finite)):
+            raise NotFinite(
+                f"{len(bad)} of {count} reconstructions hold NaN or infinity, the first is image {bad[0]}: the weights are broken"
+            )
         return decoded, mean, variance
 
 

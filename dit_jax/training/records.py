@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dit_jax.errors import UserError
+from dit_jax.errors import NotFinite, UserError
 from dit_jax.storage.atomic import write_atomic
 from dit_jax.training.tensorboard import TensorBoard
 
@@ -118,9 +118,9 @@ class Records:
         """Makes a side product in the block: if it fails, it is lost and the run continues.
 
         Of several processes one may fail alone; the others would wait for it in a collective. So only failures that all of them
-        meet, a full disk or a refusal, are passed over there.
+        meet, a full disk, NaN or a refusal, are passed over there.
         """
-        kinds = Exception if jax.process_count() == 1 else (OSError, UserError)
+        kinds = Exception if jax.process_count() == 1 else (OSError, UserError, NotFinite)
         try:
             yield
         except kinds as error:

@@ -10,6 +10,7 @@ import jax
 from dit_jax.build import Run
 from dit_jax.parallel import rules
 from dit_jax.runtime import versions
+from dit_jax.tasks.task import warning_of_average
 
 MOST_NAMES = 10  # of classes in the summary
 
@@ -31,7 +32,12 @@ def text(run: Run, workdir: Path) -> str:
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
             *(
                 f"warning    {text}"
-                for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run), *_of_the_guidance(run))
+                for text in (
+                    *rules.warnings(split, mesh, task.rules),
+                    *_of_the_rate(run),
+                    *_of_the_average(run),
+                    *_of_the_guidance(run),
+                )
             ),
             f"versions   {versions.one_line()}",
         )
@@ -59,6 +65,13 @@ def _of_the_classes(run: Run) -> list[str]:
 def _of_the_guidance(run: Run) -> list[str]:
     guidance = run.config.get("guidance", {})
     return ["guidance.scale is 0: the labels count for nothing in samples"] if guidance.get("scale") == 0 else []
+
+
+def _of_the_average(run: Run) -> list[str]:
+    """The warning about the moving average at the end of the run, if there is one."""
+    remedy = "lower ema_decay or train longer" + ", or sample with --average=none" * run.task.draws_samples
+    text = warning_of_average(run.config.ema_decay, run.config.num_steps, remedy)
+    return [] if text is None else [text]
 
 
 def ending(run: Run, workdir: Path, result: Mapping[str, Any], report: Path | None) -> str:
@@ -96,6 +109,8 @@ def score(result: Mapping[str, Any]) -> str:
             low, high = result["fid_interval"]
             text += f" ({result['fid_interval_level']:.0%} interval {low:.3f} to {high:.3f})"
         facts.append(f"{text}, {result['num_samples']:,} samples")
+    if share := result.get("initial_weights_in_average"):
+        facts.append(f"{share:.0%} of the moving average are initial weights: lower ema_decay, or sample with --average=none")
     return "; ".join(facts)
 
 

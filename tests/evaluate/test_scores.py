@@ -64,6 +64,25 @@ def test_batch_size_does_not_matter():
         assert [v[name] for v in values] == pytest.approx([values[0][name]] * 3, rel=1e-6)
 
 
+class Reciprocal:
+    """An extractor whose features are infinite for black images."""
+
+    name = "reciprocal"
+
+    def __call__(self, params, images):
+        return {"features": 1 / images.reshape(len(images), -1)[:, :3].astype(np.float32)}
+
+
+def test_features_that_are_not_finite_are_named():
+    """A Frechet distance of NaN, or an error that does not say which of 50,000 images it is about."""
+    shown = np.maximum(images(117), 1)
+    shown[[61, 77, 116]] = 0
+    with pytest.raises(
+        UserError, match="features of 2 of the images 50 to 99 of x contain NaN or infinity, the first are 61, 77"
+    ):
+        extract(ArrayImages(shown, "x"), Reciprocal(), {}, Wanted(), batch_size=16)
+
+
 class Killed(Exception):
     pass
 

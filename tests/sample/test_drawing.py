@@ -11,7 +11,7 @@ import tiny
 from kill_points import Killed, every, killed_before, tree
 
 from dit_jax import build
-from dit_jax.errors import UserError
+from dit_jax.errors import NotFinite, UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sample import drawing, samples_file, shards
 from dit_jax.sample.drawing import draw
@@ -48,6 +48,18 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("drawing") / "whole"
     run(out)
     return out
+
+
+def test_images_that_are_not_finite_are_refused(whole, tmp_path):
+    """NaN rounded to black images, exit 0: the images and labels must be named, and nothing of them written."""
+    made = generator(batch_size=24)
+    table = made.params["label_embedding"]
+    table["embedding"] = table["embedding"].at[3].set(np.nan)
+    with pytest.raises(NotFinite, match=r"3 of 24 images of a batch hold NaN or infinity: 3 \(label 3\), 13 \(label 3\), 23 "):
+        run(tmp_path / "x.npz", made)
+    assert not (tmp_path / "x.npz").exists() and not list((tmp_path / "x.shards" / "shards").iterdir())
+    with pytest.raises(NotFinite, match=r"1 of 2 images .*: 1 \(label 3\)\."):
+        made(made.params, {"codec": {}}, {"label": np.array([4, 3])}, 2)
 
 
 def copy(whole, tmp_path):
