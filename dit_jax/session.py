@@ -1,5 +1,6 @@
 """Trains from a config and makes the results: what `python -m dit_jax.main` and `dit_jax.train` do."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,11 @@ def train(
         UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
     """
+    with contextlib.ExitStack() as claimed:
+        return _train(config, workdir, fields, claimed)
+
+
+def _train(config: Any, workdir: str | os.PathLike, fields: Sequence[str], claimed: contextlib.ExitStack) -> dict[str, Any]:
     if not isinstance(config, ml_collections.ConfigDict):
         config = config_file.read(os.fspath(config), fields)
     elif fields:
@@ -50,7 +56,7 @@ def train(
     run = Run(config)
     run.task  # the errors of the config itself come first
     run.check_files(workdir, lambda: check_results(run))
-    trained = loop.train(run, workdir)
+    trained = loop.train(run, workdir, claimed)
     step = int(trained.state.step)
     result: dict[str, Any] = {
         "step": step,

@@ -29,6 +29,10 @@ from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
 CLASSES = "classes.json"
+# What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
+WRITTEN = ("config.json", CLASSES, "metrics.jsonl", "result.json", "codec", "report.html", "wandb_id.txt")
+PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
+SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -143,7 +147,9 @@ class Workdir:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
                 write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", "result.json", "codec")
+                remove_leftovers(self.path, *WRITTEN)
+                remove_leftovers(self.samples, PICTURES)
+                remove_leftovers(self.path / SCORES, SCORE_FILES)
                 self._claim = stack.pop_all()
         return self
 

@@ -67,6 +67,7 @@ class Save:
     fingerprint: str
     scorer: Scorer | None
     num_steps: int
+    meter: Meter
 
     kind = "checkpoint"
 
@@ -75,6 +76,7 @@ class Save:
         return self.checkpointer.due(step) or scored or stopping or step == self.num_steps
 
     def __call__(self, step: int, state: TrainState) -> None:
+        self.meter.report()  # first: a run that is killed and resumes at this step does not record it again
         self.checkpointer.save(step, state, {"data": self.fingerprint})
 
 
@@ -125,11 +127,9 @@ class Score:
         if self.meter is not None and self.clock is not None:  # None when an interrupted score is continued, before the loop
             self.meter.report()
             self.clock.wait(step)
-        result = self.scorer(step, state.ema_params, self.constants)
-        if result is None:
+        if self.scorer(step, state.ema_params, self.constants, lambda values: self.records.scalars(step, values)) is None:
             return True
         best = self.scorer.best
         assert best is not None  # there is a score now
-        self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
         self.checkpointer.best_step = best["step"]
         return False

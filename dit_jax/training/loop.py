@@ -28,7 +28,7 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import Workdir, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
-from dit_jax.training import summary
+from dit_jax.training import leftovers, summary
 from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
@@ -79,10 +79,13 @@ class Stepper:
         return sums
 
 
-def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
+def train(run: Run, workdir: str | os.PathLike, claimed: contextlib.ExitStack | None = None) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
     SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
+
+    Args:
+        claimed: keeps the claim on the folder until it is closed; None releases it at the end of training.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -92,7 +95,7 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
     run.task  # raises errors of the config before weights and data are read
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
-        training = Training(run, workdir, clock, stack)
+        training = Training(run, workdir, clock, stack, claimed or stack)
         state = training.restore_or_create()
         step = int(state.step)
         if training.score and training.score.scorer.unfinished(step) and training.score(step, state):
@@ -154,7 +157,7 @@ class Training:
         UserError: the config, the data or the folder is invalid.
     """
 
-    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
+    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack, claimed: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
         self.run, self.clock, self.stack = run, clock, stack
@@ -167,10 +170,12 @@ class Training:
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
         begun = checkpointer.latest_step or 0
         check_steps(run, begun, workdir)
-        self.folder = stack.enter_context(Workdir(workdir, settings, first))
+        self.folder = claimed.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
+        if first:
+            leftovers.remove(self.folder.path, config.num_steps if config.evaluation.num_images else None, scorer)
         if first and len(run.source.class_names):
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
@@ -230,7 +235,7 @@ class Training:
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [
             Log(meter, stepper, batches, config.log.every_steps, last),
-            Save(self.checkpointer, self.fingerprint, scorer, last),
+            Save(self.checkpointer, self.fingerprint, scorer, last, meter),
             Preview(self.results, meter, self.records, self.folder.samples, self.constants, config.preview.every_steps, last),
         ]
         if self.score:
