@@ -3,15 +3,18 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 import tensorboardX  # noqa: F401  # its import takes longer than the limit below
 import tiny
 from kill_points import SHARES, check_every_kill
 
-from dit_jax import session
+from dit_jax import build, session
+from dit_jax.report import page, pictures
 from dit_jax.sample import shards
-from dit_jax.training import leftovers, records
+from dit_jax.sample.generator import Generator
+from dit_jax.training import leftovers, loop, records, samples, scoring
 
 CONFIG = tiny.config(
     num_steps=2,
@@ -47,6 +50,31 @@ def ended(workdir):
     return files | curves | {name: result[name] for name in ("step", "loss", "fid", "stopped", "samples_sha256")}
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """Traces and compiles once for many runs of CONFIG; draws no page."""
+
+    def once(function):
+        kept = {}
+
+        def call(*args, **kwargs):
+            key = str((args[1:], kwargs)) if function is Generator else None
+            return kept[key] if key in kept else kept.setdefault(key, function(*args, **kwargs))
+
+        return call
+
+    run = build.Run(CONFIG)
+    init = jax.jit(run.task.init, out_shardings=jax.tree.map(lambda x: x.sharding, run.abstract_state))
+    monkeypatch.setattr(session, "Run", lambda config: run)
+    monkeypatch.setattr(loop, "create_sharded", lambda task, key, mesh: init(key))
+    monkeypatch.setattr(loop, "compile_in_background", once(loop.compile_in_background))
+    monkeypatch.setattr(samples, "Generator", once(Generator))
+    monkeypatch.setattr(scoring, "Generator", once(Generator))
+    monkeypatch.setattr(pictures, "denoise", once(pictures.denoise))
+    monkeypatch.setattr(page, "text", lambda collected: "page")
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("share", SHARES)
 def test_killed_before_any_file_operation(tmp_path, monkeypatch, share):
     """A run that can never be finished, lost scores or records, other samples, leftovers of saves, scores and samples."""
