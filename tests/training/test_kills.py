@@ -35,7 +35,7 @@ CONFIG = tiny.config(
 
 
 def ended(workdir):
-    """What an undisturbed run leaves, without times, and without the files of Orbax and TensorBoard, whose names are random."""
+    """What an undisturbed run leaves, without times and commit, and without the files of Orbax and TensorBoard, whose names are random."""
     files = {}
     for path in sorted(workdir.rglob("*")):
         name = str(path.relative_to(workdir))
@@ -43,7 +43,7 @@ def ended(workdir):
             continue
         timed = path.is_dir() or path.name in ("report.html", "metrics.jsonl", "result.json")
         content = None if timed else path.read_bytes().replace(str(workdir).encode(), b"")
-        files[name] = re.sub(rb'"seconds": [^,}]*', b"", content) if content and path.suffix == ".json" else content
+        files[name] = re.sub(rb'"(seconds|commit)": [^,}]*', b"", content) if content and path.suffix == ".json" else content
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     curves = {name: {line["step"]: line[name] for line in lines if name in line} for name in ("loss", "fid", "best_fid")}
     result = json.loads((workdir / "result.json").read_text())
