@@ -1,5 +1,6 @@
 """Trains from a config and makes the results: what `python -m dit_jax.main` and `dit_jax.train` do."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,12 +60,12 @@ def train(
     run.task  # the errors of the config itself come first
     check_dtypes(config)
     run.check_files(workdir, lambda: check_results(run))
-    with Start(workdir) as start:
-        return _train(run, workdir, start)
+    with contextlib.ExitStack() as claimed, Start(workdir) as start:
+        return _train(run, workdir, start, claimed)
 
 
-def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
-    trained = loop.train(run, workdir, start)
+def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack) -> dict[str, Any]:
+    trained = loop.train(run, workdir, start, claimed)
     step = int(trained.state.step)
     if trained.finished is not None:
         return _again(trained, workdir, start)

@@ -24,7 +24,7 @@ STATUS = re.compile(r"not 0|(0|1|2|75|128 \+ (9|its number))( or (0|1|2|75|128 \
 # Faults that were met by users of this or of other programs: words of the row that has each.
 MET = {
     "Signals": ["start-up", "steps", "final sampling", "second signal"],
-    "Kills": ["kill -9 of a run", "sample", "encode", "prepare", "evaluate", "sweep", "metrics.jsonl"],
+    "Kills": ["`main`", "Orbax", "sample", "encode", "prepare", "evaluate", "sweep", "convert", "flock", "metrics.jsonl"],
     "Disk": [
         "metrics, TensorBoard",
         "preview",
@@ -68,7 +68,7 @@ def rows(section):
     """The cells of the table of a section, without its head."""
     text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     head, rule, *lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert head.endswith("| what happens | exit status | test |") and set(rule) <= set("|-")
+    assert head.endswith("| what happens | exit status | test |"), head and set(rule) <= set("|-")
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 

@@ -211,6 +211,8 @@ class Checkpointer:
             self._collect_read_back()
             self._settle()
             self._collect_read_back()
+            if self._verified:  # a process that was killed before it did may have left more
+                self._prune()
             self.wait()
         finally:
             self._drop_manager()

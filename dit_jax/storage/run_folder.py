@@ -34,6 +34,10 @@ from dit_jax.storage.upgrade import upgrade_stored
 SCORES, BEST_SCORE = "scores", "best.json"
 CLASSES, RESULT = "classes.json", "result.json"
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
+# What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
+WRITTEN = ("config.json", CLASSES, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
+PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
+SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -156,7 +160,9 @@ class Workdir:
                 stack.enter_context(claim(self.path, "training"))
                 if not self.finished:
                     write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", RESULT, "codec")
+                remove_leftovers(self.path, *WRITTEN)
+                remove_leftovers(self.samples, PICTURES)
+                remove_leftovers(self.path / SCORES, SCORE_FILES)
                 self._claim = stack.pop_all()
         return self
 

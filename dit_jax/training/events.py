@@ -80,6 +80,7 @@ class Save:
         return stopping or (wanted and not self.meter.skipped_in_a_row(step))
 
     def __call__(self, step: int, state: TrainState) -> None:
+        self.meter.report()  # first: a run that is killed and resumes at this step does not record it again
         self.checkpointer.save(step, state, {"data": self.fingerprint})
 
 
@@ -131,12 +132,11 @@ class Score:
             self.records.lost("scores", problem)
             return False
         with self.records.without("scores"):
-            result = self.scorer(step, state.ema_params, self.constants)
+            result = self.scorer(step, state.ema_params, self.constants, lambda values: self.records.scalars(step, values))
             if result is None:
                 return True
             best = self.scorer.best
             assert best is not None  # there is a score now
-            self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
             self.checkpointer.best_step = best["step"]
             return False
         self.scorer.give_up(step)

@@ -30,7 +30,7 @@ from dit_jax.storage.run_folder import Workdir, flatten, read_result, write_clas
 from dit_jax.storage.step_folder import OtherStructure
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded, with_structure
-from dit_jax.training import summary
+from dit_jax.training import leftovers, summary
 from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.meter import Diverged, Meter
 from dit_jax.training.records import Records
@@ -84,12 +84,16 @@ class Stepper:
         return sums
 
 
-def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) -> TrainResult:
+def train(
+    run: Run, workdir: str | os.PathLike, started: Start | None = None, claimed: contextlib.ExitStack | None = None
+) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
     SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
 
-    started: the start in the log of starts; None writes no log.
+    Args:
+        started: the start in the log of starts; None writes no log.
+        claimed: keeps the claim on the folder until it is closed; None releases it at the end of training.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -100,7 +104,7 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
     check_dtypes(run.config)
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
-        training = Training(run, workdir, clock, stack)
+        training = Training(run, workdir, clock, stack, claimed or stack)
         with phases.phase("restore"):
             state = training.restore_or_create()
             step = int(state.step)
@@ -185,7 +189,7 @@ class Training:
         UserError: the config, the data or the folder is invalid.
     """
 
-    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
+    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack, claimed: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
         self.fields = {name: value for name, value in flatten(settings).items() if name in divergences.FIELDS}
@@ -202,10 +206,12 @@ class Training:
         self.finished = read_result(workdir, begun) if begun == config.num_steps else None
         stack.enter_context(watching)
         stack.enter_context(phases.phase("start or end"))
-        self.folder = stack.enter_context(Workdir(workdir, settings, first, self.finished is not None))
+        self.folder = claimed.enter_context(Workdir(workdir, settings, first, self.finished is not None))
         self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
+        if first:
+            leftovers.remove(self.folder.path, config.num_steps if config.evaluation.num_images else None, scorer)
         if first and len(run.source.class_names) and not self.finished:
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
