@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dit_jax.errors import UserError
@@ -34,6 +35,7 @@ class Watchdog:
         if not seconds >= 0:
             raise UserError(f"log.watchdog_seconds is {seconds}; it must be at least 0 (0 turns the watchdog off)")
         self.seconds, self.file, self.clock = seconds, file, clock
+        self.status: Callable[[], str] = str  # what the loop waits for, for the message
         self._leaving = threading.Event()
 
     def __enter__(self):
@@ -52,8 +54,10 @@ class Watchdog:
 
     def _end(self):
         try:
+            status = self.status()
             print(
-                f"watchdog: no step has finished for {self.seconds:g} s (log.watchdog_seconds); ending with status "
+                f"watchdog: no step has finished for {self.seconds:g} s (log.watchdog_seconds)"
+                f"{f', {status}' if status else ''}; ending with status "
                 f"{STOPPED_STATUS}; start again to resume from the last checkpoint. Stacks of all threads, also in {self.file}:",
                 file=sys.stderr,
                 flush=True,

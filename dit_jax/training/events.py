@@ -6,6 +6,7 @@ After each step the loop runs the events that are due, in order. Saving precedes
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dit_jax.errors import TemporaryFailure
 from dit_jax.runtime.step_clock import StepClock
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.tasks.state import TrainState
@@ -61,10 +62,10 @@ class Log:
 
 @dataclass
 class Save:
-    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops."""
+    """Saves a checkpoint with `meta`: at its interval, at the last step, before a score, and when the run stops."""
 
     checkpointer: Checkpointer
-    fingerprint: str
+    meta: dict[str, Any]
     scorer: Scorer | None
     num_steps: int
 
@@ -75,7 +76,7 @@ class Save:
         return self.checkpointer.due(step) or scored or stopping or step == self.num_steps
 
     def __call__(self, step: int, state: TrainState) -> None:
-        self.checkpointer.save(step, state, {"data": self.fingerprint})
+        self.checkpointer.save(step, state, self.meta)
 
 
 @dataclass
@@ -99,7 +100,10 @@ class Preview:
         self.meter.report()
         try:
             seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
-        except OSError as error:  # of the picture; the next preview is written, if the disk lets it
+        except (
+            OSError,
+            TemporaryFailure,
+        ) as error:  # of the picture, or of its data; the next preview is written, if the disk lets it
             self.records.lost("previews", error)
         else:
             self.records.scalars(step, {"preview_seconds": seconds})

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from dit_jax.build import Run
 from dit_jax.config_file import plain
@@ -22,10 +23,11 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.profile import Profile
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
+from dit_jax.runtime.versions import check_numeric_settings, numeric_settings
 from dit_jax.runtime.watchdog import Watchdog
-from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.checkpoints import Checkpointer, SaveError
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import Workdir, write_class_names
+from dit_jax.storage.run_folder import Workdir, check_not_lost, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
 from dit_jax.training import summary
@@ -119,7 +121,13 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
                     with clock.spend(event.kind):
                         interrupted = event(step, stepper.state) or interrupted
             if step < num_steps and not (stopping or interrupted):
-                batch = training.next_batch(batches)
+                try:
+                    batch = training.next_batch(batches)
+                except Exception as error:
+                    training.save_before(error, step, stepper.state)
+                    if not training.stop.asked:
+                        raise
+                    stopping = True
         training.finish(step)
     stopped = interrupted or (stopping and step < num_steps)
     meter, dropped = training.meter, {name: count for name, count in training.records.dropped.items() if count}
@@ -158,7 +166,8 @@ class Training:
         config, first = run.config, hosts.is_first()
         settings = plain(config)
         self.run, self.clock, self.stack = run, clock, stack
-        self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
+        self.meta: dict[str, Any] = {"data": run.loader.source.fingerprint, "numerics": numeric_settings()}
+        self.constants = run.constants
         self.results = results_of(run)
         scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
@@ -166,9 +175,11 @@ class Training:
         self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
         begun = checkpointer.latest_step or 0
+        check_not_lost(workdir, checkpointer.latest_step)
         check_steps(run, begun, workdir)
         self.folder = stack.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(checkpointer)
+        checkpointer.on_commit = self.folder.note_saved
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
         if first and len(run.source.class_names):
@@ -188,19 +199,21 @@ class Training:
         """The state of the newest intact checkpoint, or a new state; prints the summary of the run.
 
         Raises:
-            UserError: the data set differs from that of the checkpoint.
+            UserError: the data set, or a setting of JAX that changes numbers, differs from that of the checkpoint.
         """
         run, restored = self.run, self.checkpointer.restore(self.run.abstract_state)
         if restored is None:
             state = create_sharded(run.task, jax.random.key(run.config.seed), run.mesh)
         else:
             state, meta = restored
-            if meta["data"] != self.fingerprint:
+            if meta["data"] != self.meta["data"]:
                 raise UserError(
                     "the data set has changed since this run began (another version, split, file list or count); restore it, "
                     "or give a new --workdir"
                 )
+            check_numeric_settings(meta.get("numerics", {}), f"the run in {self.folder.path}")  # earlier versions stored none
             say(f"continuing from step {int(state.step)}")
+            self.folder.note_saved()  # earlier versions did not
         self.records.rewind(int(state.step))
         say(summary.text(run, self.folder.path))
         if self.score:
@@ -215,6 +228,8 @@ class Training:
         self.records.prepare()
         self.profile.resumed(step)
         batches: Any = self.stack.enter_context(self.run.loader.batches(step))
+        batches.on_wait(self.clock.beat)
+        self.watchdog.status, self.stop.on_request = batches.status, batches.stop_waiting
         for context in (self.clock, self.watchdog, self.profile):
             self.stack.enter_context(context)
         batch = self.next_batch(batches)
@@ -230,7 +245,7 @@ class Training:
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [
             Log(meter, stepper, batches, config.log.every_steps, last),
-            Save(self.checkpointer, self.fingerprint, scorer, last),
+            Save(self.checkpointer, self.meta, scorer, last),
             Preview(self.results, meter, self.records, self.folder.samples, self.constants, config.preview.every_steps, last),
         ]
         if self.score:
@@ -240,6 +255,20 @@ class Training:
     def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         with self.clock.spend("data"):
             return shard_batch(self.run.mesh, next(batches))
+
+    def save_before(self, error: Exception, step: int, state: TrainState) -> None:
+        """Saves the state of a run that ends for want of data. One of several processes cannot: the others do not know of it."""
+        if jax.process_count() > 1:
+            return
+        with self.clock.spend("checkpoint"):
+            try:
+                with contextlib.suppress(SaveError):
+                    self.checkpointer.wait()
+                if self.checkpointer.latest_step != step:
+                    say(f"saving step {step} before the run ends ({type(error).__name__})")
+                    self.checkpointer.save(step, state, self.meta)
+            except SaveError as failure:  # must not hide the first error
+                logging.error("%s", failure)
 
     def finish(self, step: int) -> None:
         """Waits for the last step and save, and reports where the time went."""

@@ -100,7 +100,7 @@ class Records:
         """Number of records and pictures that could not be written, by sink."""
         return {name: sink.dropped for name, sink in self._sinks.items()} | self._lost
 
-    def lost(self, what: str, error: OSError) -> None:
+    def lost(self, what: str, error: Exception) -> None:
         """Counts a side product, such as "previews", that could not be written; the first one is said."""
         self._lost[what] += 1
         if self._lost[what] == 1:
