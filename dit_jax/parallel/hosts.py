@@ -47,7 +47,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         return
     # JAX's own handler would swallow every SIGTERM, so that only SIGKILL could end a process. `SharedFlag` replaces it.
     jax.config.update("jax_enable_preemption_service", False)
-    visible = {name: getattr(jax.config, name) for name in VISIBLE}
+    visible = {name: jax.config.values[name] for name in VISIBLE}  # flags, which are no attributes
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator_address,
@@ -66,7 +66,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             for name, value in visible.items():
                 jax.config.update(name, value)
         elif tasks and gpus > tasks:
-            mine = getattr(jax.config, VISIBLE[0])
+            mine = jax.config.values[VISIBLE[0]]
             print(
                 f"note: this process uses GPU {mine}, 1 of {gpus}, and the {tasks} tasks of this node {tasks} of them; start a "
                 "task per GPU, or one per node, which uses all",

@@ -198,7 +198,7 @@ def test_an_outage_in_workers(parsed_flags, capfd):
         assert_same([next(batches) for _ in range(3)], expected)
     assert told and "readable again" in capfd.readouterr().err
     with (
-        Loader(Away(50, errno.EIO), STILL, 8, 0, retry_seconds=1.0, **options).batches() as batches,
+        Loader(Away(50, errno.EIO), STILL, 8, 0, retry_seconds=1.0, num_workers=1).batches() as batches,
         pytest.raises(TemporaryFailure, match="cannot be read any more"),
     ):
         next(batches)

@@ -86,7 +86,7 @@ from dit_jax.parallel import hosts
 hosts.initialize()
 assert jax.distributed.is_initialized()
 hosts.initialize()
-print(jax.config.jax_cuda_visible_devices)
+print(jax.config.values["jax_cuda_visible_devices"])
 """
     environment = os.environ | TASK | {"SLURM_NTASKS": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "JAX_PLATFORMS": "cpu"}
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
@@ -108,7 +108,7 @@ print(jax.config.jax_cuda_visible_devices)
 )
 def test_gpus_of_a_task(monkeypatch, capsys, environment, gpus, kept, said):
     """Tasks that take all GPUs from one another, or leave some without a word."""
-    before = jax.config.jax_cuda_visible_devices
+    before = jax.config.values["jax_cuda_visible_devices"]
 
     def initialize(**_):  # as JAX does for the second task of a node
         jax.config.update("jax_cuda_visible_devices", "1")
@@ -120,7 +120,7 @@ def test_gpus_of_a_task(monkeypatch, capsys, environment, gpus, kept, said):
         monkeypatch.setenv(name, value)
     try:
         hosts.initialize()
-        assert jax.config.jax_cuda_visible_devices == kept
+        assert jax.config.values["jax_cuda_visible_devices"] == kept
     finally:
         jax.config.update("jax_cuda_visible_devices", before)
     error = capsys.readouterr().err

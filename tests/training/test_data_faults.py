@@ -36,7 +36,7 @@ def test_workers_end_with_a_killed_run(tmp_path):
     with log.open("w") as stderr:
         run = subprocess.Popen(command("main", *args), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
     try:
-        while "step " not in log.read_text():
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or "loss" not in (tmp_path / "run" / "metrics.jsonl").read_text():
             assert run.poll() is None, log.read_text()
             time.sleep(0.1)
         children = below(run.pid)
