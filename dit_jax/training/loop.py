@@ -105,6 +105,7 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
             return TrainResult(run, training.results, state, training.constants, False, loss, rate)
 
         stepper, batches, batch = training.start(state)
+        del state  # the stepper has it: a second name would keep what a step cannot donate
         training.stop.unsaved = True
         stopping = interrupted = False
         while step < num_steps and not (stopping or interrupted):
