@@ -12,6 +12,7 @@ profile, preview, evaluation (of the final samples), scoring (of cheaper ones wh
 import ml_collections
 from ml_collections import config_dict
 
+from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
@@ -69,7 +70,8 @@ def model(size: str) -> dict:
 
 def loader(data: str = "") -> dict:
     """The section `loader` for a data set: a latent cache is memory-mapped, other records are read by threads."""
-    return {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
+    reading = {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
+    return {**reading, "retry_seconds": RETRY_SECONDS}
 
 
 def training() -> ml_collections.ConfigDict:

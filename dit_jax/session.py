@@ -13,13 +13,14 @@ from dit_jax import config_file
 from dit_jax.benchmark import machine
 from dit_jax.build import Run, check_dtypes
 from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
 from dit_jax.report import ending, page
 from dit_jax.runtime import phases
 from dit_jax.runtime.console import say
 from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import RESULT
+from dit_jax.storage.run_folder import RESULT, set_aside
 from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
@@ -27,7 +28,10 @@ from dit_jax.training.starts import Start
 
 
 def train(
-    config: ml_collections.ConfigDict | str | os.PathLike, workdir: str | os.PathLike, fields: Sequence[str] = ()
+    config: ml_collections.ConfigDict | str | os.PathLike,
+    workdir: str | os.PathLike,
+    fields: Sequence[str] = (),
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one; then makes and scores the results.
 
@@ -40,6 +44,7 @@ def train(
         config: a config file as after --config, with its argument after a colon; or a config, as `recipes` makes it.
         workdir: folder of the run: config, metrics, previews, checkpoints, samples.
         fields: fields to override, as after --config., if `config` is a file.
+        restart: begins again: a run in the folder is renamed to <workdir>.<n>, with the first n that is free. Nothing is deleted.
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
@@ -50,6 +55,7 @@ def train(
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
+        TemporaryFailure: the data could be read and cannot any more. The last step is saved; the same call goes on.
     """
     if not isinstance(config, ml_collections.ConfigDict):
         config = config_file.read(os.fspath(config), fields)
@@ -59,12 +65,16 @@ def train(
     run = Run(config)
     run.task  # the errors of the config itself come first
     check_dtypes(config)
-    run.check_files(workdir, lambda: check_results(run))
+    run.check_files(None if restart else workdir, lambda: check_results(run))
+    if restart:
+        if hosts.is_first() and (aside := set_aside(workdir)):
+            say(f"--restart: the run that was in {workdir} is now in {aside}")
+        hosts.wait_for_all("the earlier run is renamed")
     with contextlib.ExitStack() as claimed, Start(workdir) as start:
-        return _train(run, workdir, start, claimed)
+        return _train(run, workdir, start, claimed, f"the same command{', without --restart,' if restart else ''} goes on")
 
 
-def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack) -> dict[str, Any]:
+def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack, remedy: str) -> dict[str, Any]:
     trained = loop.train(run, workdir, start, claimed)
     step = int(trained.state.step)
     if trained.finished is not None:
@@ -88,7 +98,7 @@ def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack)
         with loop.watchdog_of(run, workdir), phases.phase("sampling"):
             result |= finish(trained, workdir, step)
     if result["stopped"]:
-        say(f"stopped and saved at step {step}; the same command goes on")
+        say(f"stopped and saved at step {step}; {remedy}")
         start.end("stopped by a signal", STOPPED_STATUS)
         return result
     if jax.process_index() == 0:

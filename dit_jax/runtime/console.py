@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from dit_jax.errors import Failure, UserError
+from dit_jax.errors import Failure, TemporaryFailure, UserError
 from dit_jax.runtime import command_line, phases, user_code, watchdog
 from dit_jax.runtime.host_memory import reuse_freed_memory
 from dit_jax.runtime.signals import STOPPED_STATUS, end_at_once
@@ -158,8 +158,8 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
     Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a
     signal ended the work early with everything saved. With `continues`, a signal that comes while there is nothing to save ends
     the verb at once with 75, see `signals`; without, it has its usual effect. A UserError becomes one or two lines on stderr
-    and exit status 2, without a stack trace; of several processes it says which. JAX ends the others: at once where the first
-    failed, which they all talk to, else within 100 s.
+    and exit status 2, without a stack trace, and a TemporaryFailure one line and 75; of several processes it says which. JAX ends
+    the others: at once where the first failed, which they all talk to, else within 100 s.
     """
 
     if continues:
@@ -173,6 +173,8 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
                 raise UserError(command_line.explain_argument(argv[1]))
             from dit_jax.runtime import compilation_cache, platforms
 
+            if note := platforms.unused_gpu():
+                print(note, file=sys.stderr, flush=True)
             platforms.leave_out_tpu()
             platforms.check()
             compilation_cache.use()
@@ -185,6 +187,9 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
         except Failure as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
             _leave(1)
+        except TemporaryFailure as error:
+            print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
+            _leave(STOPPED_STATUS)
         except Exception as error:
             watchdog.wait_if_ending()
             from dit_jax.runtime import platforms

@@ -53,6 +53,7 @@ class StopSignal:
     thread.
 
     unsaved: whether there is something to save. While it is False, and after `end_at_once`, the first signal ends the process.
+    on_request: called in the handler of the first signal; it must be safe there.
 
     With several processes, a signal to one stops all at the same step. A cluster signals its hosts seconds apart, so every host
     may still receive its first signal after it has started to stop. That signal does not end the process, not even after the
@@ -61,6 +62,7 @@ class StopSignal:
 
     def __init__(self, unsaved: bool = True):
         self.unsaved = unsaved
+        self.on_request: Callable[[], None] | None = None
         self._asked = self._stopping = False
         self._previous = {}
         self._agreement: Any = None
@@ -86,6 +88,11 @@ class StopSignal:
             # None stands for a handler installed by C code, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process has received a signal."""
+        return self._asked
+
     def requested(self, step: int) -> bool:
         """True from the step at which to save and stop; it is the same step on all processes.
 
@@ -108,4 +115,6 @@ class StopSignal:
             foreign = callable(handler) and handler not in (signal.default_int_handler, _end)
             signal.signal(other, handler if foreign else signal.SIG_DFL)
         self._asked = True
+        if self.on_request is not None:
+            self.on_request()
         _write(number, "saving and stopping; a second signal ends the process immediately")

@@ -78,6 +78,7 @@ class Watchdog:
             raise UserError(f"log.watchdog_seconds is {seconds}; it must be at least 0 (0 turns the watchdog off)")
         self.seconds, self.file, self.more = seconds, file, more or {}
         self.tick = min(seconds / 4, 10.0)
+        self.status: Callable[[], str] = str  # what the loop waits for, for the message
         self._leaving = threading.Event()
         self._peers: Peers | None = None
 
@@ -105,7 +106,12 @@ class Watchdog:
             now, at = phases.current()
             waited = time.monotonic() - at
             if now is not None and waited > self.limit(now) and waited > self._limit_of_others():
-                self._end(False, f"{LIMITS[now][1]} for {self.limit(now):g} s (log.watchdog_seconds is {self.seconds:g})")
+                status = self.status()
+                self._end(
+                    False,
+                    f"{LIMITS[now][1]} for {self.limit(now):g} s (log.watchdog_seconds is {self.seconds:g})"
+                    f"{f', {status}' if status else ''}",
+                )
 
     def _limit_of_others(self) -> float:
         """The longest limit of the phases in which other processes are at work: this one may wait for them."""

@@ -2,6 +2,7 @@
 
 config.json   the resolved config
 classes.json  the names of the data set's classes, for pictures
+saved.json    there from the first saved checkpoint on, see `check_not_lost`
 checkpoints/  see `storage.checkpoints`
 metrics.jsonl, tensorboard/   see `training.records`
 starts.jsonl  see `training.starts`
@@ -14,6 +15,7 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 """
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -27,15 +29,15 @@ from dit_jax.runtime.console import say
 from dit_jax.storage import divergences
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import check_form, parsed, read_json
-from dit_jax.storage.claim import claim
+from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
-CLASSES, RESULT = "classes.json", "result.json"
+CLASSES, RESULT, SAVED = "classes.json", "result.json", "saved.json"
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 # What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
-WRITTEN = ("config.json", CLASSES, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
+WRITTEN = ("config.json", CLASSES, SAVED, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
 PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
 SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
 
@@ -82,6 +84,50 @@ def default_workdir(config: str, process_count: int) -> Path:
         raise UserError("give --workdir=<folder of the run> on storage that all hosts share")
     file, _, argument = config.partition(":")
     return Path("runs") / "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
+
+
+def check_not_lost(workdir: Path, latest_step: int | None) -> None:
+    """Raises a UserError if the run has saved a checkpoint before and has none now: it would train afresh, over its records.
+
+    A run that was killed before its first checkpoint begins again.
+
+    latest_step: the newest checkpoint, or None.
+    """
+    if latest_step is None and any((workdir / name).exists() for name in (SAVED, "result.json")):
+        raise UserError(
+            f"the run in {workdir} has saved checkpoints, and {workdir / 'checkpoints'} has none that can be used; put them "
+            f"back, or begin again with --restart, which renames the folder to {free_name(workdir).name} and deletes nothing"
+        )
+
+
+def free_name(workdir: Path) -> Path:
+    """<workdir>.<n> with the first n, from 1, for which there is nothing of that name."""
+    return next(path for n in itertools.count(1) if not os.path.lexists(path := workdir.with_name(f"{workdir.name}.{n}")))
+
+
+def set_aside(workdir: str | os.PathLike) -> Path | None:
+    """Renames a run's folder to `free_name`; returns the new path, or None if there is no folder or it is empty.
+
+    Raises:
+        UserError: the folder is not that of a run, another command is at work in it, or it cannot be renamed.
+    """
+    workdir = local_path(workdir).absolute()
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return None
+    if not any((workdir / name).exists() for name in ("config.json", "checkpoints", "metrics.jsonl")):
+        raise UserError(
+            f"--restart: {workdir} is not the folder of a run of dit_jax.main, so it is not renamed; give another --workdir"
+        )
+    target = free_name(workdir)
+    with claim(workdir, "renaming it"):
+        try:
+            workdir.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"--restart: {workdir} cannot be renamed ({error.strerror}); rename it, or give another --workdir"
+            ) from None
+        (target / LOCK).unlink(missing_ok=True)
+    return target
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -168,6 +214,15 @@ class Workdir:
 
     def __exit__(self, *exc_info):
         self._claim.close()
+
+    def note_saved(self) -> None:
+        """Notes that the run has a checkpoint, for `check_not_lost`; a failure is logged."""
+        file = self.path / SAVED
+        try:
+            if self.first and not file.exists():
+                write_json(file, {"saved": True})
+        except OSError as error:
+            logging.warning("Cannot write %s (%s).", file, error)
 
 
 def read_config(workdir: str | os.PathLike) -> dict:

@@ -61,13 +61,13 @@ class Log:
 
 @dataclass
 class Save:
-    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops.
+    """Saves a checkpoint with `meta`: at its interval, at the last step, before a score, and when the run stops.
 
     While steps are skipped, the state is that of an earlier step and perhaps the reason. It would displace the good ones.
     """
 
     checkpointer: Checkpointer
-    fingerprint: str
+    meta: dict[str, Any]
     scorer: Scorer | None
     num_steps: int
     meter: Meter
@@ -81,7 +81,7 @@ class Save:
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.meter.report()  # first: a run that is killed and resumes at this step does not record it again
-        self.checkpointer.save(step, state, {"data": self.fingerprint})
+        self.checkpointer.save(step, state, self.meta)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from dit_jax.build import Run, check_dtypes
 from dit_jax.config_file import plain
@@ -23,10 +25,11 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.profile import Profile
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
+from dit_jax.runtime.versions import check_numeric_settings, numeric_settings
 from dit_jax.storage import divergences
 from dit_jax.storage.checkpoints import Checkpointer, SaveError
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import Workdir, flatten, read_result, write_class_names
+from dit_jax.storage.run_folder import Workdir, check_not_lost, flatten, read_result, write_class_names
 from dit_jax.storage.step_folder import OtherStructure
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded, with_structure
@@ -121,6 +124,7 @@ def train(
             return TrainResult(run, training.results, state, training.constants, False, loss, rate, finished=training.finished)
 
         stepper, batches, batch = training.start(state)
+        del state  # the stepper has it: a second name would keep what a step cannot donate
         training.stop.unsaved = True
         stack.enter_context(training.recorded_divergence())
         stopping = interrupted = False
@@ -140,7 +144,13 @@ def train(
                     with clock.spend(event.kind):
                         interrupted = event(step, stepper.state) or interrupted
             if step < num_steps and not (stopping or interrupted):
-                batch = training.next_batch(batches)
+                try:
+                    batch = training.next_batch(batches)
+                except Exception as error:
+                    training.save_before(error, step, stepper.state)
+                    if not training.stop.asked:
+                        raise
+                    stopping = True
         training.finish(step)
     stopped = interrupted or (stopping and step < num_steps)
     meter, dropped = training.meter, {name: count for name, count in training.records.dropped.items() if count}
@@ -194,20 +204,23 @@ class Training:
         settings = plain(config)
         self.fields = {name: value for name, value in flatten(settings).items() if name in divergences.FIELDS}
         self.run, self.clock, self.stack = run, clock, stack
-        self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
+        self.meta: dict[str, Any] = {"data": run.loader.source.fingerprint, "numerics": numeric_settings()}
+        self.constants = run.constants
         self.results = results_of(run)
         scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
         wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
-        watching = watchdog_of(run, workdir)
+        self.watchdog = watchdog_of(run, workdir)
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
         begun = checkpointer.latest_step or 0
+        check_not_lost(workdir, checkpointer.latest_step)
         check_steps(run, begun, workdir)
         self.finished = read_result(workdir, begun) if begun == config.num_steps else None
-        stack.enter_context(watching)
+        stack.enter_context(self.watchdog)
         stack.enter_context(phases.phase("start or end"))
         self.folder = claimed.enter_context(Workdir(workdir, settings, first, self.finished is not None))
         self.checkpointer = stack.enter_context(checkpointer)
+        checkpointer.on_commit = self.folder.note_saved
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
         if first:
@@ -229,19 +242,21 @@ class Training:
         """The state of the newest intact checkpoint, or a new state; prints the summary of the run.
 
         Raises:
-            UserError: the data set differs from that of the checkpoint.
+            UserError: the data set, or a setting of JAX that changes numbers, differs from that of the checkpoint.
         """
         run, restored = self.run, self._restored()
         if restored is None:
             state = create_sharded(run.task, jax.random.key(run.config.seed), run.mesh)
         else:
             state, meta = restored
-            if meta["data"] != self.fingerprint:
+            if meta["data"] != self.meta["data"]:
                 raise UserError(
                     "the data set has changed since this run began (another version, split, file list or count); restore it, "
                     "or give a new --workdir"
                 )
+            check_numeric_settings(meta.get("numerics", {}), f"the run in {self.folder.path}")  # earlier versions stored none
             say(f"continuing from step {int(state.step)}")
+            self.folder.note_saved()  # earlier versions did not
         if self._goes_back and hosts.is_first():
             divergences.settle(self.folder.path, int(state.step))
         if int(state.step) < run.config.num_steps:
@@ -319,6 +334,8 @@ class Training:
         self.records.prepare()
         self.profile.resumed(step)
         batches: Any = self.stack.enter_context(self.run.loader.batches(step))
+        batches.on_wait(functools.partial(phases.beat, "data"))
+        self.watchdog.status, self.stop.on_request = batches.status, batches.stop_waiting
         for context in (self.clock, self.profile):
             self.stack.enter_context(context)
         batch = self.next_batch(batches)
@@ -334,7 +351,7 @@ class Training:
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [
             Log(meter, stepper, batches, config.log.every_steps, last),
-            Save(self.checkpointer, self.fingerprint, scorer, last, meter),
+            Save(self.checkpointer, self.meta, scorer, last, meter),
             Preview(self.results, meter, self.records, self.folder.samples, self.constants, config.preview.every_steps, last),
         ]
         if self.score:
@@ -345,6 +362,20 @@ class Training:
     def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         with self.clock.spend("data"):
             return shard_batch(self.run.mesh, next(batches))
+
+    def save_before(self, error: Exception, step: int, state: TrainState) -> None:
+        """Saves the state of a run that ends for want of data. One of several processes cannot: the others do not know of it."""
+        if jax.process_count() > 1:
+            return
+        with self.clock.spend("checkpoint"):
+            try:
+                with contextlib.suppress(SaveError):
+                    self.checkpointer.wait()
+                if self.checkpointer.latest_step != step:
+                    say(f"saving step {step} before the run ends ({type(error).__name__})")
+                    self.checkpointer.save(step, state, self.meta)
+            except SaveError as failure:  # must not hide the first error
+                logging.error("%s", failure)
 
     def finish(self, step: int) -> None:
         """Waits for the last step and save, and reports where the time went."""

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dit_jax.errors import NotFinite, UserError
+from dit_jax.errors import NotFinite, TemporaryFailure, UserError
 from dit_jax.storage.atomic import write_atomic
 from dit_jax.training.tensorboard import TensorBoard
 
@@ -120,7 +120,7 @@ class Records:
         Of several processes one may fail alone; the others would wait for it in a collective. So only failures that all of them
         meet, a full disk, NaN or a refusal, are passed over there.
         """
-        kinds = Exception if jax.process_count() == 1 else (OSError, UserError, NotFinite)
+        kinds = Exception if jax.process_count() == 1 else (OSError, UserError, NotFinite, TemporaryFailure)
         try:
             yield
         except kinds as error:

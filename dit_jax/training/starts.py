@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from dit_jax.errors import UserError
+from dit_jax.errors import TemporaryFailure, UserError
 from dit_jax.parallel import hosts
 from dit_jax.runtime import signals, versions
 from dit_jax.runtime.command_line import USER_ERROR_STATUS
@@ -76,7 +76,8 @@ class Start:
             signals.before_exit.remove(self.end)
         if error is not None:
             text = " ".join(str(error).split())[:MOST_TEXT]
-            status = USER_ERROR_STATUS if isinstance(error, UserError) else 1
+            statuses = ((UserError, USER_ERROR_STATUS), (TemporaryFailure, signals.STOPPED_STATUS), (BaseException, 1))
+            status = next(status for kind_of_error, status in statuses if isinstance(error, kind_of_error))
             self.end(f"{kind.__name__}: {text}", status)
 
 

@@ -150,6 +150,19 @@ def test_other_settings_are_refused(whole, tmp_path, other):
     assert content(tmp_path / "copy") == content(whole)
 
 
+def test_other_random_numbers_are_other_samples():
+    """Shards of two noises in one folder, or the old images for a command that means others; an old folder that is refused."""
+    old = shards.settings_of(LABELS, (8, 8, 1), {}, {})
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        new = shards.settings_of(LABELS, (8, 8, 1), {}, {})
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
+    line = "random.jax_default_prng_impl: 'threefry2x32' there, 'rbg' now"
+    assert shards.changes(old, new) == shards.changes(old, new, same_versions=False) == [line]
+    assert not shards.changes({key: value for key, value in old.items() if key != "random"}, new)
+
+
 def test_other_weights_are_refused(whole, tmp_path):
     """Samples of two checkpoints in one folder, one weight of which differs in its last bit."""
     made = generator()

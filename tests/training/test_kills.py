@@ -35,13 +35,13 @@ CONFIG = tiny.config(
 
 
 def ended(workdir):
-    """What an undisturbed run leaves, without times, commit and starts, and without files of Orbax and TensorBoard (random names)."""
+    """What an undisturbed run leaves, without times, commit, starts, and files with random names of Orbax and TensorBoard."""
     files = {}
     for path in sorted(workdir.rglob("*")):
         name = str(path.relative_to(workdir))
         if re.match(r"tensorboard/|checkpoints/.+/", name):
             continue
-        timed = path.is_dir() or path.name in ("report.html", "metrics.jsonl", "result.json")
+        timed = path.is_dir() or path.name in ("report.html", "metrics.jsonl", "result.json", "starts.jsonl")
         content = None if timed else path.read_bytes().replace(str(workdir).encode(), b"")
         files[name] = re.sub(rb'"(seconds|commit)": [^,}]*', b"", content) if content and path.suffix == ".json" else content
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
