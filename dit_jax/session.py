@@ -1,8 +1,8 @@
 """Trains from a config and makes the results: what `python -m dit_jax.main` and `dit_jax.train` do."""
 
+import contextlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,13 +40,18 @@ def train(
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
-        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". Those of a run
-        that was finished before are read, and nothing is written.
+        was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid".
+        Of a run that was finished before they are read, and no record is written.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
     """
+    with contextlib.ExitStack() as claimed:
+        return _train(config, workdir, fields, claimed)
+
+
+def _train(config: Any, workdir: str | os.PathLike, fields: Sequence[str], claimed: contextlib.ExitStack) -> dict[str, Any]:
     if not isinstance(config, ml_collections.ConfigDict):
         config = config_file.read(os.fspath(config), fields)
     elif fields:
@@ -55,15 +60,15 @@ def train(
     run = Run(config)
     run.task  # the errors of the config itself come first
     run.check_files(workdir, lambda: check_results(run))
-    with Start(workdir) as start:
-        return _train(run, workdir, start)
-
-
-def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
-    trained = loop.train(run, workdir, start)
+    start = claimed.enter_context(Start(workdir))
+    trained = loop.train(run, workdir)
     step = int(trained.state.step)
     if trained.finished is not None:
-        return _again(trained, workdir, start)
+        say(f"the run is finished: its records are kept, and the result is that of {workdir / RESULT}")
+        start.end("nothing to train", 0)
+        if jax.process_index() == 0 and not (workdir / page.FILE).exists():  # a kill after the result
+            ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
+        return trained.finished
     result: dict[str, Any] = {
         "step": step,
         "loss": trained.loss,
@@ -82,23 +87,8 @@ def _train(run: Run, workdir: Path, start: Start) -> dict[str, Any]:
         return result
     if jax.process_index() == 0:
         result["machine"] = machine.describe()
-        write_json(workdir / RESULT, result)
-    start.end("finished", 0)
-    _report(trained, workdir, result)
-    return result
-
-
-def _again(trained: loop.TrainResult, workdir: Path, start: Start) -> dict[str, Any]:
-    """The stored result of a run that was finished before; its records are kept."""
-    assert trained.finished is not None
-    say(f"the run is finished: its records are kept, and the result is that of {workdir / RESULT}")
-    start.end("nothing to train", 0)
-    if not (workdir / page.FILE).exists():  # a kill after the result
-        _report(trained, workdir, trained.finished)
-    return trained.finished
-
-
-def _report(trained: loop.TrainResult, workdir: Path, result: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
-        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, result["step"])
+        write_json(workdir / "result.json", result)
+        start.end("finished", 0)
+        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
         say(summary.ending(trained.run, workdir, result, report))
+    return result

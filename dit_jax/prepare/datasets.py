@@ -188,13 +188,14 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
             raise UserError(
                 f"split={split!r} must be lower-case letters, digits and _, starting with a letter, and not 'all': train"
             )
-    sources = {} if request.folder.exists() else _opened(paths, class_names_file)  # what is refused leaves no folder
     with claim(request.folder, "writing shards", "--dataset or --out"):
         plan = _read_plan(request.folder)
-        if plan or not sources:
-            sources = _opened(paths, class_names_file, tuple(plan["class_names"]) if plan else None)
-        for split, source in sources.items():
-            console.say(f"{split}: {len(source):,} images of {len(source.class_names) or 'no'} classes in {paths[split]}")
+        class_names = tuple(plan["class_names"]) if plan else None
+        sources: dict[str, Files] = {}
+        for split, path in paths.items():
+            sources[split] = open_source(path, class_names_file, class_names)
+            class_names = sources[split].class_names
+            console.say(f"{split}: {len(sources[split]):,} images of {len(class_names) or 'no'} classes in {path}")
         plan = _planned(request, plan, sources)
         missing = {split: _missing(request, plan, split) for split in sources}
         if plan["complete"] and not any(missing.values()):
@@ -206,15 +207,6 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
                 _write_split(request, plan, split, source, missing[split])
             _finish(request, plan)
         return _verified(request, plan)
-
-
-def _opened(paths: dict[str, str], class_names_file: str, class_names: tuple[str, ...] | None = None) -> dict[str, Files]:
-    """The source of every split. The first determines the classes, unless `class_names` does."""
-    sources: dict[str, Files] = {}
-    for split, path in paths.items():
-        sources[split] = open_source(path, class_names_file, class_names)
-        class_names = sources[split].class_names
-    return sources
 
 
 def _read_plan(folder: Path) -> dict | None:

@@ -30,7 +30,8 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
-CLASSES, RESULT = "classes.json", "result.json"
+CLASSES = "classes.json"
+RESULT = "result.json"
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
@@ -101,15 +102,19 @@ class Workdir:
     """Opens or creates a run's folder for training; a context manager that holds the claim on it.
 
     settings: the run's config as JSON values (`config_file.plain`).
-    finished: the run has its result; its records are not written again.
+
+    Fields:
+        finished: on entry, the result of a run that is finished with the config's number of steps, whose records are not written
+            again; None for another run.
 
     Raises on entry:
         UserError: another command is at work in it; its config differs; it holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True, finished: bool = False):
+    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True):
         self.path = local_path(path).absolute()
-        self.settings, self.first, self.finished = settings, first, finished
+        self.settings, self.first = settings, first
+        self.finished: dict | None = None
         self._claim = contextlib.ExitStack()
 
     @property
@@ -133,6 +138,7 @@ class Workdir:
                     f"Different:\n  " + "\n  ".join(lines)
                 )
             old, new = flatten(before), flatten(self.settings)
+            self.finished = read_result(self.path, self.settings["num_steps"])
             if self.finished:
                 check_finished(self.path, old, new)
             for key in () if self.finished else PRINTED_FIELDS:
@@ -150,7 +156,7 @@ class Workdir:
                 stack.enter_context(claim(self.path, "training"))
                 if not self.finished:
                     write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", RESULT, "codec")
+                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", "result.json", "codec")
                 self._claim = stack.pop_all()
         return self
 
@@ -175,18 +181,18 @@ def read_config(workdir: str | os.PathLike) -> dict:
 
 
 def read_result(workdir: Path, num_steps: int) -> dict | None:
-    """result.json of a run that is finished with `num_steps` steps, its samples included; None for another run.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The result of a run that is finished with `num_steps` steps and has its checkpoint and samples; None for another run."""
     try:
-        result = read_json(workdir / RESULT, "remove it to make the results again", {"step": int})
+        result = read_json(workdir / RESULT, form={"step": int})
     except FileNotFoundError:
         return None
-    samples = result.get("samples")
-    has_samples = not samples or (workdir / "samples" / Path(samples).name).exists()  # the folder may have moved
-    return result if result["step"] == num_steps and has_samples else None
+    except UserError as error:
+        logging.warning("%s: the results are made again.", error)
+        return None
+    wanted = [workdir / "checkpoints" / str(num_steps)]
+    if samples := result.get("samples"):
+        wanted.append(workdir / "samples" / Path(samples).name)  # the folder may have moved
+    return result if result["step"] == num_steps and all(path.exists() for path in wanted) else None
 
 
 def check_finished(workdir: Path, old: dict, new: dict) -> None:

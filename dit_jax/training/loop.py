@@ -25,16 +25,15 @@ from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.runtime.watchdog import Watchdog
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import Workdir, read_result, write_class_names
+from dit_jax.storage.run_folder import Workdir, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
-from dit_jax.training import summary
+from dit_jax.training import starts, summary
 from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
 from dit_jax.training.results import Results, results_of
 from dit_jax.training.scoring import Scorer
-from dit_jax.training.starts import Start
 from dit_jax.training.wandb_writer import WandbWriter
 
 
@@ -82,12 +81,10 @@ class Stepper:
         return sums
 
 
-def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) -> TrainResult:
+def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
     SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
-
-    started: the start in the log of starts; None writes no log.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -100,14 +97,13 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
         training = Training(run, workdir, clock, stack)
         state = training.restore_or_create()
         step = int(state.step)
-        if started is not None:
-            started.begin(step, num_steps)
         if training.score and training.score.scorer.unfinished(step) and training.score(step, state):
             return TrainResult(run, training.results, state, training.constants, stopped=True)
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
             loss, rate = training.records.last("loss"), training.records.last("images_per_second")
-            return TrainResult(run, training.results, state, training.constants, False, loss, rate, finished=training.finished)
+            finished = training.folder.finished
+            return TrainResult(run, training.results, state, training.constants, False, loss, rate, finished=finished)
 
         stepper, batches, batch = training.start(state)
         training.stop.unsaved = True
@@ -118,8 +114,7 @@ def train(run: Run, workdir: str | os.PathLike, started: Start | None = None) ->
                 dispatched = time.monotonic()
                 output = stepper(batch)
                 step += 1
-                if started is not None:
-                    started.step = step
+                starts.reached(step)
                 clock.dispatched(step, dispatched, output)
             training.profile.finish(step, clock)
             stopping = training.stop.requested(step)
@@ -176,12 +171,11 @@ class Training:
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
         begun = checkpointer.latest_step or 0
         check_steps(run, begun, workdir)
-        self.finished = read_result(workdir, begun) if begun == config.num_steps else None
-        self.folder = stack.enter_context(Workdir(workdir, settings, first, self.finished is not None))
+        self.folder = stack.enter_context(Workdir(workdir, settings, first))
         self.checkpointer = stack.enter_context(checkpointer)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
-        if first and len(run.source.class_names) and not self.finished:
+        if first and len(run.source.class_names) and not self.folder.finished:
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
@@ -212,10 +206,11 @@ class Training:
                 )
             say(f"continuing from step {int(state.step)}")
         if int(state.step) < run.config.num_steps:
-            self.finished = None  # its last checkpoint was damaged and set aside
-        if not self.finished:
+            self.folder.finished = None  # its last checkpoint was damaged and set aside
+        if not self.folder.finished:
             self.records.rewind(int(state.step))
         say(summary.text(run, self.folder.path))
+        starts.begin(int(state.step), run.config.num_steps)
         if self.score:
             self.score.scorer.forget_after(int(state.step))
             best = self.score.scorer.best

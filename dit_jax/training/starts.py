@@ -6,7 +6,6 @@
 A start without a second line was killed, or is running.
 """
 
-import contextlib
 import platform
 import secrets
 import time
@@ -27,11 +26,26 @@ FILE = "starts.jsonl"
 MOST_TEXT = 300  # characters of an error that are kept
 
 
+_current: list["Start"] = []  # those whose context is entered
+
+
+def begin(step: int, num_steps: int) -> None:
+    """Records that the current start, if there is one, goes on from `step`."""
+    for start in _current:
+        start.begin(step, num_steps)
+
+
+def reached(step: int) -> None:
+    """Notes the number of completed steps of the current start."""
+    for start in _current:
+        start.step = step
+
+
 class Start:
     """One start of a run; a context manager that records how it ended. A log that cannot be written never ends the run.
 
     Fields:
-        step: number of completed steps, which the loop updates.
+        step: number of completed steps.
     """
 
     def __init__(self, workdir: Path):
@@ -68,12 +82,13 @@ class Start:
             logging.warning("Cannot write %s (%s); the run continues without.", self._file, error.strerror)
 
     def __enter__(self):
+        _current.append(self)
         signals.before_exit.append(self.end)
         return self
 
     def __exit__(self, kind, error, trace):
-        with contextlib.suppress(ValueError):
-            signals.before_exit.remove(self.end)
+        _current.remove(self)
+        signals.before_exit.remove(self.end)
         if error is not None:
             text = " ".join(str(error).split())[:MOST_TEXT]
             status = USER_ERROR_STATUS if isinstance(error, UserError) else 1

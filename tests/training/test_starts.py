@@ -27,9 +27,10 @@ def lines(folder):
 
 def test_a_start_has_its_place_and_its_end(tmp_path):
     """A log without the facts that tell one start from another; an end that is recorded twice."""
+    starts.begin(0, 10)
     with Start(tmp_path) as start:
-        start.begin(3, 10)
-        start.step = 7
+        starts.begin(3, 10)
+        starts.reached(7)
         start.end("stopped", 75)
         start.end("later", 1)
     first, last = lines(tmp_path)
@@ -116,14 +117,16 @@ def test_other_results_of_a_finished_run_are_refused(finished):
     assert json.loads((finished / "config.json").read_text())["evaluation"]["num_images"] == 0
 
 
-def test_what_is_not_finished(tmp_path):
+def test_what_is_not_finished(tmp_path, caplog):
     """A longer run that is taken for finished, or one whose samples were removed and never come back."""
     assert read_result(tmp_path, 3) is None
     write_json(tmp_path / "result.json", {"step": 3, "samples": "/moved/samples/00000003_final.npz"})
     assert read_result(tmp_path, 3) is None
     (tmp_path / "samples").mkdir()
+    assert read_result(tmp_path, 3) is None
     (tmp_path / "samples" / "00000003_final.npz").touch()
+    assert read_result(tmp_path, 3) is None  # its checkpoint was removed
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     assert read_result(tmp_path, 3)["step"] == 3 and read_result(tmp_path, 4) is None
     (tmp_path / "result.json").write_text("[]")
-    with pytest.raises(UserError, match="remove it to make the results again"):
-        read_result(tmp_path, 3)
+    assert read_result(tmp_path, 3) is None and "the results are made again" in caplog.text
