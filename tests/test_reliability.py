@@ -8,7 +8,18 @@ from typing import NamedTuple
 import pytest
 from paths import ROOT
 
-SECTIONS = "Signals, Kills, Disk, Data, Checkpoints, Hangs, Numbers, Labels, Files from elsewhere, Many processes".split(", ")
+SECTIONS = [
+    "Signals",
+    "Kills",
+    "Disk",
+    "Data",
+    "Checkpoints",
+    "Hangs",
+    "Numbers",
+    "Labels",
+    "Files from elsewhere",
+    "Many processes",
+]
 ONE = r"(0|1|2|75|not 0|128 \+ (9|its number))"
 STATUS = re.compile(rf"{ONE}( or {ONE})*")
 # Faults that users of this or of other programs have met: words of the row that has each.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dit_jax.errors import UserError
-from dit_jax.runtime.signals import STOPPED_STATUS, before_exit
+from dit_jax.runtime.signals import STOPPED_STATUS, tell_before_exit
 from dit_jax.runtime.step_clock import StepClock
 
 
@@ -63,7 +63,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             for child in multiprocessing.active_children():
                 child.kill()
-            for tell in before_exit:
-                tell(f"watchdog: no step for {self.seconds:g} s", STOPPED_STATUS)
+            tell_before_exit(f"watchdog: no step for {self.seconds:g} s", STOPPED_STATUS)
         finally:  # also if the disk is full
             os._exit(STOPPED_STATUS)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import pytest
@@ -69,6 +70,15 @@ def test_errors_and_signals_end_a_start(tmp_path, monkeypatch):
     assert (first["ended"], first["status"]) == ("UserError: no such thing", 2)
     assert second["status"] == 1 and len(second["ended"]) < 400
     assert (third["ended"], third["status"]) == ("SIGTERM", 75)
+
+
+def test_a_disk_that_hangs_at_the_end(monkeypatch):
+    """A stopped run that lingers because its log is on a disk that does not respond."""
+    monkeypatch.setattr(signals, "TELL_SECONDS", 0.05)
+    monkeypatch.setattr(signals, "before_exit", [lambda why, status: time.sleep(30)])
+    start = time.monotonic()
+    signals.tell_before_exit("SIGTERM", 75)
+    assert time.monotonic() - start < 10
 
 
 def test_a_log_that_cannot_be_written(tmp_path, caplog):
