@@ -6,6 +6,7 @@ import signal
 import time
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -16,7 +17,6 @@ from dit_jax.runtime import signals
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.run_folder import Workdir, read_result, write_class_names
-from dit_jax.tasks.state import create_sharded
 from dit_jax.training import starts
 from dit_jax.training.records import Records
 from dit_jax.training.starts import Start
@@ -94,7 +94,7 @@ def finished(tmp_path_factory):
     """A finished run, without its training."""
     folder, config = tmp_path_factory.mktemp("finished") / "run", tiny.config(num_steps=2, log__every_steps=1)
     run = build.Run(config)
-    state = create_sharded(run.task, jax.random.key(0), run.mesh)
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), run.abstract_state)
     with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
         checkpointer.save(2, state.replace(step=state.step + 2), {"data": run.source.fingerprint})
         with Records(folder) as records:
