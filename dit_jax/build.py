@@ -5,8 +5,9 @@ A new model, process, codec, data source or optimizer of the package is a file a
 """
 
 import inspect
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,15 @@ class Run:
         """The training state as ShapeDtypeStructs with shardings."""
         return abstract_state(self.task, self.mesh)
 
+    def abstract_states(self) -> Iterator[TrainState]:
+        """`abstract_state`, and those of AdamW with and without clipping and a schedule, as an earlier start may have had it."""
+        yield self.abstract_state
+        if self.config.optimizer.name == "adamw":
+            for clip_norm, decay_steps in itertools.product((None, 1.0), (None, 1)):
+                config = ml_collections.ConfigDict(self.config.to_dict())
+                config.optimizer.update({"clip_norm": clip_norm, "warmup_steps": 0, "decay_steps": decay_steps})
+                yield Run(config, devices=self.devices, platform=self.platform).abstract_state
+
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A global batch as ShapeDtypeStructs with shardings; reads nothing."""
@@ -381,11 +391,11 @@ class Run:
             raise UserError(NO_CODEC_PATH)
         return vae.find(given, fetch)
 
-    def check_files(self, workdir: Path, *checks: Callable[[], object]) -> None:
+    def check_files(self, workdir: Path | None, *checks: Callable[[], object]) -> None:
         """Opens what the run reads: its data, the weights of its loss and its codec. Downloads a codec only if all else is there.
 
         Args:
-            workdir: folder of the run, whose copy of the codec is preferred.
+            workdir: folder of the run, whose copy of the codec is preferred; None for a run without.
             checks: calls that raise a UserError for what else is missing.
 
         Raises:
@@ -395,7 +405,8 @@ class Run:
         if "perceptual" in self.task.constants():
             missing += failures(lambda: CONSTANTS["perceptual"](self))
         if self.has_codec_weights:
-            missing += failures(lambda: self._codec_path(workdir / codec_folder.FOLDER, fetch=not missing))
+            own = workdir / codec_folder.FOLDER if workdir else None
+            missing += failures(lambda: self._codec_path(own, fetch=not missing))
         raise_all(missing)
 
     @cached_property
@@ -546,3 +557,20 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"log.every_steps is {config.log.every_steps}; it must be at least 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}; it must lie in 0 to 2**32 - 1")
+
+
+def check_dtypes(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError if the trained network has a dtype in which training loses updates. Sampling and plans may use it."""
+    place = "model" if "model" in config else "codec"
+    section = config[place]
+    param_dtype, dtype = (str(section.get(name, "float32")) for name in ("param_dtype", "dtype"))
+    if param_dtype != "float32":
+        raise UserError(
+            f"{place}.param_dtype is {param_dtype!r}; training keeps parameters in float32, because smaller updates than their "
+            f"rounding are lost. Give --config.{place}.param_dtype=float32, and --config.{place}.dtype=bfloat16 for speed"
+        )
+    if dtype == "float16":
+        raise UserError(
+            f"{place}.dtype is 'float16', whose gradients underflow without loss scaling, which there is none of; give "
+            f"--config.{place}.dtype=bfloat16 or float32"
+        )

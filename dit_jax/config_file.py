@@ -11,12 +11,13 @@ and of its recipe, if there is one; no other field of the file's section is kept
 
 import copy
 import difflib
+import importlib
 import importlib.util
 import inspect
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,14 @@ if typing.TYPE_CHECKING:  # `benchmark --model` runs without ml_collections
 flags.disclaim_key_flags()  # --help lists --config as the verb's own
 
 CONFIGS_SHOWN = 20
+CONSTRUCTORS = {  # of the sections without a name
+    "mesh": "dit_jax.parallel.mesh:make_mesh",
+    "checkpoint": "dit_jax.storage.checkpoints:Checkpointer",
+    "profile": "dit_jax.runtime.profile:Profile",
+    "forecast": "dit_jax.diffusion.forecast:Forecast",
+    "task.discriminator": "dit_jax.codecs.discriminator:PatchDiscriminator",
+}
+LOADERS = {True: "dit_jax.data.latent_loader:LatentLoader", False: "dit_jax.data.loader:Loader"}  # by whether data is a cache
 
 
 class ConfigFlag(NamedTuple):
@@ -322,6 +331,8 @@ def type_of(config: "ConfigDict", path: str) -> FieldType:
     section = _section(config, place, path)
     value = dict(section.items(preserve_field_references=True)).get(field)
     parameter = _parameter(section, place, field)
+    if field in section and (constructor := unnamed_constructor(config, place)):
+        parameter = inspect.signature(constructor, eval_str=True).parameters.get(field)
     wanted = FieldType.of_annotation(parameter.annotation) if parameter else FieldType()
     if not wanted.allowed and field in section:
         referenced = isinstance(value, FieldReference)
@@ -336,6 +347,15 @@ def _parameter(section: "ConfigDict", place: str, field: str) -> inspect.Paramet
     kind = place.rpartition(".")[2]
     named = kind in registry.SECTIONS and "name" in section
     return _parameters(kind, section.name).get(field) if named and field != "name" else None
+
+
+def unnamed_constructor(config: "ConfigDict", place: str) -> Callable[..., Any] | None:
+    """The constructor whose keyword arguments are the fields of a section without a name; None for another section."""
+    named = CONSTRUCTORS | {"loader": LOADERS[config.get("data", {}).get("name") == "latents"]}
+    if place not in named:
+        return None
+    module, _, name = named[place].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _imports(config: "ConfigDict", config_file: str) -> list[dict[str, Any]]:

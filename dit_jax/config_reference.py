@@ -1,15 +1,15 @@
 """The fields of a config with their values, types and meanings, for `--show` and the documentation.
 
-A section with a `name` is documented by the docstring of its constructor, as are the sections of `CONSTRUCTORS`; the fields that
+A section with a `name` is documented by the docstring of its constructor, as are the sections of
+`config_file.CONSTRUCTORS`; the fields that
 the training loop reads are documented in `recipes.MEANINGS`.
 """
 
-import importlib
 import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from docstring_parser.google import DEFAULT_SECTIONS, GoogleParser, Section, SectionType
@@ -20,14 +20,6 @@ from dit_jax import build, config_file, recipes, registry
 PARSER = GoogleParser([*DEFAULT_SECTIONS, Section("Fields", "param", SectionType.MULTIPLE)])
 CONSTANT = re.compile(r"one of ([A-Z][A-Z_]+)\b")
 WIDTH = 110  # of a line of `text`
-CONSTRUCTORS = {  # of the sections without a name
-    "mesh": "dit_jax.parallel.mesh:make_mesh",
-    "checkpoint": "dit_jax.storage.checkpoints:Checkpointer",
-    "profile": "dit_jax.runtime.profile:Profile",
-    "forecast": "dit_jax.diffusion.forecast:Forecast",
-    "task.discriminator": "dit_jax.codecs.discriminator:PatchDiscriminator",
-}
-LOADERS = {True: "dit_jax.data.latent_loader:LatentLoader", False: "dit_jax.data.loader:Loader"}  # by whether data is a cache
 
 
 class Field(NamedTuple):
@@ -113,11 +105,7 @@ def _constructor(config: ConfigDict, place: str) -> Callable[..., Any] | None:
     kind = place.rpartition(".")[2]
     if kind in registry.SECTIONS and "name" in section:
         return registry.get(kind, section.name)
-    named: Mapping[str, str] = CONSTRUCTORS | {"loader": LOADERS[config.get("data", {}).get("name") == "latents"]}
-    if place not in named:
-        return None
-    module, _, name = named[place].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return config_file.unnamed_constructor(config, place)
 
 
 assert build  # registers the package's constructors

@@ -29,7 +29,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, export, samples_file, shards, trained
-from dit_jax.sample.generator import DECODER_CHUNK, Generator, drawing_mesh, on_mesh
+from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption
 from dit_jax.sample.labels import chosen_labels
 from dit_jax.sample.samples_file import Samples
@@ -37,6 +37,7 @@ from dit_jax.sample.watch import Evaluation, Watcher
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
+from dit_jax.tasks.task import warning_of_average
 
 Labels = Sequence[int] | np.ndarray | str | None
 
@@ -153,9 +154,22 @@ class Pipeline:
     def _parameters(self) -> tuple[Any, int | None, str]:
         """(parameters for inference on the mesh, their step, the fingerprint of the stored ones)."""
         params, step = self._opened.params(self.run, self._chosen_step, self.average)
+        self._warn_of_average(step)
         params = on_mesh(params, self._mesh)
         fingerprint = weights_fingerprint(params)
         return cast_for_inference(self.run.task, params), step, fingerprint
+
+    def _warn_of_average(self, step: int | None) -> None:
+        """Says that the weights are the moving average of a short run, also if `convert` wrote them to a file."""
+        if self.average != "default":
+            return
+        remedy = 'average="none" (--average=none) samples the weights themselves; lower ema_decay for short runs'
+        if self._opened.weights is not None:
+            origin, remedy = self._opened.weights.origin, "train longer, or with a lower ema_decay"
+            step = origin.get("step") if origin.get("from") == "workdir" else None
+        text = warning_of_average(self.run.config.ema_decay, step, remedy) if isinstance(step, int) else None
+        if text:
+            say(f"warning: {text}")
 
     def __call__(
         self,
@@ -179,6 +193,7 @@ class Pipeline:
 
         Raises:
             UserError: an option does not exist, has a value out of range, or does not fit the network.
+            NotFinite: an image is not finite.
         """
         drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=callback is not None)
         arrays = self._parameters[0], self._constants, drawn.requests, len(drawn.labels), drawn.weak_params
@@ -273,15 +288,21 @@ class Pipeline:
         return Samples(images, drawn.labels, drawn.made_by() | {"interpolated_seeds": list(seeds)})
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """uint8 images [N, H, W, C] of latents f32[N, h, w, c], such as the x0 of an `Evaluation`."""
+        """uint8 images [N, H, W, C] of latents f32[N, h, w, c], such as the x0 of an `Evaluation`.
+
+        Raises:
+            NotFinite: an image is not finite.
+        """
         count = len(latents)
         rows = np.minimum(np.arange(-(-count // DECODER_CHUNK) * DECODER_CHUNK), count - 1).reshape(-1, DECODER_CHUNK)
-        images = [np.asarray(self._decode(self._constants, np.asarray(latents[chunk]))) for chunk in rows]
-        return np.concatenate(images)[:count]
+        drawn = [self._decode(self._constants, np.asarray(latents[chunk])) for chunk in rows]
+        images, finite = (np.concatenate([np.asarray(x) for x in part])[:count] for part in zip(*drawn, strict=True))
+        check_images(finite, np.arange(count), {})
+        return images
 
     @cached_property
     def _decode(self):
-        return jax.jit(self.run.task.decode)
+        return jax.jit(self.run.task.decode_and_check)
 
     def export(self, path: str | os.PathLike, **options: Unpack[Options]) -> Path:
         """Writes the sampler as StableHLO, with its weights, to a folder that a process with only jax and numpy can run.

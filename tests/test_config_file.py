@@ -1,5 +1,6 @@
 """Reads a config from its file and from fields on the command line."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from dit_jax.config_file import read
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.command_line import config_fields
+from dit_jax.runtime.field_values import FieldType
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 pytestmark = pytest.mark.usefixtures("forgetful")
@@ -65,12 +67,13 @@ def test_the_loader_goes_with_the_data():
     """A latent cache that is read by the threads of a loader for photographs, or refused for their number."""
     c = read(DIGITS, ["data.name=latents", "data.path=/cache", "loader.resident=true"])
     assert section(c, "data") == {"name": "latents", "path": "/cache", "verify": True} and section(c, "loader") == {
-        "resident": True
+        "resident": True,
+        "retry_seconds": 300.0,
     }
     back = read(str(ROOT / "configs" / "folder_latent.py"), ["data.name=folder"])
     assert section(back, "loader") == recipes.loader() and back.data.path == ""
     assert read(DIGITS, ["data.name=folder", "data.path=/x"]).loader.num_threads == 2  # the same loader: as the file has it
-    with pytest.raises(UserError, match="loader has no field num_threads; there are resident"):
+    with pytest.raises(UserError, match="loader has no field num_threads; there are resident, retry_seconds"):
         read(DIGITS, ["data.name=latents", "loader.num_threads=3"])
 
 
@@ -78,6 +81,58 @@ def test_every_field_of_a_constructor_can_be_given():
     """A field that has a default and is in no config file, and so can only be changed by editing one."""
     c = read(str(ROOT / "configs" / "xl2_imagenet256.py"), ["codec.norm_groups=16", "data.image_key=picture"])
     assert c.codec.norm_groups == 16 and c.data.image_key == "picture"
+
+
+EXAMPLES = {int: "3", float: "0.5", str: "x", bool: "true", tuple: "(1.0,2.0,3.0,4.0)", type(None): "None"}
+
+
+def unions(parameters):
+    """(field, a type that it may have), of the fields that may have several."""
+    types = {field: FieldType.of_annotation(p.annotation).allowed for field, p in parameters.items()}
+    return [(field, kind) for field, kinds in types.items() if len(kinds) > 1 for kind in kinds]
+
+
+def takes(file, path, kind, *fields):
+    """Whether a field of a config takes a value of this type."""
+    section: object = read(file, [*fields, f"{path}={EXAMPLES[kind]}"])
+    for name in path.split("."):
+        section = section[name]
+    return type(section) is kind
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+def test_every_type_of_a_field_can_be_given(name):
+    """None for what a recipe has set, or a number for each channel: refused, because the file's value has another type."""
+    file, config = str(ROOT / "configs" / f"{name}.py"), load_config(name)
+    found = [
+        (f"{kind}.{field}", type_)
+        for kind in registry.SECTIONS
+        if "name" in config.get(kind, {})
+        for field, type_ in unions(registry.parameters(kind, config[kind].name))
+    ]
+    for place in (*config_file.CONSTRUCTORS, "loader"):
+        if place.partition(".")[0] in config and (place != "task.discriminator" or "discriminator" in config.task):
+            parameters = inspect.signature(config_file.unnamed_constructor(config, place), eval_str=True).parameters
+            known = config.task.discriminator if place == "task.discriminator" else config[place]
+            found += [(f"{place}.{field}", type_) for field, type_ in unions(parameters) if field in known]
+    assert ("optimizer.clip_norm", type(None)) in found and ("checkpoint.keep_every_steps", type(None)) in found
+    assert [field for field in found if not takes(file, *field)] == []
+
+
+def test_every_type_of_a_field_of_every_constructor():
+    """A constructor that no config names, with an optional field that cannot be set back to None."""
+    wrong = []
+    for kind in ("model", "process", "codec", "data", "transform", "optimizer", "sampler", "guidance", "conditioner"):
+        for name in registry.names(kind):
+            parameters = registry.parameters(kind, name)
+            required = {
+                field: FieldType.of_annotation(p.annotation).allowed for field, p in parameters.items() if p.default is p.empty
+            }
+            fields = [f"{kind}.name={name}", *(f"{kind}.{field}={EXAMPLES[types[0]]}" for field, types in required.items())]
+            wrong += [
+                (kind, name, field) for field in unions(parameters) if not takes(DIGITS, f"{kind}.{field[0]}", field[1], *fields)
+            ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,15 @@ from verbs import run as run_verb
 import dit_jax
 from dit_jax import recipes
 from dit_jax.build import Run
+from dit_jax.config_file import plain
 from dit_jax.convert import formats
-from dit_jax.errors import UserError
+from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate.images import NpzImages
 from dit_jax.interop import pt_reader, weights
 from dit_jax.pipeline import spherical
 from dit_jax.sample import drawing, samples_file, shards, trained
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import read_best, write_class_names
+from dit_jax.storage.run_folder import Workdir, read_best, write_class_names
 from dit_jax.training.results import results_of
 
 # With velocities as output, a random network draws images that are not black and white.
@@ -55,6 +56,22 @@ def pair(pipe):
 def levels(a, b):
     """The largest difference of images in levels of 8 bits."""
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
+
+
+def test_a_short_average_is_said_when_it_is_sampled(run, capsys):
+    """Noise that is taken for the network's fault."""
+    dit_jax.load(run)
+    assert 'holds 99% initial weights at step 1; average="none" (--average=none) samples' in capsys.readouterr().err
+
+
+def test_a_run_with_nan_is_refused(tmp_path):
+    """Black images of a checkpoint that holds NaN, which an older version may have saved."""
+    average = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), formats.network_params(CONFIG))
+    average["final"]["linear"]["bias"][0] = np.nan
+    with Workdir(tmp_path, plain(CONFIG)), Checkpointer(tmp_path / "checkpoints", every_steps=1) as checkpointer:
+        checkpointer.save(1, {"ema_params": jax.tree.map(jax.numpy.asarray, average)}, {})
+    with pytest.raises(NotFinite, match=r"step 1 of .* has NaN or infinity in final/linear/bias \(1 of "):
+        dit_jax.load(tmp_path)
 
 
 def test_samples_are_an_array(pair):

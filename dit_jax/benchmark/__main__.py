@@ -9,6 +9,7 @@
     python -m dit_jax.benchmark --what=evaluation --resolution=256
     python -m dit_jax.benchmark --what=checkpoint --model=XL/2
     python -m dit_jax.benchmark --what=startup --config=digits
+    python -m dit_jax.benchmark --what=overhead --model=S/2
     python -m dit_jax.benchmark --what=scaling --model=XL/2 --batch_size=256 --axis=fsdp
 
 train_step, forward, sampler, scaling and vae need only jax, flax and optax, unless --config is given; with it, neither the data
@@ -32,7 +33,19 @@ command_line.group("What to measure")
 WHAT = flags.DEFINE_enum(
     "what",
     None,
-    ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup", "evaluation", "scaling"],
+    [
+        "train_step",
+        "forward",
+        "sampler",
+        "vae",
+        "images",
+        "latents",
+        "checkpoint",
+        "startup",
+        "evaluation",
+        "scaling",
+        "overhead",
+    ],
     "What to measure.",
 )
 CONFIG = config_file.define_flags("Config of a run, as for dit_jax.main, instead of --model.")
@@ -131,6 +144,7 @@ USES = {
     "startup": NETWORK,
     "scaling": (*NETWORK, "axis", "seconds"),
     "evaluation": ("resolution", "batch_size", "records"),
+    "overhead": (*NETWORK, "seconds"),
 }
 
 
@@ -284,9 +298,13 @@ def measure() -> dict:
         from dit_jax.benchmark import features
 
         return features.run(image_size(), BATCH_SIZE.value, RECORDS.value)
+    it = subject()
+    if WHAT.value == "overhead":
+        from dit_jax.benchmark import overhead
+
+        return {**it.describe(), **overhead.run(it, SECONDS.value)}
     from dit_jax.benchmark import saving
 
-    it = subject()
     return {**it.describe(), **saving.run(it, DATA.value)}
 
 

@@ -173,4 +173,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main, continues=True)
+    console.run(main, continues=True, phase="encoding")

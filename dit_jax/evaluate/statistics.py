@@ -240,12 +240,23 @@ class _Worker:
         with jax.enable_x64(True):
             sums = jax.tree.map(lambda x: np.asarray(x).sum(0), chunk.state)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(sums)):
+            bad = self._not_finite(images, chunk)
             raise UserError(
-                f"features of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} contain "
-                "NaN or infinity: the extractor's weights are broken"
+                f"features of {len(bad)} of the images {chunk.number * CHUNK_IMAGES} to {chunk.taken - 1} of {images.name} "
+                f"contain NaN or infinity, the first are {', '.join(map(str, bad[:5]))}: the extractor's weights are broken"
             )
         kept = np.concatenate([np.asarray(x)[:count] for x, count in chunk.features]) if self.wanted.features else None
         return sums, chunk.digest.digest(), kept
+
+    def _not_finite(self, images: Images, chunk: "_Chunk") -> list[int]:
+        """The images of a chunk whose features are not finite; computes them again."""
+        bad, start = [], chunk.number * CHUNK_IMAGES
+        for batch in images.batches(start, chunk.taken, self.batch_size):
+            outputs = self._features(self._params, self._put(batch))
+            finite = np.all([np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1) for x in jax.tree.leaves(outputs)], 0)
+            bad += [start + int(k) for k in np.flatnonzero(~finite[: len(batch)])]
+            start += len(batch)
+        return bad
 
     def _put(self, x: np.ndarray) -> jax.Array:
         """Pads [n, ...] with zeros to the size that the programs are compiled for, and splits it over the devices."""

@@ -56,9 +56,5 @@ def remedies(run: Run, temporaries: int, state_bytes: dict[str, int], over: int)
     if rows > 1 and rows % 2 == 0:
         savings[f"--config.microbatches={2 * config.microbatches} (the same result, in parts)"] = activations // 2
         savings[f"--config.batch_size={config.batch_size // 2} (another optimisation)"] = activations // 2
-    if config.get("model", {}).get("param_dtype") == "float32":
-        savings["--config.model.param_dtype=bfloat16 (Adam's moments too; small updates are lost)"] = (
-            2 * parameters + state_bytes["optimizer"]
-        ) // 2
     ranked = sorted(((text, saved) for text, saved in savings.items() if saved > 0), key=lambda pair: -pair[1])
     return [{"what": text, "saves_bytes": saved, "enough": RELIABLE * saved >= over} for text, saved in ranked]

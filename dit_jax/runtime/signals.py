@@ -20,24 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Called with (why, exit status) before the process ends without leaving its contexts, as by a signal or the watchdog.
 before_exit: list[Callable[[str, int], object]] = []
-TELL_SECONDS = 2.0  # that these calls may take: the disk may hang
-
-
-def tell_before_exit(why: str, status: int) -> None:
-    """Calls `before_exit` in a thread, and waits at most TELL_SECONDS. It may be called in a signal handler."""
-    # No threading.Thread: the signal may have interrupted one that holds the lock of that module.
-    done = _thread.allocate_lock()
-    done.acquire()
-
-    def tell():
-        for call in before_exit:
-            with contextlib.suppress(Exception):
-                call(why, status)
-        done.release()
-
-    with contextlib.suppress(RuntimeError):  # no more threads
-        _thread.start_new_thread(tell, ())
-        done.acquire(timeout=TELL_SECONDS)
+TELL_SECONDS = 2.0  # that these calls may take at a signal: the disk may hang
 
 
 def end_at_once() -> None:
@@ -52,10 +35,27 @@ def end_at_once() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     _write(number, "stopped; the same command goes on")
-    tell_before_exit(signal.Signals(number).name, STOPPED_STATUS)
+    _tell(signal.Signals(number).name)
     for child in multiprocessing.active_children():  # the data loader's
         child.kill()
     os._exit(STOPPED_STATUS)
+
+
+def _tell(why: str) -> None:
+    """Calls `before_exit` on a thread, and waits at most TELL_SECONDS."""
+    # No threading.Thread: the signal may have interrupted code that holds the lock of that module.
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def tell():
+        for call in before_exit:
+            with contextlib.suppress(Exception):
+                call(why, STOPPED_STATUS)
+        done.release()
+
+    with contextlib.suppress(RuntimeError):  # no more threads
+        _thread.start_new_thread(tell, ())
+        done.acquire(timeout=TELL_SECONDS)
 
 
 def _write(number: int, text: str) -> None:
@@ -72,6 +72,7 @@ class StopSignal:
     thread.
 
     unsaved: whether there is something to save. While it is False, and after `end_at_once`, the first signal ends the process.
+    on_request: called in the handler of the first signal; it must be safe there.
 
     With several processes, a signal to one stops all at the same step. A cluster signals its hosts seconds apart, so every host
     may still receive its first signal after it has started to stop. That signal does not end the process, not even after the
@@ -80,6 +81,7 @@ class StopSignal:
 
     def __init__(self, unsaved: bool = True):
         self.unsaved = unsaved
+        self.on_request: Callable[[], None] | None = None
         self._asked = self._stopping = False
         self._previous = {}
         self._agreement: Any = None
@@ -105,6 +107,11 @@ class StopSignal:
             # None stands for a handler installed by C code, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process has received a signal."""
+        return self._asked
+
     def requested(self, step: int) -> bool:
         """True from the step at which to save and stop; it is the same step on all processes.
 
@@ -127,4 +134,6 @@ class StopSignal:
             foreign = callable(handler) and handler not in (signal.default_int_handler, _end)
             signal.signal(other, handler if foreign else signal.SIG_DFL)
         self._asked = True
+        if self.on_request is not None:
+            self.on_request()
         _write(number, "saving and stopping; a second signal ends the process immediately")

@@ -7,12 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
+
+from dit_jax.runtime import phases
 
 IN_FLIGHT = 2  # steps dispatched but not finished: one that runs and one that is ready to follow
 KINDS = ("init", "compile", "data", "checkpoint", "preview", "scoring", "other")
-UNWATCHED = ("compile", "preview", "scoring")  # these may take any time; the watchdog ignores them
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Finished:
         seconds: time the devices worked on it: from its dispatch, or from the end of the previous step if that was later.
         waited: time the host spent before it dispatched the step, by kind.
         idle: the part of `waited` during which the devices had no work because the previous step was finished.
+        output: of the step, on the host; see `StepClock.dispatched`.
     """
 
     step: int
@@ -33,6 +37,7 @@ class Finished:
     seconds: float
     waited: Counter
     idle: Counter
+    output: Any = None
 
 
 class StepClock:
@@ -47,7 +52,6 @@ class StepClock:
 
     def __init__(self):
         self.begin = time.monotonic()
-        self.alive_at = None  # when something last finished; None while no step is expected
         self._finished: list[Finished] = []
         self._step, self._at = 0, self.begin
         self._spans, self._queue, self._error = [], queue.SimpleQueue(), None
@@ -57,16 +61,13 @@ class StepClock:
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
-        """Records the time of the block as host time of `kind`."""
-        start, watched = time.monotonic(), self.alive_at is not None
-        if kind in UNWATCHED:
-            self.alive_at = None
+        """Records the time of the block as host time of `kind`, which is also the watchdog's phase; "other" counts as "step"."""
+        start = time.monotonic()
         try:
-            yield
+            with phases.phase("step" if kind == "other" else kind):
+                yield
         finally:
             self._spans.append((kind, start, time.monotonic()))
-            if watched:
-                self.alive_at = time.monotonic()
 
     def dispatched(self, step: int, when: float, output: jax.Array) -> None:
         """Records that a step was dispatched.
@@ -80,8 +81,6 @@ class StepClock:
             self._step = step - 1
             self._thread = threading.Thread(target=self._watch, name="step clock", daemon=True)
             self._thread.start()
-        if self.alive_at is None:
-            self.alive_at = when
         spans, self._spans = self._spans, []
         self._queue.put((step, when, output, spans))
 
@@ -95,12 +94,17 @@ class StepClock:
                 raise self._error
 
     def take(self, step: int) -> list[Finished]:
-        """Waits for `step`; returns the finished steps up to it that were not returned before."""
-        self.wait(step)
+        """Waits for `step`; returns the finished steps up to it that were not taken before."""
+        taken = self.peek(step)
         with self._changed:
-            taken = [x for x in self._finished if x.step <= step]
             self._finished = self._finished[len(taken) :]
         return taken
+
+    def peek(self, step: int) -> list[Finished]:
+        """Waits for `step`; returns what `take` would, and takes nothing."""
+        self.wait(step)
+        with self._changed:
+            return [x for x in self._finished if x.step <= step]
 
     def summary(self) -> dict[str, float]:
         """Goodput and idle times since the clock started; call when every step is finished.
@@ -120,7 +124,6 @@ class StepClock:
         return self
 
     def __exit__(self, exc_type, *rest):
-        self.alive_at = None
         if self._thread is not None:
             self._queue.put(None)
             if exc_type is None:
@@ -132,7 +135,7 @@ class StepClock:
         while (item := self._queue.get()) is not None:
             step, when, output, spans = item
             try:
-                jax.block_until_ready(output)
+                output = np.asarray(jax.block_until_ready(output))  # no memory of the devices is kept
             except Exception as error:
                 with self._changed:
                     self._error = error
@@ -144,13 +147,12 @@ class StepClock:
                 waited[kind] += end - start
             with self._changed:
                 idle = self._idle_until(when, spans, first)
-                self._finished.append(Finished(step, at, when, at - max(when, self._at), waited, idle))
+                self._finished.append(Finished(step, at, when, at - max(when, self._at), waited, idle, output))
                 self._productive += at - max(when, self._at)
                 self._idle += idle
                 self._step, self._at = step, at
-                if self.alive_at is not None:
-                    self.alive_at = at
                 self._changed.notify_all()
+            phases.beat("step")
             first, output, item = False, None, None
 
     def _idle_until(self, when: float, spans, first: bool) -> Counter:

@@ -162,4 +162,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main, continues=True)
+    console.run(main, continues=True, phase="sampling")

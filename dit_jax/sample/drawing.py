@@ -23,7 +23,7 @@ from dit_jax.runtime.console import Progress, say
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.versions import arithmetic, versions
 from dit_jax.sample import samples_file, shards
-from dit_jax.sample.generator import Generator, has_replicated_params
+from dit_jax.sample.generator import Generator, check_images, has_replicated_params
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
 from dit_jax.storage.atomic import check_writable, remove_leftovers
@@ -107,6 +107,7 @@ def draw(
     Raises:
         UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
             out of range.
+        NotFinite: an image is not finite; finished shards are kept.
     """
     out, requests = local_path(out), generator.task.requests(requests)
     if SHARD_IMAGES % generator.chunk_size:
@@ -197,12 +198,15 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
     if calls:
         say("compiling the sampler")
     indices = np.append(indices, np.zeros(calls * size - len(indices), np.int32))
+    all_requests = requests
     requests = {name: x[np.minimum(indices, len(writer.shards) - 1)] for name, x in requests.items()}
     progress = Progress("sampling" if parts == 1 else f"sampling, part 1 of {parts}", writer.waiting)
-    waiting: deque[jax.Array] = deque()
+    waiting: deque[tuple[np.ndarray, tuple[jax.Array, jax.Array]]] = deque()
     stopped = False
 
-    def take(images):
+    def take(drawn):
+        of_call, (images, finite) = drawn
+        check_images(local_rows(finite), of_call, all_requests)
         before = writer.done
         writer.add(local_rows(images))
         if writer.done > before:  # this process may have fewer images to draw than others
@@ -212,15 +216,15 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
         rows = slice(call * size, (call + 1) * size)
         batch = (indices[rows], {name: x[rows] for name, x in requests.items()})
         call_indices, call_requests = shard_batch(generator.mesh, batch)
-        waiting.append(generator.start(params, constants, call_indices, call_requests, weak_params))
-        waiting[-1].copy_to_host_async()
+        waiting.append((indices[rows], generator.start(params, constants, call_indices, call_requests, weak_params)))
+        jax.copy_to_host_async(waiting[-1][1])
         if len(waiting) == generator.calls_in_flight:
             take(waiting.popleft())
         stopped = stop.requested(call + 1) and call + 1 < calls
         if stopped:
             break
-    for images in waiting:
-        take(images)
+    for drawn in waiting:
+        take(drawn)
     return stopped
 
 

@@ -19,13 +19,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.guidance import Guidance
-from dit_jax.errors import UserError
+from dit_jax.errors import NotFinite, UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
 from dit_jax.runtime.console import Progress
 from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
+NAMED = 5  # images in a message
 PADDING = -1  # index of the rows that fill the last call
 DECODER_CHUNK = 8  # a few images fill a device; one of 256 px takes 160 MB in float32
 CHUNK_TOKENS = 16384  # fills an accelerator's matrix units; hides kernel launches and reads of the weights
@@ -64,10 +65,11 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
-def in_chunks(function: Callable[..., jax.Array], chunk_size: int, ways: int, *trees: Any) -> jax.Array:
+def in_chunks(function: Callable[..., Any], chunk_size: int, ways: int, *trees: Any) -> Any:
     """function(*trees) over chunks of the batch in sequence; chunk i is the i-th `chunk_size` rows of every device.
 
     Args:
+        function: of pytrees of chunks to a pytree of arrays with as many rows.
         ways: number of devices over which the rows are split.
         trees: pytrees of arrays [B, ...].
     """
@@ -76,9 +78,11 @@ def in_chunks(function: Callable[..., jax.Array], chunk_size: int, ways: int, *t
         x = x.reshape(ways, -1, chunk_size, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(-1, ways * chunk_size, *x.shape[3:])
 
-    done = jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, trees))
-    done = done.reshape(len(done), ways, chunk_size, *done.shape[2:]).swapaxes(0, 1)
-    return done.reshape(-1, *done.shape[3:])
+    def joined(x):
+        x = x.reshape(len(x), ways, chunk_size, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(joined, jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, trees)))
 
 
 def image_keys(seed: jax.Array | int, indices: jax.Array) -> jax.Array:
@@ -90,6 +94,28 @@ def check_seed(seed: int) -> None:
     """Raises a UserError if the seed is out of range."""
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed of sampling is {seed}; it must lie in 0 to 2**32 - 1")
+
+
+def check_images(finite: np.ndarray, indices: np.ndarray, requests: Mapping[str, np.ndarray]) -> None:
+    """Raises unless images are finite: rounded to uint8, NaN would be black.
+
+    Args:
+        finite: bool [n], of the first n images with these indices.
+        requests: arrays [N, ...] of all images.
+
+    Raises:
+        NotFinite: with the number of images, and the first with their labels.
+    """
+    bad = sorted({int(k) for k, good in zip(indices, finite, strict=False) if not good and k != PADDING})
+    bad = [k for k in bad if "label" not in requests or k < len(requests["label"])]  # others fill the last chunk
+    if not bad:
+        return
+    labels = requests.get("label")
+    names = [f"{k}" if labels is None else f"{k} (label {int(labels[k])})" for k in bad[:NAMED]]
+    raise NotFinite(
+        f"{len(bad)} of {len(finite)} images of a batch hold NaN or infinity: {', '.join(names)}{', ...' * (len(bad) > NAMED)}. "
+        "They are not written. The weights are broken, or the sampler or guidance_scale lets the numbers grow without bound"
+    )
 
 
 class Share(NamedTuple):
@@ -113,9 +139,9 @@ class Generator:
     Fields:
         image_shape: (H, W, C) or (F, H, W, C) of one sample.
         batch_size: images of a call over all devices: the argument, rounded up to full chunks on every device.
-        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params, uint32 seed, noise) -> uint8
-            [batch_size, H, W, C], rows split over the mesh. Pass parameters from `weights.cast_for_inference`; others are cast at
-            every step.
+        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params, uint32 seed, noise) -> (uint8
+            [batch_size, H, W, C], whether each was finite before it was rounded, bool [batch_size]), rows split over the mesh.
+            Pass parameters from `weights.cast_for_inference`; others are cast at every step.
 
     Args:
         chunk_size: C. Two generators with the same C give the same bits on devices of one kind if every device holds all
@@ -207,10 +233,10 @@ class Generator:
         """f32[B, h, w, c]: the noise that sampling of the images with these indices starts from."""
         return np.asarray(self.task.initial_noise(image_keys(self.seed, jnp.asarray(indices))))
 
-    def decode(self, constants: Mapping[str, Any], latents: jax.Array, ways: int = 1) -> jax.Array:
-        """uint8 images of latents [B, h, w, c], whose rows are split over `ways` devices; B is a multiple of ways x C."""
+    def decode(self, constants: Mapping[str, Any], latents: jax.Array, ways: int = 1) -> tuple[jax.Array, jax.Array]:
+        """`task.decode_and_check` of latents [B, h, w, c], rows split over `ways` devices; B is a multiple of ways x C."""
         size = math.gcd(self.chunk_size, DECODER_CHUNK)
-        return in_chunks(lambda x: self.task.decode(constants, x), size, ways, latents)
+        return in_chunks(lambda x: self.task.decode_and_check(constants, x), size, ways, latents)
 
     @property
     def calls_in_flight(self) -> int:
@@ -239,8 +265,8 @@ class Generator:
         requests: Mapping[str, jax.Array],
         weak_params: Any = None,
         noise: jax.Array | None = None,
-    ) -> jax.Array:
-        """Dispatches a call and returns its images, which may not be computed yet.
+    ) -> tuple[jax.Array, jax.Array]:
+        """Dispatches a call and returns what `program` does, which may not be computed yet; see `check_images`.
 
         Args:
             constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; other entries are ignored.
@@ -276,6 +302,7 @@ class Generator:
 
         Raises:
             UserError: a request is out of range.
+            NotFinite: an image is not finite.
         """
         requests, size = self.task.requests(requests), self.batch_size
         progress = Progress("sampling", num_images)
@@ -288,7 +315,9 @@ class Generator:
             of_call, of_requests, of_noise = jax.tree.map(
                 lambda x: split_rows(self.mesh, x), (keyed, *jax.tree.map(lambda x, rows=rows: x[rows], (requests, noise)))
             )
-            images.append(hosts.to_host(self.start(params, constants, of_call, of_requests, weak_params, of_noise)))
+            drawn, finite = map(hosts.to_host, self.start(params, constants, of_call, of_requests, weak_params, of_noise))
+            check_images(finite[: num_images - start], rows, requests)
+            images.append(drawn)
             if say_progress:
                 progress.update(min(start + size, num_images))
         return np.concatenate(images)[:num_images]

@@ -17,6 +17,7 @@ from dit_jax.interop import weights as weights_file
 from dit_jax.interop.tensors import open_safetensors
 from dit_jax.parallel.mesh import place
 from dit_jax.runtime.console import say
+from dit_jax.sample.weights import check_finite
 from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_best, read_config
@@ -73,7 +74,8 @@ class Trained:
         step, average: as `check` has them.
 
         Raises:
-            UserError: the run has no such checkpoint; the tensors do not fit the network.
+            UserError: the run has no such checkpoint; the tensors do not fit the network, or hold NaN or infinity.
+            NotFinite: the parameters of a run hold NaN or infinity.
         """
         state = run.abstract_state
         if self.weights is not None:
@@ -85,6 +87,7 @@ class Trained:
             restored, _, step = restore_subtree(self.path / "checkpoints", {entry: getattr(state, entry)}, step)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
+        check_finite(restored[entry], f"step {step} of {self.path}")
         return restored[entry], step
 
 

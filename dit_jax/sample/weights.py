@@ -11,10 +11,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dit_jax.errors import NotFinite
 from dit_jax.storage.fingerprint import fingerprints, leaf_names
 from dit_jax.tasks.state import HOST, on_device
 
 LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose", "broadcast_in_dim", "copy"}
+
+
+def check_finite(params: Any, what: str) -> None:
+    """Raises unless all parameters are finite.
+
+    what: the network, for the message.
+
+    Raises:
+        NotFinite: with the names of the first arrays that are not.
+    """
+    leaves = jax.tree.leaves(params)
+    counts = [int(x) for x in _count_not_finite(leaves)]
+    names = [f"{name} ({count} of {x.size})" for name, x, count in zip(leaf_names(params), leaves, counts, strict=True) if count]
+    if names:
+        more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+        raise NotFinite(
+            f"{what} has NaN or infinity in {', '.join(names[:5])}{more}; sample an earlier step, or train again from one "
+            "with a lower learning rate"
+        )
+
+
+@jax.jit
+def _count_not_finite(arrays):
+    return [jnp.sum(~jnp.isfinite(on_device(x))) for x in arrays]
 
 
 def weights_fingerprint(params: Any) -> str:

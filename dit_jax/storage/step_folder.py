@@ -31,6 +31,10 @@ class BadStep(Exception):
     """A step folder does not contain the saved state; the message is the reason."""
 
 
+class OtherStructure(UserError):
+    """A checkpoint has other leaves, shapes or dtypes than wanted."""
+
+
 def steps_in(root: epath.Path) -> list[int]:
     """Sorted step numbers of the folders under `root` whose name is a number; [] if `root` does not exist."""
     if not root.exists():
@@ -183,7 +187,7 @@ def _check_structure(path, wanted, stored, partial):
             differences.append(f"{name} has dtype {wanted[name].dtype}, the checkpoint {dtype}")
     if differences:
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise UserError(
+        raise OtherStructure(
             f"the checkpoint {path} was made by another model or optimizer: {'; '.join(differences[:5])}{more}. "
             "Use its training config, or another workdir."
         )

@@ -20,7 +20,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters
-from dit_jax.tasks.task import accumulate, moving_average, named_key, only_if, step_sums
+from dit_jax.tasks.task import accumulate, is_finite_update, moving_average, named_key, only_if, step_sums
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ class AutoencoderTask:
             updates, opt_state[name] = self.optimizer.update(grads[name], state.opt_state[name], part)
             params[name] = optax.apply_updates(part, updates)
         ema_params = {"codec": moving_average(state.ema_params["codec"], params["codec"], self.ema_decay)}
+        finite &= is_finite_update(self.optimizer, params, ema_params)
         new = TrainState(state.step + 1, params, ema_params, opt_state)
         return only_if(finite, new, state), step_sums(values, {"grad_norm": grad_norm}, finite)
 

@@ -23,7 +23,7 @@ from dit_jax.models.network import Cond, Network
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
-from dit_jax.tasks.task import accumulate, mean_of, moving_average, named_key, only_if, step_sums
+from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, moving_average, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
 CONDITIONER = "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys
@@ -192,11 +192,12 @@ class DiffusionTask:
         inputs = self.draw_inputs(constants, batch, key)
         grads, losses = self.gradients(state.params, constants, inputs)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
-
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = TrainState(state.step + 1, params, moving_average(state.ema_params, params, self.ema_decay), opt_state)
+        ema_params = moving_average(state.ema_params, params, self.ema_decay)
+        finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
+        finite &= is_finite_update(self.optimizer, params, ema_params)
+        new = TrainState(state.step + 1, params, ema_params, opt_state)
         sums = step_sums(losses, {"grad_norm": grad_norm}, finite) | self.loss_by_time(losses["loss"], inputs["t"], finite)
         return only_if(finite, new, state), sums
 
@@ -288,4 +289,9 @@ class DiffusionTask:
 
     def decode(self, constants: Mapping[str, Any], latents: jax.Array) -> jax.Array:
         """uint8[B, H, W, C] images of latents [B, h, w, c]."""
-        return to_uint8(self.codec.decode(constants["codec"], latents))
+        return self.decode_and_check(constants, latents)[0]
+
+    def decode_and_check(self, constants: Mapping[str, Any], latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(`decode`, whether each image was finite before it was rounded: bool[B])."""
+        images = self.codec.decode(constants["codec"], latents)
+        return to_uint8(images), jnp.isfinite(images).all(tuple(range(1, images.ndim)))

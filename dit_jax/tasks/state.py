@@ -1,5 +1,6 @@
 """The training state, and its creation on a mesh, already sharded."""
 
+import re
 from typing import Any
 
 import flax.struct
@@ -10,6 +11,9 @@ from jax.sharding import Mesh
 
 from dit_jax.errors import UserError
 from dit_jax.parallel import rules
+from dit_jax.storage.fingerprint import leaf_names
+
+PLACES = re.compile(r"(^|/)(\d+/)+(?=(count|mu|nu)(/|$))")  # of the parts of an optimizer, in the names of its arrays
 
 HOST = "pinned_host"
 OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params")}
@@ -78,6 +82,19 @@ def in_host_memory(tree: Any) -> Any:
 def on_device(tree: Any) -> Any:
     """Inside a jitted function: copies arrays in host memory to the device and leaves others unchanged."""
     return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def with_structure(opt_state: Any, like: Any) -> Any:
+    """The state of AdamW in the structure of another one. Clipping and schedules add parts, of which a schedule has a count.
+
+    Arrays of the same name are the same, whatever part they belong to; all counts are equal.
+    """
+    if leaf_names(opt_state) == leaf_names(like):
+        return opt_state
+    arrays = {PLACES.sub(r"\1", name): x for name, x in zip(leaf_names(opt_state), jax.tree.leaves(opt_state), strict=True)}
+    leaves = [arrays[PLACES.sub(r"\1", name)] for name in leaf_names(like)]
+    leaves = [x if x.ndim else jnp.copy(x) for x in leaves]  # the training step donates its state, and no count twice
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:

@@ -7,18 +7,36 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.errors import UserError
+from dit_jax.errors import Failure, UserError
 from dit_jax.programs import chips
 from dit_jax.runtime.console import duration, progress_bar, say
-from dit_jax.runtime.step_clock import KINDS, StepClock
+from dit_jax.runtime.step_clock import KINDS, Finished, StepClock
 from dit_jax.tasks.task import Task
 from dit_jax.training.records import Records
 
 MAX_SKIPPED_STEPS = 10
 
 
-class Diverged(RuntimeError):
-    """The loss or its gradient was not finite for many steps in a row."""
+class Diverged(Failure):
+    """Many steps in a row, or the last ones of a run, were skipped because they are not finite.
+
+    Fields:
+        step: the last of them.
+        first_skipped: the first of them.
+    """
+
+    def __init__(self, message: str, step: int, first_skipped: int):
+        super().__init__(message)
+        self.step, self.first_skipped = step, first_skipped
+
+
+def skipped_at_the_end(finished: Sequence[Finished]) -> int:
+    """Number of steps at the end that were skipped; the output of each step is the sum of "skipped" since the first of them."""
+    sums = [0.0, *(float(x.output[0]) for x in finished)]
+    count = 0
+    while count < len(finished) and sums[-1 - count] > sums[-2 - count]:
+        count += 1
+    return count
 
 
 def peak_flops(mesh: Mesh) -> float | None:
@@ -50,7 +68,7 @@ class Meter:
         checkpoint_seconds: the loop was blocked by saving (files are written in the background).
         peak_device_bytes: see `peak_bytes`.
         learning_rate: of the last step of the interval, if the optimizer knows it.
-        skipped, bad_records: steps whose loss or gradient was not finite; unreadable records of the data set.
+        skipped, bad_records: steps that were not finite, see `Task.step`; unreadable records of the data set.
     """
 
     def __init__(
@@ -72,7 +90,7 @@ class Meter:
         self.loss: float | None = None
         self.images_per_second: float | None = None
         self.rate = rate
-        self.skipped_in_a_row = 0
+        self._skipped_before = 0  # steps in a row, up to the last report
         self.pending: tuple[int, Any] | None = None
         self.bad_records = 0
         self.bar = progress_bar("training", num_steps, first_step, " steps")  # None where stderr is no terminal
@@ -90,21 +108,35 @@ class Meter:
     def defer(self, step: int, sums: dict[str, jax.Array]) -> None:
         self.pending = (step, sums)
 
+    def skipped_in_a_row(self, step: int) -> int:
+        """Number of steps in a row that were skipped, up to this one, which it waits for; the state is that before them."""
+        return self._in_a_row(self.clock.peek(step))
+
+    def _in_a_row(self, finished: Sequence[Finished]) -> int:
+        count = skipped_at_the_end(finished)
+        return count + (self._skipped_before if count == len(finished) else 0)
+
     def report(self) -> None:
+        """Records the interval that `defer` gave, if there is one.
+
+        Raises:
+            Diverged: MAX_SKIPPED_STEPS steps in a row were skipped, or the last ones of the run.
+        """
         if self.pending is None:
             return
         (step, sums), self.pending = self.pending, None
         sums = jax.device_get(sums)
         values = {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
         steps, skipped = step - self.last_step, int(sums["skipped"][0])
-        values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(self.clock.take(step))
+        finished = self.clock.take(step)
+        values |= {"skipped": skipped, "bad_records": self.bad_records} | self.speed(finished)
         if self.rate is not None:
             values["learning_rate"] = self.rate(step - 1)
-        self.loss = values["loss"]
+        self.loss = self.loss if np.isnan(values["loss"]) else values["loss"]
         self.records.scalars(step, {name: v for name, v in values.items() if not np.isnan(v)})
         facts = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         facts += f"  {values['mfu']:.1%} MFU" if "mfu" in values else ""
-        bad = f"{skipped} STEPS SKIPPED: loss or gradient not finite" if skipped else ""
+        bad = f"{skipped} OF {steps} STEPS SKIPPED: not finite" if skipped else ""
         if self.bar is not None:
             self.bar.set_postfix_str(facts)
             if bad:
@@ -114,12 +146,12 @@ class Meter:
             left = (self.last_time - self.first_time) / (step - self.first_step) * (self.num_steps - step)
             say("  ".join(filter(None, (f"step {step}/{self.num_steps}", facts, f"{duration(left)} left", bad))))
         self.last_step = step
-        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        count = self._skipped_before = self._in_a_row(finished)
+        if count >= MAX_SKIPPED_STEPS or (count and step == self.num_steps):
             raise Diverged(
-                f"loss or gradient was not finite for the last {self.skipped_in_a_row} steps, up to step {step}; "
-                "lower optimizer.learning_rate, set optimizer.clip_norm, or train in float32, and start again from "
-                "the last checkpoint"
+                f"the loss, its gradient or the new parameters were not finite for the last {count} steps, up to step {step}",
+                step,
+                step - count + 1,
             )
 
     def speed(self, finished: Sequence[Any]) -> dict[str, float]:

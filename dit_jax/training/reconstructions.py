@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dit_jax.build import Run
 from dit_jax.codecs.kl_vae import KLVAE, normalised, split_moments
 from dit_jax.data.loader import read_in_order
-from dit_jax.errors import UserError
+from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate import extractors, scores
 from dit_jax.interop import codec_folder
 from dit_jax.metrics.image_quality import psnr, ssim
@@ -46,18 +46,27 @@ class Reconstructor:
             params = on_device(params)
             mean, log_variance = split_moments(codec.encode(params, to_float(images)))
             decoded = codec.decode(params, (mean - jnp.asarray(codec.shift)) * jnp.asarray(codec.scale))
-            return to_uint8(decoded), mean, jnp.exp(log_variance)
+            finite = [jnp.isfinite(x).all((1, 2, 3)) for x in (decoded, mean, log_variance)]
+            return to_uint8(decoded), mean, jnp.exp(log_variance), finite[0] & finite[1] & finite[2]
 
         self._run = jax.jit(run, out_shardings=batch_sharding(mesh))
 
     def __call__(self, params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host."""
+        """(reconstructions uint8 [N, H, W, C], posterior mean and variance [N, h, w, c]) of uint8 images, on every host.
+
+        Raises:
+            NotFinite: an image is not finite.
+        """
         parts, count = [], len(images)
         with jax.set_mesh(self.mesh):
             for start in range(0, count, self.batch_size):
                 rows = np.minimum(np.arange(start, start + self.batch_size), count - 1)
                 parts.append([hosts.to_host(x) for x in self._run(params, split_rows(self.mesh, images[rows]))])
-        decoded, mean, variance = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        decoded, mean, variance, finite = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+        if len(bad := np.flatnonzero(~finite)):
+            raise NotFinite(
+                f"{len(bad)} of {count} reconstructions hold NaN or infinity, the first is image {bad[0]}: the weights are broken"
+            )
         return decoded, mean, variance
 
 
@@ -142,13 +151,17 @@ class Reconstructions:
         start = time.monotonic()
         assert self.images is not None  # read where preview.every_steps is set
         decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
-        if hosts.is_first():
-            path = folder / f"{step:08d}.png"
-            quality = float(np.mean(psnr(self.images, decoded)))
-            pairs = side_by_side(self.images, decoded)
+        path, images = folder / f"{step:08d}.png", self.images
+        quality = float(np.mean(psnr(images, decoded)))
+
+        def write():
+            pairs = side_by_side(images, decoded)
             records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10, caption=_pairs(step))})
-            records.scalars(step, {"psnr": quality})
             say(f"images and their reconstructions in {path}, PSNR {quality:.2f} dB")
+
+        if hosts.is_first():
+            records.scalars(step, {"psnr": quality})
+            records.preview(write)
         return time.monotonic() - start
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
@@ -168,14 +181,18 @@ class Reconstructions:
         axes = (0, 1, 2) if by_channel else None
         codec = normalised(trained, means.mean(axes) if by_channel else 0.0, np.sqrt(means.var(axes) + variances.mean(axes)))
         folder = workdir / codec_folder.FOLDER
-        result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
+        result: dict[str, Any] = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
         if hosts.is_first():
             codec_folder.replace(folder, codec, params)
             say(f"the codec is in {folder}; give that folder, or {workdir}, as codec.path")
         if is_plane(run.latent_shape) and hosts.is_first():
-            picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
-            result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
-            say(f"the latent plane is in {result['plane']}")
+            try:  # the codec and its scores are the result; the picture is not
+                picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
+                result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
+                say(f"the latent plane is in {result['plane']}")
+            except Exception as error:
+                result["plane"] = None
+                say(f"the latent plane is left out: {type(error).__name__}: {error}")
         if evaluation.num_images:
             result |= self.judge(reconstructor, on_devices, workdir, int(state.step))
         return result

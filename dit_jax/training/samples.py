@@ -57,12 +57,16 @@ class Samples:
         classes = max(self.run.conditioner.num_classes, 1)
         requests = spread_requests(self.run.conditioner, count)
         images = self.generator(cast_for_inference(self.run.task, state.ema_params), constants, requests, count)
-        if hosts.is_first():
-            path = folder / f"{step:08d}.png"
-            names, caption = self.texts(requests, step)
-            columns = classes if classes <= MOST_COLUMNS and count >= classes else None
+        path = folder / f"{step:08d}.png"
+        names, caption = self.texts(requests, step)
+        columns = classes if classes <= MOST_COLUMNS and count >= classes else None
+
+        def write():
             records.images(step, {"samples": write_image_grid(path, images, columns, names=names, caption=caption)})
             say(f"samples in {path}")
+
+        if hosts.is_first():
+            records.preview(write)
         return time.monotonic() - start
 
     def texts(self, requests: Requests, step: int) -> tuple[list[str], str]:

@@ -6,6 +6,7 @@
 A start without a second line was killed, or is running.
 """
 
+import contextlib
 import platform
 import secrets
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from dit_jax.errors import UserError
+from dit_jax.errors import TemporaryFailure, UserError
 from dit_jax.parallel import hosts
 from dit_jax.runtime import signals, versions
 from dit_jax.runtime.command_line import USER_ERROR_STATUS
@@ -26,26 +27,11 @@ FILE = "starts.jsonl"
 MOST_TEXT = 300  # characters of an error that are kept
 
 
-_current: list["Start"] = []  # those whose context is entered
-
-
-def begin(step: int, num_steps: int) -> None:
-    """Records that the current start, if there is one, goes on from `step`."""
-    for start in _current:
-        start.begin(step, num_steps)
-
-
-def reached(step: int) -> None:
-    """Notes the number of completed steps of the current start."""
-    for start in _current:
-        start.step = step
-
-
 class Start:
     """One start of a run; a context manager that records how it ended. A log that cannot be written never ends the run.
 
     Fields:
-        step: number of completed steps.
+        step: number of completed steps, which the loop updates.
     """
 
     def __init__(self, workdir: Path):
@@ -82,16 +68,16 @@ class Start:
             logging.warning("Cannot write %s (%s); the run continues without.", self._file, error.strerror)
 
     def __enter__(self):
-        _current.append(self)
         signals.before_exit.append(self.end)
         return self
 
     def __exit__(self, kind, error, trace):
-        _current.remove(self)
-        signals.before_exit.remove(self.end)
+        with contextlib.suppress(ValueError):
+            signals.before_exit.remove(self.end)
         if error is not None:
             text = " ".join(str(error).split())[:MOST_TEXT]
-            status = USER_ERROR_STATUS if isinstance(error, UserError) else 1
+            statuses = ((UserError, USER_ERROR_STATUS), (TemporaryFailure, signals.STOPPED_STATUS), (BaseException, 1))
+            status = next(status for kind_of_error, status in statuses if isinstance(error, kind_of_error))
             self.end(f"{kind.__name__}: {text}", status)
 
 

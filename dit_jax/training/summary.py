@@ -10,6 +10,9 @@ import jax
 from dit_jax.build import Run
 from dit_jax.parallel import rules
 from dit_jax.runtime import versions
+from dit_jax.tasks.task import warning_of_average
+
+MOST_NAMES = 10  # of classes in the summary
 
 
 def text(run: Run, workdir: Path) -> str:
@@ -23,27 +26,22 @@ def text(run: Run, workdir: Path) -> str:
         (
             f"run        {workdir}",
             *task.description(),
-            *_of_the_labels(run),
+            *_of_the_classes(run),
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
-            *(f"warning    {text}" for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run))),
+            *(
+                f"warning    {text}"
+                for text in (
+                    *rules.warnings(split, mesh, task.rules),
+                    *_of_the_rate(run),
+                    *_of_the_average(run),
+                    *_of_the_guidance(run),
+                )
+            ),
             f"versions   {versions.one_line()}",
         )
     )
-
-
-def _of_the_labels(run: Run) -> list[str]:
-    """The numbers and names of the labels, the first ones and the last, and a warning if samples ignore them."""
-    names = run.source.class_names
-    if not names or not run.task.draws_samples or not run.conditioner.num_classes:
-        return []
-    shown = [f"{label} {name!r}" for label, name in enumerate(names)]
-    text = ", ".join(shown if len(shown) <= 10 else [*shown[:9], "...", shown[-1]])
-    if list(names) == [str(label) for label in range(len(names))]:
-        text = f"0 to {len(names) - 1}"
-    ignored = run.config.get("guidance", {}).get("scale") == 0
-    return [f"labels     {text}", *["warning    guidance.scale is 0: the labels count for nothing in samples"] * ignored]
 
 
 def _of_the_rate(run: Run) -> list[str]:
@@ -51,6 +49,29 @@ def _of_the_rate(run: Run) -> list[str]:
     if rate is None or last < 1 or rate(last) <= rate(last - 1):
         return []
     return [f"the learning rate still rises at the last step, to {rate(last):.2g}; lower optimizer.warmup_steps or train longer"]
+
+
+def _of_the_classes(run: Run) -> list[str]:
+    """The numbers of the classes."""
+    names = run.source.class_names
+    if not names or not run.task.draws_samples or not run.conditioner.num_classes:
+        return []
+    if list(names) == [str(label) for label in range(len(names))]:
+        return [f"labels     0 to {len(names) - 1}"]
+    shown = [f"{label} {name!r}" for label, name in enumerate(names)]
+    return [f"labels     {', '.join(shown if len(shown) <= MOST_NAMES else [*shown[: MOST_NAMES - 1], '...', shown[-1]])}"]
+
+
+def _of_the_guidance(run: Run) -> list[str]:
+    guidance = run.config.get("guidance", {})
+    return ["guidance.scale is 0: the labels count for nothing in samples"] if guidance.get("scale") == 0 else []
+
+
+def _of_the_average(run: Run) -> list[str]:
+    """The warning about the moving average at the end of the run, if there is one."""
+    remedy = "lower ema_decay or train longer" + ", or sample with --average=none" * run.task.draws_samples
+    text = warning_of_average(run.config.ema_decay, run.config.num_steps, remedy)
+    return [] if text is None else [text]
 
 
 def ending(run: Run, workdir: Path, result: Mapping[str, Any], report: Path | None) -> str:
@@ -88,6 +109,8 @@ def score(result: Mapping[str, Any]) -> str:
             low, high = result["fid_interval"]
             text += f" ({result['fid_interval_level']:.0%} interval {low:.3f} to {high:.3f})"
         facts.append(f"{text}, {result['num_samples']:,} samples")
+    if share := result.get("initial_weights_in_average"):
+        facts.append(f"{share:.0%} of the moving average are initial weights: lower ema_decay, or sample with --average=none")
     return "; ".join(facts)
 
 

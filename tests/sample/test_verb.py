@@ -33,7 +33,7 @@ MISTAKES = {
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
     "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",
     "--workdir=strong --guidance_interval=0.2": "give two times",
-    "--workdir=strong --sampler_fields=eta=1": "'ddpm' has the fields num_steps, spacing",
+    "--workdir=strong --sampler_fields=eta=1": "'dpmpp' has the fields num_steps",
 }
 
 

@@ -9,8 +9,9 @@ import pytest
 import tiny
 
 from dit_jax import build
+from dit_jax.errors import NotFinite
 from dit_jax.sample.generator import Generator
-from dit_jax.sample.weights import cast_for_inference
+from dit_jax.sample.weights import cast_for_inference, check_finite
 from dit_jax.tasks.state import abstract_state
 
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -52,6 +53,14 @@ def test_samples_keep_every_bit(conditioning, unroll, kept):
     wanted = np.asarray(draw(params))
     assert wanted.dtype == np.float32 and wanted.std() > 0.1
     np.testing.assert_array_equal(draw(held), wanted)
+
+
+def test_weights_that_are_not_finite_are_named():
+    """Black images of weights that hold NaN; a message that does not say which array."""
+    params = {"blocks": {"kernel": jnp.ones((2, 3)), "bias": jnp.array([1.0, jnp.inf, jnp.nan])}}
+    with pytest.raises(NotFinite, match=r"step 7 of x has NaN or infinity in blocks/bias \(2 of 3\); sample an earlier step"):
+        check_finite(params, "step 7 of x")
+    check_finite({"kernel": params["blocks"]["kernel"]}, "step 7 of x")
 
 
 def uses(network, **params):

@@ -42,6 +42,14 @@ def test_the_summary_shows_the_labels(tmp_path):
     assert "count for nothing" not in text
 
 
+def test_a_short_run_says_what_its_average_is(tmp_path):
+    """Noise from an average that is 97 % initial weights, without a word; a warning where the average has converged."""
+    short = summary.text(build.Run(tiny.config(num_steps=300, ema_decay=0.9999)), tmp_path)
+    assert "(ema_decay 0.9999) holds 97% initial weights at step 300; lower ema_decay or train longer, or sample with" in short
+    assert "initial weights" not in summary.text(build.Run(tiny.config(num_steps=1000, ema_decay=0.99)), tmp_path)
+    assert "97% of the moving average are initial weights" in summary.score(RESULT | {"initial_weights_in_average": 0.9704})
+
+
 def test_commands_that_would_be_refused():
     """Guidance of a network that was never trained without labels; a score without a reference."""
     run = build.Run(tiny.config(task__cond_dropout=0.0, evaluation__reference=""))
