@@ -42,7 +42,7 @@ processes.define_flags()
 
 USES = {
     "--show": {"show"},
-    "training": {"workdir", *processes.FLAGS},
+    "training": {"workdir", "restart", *processes.FLAGS},
 }
 
 

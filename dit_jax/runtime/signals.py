@@ -4,6 +4,8 @@ A verb that continues where it was stopped begins with `end_at_once`: while ther
 `StopSignal` there is: the first signal requests a stop, the second ends the process. Ignored signals (nohup) stay ignored.
 """
 
+import _thread
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -18,6 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Called with (why, exit status) before the process ends without leaving its contexts, as by a signal or the watchdog.
 before_exit: list[Callable[[str, int], object]] = []
+TELL_SECONDS = 2.0  # that these calls may take at a signal: the disk may hang
 
 
 def end_at_once() -> None:
@@ -32,11 +35,27 @@ def end_at_once() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     _write(number, "stopped; the same command goes on")
-    for tell in before_exit:
-        tell(signal.Signals(number).name, STOPPED_STATUS)
+    _tell(signal.Signals(number).name)
     for child in multiprocessing.active_children():  # the data loader's
         child.kill()
     os._exit(STOPPED_STATUS)
+
+
+def _tell(why: str) -> None:
+    """Calls `before_exit` on a thread, and waits at most TELL_SECONDS."""
+    # No threading.Thread: the signal may have interrupted code that holds the lock of that module.
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def tell():
+        for call in before_exit:
+            with contextlib.suppress(Exception):
+                call(why, STOPPED_STATUS)
+        done.release()
+
+    with contextlib.suppress(RuntimeError):  # no more threads
+        _thread.start_new_thread(tell, ())
+        done.acquire(timeout=TELL_SECONDS)
 
 
 def _write(number: int, text: str) -> None:

@@ -242,14 +242,13 @@ def read_config(workdir: str | os.PathLike) -> dict:
 
 
 def read_result(workdir: Path, num_steps: int) -> dict | None:
-    """result.json of a run that is finished with `num_steps` steps, its samples included; None for another run.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """result.json of a run that is finished with `num_steps` steps, its samples included; None for another run."""
     try:
-        result = read_json(workdir / RESULT, "remove it to make the results again", {"step": int})
+        result = read_json(workdir / RESULT, form={"step": int})
     except FileNotFoundError:
+        return None
+    except UserError as error:
+        logging.warning("%s: the results are made again.", error)
         return None
     samples = result.get("samples")
     has_samples = not samples or (workdir / "samples" / Path(samples).name).exists()  # the folder may have moved
