@@ -149,7 +149,7 @@ class Workdir:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
                 write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", CLASSES, "metrics.jsonl", "result.json", "codec")
+                remove_leftovers(self.path, "config.json", CLASSES, divergences.FILE, "metrics.jsonl", "result.json", "codec")
                 self._claim = stack.pop_all()
         return self
 
