@@ -391,11 +391,11 @@ class Run:
             raise UserError(NO_CODEC_PATH)
         return vae.find(given, fetch)
 
-    def check_files(self, workdir: Path, *checks: Callable[[], object]) -> None:
+    def check_files(self, workdir: Path | None, *checks: Callable[[], object]) -> None:
         """Opens what the run reads: its data, the weights of its loss and its codec. Downloads a codec only if all else is there.
 
         Args:
-            workdir: folder of the run, whose copy of the codec is preferred.
+            workdir: folder of the run, whose copy of the codec is preferred; None for a run without.
             checks: calls that raise a UserError for what else is missing.
 
         Raises:
@@ -405,7 +405,8 @@ class Run:
         if "perceptual" in self.task.constants():
             missing += failures(lambda: CONSTANTS["perceptual"](self))
         if self.has_codec_weights:
-            missing += failures(lambda: self._codec_path(workdir / codec_folder.FOLDER, fetch=not missing))
+            own = workdir / codec_folder.FOLDER if workdir else None
+            missing += failures(lambda: self._codec_path(own, fetch=not missing))
         raise_all(missing)
 
     @cached_property

@@ -16,6 +16,21 @@ class NotFinite(Failure):
     """Weights or results hold NaN or infinity; nothing is written of them."""
 
 
+class Unavailable(UserError):
+    """A file cannot be read, and its content may be intact: a reader that can wait tries again.
+
+    missing: the file does not exist, which for a single file is more likely to last.
+    """
+
+    def __init__(self, message: str, missing: bool = False):
+        super().__init__(message)
+        self.missing = missing
+
+
+class TemporaryFailure(RuntimeError):
+    """Something outside of the program failed, and the same command may go on: verbs exit with status 75, see `signals`."""
+
+
 class UserErrors(UserError):
     """Several mistakes that are independent of one another, in one message."""
 

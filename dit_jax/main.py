@@ -30,8 +30,25 @@ WORKDIR = flags.DEFINE_string(
     None,
     "Folder of the run: config, metrics, previews, checkpoints. Default: runs/<config>-<its argument>, for one process.",
 )
+RESTART = flags.DEFINE_bool(
+    "restart",
+    False,
+    "Begin again: rename a run in --workdir to <workdir>.<n>, with the first n that is free; nothing is deleted. Give it once, "
+    "by hand: a supervisor (launch/) repeats its command, and would begin again each time.",
+)
 SHOW = flags.DEFINE_bool("show", False, "Print every field of the config with its value, type and meaning; train nothing.")
 processes.define_flags()
+
+
+USES = {
+    "--show": {"show"},
+    "training": {"workdir", *processes.FLAGS},
+}
+
+
+def check_flags() -> None:
+    """Raises a UserError for a flag without effect."""
+    command_line.check_uses(USES, "--show" if SHOW.value else "training")
 
 
 def chosen_config():
@@ -41,6 +58,7 @@ def chosen_config():
 
 
 def main() -> dict:
+    check_flags()
     config = chosen_config()
     if SHOW.value:
         from dit_jax import config_reference
@@ -53,10 +71,10 @@ def main() -> dict:
     from dit_jax.session import train
 
     if WORKDIR.value is not None:
-        return train(config, WORKDIR.value)
+        return train(config, WORKDIR.value, restart=RESTART.value)
     workdir = default_workdir(CONFIG.file.value, jax.process_count())
     console.say(f"--workdir={workdir}")
-    return train(config, workdir)
+    return train(config, workdir, restart=RESTART.value)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,12 @@ class Pipeline:
         return self._parameters[1]
 
     @cached_property
+    def _class_names(self) -> tuple[str, ...]:
+        """The names of the labels; () if they are not known."""
+        names = read_class_names(self.path)
+        return names if len(names) == self.num_classes else ()
+
+    @cached_property
     def _mesh(self):
         return drawing_mesh(self.run.mesh)
 
@@ -221,7 +227,7 @@ class Pipeline:
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
         say(f"sampling from {self.path}{at}: {dict(run.config.sampler)}, guidance {guidance.scale}")
-        names = label_names(drawn.labels, self.num_classes, read_class_names(self.path)) if self.num_classes else []
+        names = label_names(drawn.labels, self.num_classes, self._class_names) if self.num_classes else []
         done = drawing.draw(
             out,
             drawn.generator,
@@ -346,7 +352,7 @@ class Pipeline:
         config = self._configured(options)
         run = Run(config, codec_params=self.run.codec_params)
         chosen, mode = chosen_labels(labels, num_samples, self.num_classes, seed)
-        requests = run.conditioner.from_requests({"label": chosen} if self.num_classes else {})
+        requests = run.task.requests({"label": chosen} if self.num_classes else {})
         guides = options.get("autoguidance")
         guidance = run.guidance if guides is None else run.guidance_by_second_network
         if guidance.scale == 0:
@@ -414,6 +420,12 @@ class Pipeline:
             if len(times) != 2:
                 raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
             config.guidance.low, config.guidance.high = times
+        off = {"guidance_channels": config.guidance.scale == 1, "guidance_interval": config.guidance.scale == 1}
+        off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
+        for name, is_off in off.items():
+            if is_off and name in given:
+                switch = "guidance is off (guidance_scale is 1)" if name.startswith("guidance") else "forecast_interval is 1"
+                raise UserError(f"{name}={given[name]} has no effect where {switch}; omit it")
         return config.lock()
 
     def _weaker(self, path: str | os.PathLike, config: ml_collections.ConfigDict) -> tuple[Any, Any, str]:
@@ -457,7 +469,8 @@ class _Drawing(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """What the images depend on, besides the labels and the machine."""
         pipe, (_, step, fingerprint) = self.pipe, self.pipe._parameters
-        settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed) | {"labels": self.labels_mode}
+        settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed, pipe._class_names)
+        settings["labels"] = self.labels_mode
         if pipe.average != "default":
             settings["average"] = pipe.average
         if pipe._opened.weights is not None:

@@ -12,6 +12,7 @@ profile, preview, evaluation (of the final samples), scoring (of cheaper ones wh
 import ml_collections
 from ml_collections import config_dict
 
+from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
@@ -33,7 +34,7 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "task.perceptual_path": "Weights of LPIPS from `dit_jax.convert --from=lpips`; needed where perceptual_weight is above 0.",
     "log.every_steps": "Prints and records loss, rate and time every so many steps.",
     "log.wandb": "Name of a Weights & Biases project to log to; off if empty.",
-    "log.watchdog_seconds": "Ends the process (status 75) if no step finishes for so long; 0 turns it off.",
+    "log.watchdog_seconds": "Ends a process (75) if a step, batch or save takes so long, or other work 4 times so long; 0: off.",
     "preview.every_steps": "Draws a grid of images every so many steps; 0 turns previews off.",
     "preview.num_images": "Images of a preview.",
     "evaluation.num_images": "Images made at the end of the run, and scored if there is a reference; 0 for none.",
@@ -69,7 +70,8 @@ def model(size: str) -> dict:
 
 def loader(data: str = "") -> dict:
     """The section `loader` for a data set: a latent cache is memory-mapped, other records are read by threads."""
-    return {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
+    reading = {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
+    return {**reading, "retry_seconds": RETRY_SECONDS}
 
 
 def training() -> ml_collections.ConfigDict:
@@ -268,7 +270,7 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.data = {"name": "digits", "path": "", "split": "all"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
-    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "ddpm"))
+    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "dpmpp"))
     c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "clip_norm": 1.0})
     decay_to_the_end(c)
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
@@ -394,7 +396,7 @@ def in_latents(c: ml_collections.ConfigDict, codec: dict) -> ml_collections.Conf
 def digits_latent() -> ml_collections.ConfigDict:
     """`digits` in the latents of `vae_digits`: set `codec.path` to its workdir. Images are encoded inside the step."""
     c = in_latents(digits(), DIGITS_CODEC)
-    c.model.patch_size, c.process.prediction = 1, "noise"
+    c.model.patch_size, c.process.prediction, c.sampler = 1, "noise", default_sampler("ddpm")
     c.num_steps, c.optimizer.learning_rate = 1_200, 2e-3
     return c
 

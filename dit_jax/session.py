@@ -1,7 +1,9 @@
 """Trains from a config and makes the results: what `python -m dit_jax.main` and `dit_jax.train` do."""
 
+import contextlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,17 +13,25 @@ from dit_jax import config_file
 from dit_jax.benchmark import machine
 from dit_jax.build import Run, check_dtypes
 from dit_jax.errors import UserError
-from dit_jax.report import ending
+from dit_jax.parallel import hosts
+from dit_jax.report import ending, page
+from dit_jax.runtime import phases
 from dit_jax.runtime.console import say
+from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
+from dit_jax.storage.run_folder import RESULT, set_aside
 from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
+from dit_jax.training.starts import Start
 
 
 def train(
-    config: ml_collections.ConfigDict | str | os.PathLike, workdir: str | os.PathLike, fields: Sequence[str] = ()
+    config: ml_collections.ConfigDict | str | os.PathLike,
+    workdir: str | os.PathLike,
+    fields: Sequence[str] = (),
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one; then makes and scores the results.
 
@@ -34,15 +44,18 @@ def train(
         config: a config file as after --config, with its argument after a colon; or a config, as `recipes` makes it.
         workdir: folder of the run: config, metrics, previews, checkpoints, samples.
         fields: fields to override, as after --config., if `config` is a file.
+        restart: begins again: a run in the folder is renamed to <workdir>.<n>, with the first n that is free. Nothing is deleted.
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
         was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". After few steps
-        also "initial_weights_in_average": the share of the initial weights in the moving average, ema_decay ** step.
+        also "initial_weights_in_average": the share of the initial weights in the moving average, ema_decay ** step. Those of a
+        run that was finished before are read, and nothing is written.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
+        TemporaryFailure: the data could be read and cannot any more. The last step is saved; the same call goes on.
     """
     if not isinstance(config, ml_collections.ConfigDict):
         config = config_file.read(os.fspath(config), fields)
@@ -52,9 +65,20 @@ def train(
     run = Run(config)
     run.task  # the errors of the config itself come first
     check_dtypes(config)
-    run.check_files(workdir, lambda: check_results(run))
-    trained = loop.train(run, workdir)
+    run.check_files(None if restart else workdir, lambda: check_results(run))
+    if restart:
+        if hosts.is_first() and (aside := set_aside(workdir)):
+            say(f"--restart: the run that was in {workdir} is now in {aside}")
+        hosts.wait_for_all("the earlier run is renamed")
+    with contextlib.ExitStack() as claimed, Start(workdir) as start:
+        return _train(run, workdir, start, claimed, f"the same command{', without --restart,' if restart else ''} goes on")
+
+
+def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack, remedy: str) -> dict[str, Any]:
+    trained = loop.train(run, workdir, start, claimed)
     step = int(trained.state.step)
+    if trained.finished is not None:
+        return _again(trained, workdir, start)
     result: dict[str, Any] = {
         "step": step,
         "loss": trained.loss,
@@ -64,16 +88,57 @@ def train(
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
         **({"dropped": trained.dropped} if trained.dropped else {}),
-        **({"initial_weights_in_average": share} if (share := share_of_initial(config.ema_decay, step)) > MOST_INITIAL else {}),
+        **(
+            {"initial_weights_in_average": share}
+            if (share := share_of_initial(run.config.ema_decay, step)) > MOST_INITIAL
+            else {}
+        ),
     }
     if not trained.stopped:
-        result |= trained.results.finish(trained.state, trained.constants, workdir)
+        with loop.watchdog_of(run, workdir), phases.phase("sampling"):
+            result |= finish(trained, workdir, step)
     if result["stopped"]:
-        say(f"stopped and saved at step {step}; the same command goes on")
+        say(f"stopped and saved at step {step}; {remedy}")
+        start.end("stopped by a signal", STOPPED_STATUS)
         return result
     if jax.process_index() == 0:
         result["machine"] = machine.describe()
-        write_json(workdir / "result.json", result)
-        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, step)
-        say(summary.ending(trained.run, workdir, result, report))
+        write_json(workdir / RESULT, result)
+    start.end("finished", 0)
+    if not _report(trained, workdir, result):
+        result["dropped"] = result.get("dropped", {}) | {"report": 1}
+        write_json(workdir / RESULT, result)
     return result
+
+
+def _again(trained: loop.TrainResult, workdir: Path, start: Start) -> dict[str, Any]:
+    """The stored result of a run that was finished before; its records are kept."""
+    assert trained.finished is not None
+    say(f"the run is finished: its records are kept, and the result is that of {workdir / RESULT}")
+    start.end("nothing to train", 0)
+    if not (workdir / page.FILE).exists():  # a kill after the result
+        _report(trained, workdir, trained.finished)
+    return trained.finished
+
+
+def _report(trained: loop.TrainResult, workdir: Path, result: dict[str, Any]) -> bool:
+    """Writes the page and prints the end of a run, on process 0; returns False if the page cannot be written."""
+    if jax.process_index() != 0:
+        return True
+    with loop.watchdog_of(trained.run, workdir), phases.phase("report"):
+        report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, result["step"])
+    say(summary.ending(trained.run, workdir, result, report))
+    return report is not None
+
+
+def finish(trained: loop.TrainResult, workdir: Path, step: int) -> dict[str, Any]:
+    """Makes and scores the results of a trained run; see `Results.finish`.
+
+    Raises:
+        Exception: the results cannot be made; says first that the training is saved.
+    """
+    try:
+        return trained.results.finish(trained.state, trained.constants, workdir)
+    except Exception:
+        say(f"step {step} is trained and saved, but its results were not made; the same command makes them")
+        raise

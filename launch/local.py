@@ -6,9 +6,10 @@ Everything after -- is the command. It is started N times with --coordinator_add
 Process 0 writes to this terminal, the others to <logs>/process_<i>.log. --devices sets the number of simulated CPU devices per
 process; without it the processes share the real devices.
 
-After Ctrl-C or SIGTERM all processes save and stop together; a second signal kills them. If one process fails, the others get
---grace seconds to end and are then killed, so that none is left running. Exit status: 0 if all ended with 0; 75 if they were
-stopped and can be started again; otherwise that of the process that failed first (128 + n: signal n).
+After Ctrl-C or SIGTERM all processes save and stop together; a second signal kills them. If one process fails, or ends with 75
+because it hung, the others get --grace seconds to end and are then killed, so that none is left running; each writes its stacks
+first. Exit status: 0 if all ended with 0; 75 if they were stopped and can be started again; otherwise that of the process that
+failed first (128 + n: signal n).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 STOPPED_STATUS = 75  # dit_jax.runtime.signals.STOPPED_STATUS; not imported, for a fast start and to run any command
 LINES_SHOWN = 15
+STACK_SECONDS = 2  # for the stacks of a process that hangs
 
 
 def free_port() -> int:
@@ -69,17 +71,27 @@ def status_of(process) -> int:
     return 128 - process.returncode if process.returncode < 0 else process.returncode
 
 
-def wait(processes, grace: float) -> list[int]:
-    """Waits for all processes; returns those that failed on their own, in order. None is alive afterwards."""
+def wait(processes, grace: float, asked: list[int]) -> list[int]:
+    """Waits for all processes; returns those that failed on their own, in order. None is alive afterwards.
+
+    asked: signals that were handed on; until there is one, a process that ends with 75 has hung.
+    """
     failed, deadline = [], None
     while True:
         alive = [process for process in processes if process.poll() is None]
         failed += [i for i, p in enumerate(processes) if i not in failed and p.returncode not in (None, 0, STOPPED_STATUS)]
         if not alive:
             return failed
-        if failed and deadline is None:
+        hung = not asked and any(process.returncode == STOPPED_STATUS for process in processes)
+        if (failed or hung) and deadline is None:
             deadline = time.monotonic() + grace
         if deadline is not None and time.monotonic() > deadline:
+            for process in alive:  # Python's faulthandler writes the stacks at SIGABRT; a process may be stopped by a signal
+                process.send_signal(signal.SIGABRT)
+                process.send_signal(signal.SIGCONT)
+            deadline = time.monotonic() + STACK_SECONDS
+            while time.monotonic() < deadline and any(process.poll() is None for process in alive):
+                time.sleep(0.05)
             kill(alive)
             for process in alive:
                 process.wait()
@@ -109,7 +121,7 @@ def main(argv=None) -> int:
         signal.signal(number, hand_on)
     try:
         start(options, processes)
-        failed = wait(processes, options.grace)
+        failed = wait(processes, options.grace, asked)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

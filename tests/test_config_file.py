@@ -67,12 +67,13 @@ def test_the_loader_goes_with_the_data():
     """A latent cache that is read by the threads of a loader for photographs, or refused for their number."""
     c = read(DIGITS, ["data.name=latents", "data.path=/cache", "loader.resident=true"])
     assert section(c, "data") == {"name": "latents", "path": "/cache", "verify": True} and section(c, "loader") == {
-        "resident": True
+        "resident": True,
+        "retry_seconds": 300.0,
     }
     back = read(str(ROOT / "configs" / "folder_latent.py"), ["data.name=folder"])
     assert section(back, "loader") == recipes.loader() and back.data.path == ""
     assert read(DIGITS, ["data.name=folder", "data.path=/x"]).loader.num_threads == 2  # the same loader: as the file has it
-    with pytest.raises(UserError, match="loader has no field num_threads; there are resident"):
+    with pytest.raises(UserError, match="loader has no field num_threads; there are resident, retry_seconds"):
         read(DIGITS, ["data.name=latents", "loader.num_threads=3"])
 
 

@@ -75,6 +75,7 @@ def check(observe, folder):
     assert not lines, "read from the files of e778c7f:\n" + "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_old_run_is_sampled(tmp_path):
     """A checkpoint or config.json of an old run that cannot be read, or that gives other images."""
     check(quick_samples, tmp_path)

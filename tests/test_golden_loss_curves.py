@@ -35,7 +35,7 @@ VARIANTS = ("blocks", "gaussian", "optimizer")
 
 
 def mark(group: str) -> list:
-    return [] if group == "quick" else [pytest.mark.exhaustive if group in VARIANTS else pytest.mark.slow]
+    return [pytest.mark.exhaustive if group in VARIANTS else pytest.mark.slow]
 
 
 @pytest.mark.parametrize("group", [pytest.param(group, marks=mark(group)) for group in GROUPS])

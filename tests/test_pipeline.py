@@ -24,9 +24,10 @@ from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate.images import NpzImages
 from dit_jax.interop import pt_reader, weights
 from dit_jax.pipeline import spherical
-from dit_jax.sample import drawing, samples_file, trained
+from dit_jax.sample import drawing, samples_file, shards, trained
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import Workdir, read_best
+from dit_jax.storage.run_folder import Workdir, read_best, write_class_names
+from dit_jax.training.results import results_of
 
 # With velocities as output, a random network draws images that are not black and white.
 CONFIG = tiny.config(model__depth=1, process=recipes.flow(), sampler=recipes.default_sampler("euler"))
@@ -129,6 +130,9 @@ WRONG = {
     "negative seed": ({"seed": -1}, "the seed of sampling is -1"),
     "misspelt option": ({"guidance_scal": 2}, "did you mean guidance_scale"),
     "field of another sampler": ({"sampler_fields": {"eta": 1}}, "'euler' has the fields num_steps"),
+    "interval without guidance": ({"guidance_interval": (0.1, 0.2)}, "no effect where guidance is off"),
+    "channels without guidance": ({"guidance_channels": 1, "guidance_scale": 1}, "no effect where guidance is off"),
+    "order without forecast": ({"forecast_order": 1}, "no effect where forecast_interval is 1"),
     "three times": ({"guidance_interval": (0.1, 0.2, 0.3)}, "give two times"),
     "chunk that splits a shard": ({"chunk_size": 5}, "must divide 64"),
     "weights of the same size": ({"autoguidance": "x"}, "needs guidance_scale above 1"),
@@ -157,6 +161,38 @@ def test_scale_0_is_said(pipe, capfd):
     """Labels that are asked for and ignored without a word."""
     pipe._prepare([3], None, 0, {"guidance_scale": 0})
     assert "the labels count for nothing" in capfd.readouterr().err
+
+
+def test_no_guidance_and_no_null_label_without_dropout(tmp_path):
+    """Images of a row of the label table that was never trained: by the verb's way, in Python, and by the generator itself."""
+    config = tiny.config(model__depth=1, task__cond_dropout=0.0)
+    save_run(tmp_path / "run", config, 0)
+    pipe = dit_jax.load(tmp_path / "run")
+    for call in (
+        lambda: pipe("none"),
+        lambda: pipe.interpolate((0, 1)),
+        lambda: pipe.write(tmp_path / "x.npz", "none"),
+        lambda: pipe._prepare([3], None, 0, {}).generator({}, {}, {"label": np.array([3, 10])}, 2),
+    ):
+        with pytest.raises(UserError, match=r"never trained without its label .* ask for labels from 0 to 9"):
+            call()
+    for call in (lambda: pipe([3], guidance_scale=4), lambda: pipe.export(tmp_path / "out", guidance_scale=0)):
+        with pytest.raises(UserError, match="not trained on the null condition"):
+            call()
+    with pytest.raises(UserError, match="not trained on the null condition"):
+        results_of(Run(tiny.config(task__cond_dropout=0.0, guidance__scale=1.5)))
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_samples_hold_the_names_of_their_labels(run, tmp_path):
+    """Labels whose meaning is lost with the run; samples begun by an older version that are refused for want of the names."""
+    shutil.copytree(run, tmp_path / "run")
+    settings = dit_jax.load(tmp_path / "run")._prepare([3], None, 0, {}).settings()
+    assert "class_names" not in settings
+    write_class_names(tmp_path / "run", [f"digit {k}" for k in range(10)])
+    drawing = dit_jax.load(tmp_path / "run")._prepare([3], None, 0, {})
+    assert drawing.settings()["class_names"][3] == drawing.made_by()["class_names"][3] == "digit 3"
+    assert not shards.changes({"made_by": settings}, {"made_by": drawing.settings()})
 
 
 def test_callback_sees_every_evaluation(pipe, pair):

@@ -29,7 +29,7 @@ def test_digits_argument():
     config = load_config("digits", "process=flow,conditioning=in_context,sampler=heun")
     assert (config.process.name, config.model.conditioning, config.sampler.name) == ("flow", "in_context", "heun")
     assert load_config("digits", "process=flow").sampler.to_dict() == {"name": "heun", "num_steps": 25}
-    assert load_config("digits").sampler.to_dict() == {"name": "ddpm", "num_steps": 100, "spacing": "even"}
+    assert load_config("digits").sampler.to_dict() == {"name": "dpmpp", "num_steps": 20}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
     python -m dit_jax.benchmark --what=evaluation --resolution=256
     python -m dit_jax.benchmark --what=checkpoint --model=XL/2
     python -m dit_jax.benchmark --what=startup --config=digits
+    python -m dit_jax.benchmark --what=overhead --model=S/2
     python -m dit_jax.benchmark --what=scaling --model=XL/2 --batch_size=256 --axis=fsdp
 
 train_step, forward, sampler, scaling and vae need only jax, flax and optax, unless --config is given; with it, neither the data
@@ -32,7 +33,19 @@ command_line.group("What to measure")
 WHAT = flags.DEFINE_enum(
     "what",
     None,
-    ["train_step", "forward", "sampler", "vae", "images", "latents", "checkpoint", "startup", "evaluation", "scaling"],
+    [
+        "train_step",
+        "forward",
+        "sampler",
+        "vae",
+        "images",
+        "latents",
+        "checkpoint",
+        "startup",
+        "evaluation",
+        "scaling",
+        "overhead",
+    ],
     "What to measure.",
 )
 CONFIG = config_file.define_flags("Config of a run, as for dit_jax.main, instead of --model.")
@@ -107,7 +120,19 @@ THREADS = flags.DEFINE_list(
 )
 
 SIMULATED_DEVICES = 8  # of scaling on a CPU, where JAX_NUM_CPU_DEVICES does not say
-NETWORK = ("config", "model", "resolution", "batch_size", "dtype", "remat", "attention", "unroll", "fsdp", "tensor")
+NETWORK = (
+    "config",
+    command_line.CONFIG_FIELD,
+    "model",
+    "resolution",
+    "batch_size",
+    "dtype",
+    "remat",
+    "attention",
+    "unroll",
+    "fsdp",
+    "tensor",
+)
 USES = {
     "train_step": (*NETWORK, "seconds", "compare", "peers"),
     "forward": (*NETWORK, "seconds", "compare", "peers"),
@@ -119,6 +144,7 @@ USES = {
     "startup": NETWORK,
     "scaling": (*NETWORK, "axis", "seconds"),
     "evaluation": ("resolution", "batch_size", "records"),
+    "overhead": (*NETWORK, "seconds"),
 }
 
 
@@ -126,13 +152,10 @@ def check_flags():
     """Raises UserError for a flag without effect."""
     if WHAT.value is None:
         raise UserError(f"choose what to measure: --what={'|'.join(USES)}")
-    known = {name for uses in USES.values() for name in uses if name in flags.FLAGS}
-    given = [name for name in known if flags.FLAGS[name].present]
-    pairs = [("config", name) for name in (*NETWORK[1:], "sampler", "num_steps", "guidance_scale")] if CONFIG.given else []
+    command_line.check_uses({f"--what={what}": uses for what, uses in USES.items()}, f"--what={WHAT.value}")
+    given = [name for uses in USES.values() for name in uses if flags.FLAGS[name].present]
+    pairs = [("config", name) for name in (*NETWORK[2:], "sampler", "num_steps", "guidance_scale")] if CONFIG.given else []
     pairs += [("codec", "preset"), ("data", "records"), *([("data", "resolution")] if WHAT.value == "latents" else [])]
-    for name in sorted(given):
-        if name not in USES[WHAT.value]:
-            raise UserError(f"--{name} has no effect with --what={WHAT.value}; omit it")
     for one, other in pairs:
         if one in given and other in given:
             hint = "; override a field of the config, for example --config.batch_size=64" if one == "config" else ""
@@ -247,7 +270,7 @@ def measure_start() -> dict:
 
     if CONFIG.given:
         return startup.run(CONFIG.file.value, CONFIG.fields.value, [])
-    names = [name for name in NETWORK[1:] if flags.FLAGS[name].present]
+    names = [name for name in NETWORK[2:] if flags.FLAGS[name].present]
     return startup.run(None, [], [f"--{name}={flags.FLAGS[name].value}" for name in names])
 
 
@@ -275,9 +298,13 @@ def measure() -> dict:
         from dit_jax.benchmark import features
 
         return features.run(image_size(), BATCH_SIZE.value, RECORDS.value)
+    it = subject()
+    if WHAT.value == "overhead":
+        from dit_jax.benchmark import overhead
+
+        return {**it.describe(), **overhead.run(it, SECONDS.value)}
     from dit_jax.benchmark import saving
 
-    it = subject()
     return {**it.describe(), **saving.run(it, DATA.value)}
 
 

@@ -76,13 +76,52 @@ HEADS = flags.DEFINE_integer(
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from=workdir. Default: the newest intact one.")
 
 
+ADVICE = {"like", "key", "num_classes", "heads", "step"}
+USES = {
+    "the download of an autoencoder, which is used as it is": {"download", "weights"},
+    "--download without --out": {"download", "weights", "from"},
+    "a conversion": {"download", "weights", "from", "to", "out", *ADVICE},
+}
+
+
+def check_flags() -> None:
+    """Raises a UserError for a flag that is missing or without effect, before anything is downloaded or read."""
+    from dit_jax.convert import formats
+    from dit_jax.interop.download import PUBLISHED
+
+    layout = FROM.value
+    if DOWNLOAD.value is not None:
+        if DOWNLOAD.value not in PUBLISHED:
+            raise UserError(f"--download={DOWNLOAD.value}: one of {', '.join(PUBLISHED)} is needed")
+        published = PUBLISHED[DOWNLOAD.value].layout
+        if published == "vae":
+            return command_line.check_uses(USES, "the download of an autoencoder, which is used as it is")
+        if layout not in (None, published):
+            raise UserError(f"--from={layout}: {DOWNLOAD.value} has the layout {published}; leave out --from")
+        layout = published
+        if OUT.value is None:
+            return command_line.check_uses(USES, "--download without --out")
+    elif layout is None or WEIGHTS.value is None or OUT.value is None:
+        raise UserError("give --from, --weights and --out, or --download")
+    if TO.value not in formats.TARGETS:
+        raise UserError(f"--to={TO.value}: one of {', '.join(formats.TARGETS)} is needed")
+    if layout == TO.value:
+        raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
+    source(layout, WEIGHTS.value or "")
+
+
+def source(layout: str, path: str):
+    """The weights to convert. Raises a UserError for a flag that their layout does not use."""
+    from dit_jax.convert import formats
+
+    like = local_path(LIKE.value) if LIKE.value is not None else None
+    return formats.Source(layout, local_path(path), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value)
+
+
 def download_vae(name: str) -> dict:
     """Downloads a published autoencoder, which needs no conversion; returns its folder and the SHA-256 of its weights."""
     from dit_jax.interop import vae
 
-    given = {"from": FROM.value, "out": OUT.value, "heads": HEADS.value, "like": LIKE.value, "step": STEP.value}
-    if unused := [flag for flag, value in given.items() if value is not None]:
-        raise UserError(f"--{unused[0]} has no effect with --download={name}, which is used as it is; leave it out")
     folder = vae.published_folder(name) if WEIGHTS.value is None else local_path(WEIGHTS.value)
     sha256 = vae.fetch_published(name, folder)
     return {"downloaded": {"path": str(folder), "sha256": sha256}}
@@ -92,31 +131,21 @@ def main() -> dict:
     from dit_jax.convert import formats
     from dit_jax.interop.download import PUBLISHED, byte_progress, download
 
+    check_flags()
     layout, path, result = FROM.value, WEIGHTS.value, {}
     if DOWNLOAD.value is not None:
-        if DOWNLOAD.value not in PUBLISHED:
-            raise UserError(f"--download={DOWNLOAD.value}: one of {', '.join(PUBLISHED)} is needed")
         published = PUBLISHED[DOWNLOAD.value]
         if published.layout == "vae":
             return download_vae(DOWNLOAD.value)
-        if layout not in (None, published.layout):
-            raise UserError(f"--from={layout}: {DOWNLOAD.value} has the layout {published.layout}; leave out --from")
         layout, path = published.layout, path or published.file_name
         console.say(f"{DOWNLOAD.value}: {published.url} -> {path}")
         sha256 = download(published, local_path(path), byte_progress(DOWNLOAD.value))
         result["downloaded"] = {"path": path, "sha256": sha256}
         if OUT.value is None:
             return result
-    if layout is None or path is None or OUT.value is None:
-        raise UserError("give --from, --weights and --out, or --download")
-    if TO.value not in formats.TARGETS:
-        raise UserError(f"--to={TO.value}: one of {', '.join(formats.TARGETS)} is needed")
-    if layout == TO.value:
-        raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
+    assert layout is not None and path is not None and OUT.value is not None  # see `check_flags`
     out = local_path(OUT.value)
-    like = local_path(LIKE.value) if LIKE.value is not None else None
-    source = formats.Source(layout, local_path(path), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value)
-    weights = formats.read(source)
+    weights = formats.read(source(layout, path))
     written = formats.write(weights, TO.value, out)
     console.say(f"{written['parameters']:,} parameters of {path} written to {out}")
     return result | written | {"origin": weights.origin}

@@ -37,6 +37,7 @@ from dit_jax.interop.weights import Weights
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
 from dit_jax.storage.checkpoints import restore_subtree
+from dit_jax.storage.claim import claim_file
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_config
 from dit_jax.storage.sealed import sha256_of
@@ -139,7 +140,8 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
     A network that no config describes keeps the names of its publication.
 
     Raises:
-        UserError: the name of `out` does not fit the layout, or the layout cannot represent the network.
+        UserError: the name of `out` does not fit the layout, or the layout cannot represent the network; another command is
+            writing `out`, or the folder of diffusers holds other files.
     """
     out = local_path(out)
     if not to_write.sections and layout != "dit_jax":
@@ -147,10 +149,11 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
             f"--to={layout}: weights read with --from={to_write.origin['from']} cannot be written in that layout; omit --to"
         )
     if layout == "dit_jax":
-        if to_write.sections:
-            weights.write(out, to_write)
-        else:
-            write_foreign(out, to_write.tensors, to_write.origin)
+        with claim_file(out, "writing weights"):
+            if to_write.sections:
+                weights.write(out, to_write)
+            else:
+                write_foreign(out, to_write.tensors, to_write.origin)
         return {
             "out": str(out),
             "tensors": len(to_write.tensors),
@@ -168,12 +171,14 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
         architecture = official.infer(tensors, "the network")
         diffusers_dit.write(out, tensors, architecture, heads, input_size)
         tensors, file = diffusers_dit.from_official(tensors, architecture.depth), out / diffusers_dit.WEIGHTS_NAME
-    elif out.suffix == ".pt":
-        pt_writer.write(out, tensors)
-    elif out.suffix == ".safetensors":
-        write_safetensors(out, tensors, {"format": "pt"})
-    else:
+    elif out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--out={out} must end in .pt or .safetensors for --to=official")
+    else:
+        with claim_file(out, "writing weights"):
+            if out.suffix == ".pt":
+                pt_writer.write(out, tensors)
+            else:
+                write_safetensors(out, tensors, {"format": "pt"})
     return {"out": str(out), "tensors": len(tensors), "parameters": count(to_write.tensors), "sha256": sha256_of(file)}
 
 

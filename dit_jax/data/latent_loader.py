@@ -3,6 +3,7 @@
 N records; B is the global batch size, P the number of processes (hosts), b = B / P the rows per host.
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dit_jax.data.heartbeats import Heartbeats
 from dit_jax.data.latents import LatentCache
-from dit_jax.errors import UserError
+from dit_jax.data.retries import RETRY_SECONDS, Retries, check_retry_seconds, given_up
+from dit_jax.errors import Unavailable, UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -35,9 +38,10 @@ class LatentLoader:
         flip: use the mirror image with probability 1/2.
         process_index, process_count: this host and P.
         resident: yield row numbers for indexing `resident_moments` on the device, instead of moments.
+        retry_seconds: time for which a read is repeated while the storage is away; 0 reads once.
 
     Raises:
-        UserError: the batch size is not divisible, or the cache has no mirror images for flips.
+        UserError: the batch size is not divisible, the cache has no mirror images for flips, or the seconds are negative.
         ValueError: seed or process_index out of range.
     """
 
@@ -50,6 +54,7 @@ class LatentLoader:
         process_index: int = 0,
         process_count: int = 1,
         resident: bool = False,
+        retry_seconds: float = RETRY_SECONDS,
     ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be in [0, process_count={process_count})")
@@ -64,6 +69,8 @@ class LatentLoader:
             )
         if resident and cache.views * len(cache) >= 2**31:
             raise UserError(f"{cache.path} has {cache.views * len(cache)} rows, more than int32 can index: set resident to False")
+        check_retry_seconds(retry_seconds)
+        self.retry_seconds = retry_seconds
         self.source, self.batch_size, self.seed, self.flip = cache, batch_size, seed, flip
         self.process_index, self.process_count, self.resident = process_index, process_count, resident
         self._orders: dict[int, np.ndarray] = {}
@@ -77,13 +84,14 @@ class LatentLoader:
 
         Raises:
             ValueError: start_step is negative.
+            TemporaryFailure: the storage is away (while iterating).
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must be at least 0")
-        return LatentBatches(self.batch, start_step)
+        return LatentBatches(self.batch, start_step, self.retry_seconds)
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of a step's batch."""
+        """This host's rows of a step's batch. Raises: Unavailable if the cache cannot be read."""
         records, rows = self.rows(step)
         labels = self.source.labels[records]
         if self.resident:
@@ -118,19 +126,35 @@ class LatentBatches:
 
     bad_records: Mapping[int, str] = MappingProxyType({})  # as in `loader.Batches`; the encoder has already skipped them
 
-    def __init__(self, batch: Callable[[int], Batch], start_step: int):
+    def __init__(self, batch: Callable[[int], Batch], start_step: int, retry_seconds: float):
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(AHEAD)
         self._closed = threading.Event()
+        self._heartbeats = Heartbeats()
+        self._retries = Retries(retry_seconds, self._heartbeats)
         self._thread = threading.Thread(target=self._work, args=(batch, start_step), name="latent batches", daemon=True)
         self._thread.start()
 
     def _work(self, batch: Callable[[int], Batch], step: int) -> None:
         try:
             while not self._closed.is_set():
-                self._ready.put(batch(step))
+                self._ready.put(self._retries(functools.partial(batch, step)))
                 step += 1
+        except Unavailable as error:
+            self._ready.put(given_up(error, self._retries.seconds))
         except Exception as error:
             self._ready.put(error)
+
+    def on_wait(self, call: Callable[[], None]) -> None:
+        """As `loader.Batches.on_wait`."""
+        self._heartbeats.on_wait = call
+
+    def stop_waiting(self) -> None:
+        """As `loader.Batches.stop_waiting`."""
+        self._heartbeats.stop()
+
+    def status(self) -> str:
+        """As `loader.Batches.status`; there are no workers."""
+        return ""
 
     def __iter__(self) -> "LatentBatches":
         return self
@@ -147,6 +171,7 @@ class LatentBatches:
     def close(self) -> None:
         """Ends the thread; calling it again does nothing."""
         self._closed.set()
+        self._heartbeats.stop()
         while not self._ready.empty():  # makes room for the batch that the thread may be waiting to put
             self._ready.get_nowait()
         self._thread.join()

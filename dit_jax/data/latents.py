@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.latent_files import FILE_FORM, FORMAT, MANIFEST, MANIFEST_FORM, SETTINGS, SUFFIXES, shard_file
+from dit_jax.data.open_files import OpenFiles
 from dit_jax.data.transforms import ImageTransform
-from dit_jax.errors import UserError
+from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import check_form, parsed
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import damage, digest, read_sealed
@@ -70,9 +71,13 @@ class LatentCache:
         self.fingerprint = digest(m)[:16]
         counts = [shard["count"] for shard in m["shards"]]
         shape = self.moments_shape
-        self._moments = [self._open(k, "moments", np.float16, (self.views * n, *shape)) for k, n in enumerate(counts)]
+        opened = [self._open(k, "moments", np.float16, (self.views * n, *shape)) for k, n in enumerate(counts)]
+        self._moments = [array.view(np.ndarray) for array in opened]
+        names = [shard["files"]["moments"]["name"] for shard in m["shards"]]
+        self._places = [(self.path / name, array.offset) for name, array in zip(names, opened, strict=True)]
         self.labels = np.concatenate([self._open(k, "labels", np.int32, (n,)) for k, n in enumerate(counts)])
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._open_files = OpenFiles()
         self._captions: dict[int, list[str | None]] = {}  # of the shards used so far
         if len(self.labels) != m["count"]:
             raise UserError(f"{self.path}: the shards contain {len(self.labels)} records, but the manifest says {m['count']}")
@@ -81,7 +86,7 @@ class LatentCache:
                 f"{self.path}: labels run from {self.labels.min()} to {self.labels.max()}, outside the {self.num_classes} classes"
             )
 
-    def _open(self, shard: int, kind: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    def _open(self, shard: int, kind: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         name = self.manifest["shards"][shard]["files"][kind]["name"]
         try:
             array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
@@ -91,7 +96,7 @@ class LatentCache:
             raise UserError(
                 f"{self.path / name} is {array.dtype}{list(array.shape)}, but the manifest says {np.dtype(dtype)}{list(shape)}"
             )
-        return array.view(np.ndarray)
+        return array
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -122,12 +127,14 @@ class LatentCache:
         return captions
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Gathers moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N), with one copy per shard.
+        """Gathers moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N), with one read each.
 
         Rows are read from disk in ascending order, independent of their order in the batch.
 
         Raises:
             IndexError: a row is out of range.
+            Unavailable: a file is away or cannot be read.
+            UserError: a file was truncated.
         """
         rows = np.asarray(rows)
         self._check_range(rows, self.views * len(self), "rows")
@@ -137,12 +144,21 @@ class LatentCache:
         starts = self.views * self._starts
         edges = np.searchsorted(ascending, starts)
         for k in np.flatnonzero(np.diff(edges)):
-            part = slice(edges[k], edges[k + 1])
-            # The rows are known to be in range; mode "raise" would copy through a buffer.
-            np.take(self._moments[k], ascending[part] - starts[k], axis=0, out=moments[part], mode="clip")
+            for place in range(edges[k], edges[k + 1]):
+                self._read(int(k), int(ascending[place] - starts[k]), moments[place])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return np.take(moments, back, axis=0)
+
+    def _read(self, shard: int, row: int, out: np.ndarray) -> None:
+        """Reads the moments of a shard's row into `out`."""
+        path, offset = self._places[shard]
+        try:
+            count = self._open_files.read_into(path, offset + row * out.nbytes, memoryview(out.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+        except OSError as error:
+            raise Unavailable(f"{path}: {error.strerror}", isinstance(error, FileNotFoundError)) from error
+        if count < out.nbytes:
+            raise UserError(f"{path} ends within row {row}: it was truncated after it was opened; encode again")
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """A copy of the moments of rows start..stop-1."""

@@ -4,6 +4,7 @@ Letters: B is the global batch size, P the number of processes (hosts), b = B / 
 """
 
 import contextlib
+import functools
 import math
 import sys
 import traceback
@@ -15,8 +16,10 @@ import grain
 import numpy as np
 from absl import flags
 
+from dit_jax.data.heartbeats import Heartbeats, Monitor, worker_start
+from dit_jax.data.retries import RETRY_SECONDS, Retries, check_retry_seconds, given_up, unavailable
 from dit_jax.data.sources.source import Example, Source
-from dit_jax.errors import UserError
+from dit_jax.errors import TemporaryFailure, Unavailable, UserError
 
 Batch = dict[str, Any]  # arrays, and "caption" as a list of str or None
 BadRecord = tuple[int, str]  # number in the source, reason
@@ -29,24 +32,66 @@ class _ReadAndTransform(grain.transforms.RandomMap):
     """Maps a record number to (example, bad records); an unreadable record is replaced by the next readable one.
 
     The replacement uses the random numbers of the original record, so that the example is a function of the position in the
-    stream.
+    stream. While the storage is away, reads are repeated; a record that stays away although one of the next can be read is bad.
     """
 
-    def __init__(self, source: Source, transform: grain.transforms.RandomMap):
-        self._source, self._transform = source, transform
+    def __init__(self, source: Source, transform: grain.transforms.RandomMap, retries: Retries):
+        self._source, self._transform, self._retries = source, transform, retries
+        self._lost: set[int] = set()  # for these no time is spent in later epochs
 
     def random_map(self, element: int, rng: np.random.Generator) -> tuple[Batch, list[BadRecord]]:
-        start, size = rng.bit_generator.state, len(self._source)
-        bad = []
-        for number in (int(element + i) % size for i in range(min(REPLACEMENT_TRIES, size))):
+        start = rng.bit_generator.state
+        example, bad, away = self._first_readable(int(element), rng)
+        if new := [number for number in away if number not in self._lost]:
             try:
-                return self._transform.random_map(self._source[number], rng), bad
+                read(self._source, new[0])
+            except UserError:
+                self._lost.update(new)
+            else:  # the storage came back after this record was given up
+                rng.bit_generator.state = start
+                return self.random_map(element, rng)
+        return example, bad
+
+    def _first_readable(self, first: int, rng: np.random.Generator) -> tuple[Batch, list[BadRecord], list[int]]:
+        """(example, bad records before it, those of them that the storage does not give)."""
+        start, size = rng.bit_generator.state, len(self._source)
+        bad: list[BadRecord] = []
+        away: list[int] = []
+        for number in ((first + i) % size for i in range(min(REPLACEMENT_TRIES, size))):
+            try:
+                if number not in self._lost and self._lost.issuperset(away):
+                    again = functools.partial(read, self._source, number)
+                    record = self._retries(again, functools.partial(self._can_read_after, number))
+                else:  # time was spent on it, or on one before it
+                    record = read(self._source, number)
+                self._retries.heartbeats.read()
+                return self._transform.random_map(record, rng), bad, away
             except UserError as error:
                 bad.append((number, str(error)))
                 rng.bit_generator.state = start
-        raise UserError(
-            f"{len(bad)} consecutive records from number {int(element)} cannot be read: check the storage. {bad[0][1]}"
-        )
+                if isinstance(error, Unavailable):
+                    away.append(number)
+                    last = error
+        if len(away) == len(bad):
+            raise given_up(last, self._retries.seconds)
+        raise UserError(f"{len(bad)} consecutive records from number {first} cannot be read: check the storage. {bad[0][1]}")
+
+    def _can_read_after(self, number: int) -> bool:
+        try:
+            read(self._source, (number + 1) % len(self._source))
+        except UserError:
+            return False
+        return len(self._source) > 1
+
+
+def read(source: Source, number: int) -> Example:
+    """source[number], with Unavailable in place of an OSError of the system."""
+    try:
+        return source[number]
+    except OSError as error:
+        if error.errno is None:  # of a decoder, such as Pillow's
+            raise
+        raise unavailable(error, f"record {number}") from error
 
 
 class _HostBlocks:
@@ -79,6 +124,10 @@ class Loader:
     `Batches.bad_records`. The limit, see `tolerated_bad_records`, applies to the bad records that a host has met since it
     started: the first one beyond it ends the run.
 
+    A record that the storage does not give (Unavailable, or OSError with an errno) is read again for retry_seconds before it
+    counts as bad; a file that is missing while the next record can be read, for at most 10 s. If none of the 16 can be read then,
+    the storage is away, and TemporaryFailure ends the run.
+
     Args:
         source: the data set; pickled if there are workers.
         transform: random_map(example, rng) -> arrays of equal shapes; rng depends on (seed, position in the stream).
@@ -89,11 +138,13 @@ class Loader:
         num_threads: threads of this host that read and transform; divided among the workers, at least one each. With workers,
             every thread holds a complete batch.
         max_bad_share: tolerated share of bad records in the source, in [0, 1); 0 tolerates none, any other share at least one.
+        retry_seconds: time for which a read is repeated while the storage is away; also the time after which a worker process
+            that reads nothing is killed. 0 reads once and never kills.
         process_index, process_count: this host and P.
 
     Raises:
-        UserError: the batch size is not divisible, the source is empty, the number of workers is negative, there is no
-            thread, or the share is out of range.
+        UserError: the batch size is not divisible, the source is empty, the number of workers or seconds is negative, there is
+            no thread, or the share is out of range.
         ValueError: seed or process_index out of range.
     """
 
@@ -106,6 +157,7 @@ class Loader:
         num_workers: int = 0,
         num_threads: int = 16,
         max_bad_share: float = 0.001,
+        retry_seconds: float = RETRY_SECONDS,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -121,10 +173,12 @@ class Loader:
             raise UserError(f"num_threads={num_threads} must be at least 1")
         if not 0 <= max_bad_share < 1:
             raise UserError(f"max_bad_share={max_bad_share} must lie in [0, 1); 0 tolerates no unreadable record")
+        check_retry_seconds(retry_seconds)
         if not len(source):
             raise UserError("the data set is empty: check its path and split")
         self.source, self.transform, self.batch_size, self.seed = source, transform, batch_size, seed
         self.num_workers, self.num_threads, self.max_bad_share = num_workers, num_threads, max_bad_share
+        self.retry_seconds = retry_seconds
         self.process_index, self.process_count = process_index, process_count
 
     def check_small(self) -> None:
@@ -138,7 +192,7 @@ class Loader:
 
         def problem(number: int) -> list[BadRecord]:
             try:
-                self.transform.random_map(self.source[number], np.random.default_rng(self.seed))
+                self.transform.random_map(read(self.source, number), np.random.default_rng(self.seed))
             except UserError as error:
                 return [(number, str(error))]
             return []
@@ -155,12 +209,15 @@ class Loader:
         Raises:
             ValueError: start_step is negative.
             RuntimeError: workers are requested before absl flags were parsed; a worker process died (while iterating).
+            TemporaryFailure: the storage is away, or a worker process hung (while iterating).
             UserError: more unreadable records than max_bad_share tolerates, or 16 consecutive ones (while iterating).
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must be at least 0")
         numbers = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
-        stream = numbers.random_map(_ReadAndTransform(self.source, self.transform))
+        heartbeats = Heartbeats(self.num_workers)
+        retries = Retries(self.retry_seconds, heartbeats)
+        stream = numbers.random_map(_ReadAndTransform(self.source, self.transform, retries))
         host_batch_size = self.batch_size // self.process_count
         # A thread processes a few rows at a time: single rows have 4 times the overhead on small images, and complete batches
         # per thread would fill the memory and delay the first batch.
@@ -178,7 +235,7 @@ class Loader:
             ahead = max(2 * host_batch_size // block, self.num_threads)
             options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)
             dataset = blocks.to_iter_dataset(options).batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
-            return Batches(dataset, len(self.source), self.max_bad_share)
+            return Batches(dataset, len(self.source), self.max_bad_share, heartbeats)
         if not flags.FLAGS.is_parsed():  # grain reads its own flags when it starts a worker
             raise RuntimeError(
                 f"num_workers={self.num_workers} needs parsed absl flags: start with absl.app.run, or call "
@@ -189,7 +246,8 @@ class Loader:
         # Batched before the distribution to workers, so that a batch does not depend on their number.
         batches = blocks.batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
         workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
-        return Batches(batches.to_iter_dataset(options).mp_prefetch(workers), len(self.source), self.max_bad_share)
+        dataset = batches.to_iter_dataset(options).mp_prefetch(workers, worker_start(heartbeats))
+        return Batches(dataset, len(self.source), self.max_bad_share, heartbeats, Monitor(heartbeats, self.retry_seconds))
 
 
 def tolerated_bad_records(num_records: int, max_bad_share: float) -> int:
@@ -219,12 +277,25 @@ def check_bad_records(bad: dict[int, str], num_records: int, max_bad_share: floa
 class Batches:
     """Iterator over a host's batches; closing it stops its threads and processes.
 
-    `bad_records` maps the number of each unreadable record so far to the reason; they were replaced by other records.
+    Args:
+        heartbeats: of the threads and workers that read.
+        monitor: of the workers, if there are any; the iterator closes it.
+
+    Fields:
+        bad_records: maps the number of each unreadable record so far to the reason; they were replaced by other records.
     """
 
-    def __init__(self, dataset: grain.IterDataset, num_records: int, max_bad_share: float):
+    def __init__(
+        self,
+        dataset: grain.IterDataset,
+        num_records: int,
+        max_bad_share: float,
+        heartbeats: Heartbeats,
+        monitor: Monitor | None = None,
+    ):
         self._iterator = iter(dataset)
         self._num_records, self._max_bad_share = num_records, max_bad_share
+        self._heartbeats, self._monitor, self._taken = heartbeats, monitor, 0
         self.bad_records: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -232,20 +303,50 @@ class Batches:
 
     def __next__(self) -> Batch:
         try:
-            batch, bad = next(self._iterator)
+            if self._monitor is None:
+                batch, bad = next(self._iterator)
+            else:
+                with self._monitor.waiting(self._taken % self._heartbeats.num_workers):  # they take turns
+                    batch, bad = next(self._iterator)
+            self._taken += 1
             # Copies: a worker's arrays occupy shared memory until the last reference is gone.
             batch = {key: np.array(value) if type(value) is not np.ndarray else value for key, value in batch.items()}
             self._count(bad)
         except Exception as error:
+            lost = isinstance(error, RuntimeError) and "Worker process was terminated" in str(error)
+            failure = self._lost_worker(error) if lost else None
             self.close()
             _clear_finished_frames(error)
-            if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
-                raise RuntimeError(
-                    f"data loading stopped: {error} The usual causes are lack of memory and a full /dev/shm: lower "
-                    f"num_workers or batch_size, or read with num_workers=0"
-                ) from error
+            if failure is not None:
+                raise failure from error
             raise
         return batch
+
+    def _lost_worker(self, error: Exception) -> Exception:
+        """The error to raise when grain reports that the worker whose turn it is has ended."""
+        name = self._heartbeats.name(self._taken % self._heartbeats.num_workers)
+        if self._monitor is not None and self._monitor.hung is not None:
+            return TemporaryFailure(
+                f"{name} read nothing for {self._monitor.seconds:g} s (loader.retry_seconds) and was ended: the storage does not "
+                "answer, or the transform hangs"
+            )
+        return RuntimeError(
+            f"data loading stopped: {name} has died. {error} The usual causes are lack of memory and a full /dev/shm: lower "
+            f"num_workers or batch_size, or read with num_workers=0"
+        )
+
+    def on_wait(self, call: Callable[[], None]) -> None:
+        """Has `call` called several times per second while reads wait for the storage, in any thread."""
+        self._heartbeats.on_wait = call
+
+    def stop_waiting(self) -> None:
+        """Gives up on reads that wait for the storage: they end in TemporaryFailure. Safe in a signal handler."""
+        self._heartbeats.stop()
+
+    def status(self) -> str:
+        """The worker that the next batch is waited for, with the time since it showed a sign of life; "" if there is none."""
+        worker, seconds = self._monitor.silent() if self._monitor is not None else (-1, 0.0)
+        return "" if worker < 0 else f"waiting for {self._heartbeats.name(worker)}, which read nothing for {seconds:.0f} s"
 
     def _count(self, bad: list[BadRecord]) -> None:
         """Reports new bad records.
@@ -261,7 +362,11 @@ class Batches:
 
     def close(self) -> None:
         """Ends worker processes and threads; calling it again does nothing."""
+        self._heartbeats.stop()  # threads that wait for the storage would keep the process
+        if self._monitor is not None:
+            self._monitor.close()
         self._iterator.close()
+        self._heartbeats.close()
 
     def __enter__(self) -> "Batches":
         return self
@@ -279,6 +384,7 @@ def read_in_order(
     stop: int | None = None,
     num_threads: int = 16,
     bad_records: list[tuple[int, str]] | None = None,
+    retry_seconds: float = RETRY_SECONDS,
 ) -> Generator[Batch]:
     """Yields examples start..stop-1 once, in order, in batches (the last may be smaller), for statistics and encoding.
 
@@ -290,6 +396,8 @@ def read_in_order(
         num_threads: threads that read and transform.
         bad_records: a list that collects (number, message) of each unreadable example, which is then skipped; without it the
             first one raises.
+        retry_seconds: time for which a read is repeated while the storage is away. A record that stays away is bad if the one
+            that was read first can still be read.
 
     Yields:
         The stacked outputs of the transform, plus "index": int64 [rows], the number of each example in the source, and
@@ -297,6 +405,7 @@ def read_in_order(
 
     Raises:
         UserError: an example cannot be read, and bad_records is None.
+        TemporaryFailure: the storage is away.
         ValueError: batch size or range is out of bounds.
     """
     stop = len(source) if stop is None else stop
@@ -305,16 +414,31 @@ def read_in_order(
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f"the range {start}..{stop} is not within the {len(source)} examples of the source")
 
-    def read(index: int) -> tuple[int, Batch | UserError, str | None]:
+    heartbeats, readable = Heartbeats(), []
+    retries = Retries(retry_seconds, heartbeats)
+
+    def can_read_another() -> bool:
         try:
-            example = source[index]
+            return bool(readable) and bool(read(source, readable[0]))
+        except UserError:
+            return False
+
+    def read_and_transform(index: int) -> tuple[int, Batch | UserError, str | None]:
+        try:
+            example = retries(lambda: read(source, index), can_read_another)
+            if not readable:
+                readable.append(index)
             return index, transform(example), example.get("caption")
+        except Unavailable as error:
+            if readable and not can_read_another():
+                raise given_up(error, retry_seconds) from error
+            return index, error, None
         except UserError as error:
             return index, error, None
 
     def batches() -> Generator[Batch]:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * batch_size, num_threads))
-        examples = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
+        examples = iter(grain.MapDataset.range(start, stop).map(read_and_transform).to_iter_dataset(options))
         rows, captions = [], []
         try:
             for index, example, caption in examples:
@@ -331,6 +455,7 @@ def read_in_order(
             if rows:
                 yield _with_captions(_stack(rows), captions)
         finally:
+            heartbeats.stop()
             examples.close()
 
     return batches()

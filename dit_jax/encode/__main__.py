@@ -57,6 +57,27 @@ MAX_BAD_SHARE = flags.DEFINE_float(
 processes.define_flags()
 
 
+SETTINGS = {"data", "split", "codec", "resolution", "dtype", "mirror", "upright"}
+EFFORT = {"device_batch_size", "num_threads", "shard_records", "max_bad_share", *processes.FLAGS}
+USES = {
+    "--verify": {"verify"},
+    "encoding": {*SETTINGS, *EFFORT, "config", command_line.CONFIG_FIELD},
+}
+
+
+def check_flags() -> None:
+    """Raises a UserError for a flag that is missing or without effect."""
+    if OUT.value is None:
+        raise UserError("give --out=<folder of the cache>")
+    command_line.check_uses(USES, "--verify" if VERIFY.value else "encoding")
+    given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
+    if CONFIG.given and given:
+        raise UserError(
+            f"--config and --{given[0]} are both given: omit one of them; override a field of the config with, for example, "
+            "--config.transform.resolution=64"
+        )
+
+
 def job_of_flags():
     from dit_jax.data.size import parse_size
     from dit_jax.data.sources.named import named_source
@@ -86,12 +107,6 @@ def job_of_config():
     from dit_jax.build import Run
     from dit_jax.encode.writer import Job
 
-    given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
-    if given:
-        raise UserError(
-            f"--config and --{given[0]} are both given: omit one of them; override a field of the config with, for example, "
-            "--config.transform.resolution=64"
-        )
     run = Run(CONFIG.read())
     if not run.has_codec_weights:
         raise UserError(
@@ -136,8 +151,8 @@ def summary(manifest: dict) -> dict:
 
 
 def main() -> dict:
-    if OUT.value is None:
-        raise UserError("give --out=<folder of the cache>")
+    check_flags()
+    assert OUT.value is not None  # see `check_flags`
     out = local_path(OUT.value)
     if VERIFY.value:
         from dit_jax.data.latents import LatentCache
@@ -158,4 +173,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main, continues=True)
+    console.run(main, continues=True, phase="encoding")

@@ -3,20 +3,24 @@
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, shard_file
+from dit_jax.data.latent_files import FORMAT, MANIFEST, SETTINGS, SUFFIXES, shard_file
 from dit_jax.data.loader import tolerated_bad_records
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
-from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic
-from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.atomic import remove_leftovers, write_atomic
+from dit_jax.storage.claim import claim, strange_names
 from dit_jax.storage.sealed import damage, digest, read_sealed, sealed, write_sealed
 
 FACTS_FORM = {"settings": str, "count": int, "files": {}, "bad_records": [object], "sums": {}, "captions": int}
+OWN = re.compile(
+    rf"{re.escape(SETTINGS)}.*|{re.escape(MANIFEST)}|\d{{5}}-of-\d{{5}}({'|'.join(map(re.escape, SUFFIXES.values()))})"
+)
 LISTED = 100  # number of bad records in the manifest; the facts of the shards list all
 
 
@@ -31,6 +35,10 @@ def claimed(folder: Path, wanted: dict, process_index: int) -> Iterator[dict]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             settings = stored_settings(folder, wanted)
+            if settings is not None and not (folder / MANIFEST).exists() and (strange := strange_names(folder, OWN)):
+                raise UserError(
+                    f"--out={folder} contains {strange[0]}, which this command did not write: remove it, or give another folder"
+                )
             if settings is None:
                 settings = wanted
                 write_sealed(folder / SETTINGS, settings)  # all processes write equal settings, so none has to wait
@@ -49,8 +57,7 @@ def stored_settings(folder: Path, wanted: dict) -> dict | None:
         settings = read_sealed(folder / SETTINGS, {"format": int, "encoding": {}})
     except FileNotFoundError:
         # Another process of this command may already have created files.
-        names = sorted(path.name for path in folder.iterdir())
-        strange = [name for name in names if not (name.startswith(SETTINGS) or name == LOCK or is_partial(name))]
+        strange = strange_names(folder, re.compile(rf"{re.escape(SETTINGS)}.*"))
         if (folder / SETTINGS).exists():  # created in the meantime
             return stored_settings(folder, wanted)
         if strange:
@@ -138,6 +145,7 @@ def finish(folder: Path, max_bad_share: float, first: bool) -> dict:
         if path.exists():
             say(f"{path} does not match the shards; writing it again")
         write_atomic(path, text)
+    if first:  # every other process has finished its shards
         remove_leftovers(folder)
         for leftover in folder.glob(f"{SETTINGS}.*"):  # of killed commands of earlier versions
             leftover.unlink()

@@ -17,7 +17,8 @@ from absl import flags
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
-from dit_jax.storage.atomic import check_writable, resumable_path, write_atomic, write_json
+from dit_jax.storage.atomic import check_writable, write_atomic
+from dit_jax.storage.claim import claim_file
 from dit_jax.storage.paths import local_path
 
 command_line.group("Score samples")
@@ -80,7 +81,8 @@ def make_table(results: list[str]) -> dict:
         print(text, flush=True)
         return {"results": len(results)}
     path = result_path(OUT.value)
-    write_atomic(path, text + "\n")
+    with claim_file(path, "writing the table"):
+        write_atomic(path, text + "\n")
     return {"results": len(results), "out": str(path)}
 
 
@@ -106,10 +108,9 @@ def result_path(name: str) -> Path:
 
 def make_reference(out: str) -> dict:
     from dit_jax.data.size import parse_size
-    from dit_jax.evaluate import reference, snapshots
     from dit_jax.evaluate.extractors import load
     from dit_jax.evaluate.images import DIGITS_SHAPE, Images, NpzImages, cropped
-    from dit_jax.evaluate.scores import make_reference
+    from dit_jax.evaluate.result_files import write_reference
 
     if DATA.value is None:
         raise UserError("give --data=<digits, an npz, a folder, tfds:NAME:PATH or tars:PATTERN> for --make_reference")
@@ -127,10 +128,7 @@ def make_reference(out: str) -> dict:
         channels = DIGITS_SHAPE[2] if is_digits else CHANNELS.value
         images = cropped(DATA.value, size, channels, SPLIT.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
-    made = make_reference(images, load(FEATURES.value, WEIGHTS.value), keep, options(), resumable_path(path))
-    if jax.process_index() == 0:
-        reference.write(path, made)
-        snapshots.remove(resumable_path(path))
+    made = write_reference(path, images, load(FEATURES.value, WEIGHTS.value), keep, options())
     console.say(f"wrote statistics of {len(images)} images to {path}, {'with' if keep else 'without'} their features")
     return {
         "out": str(path),
@@ -145,19 +143,15 @@ def make_reference(out: str) -> dict:
 def score() -> dict:
     if SAMPLES.value is None or (REFERENCE.value is None and METRIC_NAMES.value != ["is"]):
         raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
-    from dit_jax.evaluate.scores import METRICS, evaluate
+    from dit_jax.evaluate.result_files import write_scores
+    from dit_jax.evaluate.scores import METRICS
 
     samples = local_path(SAMPLES.value)
     if not samples.exists():
         raise UserError(f"--samples={SAMPLES.value} does not exist; give an npz of images or a folder of dit_jax.sample")
     stem = samples.with_suffix("") if samples.suffix == ".npz" else samples
     path = result_path(OUT.value or f"{stem}.{FEATURES.value}.json")
-    result = evaluate(
-        SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), split=SPLIT.value, folder=resumable_path(path)
-    )
-    result["out"] = str(path)
-    if jax.process_index() == 0:
-        write_json(path, result)
+    result = write_scores(path, SAMPLES.value, REFERENCE.value, FEATURES.value, WEIGHTS.value, options(), SPLIT.value)
     for remark in result["remarks"]:
         console.say(remark)
     numbers = ", ".join(f"{name} {result[name]:.6g}" for name in METRICS if name in result)
@@ -168,23 +162,30 @@ def score() -> dict:
     return result
 
 
-USED = {
-    "table": {"format", "out"},
-    "make_reference": {"data", "split", "resolution", "channels", "keep_features", "features", "weights", "batch_size"},
-    "samples": {"reference", "split", "features", "weights", "metrics", "out", "batch_size"}
-    | {"kid_subset_size", "replicates", "level"},
+EXTRACTOR = {"split", "features", "weights", "batch_size", *processes.FLAGS}
+USES = {
+    "--table": {"table", "format", "out"},
+    "--make_reference": {"make_reference", "data", "resolution", "channels", "keep_features", *EXTRACTOR},
+    "--samples": {"samples", "reference", "metrics", "out", "kid_subset_size", "replicates", "level", *EXTRACTOR},
 }
 
 
-def check_flags(task: str) -> None:
-    """Raises UserError if a flag is given that the task, a key of USED, does not use."""
-    unused = dict.fromkeys(set().union(*USED.values()) - USED[task], f"--{task}")
+def check_flags() -> None:
+    """Raises a UserError for a flag without effect."""
+    tasks = {"samples": SAMPLES.value, "make_reference": MAKE_REFERENCE.value, "table": TABLE.value}
+    asked = [name for name, value in tasks.items() if value]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
+    task = asked[0] if asked else "samples"
+    command_line.check_uses(USES, f"--{task}")
+    unused: dict[str, str] = {}
     if task == "samples":
         wanted = set(METRIC_NAMES.value or ("fid", "kid"))
         given = f"--metrics={','.join(METRIC_NAMES.value or ())}"
         unused |= {} if "fid" in wanted else {"replicates": given, "level": given}
         unused |= {} if "kid" in wanted else {"kid_subset_size": given}
         unused |= {} if REPLICATES.value else {"level": "--replicates=0"}
+        unused |= {} if wanted & {"fid", "sfid", "precision", "recall", "kid"} else {"reference": given}
         unused |= {"split": "no --reference"} if REFERENCE.value is None else {}
     elif task == "make_reference" and DATA.value is not None:
         if DATA.value.endswith(".npz"):
@@ -197,10 +198,7 @@ def check_flags(task: str) -> None:
 
 
 def main() -> dict:
-    asked = [name for name, flag in (("samples", SAMPLES), ("make_reference", MAKE_REFERENCE), ("table", TABLE)) if flag.value]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
-    check_flags(asked[0] if asked else "samples")
+    check_flags()
     if TABLE.value:
         return make_table(TABLE.value)
     processes.join()

@@ -19,7 +19,7 @@ from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
 from dit_jax.evaluate.images import ArrayImages, Images, check_is_images, open_images, open_samples
 from dit_jax.evaluate.reference import Reference
-from dit_jax.evaluate.snapshots import Snapshots, remove
+from dit_jax.evaluate.snapshots import Snapshots
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
 from dit_jax.metrics import bootstrap
 from dit_jax.metrics import kernel_distance as kernels
@@ -161,7 +161,8 @@ def evaluate(
             Score.
         features, weights: name and weights file of the extractor.
         split: of the reference, if it is a data set; None for all of it.
-        folder: for snapshots, from which an interrupted evaluation resumes; deleted at the end. None writes no snapshots.
+        folder: for snapshots, from which an interrupted evaluation resumes; remove it once the result is written. None writes
+            no snapshots.
         processes: see `extract`; all of several processes must call this, and all get the result.
     Raises:
         UserError: a file cannot be read, a metric is not possible, or the reference is not comparable.
@@ -191,8 +192,6 @@ def evaluate(
             features=others.features, recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256}
         )
     result, more = compute(metrics, extracted, against, options)
-    if folder is not None and (processes or (jax.process_index(), 0))[0] == 0:
-        remove(folder)
     return {
         **result,
         "features": features,

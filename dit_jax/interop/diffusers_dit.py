@@ -18,8 +18,9 @@ import numpy as np
 from dit_jax.errors import UserError
 from dit_jax.interop.official import POSITION, Architecture
 from dit_jax.interop.tensors import Tensor, Tensors, write_safetensors
-from dit_jax.storage.atomic import write_json
+from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import read_json
+from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -116,6 +117,9 @@ def write(folder: str | os.PathLike, tensors: Tensors, architecture: Architectur
     Args:
         tensors: with official names.
         sample_size: side of the network's input.
+
+    Raises:
+        UserError: diffusers' module does not support the network; the folder holds other files; another command is writing it.
     """
     folder = local_path(folder)
     if architecture.mlp_width != 4 * architecture.width:
@@ -123,10 +127,14 @@ def write(folder: str | os.PathLike, tensors: Tensors, architecture: Architectur
             f"the MLP has width {architecture.mlp_width}, but diffusers' module supports only 4 x width = "
             f"{4 * architecture.width}; write --to=official instead"
         )
-    write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
     # The paper's code uses 1e-6 in every norm.
     config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
-    write_json(folder / "config.json", config, indent=2)
+    with claim(folder, "writing weights", "--out"):
+        remove_leftovers(folder, WEIGHTS_NAME, "config.json")
+        if strange := sorted({path.name for path in folder.iterdir()} - {LOCK, WEIGHTS_NAME, "config.json"}):
+            raise UserError(f"--out={folder} holds {strange[0]}; give an empty folder, or one that does not exist")
+        write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
+        write_json(folder / "config.json", config, indent=2)
 
 
 def find_weights(path: str | os.PathLike) -> Path:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from dit_jax.errors import UserError
 from dit_jax.interop.pt_reader import is_pt
 from dit_jax.runtime import console
-from dit_jax.storage.atomic import commit, resumable_path, write_atomic
+from dit_jax.storage.atomic import commit, remove_leftovers, resumable_path, write_atomic
 from dit_jax.storage.bounded import read_json
+from dit_jax.storage.claim import claim_file, lock_of
 from dit_jax.storage.sealed import sha256_of
 
 CACHE = Path("~/.cache/dit_jax/weights")  # of files that a config names, such as the codec sd-vae-ft-mse
@@ -101,15 +102,20 @@ def download(published: Published, path: Path, progress: Callable[[int, int], No
     Raises:
         UserError: the connection failed or broke; the server refused or sent something else; size or hash are wrong.
     """
-    digest = _check(published, path, path) if path.exists() else _download(published, path, progress)
-    record = f"{digest}  {path.name}\n"
-    if not _record(path).exists() or _record(path).read_text() != record:  # the folder may be read-only by now
-        write_atomic(_record(path), record)
+    state = _state(resumable_path(path))
+    if path.exists() and not (state.exists() or lock_of(path).exists()):
+        digest = _check(published, path, path)
+        if _record(path).exists() and _record(path).read_text() == _recorded(digest, path):
+            return digest  # nothing is written: the folder may be read-only by now
+    with claim_file(path, "downloading", "--weights", wait=True):
+        remove_leftovers(path.parent, state.name, _record(path).name)
+        digest = _check(published, path, path) if path.exists() else _download(published, path, progress)
+        state.unlink(missing_ok=True)
+        write_atomic(_record(path), _recorded(digest, path))
     return digest
 
 
 def _download(published: Published, path: Path, progress) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = resumable_path(path)
     try:
         _fetch(published.url, partial, progress)
@@ -122,12 +128,19 @@ def _download(published: Published, path: Path, progress) -> str:
         )
     digest = _check(published, partial, path)
     commit(partial, path)
-    partial.with_name(partial.name + ".json").unlink(missing_ok=True)
     return digest
+
+
+def _state(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json")
 
 
 def _record(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+def _recorded(digest: str, path: Path) -> str:
+    return f"{digest}  {path.name}\n"
 
 
 def _check(published: Published, file: Path, path: Path) -> str:
@@ -146,7 +159,7 @@ def _check(published: Published, file: Path, path: Path) -> str:
 
 def _fetch(url: str, partial: Path, progress):
     """Downloads the part of the file at `url` that `partial` does not have yet, and appends it."""
-    state = partial.with_name(partial.name + ".json")
+    state = _state(partial)
     have, validator = 0, ""
     if partial.exists() and state.exists():
         stored = read_json(state, "delete it", {"url": str, "validator": str})
@@ -163,6 +176,8 @@ def _fetch(url: str, partial: Path, progress):
                 have = 0
             total = _total(response, have)
             validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+            if not have:  # the bytes of another file must not get the validator of this one
+                partial.unlink(missing_ok=True)
             write_atomic(state, json.dumps({"url": url, "validator": validator, "total": total}))
             done = _append(response, partial, have, total, progress)
     except urllib.error.HTTPError as error:

@@ -20,9 +20,9 @@ from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
 from dit_jax.interop import download
 from dit_jax.runtime import console
-from dit_jax.storage.atomic import replacing, write_json
+from dit_jax.storage.atomic import remove_leftovers, replacing, write_json
 from dit_jax.storage.bounded import read_json
-from dit_jax.storage.claim import claim
+from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -134,12 +134,13 @@ def fetch_published(name: str, folder: Path) -> str:
         UserError: see `download`.
     """
     published, path = download.PUBLISHED[name], folder / WEIGHTS_NAME
-    if path.exists() and (folder / "config.json").exists():
+    if path.exists() and (folder / "config.json").exists() and not (folder / LOCK).exists():
         return download.download(published, path)
     with claim(folder, "downloading", "folder", wait=True):
         if not path.exists():
             console.say(f"{name}: {published.url} -> {path}")
         digest = download.download(published, path, download.byte_progress(name))
+        remove_leftovers(folder, "config.json")
         if not (folder / "config.json").exists():
             _write_config(folder, KLVAE())  # the sizes and the scale of Stable Diffusion's
     return digest

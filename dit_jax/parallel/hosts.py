@@ -1,6 +1,9 @@
 """Joins the processes of a multi-host run and lets them communicate."""
 
+import glob
 import os
+import re
+import sys
 from collections import deque
 from collections.abc import Mapping
 
@@ -11,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.errors import UserError
 
+VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")  # options of JAX that the detection of SLURM sets
 # A day: at the end each process waits for the others, and the first process may still score for hours. A process that died is
 # detected by missing heartbeats, after 100 s.
 SHUTDOWN_SECONDS = 86_400
@@ -19,7 +23,9 @@ SHUTDOWN_SECONDS = 86_400
 def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes of this run, if there are any; call before anything else uses JAX.
 
-    Without arguments the cluster is detected (TPU pod, GKE, SLURM, Open MPI); on a single machine nothing happens.
+    Without arguments the cluster is detected (TPU pod, GKE, SLURM, Open MPI); on a single machine nothing happens, nor if an
+    engine such as Ray has joined them already. On SLURM and Open MPI, JAX gives each task one GPU. Here a task that is the only
+    one on its node, or sees one GPU alone, keeps all that it sees.
 
     Raises:
         UserError: only some of the three arguments are given; they are inconsistent; or a cluster was detected, but its processes
@@ -37,8 +43,11 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             raise UserError(f"--process_id={process_id} must lie in 0 to num_processes - 1 = {num_processes - 1}")
         if not coordinator_address.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator_address={coordinator_address} must be host:port, for example 10.0.0.1:1234")
+    if jax.distributed.is_initialized():
+        return
     # JAX's own handler would swallow every SIGTERM, so that only SIGKILL could end a process. `SharedFlag` replaces it.
     jax.config.update("jax_enable_preemption_service", False)
+    visible = {name: jax.config.values[name] for name in VISIBLE}  # flags, which are no attributes
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator_address,
@@ -50,7 +59,42 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         alone = str(error) == "coordinator_address should be defined." and not missing_steps(os.environ)
         if not alone:
             raise UserError(f"the processes of this run cannot be joined: {error} {missing_steps(os.environ)}".strip()) from error
-        # JAX detected no cluster: this is the only process.
+        return  # JAX detected no cluster: this is the only process.
+    if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        tasks, gpus = tasks_on_node(os.environ), visible_gpus(os.environ)
+        if tasks == 1 or gpus == 1:
+            for name, value in visible.items():
+                jax.config.update(name, value)
+        elif tasks and gpus > tasks:
+            mine = jax.config.values[VISIBLE[0]]
+            print(
+                f"note: this process uses GPU {mine}, 1 of {gpus}, and the {tasks} tasks of this node {tasks} of them; start a "
+                "task per GPU, or one per node, which uses all",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def tasks_on_node(environment: Mapping[str, str]) -> int:
+    """Number of this job's tasks on this node, by the environment of SLURM or Open MPI; 0 if it does not say."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    if environment.get("SLURM_NTASKS") == "1":
+        return 1
+    counts: list[int] = []  # of each node, as in "2(x3),1"
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = environment.get("SLURM_NODEID", "0")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else 0
+
+
+def visible_gpus(environment: Mapping[str, str]) -> int:
+    """Number of the NVIDIA GPUs that this process sees, without starting them."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() and name.strip() != "-1"])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def missing_steps(environment: Mapping[str, str]) -> str:
@@ -84,6 +128,15 @@ def wait_for_all(what: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
+
+
+def greatest(number: int) -> int:
+    """The maximum over all processes, which call this together."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 class SharedFlag:

@@ -55,6 +55,26 @@ SIZES = flags.DEFINE_list("table_sizes", [], "Models of the table, as in S/2,XL/
 TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size of the table.")
 
 
+RUN = {"config", command_line.CONFIG_FIELD, "topology", "resident_rows"}
+USES = {
+    "--models": {"models"},
+    "--table": {"table", "table_sizes", "table_batch_size"},
+    "--search": {*RUN, "search", "search_batch_sizes", "search_microbatches", "search_remats", "search_max_compiles"},
+    "no --search": {*RUN, "sampler", "traffic"},
+}
+
+
+def check_flags() -> None:
+    """Raises a UserError if nothing is chosen, or for a flag without effect."""
+    if not (MODELS.value or TABLE.value or CONFIG.given):
+        raise UserError(
+            "choose what to plan: --models prints the table of models, --config=<name or file> with "
+            "--topology=v5p:4x4x4 plans a run"
+        )
+    chosen = "--models" if MODELS.value else "--table" if TABLE.value else "--search" if SEARCH.value else "no --search"
+    command_line.check_uses(USES, chosen)
+
+
 def cost(config) -> dict:
     """Counts the cost of a config's network from shapes and architecture, without creating arrays."""
     from dit_jax.build import Run
@@ -164,16 +184,14 @@ def print_table() -> dict:
 
 
 def main() -> dict:
+    check_flags()
     if MODELS.value:
         return print_models()
     if TABLE.value:
         return print_table()
-    if not CONFIG.given:
-        raise UserError(
-            "choose what to plan: --models prints the table of models, --config=<name or file> with "
-            "--topology=v5p:4x4x4 plans a run"
-        )
     config = CONFIG.read()
+    if RESIDENT_ROWS.value and not config.loader.get("resident"):
+        raise UserError(f"--resident_rows={RESIDENT_ROWS.value} has no effect without --config.loader.resident=true; omit it")
     from dit_jax.programs import topology
 
     place = topology.find(TOPOLOGY.value)

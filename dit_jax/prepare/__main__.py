@@ -88,4 +88,4 @@ def main() -> dict:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and an accelerator may be in use
-    console.run(main, continues=True)
+    console.run(main, continues=True, phase="preparing")

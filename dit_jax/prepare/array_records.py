@@ -1,6 +1,7 @@
 """Writes a TFDS data set of ArrayRecord shards (records, shards, metadata) without TensorFlow."""
 
 import contextlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def write_metadata(
     captions: bool,
     size: tuple[int, int] | None,
 ) -> None:
-    """Writes TFDS's metadata of the shards in <data_dir>/<dataset>/<version>; overwrites that of an earlier call.
+    """Writes TFDS's metadata of the shards in <data_dir>/<dataset>/<version>; replaces that of an earlier call.
 
     Features: "image"; "label" if there are class names; "caption" (Text) if `captions`.
 
@@ -138,7 +139,21 @@ def write_metadata(
         )
         for name, shards in sorted(splits.items())
     ]
-    with writing(folder):
-        tfds.folder_dataset.write_metadata(
-            data_dir=str(folder), features=tfds.features.FeaturesDict(features), split_infos=infos, check_data=False
-        )  # the check reads with TensorFlow
+    with writing(folder):  # TFDS writes its files in place; here they appear by rename
+        partial = partial_path(folder / "metadata")
+        try:
+            partial.mkdir()
+            names = {shard_path(partial, dataset, name, 0, len(shards)) for name, shards in splits.items()}
+            for shard in names:  # TFDS looks for one
+                shard.touch()
+            tfds.folder_dataset.write_metadata(
+                data_dir=str(partial),
+                features=tfds.features.FeaturesDict(features),
+                split_infos=infos,
+                version=folder.name,
+                check_data=False,  # the check reads with TensorFlow
+            )
+            for file in sorted(set(partial.iterdir()) - names):
+                commit(file, folder / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

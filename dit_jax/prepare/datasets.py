@@ -30,9 +30,9 @@ from dit_jax.errors import UserError
 from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
 from dit_jax.runtime import console
-from dit_jax.storage.atomic import is_partial, remove_leftovers, write_atomic, write_json
+from dit_jax.storage.atomic import remove_leftovers, write_atomic, write_json
 from dit_jax.storage.bounded import check_form, read_json
-from dit_jax.storage.claim import LOCK, claim
+from dit_jax.storage.claim import claim, strange_names
 from dit_jax.storage.paths import local_path
 
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
@@ -40,6 +40,9 @@ PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the ti
 SIZED = 512  # number of records whose mean size determines the number of shards
 MAX_SHARDS = 99_999  # a shard's name has five digits
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+OWN = re.compile(
+    r".*\.array_record-\d{5}-of-\d{5}|preparation\.json|bad_records\.txt|(dataset_info|features)\.json|.*labels\.txt"
+)
 SHARD_FORM = {"records": int, "bytes": int, "bad": [[str]]}
 SPLIT_FORM = {"source": str, "images": int, "seed": int, "shard_bytes": int, "order": str, "mean_bytes": int, "shards": [object]}
 PLAN_FORM = {"resolution": object, "captions": bool, "class_names": [str], "splits": {}, "complete": bool}
@@ -188,14 +191,14 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
             raise UserError(
                 f"split={split!r} must be lower-case letters, digits and _, starting with a letter, and not 'all': train"
             )
+    sources = {} if request.folder.exists() else _opened(paths, class_names_file)  # what is refused leaves no folder
     with claim(request.folder, "writing shards", "--dataset or --out"):
         plan = _read_plan(request.folder)
-        class_names = tuple(plan["class_names"]) if plan else None
-        sources: dict[str, Files] = {}
-        for split, path in paths.items():
-            sources[split] = open_source(path, class_names_file, class_names)
-            class_names = sources[split].class_names
-            console.say(f"{split}: {len(sources[split]):,} images of {len(class_names) or 'no'} classes in {path}")
+        remove_leftovers(request.folder)
+        if plan or not sources:
+            sources = _opened(paths, class_names_file, tuple(plan["class_names"]) if plan else None)
+        for split, source in sources.items():
+            console.say(f"{split}: {len(source):,} images of {len(source.class_names) or 'no'} classes in {paths[split]}")
         plan = _planned(request, plan, sources)
         missing = {split: _missing(request, plan, split) for split in sources}
         if plan["complete"] and not any(missing.values()):
@@ -209,13 +212,21 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
         return _verified(request, plan)
 
 
+def _opened(paths: dict[str, str], class_names_file: str, class_names: tuple[str, ...] | None = None) -> dict[str, Files]:
+    """The source of every split. The first determines the classes, unless `class_names` does."""
+    sources: dict[str, Files] = {}
+    for split, path in paths.items():
+        sources[split] = open_source(path, class_names_file, class_names)
+        class_names = sources[split].class_names
+    return sources
+
+
 def _read_plan(folder: Path) -> dict | None:
     file, remedy = folder / PLAN, f"remove {folder} and start again"
     try:
         plan = read_json(file, remedy, {"format": int})
     except FileNotFoundError:
-        strange = [entry.name for entry in folder.iterdir() if entry.name != LOCK and not is_partial(entry.name)]
-        if strange:
+        if strange := strange_names(folder, re.compile("")):
             raise UserError(
                 f"{folder} contains {_some(strange)} but no {PLAN}: it was not written by this command; give another --dataset"
             ) from None
@@ -223,6 +234,10 @@ def _read_plan(folder: Path) -> dict | None:
     if plan["format"] != FORMAT:
         raise UserError(f"{file} has format {plan['format']}, not {FORMAT}; {remedy}")
     check_form(plan, PLAN_FORM, str(file), remedy)
+    if not plan["complete"] and (strange := strange_names(folder, OWN)):
+        raise UserError(
+            f"{folder} contains {_some(strange)}, which this command did not write: remove it, or give another --dataset"
+        )
     for split, facts in plan["splits"].items():
         if not NAME.fullmatch(split):  # a name of files
             raise UserError(f"{file} has a split {split!r}; {remedy}")
@@ -309,7 +324,6 @@ def _missing(request: Request, plan: dict, split: str) -> list[int]:
 
 
 def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) -> None:
-    remove_leftovers(request.folder)
     needed = 0
     for split, numbers in missing.items():
         facts = plan["splits"][split]

@@ -9,6 +9,7 @@ from absl import logging
 from dit_jax.errors import UserError
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.run_folder import SCORES
+from dit_jax.training import starts
 from dit_jax.training.records import curve, read_lines
 
 DENOISING, REAL = "_denoising.png", "real.png"  # in `samples/`, see `pictures`
@@ -24,6 +25,7 @@ class Collected:
         curves: [(step, value)] by metric: `METRICS`, and "fid" of the scores during training.
         wall_seconds, goodput: of the last start.
         result: the entries of result.json.
+        starts: those of the log of starts, in order.
         previews: [(step, picture)] in order; all have the same seed and labels.
         final: picture of the final samples or reconstructions.
         denoising, real: pictures of `pictures`.
@@ -35,6 +37,7 @@ class Collected:
     wall_seconds: float | None
     goodput: float | None
     result: dict[str, Any]
+    starts: list[dict[str, Any]]
     previews: list[tuple[int, Path]]
     final: Path | None
     denoising: Path | None
@@ -73,6 +76,7 @@ def read(folder: Path) -> Collected:
         wall_seconds=wall[-1]["wall_seconds"] if wall else None,
         goodput=wall[-1].get("goodput") if wall else None,
         result=result,
+        starts=starts.read(folder),
         previews=[(int(file.stem), file) for file in sorted(samples.glob("*.png")) if file.stem.isdigit()],
         final=final if final.is_file() else None,
         denoising=denoising[-1] if denoising else None,

@@ -37,7 +37,7 @@ def write(folder: Path) -> Path:
     """
     file, page = folder / FILE, text(read(folder))
     try:
-        write_atomic(file, page)
+        write_atomic(file, page.encode("utf-8", "backslashreplace"))  # paths and names may hold bytes that are not UTF-8
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); make the folder writable") from None
     return file
@@ -139,4 +139,30 @@ def _facts(run: Collected) -> str:
     }
     known = parts.facts({name: value for name, value in values.items() if value})
     config = parts.facts({k: "none" if v is None else v for k, v in flatten(run.config).items() if k != "imports"})
-    return known + parts.details("Config", config)
+    return known + _starts(run) + parts.details("Config", config)
+
+
+def _starts(run: Collected) -> str:
+    """A table of the starts; "" for a run that has no log of them."""
+    rows = []
+    for number, start in enumerate(run.starts, 1):
+        last = number == len(run.starts)
+        ended = start.get("ended", "killed, or still running" if last else "killed")
+        cells = (
+            _date(start.get("began")),
+            start.get("host", ""),
+            start.get("devices", ""),
+            f"{start.get('first_step', '')} to {start.get('last_step', '?')}",
+            ended if "status" not in start else f"{ended} (status {start['status']})",
+        )
+        rows.append([html.escape(str(cell)) for cell in cells])
+    return (
+        parts.details(f"Starts: {len(rows)}", parts.table(("Began", "Host", "Devices", "Steps", "Ended"), rows)) if rows else ""
+    )
+
+
+def _date(seconds: Any) -> str:
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "?"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.errors import UserError
+from dit_jax.storage.atomic import replacing
 
 INK, GRID, PAGE = "#1c1c1b", "#dededc", "#fefefd"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -201,13 +202,13 @@ def _log_label(value: float, _) -> str:
 
 
 def save(figure, folder: Path, name: str) -> list[Path]:
-    """Writes the figure as PNG, SVG and PDF."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the figure as PNG, SVG and PDF, each atomically."""
     paths = []
     for suffix in FORMATS:
         path = folder / f"{name}.{suffix}"
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
-        figure.savefig(path, metadata=dates)
+        with replacing(path) as partial:
+            figure.savefig(partial, format=suffix, metadata=dates)
         paths.append(path)
     return paths
 

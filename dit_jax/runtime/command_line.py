@@ -7,12 +7,12 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
 
-from dit_jax.errors import nearest
+from dit_jax.errors import UserError, nearest
 from dit_jax.runtime.field_values import whole_number
 
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
@@ -41,6 +41,20 @@ def know_fields(paths: Callable[[], Iterable[str]]) -> None:
     paths: of the fields of the given config, such as "optimizer.learning_rate"; it may raise a UserError.
     """
     _paths_of_config.append(paths)
+
+
+def check_uses(uses: Mapping[str, Iterable[str]], mode: str) -> None:
+    """Raises a UserError if a flag is given that the chosen mode of a verb does not use.
+
+    Args:
+        uses: {mode, as the message names it: the flags that it uses}; a flag in none of them belongs to every mode.
+        mode: a key of `uses`.
+    """
+    for name in sorted({name for names in uses.values() for name in names} - set(uses[mode])):
+        if flags.FLAGS[name].present:
+            values = flags.FLAGS[name].value
+            shown = f"config.{values[0]}" if name == CONFIG_FIELD and values else name
+            raise UserError(f"--{shown} has no effect with {mode}; omit it")
 
 
 def verb_of(program: str) -> str:

@@ -1,20 +1,22 @@
 """Output of the verbs: text and progress on stderr, one JSON object as the last line of stdout, and the exit status."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
 
-from dit_jax.errors import Failure, UserError
-from dit_jax.runtime import command_line, user_code
+from dit_jax.errors import Failure, TemporaryFailure, UserError
+from dit_jax.runtime import command_line, phases, user_code, watchdog
 from dit_jax.runtime.host_memory import reuse_freed_memory
 from dit_jax.runtime.signals import STOPPED_STATUS, end_at_once
 
@@ -22,6 +24,8 @@ if typing.TYPE_CHECKING:
     from tqdm import tqdm
 
 flags.disclaim_key_flags()  # --help lists --import as the verb's own
+
+EXIT_SECONDS = 5.0  # from the end of a failed verb to the end of its process
 
 _bars: "weakref.WeakSet[tqdm]" = weakref.WeakSet()  # progress bars on the terminal
 
@@ -89,6 +93,8 @@ class Progress:
         self._bar = progress_bar(what, total)
 
     def update(self, done: int) -> None:
+        """Shows that so many are done. It is also a sign of life for the watchdog."""
+        phases.beat()
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             if done >= self.total:
@@ -120,17 +126,40 @@ def _leave(status: int):
             child.terminate()
         sys.stdout.flush()
         os._exit(status)
+    end_soon(status)
     sys.exit(status)
 
 
-def run(main: Callable[[], dict], continues: bool = False) -> None:
+@contextlib.contextmanager
+def watched(phase: str) -> Iterator[None]:
+    """Ends the process if its `Progress` stands still for too long; does nothing without a phase."""
+    if not phase:
+        yield
+        return
+    with watchdog.Watchdog(watchdog.DEFAULT_SECONDS), phases.phase(phase):
+        yield
+
+
+def end_soon(status: int) -> None:
+    """Ends the process EXIT_SECONDS after its main thread: Python waits for threads, which may wait for a dead disk."""
+
+    def end():
+        threading.main_thread().join()
+        time.sleep(EXIT_SECONDS)
+        sys.stdout.flush()
+        os._exit(status)
+
+    threading.Thread(target=end, name="end soon", daemon=True).start()
+
+
+def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> None:
     """Runs a verb: imports what --import names, then calls main(), which returns a dict, printed as the last line of stdout.
 
     Exit status: 0 when all is done; 75 (STOPPED_STATUS), on every process, when the result says `stopped`, that is when a
     signal ended the work early with everything saved. With `continues`, a signal that comes while there is nothing to save ends
     the verb at once with 75, see `signals`; without, it has its usual effect. A UserError becomes one or two lines on stderr
-    and exit status 2, without a stack trace; of several processes it says which. JAX ends the others: at once where the first
-    failed, which they all talk to, else within 100 s.
+    and exit status 2, without a stack trace, and a TemporaryFailure one line and 75; of several processes it says which. JAX ends
+    the others: at once where the first failed, which they all talk to, else within 100 s.
     """
 
     if continues:
@@ -144,27 +173,37 @@ def run(main: Callable[[], dict], continues: bool = False) -> None:
                 raise UserError(command_line.explain_argument(argv[1]))
             from dit_jax.runtime import compilation_cache, platforms
 
+            if note := platforms.unused_gpu():
+                print(note, file=sys.stderr, flush=True)
             platforms.leave_out_tpu()
             platforms.check()
             compilation_cache.use()
             user_code.import_all(flags.FLAGS["import"].value or ())
-            result = main()
+            with watched(phase):
+                result = main()
         except UserError as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
             _leave(command_line.USER_ERROR_STATUS)
         except Failure as error:
             print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
             _leave(1)
+        except TemporaryFailure as error:
+            print(f"error: {_which()}{error}", file=sys.stderr, flush=True)
+            _leave(STOPPED_STATUS)
         except Exception as error:
+            watchdog.wait_if_ending()
             from dit_jax.runtime import platforms
 
             if said := platforms.explain(error):
                 print(f"error: {said}", file=sys.stderr, flush=True)
                 _leave(command_line.USER_ERROR_STATUS)
             if not _which():
+                end_soon(1)
                 raise
             traceback.print_exc()
             print(f"error: {_which()}failed with the error above", file=sys.stderr, flush=True)
+            if silent := watchdog.silent_peers():
+                print(f"error: {_which()}{silent}", file=sys.stderr, flush=True)
             _leave(1)
         import jax
 

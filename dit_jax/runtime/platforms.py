@@ -41,6 +41,16 @@ def check() -> None:
             raise UserError(f"this machine has no TPU; start a TPU VM, {remedy}")
 
 
+def unused_gpu() -> str | None:
+    """A line for a machine with an NVIDIA GPU and a JAX that cannot use it; None where it can, or if platforms are requested."""
+    if requested() or not _has_nvidia() or any(plugin.startswith(CUDA_PLUGIN) for plugin in _plugins()):
+        return None
+    return (
+        "note: this machine has an NVIDIA GPU, and this JAX does not support CUDA, so the CPU is used; "
+        'pip install -U "jax[cuda13]", or set JAX_PLATFORMS=cpu'
+    )
+
+
 def explain(error: Exception) -> str | None:
     """JAX's error that a platform does not start as one line with a remedy; None for another error."""
     text = " ".join(str(error).split())

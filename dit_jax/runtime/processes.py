@@ -6,6 +6,8 @@ from dit_jax.runtime import command_line
 
 flags.disclaim_key_flags()  # --help lists them as the verb's own
 
+FLAGS = ("coordinator_address", "num_processes", "process_id")
+
 
 def define_flags() -> None:
     """Defines --coordinator_address, --num_processes and --process_id, for a verb that calls `join`."""

@@ -7,6 +7,7 @@ A verb that continues where it was stopped begins with `end_at_once`: while ther
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,9 @@ from absl import logging
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: no error; the same command resumes, and launch/ starts it again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# Called with (why, exit status) before the process ends without leaving its contexts, as by a signal or the watchdog.
+before_exit: list[Callable[[str, int], object]] = []
 
 
 def end_at_once() -> None:
@@ -28,6 +32,8 @@ def end_at_once() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     _write(number, "stopped; the same command goes on")
+    for tell in before_exit:
+        tell(signal.Signals(number).name, STOPPED_STATUS)
     for child in multiprocessing.active_children():  # the data loader's
         child.kill()
     os._exit(STOPPED_STATUS)
@@ -47,6 +53,7 @@ class StopSignal:
     thread.
 
     unsaved: whether there is something to save. While it is False, and after `end_at_once`, the first signal ends the process.
+    on_request: called in the handler of the first signal; it must be safe there.
 
     With several processes, a signal to one stops all at the same step. A cluster signals its hosts seconds apart, so every host
     may still receive its first signal after it has started to stop. That signal does not end the process, not even after the
@@ -55,6 +62,7 @@ class StopSignal:
 
     def __init__(self, unsaved: bool = True):
         self.unsaved = unsaved
+        self.on_request: Callable[[], None] | None = None
         self._asked = self._stopping = False
         self._previous = {}
         self._agreement: Any = None
@@ -80,6 +88,11 @@ class StopSignal:
             # None stands for a handler installed by C code, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process has received a signal."""
+        return self._asked
+
     def requested(self, step: int) -> bool:
         """True from the step at which to save and stop; it is the same step on all processes.
 
@@ -102,4 +115,6 @@ class StopSignal:
             foreign = callable(handler) and handler not in (signal.default_int_handler, _end)
             signal.signal(other, handler if foreign else signal.SIG_DFL)
         self._asked = True
+        if self.on_request is not None:
+            self.on_request()
         _write(number, "saving and stopping; a second signal ends the process immediately")

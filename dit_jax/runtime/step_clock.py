@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from dit_jax.runtime import phases
+
 IN_FLIGHT = 2  # steps dispatched but not finished: one that runs and one that is ready to follow
 KINDS = ("init", "compile", "data", "checkpoint", "preview", "scoring", "other")
-UNWATCHED = ("compile", "preview", "scoring")  # these may take any time; the watchdog ignores them
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class StepClock:
 
     def __init__(self):
         self.begin = time.monotonic()
-        self.alive_at = None  # when something last finished; None while no step is expected
         self._finished: list[Finished] = []
         self._step, self._at = 0, self.begin
         self._spans, self._queue, self._error = [], queue.SimpleQueue(), None
@@ -61,16 +61,13 @@ class StepClock:
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
-        """Records the time of the block as host time of `kind`."""
-        start, watched = time.monotonic(), self.alive_at is not None
-        if kind in UNWATCHED:
-            self.alive_at = None
+        """Records the time of the block as host time of `kind`, which is also the watchdog's phase; "other" counts as "step"."""
+        start = time.monotonic()
         try:
-            yield
+            with phases.phase("step" if kind == "other" else kind):
+                yield
         finally:
             self._spans.append((kind, start, time.monotonic()))
-            if watched:
-                self.alive_at = time.monotonic()
 
     def dispatched(self, step: int, when: float, output: jax.Array) -> None:
         """Records that a step was dispatched.
@@ -84,8 +81,6 @@ class StepClock:
             self._step = step - 1
             self._thread = threading.Thread(target=self._watch, name="step clock", daemon=True)
             self._thread.start()
-        if self.alive_at is None:
-            self.alive_at = when
         spans, self._spans = self._spans, []
         self._queue.put((step, when, output, spans))
 
@@ -129,7 +124,6 @@ class StepClock:
         return self
 
     def __exit__(self, exc_type, *rest):
-        self.alive_at = None
         if self._thread is not None:
             self._queue.put(None)
             if exc_type is None:
@@ -157,9 +151,8 @@ class StepClock:
                 self._productive += at - max(when, self._at)
                 self._idle += idle
                 self._step, self._at = step, at
-                if self.alive_at is not None:
-                    self.alive_at = at
                 self._changed.notify_all()
+            phases.beat("step")
             first, output, item = False, None, None
 
     def _idle_until(self, when: float, spans, first: bool) -> Counter:

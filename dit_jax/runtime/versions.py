@@ -6,12 +6,17 @@ Files keep what these functions return and are compared with it later. Neither k
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import dit_jax
+from dit_jax.errors import UserError
 
+RANDOM = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64")
+PRECISION = "jax_default_matmul_precision"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -41,6 +46,32 @@ def arithmetic() -> dict:
     """{"device", "matmul_precision"}: what, besides versions, decides how this process rounds."""
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # JAX adds it when it is imported
     return {"device": device_kind(), "matmul_precision": precision}
+
+
+def random_settings() -> dict:
+    """{option of JAX: its value} of the options that decide which random numbers a key gives, and in which precision."""
+    return {name: getattr(jax.config, name) for name in RANDOM}
+
+
+def numeric_settings() -> dict:
+    """`random_settings`, and the precision of products of matrices: what the numbers of a run depend on, besides its config."""
+    return {**random_settings(), PRECISION: getattr(jax.config, PRECISION)}
+
+
+def check_numeric_settings(stored: Mapping[str, Any], what: str) -> None:
+    """Raises a UserError if this process has other `numeric_settings` than those stored.
+
+    stored: earlier ones; a setting that is not among them is not compared.
+    what: whose they are, for the message: "the run in runs/digits".
+    """
+    now = numeric_settings()
+    changed = [name for name in now if name in stored and stored[name] != now[name]]
+    if changed:
+        lines = [f"{name}: {stored[name]!r} -> {now[name]!r} (its environment variable is {name.upper()})" for name in changed]
+        raise UserError(
+            f"{what} was trained with other settings of JAX, which change its numbers; set them as before, or give a new "
+            "--workdir. Different:\n  " + "\n  ".join(lines)
+        )
 
 
 def provenance() -> dict:

@@ -111,10 +111,23 @@ def interval() -> list[float] | None:
         raise UserError(f"--guidance_interval={given}: give two times, as in 0.2,0.7") from None
 
 
-def main() -> dict:
-    source = WORKDIR.value or WEIGHTS.value
-    if source is None or (WORKDIR.value and WEIGHTS.value):
+USES = {
+    "--workdir": {"workdir", "step", "average"},
+    "--weights": {"weights"},
+}
+
+
+def check_flags() -> None:
+    """Raises a UserError for a flag that is missing or without effect. `Pipeline` finds the options without effect."""
+    if (WORKDIR.value is None) == (WEIGHTS.value is None):
         raise UserError("give one of --workdir=<folder of a run of dit_jax.main> and --weights=<file of dit_jax.convert>")
+    command_line.check_uses(USES, "--workdir" if WEIGHTS.value is None else "--weights")
+
+
+def main() -> dict:
+    check_flags()
+    source = WORKDIR.value or WEIGHTS.value
+    assert source is not None  # see `check_flags`
     labels, sampler_fields, guidance_interval = chosen_labels(), fields_of_sampler(), interval()
     processes.join()
     from dit_jax.pipeline import Pipeline
@@ -149,4 +162,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main, continues=True)
+    console.run(main, continues=True, phase="sampling")

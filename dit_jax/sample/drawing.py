@@ -98,7 +98,7 @@ def draw(
     Args:
         generator: on the `drawing_mesh`, as are params, constants and weak_params.
         params, weak_params: of `weights.cast_for_inference`.
-        requests: host arrays [num_images, ...], as `Conditioner.from_requests` returns them. The labels are stored with the
+        requests: host arrays [num_images, ...], as `DiffusionTask.requests` returns them. The labels are stored with the
             images, as zeros if there are none.
         made_by: all other settings that the images depend on, including the weights' fingerprints; JSON values.
         replace: replaces samples that were drawn with other settings; False refuses them.
@@ -109,7 +109,7 @@ def draw(
             out of range.
         NotFinite: an image is not finite; finished shards are kept.
     """
-    out, requests = local_path(out), generator.task.conditioner.from_requests(dict(requests))
+    out, requests = local_path(out), generator.task.requests(requests)
     if SHARD_IMAGES % generator.chunk_size:
         raise UserError(f"chunk_size is {generator.chunk_size}; it must divide {SHARD_IMAGES}, the images of a shard")
     start = time.monotonic()

@@ -14,7 +14,7 @@ from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import path_name
 from dit_jax.sample.generator import Generator, has_replicated_params
-from dit_jax.storage.atomic import replacing_folder, write_json
+from dit_jax.storage.atomic import remove_leftovers, replacing_folder, write_json
 from dit_jax.storage.paths import local_path
 
 PROGRAM, WEIGHTS, MADE_BY = "sampler.stablehlo", "weights.npz", "made_by.json"
@@ -67,6 +67,7 @@ def write(
     )
     known = {"rows": rows, "image_shape": list(generator.image_shape), "platform": exported.platforms[0]}
     try:
+        remove_leftovers(path.parent, path.name)
         with replacing_folder(path) as folder:
             (folder / PROGRAM).write_bytes(exported.serialize())
             np.savez(folder / WEIGHTS, **weights)

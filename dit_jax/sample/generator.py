@@ -304,7 +304,7 @@ class Generator:
             UserError: a request is out of range.
             NotFinite: an image is not finite.
         """
-        requests, size = self.task.conditioner.from_requests(dict(requests)), self.batch_size
+        requests, size = self.task.requests(requests), self.batch_size
         progress = Progress("sampling", num_images)
         indices = np.arange(num_images, dtype=np.int32) if indices is None else indices
         images = []

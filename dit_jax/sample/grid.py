@@ -105,7 +105,11 @@ def _wrapped(text: str, font, width: int) -> list[str]:
 
 
 def label_names(labels: Iterable[int], num_classes: int, class_names: Sequence[str] = ()) -> list[str]:
-    """The name of each label: of `class_names` if there is one for each class, else the number; "none" of the null label."""
+    """The name of each label: of `class_names` if there is one for each class, else the number; "none" of the null label.
+
+    Bytes of a folder's name that are not UTF-8 are escaped.
+    """
+    class_names = [name.encode("utf-8", "backslashreplace").decode() for name in class_names]
     known = class_names if len(class_names) == num_classes else list(map(str, range(num_classes)))
     return ["none" if label == num_classes else known[label] for label in map(int, labels)]
 

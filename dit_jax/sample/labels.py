@@ -51,12 +51,14 @@ def chosen_labels(
         num_images: None draws one image for each label, or for each class.
 
     Raises:
-        UserError: see `spread_labels`; an unknown word; an empty sequence.
+        UserError: see `spread_labels`; an unknown word; an empty sequence; a choice of labels for a network without classes.
     """
     if labels is None or isinstance(labels, str):
         mode = labels or "balanced"
         if mode not in CHOICES:
             raise UserError(f"labels={labels!r}: give class numbers, as in [3, 5], or one of {', '.join(CHOICES)}")
+        if labels is not None and mode != "none" and not num_classes:
+            raise UserError(f"labels={labels!r}: the network is unconditional (0 classes); ask for no labels")
         count = max(num_classes, 1) if num_images is None else num_images
         if mode == "random":
             return random_labels(count, num_classes, seed), mode

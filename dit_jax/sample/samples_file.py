@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,11 @@ class Samples:
         return path
 
 
-def describe(config: Any, weights: str, step: int | None, seed: int) -> dict:
+def describe(config: Any, weights: str, step: int | None, seed: int, class_names: Sequence[str] = ()) -> dict:
     """The settings of samples, which are stored with them.
 
     weights: `weights_fingerprint` of the parameters in the dtype of training, which may differ from that of sampling.
+    class_names: of the labels 0, 1, ..., if they are known.
     """
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
@@ -91,6 +92,7 @@ def describe(config: Any, weights: str, step: int | None, seed: int) -> dict:
         "ema_decay": config.ema_decay,
         "codec": codec,
         **{name: config[name].to_dict() for name in sections if name in config},
+        **({"class_names": list(class_names)} if class_names else {}),
     }
 
 

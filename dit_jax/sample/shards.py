@@ -27,6 +27,7 @@ import numpy as np
 from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
+from dit_jax.runtime.versions import random_settings
 from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
 from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
@@ -35,8 +36,8 @@ from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every default chunk size of the generator
 MANIFEST, LABELS, SHARDS, GRID = "manifest.json", "labels.npy", "shards", "samples.png"
-# Paths and origins of weights. Their hashes are compared instead.
-NOT_COMPARED = ("origin", "autoguidance", "images_sha256")
+# Paths and origins of weights, whose hashes are compared instead, and names of labels, which change no image.
+NOT_COMPARED = ("origin", "autoguidance", "images_sha256", "class_names")
 
 
 class Shards:
@@ -44,7 +45,8 @@ class Shards:
 
     Fields:
         settings: what `manifest.json` holds: "format", "num_images", "shape" [H, W, C] or [F, H, W, C], "labels_sha256",
-            "made_by" (how the images were made) and "made_with" (versions and the kind of device, which the last bits depend on).
+            "made_by" (how the images were made), "random" (options of JAX that the noise depends on; dit_jax 0.1 did not store
+            them) and "made_with" (versions and the kind of device, which the last bits depend on).
         labels: int32[N].
     """
 
@@ -181,6 +183,7 @@ def settings_of(
         "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
         **({"requests_sha256": hashes} if hashes else {}),
         "made_by": made_by,
+        "random": random_settings(),
         "made_with": made_with,
     }
 
@@ -197,7 +200,7 @@ def changes(stored: dict, wanted: dict, same_versions: bool = True) -> list[str]
 
     same_versions: also compare "made_with".
     """
-    left_out = NOT_COMPARED if same_versions else (*NOT_COMPARED, "made_with")
+    left_out = (*NOT_COMPARED, *["made_with"] * (not same_versions), *["random"] * ("random" not in stored))
 
     def compared(settings):
         return {key: value for key, value in settings.items() if key not in left_out}

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PARTIAL = ".partial"
-_OWN_NAME = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+OLD = ".old"
+_OWN_NAME = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{8}}(?P<kind>{re.escape(PARTIAL)}|{re.escape(OLD)})")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # of file systems that sync no folders
 
 Buffer = bytes | bytearray | memoryview
@@ -54,6 +55,24 @@ def write_atomic(path: str | os.PathLike, content: str | Buffer | Iterable[Buffe
 def write_json(path: str | os.PathLike, value: Any, indent: int = 1) -> Written:
     """Replaces a file by JSON text and a newline."""
     return write_atomic(path, json.dumps(value, indent=indent) + "\n")
+
+
+def append_json(path: str | os.PathLike, value: Any) -> None:
+    """Appends a line of JSON to a file, in one write, and syncs it; creates the file.
+
+    A kill leaves the line or nothing. A half line that a power failure left is ended first, so that it spoils no other.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" * is_torn + json.dumps(value) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def npy(array: np.ndarray) -> list[Buffer]:
@@ -89,20 +108,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a new folder next to `path`, and renames it to `path` if the block ends without an error.
 
-    No system call replaces a folder that is not empty: for a moment `path` does not exist, and the old folder is `<name>.old`.
+    No system call replaces a folder that is not empty: for a moment `path` does not exist, and the old folder is
+    `.<name>.<8 hex digits>.old`. If the process is killed then, `remove_leftovers` puts it back.
 
     Raises:
         OSError: as the block; or the folder cannot be written. The old folder is kept.
     """
     path = Path(path)
-    partial, old = partial_path(path), path.with_name(f"{path.name}.old")
+    partial = partial_path(path)
+    old = partial.with_suffix(OLD)
     try:
         partial.mkdir(parents=True)
         yield partial
         for inside in partial.rglob("*"):
             sync(inside)
         sync(partial)
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.replace(path, old)
         try:
@@ -142,21 +162,30 @@ def commit(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def remove_leftovers(folder: Path, *names: str) -> None:
+def remove_leftovers(folder: Path, *names: str | re.Pattern[str]) -> None:
     """Removes the partial files and folders that killed writers left in `folder`.
 
     Partial files of active writers look the same, so call this only while nothing else writes here, for example under a claim.
 
     Args:
-        names: removes only the partial files of these names. Without names it removes every partial file, including resumable
-            ones and those of earlier versions, so the folder must belong to dit_jax.
+        names: removes only the partial files of these names, or of names that match a pattern. Without names it removes every
+            partial file, including resumable ones and those of earlier versions, so the folder must belong to dit_jax.
     """
+
+    def is_named(own: re.Match[str] | None) -> bool:
+        return own is not None and any(
+            own["name"] == name if isinstance(name, str) else name.fullmatch(own["name"]) for name in names
+        )
+
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         own = _OWN_NAME.fullmatch(path.name)
         if path.is_dir():
-            if own and (not names or own["name"] in names):
-                shutil.rmtree(path, ignore_errors=True)
-        elif (own and own["name"] in names) if names else is_partial(path.name):
+            if own and (not names or is_named(own)):
+                if own["kind"] == OLD and not (folder / own["name"]).exists():
+                    os.replace(path, folder / own["name"])
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+        elif is_named(own) if names else is_partial(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ leftovers of a killed process, deleted at the next start of the training job. On
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,7 @@ from dit_jax.storage.step_folder import BadStep, steps_in
 
 _MAX_FAILURES = 3
 _UNVERIFIED, _DAMAGED = 1, 2
+BEGIN_AGAIN = "restore them, or begin again with --restart, which renames the run's folder and deletes nothing"
 _LEFTOVER = re.compile(r"^\d+(\.removed|\.orbax-checkpoint-tmp.*)$")
 
 
@@ -66,6 +68,7 @@ class Checkpointer:
         keep_every_steps: multiples of this are kept forever; None keeps none.
     Fields:
         best_step: a step that is kept as long as it is set here; None keeps none.
+        on_commit: called after each save that is committed.
     Raises: UserError if a count is not an integer of at least 1.
     """
 
@@ -79,6 +82,7 @@ class Checkpointer:
         self._root = _absolute(directory)
         self._every_steps, self._keep_last, self._keep_every_steps = every_steps, keep_last, keep_every_steps
         self.best_step = None
+        self.on_commit: Callable[[], None] = lambda: None
         self._manager: Any = None
         self._pending: Any = None  # (step, treedef, names, fingerprints) of a save whose commit is not confirmed
         self._read_back: Any = None  # (step, future) of a committed step that is being verified
@@ -96,7 +100,8 @@ class Checkpointer:
         except SaveError:
             if exc_type is None:
                 raise
-            logging.exception("While closing after %s:", exc_type.__name__)  # must not hide the first error
+            if not issubclass(exc_type, SaveError):  # which says the same
+                logging.exception("While closing after %s:", exc_type.__name__)  # must not hide the first error
 
     @property
     def latest_step(self) -> int | None:
@@ -165,11 +170,11 @@ class Checkpointer:
         self._settle()
         self._drop_manager()  # it would still list the steps that are renamed below
         self._remove_leftovers()
-        newest, bad = _newest_valid(self._root, abstract_state, step, partial=False)
+        newest, bad = _newest_valid(self._root, abstract_state, step, partial=False, remedy=BEGIN_AGAIN)
         if newest is None:
             corrupt = sorted(path.name for path in self._root.glob("*.corrupt*")) if self._root.exists() else []
             if corrupt:
-                raise UserError(f"{self._root} has only damaged checkpoints {corrupt}: remove them to start from scratch")
+                raise UserError(f"{self._root} has only damaged checkpoints {corrupt}; {BEGIN_AGAIN}")
             return None
         state, meta, number = newest
         for damaged, reason in bad.items():
@@ -210,15 +215,23 @@ class Checkpointer:
             self._collect_read_back()
             self._settle()
             self._collect_read_back()
+            if self._verified:  # a process that was killed before it did may have left more
+                self._prune()
             self.wait()
         finally:
             self._drop_manager()
+            if self._failures:
+                self._remove_leftovers()  # of writers that were still at work when the first of them failed
             self._background.shutdown()
 
     def _open(self):
         if self._manager is None:
             self._remove_leftovers()
-            self._manager = ocp.CheckpointManager(self._root)  # asynchronous; deletes nothing by itself
+            # Orbax's writers wait 300 s for a folder that cannot be created, and the process at its end for the writers. So one
+            # process creates it before they start. Of several, the others would wait for the one that fails.
+            asynchronous = ocp.AsyncOptions(create_directories_asynchronously=jax.process_count() > 1)
+            options = ocp.CheckpointManagerOptions(async_options=asynchronous)  # deletes nothing by itself
+            self._manager = ocp.CheckpointManager(self._root, options=options)
         return self._manager
 
     def _drop_manager(self):
@@ -249,6 +262,7 @@ class Checkpointer:
             self._save_failed(step, error or SaveError("another process failed to write its part"))
             return
         self._last_save_failed = False
+        self.on_commit()
         self._read_back = (step, self._background.submit(step_folder.read_back, path, treedef, names, stored))
 
     def _save_failed(self, step, error):
@@ -337,7 +351,7 @@ def _absolute(directory):
     return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
-def _newest_valid(root, abstract, only_step, partial):
+def _newest_valid(root, abstract, only_step, partial, remedy="use another step or folder"):
     """Restores the newest valid step: ((tree, meta, step) or None if there are no steps, {bad step: reason}).
 
     Process 0 chooses the steps to try.
@@ -363,5 +377,5 @@ def _newest_valid(root, abstract, only_step, partial):
         bad[step] = reason or "another process found it damaged"
     if bad:
         damage = "; ".join(f"step {step}: {reason}" for step, reason in bad.items())
-        raise UserError(f"no valid checkpoint in {root} (nothing was changed there): {damage}. Use another step or folder.")
+        raise UserError(f"no valid checkpoint in {root} (nothing was changed there): {damage}; {remedy}")
     return None, bad

@@ -2,8 +2,11 @@
 
 config.json   the resolved config
 classes.json  the names of the data set's classes, for pictures
+saved.json    there from the first saved checkpoint on, see `check_not_lost`
 checkpoints/  see `storage.checkpoints`
 metrics.jsonl, tensorboard/   see `training.records`
+starts.jsonl  see `training.starts`
+result.json   the result; written at the end, and not again
 samples/      grids of images by step
 profile/      see `runtime.profile`
 stacks.txt    see `runtime.watchdog`
@@ -12,6 +15,7 @@ codec/        the frozen codec of a diffusion run, or the result of an autoencod
 """
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -25,12 +29,17 @@ from dit_jax.runtime.console import say
 from dit_jax.storage import divergences
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import check_form, parsed, read_json
-from dit_jax.storage.claim import claim
+from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
-CLASSES = "classes.json"
+CLASSES, RESULT, SAVED = "classes.json", "result.json", "saved.json"
+RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
+# What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
+WRITTEN = ("config.json", CLASSES, SAVED, divergences.FILE, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
+PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
+SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
 
 # Sections that may change when a run resumes. A change of any other field makes it another run.
 RESUMABLE = (
@@ -77,6 +86,50 @@ def default_workdir(config: str, process_count: int) -> Path:
     return Path("runs") / "-".join(filter(None, (Path(file).stem, *re.split("[/,=:]", argument))))
 
 
+def check_not_lost(workdir: Path, latest_step: int | None) -> None:
+    """Raises a UserError if the run has saved a checkpoint before and has none now: it would train afresh, over its records.
+
+    A run that was killed before its first checkpoint begins again.
+
+    latest_step: the newest checkpoint, or None.
+    """
+    if latest_step is None and any((workdir / name).exists() for name in (SAVED, "result.json")):
+        raise UserError(
+            f"the run in {workdir} has saved checkpoints, and {workdir / 'checkpoints'} has none that can be used; put them "
+            f"back, or begin again with --restart, which renames the folder to {free_name(workdir).name} and deletes nothing"
+        )
+
+
+def free_name(workdir: Path) -> Path:
+    """<workdir>.<n> with the first n, from 1, for which there is nothing of that name."""
+    return next(path for n in itertools.count(1) if not os.path.lexists(path := workdir.with_name(f"{workdir.name}.{n}")))
+
+
+def set_aside(workdir: str | os.PathLike) -> Path | None:
+    """Renames a run's folder to `free_name`; returns the new path, or None if there is no folder or it is empty.
+
+    Raises:
+        UserError: the folder is not that of a run, another command is at work in it, or it cannot be renamed.
+    """
+    workdir = local_path(workdir).absolute()
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return None
+    if not any((workdir / name).exists() for name in ("config.json", "checkpoints", "metrics.jsonl")):
+        raise UserError(
+            f"--restart: {workdir} is not the folder of a run of dit_jax.main, so it is not renamed; give another --workdir"
+        )
+    target = free_name(workdir)
+    with claim(workdir, "renaming it"):
+        try:
+            workdir.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"--restart: {workdir} cannot be renamed ({error.strerror}); rename it, or give another --workdir"
+            ) from None
+        (target / LOCK).unlink(missing_ok=True)
+    return target
+
+
 def flatten(config: dict, prefix: str = "") -> dict:
     """Flattens nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
@@ -103,14 +156,15 @@ class Workdir:
     """Opens or creates a run's folder for training; a context manager that holds the claim on it.
 
     settings: the run's config as JSON values (`config_file.plain`).
+    finished: the run has its result; its records are not written again.
 
     Raises on entry:
         UserError: another command is at work in it; its config differs; it holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True):
+    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True, finished: bool = False):
         self.path = local_path(path).absolute()
-        self.settings, self.first = settings, first
+        self.settings, self.first, self.finished = settings, first, finished
         self._claim = contextlib.ExitStack()
 
     @property
@@ -135,7 +189,9 @@ class Workdir:
                     f"Different:\n  " + "\n  ".join(lines)
                 )
             old, new = flatten(before), flatten(self.settings)
-            for key in PRINTED_FIELDS:
+            if self.finished:
+                check_finished(self.path, old, new)
+            for key in () if self.finished else PRINTED_FIELDS:
                 if old.get(key) != new.get(key) and self.checkpoints.exists():
                     say(f"{key}: {old.get(key)} -> {new.get(key)}, for the steps from here on")
             for line in user_code.changes(before.get("imports", ()), self.settings.get("imports", ())):
@@ -148,13 +204,30 @@ class Workdir:
         if self.first:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
-                write_json(file, self.settings, indent=2)
-                remove_leftovers(self.path, "config.json", CLASSES, divergences.FILE, "metrics.jsonl", "result.json", "codec")
+                if not self.finished:
+                    write_json(file, self.settings, indent=2)
+                remove_leftovers(self.path, *WRITTEN)
+                remove_leftovers(self.samples, PICTURES)
+                remove_leftovers(self.path / SCORES, SCORE_FILES)
                 self._claim = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info):
         self._claim.close()
+
+    def note_begun_again(self) -> None:
+        """Takes back `note_saved`, before all checkpoints are set aside: the run begins again at step 0."""
+        if self.first:
+            (self.path / SAVED).unlink(missing_ok=True)
+
+    def note_saved(self) -> None:
+        """Notes that the run has a checkpoint, for `check_not_lost`; a failure is logged."""
+        file = self.path / SAVED
+        try:
+            if self.first and not file.exists():
+                write_json(file, {"saved": True})
+        except OSError as error:
+            logging.warning("Cannot write %s (%s).", file, error)
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
@@ -171,6 +244,37 @@ def read_config(workdir: str | os.PathLike) -> dict:
         raise UserError(f"{file} does not exist: {workdir} is not the --workdir of a dit_jax.main run") from None
     user_code.expect(config.get("imports", ()))
     return config
+
+
+def read_result(workdir: Path, num_steps: int) -> dict | None:
+    """result.json of a run that is finished with `num_steps` steps, its samples included; None for another run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        result = read_json(workdir / RESULT, "remove it to make the results again", {"step": int})
+    except FileNotFoundError:
+        return None
+    samples = result.get("samples")
+    has_samples = not samples or (workdir / "samples" / Path(samples).name).exists()  # the folder may have moved
+    return result if result["step"] == num_steps and has_samples else None
+
+
+def check_finished(workdir: Path, old: dict, new: dict) -> None:
+    """Raises a UserError if another config wants other results of a finished run; says which other fields have no effect.
+
+    old, new: flat configs.
+    """
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
+    if other := [text for key, text in lines.items() if key.split(".")[0] in RESULT_SECTIONS]:
+        raise UserError(
+            f"the run in {workdir} is finished, with other settings of its results ({'; '.join(other)}); draw and score more "
+            f"with dit_jax.sample and dit_jax.evaluate, or remove {RESULT} there to make the results again"
+        )
+    if lines:
+        say(f"the run is finished; without effect: {'; '.join(lines.values())}")
 
 
 def read_best(workdir: str | os.PathLike) -> dict | None:

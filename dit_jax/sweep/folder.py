@@ -11,14 +11,15 @@ results.json, results.csv, curves.csv, report.html, figures/
 """
 
 import contextlib
+import re
 from pathlib import Path
 
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
-from dit_jax.storage.atomic import write_json
+from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import read_json
-from dit_jax.storage.claim import Claim, claim
+from dit_jax.storage.claim import LOCK, Claim, claim
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import RESUMABLE_FIELDS, flatten, read_config
 from dit_jax.sweep.grid import Run
@@ -44,6 +45,7 @@ class Folder:
         with contextlib.ExitStack() as stack:
             self._claim = stack.enter_context(claim(self.path, "sweeping"))
             self.check_title()
+            self.remove_leftovers()
             self._exit = stack.pop_all()
         return self
 
@@ -68,6 +70,14 @@ class Folder:
         if before != self.title:
             raise UserError(f"{self.path} contains the sweep {before!r}, not {self.title!r}; give another --workdir")
 
+    def remove_leftovers(self):
+        """Removes the partial files that a killed command left here; those of the runs go when a run starts again."""
+        remove_leftovers(self.path, "sweep.json", "results.json", "results.csv", "curves.csv", "report.html")
+        remove_leftovers(self.path / "figures", re.compile(r"\w+\.(png|svg|pdf)"))
+        remove_leftovers(self.path / "launch", re.compile(r"array\.sbatch|gke\.sh|tpu_vm\.sh"))
+        for samplers in (self.path / "runs").glob("*/samplers"):
+            remove_leftovers(samplers, re.compile(r".*\.json"))
+
     def record(self, runs: list[Run]):
         """Writes the list of runs to sweep.json."""
         write_json(self.path / "sweep.json", {"title": self.title, "runs": {run.name: run.flags for run in runs}})
@@ -77,6 +87,8 @@ class Folder:
 
     def result(self, run: Run) -> dict | None:
         """result.json of a finished run; None if it is not finished, or has fewer steps than the sweep now requests."""
+        if (self.of(run) / LOCK).exists():  # main writes its page after the result, and was killed, or is at work
+            return None
         try:
             result = read_json(self.of(run) / "result.json", "delete it to finish the run again", {"step": int})
         except FileNotFoundError:

@@ -121,9 +121,12 @@ def train(run: Run, folder: Folder, child: Child) -> str:
     command = [sys.executable, *main_command(run, where)]
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     status, _, seconds = child.run(command, log, show)
-    with open(where / "attempts.jsonl", "a") as file:
+    attempts = where / "attempts.jsonl"
+    broken = attempts.exists() and not attempts.read_bytes().endswith(b"\n")  # by a kill
+    with open(attempts, "a") as file:
         file.write(
-            json.dumps(
+            "\n" * broken
+            + json.dumps(
                 {
                     "command": shlex.join(["python", *command[1:]]),
                     "started": started,

@@ -28,6 +28,9 @@ def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folde
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(run.group, run)
+    for scored in (file_of(folder, run, *sampler) for run in first.values() for sampler in samplers):
+        if scored.exists():  # of a sweep that was killed before it deleted them
+            scored.with_suffix(".npz").unlink(missing_ok=True)
     finished = [run for run in first.values() if folder.state(run) == "done"]
     waiting = [(run, *sampler) for run in finished for sampler in samplers if not file_of(folder, run, *sampler).exists()]
     failed = []

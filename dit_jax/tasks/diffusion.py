@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dit_jax.codecs.codec import Codec
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
-from dit_jax.encoders.conditioner import Conditioner
+from dit_jax.encoders.conditioner import Conditioner, Requests
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
 from dit_jax.models.network import Cond, Network
@@ -114,6 +115,20 @@ class DiffusionTask:
 
     def savings(self, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
         return networks.savings(self.network, self.latent_shape, rows, mesh_shape, activations)
+
+    def requests(self, given: Mapping[str, Any]) -> Requests:
+        """The entries of a batch for requests of samples, as `Conditioner.from_requests` returns them.
+
+        Raises:
+            UserError: as there; or the null label is asked for, and the network is not trained on it.
+        """
+        requests, classes = self.conditioner.from_requests(dict(given)), self.conditioner.num_classes
+        if classes and not self.has_null_condition and (requests.get("label", np.zeros(0)) == classes).any():
+            raise UserError(
+                f"the network was never trained without its label (task.cond_dropout is {self.cond_dropout}) and cannot draw "
+                f"without one; ask for labels from 0 to {classes - 1}"
+            )
+        return requests
 
     def condition(self, params: Any, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Cond, Cond]:
         """(condition, null condition) for a batch or for requests."""

@@ -6,7 +6,6 @@ After each step the loop runs the events that are due, in order. Saving precedes
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dit_jax.errors import NotFinite
 from dit_jax.runtime.step_clock import StepClock
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.tasks.state import TrainState
@@ -62,13 +61,13 @@ class Log:
 
 @dataclass
 class Save:
-    """Saves a checkpoint: at its interval, at the last step, before a score, and when the run stops.
+    """Saves a checkpoint with `meta`: at its interval, at the last step, before a score, and when the run stops.
 
     While steps are skipped, the state is that of an earlier step and perhaps the reason. It would displace the good ones.
     """
 
     checkpointer: Checkpointer
-    fingerprint: str
+    meta: dict[str, Any]
     scorer: Scorer | None
     num_steps: int
     meter: Meter
@@ -81,7 +80,8 @@ class Save:
         return stopping or (wanted and not self.meter.skipped_in_a_row(step))
 
     def __call__(self, step: int, state: TrainState) -> None:
-        self.checkpointer.save(step, state, {"data": self.fingerprint})
+        self.meter.report()  # first: a run that is killed and resumes at this step does not record it again
+        self.checkpointer.save(step, state, self.meta)
 
 
 @dataclass
@@ -103,13 +103,8 @@ class Preview:
 
     def __call__(self, step: int, state: TrainState) -> None:
         self.meter.report()
-        try:
+        with self.records.without("previews"):
             seconds = self.results.preview(self.folder, self.records, step, state, self.constants)
-        except OSError as error:  # of the picture; the next preview is written, if the disk lets it
-            self.records.lost("previews", error)
-        except NotFinite as error:
-            self.records.lost("previews", error)
-        else:
             self.records.scalars(step, {"preview_seconds": seconds})
 
 
@@ -133,15 +128,16 @@ class Score:
         if self.meter is not None and self.clock is not None:  # None when an interrupted score is continued, before the loop
             self.meter.report()
             self.clock.wait(step)
-        try:
-            result = self.scorer(step, state.ema_params, self.constants)
-        except NotFinite as error:
-            self.records.lost("scores", error)
+        if problem := self.scorer.problem(step):
+            self.records.lost("scores", problem)
             return False
-        if result is None:
-            return True
-        best = self.scorer.best
-        assert best is not None  # there is a score now
-        self.records.scalars(step, {"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
-        self.checkpointer.best_step = best["step"]
+        with self.records.without("scores"):
+            result = self.scorer(step, state.ema_params, self.constants, lambda values: self.records.scalars(step, values))
+            if result is None:
+                return True
+            best = self.scorer.best
+            assert best is not None  # there is a score now
+            self.checkpointer.best_step = best["step"]
+            return False
+        self.scorer.give_up(step)
         return False

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from dit_jax.build import Run, check_dtypes
 from dit_jax.config_file import plain
@@ -18,24 +20,26 @@ from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import shard_batch
+from dit_jax.runtime import phases, watchdog
 from dit_jax.runtime.console import say
 from dit_jax.runtime.profile import Profile
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
-from dit_jax.runtime.watchdog import Watchdog
+from dit_jax.runtime.versions import check_numeric_settings, numeric_settings
 from dit_jax.storage import divergences
 from dit_jax.storage.checkpoints import Checkpointer, SaveError
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import Workdir, flatten, write_class_names
+from dit_jax.storage.run_folder import Workdir, check_not_lost, flatten, read_result, write_class_names
 from dit_jax.storage.step_folder import OtherStructure
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded, with_structure
-from dit_jax.training import summary
+from dit_jax.training import leftovers, summary
 from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.meter import Diverged, Meter
 from dit_jax.training.records import Records
 from dit_jax.training.results import Results, results_of
 from dit_jax.training.scoring import Scorer
+from dit_jax.training.starts import Start
 from dit_jax.training.wandb_writer import WandbWriter
 
 
@@ -50,6 +54,7 @@ class TrainResult:
         stopped: a signal ended training before the last step, with everything saved.
         loss, images_per_second: of the last logged interval, also of an earlier start; None if there is none.
         dropped: {sink: number of records or pictures that could not be written}, without zeros.
+        finished: result.json of a run that was finished before; None for another.
     """
 
     run: Run
@@ -60,6 +65,7 @@ class TrainResult:
     loss: float | None = None
     images_per_second: float | None = None
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    finished: dict[str, Any] | None = None
 
 
 class Stepper:
@@ -81,10 +87,16 @@ class Stepper:
         return sums
 
 
-def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
+def train(
+    run: Run, workdir: str | os.PathLike, started: Start | None = None, claimed: contextlib.ExitStack | None = None
+) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
     SIGTERM or Ctrl-C ends training early, with everything saved and `stopped` set.
+
+    Args:
+        started: the start in the log of starts; None writes no log.
+        claimed: keeps the claim on the folder until it is closed; None releases it at the end of training.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -95,17 +107,24 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
     check_dtypes(run.config)
     run = run.with_codec_weights(workdir)
     with contextlib.ExitStack() as stack:
-        training = Training(run, workdir, clock, stack)
-        state = training.restore_or_create()
-        step = int(state.step)
-        if training.score and training.score.scorer.unfinished(step) and training.score(step, state):
-            return TrainResult(run, training.results, state, training.constants, stopped=True)
+        training = Training(run, workdir, clock, stack, claimed or stack)
+        with phases.phase("restore"):
+            state = training.restore_or_create()
+            step = int(state.step)
+        if started is not None:
+            started.begin(step, num_steps)
+        if training.score and training.score.scorer.unfinished(step):
+            with clock.spend("scoring"):
+                interrupted = training.score(step, state)
+            if interrupted:
+                return TrainResult(run, training.results, state, training.constants, stopped=True)
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
             loss, rate = training.records.last("loss"), training.records.last("images_per_second")
-            return TrainResult(run, training.results, state, training.constants, False, loss, rate)
+            return TrainResult(run, training.results, state, training.constants, False, loss, rate, finished=training.finished)
 
         stepper, batches, batch = training.start(state)
+        del state  # the stepper has it: a second name would keep what a step cannot donate
         training.stop.unsaved = True
         stack.enter_context(training.recorded_divergence())
         stopping = interrupted = False
@@ -115,6 +134,8 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
                 dispatched = time.monotonic()
                 output = stepper(batch)
                 step += 1
+                if started is not None:
+                    started.step = step
                 clock.dispatched(step, dispatched, output)
             training.profile.finish(step, clock)
             stopping = training.stop.requested(step)
@@ -123,13 +144,26 @@ def train(run: Run, workdir: str | os.PathLike) -> TrainResult:
                     with clock.spend(event.kind):
                         interrupted = event(step, stepper.state) or interrupted
             if step < num_steps and not (stopping or interrupted):
-                batch = training.next_batch(batches)
+                try:
+                    batch = training.next_batch(batches)
+                except Exception as error:
+                    training.save_before(error, step, stepper.state)
+                    if not training.stop.asked:
+                        raise
+                    stopping = True
         training.finish(step)
     stopped = interrupted or (stopping and step < num_steps)
     meter, dropped = training.meter, {name: count for name, count in training.records.dropped.items() if count}
     return TrainResult(
         run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second, dropped
     )
+
+
+def watchdog_of(run: Run, workdir: Path) -> watchdog.Watchdog:
+    """The watchdog of a run. A batch that is waited for may be retried for `loader.retry_seconds`, on top of its limit."""
+    retry_seconds = run.config.loader.get("retry_seconds", 0.0)
+    file = workdir / f"stacks{jax.process_index() or ''}.txt"
+    return watchdog.Watchdog(run.config.log.watchdog_seconds, file, {"data": retry_seconds})
 
 
 def check_steps(run: Run, begun: int, workdir: Path) -> None:
@@ -165,25 +199,33 @@ class Training:
         UserError: the config, the data or the folder is invalid.
     """
 
-    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack):
+    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack, claimed: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
         self.fields = {name: value for name, value in flatten(settings).items() if name in divergences.FIELDS}
         self.run, self.clock, self.stack = run, clock, stack
-        self.fingerprint, self.constants = run.loader.source.fingerprint, run.constants
+        self.meta: dict[str, Any] = {"data": run.loader.source.fingerprint, "numerics": numeric_settings()}
+        self.constants = run.constants
         self.results = results_of(run)
         scorer = Scorer(run, workdir) if "scoring" in config and config.scoring.every_steps else None
         self.profile = Profile(**config.profile, last_step=config.num_steps, folder=workdir / "profile", enabled=first)
         wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
-        self.watchdog = Watchdog(config.log.watchdog_seconds, workdir / f"stacks{jax.process_index() or ''}.txt", clock)
+        self.watchdog = watchdog_of(run, workdir)
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
         begun = checkpointer.latest_step or 0
+        check_not_lost(workdir, checkpointer.latest_step)
         check_steps(run, begun, workdir)
-        self.folder = stack.enter_context(Workdir(workdir, settings, first))
+        self.finished = read_result(workdir, begun) if begun == config.num_steps else None
+        stack.enter_context(self.watchdog)
+        stack.enter_context(phases.phase("start or end"))
+        self.folder = claimed.enter_context(Workdir(workdir, settings, first, self.finished is not None))
         self.checkpointer = stack.enter_context(checkpointer)
+        checkpointer.on_commit = self.folder.note_saved
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
-        if first and len(run.source.class_names):
+        if first:
+            leftovers.remove(self.folder.path, config.num_steps if config.evaluation.num_images else None, scorer)
+        if first and len(run.source.class_names) and not self.finished:
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
@@ -200,22 +242,27 @@ class Training:
         """The state of the newest intact checkpoint, or a new state; prints the summary of the run.
 
         Raises:
-            UserError: the data set differs from that of the checkpoint.
+            UserError: the data set, or a setting of JAX that changes numbers, differs from that of the checkpoint.
         """
         run, restored = self.run, self._restored()
         if restored is None:
             state = create_sharded(run.task, jax.random.key(run.config.seed), run.mesh)
         else:
             state, meta = restored
-            if meta["data"] != self.fingerprint:
+            if meta["data"] != self.meta["data"]:
                 raise UserError(
                     "the data set has changed since this run began (another version, split, file list or count); restore it, "
                     "or give a new --workdir"
                 )
+            check_numeric_settings(meta.get("numerics", {}), f"the run in {self.folder.path}")  # earlier versions stored none
             say(f"continuing from step {int(state.step)}")
+            self.folder.note_saved()  # earlier versions did not
         if self._goes_back and hosts.is_first():
             divergences.settle(self.folder.path, int(state.step))
-        self.records.rewind(int(state.step))
+        if int(state.step) < run.config.num_steps:
+            self.finished = None  # its last checkpoint was damaged and set aside
+        if not self.finished:
+            self.records.rewind(int(state.step))
         say(summary.text(run, self.folder.path))
         if self.score:
             self.score.scorer.forget_after(int(state.step))
@@ -235,6 +282,7 @@ class Training:
         good = self._good_step(divergence["first_skipped"])
         say(f"this run diverged at step {divergence['step']}; from step {good} on it has {'; '.join(lines)}")
         if not good:
+            self.folder.note_begun_again()
             self.checkpointer.abandon_all()
             return None
         return self._restore(good)
@@ -287,7 +335,9 @@ class Training:
         self.records.prepare()
         self.profile.resumed(step)
         batches: Any = self.stack.enter_context(self.run.loader.batches(step))
-        for context in (self.clock, self.watchdog, self.profile):
+        batches.on_wait(functools.partial(phases.beat, "data"))
+        self.watchdog.status, self.stop.on_request = batches.status, batches.stop_waiting
+        for context in (self.clock, self.profile):
             self.stack.enter_context(context)
         batch = self.next_batch(batches)
         with self.clock.spend("compile"):
@@ -302,16 +352,31 @@ class Training:
         scorer = self.score.scorer if self.score else None
         self.events: list[Event] = [
             Log(meter, stepper, batches, config.log.every_steps, last),
-            Save(self.checkpointer, self.fingerprint, scorer, last, meter),
+            Save(self.checkpointer, self.meta, scorer, last, meter),
             Preview(self.results, meter, self.records, self.folder.samples, self.constants, config.preview.every_steps, last),
         ]
         if self.score:
             self.events.append(dataclasses.replace(self.score, meter=meter, clock=self.clock))
+        self.stack.enter_context(phases.phase("step"))
         return stepper, batches, batch
 
     def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         with self.clock.spend("data"):
             return shard_batch(self.run.mesh, next(batches))
+
+    def save_before(self, error: Exception, step: int, state: TrainState) -> None:
+        """Saves the state of a run that ends for want of data. One of several processes cannot: the others do not know of it."""
+        if jax.process_count() > 1:
+            return
+        with self.clock.spend("checkpoint"):
+            try:
+                with contextlib.suppress(SaveError):
+                    self.checkpointer.wait()
+                if self.checkpointer.latest_step != step:
+                    say(f"saving step {step} before the run ends ({type(error).__name__})")
+                    self.checkpointer.save(step, state, self.meta)
+            except SaveError as failure:  # must not hide the first error
+                logging.error("%s", failure)
 
     def finish(self, step: int) -> None:
         """Waits for the last step and save, and reports where the time went."""

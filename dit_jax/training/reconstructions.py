@@ -151,13 +151,17 @@ class Reconstructions:
         start = time.monotonic()
         assert self.images is not None  # read where preview.every_steps is set
         decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
-        if hosts.is_first():
-            path = folder / f"{step:08d}.png"
-            quality = float(np.mean(psnr(self.images, decoded)))
-            pairs = side_by_side(self.images, decoded)
+        path, images = folder / f"{step:08d}.png", self.images
+        quality = float(np.mean(psnr(images, decoded)))
+
+        def write():
+            pairs = side_by_side(images, decoded)
             records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10, caption=_pairs(step))})
-            records.scalars(step, {"psnr": quality})
             say(f"images and their reconstructions in {path}, PSNR {quality:.2f} dB")
+
+        if hosts.is_first():
+            records.scalars(step, {"psnr": quality})
+            records.preview(write)
         return time.monotonic() - start
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
@@ -177,14 +181,18 @@ class Reconstructions:
         axes = (0, 1, 2) if by_channel else None
         codec = normalised(trained, means.mean(axes) if by_channel else 0.0, np.sqrt(means.var(axes) + variances.mean(axes)))
         folder = workdir / codec_folder.FOLDER
-        result = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
+        result: dict[str, Any] = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
         if hosts.is_first():
             codec_folder.replace(folder, codec, params)
             say(f"the codec is in {folder}; give that folder, or {workdir}, as codec.path")
         if is_plane(run.latent_shape) and hosts.is_first():
-            picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
-            result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
-            say(f"the latent plane is in {result['plane']}")
+            try:  # the codec and its scores are the result; the picture is not
+                picture = draw_plane(trained, params, run.mesh, images[:2_000], labels[:2_000], run.source.class_names)
+                result["plane"] = str(samples_file.write_picture(workdir / "samples" / "plane.png", picture))
+                say(f"the latent plane is in {result['plane']}")
+            except Exception as error:
+                result["plane"] = None
+                say(f"the latent plane is left out: {type(error).__name__}: {error}")
         if evaluation.num_images:
             result |= self.judge(reconstructor, on_devices, workdir, int(state.step))
         return result

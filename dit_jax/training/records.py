@@ -11,18 +11,21 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 from absl import logging
 
+from dit_jax.errors import NotFinite, TemporaryFailure, UserError
 from dit_jax.storage.atomic import write_atomic
 from dit_jax.training.tensorboard import TensorBoard
 
 MOST_WAITING = 1_000  # records of a sink that hangs; later ones are dropped
-MOST_SECONDS = {"metrics.jsonl": 10.0, "tensorboard": 10.0, "wandb": 60.0}  # that closing a sink may take
+MOST_PREVIEWS = 2  # of these, which are larger
+MOST_SECONDS = {"previews": 60.0, "metrics.jsonl": 10.0, "tensorboard": 10.0, "wandb": 60.0}  # that closing a sink may take
 
 
 class Sink:
@@ -33,13 +36,15 @@ class Sink:
 
     def __init__(self, name: str, workdir: str):
         self.name, self.workdir, self.dropped = name, workdir, 0
-        self._writes: queue.Queue[Callable[[], object]] = queue.Queue(MOST_WAITING)
+        self._writes: queue.Queue[Callable[[], object]] = queue.Queue(MOST_PREVIEWS if name == "previews" else MOST_WAITING)
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def __call__(self, write: Callable[[], object]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"records in {self.name}", daemon=True)
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"records in {self.name}", daemon=True)
+                self._thread.start()
         try:
             self._writes.put_nowait(write)
         except queue.Full:
@@ -47,11 +52,11 @@ class Sink:
 
     def wait(self) -> None:
         """Waits for the writes so far, at most MOST_SECONDS."""
-        done = threading.Event()
+        done, seconds, start = threading.Event(), MOST_SECONDS[self.name], time.monotonic()
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
-                self._writes.put_nowait(done.set)
-            done.wait(MOST_SECONDS[self.name])
+                self._writes.put(done.set, timeout=seconds)
+                done.wait(seconds - (time.monotonic() - start))
 
     def leave(self) -> None:
         """Waits as `wait`; what is not written by then counts as dropped."""
@@ -68,7 +73,7 @@ class Sink:
 
     def _failed(self, why: str, count: int = 1):
         if not self.dropped:
-            logging.warning("Cannot write %s in %s (%s); the run continues without these records.", self.name, self.workdir, why)
+            logging.warning("Cannot write %s in %s (%s); the run continues without them.", self.name, self.workdir, why)
         self.dropped += count
 
 
@@ -98,13 +103,33 @@ class Records:
     @property
     def dropped(self) -> dict[str, int]:
         """Number of records and pictures that could not be written, by sink."""
-        return {name: sink.dropped for name, sink in self._sinks.items()} | self._lost
+        return {name: sink.dropped + self._lost[name] for name, sink in self._sinks.items()} | {
+            name: count for name, count in self._lost.items() if name not in self._sinks
+        }
 
-    def lost(self, what: str, error: Exception) -> None:
-        """Counts a side product, such as "previews", that could not be written; the first one is said."""
+    def lost(self, what: str, why: object) -> None:
+        """Counts a side product, such as "scores", that could not be made; the first one is said."""
         self._lost[what] += 1
         if self._lost[what] == 1:
-            logging.warning("Cannot write %s in %s (%s); the run continues without.", what, self._workdir, error)
+            logging.warning("Cannot make %s in %s (%s); the run continues and tries the next.", what, self._workdir, why)
+
+    @contextlib.contextmanager
+    def without(self, what: str) -> Iterator[None]:
+        """Makes a side product in the block: if it fails, it is lost and the run continues.
+
+        Of several processes one may fail alone; the others would wait for it in a collective. So only failures that all of them
+        meet, a full disk, NaN or a refusal, are passed over there.
+        """
+        kinds = Exception if jax.process_count() == 1 else (OSError, UserError, NotFinite, TemporaryFailure)
+        try:
+            yield
+        except kinds as error:
+            self.lost(what, f"{type(error).__name__}: {error}")
+
+    def preview(self, write: Callable[[], object]) -> None:
+        """Writes a preview on a thread of its own."""
+        if self._enabled:
+            self._sinks["previews"](write)
 
     def prepare(self) -> None:
         """Imports the packages of the first scalar, which takes two seconds if PyTorch is installed."""
@@ -182,12 +207,13 @@ class Records:
         """Flushes and closes all files; a later record opens them again. A sink that does not respond is left behind."""
         if not self._enabled:
             return
+        self._sinks["previews"].leave()  # first, as it also writes to the others
         self._sinks["metrics.jsonl"](self._close_file)
         self._sinks["tensorboard"](self._close_events)
         if self._wandb is not None:
             self._sinks["wandb"](self._wandb.close)
-        for sink in self._sinks.values():
-            sink.leave()
+        for name in ("metrics.jsonl", "tensorboard", "wandb"):
+            self._sinks[name].leave()
 
     def __enter__(self):
         return self

@@ -12,7 +12,7 @@ class Results(Protocol):
     """The results of a run. They are built before training, so that errors are raised before any work."""
 
     def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
-        """Writes a preview from the moving average to `folder`; returns its duration in seconds."""
+        """Draws a preview from the moving average, which `records` writes to `folder`; returns the duration in seconds."""
         ...
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:

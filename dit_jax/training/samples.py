@@ -57,12 +57,16 @@ class Samples:
         classes = max(self.run.conditioner.num_classes, 1)
         requests = spread_requests(self.run.conditioner, count)
         images = self.generator(cast_for_inference(self.run.task, state.ema_params), constants, requests, count)
-        if hosts.is_first():
-            path = folder / f"{step:08d}.png"
-            names, caption = self.texts(requests, step)
-            columns = classes if classes <= MOST_COLUMNS and count >= classes else None
+        path = folder / f"{step:08d}.png"
+        names, caption = self.texts(requests, step)
+        columns = classes if classes <= MOST_COLUMNS and count >= classes else None
+
+        def write():
             records.images(step, {"samples": write_image_grid(path, images, columns, names=names, caption=caption)})
             say(f"samples in {path}")
+
+        if hosts.is_first():
+            records.preview(write)
         return time.monotonic() - start
 
     def texts(self, requests: Requests, step: int) -> tuple[list[str], str]:
@@ -81,7 +85,8 @@ class Samples:
         mesh, seed = drawing_mesh(run.mesh), run.config.seed
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
         params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
-        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
+        class_names = run.source.class_names if run.conditioner.num_classes else ()
+        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names) | {"labels": "balanced"}
         names, caption = self.texts(requests, step)
         drawn = draw(
             path,

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from dit_jax.evaluate import scores
 from dit_jax.evaluate.extractors import load
 from dit_jax.parallel import hosts
 from dit_jax.runtime.console import say
-from dit_jax.sample import samples_file
-from dit_jax.sample.drawing import draw
+from dit_jax.sample import samples_file, shards
+from dit_jax.sample.drawing import check_out, draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
@@ -72,8 +72,27 @@ class Scorer:
             say(f"the best step so far, {self.best['step']}, is after step {step} and no longer counts")
             self.best = None
 
-    def __call__(self, step: int, params: Any, constants: Mapping[str, Any]) -> dict | None:
-        """The score of these parameters with its settings, also written to `<workdir>/scores`; None if a signal stopped it."""
+    def problem(self, step: int) -> str:
+        """Why a score cannot be written, or ""; every process returns one if one has one. All processes call it together."""
+        problem = ""
+        try:
+            check_out(self._samples(step))
+        except UserError as error:
+            problem = str(error)
+        return (problem or "another process cannot write it") if hosts.greatest(int(bool(problem))) else ""
+
+    def give_up(self, step: int) -> None:
+        """Removes what a score that failed has left; the next start takes the score if no step was saved since."""
+        if hosts.is_first():
+            shutil.rmtree(self._samples(step), ignore_errors=True)
+
+    def __call__(
+        self, step: int, params: Any, constants: Mapping[str, Any], record: Callable[[dict[str, float]], None]
+    ) -> dict | None:
+        """The score of these parameters with its settings, also written to `<workdir>/scores`; None if a signal stopped it.
+
+        record: is called with the numbers for the metrics of the run.
+        """
         start, run, num_images = time.monotonic(), self._run, self._scoring.num_images
         requests, seed = spread_requests(run.conditioner, num_images), run.config.seed
         sampler = run.scoring_sampler
@@ -102,15 +121,18 @@ class Scorer:
             scores.Options(("fid",), replicates=0),
         )
         result |= {"step": step, "seconds": time.monotonic() - start}
-        if self.best is None or result["fid"] < self.best["fid"]:
-            self.best = {key: result[key] for key in ("step", "fid", "features", "num_samples", "reference")}
+        best = self.best
+        if best is None or result["fid"] < best["fid"]:
+            best = {key: result[key] for key in ("step", "fid", "features", "num_samples", "reference")}
+        record({"fid": result["fid"], "best_fid": best["fid"], "scoring_seconds": result["seconds"]})
         if hosts.is_first():
-            write_json(self._result(step), result)
-            write_json(self._folder / BEST_SCORE, self.best)
-            shutil.rmtree(self._samples(step), ignore_errors=True)
+            write_json(self._folder / BEST_SCORE, best)
+            write_json(self._result(step), result)  # last: with it the score is finished
+            shards.remove_finished(self._samples(step))
+        self.best = best
         say(
             f"step {step}: Frechet distance {result['fid']:.4f} in {result['features']}, {num_images} images, "
-            f"{result['seconds']:.0f} s; best {self.best['fid']:.4f} at step {self.best['step']}"
+            f"{result['seconds']:.0f} s; best {best['fid']:.4f} at step {best['step']}"
         )
         return result
 

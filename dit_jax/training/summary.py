@@ -12,6 +12,8 @@ from dit_jax.parallel import rules
 from dit_jax.runtime import versions
 from dit_jax.tasks.task import warning_of_average
 
+MOST_NAMES = 10  # of classes in the summary
+
 
 def text(run: Run, workdir: Path) -> str:
     """The lines of the summary: model, data shapes, devices, steps, warnings, versions."""
@@ -24,12 +26,18 @@ def text(run: Run, workdir: Path) -> str:
         (
             f"run        {workdir}",
             *task.description(),
+            *_of_the_classes(run),
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
             *(
                 f"warning    {text}"
-                for text in (*rules.warnings(split, mesh, task.rules), *_of_the_rate(run), *_of_the_average(run))
+                for text in (
+                    *rules.warnings(split, mesh, task.rules),
+                    *_of_the_rate(run),
+                    *_of_the_average(run),
+                    *_of_the_guidance(run),
+                )
             ),
             f"versions   {versions.one_line()}",
         )
@@ -41,6 +49,22 @@ def _of_the_rate(run: Run) -> list[str]:
     if rate is None or last < 1 or rate(last) <= rate(last - 1):
         return []
     return [f"the learning rate still rises at the last step, to {rate(last):.2g}; lower optimizer.warmup_steps or train longer"]
+
+
+def _of_the_classes(run: Run) -> list[str]:
+    """The numbers of the classes."""
+    names = run.source.class_names
+    if not names or not run.task.draws_samples or not run.conditioner.num_classes:
+        return []
+    if list(names) == [str(label) for label in range(len(names))]:
+        return [f"labels     0 to {len(names) - 1}"]
+    shown = [f"{label} {name!r}" for label, name in enumerate(names)]
+    return [f"labels     {', '.join(shown if len(shown) <= MOST_NAMES else [*shown[: MOST_NAMES - 1], '...', shown[-1]])}"]
+
+
+def _of_the_guidance(run: Run) -> list[str]:
+    guidance = run.config.get("guidance", {})
+    return ["guidance.scale is 0: the labels count for nothing in samples"] if guidance.get("scale") == 0 else []
 
 
 def _of_the_average(run: Run) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from dit_files import held, same_bits, tiny_weights
+from kill_points import check_every_kill
 from verbs import run_verbs
 
 from dit_jax import build, recipes
@@ -57,6 +58,21 @@ def test_official_and_back_keeps_every_bit(suffix, dtype, tmp_path):
     written = formats.write(found, "dit_jax", tmp_path / "y.safetensors")
     assert same_bits(formats.read(Source("dit_jax", tmp_path / "y.safetensors")), ours)
     assert (written["tensors"], written["parameters"]) == (21, tiny_parameters())
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "folder", "ours.safetensors"])
+def test_killed_before_any_file_operation(name, tmp_path):
+    """A partial file that stays, a lock that keeps the next start out, weights without their config."""
+    made, layout = tiny_weights(depth=1), {"folder": "diffusers", "ours.safetensors": "dit_jax"}.get(name, "official")
+    check_every_kill(tmp_path, lambda folder: formats.write(made, layout, folder / name), 1, times=2)
+
+
+def test_a_folder_with_other_files_is_no_output(tmp_path):
+    """Weights between the files of somebody else."""
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"holds notes.txt; give an empty folder"):
+        formats.write(tiny_weights(depth=1), "diffusers", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def tiny_parameters():
@@ -394,7 +410,7 @@ MISTAKES = {
     "sample --weights=vae.safetensors": "--codec_path",
     "sample --weights=vae.safetensors --codec_path=nowhere": "nowhere",
     "sample --workdir=RUN --codec_path=nowhere": "has no weights",
-    "sample --weights=vae.safetensors --step=3": "leave step out",
+    "sample --weights=vae.safetensors --step=3": "--step has no effect with --weights",
 }
 
 

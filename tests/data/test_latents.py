@@ -1,6 +1,7 @@
 """Reading a latent cache: every row is where the manifest says, and the batch of a step depends on (seed, step) alone."""
 
 import dataclasses
+import os
 import threading
 import types
 
@@ -14,7 +15,7 @@ from dit_jax.data.latents import LatentCache
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.encode.cache_folder import finish
 from dit_jax.encode.writer import Job, Shard, encode
-from dit_jax.errors import UserError
+from dit_jax.errors import Unavailable, UserError
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.storage.sealed import digest, read_sealed, sealed
 
@@ -311,3 +312,19 @@ def test_the_fingerprint_changes_with_the_data(folder, weights, tmp_path):
     """A run that goes on with another cache in the same place."""
     encode(job(weights, shard_records=69), tmp_path, 0.05)
     assert LatentCache(folder).fingerprint == LatentCache(folder).fingerprint != LatentCache(tmp_path).fingerprint
+
+
+def test_a_cache_that_goes_away(copy, tmp_path):
+    """A memory map that ends the process (SIGBUS) where a file was truncated; a cache that is away taken for a damaged one."""
+    cache = LatentCache(copy)
+    expected = cache.gather(np.arange(2 * N))
+    cache._open_files._open.cache_clear()
+    copy.rename(tmp_path / "away")
+    with pytest.raises(Unavailable, match=r"moments\.npy: No such file"):
+        cache.gather(np.arange(3))
+    (tmp_path / "away").rename(copy)
+    np.testing.assert_array_equal(cache.gather(np.arange(2 * N)), expected)
+    first = min(copy.glob("*.moments.npy"))
+    os.truncate(first, first.stat().st_size - 1)
+    with pytest.raises(UserError, match="ends within row 57: it was truncated"):
+        cache.gather(np.arange(2 * N))

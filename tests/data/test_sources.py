@@ -12,7 +12,7 @@ from PIL import Image
 
 from dit_jax.data.sources import TFDS, Digits, ImageFolder
 from dit_jax.data.transforms import ImageTransform
-from dit_jax.errors import UserError
+from dit_jax.errors import Unavailable, UserError
 
 
 def encoded(value: int, kind: str = "PNG") -> bytes:
@@ -196,6 +196,30 @@ def test_tfds_travels_to_workers_closed(tfds_dir):
     shade(source[0])
     copy = pickle.loads(pickle.dumps(source))
     assert shade(copy[4]) == 200 and copy.fingerprint == source.fingerprint
+
+
+def test_tfds_on_storage_that_goes_away(tfds_dir, monkeypatch):
+    """A shard that is away for a moment taken for a damaged one, or a reader that fails for ever after one error."""
+    source = TFDS("shades", str(tfds_dir), "train")
+    moved = tfds_dir.rename(tfds_dir.with_name("away"))
+    try:
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="shades split 'train' record 0"):
+                source[0]
+        with pytest.raises(Unavailable):  # a worker opens the data set anew
+            pickle.loads(pickle.dumps(source))[0]
+    finally:
+        moved.rename(tfds_dir)
+    assert shade(source[0]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(type(source._records), "__getitem__", lambda self, i: _raise(ValueError("INTERNAL: Input/output error")))
+        with pytest.raises(Unavailable):
+            source[1]
+    assert shade(source[1]) == 40
+
+
+def _raise(error):
+    raise error
 
 
 def test_tfds_without_labels(tfds_dir):

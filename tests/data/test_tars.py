@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tar_files import encoded, tar_bytes, write_ilsvrc_train, write_ilsvrc_validation, write_tar
 
+from dit_jax.data import open_files
 from dit_jax.data.sources import tar_headers, tar_index, tars
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import TarShards, tar_files
@@ -302,7 +303,7 @@ def test_a_folder_that_cannot_be_written(shards, monkeypatch, caplog):
 
 def test_pickled_and_many_files(shards, monkeypatch):
     """File descriptors that travel to a worker, or pile up until the system refuses."""
-    monkeypatch.setattr(tars, "OPEN_FILES", 1)
+    monkeypatch.setattr(open_files, "OPEN_FILES", 1)
     source = TarShards(str(shards))
     before = len(os.listdir("/proc/self/fd"))
     assert [source[i]["label"] for i in range(0, 12, 4)] == [0, 1, 2]

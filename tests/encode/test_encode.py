@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from kill_points import SHARES, check_every_kill
 from latents import CODEC, Photographs, contents, flip_byte, job, params
 from verbs import ROOT, refused, run_verbs
 
@@ -19,7 +20,7 @@ from dit_jax.codecs.kl_vae import normalised
 from dit_jax.data import latent_files
 from dit_jax.data.latents import LatentCache
 from dit_jax.encode import writer
-from dit_jax.encode.cache_folder import finish
+from dit_jax.encode.cache_folder import claimed, finish
 from dit_jax.encode.writer import encode, encode_shards
 from dit_jax.errors import UserError
 from dit_jax.interop.vae import save_diffusers
@@ -362,6 +363,23 @@ def test_the_verb(vae_folder, tmp_path):
     assert outcomes[9][0] == 0, outcomes[9][2]
     config_made = json.loads(outcomes[9][1].splitlines()[-1])
     assert config_made["images"] == 297 and config_made["views"] == 1  # digits are not mirrored
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("share", SHARES)
+def test_killed_before_any_file_operation(weights, tmp_path, share):
+    """A cache that no later start accepts, a shard with facts of other bytes, a partial file that stays."""
+    work = job(weights, source=Photographs(40, bad=(11,)), shard_records=20)
+    assert len(check_every_kill(tmp_path, lambda folder: encode(work, folder / "cache", SHARE), share, times=2)) > 20
+
+
+def test_a_strange_file_in_an_unfinished_cache(weights, tmp_path):
+    """Work that goes on in a folder where somebody else has begun to write."""
+    with claimed(tmp_path, job(weights).settings, 0):
+        pass
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"contains notes.txt, which this command did not write"):
+        encode(job(weights), tmp_path, SHARE)
 
 
 @pytest.mark.slow

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 from extractors import images, load
+from kill_points import SHARES, check_every_kill, tree
 from paths import ROOT
 from PIL import Image
 from verbs import run_verbs
 
 from dit_jax.errors import UserError
-from dit_jax.evaluate import reference, scores, snapshots, statistics
+from dit_jax.evaluate import reference, result_files, scores, snapshots, statistics
 from dit_jax.evaluate.extractors import load as load_pixels
 from dit_jax.evaluate.images import ArrayImages, NpzImages, cropped, open_images, open_samples
 from dit_jax.evaluate.statistics import Wanted, extract
@@ -123,6 +124,27 @@ def test_going_on_after_a_kill(monkeypatch, tmp_path, harm):
     assert seen == [0, 1, 2, 3, 4]
     snapshots.remove(tmp_path)
     assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("what", ["scores", "reference"])
+def test_killed_before_any_file_operation(what, share, tmp_path):
+    """Snapshots or a partial file that stay, a result that is never written again, other numbers."""
+    np.savez(tmp_path / "x.npz", images(110))
+    options = scores.Options(replicates=100, kid_subset_size=20, every_seconds=0.0)
+
+    def write(folder):
+        if what == "scores":
+            result_files.write_scores(
+                folder / "x.json", str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), "pixels", None, options, None
+            )
+        else:
+            result_files.write_reference(folder / "x.npz", NpzImages(tmp_path / "x.npz"), load(), True, options)
+
+    def ended(folder):
+        return {name: data.replace(str(folder).encode(), b"") for name, data in tree(folder).items()}
+
+    assert len(check_every_kill(tmp_path, write, share, ended, times=2)) > 20
 
 
 def test_the_devices_do_not_wait_for_sums(monkeypatch):

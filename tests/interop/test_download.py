@@ -1,6 +1,8 @@
 """Downloads from a server on this machine: resumed, checked, and refused."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from dit_files import held
+from kill_points import Killed, check_every_kill, killed_before
 
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.errors import UserError
@@ -69,6 +72,31 @@ def test_a_download_is_recorded_and_held_to_its_record(server, tmp_path):
     path.write_bytes(server.content[:-1] + b"?")
     with pytest.raises(UserError, match="damaged or was replaced"):
         download(server.published, path)
+
+
+def test_killed_before_any_file_operation(server, tmp_path):
+    """A part that is taken for the whole, or for a part of another file; a record of the download that stays."""
+    check_every_kill(tmp_path, lambda folder: download(server.published, folder / "in" / "x.pt"), 1, times=2)
+
+
+def test_a_file_that_changes_on_the_server_between_two_kills(server, tmp_path):
+    """The beginning of the old file and the end of the new one."""
+    old, new = server.content, bytearray(server.content)
+    new[1000] ^= 1
+    published = server.published._replace(sha256=hashlib.sha256(new).hexdigest())
+    for number in itertools.count(1):
+        path = tmp_path / str(number) / "x.pt"
+        server.content, server.etag, server.cut = old, '"1"', 70_000
+        with pytest.raises(UserError, match="run the command again"):
+            download(published, path)
+        server.content, server.etag, server.cut = bytes(new), '"2"', None
+        with contextlib.suppress(Killed), killed_before(path.parent, number) as operations:
+            download(published, path)
+        download(published, path)
+        assert path.read_bytes() == new
+        if not operations.dead:
+            break
+    assert number > 5
 
 
 def test_a_broken_download_goes_on_where_it_ended(server, tmp_path):
@@ -178,6 +206,13 @@ def test_a_codec_by_name_is_downloaded_once_and_resumed(vae_server, tmp_path):
     (folder / vae.WEIGHTS_NAME).write_bytes(b"?" + vae_server.content[1:])
     with pytest.raises(UserError, match="the published hash is"):
         vae.find("sd-vae-ft-mse")
+
+
+def test_a_codec_killed_before_any_file_operation(vae_server, tmp_path):
+    """Weights without their config, a lock or a partial file that stays."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    check_every_kill(folder, lambda out: vae.fetch_published("sd-vae-ft-mse", out / "vae"), 1, times=2)
 
 
 def test_a_folder_of_that_name_wins(vae_server, tmp_path, monkeypatch):

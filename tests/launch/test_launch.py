@@ -78,6 +78,7 @@ def test_local_arguments_and_logs(tmp_path):
         ("sys.exit(3 if rank == 1 else 75)", 3),
         ("os.kill(os.getpid(), 9) if rank == 1 else sys.exit(0)", 137),
         ("print('why', file=sys.stderr) or sys.exit(4) if rank == 1 else time.sleep(60)", 4),
+        ("sys.exit(75) if rank == 0 else os.kill(os.getpid(), signal.SIGSTOP)", 75),
     ],
 )
 def test_local_status(tmp_path, program, status):

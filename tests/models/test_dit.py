@@ -213,9 +213,8 @@ def test_projections_apart_or_together(dtype, tolerance):
         )
 
 
-@pytest.mark.parametrize(
-    "conditioning", ["adaln_zero", *(pytest.param(c, marks=pytest.mark.slow) for c in ("in_context", "adaln", "cross_attention"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context", "adaln", "cross_attention"])
 def test_forms_agree(conditioning):
     """Scanned, unrolled and rematerialised forms that compute different things, forward or backward."""
     x, t, cond = inputs()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kill_points import SHARES, check_every_kill
 from PIL import Image
 from tar_files import encoded, write_ilsvrc_train, write_ilsvrc_validation, write_tar
 from verbs import ROOT, refused, run_verbs
@@ -138,6 +139,33 @@ def test_interrupted_and_continued(at, photos, tmp_path, monkeypatch):
     result = prepare(request(tmp_path, "cut"), {"train": str(photos)})
     assert files_of(tmp_path / "cut") == expected and result["splits"]["train"]["records"] == 60
     assert all(file.stat().st_mtime_ns == when for file, when in written.items())  # finished shards are kept
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_killed_before_any_file_operation(tmp_path, share):
+    """A plan that no later start accepts, metadata of half a data set, a partial file or folder that stays."""
+    (tmp_path / "photos" / "ant").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "photos" / "ant" / f"{i}.jpg").write_bytes(encoded(i, "JPEG", (20, 16)))
+    (tmp_path / "photos" / "ant" / "empty.jpg").touch()
+
+    def write(folder):
+        prepare(
+            Request(folder, "shots", shard_bytes=1_500, max_bad_share=0.5, num_threads=1), {"train": str(tmp_path / "photos")}
+        )
+
+    operations = check_every_kill(tmp_path, write, share, times=2)
+    assert len(operations) > 30 and any("bad_records" in name for name in operations)
+
+
+def test_a_strange_file_in_an_unfinished_data_set(photos, tmp_path, monkeypatch):
+    """Work that goes on in a folder where somebody else has begun to write."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(datasets, "write_shard", lambda *args: exec("raise KeyboardInterrupt"))
+        prepare(request(tmp_path), {"train": str(photos)})
+    (tmp_path / "out" / "shots" / "1.0.0" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"contains notes.txt, which this command did not write"):
+        prepare(request(tmp_path), {"train": str(photos)})
 
 
 @pytest.mark.slow
@@ -282,7 +310,7 @@ def test_names_that_are_not_utf_8(photos, tmp_path):
     os.rename(photos / "ant", os.fsencode(photos) + b"/cl\xe9")
     with pytest.raises(UserError, match=r"such as 'cl\\udce9': rename the folder"):
         prepare(request(tmp_path), {"train": str(photos)})
-    assert not list(tmp_path.rglob("*array_record*"))
+    assert not (tmp_path / "out").exists()
     os.rename(os.fsencode(photos) + b"/cl\xe9", photos / "ant")
     os.rename(photos / "ant/0.jpg", os.fsencode(photos) + b"/ant/\xe9.jpg")
     with open(os.fsencode(photos) + b"/ant/\xe9.jpg", "wb"):

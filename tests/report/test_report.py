@@ -57,7 +57,7 @@ def write_run(folder, finished):
 
 def test_the_page_of_a_finished_run(tmp_path):
     """A page that is broken, is unreadable on a phone, fetches something, runs what a config says, or leaves out a part."""
-    text = page.write(write_run(tmp_path / "my run", True)).read_text()
+    text = page.write(write_run(tmp_path / "my r\udce9n", True)).read_text()
     structure = Structure()
     structure.feed(text)
     assert not structure.open and not structure.fetched and not re.search(r"https?://", text)
@@ -70,6 +70,23 @@ def test_the_page_of_a_finished_run(tmp_path):
     assert "4 x TPU v5 (tpu)" in text and "Abacus, 3 cores" in text and "1m15s" in text
     assert "<dt>optimizer.learning_rate</dt><dd>0.002</dd>" in text
     assert len(text) < 2_000_000
+
+
+def test_the_page_shows_the_starts(tmp_path):
+    """Starts that only a file has; text of a log that runs in the browser, or values that end in a trace."""
+    folder = write_run(tmp_path / "run", True)
+    log = [
+        {"start": "a", "time": 1.7e9, "host": "<b>", "devices": "4 x TPU v5", "first_step": 0},
+        {"start": "b", "time": "x", "first_step": 40},
+        {"start": "b", "last_step": 90, "ended": "finished", "status": 0},
+    ]
+    (folder / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    text = page.text(collect.read(folder))
+    assert (
+        "Starts: 2" in text
+        and "<td>2023-11-14 22:13 UTC</td><td>&lt;b&gt;</td><td>4 x TPU v5</td><td>0 to ?</td><td>killed</td>" in text
+    )
+    assert "<td>40 to 90</td><td>finished (status 0)</td>" in text
 
 
 def test_the_page_of_a_run_that_still_trains(tmp_path):

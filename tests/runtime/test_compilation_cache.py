@@ -27,15 +27,24 @@ print(len(hits), float(total).hex(), jax.config.jax_persistent_cache_min_compile
 """
 
 
+# A user without an entry in passwd.
+NOBODY = """
+import pwd
+def getpwuid(uid): raise KeyError(uid)
+pwd.getpwuid = getpwuid
+"""
+
+
 def start(home, **environment):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    """home: None for a user without one."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_")) and key != "HOME"}
     process = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", (NOBODY if home is None else "") + PROGRAM],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
-        env=kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu", **environment},
+        env=kept | ({} if home is None else {"HOME": str(home)}) | {"JAX_PLATFORMS": "cpu", **environment},
     )
     assert process.returncode == 0, process.stderr
     hits, total, threshold = process.stdout.split()
@@ -64,18 +73,20 @@ def test_small_programs_are_not_kept(tmp_path):
     assert hits == 0 and threshold == 1.0  # how many programs take that long depends on the machine
 
 
-@pytest.mark.parametrize("kind", ["off", "elsewhere", "unwritable"])
+@pytest.mark.parametrize("kind", ["off", "elsewhere", "unwritable", "homeless"])
 def test_where_nothing_is_kept(tmp_path, kind):
     """A switch that does nothing; a start that fails because a folder cannot be written."""
     environment = {
         "off": {**KEEP_ALL, "JAX_ENABLE_COMPILATION_CACHE": "false"},
         "elsewhere": {**KEEP_ALL, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")},
         "unwritable": KEEP_ALL,
+        "homeless": KEEP_ALL,
     }[kind]
     home = tmp_path / "home"
     if kind == "unwritable":
         home.touch()
-    hits, _, _, stderr = start(home, **environment)
+    hits, _, _, stderr = start(None if kind == "homeless" else home, **environment)
+    assert ("compiled programs are not cached" in stderr) == (kind in ("unwritable", "homeless"))
     assert hits == 0 and not [path for path in (home / ".cache").rglob("*") if path.is_file()]
     assert any((tmp_path / "other").glob("jit_step*")) == (kind == "elsewhere")
     assert ("cannot be written" in stderr) == (kind == "unwritable")

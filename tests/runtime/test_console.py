@@ -63,3 +63,16 @@ def test_a_terminal_of_unknown_size(monkeypatch):
     """A bar that tqdm hides, and no line in its place."""
     terminal(monkeypatch, 0, 0)
     assert console.progress_bar("training", 30) is None
+
+
+def test_a_failed_process_does_not_wait_for_its_threads():
+    """A process that lingers for minutes after its error, because threads of a library wait for a full disk."""
+    code = """
+import threading, time
+from dit_jax.runtime import console
+console.EXIT_SECONDS = 0.2
+threading.Thread(target=time.sleep, args=(60,)).start()
+console.end_soon(3)
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=20).returncode == 3

@@ -42,6 +42,20 @@ def test_what_is_there_is_accepted(monkeypatch):
         platforms.check()
 
 
+def test_a_gpu_that_is_not_used(monkeypatch):
+    """Days on the CPU of a machine with a GPU, because JAX was installed without CUDA; a note where the CPU was asked for."""
+    monkeypatch.setattr(platforms, "_has_nvidia", lambda: True)
+    monkeypatch.setattr(platforms, "_plugins", list)
+    monkeypatch.setattr(platforms, "requested", list)
+    note = platforms.unused_gpu()
+    assert note and 'pip install -U "jax[cuda13]"' in note and len(note.splitlines()) == 1
+    monkeypatch.setattr(platforms, "requested", lambda: ["cpu"])
+    assert platforms.unused_gpu() is None
+    monkeypatch.setattr(platforms, "requested", list)
+    monkeypatch.setattr(platforms, "_plugins", lambda: ["xla_cuda13"])
+    assert platforms.unused_gpu() is None
+
+
 def test_errors_of_jax():
     """JAX's error of a platform that does not start as a stack trace; another error that is hidden."""
     long = "Unable to initialize backend 'cuda': no\ndriver. (you may need to uninstall it, or set JAX_PLATFORMS=cpu to skip)"

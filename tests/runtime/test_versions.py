@@ -9,6 +9,7 @@ import PIL
 import pytest
 
 import dit_jax
+from dit_jax.errors import UserError
 from dit_jax.runtime import versions
 
 
@@ -61,3 +62,15 @@ def test_commit_without_git(monkeypatch):
     """A training that does not start in a container without git."""
     monkeypatch.setenv("PATH", "")
     assert versions.commit() is None and "commit unknown" in versions.one_line()
+
+
+def test_other_numeric_settings(monkeypatch):
+    """A setting of JAX that changes the numbers of a run and is not compared; a run of an earlier version that is refused."""
+    stored = versions.numeric_settings()
+    assert set(stored) == {*versions.RANDOM, versions.PRECISION}
+    versions.check_numeric_settings(stored, "the run")
+    versions.check_numeric_settings({}, "a run of an earlier version")
+    for name in stored:
+        monkeypatch.setattr(versions, "numeric_settings", lambda name=name: stored | {name: "other"})
+        with pytest.raises(UserError, match=rf"{name}: {stored[name]!r} -> 'other' .*{name.upper()}"):
+            versions.check_numeric_settings(stored, "the run")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from kill_points import Killed, every, killed_before, tree
+from kill_points import SHARES, check_every_kill, tree
 
 from dit_jax import build
 from dit_jax.errors import NotFinite, UserError
@@ -150,6 +150,19 @@ def test_other_settings_are_refused(whole, tmp_path, other):
     assert content(tmp_path / "copy") == content(whole)
 
 
+def test_other_random_numbers_are_other_samples():
+    """Shards of two noises in one folder, or the old images for a command that means others; an old folder that is refused."""
+    old = shards.settings_of(LABELS, (8, 8, 1), {}, {})
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        new = shards.settings_of(LABELS, (8, 8, 1), {}, {})
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
+    line = "random.jax_default_prng_impl: 'threefry2x32' there, 'rbg' now"
+    assert shards.changes(old, new) == shards.changes(old, new, same_versions=False) == [line]
+    assert not shards.changes({key: value for key, value in old.items() if key != "random"}, new)
+
+
 def test_other_weights_are_refused(whole, tmp_path):
     """Samples of two checkpoints in one folder, one weight of which differs in its last bit."""
     made = generator()
@@ -261,20 +274,15 @@ def test_a_folder_whose_samples_are_replaced_stays_claimed(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("share", [10, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 def test_killed_before_any_file_operation(tmp_path, name, share):
     """A folder that no later start accepts, a partial file or folder that stays, a picture that is never made, other bytes."""
     made, labels = generator(), LABELS[:70]
-    (tmp_path / "undisturbed").mkdir()
-    with killed_before(tmp_path, None) as operations:
-        run(tmp_path / "undisturbed" / name, made, labels)
-    expected = tree(tmp_path / "undisturbed")
-    assert len(operations.names) > 20 and not [file for file in expected if "partial" in file or "lock" in file]
-    for number in every(share, len(operations.names)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        with pytest.raises(Killed), killed_before(folder, number) as killed:
-            run(folder / name, made, labels)
-        run(folder / name, made, labels)
-        assert tree(folder) == expected, killed.names[-1]
+
+    def ended(folder):
+        files = tree(folder)
+        assert not [file for file in files if "partial" in file or "lock" in file]
+        return files
+
+    assert len(check_every_kill(tmp_path, lambda folder: run(folder / name, made, labels), share, ended, times=2)) > 20

@@ -82,6 +82,13 @@ def test_a_clip_has_one_name(tmp_path):
     assert not (grid[:, 72:] > 100).any()
 
 
+def test_class_names_that_are_not_utf_8(tmp_path):
+    """A run that ends at its first preview because a class folder's name has the byte e9."""
+    names = label_names([0, 1], 2, [b"cl\xe9".decode(errors="surrogateescape"), "clé"])
+    assert names == ["cl\\udce9", "clé"]
+    write_image_grid(tmp_path / "x.png", np.zeros((2, 8, 8, 1), np.uint8), names=names)
+
+
 def test_names_of_labels():
     """A number where the class has a name, the name of another class for the null label."""
     assert label_names(np.array([1, 0, 2]), 2, ("cat", "dog")) == ["dog", "cat", "none"]

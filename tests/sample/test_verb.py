@@ -9,7 +9,8 @@ from runs import save_run
 from verbs import refused, run_verbs
 
 from dit_jax import recipes
-from dit_jax.sample.labels import random_labels
+from dit_jax.errors import UserError
+from dit_jax.sample.labels import chosen_labels, random_labels
 
 RUNS = {"strong": tiny.config(), "weak": tiny.config(model__depth=1), "flow": tiny.config(process=recipes.flow())}
 DRAW = "--labels=random --seed=3 --sampler=heun --num_steps=3"
@@ -32,7 +33,7 @@ MISTAKES = {
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
     "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",
     "--workdir=strong --guidance_interval=0.2": "give two times",
-    "--workdir=strong --sampler_fields=eta=1": "'ddpm' has the fields num_steps, spacing",
+    "--workdir=strong --sampler_fields=eta=1": "'dpmpp' has the fields num_steps",
 }
 
 
@@ -90,6 +91,14 @@ def test_dtype_is_the_users(found):
 
 
 @pytest.mark.slow
+def test_a_choice_of_labels_without_classes():
+    """A word about labels that a network without classes ignores."""
+    for word in ("random", "balanced"):
+        with pytest.raises(UserError, match="unconditional"):
+            chosen_labels(word, 2, 0, 0)
+    assert chosen_labels("none", 2, 0, 0)[0].tolist() == chosen_labels(None, 2, 0, 0)[0].tolist() == [0, 0]
+
+
 def test_random_labels_depend_on_the_seed_alone(found):
     """Labels drawn anew at each call, by the number of images or the run, or from one seed for all."""
     labels = {name: found[1][name]["labels"].tolist() for name in DRAWS}

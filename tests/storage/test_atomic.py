@@ -1,5 +1,6 @@
 """storage/atomic.py: readers see old or new content, whatever happens to the writer."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kill_points import Killed, killed_before
 
 from dit_jax.storage import atomic
 
@@ -50,6 +52,24 @@ def test_folder_killed_before_the_rename(tmp_path):
     assert PARTIAL.fullmatch(leftover)
     atomic.remove_leftovers(tmp_path, "x.json")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_a_folder_whose_replacement_is_killed(tmp_path, number):
+    """No codec at all between two renames; two of them, one under a name that nobody removes."""
+    path = tmp_path / "codec"
+
+    def replace(text):
+        with atomic.replacing_folder(path) as partial:
+            atomic.write_atomic(partial / "a", text)
+
+    replace("old")
+    with contextlib.suppress(Killed), killed_before(tmp_path, number):
+        replace("new")
+    atomic.remove_leftovers(tmp_path, "codec")
+    assert names(tmp_path) == ["codec"] and (path / "a").read_text() in ("old", "new")
+    replace("new")
+    assert names(tmp_path) == ["codec"] and (path / "a").read_text() == "new"
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
@@ -146,6 +166,8 @@ def test_leftovers_that_are_not_ours(tmp_path):
     work.mkdir()
     atomic.remove_leftovers(tmp_path, "a")
     assert names(tmp_path) == sorted([other.name, "a", ".a.partial", "a.partial", "work.partial"])
+    atomic.remove_leftovers(tmp_path, re.compile("[b-z]"))
+    assert names(tmp_path) == [".a.partial", "a", "a.partial", "work.partial"]
     atomic.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["a", "work.partial"]
     atomic.remove_leftovers(tmp_path / "missing")

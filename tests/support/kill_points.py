@@ -8,10 +8,17 @@ import builtins
 import contextlib
 import datetime
 import io
+import itertools
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
+
+# Of the operations before which a test kills: CI takes every tenth, another tenth each day.
+SHARES = [pytest.param(10, marks=[pytest.mark.slow, pytest.mark.faults]), pytest.param(1, marks=pytest.mark.exhaustive)]
 CHANGES = ("replace", "rename", "remove", "unlink", "mkdir", "rmdir", "truncate", "link", "symlink")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -78,6 +85,38 @@ def killed_before(folder: Path, number: int | None):
 def every(share: int, total: int) -> range:
     """Every `share`-th of the operations 1 .. total, other ones each day; with 1 all of them."""
     return range(1 + datetime.date.today().toordinal() % share, total + 1, share)
+
+
+def check_every_kill(
+    folder: Path, command: Callable[[Path], object], share: int, ended: Callable[[Path], dict] | None = None, times: int = 1
+) -> list[str]:
+    """Kills `command(out)` before every `share`-th operation in a new folder `out`; started again it must end as undisturbed.
+
+    Returns the operations of the undisturbed command.
+
+    Args:
+        folder: gets a folder for each kill.
+        ended: what must be equal, of a folder, as {name: value}; None for all its files (`tree`).
+        times: how often each is killed, from the second time on before some other operation.
+    """
+    ended, outs = ended or tree, (folder / f"out{i}" for i in itertools.count())
+    out = next(outs)
+    out.mkdir()
+    with killed_before(out, None) as operations:
+        command(out)
+    expected, total = ended(out), len(operations.names)
+    for number in every(share, total):
+        out = next(outs)
+        out.mkdir()
+        for i in range(times):
+            with contextlib.suppress(Killed), killed_before(out, number * 7 * i % total + 1 if i else number):
+                command(out)
+        command(out)
+        found = ended(out)
+        differ = sorted(name for name in found.keys() | expected.keys() if found.get(name, 0) != expected.get(name, 0))
+        assert not differ, f"killed before operation {number}, {operations.names[number - 1]}: {differ} differ"
+        shutil.rmtree(out)
+    return operations.names
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -1,5 +1,8 @@
 """A source of images that say which example they are. Here and not in a test, as worker processes import it."""
 
+import math
+import os
+
 import numpy as np
 
 
@@ -21,3 +24,22 @@ class Numbers:
             image = b"broken"
         caption = {"caption": f"the number {index}"} if index in self.captions else {}
         return {"image": image, "label": index, "name": f"number-{index}.png"} | caption
+
+
+class Away(Numbers):
+    """Numbers on storage that is away: reads raise OSError with this errno, so many times or for good.
+
+    only: the records that are away; empty for all. after: so many reads succeed first. errno None is the error of a decoder.
+    """
+
+    def __init__(self, count, errno, only=(), after=0, fails=math.inf):
+        super().__init__(count)
+        self.errno, self.only, self.after, self.until, self.reads = errno, only, after, after + fails, 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.after < self.reads <= self.until and (not self.only or index in self.only):
+            if self.errno is None:
+                raise OSError("cannot identify image file")
+            raise OSError(self.errno, os.strerror(self.errno))
+        return super().__getitem__(index)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kill_points import SHARES, check_every_kill, tree
 from user_files import forgetful as forgetful
 from user_files import write
 from verbs import ROOT, start
@@ -20,7 +22,9 @@ from verbs import ROOT, start
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.programs import chips
-from dit_jax.sweep import checks, cost, grid, local, remote, scores
+from dit_jax.report import style
+from dit_jax.storage.claim import claim, claim_file
+from dit_jax.sweep import checks, cost, grid, local, remote, report, scores
 from dit_jax.sweep.folder import Folder, write_json
 from dit_jax.sweep.grid import Sweep
 from dit_jax.sweep.local import Child, Pace
@@ -328,6 +332,59 @@ def test_scores_are_drawn_once(tmp_path, monkeypatch):
     assert scores.score_all([run], [("ddim", 5)], folder, Fake()) == [] and len(calls) == 3
     kept = {path.name for path in (folder.of(run) / "samplers").iterdir()}
     assert kept == {"ddim-5.json", "ddim-5.evaluation.json", "ddim-9.npz"}
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_killed_before_any_file_operation(tmp_path, monkeypatch, share):
+    """A sweep that never starts again, a run or a score that is missing in its report, images or partial files that stay."""
+    runs, sweep = expand(seeds=[0, 1]), Sweep(title="t", base=DIGITS, samplers=[("ddim", 5)])
+    costs = [cost.count(run) for run in runs]
+
+    def put(path, value):
+        with claim_file(path, "writing"):
+            write_json(path, value, indent=None)
+
+    class Verbs(Child):  # that write at once what the verbs write
+        def run(self, command, log, each_while=None):
+            verb, flags = command[2], dict(text[2:].split("=", 1) for text in command[3:] if "=" in text)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as file:
+                file.write("...\n")
+            if verb == "dit_jax.main":
+                with claim(flags["workdir"], "training"):
+                    put(Path(flags["workdir"]) / "metrics.jsonl", {"step": 9, "loss": 0.5})
+                    put(Path(flags["workdir"]) / "result.json", {"step": 1500, "loss": 0.1, "stopped": False})
+            else:
+                put(flags["out"], {})
+            return 0, '{"fid": 2.5, "evaluations": 5, "seconds": 1.0}', 1.0
+
+    monkeypatch.setattr(style, "FORMATS", ("svg",))  # the quickest
+
+    def whole(out):
+        with Folder(out, "t") as folder:
+            folder.record(runs)
+            with Verbs(folder.lock) as child:
+                failed = local.train_all(runs, costs, folder, child) + scores.score_all(runs, sweep.samplers, folder, child)
+            assert not failed
+            report.write(sweep, DIGITS, runs, costs, folder, "sweep")
+
+    def ended(out):
+        timed = re.compile(r".*\.log|log\.txt|results\.(json|csv)|report\.html")
+        files = {name: data for name, data in tree(out).items() if not name.endswith("attempts.jsonl")}  # none of a killed start
+        return {name: None if timed.fullmatch(Path(name).name) else data for name, data in files.items()}
+
+    assert len(check_every_kill(tmp_path, whole, share, ended)) > 60
+
+
+def test_a_line_of_attempts_that_a_kill_has_cut(tmp_path, monkeypatch):
+    """The next attempt, written behind half a line and never read."""
+    monkeypatch.setattr(local, "main_command", lambda run, workdir: ["-c", "pass"])
+    folder, (run,) = Folder(tmp_path, "t"), expand()
+    folder.of(run).mkdir(parents=True)
+    (folder.of(run) / "attempts.jsonl").write_text('{"status": 1}\n{"stat')
+    with Child() as child:
+        local.train(run, folder, child)
+    assert [attempt["status"] for attempt in folder.attempts(run)] == [1, 0]
 
 
 def test_pace():

@@ -98,6 +98,7 @@ def test_gradient_is_that_of_the_stated_loss():
     np.testing.assert_allclose(values["loss"].mean(), found_l1 + 0.1 * found_kl, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_discriminator_waits_for_its_step():
     """A game that begins at once, where the autoencoder's first blurred images would win it for the discriminator."""
     state = randomized(step=0)
@@ -137,6 +138,7 @@ def test_skips_a_step_that_is_not_finite():
     assert tiny.distance(new.opt_state, state.opt_state) == 0
 
 
+@pytest.mark.slow
 def test_posterior_is_sampled_anew():
     """Training on the posterior's mean, or with one noise for all steps: the decoder would never meet the noise it must bear."""
     losses = [float(program()(randomized(step))[1]["l1"][0]) for step in (1, 2)]

@@ -1,3 +1,5 @@
+import errno
+import gc
 import importlib.util
 import json
 import shutil
@@ -10,9 +12,11 @@ import pytest
 import tiny
 from PIL import Image
 
+import dit_jax
 from dit_jax import build
 from dit_jax.config_file import plain
-from dit_jax.errors import NotFinite, UserError
+from dit_jax.data.sources import Digits
+from dit_jax.errors import NotFinite, TemporaryFailure, UserError
 from dit_jax.storage import divergences
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.run_folder import Workdir
@@ -174,6 +178,23 @@ def test_a_diverged_run_goes_on_with_the_rate_that_it_advises(tmp_path, capsys):
     assert (entry["step"], entry["first_skipped"], entry["continued_from"]) == (6, 5, 3)
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.002 -> 0\.001"):  # it has not diverged again
         train(build.Run(tiny.config(**fields, optimizer__learning_rate=1e-3, optimizer__clip_norm=None)), folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_at_once_begins_again(tmp_path, monkeypatch):
+    """A lower rate that starts from the only checkpoint, which is what diverged; a kill after that which blocks the folder."""
+    fields = {"num_steps": 3, "model__depth": 1, "checkpoint__every_steps": 1, "optimizer__warmup_steps": 0}
+    folder, wild = tmp_path / "run", {"optimizer__learning_rate": 1e18, "optimizer__clip_norm": 1e9}
+    with pytest.raises(Diverged, match=r"for the last 2 steps, up to step 3; .* from step 0"):
+        train(build.Run(tiny.config(**fields | wild)), folder)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["1"]
+    monkeypatch.setattr(loop.Training, "start", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(build.Run(tiny.config(**fields)), folder)
+    monkeypatch.undo()
+    run = train(build.Run(tiny.config(**fields)), folder)
+    assert int(run.state.step) == 3 and np.isfinite(run.loss)
+    assert [entry["continued_from"] for entry in divergences.read(folder)] == [0]
 
 
 @pytest.mark.slow
@@ -340,3 +361,100 @@ def test_a_preview_that_cannot_be_written(tmp_path):
     (tmp_path / "run" / "samples").touch()
     run = train(build.Run(tiny.config(num_steps=2, preview__every_steps=1, preview__num_images=4)), tmp_path / "run")
     assert int(run.state.step) == 2 and not run.stopped and run.dropped == {"previews": 2}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_data_that_goes_away(whole, tmp_path, monkeypatch, capsys):
+    """Steps that are lost with the data, a status that says "your mistake", or another end after the data is back."""
+    real, reads = Digits.__getitem__, []
+
+    def read(self, index):
+        reads.append(index)
+        if len(reads) > 4 * 16:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, index)
+
+    config = {"num_steps": 6, "checkpoint__every_steps": 100, "loader__retry_seconds": 0.1}
+    monkeypatch.setattr(Digits, "__getitem__", read)
+    with pytest.raises(TemporaryFailure, match=r"cannot be read any more, after 0\.1 s"):
+        train(build.Run(tiny.config(**config)), tmp_path / "run")
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name in "1234" and f"saving step {saved.name}" in capsys.readouterr().err
+    monkeypatch.undo()
+    for a, b in zip(leaves(train(build.Run(tiny.config(**config)), tmp_path / "run")), leaves(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["removed", "emptied", "set aside"])
+def test_a_run_without_its_checkpoints_is_refused(whole, tmp_path, damage):
+    """A finished run that is trained afresh, over its metrics, because its checkpoints are gone."""
+    shutil.copytree(whole[1], tmp_path / "run")
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        if damage == "set aside":
+            step.rename(f"{step}.corrupt")
+        else:
+            shutil.rmtree(step)
+    if damage == "removed":
+        (tmp_path / "run" / "checkpoints").rmdir()
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match=r"has none that can be used; .*--restart, which renames the folder to run\.1"):
+        train(build.Run(tiny.config(num_steps=6)), tmp_path / "run")
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
+    """A run that can never be started again: it has a config and metrics, and never had a checkpoint."""
+    with Workdir(tmp_path / "run", plain(tiny.config())):
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2, "time": 1.0, "loss": 1.0}\n')
+    assert int(train(build.Run(tiny.config(num_steps=1)), tmp_path / "run").state.step) == 1
+
+
+@pytest.mark.slow
+def test_restart(whole, tmp_path, capsys):
+    """A second training that deletes or changes the first, or goes on from its checkpoints."""
+    shutil.copytree(whole[1], tmp_path / "run")
+    (tmp_path / "run.1").mkdir()
+    before = files(tmp_path / "run")
+    fields = {"num_steps": 1, "seed": 3}
+    result = dit_jax.train(tiny.config(**fields), tmp_path / "run", restart=True)
+    assert result["step"] == 1 and files(tmp_path / "run.2") == before and not list((tmp_path / "run.1").iterdir())
+    assert f"the run that was in {tmp_path / 'run'} is now in {tmp_path / 'run.2'}" in capsys.readouterr().err
+
+
+def test_other_random_numbers_are_refused(whole):
+    """A run that goes on with other random numbers, because an environment variable is set or missing."""
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        with pytest.raises(UserError, match=r"jax_default_prng_impl: 'threefry2x32' -> 'rbg' .*JAX_DEFAULT_PRNG_IMPL"):
+            train(build.Run(tiny.config(num_steps=8)), whole[1])
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
+
+
+@pytest.mark.slow
+def test_memory_after_a_restore(whole, tmp_path, monkeypatch):
+    """A restore that leaves a second copy of the state alive while the first step runs, for which there is no memory."""
+    shutil.copytree(whole[1], tmp_path / "run")
+    call, bytes_at_first_step = loop.Stepper.__call__, []
+
+    def first_step(self, batch):
+        monkeypatch.setattr(loop.Stepper, "__call__", call)
+        bytes_at_first_step.append(sum(x.nbytes for x in jax.live_arrays()))
+        before = jax.tree.leaves(self.state)
+        output = call(self, batch)
+        assert all(x.is_deleted() for x in before)
+        return output
+
+    gc.collect()
+    others = sum(x.nbytes for x in jax.live_arrays())
+    for name, num_steps in (("fresh", 1), ("run", 7)):
+        monkeypatch.setattr(loop.Stepper, "__call__", first_step)
+        train(build.Run(tiny.config(num_steps=num_steps)), tmp_path / name)
+        gc.collect()
+    fresh, restored = (size - others for size in bytes_at_first_step)
+    assert restored < 1.05 * fresh

@@ -138,7 +138,7 @@ def test_a_full_disk_costs_the_records_of_that_moment(tmp_path, monkeypatch):
             records.flush()
             if step == 1:
                 broken.clear()
-    assert records.dropped == {"metrics.jsonl": 0, "tensorboard": 2, "wandb": 0}
+    assert records.dropped == {"previews": 0, "metrics.jsonl": 0, "tensorboard": 2, "wandb": 0}
     assert len(lines_of(tmp_path)) == 20 and [step for step, _, _ in events_of(tmp_path)[0]] == list(range(2, 20))
 
 
@@ -228,7 +228,7 @@ def test_wandb_never_stops_a_run(tmp_path, wandb, monkeypatch, broken):
             records.flush()
             wandb.fails = broken != "absent"
     assert len(lines_of(tmp_path)) == 3 and len(wandb.starts) == (broken != "absent")
-    assert records.dropped == {"metrics.jsonl": 0, "tensorboard": 0, "wandb": 2 if broken == "later" else 3}
+    assert records.dropped == {"previews": 0, "metrics.jsonl": 0, "tensorboard": 0, "wandb": 2 if broken == "later" else 3}
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -3,7 +3,9 @@
 import shlex
 from pathlib import Path
 
+import numpy as np
 import tiny
+from PIL import Image
 
 from dit_jax import build
 from dit_jax.training import summary
@@ -25,6 +27,19 @@ def test_the_end_of_a_run(tmp_path):
     sample, evaluate = commands(text)
     assert sample[2] == "dit_jax.sample" and "--workdir=runs/my digits" in sample and "--guidance_scale=1.5" in sample
     assert "--reference=digits" in evaluate and f"--samples={sample[-1].removeprefix('--out=')}" in evaluate
+
+
+def test_the_summary_shows_the_labels(tmp_path):
+    """Labels whose numbering nobody knows until the samples are wrong; a scale that ignores them without a word."""
+    text = summary.text(build.Run(tiny.config(guidance__scale=0.0)), tmp_path)
+    assert "labels     0 to 9" in text and "guidance.scale is 0: the labels count for nothing" in text
+    for number in range(12):
+        (tmp_path / "data" / f"kind {number:02d}").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / f"kind {number:02d}" / "x.png")
+    data = {"name": "folder", "path": str(tmp_path / "data"), "split": ""}
+    text = summary.text(build.Run(tiny.config(data=data, model__num_classes=12)), tmp_path)
+    assert "labels     0 'kind 00', 1 'kind 01', " in text and "8 'kind 08', ..., 11 'kind 11'" in text
+    assert "count for nothing" not in text
 
 
 def test_a_short_run_says_what_its_average_is(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.data.sources.source import Example, caption_text, fingerprint, is_strange
-from dit_jax.errors import UserError
+from dit_jax.errors import Unavailable, UserError
 from dit_jax.runtime.console import say
 from dit_jax.storage.paths import local_path
 
@@ -32,7 +32,7 @@ class ImageFolder:
     Raises:
         UserError: the folder does not exist or has no images, it mixes images and class folders, or a class has no images or
             reaches one folder by two paths, as through a link to a folder above it; and from `source[i]`, a file cannot be read
-            or a caption is not UTF-8.
+            (Unavailable) or a caption is not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = ""):
@@ -86,7 +86,8 @@ class ImageFolder:
         try:
             return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; the folder changed after it was listed, restore it") from error
+            missing = isinstance(error, FileNotFoundError)
+            raise Unavailable(f"{file}: {error.strerror}; the folder changed after it was listed, restore it", missing) from error
 
 
 def _caption_file(image_file: str) -> str:

@@ -15,7 +15,7 @@ from absl import logging
 
 from dit_jax.data.sources.source import fingerprint
 from dit_jax.errors import UserError
-from dit_jax.storage.atomic import replacing
+from dit_jax.storage.atomic import remove_leftovers, replacing
 from dit_jax.storage.bounded import read_npz
 
 FORMAT = 1
@@ -136,9 +136,12 @@ def cached(files: Sequence[Path], layout: str, build: Callable[[], TarIndex], ca
         logging.warning("the index %s is damaged (%s); building it again", kept, error)
     index = build()
     try:
+        remove_leftovers(kept.parent, kept.name)
         with replacing(kept) as partial, open(partial, "wb") as file:  # several hosts may write it at once, all the same
             np.savez(file, allow_pickle=False, **_columns(index))
     except OSError as error:
+        if kept.exists():  # of another host, which took our partial file for a leftover
+            return index
         logging.warning(
             "the index of %d tars cannot be stored in %s (%s): every start reads all their headers again",
             len(files),

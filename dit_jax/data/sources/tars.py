@@ -14,30 +14,19 @@ import numpy as np
 from absl import logging
 
 import dit_jax.data.sources.tar_index as tar_index
+from dit_jax.data.open_files import OpenFiles
 from dit_jax.data.sources.source import Example, fingerprint, is_strange
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
-from dit_jax.errors import UserError
+from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import json_object
 from dit_jax.storage.paths import local_path
 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("txt", "caption", "json")  # in order of precedence
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-OPEN_FILES = 256
 MAX_CLASSES = 1_000_000
 TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # largest file that is read while indexing
-
-
-class _File:
-    """A file descriptor that is closed when the last thread that reads from it releases it."""
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self):
-        if hasattr(self, "fd"):
-            os.close(self.fd)
 
 
 class TarSource:
@@ -51,7 +40,8 @@ class TarSource:
         layout: name of the source in its fingerprint.
 
     Raises (from source[i]):
-        UserError: a tar was removed or truncated; a caption has changed.
+        Unavailable: a tar was removed or cannot be read.
+        UserError: a tar was truncated; a caption has changed.
     """
 
     def __init__(self, files: Sequence[Path], index: TarIndex, num_classes: int, class_names: Sequence[str], layout: str):
@@ -71,13 +61,7 @@ class TarSource:
             files=[[file.name, file.stat().st_size] for file in self.files],
             index=index.sha256(),
         )
-        self._open = functools.lru_cache(OPEN_FILES)(_File)
-
-    def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_open"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, _open=functools.lru_cache(OPEN_FILES)(_File))
+        self._open_files = OpenFiles()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -107,18 +91,17 @@ class TarSource:
         return f"{self.files[self.index.tar[i]].name}:{self.index.name(i)}"
 
     def _read(self, file: Path, offset: int, size: int, name: str) -> bytes:
+        data = bytearray(int(size))
         try:
-            tar = self._open(file)
-            data = os.pread(tar.fd, int(size), int(offset))
-            while len(data) < size and (more := os.pread(tar.fd, int(size) - len(data), int(offset) + len(data))):
-                data += more  # network file systems may return less, and one read returns at most 2 GiB
+            count = self._open_files.read_into(file, int(offset), memoryview(data))
         except OSError as error:
-            raise UserError(
-                f"{name} in {file}: {error.strerror}; the tars changed after they were indexed, restore them"
+            raise Unavailable(
+                f"{name} in {file}: {error.strerror}; the tars changed after they were indexed, restore them",
+                isinstance(error, FileNotFoundError),
             ) from None
-        if len(data) < size:
+        if count < size:
             raise UserError(f"{file} ends within {name}: it was truncated after it was indexed, restore it")
-        return data
+        return bytes(data)
 
 
 class TarShards(TarSource):

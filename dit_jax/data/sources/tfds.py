@@ -1,5 +1,6 @@
 """Random access to TensorFlow Datasets, without TensorFlow."""
 
+import errno
 import functools
 import os
 import reprlib
@@ -7,7 +8,7 @@ import threading
 from typing import Any
 
 from dit_jax.data.sources.source import Example, caption_text, fingerprint
-from dit_jax.errors import UserError
+from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import parsed
 
 # TFDS imports the module of any other name in features.json, which runs the code in it.
@@ -34,6 +35,7 @@ FEATURE_TYPES = frozenset(
 TYPE_KEYS = ("pythonClassName", "python_class_name", "type")  # of today's files, in both spellings of a protocol buffer; of older
 DEEPEST = 50  # of nested values in features.json
 
+_OF_THE_STORAGE = ("NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED", *map(os.strerror, (errno.ENOENT, errno.EIO, errno.ESTALE)))
 DEFAULT_FOLDER = "~/tensorflow_datasets"  # as in TFDS
 
 
@@ -54,7 +56,7 @@ class TFDS:
 
     Raises:
         UserError: the data set, split or feature does not exist, there is no random access, or shards are missing; and from
-            `source[i]`, a record cannot be read.
+            `source[i]`, a record cannot be read (Unavailable where the storage does not give it).
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TFDS:
         self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
         self._lock = threading.Lock()
         info = self._builder.info
+        self._folder = str(info.data_dir)
         self._check_features(info.features)
         self._check_split(info)
         # Reads no file yet. If the data set has several formats, info.splits now refers to the array_record files.
@@ -215,13 +218,23 @@ class TFDS:
     def __len__(self) -> int:
         return self._length
 
+    def _is_away(self, error: Exception) -> bool:
+        """Whether an error of a read is one of the storage, not of the file's content."""
+        if any(sign in str(error) for sign in _OF_THE_STORAGE) or (isinstance(error, OSError) and error.errno is not None):
+            return True
+        return not os.path.isfile(os.path.join(self._folder, "dataset_info.json"))
+
     def __getitem__(self, index: int) -> Example:
-        with self._lock:  # two threads must not open the files twice
-            records = self._records
         name = f"{self.dataset} split {self.split!r} record {index}"
         try:
+            with self._lock:  # two threads must not open the files twice
+                records = self._records
             record = records[index]
         except Exception as error:  # array_record raises its own kinds for a broken chunk, tfds others for a bad field
+            if self._is_away(error):
+                with self._lock:  # a reader that met an error of the storage fails for ever
+                    self.__dict__.pop("_records", None)
+                raise Unavailable(f"{name} in {self.path}: {error}") from error
             raise UserError(f"{name} in {self.path} cannot be read ({error}): copy that shard again") from error
         image, label = record[self.image_key], 0 if self.label_key is None else record[self.label_key]
         caption = b"" if self.caption_key is None else record[self.caption_key]
