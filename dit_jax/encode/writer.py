@@ -317,9 +317,11 @@ class Shard:
         lost = np.flatnonzero(~np.isfinite(half).reshape(len(half), -1).all(axis=1))
         if lost.size:
             worst, record = moments[lost[0]], int(batch["index"][lost[0] // views])
+            what = f"moments from {worst.min():.4g} to {worst.max():.4g}, which exceed the range of float16"
+            what = what if np.isfinite(worst).all() else "moments that are NaN or infinite"
             raise UserError(
-                f"{record_name(self.job.source, record)} has moments from {worst.min():.4g} to {worst.max():.4g}, "
-                "which exceed the range of float16: check the codec's weights; if they are right, use --dtype=float32"
+                f"{record_name(self.job.source, record)} has {what}: check the codec's weights; if they are right, use "
+                "--dtype=float32"
             )
         self.moments[rows.start * views : rows.stop * views] = half
         self.labels[rows], self.index[rows] = batch["label"], batch["index"]

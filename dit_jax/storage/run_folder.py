@@ -37,7 +37,7 @@ SCORES, BEST_SCORE = "scores", "best.json"
 CLASSES, RESULT, SAVED = "classes.json", "result.json", "saved.json"
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 # What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
-WRITTEN = ("config.json", CLASSES, SAVED, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
+WRITTEN = ("config.json", CLASSES, SAVED, divergences.FILE, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
 PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
 SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
 
@@ -214,6 +214,11 @@ class Workdir:
 
     def __exit__(self, *exc_info):
         self._claim.close()
+
+    def note_begun_again(self) -> None:
+        """Takes back `note_saved`, before all checkpoints are set aside: the run begins again at step 0."""
+        if self.first:
+            (self.path / SAVED).unlink(missing_ok=True)
 
     def note_saved(self) -> None:
         """Notes that the run has a checkpoint, for `check_not_lost`; a failure is logged."""

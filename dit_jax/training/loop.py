@@ -282,6 +282,7 @@ class Training:
         good = self._good_step(divergence["first_skipped"])
         say(f"this run diverged at step {divergence['step']}; from step {good} on it has {'; '.join(lines)}")
         if not good:
+            self.folder.note_begun_again()
             self.checkpointer.abandon_all()
             return None
         return self._restore(good)

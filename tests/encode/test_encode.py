@@ -275,17 +275,18 @@ def test_too_many_bad_records(weights, compiled, share, text, tmp_path):
     assert share == 1.0 or "record 11: photograph 11" in str(error.value)
 
 
-def test_moments_beyond_float16_name_the_record(weights, tmp_path, monkeypatch):
-    """Infinities in a cache, found when the loss is not a number."""
+@pytest.mark.parametrize("value, text", [(66_000, r"moments from .* to 6.6e\+04"), (np.nan, "moments that are NaN or infinite")])
+def test_moments_beyond_float16_name_the_record(weights, tmp_path, monkeypatch, value, text):
+    """Infinities or NaN in a cache, found when the loss is not a number."""
     fetched = writer.DeviceEncoder._fetched
 
     def overflow(self, batch, moments):
         moments = np.array(fetched(self, batch, moments)[1])
-        moments[2 * batch["index"].tolist().index(12) + 1, 1, 2, 3] = 66_000  # of the mirror image
+        moments[2 * batch["index"].tolist().index(12) + 1, 1, 2, 3] = value  # of the mirror image
         return batch, moments
 
     monkeypatch.setattr(writer.DeviceEncoder, "_fetched", overflow)
-    with pytest.raises(UserError, match=r"record 12 \(photograph-12.png\) has moments from .* to 6.6e\+04"):
+    with pytest.raises(UserError, match=rf"record 12 \(photograph-12.png\) has {text}"):
         encode(job(weights), tmp_path, SHARE)
     assert not list(tmp_path.glob("*.npy"))
 

@@ -181,6 +181,23 @@ def test_a_diverged_run_goes_on_with_the_rate_that_it_advises(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_that_diverged_at_once_begins_again(tmp_path, monkeypatch):
+    """A lower rate that starts from the only checkpoint, which is what diverged; a kill after that which blocks the folder."""
+    fields = {"num_steps": 3, "model__depth": 1, "checkpoint__every_steps": 1, "optimizer__warmup_steps": 0}
+    folder, wild = tmp_path / "run", {"optimizer__learning_rate": 1e18, "optimizer__clip_norm": 1e9}
+    with pytest.raises(Diverged, match=r"for the last 2 steps, up to step 3; .* from step 0"):
+        train(build.Run(tiny.config(**fields | wild)), folder)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["1"]
+    monkeypatch.setattr(loop.Training, "start", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(build.Run(tiny.config(**fields)), folder)
+    monkeypatch.undo()
+    run = train(build.Run(tiny.config(**fields)), folder)
+    assert int(run.state.step) == 3 and np.isfinite(run.loss)
+    assert [entry["continued_from"] for entry in divergences.read(folder)] == [0]
+
+
+@pytest.mark.slow
 def test_a_schedule_that_goes(tmp_path):
     """A finished decay that can never be extended to a constant rate: the checkpoint is said to have another optimizer."""
     fields = {"model__depth": 1, "optimizer__warmup_steps": 0}
