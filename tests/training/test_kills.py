@@ -35,7 +35,7 @@ CONFIG = tiny.config(
 
 
 def ended(workdir):
-    """What an undisturbed run leaves, but for times, the commit, and the files of Orbax and TensorBoard, whose names are random."""
+    """What an undisturbed run leaves, but for times, the commit, and files of Orbax and TensorBoard, whose names are random."""
     files = {}
     for path in sorted(workdir.rglob("*")):
         name = str(path.relative_to(workdir))
