@@ -219,9 +219,11 @@ def test_a_holder_without_flock_on_another_host(tmp_path, no_flock, monkeypatch,
                 pass
 
 
-def test_one_of_several_takes_over_a_dead_claim_without_flock(tmp_path, no_flock):
+def test_one_of_several_takes_over_a_dead_claim_without_flock(tmp_path, no_flock, monkeypatch):
     """Several that see the same dead claim and all take it."""
-    inside, most, lock = [], [0], threading.Lock()
+    inside, most, lock, seen = [], [0], threading.Lock(), threading.Barrier(4)
+    monkeypatch.setattr(claims, "_lives", lambda file: seen.wait() < 0)
+    monkeypatch.setattr(claims, "SETTLED_SECONDS", 0.2)
 
     def work():
         with contextlib.suppress(UserError), claim(tmp_path, "training"):
@@ -231,8 +233,7 @@ def test_one_of_several_takes_over_a_dead_claim_without_flock(tmp_path, no_flock
             time.sleep(0.1)
             inside.pop()
 
-    content = {"id": "0", "command": "c", "host": claims._host(), "pid": os.getpid(), "started": "0"}
-    (tmp_path / LOCK).write_text(json.dumps(content))
+    (tmp_path / LOCK).touch()
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
