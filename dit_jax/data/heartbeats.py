@@ -17,7 +17,9 @@ POLL_SECONDS = 0.25
 START_SECONDS = 300.0  # for a worker to import what it needs
 FRESH_SECONDS = 2.0  # a wait is over if its last sign is older
 PID, READ, WAIT = range(3)  # columns: process id, time of the last record, time of the last failed try
-STOP, SINCE, UNTIL = range(3)  # columns of row 0: above 0 to stop all waits; begin of the outage, or 0; end of the last one
+COLUMNS = 4
+# Columns of row 0: above 0 to stop all waits; begin of the outage, or 0; end of the last one; above 0 once a record was read.
+STOP, SINCE, UNTIL, ANY = range(COLUMNS)
 
 _row = 1  # of this process: 1 + its index in a worker, and 1 in a main process that reads by itself
 
@@ -43,11 +45,11 @@ class Heartbeats:
 
     @property
     def _size(self) -> int:
-        return 8 * 3 * (1 + max(self.num_workers, 1))
+        return 8 * COLUMNS * (1 + max(self.num_workers, 1))
 
     def _map(self, descriptor: int) -> None:
         memory = mmap.mmap(descriptor, self._size)  # -1 is memory of this process alone
-        self._cells = np.frombuffer(memory, np.float64).reshape(-1, 3)
+        self._cells = np.frombuffer(memory, np.float64).reshape(-1, COLUMNS)
 
     def __getstate__(self):
         return {"num_workers": self.num_workers, "_owner": self._owner, "_descriptor": self._descriptor}
@@ -62,6 +64,11 @@ class Heartbeats:
     def read(self) -> None:
         """Notes that this process has read a record."""
         self._cells[_row, READ] = time.monotonic()
+        self._cells[0, ANY] = 1
+
+    def has_read(self) -> bool:
+        """Whether any thread or worker has read a record."""
+        return bool(self._cells[0, ANY])
 
     def wait(self, seconds: float) -> bool:
         """Waits for the storage, and notes it; returns whether `stop` was called meanwhile."""
@@ -90,7 +97,7 @@ class Heartbeats:
     def end_outage(self) -> float | None:
         """Notes that the storage is back; returns how many seconds it was away, or None if that is no news."""
         since, now = float(self._cells[0, SINCE]), time.monotonic()
-        self._cells[0, SINCE:] = 0, now
+        self._cells[0, [SINCE, UNTIL]] = 0, now
         return now - since if since else None
 
     def waits(self) -> bool:
@@ -103,7 +110,7 @@ class Heartbeats:
 
     def last(self, worker: int) -> float:
         """Time of the last sign of life of a worker, 0 before the first."""
-        return float(self._cells[1 + worker, READ:].max())
+        return float(self._cells[1 + worker, [READ, WAIT]].max())
 
     def name(self, worker: int) -> str:
         """ "worker 1 of 2 (process 4711) of the data loader", for messages; workers are numbered from 0."""

@@ -138,9 +138,10 @@ class LatentBatches:
         try:
             while not self._closed.is_set():
                 self._ready.put(self._retries(functools.partial(batch, step)))
+                self._heartbeats.read()
                 step += 1
         except Unavailable as error:
-            self._ready.put(given_up(error, self._retries.seconds))
+            self._ready.put(given_up(error, self._retries.seconds) if self._heartbeats.has_read() else error)
         except Exception as error:
             self._ready.put(error)
 

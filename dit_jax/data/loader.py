@@ -72,7 +72,7 @@ class _ReadAndTransform(grain.transforms.RandomMap):
                 if isinstance(error, Unavailable):
                     away.append(number)
                     last = error
-        if len(away) == len(bad):
+        if len(away) == len(bad) and self._retries.heartbeats.has_read():
             raise given_up(last, self._retries.seconds)
         raise UserError(f"{len(bad)} consecutive records from number {first} cannot be read: check the storage. {bad[0][1]}")
 
@@ -126,7 +126,7 @@ class Loader:
 
     A record that the storage does not give (Unavailable, or OSError with an errno) is read again for retry_seconds before it
     counts as bad; a file that is missing while the next record can be read, for at most 10 s. If none of the 16 can be read then,
-    the storage is away, and TemporaryFailure ends the run.
+    the storage is away, and TemporaryFailure ends the run; UserError if no record has been read yet.
 
     Args:
         source: the data set; pickled if there are workers.
