@@ -69,7 +69,7 @@ def model(size: str) -> dict:
 
 
 def loader(data: str = "") -> dict:
-    """The section `loader` for a data set: a latent cache is memory-mapped, other records are read by threads."""
+    """The section `loader` for a data set: a latent cache has a loader of its own, other records are read by threads."""
     reading = {"resident": False} if data == "latents" else {"num_workers": 0, "num_threads": 16, "max_bad_share": 0.001}
     return {**reading, "retry_seconds": RETRY_SECONDS}
 

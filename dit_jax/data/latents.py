@@ -20,6 +20,7 @@ from dit_jax.storage.bounded import check_form, parsed
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import damage, digest, read_sealed
 
+NEAR_BYTES = 1 << 16  # between two rows that are read at once
 SHOWN = 10  # number of lines of a list in an error message
 # Fields of a codec that do not determine the moments: they act after the posterior, or affect only the precision.
 UNSTORED_FIELDS = ("scale", "shift", "dtype", "param_dtype")
@@ -32,7 +33,7 @@ def codec_fields(codec: Any) -> dict:
 
 
 class LatentCache:
-    """A read-only, memory-mapped data set of moments, neither decoded nor scaled.
+    """A read-only data set of moments on disk, neither decoded nor scaled.
 
     Attributes:
         manifest: all that `manifest.json` says: codec, transform, statistics, bad records, files.
@@ -127,7 +128,7 @@ class LatentCache:
         return captions
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Gathers moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N), with one read each.
+        """Gathers moments float16 [b, h, w, 2c] of rows V * i + mirror, int [b] in [0, V * N), with as few reads as are worth it.
 
         Rows are read from disk in ascending order, independent of their order in the batch.
 
@@ -144,20 +145,32 @@ class LatentCache:
         starts = self.views * self._starts
         edges = np.searchsorted(ascending, starts)
         for k in np.flatnonzero(np.diff(edges)):
-            for place in range(edges[k], edges[k + 1]):
-                self._read(int(k), int(ascending[place] - starts[k]), moments[place])
+            part = slice(edges[k], edges[k + 1])
+            self._read(int(k), ascending[part] - starts[k], moments[part])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return np.take(moments, back, axis=0)
 
-    def _read(self, shard: int, row: int, out: np.ndarray) -> None:
-        """Reads the moments of a shard's row into `out`."""
+    def _read(self, shard: int, rows: np.ndarray, out: np.ndarray) -> None:
+        """Reads ascending rows of a shard into `out`; those that lie close together with one read."""
+        row_bytes = out[0].nbytes
+        for near in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) * row_bytes > NEAR_BYTES) + 1):
+            first, last = int(rows[near[0]]), int(rows[near[-1]])
+            block = np.empty((last - first + 1, *self.moments_shape), np.float16) if len(near) > 1 else out[near[0] : near[0] + 1]
+            self._read_block(shard, first, block)
+            if len(near) > 1:
+                np.take(block, rows[near] - first, axis=0, out=out[near[0] : near[-1] + 1], mode="clip")
+
+    def _read_block(self, shard: int, first: int, block: np.ndarray) -> None:
+        """Fills `block` with the rows of a shard from `first` on."""
         path, offset = self._places[shard]
+        data = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         try:
-            count = self._open_files.read_into(path, offset + row * out.nbytes, memoryview(out.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+            count = self._open_files.read_into(path, offset + first * block[0].nbytes, data)
         except OSError as error:
             raise Unavailable(f"{path}: {error.strerror}", isinstance(error, FileNotFoundError)) from error
-        if count < out.nbytes:
+        if count < block.nbytes:
+            row = first + count // block[0].nbytes
             raise UserError(f"{path} ends within row {row}: it was truncated after it was opened; encode again")
 
     def slice(self, start: int, stop: int) -> np.ndarray:
