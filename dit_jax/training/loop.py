@@ -109,24 +109,16 @@ def train(
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack, claimed or stack)
         with phases.phase("restore"):
-            state = training.restore_or_create()
-            step = int(state.step)
-        if started is not None:
-            started.begin(step, num_steps)
-        if training.score and training.score.scorer.unfinished(step):
-            with clock.spend("scoring"):
-                interrupted = training.score(step, state)
-            if interrupted:
-                return TrainResult(run, training.results, state, training.constants, stopped=True)
+            state = training.restore_or_create(started)
+        step = int(state.step)
+        if training.resume_score(step, state):
+            return training.result(state, stopped=True)
         if step >= num_steps:
             say(f"step {step} of {num_steps} is reached: nothing to train")
-            loss, rate = training.records.last("loss"), training.records.last("images_per_second")
-            return TrainResult(run, training.results, state, training.constants, False, loss, rate, finished=training.finished)
+            return training.result(state)
 
         stepper, batches, batch = training.start(state)
         del state  # the stepper has it: a second name would keep what a step cannot donate
-        training.stop.unsaved = True
-        stack.enter_context(training.recorded_divergence())
         stopping = interrupted = False
         while step < num_steps and not (stopping or interrupted):
             clock.wait(step + 1 - IN_FLIGHT)
@@ -134,29 +126,18 @@ def train(
                 dispatched = time.monotonic()
                 output = stepper(batch)
                 step += 1
-                if started is not None:
-                    started.step = step
                 clock.dispatched(step, dispatched, output)
-            training.profile.finish(step, clock)
+            training.dispatched(step)
             stopping = training.stop.requested(step)
             for event in training.events:
                 if event.due(step, stopping):
                     with clock.spend(event.kind):
                         interrupted = event(step, stepper.state) or interrupted
             if step < num_steps and not (stopping or interrupted):
-                try:
-                    batch = training.next_batch(batches)
-                except Exception as error:
-                    training.save_before(error, step, stepper.state)
-                    if not training.stop.asked:
-                        raise
-                    stopping = True
+                batch = training.next_batch_or_none(batches, step, stepper.state)
+                stopping = batch is None
         training.finish(step)
-    stopped = interrupted or (stopping and step < num_steps)
-    meter, dropped = training.meter, {name: count for name, count in training.records.dropped.items() if count}
-    return TrainResult(
-        run, training.results, stepper.state, training.constants, stopped, meter.loss, meter.images_per_second, dropped
-    )
+    return training.result(stepper.state, stopped=interrupted or (stopping and step < num_steps))
 
 
 def watchdog_of(run: Run, workdir: Path) -> watchdog.Watchdog:
@@ -204,6 +185,7 @@ class Training:
         settings = plain(config)
         self.fields = {name: value for name, value in flatten(settings).items() if name in divergences.FIELDS}
         self.run, self.clock, self.stack = run, clock, stack
+        self.started: Start | None = None
         self.meta: dict[str, Any] = {"data": run.loader.source.fingerprint, "numerics": numeric_settings()}
         self.constants = run.constants
         self.results = results_of(run)
@@ -238,8 +220,10 @@ class Training:
         say("compiling the training step")
         return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
 
-    def restore_or_create(self) -> TrainState:
+    def restore_or_create(self, started: Start | None = None) -> TrainState:
         """The state of the newest intact checkpoint, or a new state; prints the summary of the run.
+
+        started: the start in the log of starts.
 
         Raises:
             UserError: the data set, or a setting of JAX that changes numbers, differs from that of the checkpoint.
@@ -268,7 +252,25 @@ class Training:
             self.score.scorer.forget_after(int(state.step))
             best = self.score.scorer.best
             self.checkpointer.best_step = best and best["step"]
+        self.started = started
+        if started is not None:
+            started.begin(int(state.step), run.config.num_steps)
         return state
+
+    def resume_score(self, step: int, state: TrainState) -> bool:
+        """Finishes a score of this step that was interrupted; returns True if a signal stopped it again."""
+        if self.score is None or not self.score.scorer.unfinished(step):
+            return False
+        with self.clock.spend("scoring"):
+            return bool(self.score(step, state))
+
+    def result(self, state: TrainState, stopped: bool = False) -> TrainResult:
+        """The result of training with this last state."""
+        dropped = {name: count for name, count in self.records.dropped.items() if count}
+        loss, rate = (self.records.last(name) for name in ("loss", "images_per_second"))
+        if meter := getattr(self, "meter", None):  # there is one from `start` on
+            loss, rate = meter.loss, meter.images_per_second
+        return TrainResult(self.run, self.results, state, self.constants, stopped, loss, rate, dropped, self.finished)
 
     def _restored(self) -> tuple[TrainState, dict] | None:
         """As `Checkpointer.restore`. A diverged run with another rate or clipping goes back to its last good step, maybe to 0."""
@@ -358,11 +360,29 @@ class Training:
         if self.score:
             self.events.append(dataclasses.replace(self.score, meter=meter, clock=self.clock))
         self.stack.enter_context(phases.phase("step"))
+        self.stop.unsaved = True
+        self.stack.enter_context(self.recorded_divergence())
         return stepper, batches, batch
 
     def next_batch(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
         with self.clock.spend("data"):
             return shard_batch(self.run.mesh, next(batches))
+
+    def next_batch_or_none(self, batches: Iterator[Any], step: int, state: TrainState) -> dict[str, jax.Array] | None:
+        """The next batch; None if a signal came while data was waited for. Before this, or an error, the state is saved."""
+        try:
+            return self.next_batch(batches)
+        except Exception as error:
+            self.save_before(error, step, state)
+            if not self.stop.asked:
+                raise
+            return None
+
+    def dispatched(self, step: int) -> None:
+        """Notes that the step was dispatched."""
+        if self.started is not None:
+            self.started.step = step
+        self.profile.finish(step, self.clock)
 
     def save_before(self, error: Exception, step: int, state: TrainState) -> None:
         """Saves the state of a run that ends for want of data. One of several processes cannot: the others do not know of it."""
