@@ -211,7 +211,7 @@ class Training:
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
-        self.score = scorer and Score(scorer, self.constants, self.records, self.checkpointer)
+        self.score = None if scorer is None else Score(scorer, self.constants, self.records, self.checkpointer)
         # The step is compiled while the state is restored or created.
         self._compiling = self._compile() if begun < config.num_steps else None
 
