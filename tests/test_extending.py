@@ -112,6 +112,7 @@ def outcomes(tmp_path_factory):
     return folder, run_verbs(folder, calls)
 
 
+@pytest.mark.slow
 def test_a_run_of_user_code(outcomes):
     """User code that configs, the training loop or config.json take for unknown."""
     folder, ((status, stdout, stderr), *_) = outcomes
@@ -131,6 +132,7 @@ def test_a_run_of_user_code(outcomes):
     }
 
 
+@pytest.mark.slow
 def test_sampling_imports_only_what_the_command_line_names(outcomes):
     """A run folder of somebody else whose code is executed; or a user who is not told what is missing."""
     _, (_, without, given, wrong, _) = outcomes
@@ -142,6 +144,7 @@ def test_sampling_imports_only_what_the_command_line_names(outcomes):
     refused(wrong, "--import=nowhere.py: nowhere.py does not exist")
 
 
+@pytest.mark.slow
 def test_import_comes_before_the_config(outcomes):
     """A name of user code that the config's own flags cannot have."""
     refused(outcomes[1][-1], "num_steps is 0")

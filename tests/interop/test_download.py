@@ -74,11 +74,13 @@ def test_a_download_is_recorded_and_held_to_its_record(server, tmp_path):
         download(server.published, path)
 
 
+@pytest.mark.slow
 def test_killed_before_any_file_operation(server, tmp_path):
     """A part that is taken for the whole, or for a part of another file; a record of the download that stays."""
     check_every_kill(tmp_path, lambda folder: download(server.published, folder / "in" / "x.pt"), 1, times=2)
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_on_the_server_between_two_kills(server, tmp_path):
     """The beginning of the old file and the end of the new one."""
     old, new = server.content, bytearray(server.content)
@@ -208,6 +210,7 @@ def test_a_codec_by_name_is_downloaded_once_and_resumed(vae_server, tmp_path):
         vae.find("sd-vae-ft-mse")
 
 
+@pytest.mark.slow
 def test_a_codec_killed_before_any_file_operation(vae_server, tmp_path):
     """Weights without their config, a lock or a partial file that stays."""
     folder = tmp_path / "out"

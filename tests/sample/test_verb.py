@@ -90,7 +90,6 @@ def test_dtype_is_the_users(found):
     assert weights[:2] == weights[2:] and len(set(weights)) == 2  # of the checkpoint, not of what is held
 
 
-@pytest.mark.slow
 def test_a_choice_of_labels_without_classes():
     """A word about labels that a network without classes ignores."""
     for word in ("random", "balanced"):
@@ -99,6 +98,7 @@ def test_a_choice_of_labels_without_classes():
     assert chosen_labels("none", 2, 0, 0)[0].tolist() == chosen_labels(None, 2, 0, 0)[0].tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_random_labels_depend_on_the_seed_alone(found):
     """Labels drawn anew at each call, by the number of images or the run, or from one seed for all."""
     labels = {name: found[1][name]["labels"].tolist() for name in DRAWS}

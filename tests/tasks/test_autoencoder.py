@@ -128,6 +128,7 @@ def test_microbatches_change_nothing():
     assert tiny.distance(part_sums, sums) < 1e-5
 
 
+@pytest.mark.slow
 def test_skips_a_step_that_is_not_finite():
     """A NaN of the discriminator alone that reaches the moments, or the autoencoder through its push."""
     state = randomized()

@@ -89,6 +89,7 @@ def test_starts_at_the_parameters():
     assert kernel.unsafe_buffer_pointer() != state.ema_params["patch_embedding"]["kernel"].unsafe_buffer_pointer()
 
 
+@pytest.mark.slow
 def test_ema_follows_in_float32():
     """A decay applied to the wrong side, or an average kept in 16 bits, where 1 - 0.9999 vanishes."""
     task = build.Run(tiny.config(model__param_dtype="bfloat16", ema_decay=0.9999)).task
@@ -128,7 +129,8 @@ def bad_in_one_place(updates, state, params=None):
     return jax.tree.unflatten(tree, leaves), state
 
 
-@pytest.mark.parametrize("bad", ["optimizer", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", ["optimizer", "float16"])
 def test_skips_a_step_whose_new_parameters_are_not_finite(bad):
     """A finite gradient whose update is NaN: in float16 Adam's epsilon is 0, and 0 / 0 took 99.5 % of the parameters."""
     task = build.Run(tiny.config(model__param_dtype="float16" if bad == "float16" else "float32", model__depth=1)).task

@@ -109,6 +109,7 @@ def finished(tmp_path_factory):
 RECORDS = ("config.json", "metrics.jsonl", "result.json", "classes.json")
 
 
+@pytest.mark.slow
 def test_a_start_of_a_finished_run_writes_no_record(finished, capsys):
     """A finished run whose loss becomes null, or whose config becomes that of a start that did nothing."""
     before = {name: (finished / name).read_bytes() for name in RECORDS}
@@ -121,6 +122,7 @@ def test_a_start_of_a_finished_run_writes_no_record(finished, capsys):
     assert (last["first_step"], last["last_step"], last["ended"], last["status"]) == (2, 2, "nothing to train", 0)
 
 
+@pytest.mark.slow
 def test_other_results_of_a_finished_run_are_refused(finished):
     """Samples that are asked for and never drawn, exit status 0."""
     with pytest.raises(UserError, match=r"finished, with other settings .*evaluation.num_images: 0 -> 9\).*dit_jax.sample"):
