@@ -84,7 +84,7 @@ def _costs(compiled: Any) -> dict[str, float]:
 
 def host_seconds(subject: Subject, zeros: Any, log_every_steps: int) -> list[float]:
     """Seconds of each of STEPS steps of the loop, without the step, the batch, saves, previews and scores."""
-    seconds, output = [], jax.block_until_ready(jnp.zeros(()))
+    seconds, output = [], jax.block_until_ready(jnp.zeros(2))
     stepper = SimpleNamespace(take_sums=zeros)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))

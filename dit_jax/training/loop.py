@@ -394,6 +394,7 @@ class Training:
                     self.checkpointer.wait()
                 if self.checkpointer.latest_step != step:
                     say(f"saving step {step} before the run ends ({type(error).__name__})")
+                    self.meter.report()
                     self.checkpointer.save(step, state, self.meta)
             except SaveError as failure:  # must not hide the first error
                 logging.error("%s", failure)

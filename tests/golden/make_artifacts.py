@@ -113,7 +113,7 @@ def write_sweep_file(folder: Path):
         | OPTIMIZER
         | {k: v for k, v in NETWORK.items() if k != "model.width"}
         | DIGITS
-        | {"num_steps": 20, "evaluation.num_images": 20, "evaluation.batch_size": 20}
+        | {"num_steps": 20, "evaluation.num_images": 20, "evaluation.batch_size": 20, "sampler.name": "ddpm"}
     )
     (folder / "sweep.py").write_text(SWEEP.format(imports=imports, settings={k: [v] for k, v in settings.items()}))
 

@@ -39,9 +39,17 @@ PROGRAMS = {
     "XL/2, v5e:4x4, fsdp=16": ("v5e:4x4", "xl2_imagenet256.py", CACHE | {"mesh.fsdp": 16}),
     "S/2, v5e:2x2, data=4": ("v5e:2x2", "s2_imagenet256.py", CACHE | {"mesh.data": 4}),
     "S/2, v5e:2x2, data=2 tensor=2": ("v5e:2x2", "s2_imagenet256.py", CACHE | {"mesh.data": 2, "mesh.tensor": 2}),
-    "digits, cpu:8, data=2 fsdp=2 tensor=2": ("cpu:8", "digits.py", NOISE | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
-    "digits, cpu:8, fsdp=4 sequence=2": ("cpu:8", "digits.py", NOISE | {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 2}),
-    "digits, cpu:8, zero1": ("cpu:8", "digits.py", NOISE | {"mesh.data": 2, "mesh.fsdp": 4, "mesh.zero1": True}),
+    "digits, cpu:8, data=2 fsdp=2 tensor=2": (
+        "cpu:8",
+        "digits.py:sampler=ddpm",
+        NOISE | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+    ),
+    "digits, cpu:8, fsdp=4 sequence=2": (
+        "cpu:8",
+        "digits.py:sampler=ddpm",
+        NOISE | {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 2},
+    ),
+    "digits, cpu:8, zero1": ("cpu:8", "digits.py:sampler=ddpm", NOISE | {"mesh.data": 2, "mesh.fsdp": 4, "mesh.zero1": True}),
     "in-context flow, cpu:8, microbatches": (
         "cpu:8",
         "digits.py:process=flow,conditioning=in_context",

@@ -27,7 +27,7 @@ watchdog.LIMITS = {{name: (1.0 if name in ("preview", "step") else 10.0, text) f
 
 
 def get_config():
-    return tiny.config(preview__every_steps=2, preview__num_images=4, log__watchdog_seconds=6.0)
+    return tiny.config(preview__every_steps=2, preview__num_images=4, log__watchdog_seconds=6.0, loader__retry_seconds=0.0)
 """
 
 

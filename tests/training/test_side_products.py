@@ -150,6 +150,7 @@ def test_a_hang_in_any_phase_is_found(tmp_path, monkeypatch, phase):
     config = tiny.config(
         num_steps=2,
         log__watchdog_seconds=1.0,
+        loader__retry_seconds=0.0,
         preview__every_steps=1,
         preview__num_images=4,
         evaluation__num_images=8,
