@@ -391,7 +391,7 @@ def test_startup_that_fails(monkeypatch):
         startup.run(None, [], [])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_startup(tmp_path):
     """Progress of training that the stopwatch no longer understands."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
