@@ -63,6 +63,7 @@ def test_sit_keeps_dits_network():
     assert config.model == load_config("xl2_imagenet256").model
 
 
+@pytest.mark.slow
 def test_flow_through_the_task():
     """A flow that the task does not carry: a loss at its start, images by an adaptive solver with an interval of guidance."""
     config = recipes.digits("flow", sampler="dopri5")

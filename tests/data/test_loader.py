@@ -173,6 +173,7 @@ def run_verb(folder, *arguments):
     return subprocess.run([sys.executable, "-m", "verb", *arguments], cwd=folder, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_workers_under_python_dash_m(tmp_path):
     """Catches workers that cannot start from a verb, change the batches, hang on exit or leave noise behind."""
     digest = hashlib.sha256()

@@ -135,6 +135,7 @@ def test_a_finished_run_keeps_its_records(whole):
     assert json.loads((whole[1] / "config.json").read_text())["num_steps"] == 6
 
 
+@pytest.mark.slow
 def test_a_longer_decay_when_resuming(whole, tmp_path, capsys):
     """Steps with a learning rate of 0 that change nothing; a finished decay that can never be extended."""
     shutil.copytree(whole[1], tmp_path / "run")
@@ -355,6 +356,7 @@ def test_a_preview_that_is_not_finite():
     assert records.dropped["previews"] == 1
 
 
+@pytest.mark.slow
 def test_a_preview_that_cannot_be_written(tmp_path):
     """A run that ends because of a picture."""
     (tmp_path / "run").mkdir()
