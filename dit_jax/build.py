@@ -571,6 +571,6 @@ def check_dtypes(config: ml_collections.ConfigDict) -> None:
         )
     if dtype == "float16":
         raise UserError(
-            f"{place}.dtype is 'float16', whose gradients underflow without loss scaling, which there is none of; give "
+            f"{place}.dtype is 'float16', and there is no loss scaling, without which its gradients underflow; give "
             f"--config.{place}.dtype=bfloat16 or float32"
         )

@@ -131,7 +131,7 @@ def wait_for_all(what: str) -> None:
 
 
 def greatest(number: int) -> int:
-    """The maximum over all processes, which call this together."""
+    """The maximum of a small int over all processes, which call this together; so it is also a barrier."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils

@@ -120,7 +120,7 @@ def draw(
     grid = out.with_suffix(".png") if out.suffix == ".npz" else out / shards.GRID
     texts = (names[:GRID_IMAGES], caption)
     done = out.suffix == ".npz" and hosts.is_first() and _is_done(out, wanted, replace)
-    if _greatest(int(done)):
+    if hosts.greatest(int(done)):
         if hosts.is_first():
             shards.remove_finished(wanted.path)
             remove_leftovers(out.parent, out.name, grid.name)
@@ -177,15 +177,6 @@ def _draw_folder(out, grid, texts, generator, arrays, requests, path, start) -> 
     return Drawn(out, grid, writer.done, time.monotonic() - start, stopped)
 
 
-def _greatest(number: int) -> int:
-    """The maximum over all processes."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.process_allgather(np.int32(number)).max())
-
-
 def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "ShardWriter", stop: StopSignal) -> bool:
     """Draws the shards that the writer needs; returns whether a signal ended it early.
 
@@ -194,7 +185,7 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
     params, constants, weak_params = arrays
     parts, size = generator.share.parts, generator.share.rows
     indices = writer.indices(generator.chunk_size)
-    calls = _greatest(-(-len(indices) // size))
+    calls = hosts.greatest(-(-len(indices) // size))
     if calls:
         say("compiling the sampler")
     indices = np.append(indices, np.zeros(calls * size - len(indices), np.int32))

@@ -19,6 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
 from dit_jax.storage import step_folder
 from dit_jax.storage.fingerprint import leaf_names
 from dit_jax.storage.step_folder import BadStep, steps_in
@@ -184,7 +185,7 @@ class Checkpointer:
         for newer in [other for other in steps_in(self._root) if other > number]:
             logging.warning("Going back to step %d: step %d is set aside.", number, newer)
             self._set_aside(newer, "abandoned")
-        _worst(0)  # a barrier: no process saves before the renames are done
+        hosts.greatest(0)  # a barrier: no process saves before the renames are done
         self._verified = {other for other in self._verified if other < number} | {number}
         return state, meta
 
@@ -196,7 +197,7 @@ class Checkpointer:
         for step in self.steps:
             logging.warning("Going back to step 0: step %d is set aside.", step)
             self._set_aside(step, "abandoned")
-        _worst(0)  # a barrier, as in `restore`
+        hosts.greatest(0)  # a barrier, as in `restore`
 
     def restore_subtree(self, abstract: Any, step: int | None = None) -> tuple[Any, dict, int]:
         """Calls the function `restore_subtree` with this directory."""
@@ -258,7 +259,7 @@ class Checkpointer:
                 error = SaveError(f"{path} is missing although its commit was reported")
         except Exception as failure:
             error = failure
-        if _worst(error is not None):
+        if hosts.greatest(int(error is not None)):
             self._save_failed(step, error or SaveError("another process failed to write its part"))
             return
         self._last_save_failed = False
@@ -285,7 +286,7 @@ class Checkpointer:
         except Exception as error:  # a fault of the machine, not of the step
             reason = None
             logging.warning("Step %d could not be read back and stays unverified: %s", step, error)
-        verdict = _worst(_UNVERIFIED if reason is None else _DAMAGED if reason else 0)
+        verdict = hosts.greatest(_UNVERIFIED if reason is None else _DAMAGED if reason else 0)
         if verdict == _DAMAGED:
             self._settle()  # a commit may be in flight, and the manager is dropped next
             self._set_aside(step, "corrupt")
@@ -332,13 +333,6 @@ def _remove(path):
         logging.warning("Cannot remove %s: %s", path, error)
 
 
-def _worst(verdict):
-    """The largest of the small ints of all processes; all processes must call it together, so it is also a barrier."""
-    if jax.process_count() == 1:
-        return int(verdict)
-    return int(np.max(multihost_utils.process_allgather(np.int32(verdict))))
-
-
 def _from_first_process(number):
     """The int of process 0; all processes must call this together."""
     if jax.process_count() == 1:
@@ -368,7 +362,7 @@ def _newest_valid(root, abstract, only_step, partial, remedy="use another step o
         path = root / str(step)
         # If one process alone fails in orbax's restore, the others hang in its barrier. So check the files first.
         reason = step_folder.damage(path, abstract, partial) if jax.process_count() > 1 else ""
-        if not _worst(bool(reason)):
+        if not hosts.greatest(int(bool(reason))):
             try:
                 tree, meta = step_folder.read_step(path, abstract, partial)
                 return (tree, meta, step), bad

@@ -69,16 +69,6 @@ def assert_same(left, right):
             np.testing.assert_array_equal(a[key], b[key])
 
 
-@pytest.fixture
-def parsed_flags():
-    """Workers need parsed absl flags; pytest parses none."""
-    was_parsed = flags.FLAGS.is_parsed()
-    flags.FLAGS.mark_as_parsed()
-    yield
-    if not was_parsed:
-        flags.FLAGS.unparse_flags()
-
-
 def test_batch_shapes():
     """Catches batches of the global size on every host, and changed dtypes."""
     (batch,) = take(Loader(Digits(split="train"), ImageTransform(8, 1, False), 12, 0, process_count=3), 1)

@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-from absl import flags
 from numbered import Away, Numbers
 from tar_files import encoded, write_tar
 
@@ -180,16 +179,6 @@ def test_heartbeats_are_shared(monkeypatch):
     board.stop()
     assert copy.wait(100)
     board.close()
-
-
-@pytest.fixture
-def parsed_flags():
-    """Workers need parsed absl flags; pytest parses none."""
-    was_parsed = flags.FLAGS.is_parsed()
-    flags.FLAGS.mark_as_parsed()
-    yield
-    if not was_parsed:
-        flags.FLAGS.unparse_flags()
 
 
 @pytest.mark.slow
