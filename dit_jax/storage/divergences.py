@@ -33,31 +33,31 @@ def read(workdir: Path) -> list[dict[str, Any]]:
         content = file.read_bytes()
     except FileNotFoundError:
         return []
-    found = parsed(content, str(file), remedy)
-    check_form(found, FORM, str(file), remedy)
-    return found
+    records = parsed(content, str(file), remedy)
+    check_form(records, FORM, str(file), remedy)
+    return records
 
 
 def unsolved(workdir: Path) -> dict[str, Any] | None:
     """The last divergence if the run has not gone on since, else None."""
-    found = read(workdir)
-    return found[-1] if found and "continued_from" not in found[-1] else None
+    records = read(workdir)
+    return records[-1] if records and "continued_from" not in records[-1] else None
 
 
 def add(workdir: Path, step: int, first_skipped: int, fields: Mapping[str, Any]) -> None:
     """Records that a run diverged; another start with the same fields that diverges again replaces the record."""
-    found = read(workdir)
-    if found and "continued_from" not in found[-1]:
-        found.pop()
-    write_json(workdir / FILE, [*found, {"step": step, "first_skipped": first_skipped, "fields": dict(fields)}])
+    records = read(workdir)
+    if records and "continued_from" not in records[-1]:
+        records.pop()
+    write_json(workdir / FILE, [*records, {"step": step, "first_skipped": first_skipped, "fields": dict(fields)}])
 
 
 def settle(workdir: Path, step: int) -> None:
     """Records that the run went on from a step, if its last divergence is unsolved."""
-    found = read(workdir)
-    if found and "continued_from" not in found[-1]:
-        found[-1]["continued_from"] = step
-        write_json(workdir / FILE, found)
+    records = read(workdir)
+    if records and "continued_from" not in records[-1]:
+        records[-1]["continued_from"] = step
+        write_json(workdir / FILE, records)
 
 
 def changes(divergence: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
