@@ -315,8 +315,9 @@ class Batches:
         except Exception as error:
             lost = isinstance(error, RuntimeError) and "Worker process was terminated" in str(error)
             failure = self._lost_worker(error) if lost else None
-            self.close()
+            # First, because grain frees shared memory in a thread, which the end of the process would overtake.
             _clear_finished_frames(error)
+            self.close()
             if failure is not None:
                 raise failure from error
             raise
