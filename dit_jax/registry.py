@@ -27,7 +27,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
     "codec": (),
     "data": (),
     "transform": (),
-    "optimizer": (),
+    "optimizer": ("matrices",),
     "sampler": (),
     "guidance": (),
     "conditioner": ("num_classes", "rules"),
