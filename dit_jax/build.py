@@ -48,6 +48,7 @@ from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.paths import local_path
 from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.muon import muon
 from dit_jax.tasks.optimizer import adafactor, adamw
@@ -552,6 +553,8 @@ PARTS = {  # of a task: parameters of its constructor that are not in its sectio
     "latent_shape": lambda run: run.latent_shape,
     "discriminator": _discriminator,
     "ema_decay": lambda run: run.config.ema_decay,
+    "ema_warmup": lambda run: run.config.get("ema_warmup", False),
+    "averages": lambda run: parse_all(run.config.get("averages", ())),
     "microbatches": lambda run: run.config.microbatches,
     "zero1": lambda run: run.config.mesh.get("zero1", False),
     "offload": lambda run: run.config.mesh.get("offload", "none"),

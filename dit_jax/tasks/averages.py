@@ -4,10 +4,12 @@ The average after t steps is sum_i w_i params_i over the steps i = 0 .. t, where
 """
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -113,6 +115,33 @@ def parse(text: str | float) -> Average:
     except ValueError:
         raise UserError(f"{word!r} is no average; write 0.9999, 0.9999+warmup or power:0.1") from None
     return Power(value) if word.startswith("power:") else Exponential(value, word.endswith("+warmup"))
+
+
+def key(average: Average) -> str:
+    """The key of an average in the training state: "power_0_1"."""
+    return re.sub(r"\W", "_", average.name)
+
+
+def parse_all(names: Iterable[str | float]) -> tuple[Average, ...]:
+    """The averages of these names.
+
+    Raises:
+        UserError: as `parse`; or one is given twice.
+    """
+    averages = tuple(parse(name) for name in names)
+    if len(set(averages)) < len(averages):
+        raise UserError(f"averages = {[average.name for average in averages]} has the same one twice")
+    return averages
+
+
+def moving_average(ema_params: Any, params: Any, decay: float | jax.Array) -> Any:
+    """decay * ema + (1 - decay) * params in float32."""
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema_params, params)
+
+
+def updated(averages: Iterable[Average], stored: Mapping[str, Any], params: Any, step: jax.Array) -> dict[str, Any]:
+    """The stored averages after step number `step`, from 1, whose new parameters are `params`."""
+    return {key(average): moving_average(stored[key(average)], params, average.decay(step)) for average in averages}
 
 
 def combine(stored: Sequence[tuple[Average, int]], wanted: Average, steps: int) -> tuple[np.ndarray, float]:

@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 
+from dit_jax import build
 from dit_jax.errors import UserError
-from dit_jax.tasks.averages import Exponential, Power, combine, parse
+from dit_jax.tasks.averages import Exponential, Power, combine, key, parse
 
 AVERAGES = [Exponential(0.9), Exponential(0.999, warmup=True), Power(0.05), Power(0.1), Power(0.25)]
 
@@ -80,3 +82,21 @@ def test_names_of_none(name, text):
     """A mistyped name that becomes a default."""
     with pytest.raises(UserError, match=text):
         parse(name)
+
+
+@pytest.mark.slow
+def test_a_step_updates_all_of_them():
+    """An average that misses a step, is of the parameters before it, or takes the decay of another one."""
+    names = ("0.5", "power:0.1")
+    run = build.Run(tiny.config(averages=names, ema_decay=0.9, ema_warmup=True, optimizer__learning_rate=0.1))
+    state, step, constants = run.task.init(jax.random.key(0)), jax.jit(run.task.step), {"codec": run.codec_params}
+    batch = {"image": np.full((16, 8, 8, 1), 200, np.uint8), "label": np.arange(16, dtype=np.int32) % 10}
+    params = [state.params]
+    for number in range(4):
+        state, _ = step(state, constants, batch, jax.random.key(number))
+        params.append(state.params)
+    stored = {"0.9+warmup": state.ema_params} | {name: state.averages[key(parse(name))] for name in names}
+    for name, value in stored.items():
+        profile = parse(name).profile(4)
+        wanted = jax.tree.map(lambda *x, profile=profile: np.tensordot(profile, np.stack(x), 1), *params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), value, wanted)
