@@ -48,8 +48,10 @@ from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.paths import local_path
 from dit_jax.tasks.autoencoder import AutoencoderTask
+from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
-from dit_jax.tasks.optimizer import adamw
+from dit_jax.tasks.muon import muon
+from dit_jax.tasks.optimizer import adafactor, adamw
 from dit_jax.tasks.state import TrainState, abstract_state
 
 register("task", "diffusion", DiffusionTask)
@@ -66,6 +68,8 @@ register("data", "tars", TarShards)
 register("data", "latents", LatentCache)
 register("transform", "image", ImageTransform)
 register("optimizer", "adamw", adamw)
+register("optimizer", "adafactor", adafactor)
+register("optimizer", "muon", muon)
 register("conditioner", "labels", Labels)
 register("conditioner", "none", Unconditional)
 register("guidance", "classifier_free", Guidance)
@@ -196,7 +200,17 @@ class Run:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return construct("optimizer", self.config.optimizer)
+        """The optimizer; one that treats matrices apart is given those of the network."""
+        section = self.config.optimizer
+        if "matrices" not in inspect.signature(registry.get("optimizer", section.name)).parameters:
+            return construct("optimizer", section)
+        matrices = getattr(self.network, "matrices", {}) if "model" in self.config else {}
+        if not matrices:
+            raise UserError(
+                f"optimizer {section.name!r} needs a network that says which of its parameters are matrices, and this one has no "
+                "`matrices` (models.network.Network); choose adamw"
+            )
+        return construct("optimizer", section, matrices=matrices)
 
     @cached_property
     def task(self) -> Any:
@@ -539,6 +553,8 @@ PARTS = {  # of a task: parameters of its constructor that are not in its sectio
     "latent_shape": lambda run: run.latent_shape,
     "discriminator": _discriminator,
     "ema_decay": lambda run: run.config.ema_decay,
+    "ema_warmup": lambda run: run.config.get("ema_warmup", False),
+    "averages": lambda run: parse_all(run.config.get("averages", ())),
     "microbatches": lambda run: run.config.microbatches,
     "zero1": lambda run: run.config.mesh.get("zero1", False),
     "offload": lambda run: run.config.mesh.get("offload", "none"),

@@ -167,7 +167,7 @@ class Pipeline:
         if self._opened.weights is not None:
             origin, remedy = self._opened.weights.origin, "train longer, or with a lower ema_decay"
             step = origin.get("step") if origin.get("from") == "workdir" else None
-        text = warning_of_average(self.run.config.ema_decay, step, remedy) if isinstance(step, int) else None
+        text = warning_of_average(self.run.task.average, step, remedy) if isinstance(step, int) else None
         if text:
             say(f"warning: {text}")
 

@@ -26,6 +26,8 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "batch_size": "Images of a step, over all hosts and devices.",
     "microbatches": "Parts of the batch, computed in sequence, over which gradients are averaged: less memory, the same step.",
     "ema_decay": "Decay per step of the parameters' moving average, with which samples are drawn.",
+    "ema_warmup": "The average's decay is at most (1 + step) / (10 + step): short runs do not sample their initial weights.",
+    "averages": "Further moving averages, as ('0.9995', 'power:0.05', 'power:0.1'): decays, or relative widths (EDM2).",
     "imports": "Files of --import that registered constructors; set by the command line.",
     "mesh.zero1": "Split the optimizer's state and the moving average over fsdp, but not the parameters (ZeRO stage 1).",
     "mesh.offload": "Kept in host memory between steps: none, optimizer, or optimizer_and_ema.",
@@ -114,6 +116,7 @@ def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
     c.task = {"name": "diffusion", "cond_dropout": 0.1}
+    c.ema_warmup, c.averages = False, ()
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}

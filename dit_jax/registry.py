@@ -20,14 +20,14 @@ from dit_jax.errors import UserError
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "task": (
         *("network", "process", "codec", "conditioner", "optimizer", "image_shape", "latent_shape", "discriminator"),
-        *("ema_decay", "microbatches", "zero1", "offload"),
+        *("ema_decay", "ema_warmup", "averages", "microbatches", "zero1", "offload"),
     ),
     "model": ("out_channels", "parent", "name"),
     "process": (),
     "codec": (),
     "data": (),
     "transform": (),
-    "optimizer": (),
+    "optimizer": ("matrices",),
     "sampler": (),
     "guidance": (),
     "conditioner": ("num_classes", "rules"),

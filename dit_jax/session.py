@@ -49,7 +49,7 @@ def train(
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
         was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". After few steps
-        also "initial_weights_in_average": the share of the initial weights in the moving average, ema_decay ** step. Those of a
+        also "initial_weights_in_average": the share of the initial weights in the moving average. Those of a
         run that was finished before are read, and nothing is written.
 
     Raises:
@@ -88,11 +88,7 @@ def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack,
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
         **({"dropped": trained.dropped} if trained.dropped else {}),
-        **(
-            {"initial_weights_in_average": share}
-            if (share := share_of_initial(run.config.ema_decay, step)) > MOST_INITIAL
-            else {}
-        ),
+        **({"initial_weights_in_average": share} if (share := share_of_initial(run.task.average, step)) > MOST_INITIAL else {}),
     }
     if not trained.stopped:
         with loop.watchdog_of(run, workdir), phases.phase("sampling"):

@@ -1,6 +1,7 @@
 """The library: `dit_jax.load` draws what `sample` draws, and refuses what it cannot draw."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -27,6 +29,7 @@ from dit_jax.pipeline import spherical
 from dit_jax.sample import drawing, samples_file, shards, trained
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.run_folder import Workdir, read_best, write_class_names
+from dit_jax.tasks import averages
 from dit_jax.training.results import results_of
 
 # With velocities as output, a random network draws images that are not black and white.
@@ -244,9 +247,44 @@ def test_raw_weights(run, tmp_path):
     assert {name: float(np.asarray(x).flat[0]) for name, x in values.items()} == pytest.approx({"default": 0.2, "none": 0.1})
     pipe = dit_jax.load(folder, average="none")
     assert pipe.step == 7 and pipe._prepare([3], None, 0, {}).settings()["average"] == "none"
-    for wrong, text in (({"average": "half"}, "default, none"), ({"step": "seven"}, "or best"), ({"step": 8}, "8")):
+    for wrong, text in (
+        ({"average": "half"}, "default, none: 'half' is no average; write 0.9999"),
+        ({"step": "seven"}, "or best"),
+        ({"step": 8}, "8"),
+    ):
         with pytest.raises(UserError, match=text):
             dit_jax.load(folder, **wrong)
+
+
+def test_an_average_that_is_made_afterwards(run, tmp_path, capsys):
+    """Checkpoints combined with each other's factors, one average in place of another, or one of steps that come later."""
+    folder = tmp_path / "averaged"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    names, steps = ("power:0.05", "power:0.1"), range(100, 900, 100)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"averages": list(names)}))
+    shapes, rng = formats.network_params(CONFIG), np.random.default_rng(0)
+    values = {(name, at): rng.normal() for at in steps for name in names}
+    with Checkpointer(folder / "checkpoints", every_steps=100, keep_last=9) as checkpointer:
+        for at in steps:
+            stored = {
+                averages.key(averages.parse(name)): jax.tree.map(lambda x, v=values[name, at]: jnp.full(x.shape, v), shapes)
+                for name in names
+            }
+            checkpointer.save(at, {"averages": stored, "ema_params": jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)}, {})
+
+    def drawn(average, step=None):
+        return float(np.asarray(jax.tree.leaves(dit_jax.load(folder, average=average, step=step)._parameters[0])[0]).flat[0])
+
+    assert drawn("power:0.1") == pytest.approx(values["power:0.1", 800]) and drawn("0.99") == drawn("default") == 0
+    assert drawn("power:0.05", 300) == pytest.approx(values["power:0.05", 300])
+    known = [(averages.parse(name), at) for (name, at) in values]
+    factors, error = averages.combine(known, averages.Power(0.075), 600)
+    assert drawn("power:0.075", 600) == pytest.approx(factors @ list(values.values()), rel=1e-4)
+    assert f"power:0.075 of step 600 from 6 checkpoints, weights of the steps off by {error:.1%}" in capsys.readouterr().err
+    for average, text in (("power:0.25", "would be off by"), ("0.5", r"has 0\.99, power:0\.05, power:0\.1; 'none' takes")):
+        with pytest.raises(UserError, match=text):
+            drawn(average)
 
 
 def test_weights_of_other_code(tmp_path):

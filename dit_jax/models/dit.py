@@ -40,6 +40,14 @@ RULES: Rules = (
     (r"(out|linear|patch_embedding|time_embedding/in)/bias", ()),
     (r"norm(_\w+)?/(scale|bias)", ()),
 )
+MATRICES = {  # of the blocks, which Muon treats as such, and the kinds of their trailing axes; see `Network.matrices`
+    r"blocks/(attention|cross_attention)/qkv/kernel": "isoo",
+    r"blocks/cross_attention/query/kernel": "ioo",
+    r"blocks/cross_attention/key_value/kernel": "isoo",
+    r"blocks/(attention|cross_attention)/out/kernel": "iio",
+    r"blocks/mlp/(in|out)/kernel": "io",
+    r"blocks/modulation/linear/kernel": "iso",
+}
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
@@ -213,6 +221,7 @@ class DiT(nn.Module):
     param_dtype: layers.Dtype = jnp.float32
 
     rules = RULES
+    matrices = MATRICES
 
     @classmethod
     def of(cls, size: str, *, num_classes: int, out_channels: int = 8, **fields: Any) -> "DiT":

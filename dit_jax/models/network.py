@@ -19,6 +19,10 @@ class Network(Protocol):
 
     Fields:
         rules: how its parameters are split over the mesh (`parallel.rules`).
+
+    A network that can be trained with Muon also has `matrices`, {pattern of paths: kinds of the trailing axes}: "i" for inputs,
+    "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is "isoo". Axes before
+    those, as of a stack of blocks, are separate matrices too.
     """
 
     @property

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 TOO_MUCH = 0.1  # share of a device's bytes that may stay unsplit without a warning
+FACTORED = re.compile(r"(^|/)(v|v_row|v_col)/")  # second moments of Adafactor: sums over rows and columns, or one number
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
 
@@ -36,7 +37,7 @@ def rule_of(name: str, shape: tuple[int, ...], rules: Rules) -> tuple[str | None
         raise ValueError(
             f"{len(specs)} sharding rules match {name} {shape}, but exactly one must: fix the table in dit_jax/parallel/rules.py"
         )
-    return specs[0]
+    return () if FACTORED.search(name) and len(shape) < len(specs[0]) + ("/v/" not in name) else specs[0]
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh_shape: Mapping[Any, int], rules: Rules) -> PartitionSpec:

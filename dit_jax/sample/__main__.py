@@ -26,8 +26,10 @@ WEIGHTS = flags.DEFINE_string(
     None,
     "A .safetensors file of dit_jax.convert, a .pt of DiT or SiT, or a folder of diffusers, instead of --workdir.",
 )
-AVERAGE = flags.DEFINE_enum(
-    "average", "default", ["default", "none"], "Weights of a run: their moving average, or none for the weights themselves."
+AVERAGE = flags.DEFINE_string(
+    "average",
+    "default",
+    "Weights of a run: its moving average, none for the weights themselves, or another average: 0.9995, power:0.075.",
 )
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
 command_line.group("What to draw")

@@ -1,12 +1,14 @@
 """Upgrades configs of older versions of dit_jax to the current fields."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from dit_jax.storage.bounded import check_form
 
 RENAMED = {"task.label_dropout": "task.cond_dropout"}  # path of a field in older configs: in those of today
-ADDED = {"diffusion": {"conditioner": {"name": "labels"}}}  # task.name: sections that its older configs lack, with their meaning
+# task.name: sections and fields that its older configs lack, with their meaning
+ADDED: dict[str, dict[str, Any]] = {"diffusion": {"conditioner": {"name": "labels"}, "ema_warmup": False, "averages": []}}
 
 
 NAMED = ("task", "model", "conditioner", "process", "codec", "data", "transform", "optimizer", "sampler", "guidance")
@@ -44,7 +46,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
         if old_field in new.get(section, {}):
             new[section][path.partition(".")[2]] = new[section].pop(old_field)
     added = ADDED.get(new.get("task", {}).get("name", ""), {})
-    return {**{name: dict(section) for name, section in added.items() if name not in new}, **new}
+    return {**{name: copy.deepcopy(section) for name, section in added.items() if name not in new}, **new}
 
 
 def upgrade_path(path: str) -> str:

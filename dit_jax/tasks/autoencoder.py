@@ -19,8 +19,9 @@ from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float
+from dit_jax.tasks.averages import Exponential, moving_average
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters
-from dit_jax.tasks.task import accumulate, is_finite_update, moving_average, named_key, only_if, step_sums
+from dit_jax.tasks.task import accumulate, is_finite_update, named_key, only_if, step_sums
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class AutoencoderTask:
                 f"{self.discriminator.smallest_side} pixels, not {side}; lower it, or set "
                 "task.discriminator_weight to 0"
             )
+
+    @property
+    def average(self) -> Exponential:
+        """The moving average that the codec of the run is."""
+        return Exponential(self.ema_decay)
 
     def init(self, key: jax.Array) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}

@@ -22,8 +22,9 @@ from dit_jax.models import network as networks
 from dit_jax.models.network import Cond, Network
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
+from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
-from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, moving_average, named_key, only_if, step_sums
+from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
 CONDITIONER = "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys
@@ -41,6 +42,8 @@ class DiffusionTask:
     Fields:
         image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
         cond_dropout: rate at which the condition of an example becomes the null condition.
+        ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
+        averages: further moving averages.
         microbatches: number of parts of the batch, computed in sequence, over which gradients are averaged.
         zero1, offload: see `state.abstract_state`.
 
@@ -57,6 +60,8 @@ class DiffusionTask:
     latent_shape: tuple[int, ...]
     cond_dropout: float = 0.1
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    averages: tuple[Average, ...] = ()
     microbatches: int = 1
     zero1: bool = False
     offload: str = "none"
@@ -69,6 +74,11 @@ class DiffusionTask:
         if not 0 <= self.cond_dropout < 1:
             raise UserError(f"task.cond_dropout is {self.cond_dropout}; it must lie in [0, 1)")
         check_offload(self.offload)
+
+    @property
+    def average(self) -> Exponential:
+        """The moving average that is sampled by default."""
+        return Exponential(self.ema_decay, self.ema_warmup)
 
     @property
     def rules(self) -> Rules:
@@ -85,7 +95,7 @@ class DiffusionTask:
         params = self.network.init(key, x, t, cond)["params"]
         if encoder := self.conditioner.init(named_key(key, CONDITIONER)):
             params = {**params, CONDITIONER: encoder}
-        return new_state(params, self.optimizer)
+        return new_state(params, self.optimizer, self.averages)
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
         *grid, channels = self.latent_shape
@@ -194,10 +204,11 @@ class DiffusionTask:
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = moving_average(state.ema_params, params, self.ema_decay)
+        ema_params = moving_average(state.ema_params, params, self.average.decay(state.step + 1))
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
         finite &= is_finite_update(self.optimizer, params, ema_params)
-        new = TrainState(state.step + 1, params, ema_params, opt_state)
+        averages = updated(self.averages, state.averages, params, state.step + 1)
+        new = TrainState(state.step + 1, params, ema_params, opt_state, averages)
         sums = step_sums(losses, {"grad_norm": grad_norm}, finite) | self.loss_by_time(losses["loss"], inputs["t"], finite)
         return only_if(finite, new, state), sums
 

@@ -1,6 +1,7 @@
 """The training state, and its creation on a mesh, already sharded."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -12,11 +13,11 @@ from jax.sharding import Mesh
 from dit_jax.errors import UserError
 from dit_jax.parallel import rules
 from dit_jax.storage.fingerprint import leaf_names
+from dit_jax.tasks.averages import Average, key
 
 PLACES = re.compile(r"(^|/)(\d+/)+(?=(count|mu|nu)(/|$))")  # of the parts of an optimizer, in the names of its arrays
-
 HOST = "pinned_host"
-OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params")}
+OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params", "averages")}
 
 
 @flax.struct.dataclass
@@ -28,20 +29,23 @@ class TrainState:
         params: of the network, in `param_dtype`.
         ema_params: float32 exponential moving average of params; starts at params.
         opt_state: optax state.
+        averages: further float32 moving averages by `averages.key`.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    averages: Any = flax.struct.field(default_factory=dict)
 
 
-def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(params: Any, optimizer: optax.GradientTransformation, averages: Iterable[Average] = ()) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
         opt_state=optimizer.init(params),
+        averages={key(average): jax.tree.map(lambda x: x.astype(jnp.float32), params) for average in averages},
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dit_jax.parallel.rules import Rules
+from dit_jax.tasks.averages import Average
 from dit_jax.tasks.state import TrainState
 
 Sums = dict[str, jax.Array]
@@ -38,6 +39,11 @@ class Task(Protocol):
 
     @property
     def microbatches(self) -> int: ...
+
+    @property
+    def average(self) -> Average:
+        """The moving average of the parameters that results are made with."""
+        ...
 
     @property
     def rules(self) -> Rules:
@@ -142,22 +148,17 @@ def accumulate(gradient: Callable, inputs: Any, parts: int) -> tuple[Any, Any]:
     return grads, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1), values)
 
 
-def moving_average(ema_params: Any, params: Any, decay: float) -> Any:
-    """decay * ema + (1 - decay) * params in float32."""
-    return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema_params, params)
+def share_of_initial(average: Average, steps: int) -> float:
+    """The share of the initial parameters in a moving average after so many steps."""
+    return float(average.profile(steps)[0])
 
 
-def share_of_initial(decay: float, steps: int) -> float:
-    """The share of the initial parameters in the moving average after so many steps: decay ** steps."""
-    return decay**steps
-
-
-def warning_of_average(decay: float, steps: int, remedy: str) -> str | None:
+def warning_of_average(average: Average, steps: int, remedy: str) -> str | None:
     """A sentence about a moving average that mostly holds what a short run began with; None where its share is small."""
-    share = share_of_initial(decay, steps)
+    share = share_of_initial(average, steps)
     if share <= MOST_INITIAL:
         return None
-    return f"the moving average (ema_decay {decay:g}) holds {share:.0%} initial weights at step {steps}; {remedy}"
+    return f"the moving average (ema_decay {average.name}) holds {share:.0%} initial weights at step {steps}; {remedy}"
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -177,7 +178,7 @@ def is_finite_update(optimizer: optax.GradientTransformation, params: Any, ema_p
 
 def only_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """The new state if `finite`, else the old state with the new step count."""
-    unchanged = TrainState(new.step, old.params, old.ema_params, old.opt_state)
+    unchanged = TrainState(new.step, old.params, old.ema_params, old.opt_state, old.averages)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
 
 

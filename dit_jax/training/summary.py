@@ -69,8 +69,8 @@ def _of_the_guidance(run: Run) -> list[str]:
 
 def _of_the_average(run: Run) -> list[str]:
     """The warning about the moving average at the end of the run, if there is one."""
-    remedy = "lower ema_decay or train longer" + ", or sample with --average=none" * run.task.draws_samples
-    text = warning_of_average(run.config.ema_decay, run.config.num_steps, remedy)
+    remedy = "set ema_warmup, lower ema_decay or train longer" + ", or sample with --average=none" * run.task.draws_samples
+    text = warning_of_average(run.task.average, run.config.num_steps, remedy)
     return [] if text is None else [text]
 
 

@@ -1,16 +1,18 @@
 """The learning rate of the optimizers."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from dit_jax import recipes
 from dit_jax.config_file import read
 from dit_jax.errors import UserError
-from dit_jax.tasks.optimizer import adamw
+from dit_jax.tasks.optimizer import adafactor, adamw
 from dit_jax.tasks.state import with_structure
 
 
@@ -86,3 +88,69 @@ def test_the_decay_follows_the_number_of_steps():
     assert read(file, ["optimizer.decay_steps=None", "num_steps=70"]).optimizer.decay_steps is None
     assert recipes.digits_latent().optimizer.decay_steps == recipes.digits_latent().num_steps
     assert recipes.dit().optimizer.decay_steps is None
+
+
+@pytest.mark.parametrize("make", [adamw, adafactor])
+@pytest.mark.parametrize(
+    "fields, rates",
+    [
+        ({"decay": "linear", "decay_steps": 4}, [1, 0.75, 0.5, 0.25, 0, 0]),
+        ({"decay": "linear", "decay_steps": 6, "decay_start": 4, "warmup_steps": 2}, [0.5, 1, 1, 1, 1, 0.5, 0, 0]),
+        ({"decay_steps": 6, "decay_start": 4}, [1, 1, 1, 1, 1, 0.5, 0]),
+        ({"warmup_steps": 2}, [0.5, 1, 1]),
+    ],
+)
+def test_schedules(make, fields, rates):
+    """A stable part that is missing, a fall at the wrong step, or a recorded rate that is not the one of the update."""
+    optimizer = make(learning_rate=1.0, weight_decay=1.0, **fields)
+    params = {"w": jnp.ones(())}
+    state = optimizer.init(params)
+    for step, rate in enumerate(rates):
+        updates, state = optimizer.update({"w": jnp.zeros(())}, state, params)
+        assert optimizer.rate(step) == pytest.approx(rate) and float(updates["w"]) == pytest.approx(-rate, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"decay": "wsd"}, "decay is wsd; it must be one of cosine, linear"),
+        ({"decay_start": 3}, "decay_start is 3; it must be None, or from warmup_steps = 0 to below decay_steps = None"),
+        ({"decay_start": 3, "decay_steps": 3}, "decay_start is 3"),
+        ({"groups": (("(", 1, None),)}, "no regular expression"),
+        ({"groups": (("a", -1, None),)}, "the factor of 'a' is -1"),
+        ({"groups": (("a", 1),)}, "a group is"),
+        ({"groups": (("a", 1.0, -0.1),)}, "the weight decay of 'a' is -0.1"),
+    ],
+)
+def test_schedules_and_groups_that_are_none(fields, text):
+    """A fall that never comes, or a group that counts for nothing, without a word."""
+    with pytest.raises(UserError, match=text):
+        adamw(**fields)
+
+
+@pytest.mark.parametrize("make", [adamw, adafactor])
+def test_groups(make):
+    """A rate or decay of another group, a decay without its rate, or a pattern that matches the middle of a path."""
+    groups = (("blocks/.*/kernel", 0.5, 0.2), ("kernel", 2.0, None), ("head/.*", 0.0, None))
+    optimizer = make(learning_rate=0.1, weight_decay=1.0, groups=groups)
+    leaf = jnp.ones((2, 2))
+    params = {"blocks": {"a": {"kernel": leaf, "bias": leaf}}, "last": {"kernel": leaf}, "head": {"bias": leaf}}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    rates = {"blocks/a/kernel": 0.01, "blocks/a/bias": 0.1, "last/kernel": 0.2, "head/bias": 0.0}
+    for name, rate in rates.items():
+        value = functools.reduce(lambda tree, key: tree[key], name.split("/"), updates)
+        np.testing.assert_allclose(value, -rate, rtol=1e-6, err_msg=name)
+    with pytest.raises(UserError, match="'blocks' is the first of no parameter; paths are such as blocks/a/bias and last/kernel"):
+        make(groups=(("blocks", 1.0, None),)).init(params)
+
+
+def test_adamw_without_groups_is_that_of_groups():
+    """Another optimizer as soon as there is a group."""
+    params = {"a": jax.random.normal(jax.random.key(0), (3, 4)), "b": jnp.ones((2,))}
+    fields = {"learning_rate": 0.1, "weight_decay": 0.3, "warmup_steps": 2, "clip_norm": 0.5}
+    plain, grouped = adamw(**fields), adamw(**fields, groups=(("a", 1.0, None),))
+    states = [plain.init(params), grouped.init(params)]
+    for step in range(3):
+        grads = jax.tree.map(lambda x, step=step: jnp.sin(jnp.arange(x.size) + step).reshape(x.shape), params)
+        (one, states[0]), (two, states[1]) = plain.update(grads, states[0], params), grouped.update(grads, states[1], params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, two)
