@@ -47,6 +47,7 @@ from dit_jax.registry import register
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
 from dit_jax.storage.paths import local_path
+from dit_jax.tasks.adaptation import Adaptation, Lora
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -142,6 +143,7 @@ class Run:
         platform: str | None = None,
     ):
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
+        self._base: Any = None
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -211,6 +213,25 @@ class Run:
                 "`matrices` (models.network.Network); choose adamw"
             )
         return construct("optimizer", section, matrices=matrices)
+
+    @cached_property
+    def adaptation(self) -> Adaptation:
+        """Which parameters are trained: all, without the section `init`.
+
+        Raises:
+            UserError: some are frozen, and there are no weights to start from.
+        """
+        section = self.config.get("init", {})
+        fields = dict(section.get("lora", {}))
+        if fields.get("rank") and not fields.get("targets"):
+            fields.pop("targets", None)
+        adaptation = Adaptation(tuple(section.get("freeze", ())), Lora(**fields), getattr(self.network, "matrices", {}))
+        if adaptation.active and not section.get("weights"):
+            raise UserError(
+                "init.freeze or init.lora.rank is set and init.weights is empty: random parameters would be frozen; give "
+                "--config.init.weights=<a run, a weights file, an official .pt or a folder of diffusers>"
+            )
+        return adaptation
 
     @cached_property
     def task(self) -> Any:
@@ -334,6 +355,33 @@ class Run:
             shape = (-(-resident_rows // ways) * ways, *moments.shape)
             abstract["moments"] = jax.ShapeDtypeStruct(shape, moments.dtype, sharding=batch_sharding(self.mesh))
         return abstract
+
+    def with_base(self, base: Any) -> "Run":
+        """This run with the frozen parameters of its network, where a part of it is trained; arrays on the host or the mesh."""
+        run = Run(self.config, devices=self.devices, codec_params=self._codec_params, platform=self.platform)
+        run._base = base
+        return run
+
+    @property
+    def base(self) -> Any:
+        """The frozen parameters of the network.
+
+        Raises:
+            ValueError: they were not given (`with_base`).
+        """
+        if self._base is None:
+            raise ValueError("the frozen parameters of the network were not read; call Run.with_base first")
+        return self._base
+
+    def placed_base(self) -> Any:
+        """The frozen parameters of the network, on the mesh."""
+        return place(self.base, self._sharding_of_constant("base", self.base))
+
+    def whole(self) -> "Run":
+        """The run of the whole network, as it is sampled: nothing is frozen and there are no adapters."""
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.init = without_adaptation(config.get("init", {}))
+        return Run(config, devices=self.devices, codec_params=self._codec_params, platform=self.platform)
 
     def _sharding_of_constant(self, name: str, tree):
         rules = self.task.constant_rules().get(name)
@@ -555,11 +603,21 @@ PARTS = {  # of a task: parameters of its constructor that are not in its sectio
     "ema_decay": lambda run: run.config.ema_decay,
     "ema_warmup": lambda run: run.config.get("ema_warmup", False),
     "averages": lambda run: parse_all(run.config.get("averages", ())),
+    "adaptation": lambda run: run.adaptation,
     "microbatches": lambda run: run.config.microbatches,
     "zero1": lambda run: run.config.mesh.get("zero1", False),
     "offload": lambda run: run.config.mesh.get("offload", "none"),
 }
-CONSTANTS = {"codec": lambda run: run.codec_params, "perceptual": _perceptual}  # by the names of `Task.constants`
+CONSTANTS = {  # by the names of `Task.constants`
+    "codec": lambda run: run.codec_params,
+    "perceptual": _perceptual,
+    "base": lambda run: run.base,
+}
+
+
+def without_adaptation(init: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `init` of a run of the same network that trains all of it."""
+    return {**init, "freeze": (), "lora": {**init.get("lora", {}), "rank": 0}}
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:

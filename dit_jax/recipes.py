@@ -18,6 +18,7 @@ from dit_jax.errors import UserError
 from dit_jax.models import sizes
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
+from dit_jax.tasks.adaptation import TARGETS
 
 _FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
@@ -28,6 +29,15 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "ema_decay": "Decay per step of the parameters' moving average, with which samples are drawn.",
     "ema_warmup": "The average's decay is at most (1 + step) / (10 + step): short runs do not sample their initial weights.",
     "averages": "Further moving averages, as ('0.9995', 'power:0.05', 'power:0.1'): decays, or relative widths (EDM2).",
+    "init.weights": "What training starts from: a run, a file of convert, an official .pt, a diffusers folder; empty: random.",
+    "init.step": "Checkpoint of a run in init.weights; the newest if unset.",
+    "init.average": "Parameters of a run in init.weights: default (the moving average), none, or the name of an average.",
+    "init.class_names": "File with the names of the classes of init.weights, one per line, where a run does not say them.",
+    "init.freeze": "Patterns of parameters that keep their values, as ('blocks/.*', 'time_embedding/.*').",
+    "init.lora.rank": "Rank of low-rank adapters, which are trained alone; 0 is off.",
+    "init.lora.alpha": "Scale of the adapters' product times the rank; the rank if unset.",
+    "init.lora.targets": "Patterns of the kernels that get adapters.",
+    "init.lora.train": "Patterns of parameters that are trained whole beside the adapters.",
     "imports": "Files of --import that registered constructors; set by the command line.",
     "mesh.zero1": "Split the optimizer's state and the moving average over fsdp, but not the parameters (ZeRO stage 1).",
     "mesh.offload": "Kept in host memory between steps: none, optimizer, or optimizer_and_ema.",
@@ -117,12 +127,25 @@ def diffusion() -> ml_collections.ConfigDict:
     c = training()
     c.task = {"name": "diffusion", "cond_dropout": 0.1}
     c.ema_warmup, c.averages = False, ()
+    c.init = init()
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}
     return c
+
+
+def init() -> dict:
+    """The section `init`: training starts from random parameters and trains all of them."""
+    return {
+        "weights": "",
+        "step": config_dict.placeholder(int),
+        "average": "default",
+        "class_names": "",
+        "freeze": (),
+        "lora": {"rank": 0, "alpha": config_dict.placeholder(float), "targets": TARGETS, "train": ()},
+    }
 
 
 def gaussian() -> dict:

@@ -222,6 +222,7 @@ class DiT(nn.Module):
 
     rules = RULES
     matrices = MATRICES
+    label_table = "label_embedding/embedding"
 
     @classmethod
     def of(cls, size: str, *, num_classes: int, out_channels: int = 8, **fields: Any) -> "DiT":

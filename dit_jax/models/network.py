@@ -22,7 +22,8 @@ class Network(Protocol):
 
     A network that can be trained with Muon also has `matrices`, {pattern of paths: kinds of the trailing axes}: "i" for inputs,
     "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is "isoo". Axes before
-    those, as of a stack of blocks, are separate matrices too.
+    those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`, the path of its table
+    [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its weights.
     """
 
     @property

@@ -27,6 +27,7 @@ def sampling(run: Run):
 
     The batch size is `evaluation.batch_size`, rounded up as by the generator.
     """
+    run = run.whole()
     mesh, config = run.mesh, run.config
     generator = Generator(run.task, mesh, run.sampler, run.guidance, config.evaluation.batch_size, config.seed)
     params = cast_for_inference(run.task, run.abstract_state.ema_params)

@@ -14,7 +14,7 @@ from dit_jax.report.collect import DENOISING, REAL
 from dit_jax.sample.drawing import GRID_IMAGES
 from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
 from dit_jax.sample.labels import spread_requests
-from dit_jax.sample.weights import cast_for_inference
+from dit_jax.sample.weights import cast_for_inference, whole_network
 from dit_jax.tasks.diffusion import CONDITIONER
 
 ROWS, FRAMES = 4, 10  # images, and pictures of each, of the denoising
@@ -44,6 +44,7 @@ def denoise(run: Run, ema_params: Any, constants: Any) -> tuple[np.ndarray, list
     Raises:
         UserError: the parameters are split over several devices.
     """
+    ema_params = whole_network(run.task, ema_params, constants)
     constants = {name: tree for name, tree in constants.items() if name in ("codec", CONDITIONER)}
     if not all(x.is_fully_replicated for x in jax.tree.leaves((ema_params, constants))):
         raise UserError("the parameters are split over the devices")

@@ -13,17 +13,18 @@ import ml_collections
 from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.errors import UserError
-from dit_jax.interop import diffusers_dit, pt_reader
+from dit_jax.interop import base_file, diffusers_dit, pt_reader
 from dit_jax.interop import weights as weights_file
 from dit_jax.interop.tensors import open_safetensors
 from dit_jax.parallel.mesh import place
 from dit_jax.runtime.console import say
-from dit_jax.sample.weights import check_finite
+from dit_jax.sample.weights import check_finite, whole_network
 from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_best, read_config
 from dit_jax.storage.step_folder import steps_in
 from dit_jax.tasks import averages
+from dit_jax.tasks.adaptation import BASE
 
 AVERAGES = {"default": "ema_params", "none": "params"}  # of a checkpoint: its entry of the training state
 MOST_ERROR = 0.1  # of an average that is made afterwards, see `averages.combine`
@@ -38,12 +39,14 @@ class Trained:
         config: a copy may be changed before `Run` builds the network from it.
         weights: opened parameters; None for a run, which has checkpoints.
         codec: the autoencoder that lies beside the weights; None if there is none.
+        adapted: the run's own config, where a part of the network was trained; `config` is that of the whole network.
     """
 
     path: Path
     config: ml_collections.ConfigDict
     weights: weights_file.Weights | None = None
     codec: Path | None = None
+    adapted: ml_collections.ConfigDict | None = None
 
     def check(self, step: int | str | None, average: str) -> int | None:
         """The step of the checkpoint that `step` selects; None for the newest, and for weights that are no run's.
@@ -84,11 +87,19 @@ class Trained:
             UserError: the run has no such checkpoint; the tensors do not fit the network, or hold NaN or infinity.
             NotFinite: the parameters of a run hold NaN or infinity.
         """
-        state = run.abstract_state
         if self.weights is not None:
-            abstract = state.ema_params
+            abstract = run.abstract_state.ema_params
             tensors = weights_file.load_tensors(self.weights.tensors, abstract, str(self.path))
             return place(tensors, jax.tree.map(lambda x: x.sharding, abstract)), None
+        if self.adapted is None:
+            return self._trained_params(run, step, average)
+        own = with_base(Run(_on_mesh_of(run, self.adapted), devices=run.devices, platform=run.platform), self.path)
+        trained, step = self._trained_params(own, step, average)
+        return whole_network(own.task, trained, {BASE: own.placed_base()}), step
+
+    def _trained_params(self, run: Run, step: int | None, average: str) -> tuple[Any, int]:
+        """As `params`, of the parameters that the run trains."""
+        state = run.abstract_state
         try:
             entry = self._entry(run, average)
             if entry is None:
@@ -178,7 +189,21 @@ def read(path: str | os.PathLike) -> Trained:
         raise UserError(
             f"{path} is the run of an autoencoder, which cannot be sampled; give {path} as codec.path of a diffusion run"
         )
-    return Trained(path, config)
+    adaptation = Run(config).adaptation
+    return Trained(path, Run(config).whole().config, adapted=config) if adaptation.active else Trained(path, config)
+
+
+def with_base(run: Run, workdir: Path) -> Run:
+    """The run with its frozen parameters, which its folder holds."""
+    shapes = jax.eval_shape(run.task.init_params, jax.random.key(0))
+    return run.with_base(base_file.read(workdir, run.adaptation.base(shapes)))
+
+
+def _on_mesh_of(run: Run, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with the mesh and the codec of a run: scale and shift of the latents are read with the codec's weights."""
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.mesh, config.codec = run.config.mesh, run.config.codec
+    return config
 
 
 @jax.jit

@@ -6,13 +6,16 @@ cast once. In bfloat16 this halves their memory, and no step casts weights.
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.errors import NotFinite
 from dit_jax.storage.fingerprint import fingerprints, leaf_names
+from dit_jax.tasks.adaptation import BASE, LORA
 from dit_jax.tasks.state import HOST, on_device
 
 LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose", "broadcast_in_dim", "copy"}
@@ -35,6 +38,22 @@ def check_finite(params: Any, what: str) -> None:
             f"{what} has NaN or infinity in {', '.join(names[:5])}{more}; sample an earlier step, or train again from one "
             "with a lower learning rate"
         )
+
+
+def whole_network(task: Any, params: Any, constants: Mapping[str, Any]) -> Any:
+    """The parameters of the whole network, where a part of it is trained; else `params`.
+
+    Args:
+        task: a `DiffusionTask`.
+        params: trained parameters, or an average of them.
+        constants: of a step; {"base": the frozen parameters} is used.
+    """
+    if not task.adaptation.active:
+        return params
+    constants = {BASE: constants[BASE]}
+    names = flatten_dict(params, sep="/") | flatten_dict(constants[BASE], sep="/")
+    shardings = unflatten_dict({name: x.sharding for name, x in names.items() if not name.startswith(f"{LORA}/")}, sep="/")
+    return jax.jit(task.network_params, out_shardings=shardings)(on_device(params), constants)
 
 
 @jax.jit

@@ -11,6 +11,7 @@ samples/      grids of images by step
 profile/      see `runtime.profile`
 stacks.txt    see `runtime.watchdog`
 divergences.json   see `storage.divergences`
+init.json     the weights that training started from; base.safetensors: those that are frozen (see `training.initial`)
 codec/        the frozen codec of a diffusion run, or the result of an autoencoder run (see `interop.codec_folder`)
 """
 
@@ -34,10 +35,13 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
-CLASSES, RESULT, SAVED = "classes.json", "result.json", "saved.json"
+CLASSES, RESULT, SAVED, INIT = "classes.json", "result.json", "saved.json", "init.json"
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 # What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
-WRITTEN = ("config.json", CLASSES, SAVED, divergences.FILE, "metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt")
+WRITTEN = (
+    *("config.json", CLASSES, SAVED, INIT, "base.safetensors", divergences.FILE, "metrics.jsonl", RESULT),
+    *("codec", "report.html", "wandb_id.txt"),
+)
 PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
 SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
 

@@ -4,7 +4,7 @@ B batch, H x W x C images, h x w x c latents.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from dit_jax.models import network as networks
 from dit_jax.models.network import Cond, Network
 from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
+from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
@@ -34,8 +35,8 @@ CONDITIONER = "conditioner"  # key of a trained conditioner in the parameters, n
 class DiffusionTask:
     """Trains a network to reverse a diffusion process on a codec's latents.
 
-    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} if there is one, and
-        {"moments": [N, h, w, 2c]} if the data set is kept on the devices.
+    constants: {"codec": the codec's frozen parameters}, {"conditioner": those of a frozen encoder} if there is one, {"base": the
+        network's frozen parameters} if there are some, and {"moments": [N, h, w, 2c]} if the data set is kept on the devices.
     batch: the entries that the conditioner reads (`batch_spec`; {"label": int32[B]}), and one of {"image": uint8[B, H, W, C]},
         {"moments": [B, h, w, 2c]} of a latent cache, and {"row": int32[B]}, rows of constants["moments"].
 
@@ -44,6 +45,7 @@ class DiffusionTask:
         cond_dropout: rate at which the condition of an example becomes the null condition.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
+        adaptation: says which parameters are trained.
         microbatches: number of parts of the batch, computed in sequence, over which gradients are averaged.
         zero1, offload: see `state.abstract_state`.
 
@@ -62,6 +64,7 @@ class DiffusionTask:
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
+    adaptation: Adaptation = field(default_factory=Adaptation)
     microbatches: int = 1
     zero1: bool = False
     offload: str = "none"
@@ -82,7 +85,7 @@ class DiffusionTask:
 
     @property
     def rules(self) -> Rules:
-        return self.network.rules + self.conditioner.rules
+        return self.network.rules + self.conditioner.rules + (self.adaptation.rules if self.adaptation.lora.rank else ())
 
     @property
     def has_null_condition(self) -> bool:
@@ -90,12 +93,26 @@ class DiffusionTask:
         return bool(self.conditioner.cond_spec()) and self.cond_dropout > 0
 
     def init(self, key: jax.Array) -> TrainState:
+        return self.state_of(self.init_params(key), key)
+
+    def state_of(self, params: Any, key: jax.Array) -> TrainState:
+        """The state at the start of training, from the network's parameters; key is for new adapters."""
+        if self.adaptation.active:
+            params = self.adaptation.trained(params, key)
+        return new_state(params, self.optimizer, self.averages)
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Random parameters of the network, and of the conditioner if it is trained."""
         x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,))
         cond = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.conditioner.cond_spec().items()}
         params = self.network.init(key, x, t, cond)["params"]
         if encoder := self.conditioner.init(named_key(key, CONDITIONER)):
             params = {**params, CONDITIONER: encoder}
-        return new_state(params, self.optimizer, self.averages)
+        return params
+
+    def network_params(self, params: Any, constants: Mapping[str, Any]) -> Any:
+        """The network's parameters, of trained ones (or an average of them) and the frozen ones in the constants."""
+        return self.adaptation.merged(params, constants[BASE]) if self.adaptation.active else params
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
         *grid, channels = self.latent_shape
@@ -107,10 +124,14 @@ class DiffusionTask:
         return {"label": jax.ShapeDtypeStruct((), jnp.int32), **self.conditioner.batch_spec(), entry: entries[entry]}
 
     def constants(self) -> dict[str, Any]:
-        return {"codec": jax.eval_shape(self.codec.init, jax.random.key(0))}
+        frozen = {"codec": jax.eval_shape(self.codec.init, jax.random.key(0))}
+        if self.adaptation.active:
+            frozen[BASE] = self.adaptation.base(jax.eval_shape(self.init_params, jax.random.key(0)))
+        return frozen
 
     def constant_rules(self) -> dict[str, Rules]:
-        return {"codec": self.codec.rules}
+        rules = {"codec": self.codec.rules}
+        return rules | ({BASE: self.network.rules + self.conditioner.rules} if self.adaptation.active else {})
 
     def macs(self) -> int:
         cond_shapes = {name: x.shape for name, x in self.conditioner.cond_spec().items()}
@@ -183,6 +204,7 @@ class DiffusionTask:
         dropped: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
+        params = self.network_params(params, constants)
         x_t = self.process.perturb(x0, noise, t)
         cond, null = self.condition(params, constants, batch)
         if dropped is not None:
@@ -218,11 +240,16 @@ class DiffusionTask:
         return {f"loss_t{b / TIME_BUCKETS:.2f}": mean_of(loss, finite & (bucket == b)) for b in range(TIME_BUCKETS)}
 
     def description(self) -> list[str]:
-        params = count_parameters(jax.eval_shape(self.init, jax.random.key(0)).params)
-        return [
+        params = count_parameters(jax.eval_shape(self.init_params, jax.random.key(0)))
+        lines = [
             f"model      {self.network.describe()}: {params / 1e6:.2f} M parameters, {self.macs() / 1e9:.3f} GMACs per image",
             f"latents    {' x '.join(map(str, self.latent_shape))} of {type(self.codec).__name__}",
         ]
+        if self.adaptation.active:
+            trained = count_parameters(jax.eval_shape(self.init, jax.random.key(0)).params)
+            adapters = f", adapters of rank {self.adaptation.lora.rank}" if self.adaptation.lora.rank else ""
+            lines.append(f"trained    {trained / 1e6:.3f} M parameters{adapters}; the others are frozen")
+        return lines
 
     def draw_latents(
         self,

@@ -18,7 +18,7 @@ from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
 from dit_jax.sample.labels import spread_requests
-from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
+from dit_jax.sample.weights import cast_for_inference, weights_fingerprint, whole_network
 from dit_jax.tasks.state import TrainState
 from dit_jax.training import scoring
 from dit_jax.training.records import Records
@@ -56,7 +56,8 @@ class Samples:
         start, count = time.monotonic(), self.num_previews
         classes = max(self.run.conditioner.num_classes, 1)
         requests = spread_requests(self.run.conditioner, count)
-        images = self.generator(cast_for_inference(self.run.task, state.ema_params), constants, requests, count)
+        params = cast_for_inference(self.run.task, whole_network(self.run.task, state.ema_params, constants))
+        images = self.generator(params, constants, requests, count)
         path = folder / f"{step:08d}.png"
         names, caption = self.texts(requests, step)
         columns = classes if classes <= MOST_COLUMNS and count >= classes else None
@@ -84,7 +85,7 @@ class Samples:
         requests = spread_requests(run.conditioner, evaluation.num_images)
         mesh, seed = drawing_mesh(run.mesh), run.config.seed
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
-        params, codec = on_mesh((state.ema_params, constants["codec"]), mesh)
+        params, codec = on_mesh((whole_network(run.task, state.ema_params, constants), constants["codec"]), mesh)
         class_names = run.source.class_names if run.conditioner.num_classes else ()
         made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names) | {"labels": "balanced"}
         names, caption = self.texts(requests, step)

@@ -17,7 +17,7 @@ from dit_jax.sample import samples_file, shards
 from dit_jax.sample.drawing import check_out, draw
 from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
 from dit_jax.sample.labels import spread_requests
-from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
+from dit_jax.sample.weights import cast_for_inference, weights_fingerprint, whole_network
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.run_folder import BEST_SCORE, SCORES, read_best
 
@@ -98,7 +98,7 @@ class Scorer:
         sampler = run.scoring_sampler
         forecast = run.checked_forecast(sampler)
         generator = Generator(run.task, self._mesh, sampler, run.guidance, self._evaluation.batch_size, seed, forecast=forecast)
-        params, codec = on_mesh((params, constants["codec"]), self._mesh)
+        params, codec = on_mesh((whole_network(run.task, params, constants), constants["codec"]), self._mesh)
         made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
         made_by["sampler"] = self._scoring.sampler.to_dict()
         drawn = draw(

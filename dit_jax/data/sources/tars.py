@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 import dit_jax.data.sources.tar_index as tar_index
+from dit_jax.data.class_names import read as read_class_names
 from dit_jax.data.open_files import OpenFiles
 from dit_jax.data.sources.source import Example, fingerprint, is_strange
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
@@ -144,7 +145,7 @@ class TarShards(TarSource):
                 "number them from 0"
             ),
         )
-        class_names = _class_names(class_names_file) if class_names_file else None
+        class_names = read_class_names(class_names_file, "class_names_file") if class_names_file else None
         if num_classes is None:
             num_classes = len(class_names) if class_names is not None else int(index.label.max()) + 1
         class_names = [str(i) for i in range(num_classes)] if class_names is None else class_names
@@ -213,18 +214,6 @@ def _braces(pattern: str) -> Iterator[str]:
         choices = match[1].split(",")
     for choice in choices:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
-
-
-def _class_names(file: str) -> list[str]:
-    try:
-        names = local_path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"class_names_file={file} cannot be read ({error}): give a UTF-8 text file, one name per line") from None
-    twice = [name for name, times in collections.Counter(names).items() if times > 1 or not name.strip()]
-    if twice or not names:
-        problem = f"an empty or repeated line, {twice[0]!r}" if twice else "no line"
-        raise UserError(f"class_names_file={file} has {problem}: write one name per class")
-    return names
 
 
 class _Part(NamedTuple):
