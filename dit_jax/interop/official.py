@@ -147,7 +147,7 @@ def expected(shapes: Shapes, patch_size: int, side: int) -> dict[str, tuple[int,
     check_kind(shapes)
     layout = {}
     for path, shape in shapes.items():
-        for name, part in _parts(path, shape):
+        for name, part in parts(path, shape):
             layout[name] = _their_shape(path, part, patch_size)
     return layout | {POSITION: (1, side * side, shapes["patch_embedding/bias"][-1])}
 
@@ -171,7 +171,7 @@ def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
     read = lru_cache(maxsize=1)(lambda path: ours[path].load())  # the blocks of a stack are read one after another
     theirs = {}
     for path, tensor in ours.items():
-        for i, (name, part) in enumerate(_parts(path, tensor.shape)):
+        for i, (name, part) in enumerate(parts(path, tensor.shape)):
             shape = _their_shape(path, part, patch_size)
 
             def load(path=path, shape=shape, i=i):
@@ -183,12 +183,27 @@ def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
     return theirs | {POSITION: Tensor(table.shape, table.dtype, lambda: table)}
 
 
-def _parts(path: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+def parts(path: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """[(official name, shape of our part)]: one entry, or one for each block of a stack."""
     if path in NAMES:
         return [(NAMES[path], shape)]
     name = BLOCK_NAMES[path.removeprefix("blocks/")]
     return [(f"blocks.{i}.{name}", shape[1:]) for i in range(shape[0])]
+
+
+def one_to_theirs(path: str, array: np.ndarray, patch_size: int) -> dict[str, np.ndarray]:
+    """The official tensors of one of our parameters."""
+    blocks = array if path.startswith("blocks/") else [array]
+    return {
+        name: _to_theirs(path, block, _their_shape(path, part, patch_size))
+        for (name, part), block in zip(parts(path, array.shape), blocks, strict=True)
+    }
+
+
+def one_to_ours(path: str, shape: tuple[int, ...], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One of our parameters, of its official tensors."""
+    held = {name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}  # type: ignore[misc]
+    return _gather(path, shape, held).load()
 
 
 def _their_shape(path: str, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
@@ -218,14 +233,14 @@ def _to_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
 
 def _gather(path: str, shape: tuple[int, ...], tensors: Tensors) -> Tensor:
-    parts = _parts(path, shape)
-    dtype = tensors[parts[0][0]].dtype
+    each = parts(path, shape)
+    dtype = tensors[each[0][0]].dtype
 
     def load():
         if not path.startswith("blocks/"):
-            return _to_ours(path, tensors[parts[0][0]].load(), shape)
+            return _to_ours(path, tensors[each[0][0]].load(), shape)
         stack = np.empty(shape, dtype)
-        for i, (name, part) in enumerate(parts):
+        for i, (name, part) in enumerate(each):
             stack[i] = _to_ours(path, tensors[name].load(), part)
         return stack
 

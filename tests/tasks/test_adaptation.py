@@ -29,7 +29,9 @@ def test_frozen_and_trained_parts_are_the_whole():
     trained, base = frozen.trained(whole, jax.random.key(1)), frozen.base(whole)
     names = [set(flatten_dict(x, sep="/")) for x in (trained, base, whole)]
     assert not names[0] & names[1] and names[0] | names[1] == names[2]
-    assert all(name.startswith("blocks/") or name.endswith("time_embedding/in/kernel") or "out/kernel" in name for name in names[1])
+    assert all(
+        name.startswith("blocks/") or name.endswith("time_embedding/in/kernel") or "out/kernel" in name for name in names[1]
+    )
     changed = jax.tree.map(lambda x: x + 1, trained)
     merged = flatten_dict(frozen.merged(changed, base), sep="/")
     for name, x in flatten_dict(whole, sep="/").items():
