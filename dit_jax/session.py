@@ -24,6 +24,7 @@ from dit_jax.storage.run_folder import RESULT, set_aside
 from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
+from dit_jax.training.setup import watchdog_of
 from dit_jax.training.starts import Start
 
 
@@ -91,7 +92,7 @@ def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack,
         **({"initial_weights_in_average": share} if (share := share_of_initial(run.task.average, step)) > MOST_INITIAL else {}),
     }
     if not trained.stopped:
-        with loop.watchdog_of(run, workdir), phases.phase("sampling"):
+        with watchdog_of(run, workdir), phases.phase("sampling"):
             result |= finish(trained, workdir, step)
     if result["stopped"]:
         say(f"stopped and saved at step {step}; {remedy}")
@@ -121,7 +122,7 @@ def _report(trained: loop.TrainResult, workdir: Path, result: dict[str, Any]) ->
     """Writes the page and prints the end of a run, on process 0; returns False if the page cannot be written."""
     if jax.process_index() != 0:
         return True
-    with loop.watchdog_of(trained.run, workdir), phases.phase("report"):
+    with watchdog_of(trained.run, workdir), phases.phase("report"):
         report = ending.write(trained.run, trained.state.ema_params, trained.constants, workdir, result["step"])
     say(summary.ending(trained.run, workdir, result, report))
     return report is not None

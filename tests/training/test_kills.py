@@ -14,7 +14,7 @@ from dit_jax import build, session
 from dit_jax.report import page, pictures
 from dit_jax.sample import shards
 from dit_jax.sample.generator import Generator
-from dit_jax.training import leftovers, loop, records, samples, scoring
+from dit_jax.training import leftovers, records, samples, scoring, setup
 
 CONFIG = tiny.config(
     num_steps=2,
@@ -66,8 +66,8 @@ def compiled(monkeypatch):
     run = build.Run(CONFIG)
     init = jax.jit(run.task.init, out_shardings=jax.tree.map(lambda x: x.sharding, run.abstract_state))
     monkeypatch.setattr(session, "Run", lambda config: run)
-    monkeypatch.setattr(loop, "create_sharded", lambda task, key, mesh: init(key))
-    monkeypatch.setattr(loop, "compile_in_background", once(loop.compile_in_background))
+    monkeypatch.setattr(setup, "create_sharded", lambda task, key, mesh: init(key))
+    monkeypatch.setattr(setup, "compile_in_background", once(setup.compile_in_background))
     monkeypatch.setattr(samples, "Generator", once(Generator))
     monkeypatch.setattr(scoring, "Generator", once(Generator))
     monkeypatch.setattr(pictures, "denoise", once(pictures.denoise))

@@ -21,11 +21,12 @@ from dit_jax.storage import divergences
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.run_folder import Workdir
 from dit_jax.tasks.diffusion import DiffusionTask
-from dit_jax.training import loop
+from dit_jax.training import batches, setup
 from dit_jax.training.events import Preview
 from dit_jax.training.loop import train
 from dit_jax.training.meter import Diverged
 from dit_jax.training.records import Records
+from dit_jax.training.stepper import Stepper
 
 
 def leaves(run):
@@ -58,7 +59,7 @@ def test_six_steps_are_three_and_three(whole, tmp_path):
 
 def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
     """A step that is compiled only once the state is there, so that a start takes the sum of both times."""
-    compiled, background, create = threading.Event(), loop.compile_in_background, loop.Training.restore_or_create
+    compiled, background, create = threading.Event(), setup.compile_in_background, setup.Training.restore_or_create
 
     def compiling(*args):
         program = background(*args)
@@ -69,22 +70,22 @@ def test_compiles_while_the_state_is_made(tmp_path, monkeypatch):
         assert compiled.wait(120)
         return create(*args)
 
-    monkeypatch.setattr(loop, "compile_in_background", compiling)
-    monkeypatch.setattr(loop.Training, "restore_or_create", creating)
+    monkeypatch.setattr(setup, "compile_in_background", compiling)
+    monkeypatch.setattr(setup.Training, "restore_or_create", creating)
     assert int(train(build.Run(tiny.config(num_steps=1)), tmp_path / "run").state.step) == 1
 
 
 def test_nothing_to_train_compiles_nothing(whole, monkeypatch):
     """A finished run that compiles its step again at every start."""
     compiled = []
-    monkeypatch.setattr(loop, "compile_in_background", lambda *args: compiled.append(args))
+    monkeypatch.setattr(setup, "compile_in_background", lambda *args: compiled.append(args))
     assert int(train(build.Run(tiny.config(num_steps=6)), whole[1]).state.step) == 6 and not compiled
 
 
 @pytest.mark.slow
 def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
     """Records of lost steps that stay in the curve; a crash that leaves the folder locked or unusable."""
-    real, calls = loop.shard_batch, []
+    real, calls = batches.shard_batch, []
 
     def crash(mesh, batch):
         calls.append(1)
@@ -92,7 +93,7 @@ def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         return real(mesh, batch)
 
-    monkeypatch.setattr(loop, "shard_batch", crash)
+    monkeypatch.setattr(batches, "shard_batch", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train(build.Run(tiny.config(num_steps=6, log__every_steps=1)), tmp_path / "run")
     run = train(build.Run(tiny.config(num_steps=6, log__every_steps=1)), tmp_path / "run")
@@ -112,7 +113,7 @@ def test_goes_on_on_another_mesh(whole, tmp_path):
 @pytest.mark.slow
 def test_stop_signal_saves(tmp_path, monkeypatch):
     """SIGTERM that loses steps: the state must be saved at the step that was reached, and the run must say it stopped."""
-    monkeypatch.setattr(loop.StopSignal, "requested", lambda self, step: step == 2)
+    monkeypatch.setattr(setup.StopSignal, "requested", lambda self, step: step == 2)
     run = train(build.Run(tiny.config(num_steps=6)), tmp_path / "run")
     assert run.stopped and (tmp_path / "run" / "checkpoints" / "2").is_dir()
     monkeypatch.undo()
@@ -189,7 +190,7 @@ def test_a_run_that_diverged_at_once_begins_again(tmp_path, monkeypatch):
     with pytest.raises(Diverged, match=r"for the last 2 steps, up to step 3; .* from step 0"):
         train(build.Run(tiny.config(**fields | wild)), folder)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["1"]
-    monkeypatch.setattr(loop.Training, "start", lambda *_: 1 / 0)
+    monkeypatch.setattr(setup.Training, "start", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(build.Run(tiny.config(**fields)), folder)
     monkeypatch.undo()
@@ -239,8 +240,8 @@ def test_a_rate_of_zero_of_another_optimizer(tmp_path):
         return SimpleNamespace(config=config, optimizer=SimpleNamespace(rate=rate))
 
     with pytest.raises(UserError, match="optimizer 'mine' has a learning rate of 0 after step 4, and num_steps is 6"):
-        loop.check_steps(run(lambda step: max(0, 4 - step)), 0, tmp_path)
-    loop.check_steps(run(lambda step: step), 0, tmp_path)
+        setup.check_steps(run(lambda step: max(0, 4 - step)), 0, tmp_path)
+    setup.check_steps(run(lambda step: step), 0, tmp_path)
 
 
 def test_other_config_is_refused(whole):
@@ -442,10 +443,10 @@ def test_other_random_numbers_are_refused(whole):
 def test_memory_after_a_restore(whole, tmp_path, monkeypatch):
     """A restore that leaves a second copy of the state alive while the first step runs, for which there is no memory."""
     shutil.copytree(whole[1], tmp_path / "run")
-    call, bytes_at_first_step = loop.Stepper.__call__, []
+    call, bytes_at_first_step = Stepper.__call__, []
 
     def first_step(self, batch):
-        monkeypatch.setattr(loop.Stepper, "__call__", call)
+        monkeypatch.setattr(Stepper, "__call__", call)
         bytes_at_first_step.append(sum(x.nbytes for x in jax.live_arrays()))
         before = jax.tree.leaves(self.state)
         output = call(self, batch)
@@ -455,7 +456,7 @@ def test_memory_after_a_restore(whole, tmp_path, monkeypatch):
     gc.collect()
     others = sum(x.nbytes for x in jax.live_arrays())
     for name, num_steps in (("fresh", 1), ("run", 7)):
-        monkeypatch.setattr(loop.Stepper, "__call__", first_step)
+        monkeypatch.setattr(Stepper, "__call__", first_step)
         train(build.Run(tiny.config(num_steps=num_steps)), tmp_path / name)
         gc.collect()
     fresh, restored = (size - others for size in bytes_at_first_step)

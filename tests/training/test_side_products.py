@@ -121,7 +121,7 @@ class Hung(Exception):
 BLOCKED = {
     "data": ("dit_jax.data.loader.Batches", "__next__"),
     "restore": ("dit_jax.storage.checkpoints.Checkpointer", "restore"),
-    "compile": ("dit_jax.training.loop", "compile_in_background"),
+    "compile": ("dit_jax.training.setup", "compile_in_background"),
     "checkpoint": ("dit_jax.storage.checkpoints.Checkpointer", "save"),
     "preview": ("dit_jax.training.samples.Samples", "preview"),
     "scoring": ("dit_jax.training.scoring", "draw"),
