@@ -4,6 +4,7 @@ A new model, process, codec, data source or optimizer of the package is a file a
 `dit_jax.register`. Samplers are registered in `diffusion.samplers`.
 """
 
+import copy
 import inspect
 import itertools
 import os
@@ -358,7 +359,7 @@ class Run:
 
     def with_base(self, base: Any) -> "Run":
         """This run with the frozen parameters of its network, where a part of it is trained; arrays on the host or the mesh."""
-        run = Run(self.config, devices=self.devices, codec_params=self._codec_params, platform=self.platform)
+        run = copy.copy(self)  # with what was built already, such as the data set
         run._base = base
         return run
 

@@ -55,9 +55,9 @@ class Initial:
 
     def _base(self) -> Any:
         adaptation = self.run.adaptation
-        if (self._workdir / base_file.FILE).exists() or "params" not in vars(self):
-            return base_file.read(self._workdir, adaptation.base(self._shapes))
-        return adaptation.base(self.params)
+        if "params" in vars(self):
+            return adaptation.base(self.params)
+        return base_file.read(self._workdir, adaptation.base(self._shapes))
 
     @cached_property
     def _shapes(self) -> Any:
@@ -148,9 +148,9 @@ class Initial:
                 f"{self._section.weights} has changed since this run began (SHA-256 {self.record['sha256'][:12]}, was "
                 f"{before[:12]}); give the same weights, or begin again with --restart"
             )
+        write_json(file, self.record, indent=2)
         if self.run.adaptation.active:
             base_file.keep(self._workdir, self.run.base)
-        write_json(file, self.record, indent=2)
 
 
 def check_fits(source: Run, run: Run, path: Any) -> None:
@@ -204,6 +204,6 @@ def label_table(run: Run) -> str:
     return getattr(run.network, "label_table", "")
 
 
-def needs(run: Run) -> bool:
+def starts_from_weights(run: Run) -> bool:
     """Whether a run starts from weights."""
     return bool(run.config.get("init", {}).get("weights"))

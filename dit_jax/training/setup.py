@@ -26,6 +26,7 @@ from dit_jax.tasks.state import TrainState, create_sharded
 from dit_jax.training import leftovers, summary
 from dit_jax.training.batches import Batches
 from dit_jax.training.events import Event, Log, Preview, Save, Score
+from dit_jax.training.initial import Initial, starts_from_weights
 from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
 from dit_jax.training.restore import Restorer
@@ -82,6 +83,8 @@ class Training:
     def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack, claimed: contextlib.ExitStack):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
+        self.initial = Initial(run, workdir) if starts_from_weights(run) else None
+        run = self.initial.run if self.initial else run
         self.run, self.clock, self.stack = run, clock, stack
         self.started: Start | None = None
         self.meter: Meter | None = None
@@ -111,6 +114,8 @@ class Training:
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
+        if first and self.initial:
+            self.initial.keep()
         # The step is compiled while the state is restored or created.
         self._compiling = self._compile() if begun < config.num_steps else None
 
@@ -129,7 +134,8 @@ class Training:
         """
         run, state = self.run, self.restorer(self.meta)
         if state is None:
-            state = create_sharded(run.task, jax.random.key(run.config.seed), run.mesh)
+            random = functools.partial(create_sharded, run.task, jax.random.key(run.config.seed), run.mesh)
+            state = self.initial.state() if self.initial else random()
         step = int(state.step)
         self.restorer.begun(step)
         if step < run.config.num_steps:
