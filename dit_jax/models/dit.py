@@ -202,6 +202,8 @@ class DiT(nn.Module):
             "full": none.
             "offload": as "elementwise", stored in host memory until the backward pass.
         unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None unrolls on a GPU.
+        position_grid: (rows, columns) of tokens of the size that the weights were trained at, for another size: the positions are
+            scaled to it. None for the grid of the input.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
         param_dtype: of the parameters.
     """
@@ -217,6 +219,7 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "auto"
     unroll: bool | None = None
+    position_grid: tuple[int, int] | None = None
     dtype: layers.Dtype = jnp.float32
     param_dtype: layers.Dtype = jnp.float32
 
@@ -280,7 +283,7 @@ class DiT(nn.Module):
         _, h, w, _ = x_t.shape
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
-        x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
+        x = x + position.sincos_2d(self.width, h // p, w // p, self.position_grid).astype(self.dtype)
         vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
             check_labels(cond["label"], len(x_t), self.num_classes)
@@ -340,6 +343,8 @@ class DiT(nn.Module):
                 f"model.heads = {self.heads} does not divide model.width = {self.width}; "
                 f"choose a width that is a multiple of {self.heads}"
             )
+        if self.position_grid is not None and not (len(self.position_grid) == 2 and min(self.position_grid) >= 1):
+            raise UserError(f"model.position_grid is {self.position_grid}; it must be (rows, columns) of tokens, or None")
         if self.width % 4:
             raise UserError(f"model.width = {self.width} is not a multiple of 4, which the position table needs")
 
