@@ -357,6 +357,10 @@ class Run:
             abstract["moments"] = jax.ShapeDtypeStruct(shape, moments.dtype, sharding=batch_sharding(self.mesh))
         return abstract
 
+    def with_config(self, config: ml_collections.ConfigDict) -> "Run":
+        """The run of another config, with the same weights of the codec."""
+        return Run(config, devices=self.devices, codec_params=self._codec_params, platform=self.platform)
+
     def with_base(self, base: Any) -> "Run":
         """This run with the frozen parameters of its network, where a part of it is trained; arrays on the host or the mesh."""
         run = copy.copy(self)  # with what was built already, such as the data set
@@ -382,7 +386,7 @@ class Run:
         """The run of the whole network, as it is sampled: nothing is frozen and there are no adapters."""
         config = ml_collections.ConfigDict(self.config.to_dict())
         config.init = without_adaptation(config.get("init", {}))
-        return Run(config, devices=self.devices, codec_params=self._codec_params, platform=self.platform)
+        return self.with_config(config)
 
     def _sharding_of_constant(self, name: str, tree):
         rules = self.task.constant_rules().get(name)

@@ -94,6 +94,7 @@ class Pipeline:
         step: int | str | None = None,
         average: str = "default",
         dtype: str | None = None,
+        lora: str | os.PathLike | None = None,
         fsdp: int = 1,
     ):
         opened = trained.read(path)
@@ -111,8 +112,10 @@ class Pipeline:
             config.codec.path, config.codec.sha256 = str(codec), ""
         config.mesh = {"data": -1, "fsdp": fsdp}  # the devices of this machine, not those of training
         is_run = opened.weights is None
-        self.run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
-        self.run.task  # raises errors of the config
+        run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
+        run.task  # raises errors of the config
+        self._adapted = None if lora is None else trained.with_adapter(run, lora)
+        self.run = run if self._adapted is None else self._adapted.run
         self._generators: dict[str, Generator] = {}
         self._weak: dict[Path, tuple[Any, Any, str]] = {}
         self._watcher = Watcher()
@@ -153,8 +156,11 @@ class Pipeline:
     @cached_property
     def _parameters(self) -> tuple[Any, int | None, str]:
         """(parameters for inference on the mesh, their step, the fingerprint of the stored ones)."""
-        params, step = self._opened.params(self.run, self._chosen_step, self.average)
+        base = self.run if self._adapted is None else self._adapted.base
+        params, step = self._opened.params(base, self._chosen_step, self.average)
         self._warn_of_average(step)
+        if self._adapted is not None:
+            params = self._adapted.merge(params)
         params = on_mesh(params, self._mesh)
         fingerprint = weights_fingerprint(params)
         return cast_for_inference(self.run.task, params), step, fingerprint
@@ -516,6 +522,7 @@ def load(
     step: int | str | None = None,
     average: str = "default",
     dtype: str | None = None,
+    lora: str | os.PathLike | None = None,
     fsdp: int = 1,
 ) -> Pipeline:
     """Loads a trained network, for `pipe(labels=[3, 5])`.
@@ -527,11 +534,12 @@ def load(
         average: "default" for the moving average of the weights, "none" for the weights themselves.
         dtype: of the network's computation, "float32" or "bfloat16"; None as in training. With bfloat16 the weights take half the
             memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.
+        lora: the folder of an adapter in PEFT's layout, which is added to the weights.
         fsdp: number of devices over which the parameters are split.
 
     Raises:
         UserError: there is no such network or checkpoint, it is damaged, or the codec is missing or does not fit.
     """
-    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, fsdp=fsdp)
+    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, lora=lora, fsdp=fsdp)
     pipe._parameters  # read now, not at the first call
     return pipe

@@ -267,6 +267,34 @@ def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_c
     return c
 
 
+def finetune(
+    size: str = "XL/2", resolution: int = 256, num_classes: int = 1000, lora: bool = False, cached: bool = False
+) -> ml_collections.ConfigDict:
+    """`dit` from weights on a folder of photographs, one sub-folder per class; set `init.weights` and `data.path`.
+
+    The moving average is shorter than the paper's, and begins without the initial weights (`ema_warmup`).
+
+    Args:
+        lora: train adapters of rank 16 and the label table, with a higher rate, in place of all parameters.
+        cached: train from a latent cache.
+    """
+    c = dit(size, resolution, cached)
+    c.model.num_classes = num_classes
+    if not cached:
+        c.data = {"name": "folder", "path": "", "split": ""}
+        c.loader = loader()
+    c.num_steps, c.batch_size, c.ema_decay, c.ema_warmup = 5_000, 32, 0.999, True
+    c.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 100, "clip_norm": 1.0})
+    if lora:
+        c.init.lora.update({"rank": 16, "train": ("label_embedding/embedding",)})
+        c.optimizer.learning_rate = 3e-4
+    c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 500, "num_images": 16})
+    c.log.every_steps = 20
+    c.guidance.scale = 1.5
+    return c
+
+
 def folder(size: str = "S/8", resolution: int = 32, num_classes: int = 1000) -> ml_collections.ConfigDict:
     """DiT directly on the pixels of a folder of photographs, one sub-folder per class; set `data.path`."""
     c = diffusion()

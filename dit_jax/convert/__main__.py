@@ -4,6 +4,8 @@
     python -m dit_jax.convert --download=dit-xl2-256 --out=dit.safetensors
     python -m dit_jax.convert --download=sd-vae-ft-mse
     python -m dit_jax.convert --from=workdir --weights=runs/b4 --to=official --out=b4.pt
+    python -m dit_jax.convert --from=workdir --weights=runs/lora --to=peft --out=adapter
+    python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --lora=adapter --out=merged.safetensors
     python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
     python -m dit_jax.convert --download=inception --out=inception.safetensors
     python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
@@ -40,7 +42,8 @@ FROM = flags.DEFINE_string(
 TO = flags.DEFINE_string(
     "to",
     "dit_jax",
-    "Layout of --out: dit_jax (a .safetensors file), official (a .pt or .safetensors file) or diffusers (a folder).",
+    "Layout of --out: dit_jax (a .safetensors file), official (a .pt or .safetensors file), diffusers (a folder), or peft (a "
+    "folder with the adapter of a run).",
 )
 WEIGHTS = flags.DEFINE_string(
     "weights", None, "File or folder to convert. With --download, the path that is downloaded to: a file; of a VAE, a folder."
@@ -50,6 +53,12 @@ DOWNLOAD = flags.DEFINE_string(
     "download",
     None,
     "Download these weights first: dit-xl2-256, dit-xl2-512, sit-xl2-256, sd-vae-ft-mse, inception or dinov2-vitl14.",
+)
+LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is merged into the weights.")
+NAMES = flags.DEFINE_string(
+    "names",
+    "official",
+    "Names of the modules of --to=peft: official (the paper's code) or diffusers (DiTTransformer2DModel).",
 )
 command_line.group("What the weights do not say")
 LIKE = flags.DEFINE_string(
@@ -80,13 +89,15 @@ ADVICE = {"like", "key", "num_classes", "heads", "step"}
 USES = {
     "the download of an autoencoder, which is used as it is": {"download", "weights"},
     "--download without --out": {"download", "weights", "from"},
-    "a conversion": {"download", "weights", "from", "to", "out", *ADVICE},
+    "a conversion": {"download", "weights", "from", "to", "out", "lora", *ADVICE},
+    "--to=peft": {"weights", "from", "to", "out", "names", "step"},
 }
 
 
 def check_flags() -> None:
     """Raises a UserError for a flag that is missing or without effect, before anything is downloaded or read."""
     from dit_jax.convert import formats
+    from dit_jax.interop import peft
     from dit_jax.interop.download import PUBLISHED
 
     layout = FROM.value
@@ -107,6 +118,14 @@ def check_flags() -> None:
         raise UserError(f"--to={TO.value}: one of {', '.join(formats.TARGETS)} is needed")
     if layout == TO.value:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
+    if NAMES.value not in peft.LAYOUTS:
+        raise UserError(f"--names={NAMES.value}: one of {', '.join(peft.LAYOUTS)} is needed")
+    if TO.value == "peft":
+        command_line.check_uses(USES, "--to=peft")
+        if layout != "workdir":
+            raise UserError(f"--to=peft writes the adapter of a run: give --from=workdir, not {layout}")
+    else:
+        command_line.check_uses(USES, "a conversion")
     source(layout, WEIGHTS.value or "")
 
 
@@ -145,7 +164,11 @@ def main() -> dict:
             return result
     assert layout is not None and path is not None and OUT.value is not None  # see `check_flags`
     out = local_path(OUT.value)
+    if TO.value == "peft":
+        return formats.write_adapter(source(layout, path), out, NAMES.value)
     weights = formats.read(source(layout, path))
+    if LORA.value is not None:
+        weights = formats.with_adapter(weights, LORA.value)
     written = formats.write(weights, TO.value, out)
     console.say(f"{written['parameters']:,} parameters of {path} written to {out}")
     return result | written | {"origin": weights.origin}

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from dit_jax import recipes
 from dit_jax.build import Run
 from dit_jax.errors import UserError
-from dit_jax.interop import diffusers_dit, dinov2, inception, lpips, official, pt_reader, pt_writer, weights
+from dit_jax.interop import base_file, diffusers_dit, dinov2, inception, lpips, official, peft, pt_reader, pt_writer, weights
 from dit_jax.interop.download import how_to_get
 from dit_jax.interop.tensors import (
     Tensor,
@@ -39,13 +40,14 @@ from dit_jax.runtime import console
 from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.claim import claim_file
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import read_config
+from dit_jax.storage.run_folder import read_class_names, read_config
 from dit_jax.storage.sealed import sha256_of
+from dit_jax.tasks.adaptation import LORA
 
 # Networks of losses and metrics, which no config describes: one file each, read by the module of that name in interop.
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
 SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", *FOREIGN, "inception_tf")
-TARGETS = ("dit_jax", "official", "diffusers")
+TARGETS = ("dit_jax", "official", "diffusers", "peft")
 # Keys of a training checkpoint, in order of preference; the moving average first, as in the paper's sampling code.
 NESTED = ("ema", "model_ema", "ema_state_dict", "model", "model_state_dict", "state_dict", "module")
 DEEPEST = 3  # of such keys, one inside of another
@@ -108,7 +110,7 @@ def config_of(sections: Mapping[str, Any]) -> ml_collections.ConfigDict:
 def network_params(config: ml_collections.ConfigDict) -> Any:
     """The parameters of the config's network as ShapeDtypeStructs, without computing them."""
     task = Run(config).task
-    return jax.eval_shape(lambda key: task.init(key).params, jax.random.key(0))
+    return jax.eval_shape(task.init_params, jax.random.key(0))
 
 
 def read(source: Source) -> Weights:
@@ -144,6 +146,8 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
             writing `out`, or the folder of diffusers holds other files.
     """
     out = local_path(out)
+    if layout == "peft":
+        raise UserError("--to=peft writes the adapter of a run; give --from=workdir and a run that trained one (init.lora.rank)")
     if not to_write.sections and layout != "dit_jax":
         raise UserError(
             f"--to={layout}: weights read with --from={to_write.origin['from']} cannot be written in that layout; omit --to"
@@ -163,9 +167,15 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
     config = config_of(to_write.sections)
     patch_size, heads = config.model.patch_size, config.model.heads
     input_size = _side(config)
-    tensors = official.to_theirs(to_write.tensors, patch_size, input_size // patch_size)
+    grid = config.model.get("position_grid")
+    tensors = official.to_theirs(to_write.tensors, patch_size, input_size // patch_size, grid)
     file = out
     if layout == "diffusers":
+        if grid is not None:
+            raise UserError(
+                f"diffusers' module cannot scale positions, and model.position_grid is {tuple(grid)}; write --to=official, which "
+                "stores the table"
+            )
         if out.suffix in (".safetensors", ".pt", ".json") or out.is_file():
             raise UserError(f"--out={out}: diffusers reads a folder; give the name of a folder")
         architecture = official.infer(tensors, "the network")
@@ -194,6 +204,33 @@ def _read_workdir(source: Source) -> Weights:
             f"{source.path} is the run of an autoencoder: when it has finished, its weights are in "
             f"{source.path}/codec, in the format of diffusers"
         )
+    tensors, step = _trained(source.path, config, source.step)
+    adaptation = Run(config).adaptation
+    if adaptation.active:
+        abstract = jax.eval_shape(Run(config).task.init_params, jax.random.key(0))
+        base = flatten_dict(base_file.read(source.path, adaptation.base(abstract)), sep="/")
+        adapters = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{LORA}/")}
+        tensors = {**_held(base), **{name: tensor for name, tensor in tensors.items() if name not in adapters}}
+        if adapters:
+            tensors = peft.of_run(adapters, adaptation.lora.scale).merged(tensors)
+    sections = weights.sections_of(config.to_dict())
+    sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
+    origin = {"from": "workdir", "name": source.path.name, "step": step}
+    if names := read_class_names(source.path):
+        origin["class_names"] = list(names)
+    return Weights(finite(tensors, str(source.path)), sections, origin)
+
+
+def _held(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: Tensor(x.shape, x.dtype, partial(np.asarray, x)) for name, x in arrays.items()}
+
+
+def _trained(workdir: Path, config: ml_collections.ConfigDict, step: int | None) -> tuple[dict[str, Tensor], int]:
+    """(moving average of the parameters that a run trains, its step).
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     init = Run(config).task.init
     wanted = jax.tree.map(
@@ -201,14 +238,59 @@ def _read_workdir(source: Source) -> Weights:
         jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
     )
     try:
-        restored, _, step = restore_subtree(source.path.absolute() / "checkpoints", {"ema_params": wanted}, source.step)
+        restored, _, step = restore_subtree(workdir.absolute() / "checkpoints", {"ema_params": wanted}, step)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
     leaves = jax.tree_util.tree_flatten_with_path(restored["ema_params"])[0]
-    tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, partial(np.asarray, leaf)) for keys, leaf in leaves}
-    sections = weights.sections_of(config.to_dict())
-    sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
-    return Weights(finite(tensors, str(source.path)), sections, {"from": "workdir", "name": source.path.name, "step": step})
+    return _held({path_name(keys): leaf for keys, leaf in leaves}), step
+
+
+def adapter_of(source: Source) -> tuple[peft.Adapter, ml_collections.ConfigDict]:
+    """(adapter, config) of a run that trained one.
+
+    Raises:
+        UserError: the run trained none, or has no such checkpoint.
+    """
+    config = ml_collections.ConfigDict(read_config(source.path))
+    if not (lora := Run(config).adaptation.lora).rank:
+        raise UserError(f"{source.path} was trained without adapters (init.lora.rank); write --to=dit_jax, official or diffusers")
+    return peft.of_run(_trained(source.path, config, source.step)[0], lora.scale), config
+
+
+def write_adapter(source: Source, out: str | os.PathLike, names: str) -> dict:
+    """Writes the adapter of a run in PEFT's layout; returns {"out", "tensors", "parameters", "sha256"}.
+
+    names: whose names of modules, one of `peft.LAYOUTS`.
+
+    Raises:
+        UserError: as `adapter_of`; the layout cannot represent the network; the folder holds other files.
+    """
+    adapter, config = adapter_of(source)
+    shapes = {name: tensor.shape for name, tensor in _held(flatten_dict(network_params(config), sep="/")).items()}
+    written = peft.write(out, adapter, names, shapes, config.model.patch_size)
+    return {"out": str(out), **written, "sha256": sha256_of(local_path(out) / peft.FILE)}
+
+
+def with_adapter(to_adapt: Weights, folder: str | os.PathLike) -> Weights:
+    """The weights with an adapter in PEFT's layout merged into them.
+
+    Raises:
+        UserError: the adapter is damaged, or of another network.
+    """
+    config = config_of(to_adapt.sections)
+    shapes = {name: tensor.shape for name, tensor in to_adapt.tensors.items()}
+    adapter = peft.read(folder, shapes, getattr(Run(config).network, "matrices", {}), config.model.patch_size)
+    sections = with_classes(to_adapt.sections, adapter)
+    origin = to_adapt.origin | {"lora": {"name": local_path(folder).name, "sha256": sha256_of(local_path(folder) / peft.FILE)}}
+    return Weights(adapter.merged(to_adapt.tensors), sections, origin)
+
+
+def with_classes(sections: Mapping[str, Any], adapter: peft.Adapter) -> dict[str, Any]:
+    """The sections of a network with the classes of an adapter, which may have a label table of its own."""
+    table = adapter.whole.get(official.OUR_TABLE)
+    if table is None:
+        return dict(sections)
+    return {**sections, "model": {**sections["model"], "num_classes": len(table) - 1}}
 
 
 def _open(path: Path, key: str | None) -> tuple[Tensors, list[Path], str | None]:

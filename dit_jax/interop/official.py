@@ -18,6 +18,7 @@ from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor, Tensors, common_dtype
 from dit_jax.models.position import sincos_2d
 
+OUR_TABLE = "label_embedding/embedding"
 PATCH, TABLE, POSITION = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"
 NAMES = {  # our path: official name
     "patch_embedding/kernel": PATCH,
@@ -26,7 +27,7 @@ NAMES = {  # our path: official name
     "time_embedding/in/bias": "t_embedder.mlp.0.bias",
     "time_embedding/out/kernel": "t_embedder.mlp.2.weight",
     "time_embedding/out/bias": "t_embedder.mlp.2.bias",
-    "label_embedding/embedding": TABLE,
+    OUR_TABLE: TABLE,
     "final/modulation/linear/kernel": "final_layer.adaLN_modulation.1.weight",
     "final/modulation/linear/bias": "final_layer.adaLN_modulation.1.bias",
     "final/linear/kernel": "final_layer.linear.weight",
@@ -161,8 +162,10 @@ def to_ours(tensors: Tensors, shapes: Shapes) -> dict[str, Tensor]:
     return {path: _gather(path, shape, tensors) for path, shape in shapes.items()}
 
 
-def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
+def to_theirs(ours: Tensors, patch_size: int, side: int, grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Converts our parameters to official tensors, including the position table; each is read lazily.
+
+    grid: `position_grid` of the network.
 
     Raises:
         UserError: the network has parts that the layout cannot represent.
@@ -179,7 +182,7 @@ def to_theirs(ours: Tensors, patch_size: int, side: int) -> dict[str, Tensor]:
 
             theirs[name] = Tensor(shape, tensor.dtype, load)
     bias = ours["patch_embedding/bias"]
-    table = sincos_2d(bias.shape[0], side, side)[None].astype(bias.dtype)
+    table = sincos_2d(bias.shape[0], side, side, grid)[None].astype(bias.dtype)
     return theirs | {POSITION: Tensor(table.shape, table.dtype, lambda: table)}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from dit_jax.errors import UserError
 from dit_jax.interop import diffusers_dit, official
@@ -82,16 +82,10 @@ class Adapter:
         return load
 
 
-def of_run(trained: Any, scale: float) -> Adapter:
-    """The adapter of a run's trained parameters.
-
-    Raises:
-        UserError: there are no adapters.
-    """
-    flat = {name: np.asarray(x) for name, x in flatten_dict(trained, sep="/").items()}
+def of_run(trained: Tensors, scale: float) -> Adapter:
+    """The adapter of a run's trained parameters, by their paths."""
+    flat = {name: np.asarray(tensor.load()) for name, tensor in trained.items()}
     kernels = [name.removeprefix(f"{LORA}/").removesuffix("/a") for name in flat if re.fullmatch(rf"{LORA}/.*/a", name)]
-    if not kernels:
-        raise UserError("the run has no adapters: it was trained without --config.init.lora.rank; write --to=dit_jax instead")
     pairs = {name: (flat[f"{LORA}/{name}/a"], flat[f"{LORA}/{name}/b"]) for name in kernels}
     return Adapter(pairs, {name: x for name, x in flat.items() if not name.startswith(f"{LORA}/")}, scale)
 
@@ -275,7 +269,7 @@ def _read_whole(path: str, shape: tuple[int, ...], others: dict[str, Tensor], pa
                 fused = ".attn.qkv." in official_name and len(loaded) == 3
                 arrays[official_name] = np.concatenate(loaded) if fused else loaded[0]
             rows = arrays[theirs[0]].shape[0]
-            own = (rows, *shape[1:]) if path == "label_embedding/embedding" else shape  # of other classes
+            own = (rows, *shape[1:]) if path == official.OUR_TABLE else shape  # of other classes
             return official.one_to_ours(path, own, arrays)
     return None
 

@@ -31,6 +31,7 @@ AVERAGE = flags.DEFINE_string(
     "default",
     "Weights of a run: its moving average, none for the weights themselves, or another average: 0.9995, power:0.075.",
 )
+LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is added to the weights.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
 command_line.group("What to draw")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Number of images.")
@@ -142,6 +143,7 @@ def main() -> dict:
         step=STEP.value,
         average=AVERAGE.value,
         dtype=DTYPE.value,
+        lora=LORA.value,
         fsdp=FSDP.value,
     )
     return pipe.write(

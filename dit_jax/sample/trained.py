@@ -1,22 +1,25 @@
 """Opens trained networks for sampling: a run's folder, a weights file, or weights of other code."""
 
+import functools
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.errors import UserError
-from dit_jax.interop import base_file, diffusers_dit, pt_reader
+from dit_jax.interop import base_file, diffusers_dit, peft, pt_reader
 from dit_jax.interop import weights as weights_file
 from dit_jax.interop.tensors import open_safetensors
 from dit_jax.parallel.mesh import place
+from dit_jax.parallel.rules import path_name
 from dit_jax.runtime.console import say
 from dit_jax.sample.weights import check_finite, whole_network
 from dit_jax.storage.checkpoints import restore_subtree
@@ -24,7 +27,7 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_best, read_config
 from dit_jax.storage.step_folder import steps_in
 from dit_jax.tasks import averages
-from dit_jax.tasks.adaptation import BASE
+from dit_jax.tasks.adaptation import BASE, with_adapters
 
 AVERAGES = {"default": "ema_params", "none": "params"}  # of a checkpoint: its entry of the training state
 MOST_ERROR = 0.1  # of an average that is made afterwards, see `averages.combine`
@@ -191,6 +194,42 @@ def read(path: str | os.PathLike) -> Trained:
         )
     adaptation = Run(config).adaptation
     return Trained(path, Run(config).whole().config, adapted=config) if adaptation.active else Trained(path, config)
+
+
+class Adapted(NamedTuple):
+    """A network with an adapter that lies beside its weights.
+
+    Fields:
+        base: the run of the weights.
+        run: the run of the network with the adapter, which may have other classes.
+        adapter: the adapter.
+    """
+
+    base: Run
+    run: Run
+    adapter: peft.Adapter
+
+    def merge(self, params: Any) -> Any:
+        """The parameters of the network with the adapter, on the mesh, of those of the base."""
+        own = jax.tree.map(lambda x: x.sharding, self.run.abstract_state.params)
+        flat, shardings = flatten_dict(params, sep="/"), flatten_dict(own, sep="/")
+        for name, x in self.adapter.whole.items():
+            flat[name] = place(x.astype(flat[name].dtype), shardings[name])
+        merge = jax.jit(functools.partial(with_adapters, scale=self.adapter.scale), out_shardings=own)
+        return merge(unflatten_dict(flat, sep="/"), self.adapter.tree())
+
+
+def with_adapter(run: Run, folder: str | os.PathLike) -> Adapted:
+    """Reads an adapter in PEFT's layout for the network of a run.
+
+    Raises:
+        UserError: it is damaged, or of another network.
+    """
+    shapes = {path_name(keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)}
+    adapter = peft.read(folder, shapes, getattr(run.network, "matrices", {}), run.config.model.patch_size)
+    config = ml_collections.ConfigDict(run.config.to_dict())
+    config.model = formats.with_classes({"model": config.model}, adapter)["model"]
+    return Adapted(run, run.with_config(config), adapter)
 
 
 def with_base(run: Run, workdir: Path) -> Run:

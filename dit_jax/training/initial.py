@@ -28,7 +28,45 @@ from dit_jax.storage.run_folder import INIT, read_class_names
 from dit_jax.storage.step_folder import steps_in
 from dit_jax.tasks.state import TrainState, abstract_state
 
-IGNORED = ("name", "num_classes", "attention", "remat", "unroll", "dtype", "param_dtype")  # fields that change no shape
+# Fields of a network that may differ from those of the weights.
+FREE = (
+    "name",
+    "num_classes",
+    "position_grid",
+    "attention",
+    "remat",
+    "unroll",
+    "dtype",
+    "param_dtype",
+)
+
+
+def settled(run: Run, workdir: Path) -> Run:
+    """The run with the grid of positions of its weights, if that is another one; a resumed run has stored it.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    if not starts_from_weights(run) or run.config.model.get("position_grid") or not hasattr(run.network, "position_grid"):
+        return run
+    file = workdir / INIT
+    if file.exists():
+        grid = read_json(file, form={"sha256": str}).get("position_grid")
+    else:
+        source = Run(trained.read(run.config.init.weights).config)
+        grid = source.config.model.get("position_grid") or grid_of(source)
+        grid = None if tuple(grid) == grid_of(run) else grid
+    if grid is None:
+        return run
+    config = ml_collections.ConfigDict(run.config.to_dict())
+    config.model.position_grid = tuple(grid)
+    say(f"positions  scaled to the grid {grid[0]} x {grid[1]} of the weights; this run has {' x '.join(map(str, grid_of(run)))}")
+    return run.with_config(config.lock())
+
+
+def grid_of(run: Run) -> tuple[int, ...]:
+    """(rows, columns) of the network's tokens."""
+    return tuple(size // run.config.model.patch_size for size in run.latent_shape[:-1])
 
 
 class Initial:
@@ -88,6 +126,7 @@ class Initial:
             "step": step,
             "average": self._section.average,
             "sha256": base_file.sha256(unflatten_dict(source, sep="/")),
+            "position_grid": self.run.config.model.get("position_grid"),
         }
         wanted = flatten_dict(self._shapes, sep="/")
         if (table := label_table(self.run)) in wanted:
@@ -165,10 +204,10 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
     )
     have.pop(table, None), wanted.pop(table, None)
     lines = []
-    theirs, ours = source.config.model, run.config.model
-    for name in sorted({*theirs, *ours} - {*IGNORED}):
-        if theirs.get(name) != ours.get(name):
-            lines.append(f"model.{name} is {ours.get(name)}, and the weights have {theirs.get(name)}")
+    for name in sorted({*source.config.model, *run.config.model} - {*FREE}):
+        theirs, ours = getattr(source.network, name, None), getattr(run.network, name, None)
+        if theirs != ours:
+            lines.append(f"model.{name} is {ours}, and the weights have {theirs}")
     channels = source.latent_shape[-1], run.latent_shape[-1]
     if channels[0] != channels[1]:
         lines.append(f"the data has {channels[1]} channels, and the weights have {channels[0]}")

@@ -13,6 +13,7 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.step_clock import IN_FLIGHT, StepClock
 from dit_jax.storage.paths import local_path
 from dit_jax.tasks.state import TrainState
+from dit_jax.training.initial import settled
 from dit_jax.training.results import Results
 from dit_jax.training.setup import Training
 from dit_jax.training.starts import Start
@@ -61,7 +62,7 @@ def train(
     clock, workdir, num_steps = StepClock(), local_path(workdir).absolute(), run.config.num_steps
     run.task  # raises errors of the config before weights and data are read
     check_dtypes(run.config)
-    run = run.with_codec_weights(workdir)
+    run = settled(run.with_codec_weights(workdir), workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack, claimed or stack)
         with phases.phase("restore"):
