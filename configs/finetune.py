@@ -14,13 +14,10 @@ def get_config(arg="XL/2,256,1000"):
     parts = arg.split(",")
     size, resolution, classes = (*parts[:3], "", "", "")[:3]
     options = parts[3:]
-    if (
-        not (resolution.isdigit() and classes.isdigit())
-        or sorted({*options} - {"latents", "lora"})
-        or len(set(options)) < len(options)
-    ):
+    known = len(options) == len({*options} & {"latents", "lora"})
+    if not (known and resolution.isdigit() and classes.isdigit()):
         raise UserError(
-            f"configs/finetune.py:{arg}: give a size, a resolution and the number of classes, as in XL/2,256,13; lora and latents "
-            "may follow"
+            f"configs/finetune.py:{arg}: give a size, a resolution and the number of classes, as in XL/2,256,13; lora and "
+            "latents may follow"
         )
     return recipes.finetune(size, int(resolution), int(classes), lora="lora" in options, cached="latents" in options)

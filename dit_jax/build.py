@@ -226,6 +226,10 @@ class Run:
         fields = dict(section.get("lora", {}))
         if fields.get("rank") and not fields.get("targets"):
             fields.pop("targets", None)
+        if not section.get("weights"):
+            for name, default in (("step", None), ("average", "default"), ("class_names", "")):
+                if section.get(name, default) != default:
+                    raise UserError(f"init.{name} is {section[name]} and init.weights is empty; leave init.{name} out")
         adaptation = Adaptation(tuple(section.get("freeze", ())), Lora(**fields), getattr(self.network, "matrices", {}))
         if adaptation.active and not section.get("weights"):
             raise UserError(

@@ -67,6 +67,7 @@ class Source:
         like: a run's folder or a file in our format whose config, process and codec these weights have. None: the paper's.
         step: checkpoint of a workdir; None for the newest valid one.
         key: place of the weights in a .pt, as in "ema" or "state.model"; None for the first of NESTED.
+        template: sections of the run that will start from these weights; what the tensors do not determine is taken from it.
         num_classes: of the label table of "official" and "sit", which has that many rows or one more; None if that is clear.
     """
 
@@ -77,6 +78,7 @@ class Source:
     step: int | None = None
     key: str | None = None
     num_classes: int | None = None
+    template: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         for name in ("path", "like"):  # str is accepted too
@@ -463,6 +465,8 @@ def _sections(source: Source, architecture: official.Architecture, input_size: i
         sections = weights.sections_of(like)
         sections["model"] = {**sections["model"], "param_dtype": architecture.dtype.name}
         return sections
+    if source.template is not None:
+        return _of_template(source, architecture, input_size, heads)
     heads = (
         heads or source.heads or next((size.heads for size in recipes.SIZES.values() if size.width == architecture.width), None)
     )
@@ -494,6 +498,42 @@ def _sections(source: Source, architecture: official.Architecture, input_size: i
         config.process.spare_channels = learned
     elif not learned:
         config.process.variance = "fixed_large"  # as the paper's code has it
+    return weights.sections_of(config.to_dict())
+
+
+def _of_template(source: Source, architecture: official.Architecture, input_size: int, heads: int | None) -> dict:
+    """The sections of a run that starts from foreign weights, with the sizes of the weights.
+
+    Raises:
+        UserError: the run's data has other channels, or its process another variance.
+    """
+    assert source.template is not None
+    config = config_of(source.template)
+    run = Run(config)
+    channels = run.latent_shape[-1]
+    outputs = run.process.output_channels(channels)
+    if (architecture.in_channels, architecture.out_channels) != (channels, outputs):
+        names = {1: "no learned variance", 2: "a learned variance"}
+        raise UserError(
+            f"{source.path} is of a network for {architecture.in_channels} channels with "
+            f"{names[architecture.out_channels // architecture.in_channels]}, and this run has {channels} channels "
+            f"(codec.name={config.codec.name}) with {names[outputs // channels]} (process.name={config.process.name}); set the "
+            "codec and the process as the weights have them"
+        )
+    factor = run.image_shape[0] // run.latent_shape[0]
+    config.transform.update({"resolution": input_size * factor, "size": None})
+    config.model.update(
+        {
+            "patch_size": architecture.patch_size,
+            "depth": architecture.depth,
+            "width": architecture.width,
+            "heads": heads or config.model.heads,
+            "mlp_ratio": architecture.mlp_width / architecture.width,
+            "num_classes": architecture.num_classes,
+            "conditioning": "adaln_zero",
+            "param_dtype": architecture.dtype.name,
+        }
+    )
     return weights.sections_of(config.to_dict())
 
 

@@ -99,7 +99,10 @@ def write(folder: str | os.PathLike, adapter: Adapter, layout: str, shapes: Shap
 
     Raises:
         UserError: the layout cannot represent the network; the folder holds other files; another command is writing it.
+        ValueError: the adapters have several ranks, as those of diffusers' names may have after `read`.
     """
+    if len({a.shape[-1] for a, _ in adapter.pairs.values()}) != 1:
+        raise ValueError("the adapters have several ranks; merge them instead")
     folder = local_path(folder)
     official.check_kind(shapes)
     depth, rank = shapes["blocks/attention/qkv/bias"][0], next(iter(adapter.pairs.values()))[0].shape[-1]
@@ -154,7 +157,7 @@ def read(folder: str | os.PathLike, shapes: Shapes, matrices: Mapping[str, str],
     if not (folder / FILE).exists():
         raise UserError(f"{folder} has no {FILE}; {remedy}")
     try:
-        config = read_json(folder / CONFIG, remedy, {"peft_type": str, "r": int, "lora_alpha": (int, float)})
+        config = read_json(folder / CONFIG, remedy, {"peft_type": str, "r": int, "lora_alpha": float})
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CONFIG}, which says the scale; {remedy}") from None
     if config["peft_type"] != "LORA" or config["r"] < 1:

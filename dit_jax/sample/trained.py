@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,10 +165,12 @@ class Trained:
         return total, steps[-1]
 
 
-def read(path: str | os.PathLike) -> Trained:
+def read(path: str | os.PathLike, template: Mapping[str, Any] | None = None) -> Trained:
     """Opens a trained network; parameters are not read yet.
 
     Args:
+        template: sections of a config, from which weights of other code take what their tensors do not determine: heads, codec,
+            process. None: the paper's.
         path: a run's folder; a .safetensors file of `convert`; a .pt or .safetensors file of the paper's code (or of SiT's, if
             its name has the word "sit"); a folder that diffusers wrote, of the transformer or of the pipeline.
 
@@ -177,11 +180,11 @@ def read(path: str | os.PathLike) -> Trained:
     path = local_path(path).absolute()
     if path.is_dir() and not (path / "config.json").exists() and (path / "transformer").is_dir():
         vae = path / "vae"
-        return _read_foreign(path / "transformer", "diffusers", vae if vae.is_dir() else None)
+        return _read_foreign(path / "transformer", "diffusers", template, vae if vae.is_dir() else None)
     if path.name in diffusers_dit.WEIGHTS_NAMES or any((path / name).exists() for name in diffusers_dit.WEIGHTS_NAMES):
-        return _read_foreign(path, "diffusers")
+        return _read_foreign(path, "diffusers", template)
     if path.is_file() and (pt_reader.is_pt(path) or not _is_ours(path)):
-        return _read_foreign(path, "sit" if re.search(r"(?<![a-z])sit(?![a-z])", path.stem.lower()) else "official")
+        return _read_foreign(path, "sit" if re.search(r"(?<![a-z])sit(?![a-z])", path.stem.lower()) else "official", template)
     if path.is_file() or path.suffix == ".safetensors":
         opened = weights_file.read(path)
         return Trained(path, formats.config_of(opened.sections), opened)
@@ -264,9 +267,9 @@ def _is_ours(path: Path) -> bool:
     return path.suffix != ".safetensors" or "dit_jax" in open_safetensors(path)[1]
 
 
-def _read_foreign(path: Path, layout: str, codec: Path | None = None) -> Trained:
+def _read_foreign(path: Path, layout: str, template: Mapping[str, Any] | None, codec: Path | None = None) -> Trained:
     say(f"reading {path} with the layout {layout}")
-    opened = formats.read(formats.Source(layout, path))
+    opened = formats.read(formats.Source(layout, path, template=template))
     return Trained(path, formats.config_of(opened.sections), opened, codec)
 
 

@@ -18,6 +18,7 @@ from dit_jax.build import Run
 from dit_jax.data import class_names
 from dit_jax.errors import UserError
 from dit_jax.interop import base_file
+from dit_jax.interop import weights as weights_file
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import place
 from dit_jax.runtime.console import say
@@ -53,7 +54,7 @@ def settled(run: Run, workdir: Path) -> Run:
     if file.exists():
         grid = read_json(file, form={"sha256": str}).get("position_grid")
     else:
-        source = Run(trained.read(run.config.init.weights).config)
+        source = Run(opened(run).config)
         grid = source.config.model.get("position_grid") or grid_of(source)
         grid = None if tuple(grid) == grid_of(run) else grid
     if grid is None:
@@ -62,6 +63,11 @@ def settled(run: Run, workdir: Path) -> Run:
     config.model.position_grid = tuple(grid)
     say(f"positions  scaled to the grid {grid[0]} x {grid[1]} of the weights; this run has {' x '.join(map(str, grid_of(run)))}")
     return run.with_config(config.lock())
+
+
+def opened(run: Run) -> trained.Trained:
+    """The weights that a run starts from, opened."""
+    return trained.read(run.config.init.weights, weights_file.sections_of(run.config.to_dict()))
 
 
 def grid_of(run: Run) -> tuple[int, ...]:
@@ -103,9 +109,9 @@ class Initial:
 
     @cached_property
     def _opened(self) -> trained.Trained:
-        opened = trained.read(self._section.weights)
-        self._step = opened.check(self._section.get("step"), self._section.average)
-        return opened
+        weights = opened(self.run)
+        self._step = weights.check(self._section.get("step"), self._section.average)
+        return weights
 
     @cached_property
     def _source(self) -> Run:
