@@ -11,7 +11,7 @@ samples/      grids of images by step
 profile/      see `runtime.profile`
 stacks.txt    see `runtime.watchdog`
 divergences.json   see `storage.divergences`
-init.json     the weights that training started from; base.safetensors: those that are frozen (see `training.initial`)
+initial_weights.json     the weights that training started from; base.safetensors: those that are frozen (see `training.initial`)
 codec/        the frozen codec of a diffusion run, or the result of an autoencoder run (see `interop.codec_folder`)
 """
 
@@ -35,7 +35,7 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
-CLASSES, RESULT, SAVED, INIT = "classes.json", "result.json", "saved.json", "init.json"
+CLASSES, RESULT, SAVED, INIT = "classes.json", "result.json", "saved.json", "initial_weights.json"
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 # What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
 WRITTEN = (

@@ -1,6 +1,6 @@
 """The weights that a run starts from (config section `init`).
 
-<workdir>/init.json   what they were, with their SHA-256; a resumed run does not read them again
+<workdir>/initial_weights.json   what they were, with their SHA-256; a resumed run does not read them again
 """
 
 from collections.abc import Sequence

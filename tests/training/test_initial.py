@@ -9,6 +9,7 @@ import pytest
 import tiny
 from dit_files import held
 from flax.traverse_util import flatten_dict
+from kill_points import check_every_kill
 from PIL import Image
 
 import dit_jax
@@ -18,7 +19,9 @@ from dit_jax.convert import formats
 from dit_jax.errors import UserError
 from dit_jax.interop import weights as weights_file
 from dit_jax.interop.weights import Weights
+from dit_jax.parallel.mesh import place, shard_batch
 from dit_jax.sample import trained
+from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.training import loop
 from dit_jax.training.initial import Initial, kept_rows, settled
 
@@ -132,8 +135,8 @@ def test_another_size_keeps_the_grid_of_positions(photos, official, tmp_path):
 def test_other_weights_before_the_first_checkpoint(photos, official, tmp_path):
     """Catches a run that was killed before its first checkpoint and goes on with other weights under the same name."""
     Initial(Run(config(photos, official[0])), tmp_path).keep()
-    record = json.loads((tmp_path / "init.json").read_text())
-    (tmp_path / "init.json").write_text(json.dumps(record | {"sha256": "0" * 64}))
+    record = json.loads((tmp_path / "initial_weights.json").read_text())
+    (tmp_path / "initial_weights.json").write_text(json.dumps(record | {"sha256": "0" * 64}))
     with pytest.raises(UserError, match="has changed since this run began"):
         Initial(Run(config(photos, official[0])), tmp_path).keep()
 
@@ -194,14 +197,34 @@ def as_ours(path, config, out):
     return out
 
 
-def test_the_state_is_the_same_on_every_mesh(photos, official, tmp_path):
-    """Catches weights or adapters that depend on how the state is split."""
-    states = []
+@pytest.mark.slow
+def test_a_step_with_adapters_is_the_same_on_every_mesh(photos, official, tmp_path):
+    """Catches adapters or frozen parameters whose product or gradient depends on how they are split."""
+    rng, results = np.random.default_rng(5), []
+    images, labels = rng.integers(0, 255, (8, 16, 16, 3), np.uint8), rng.integers(0, 3, 8).astype(np.int32)
     for mesh in ({}, {"mesh__fsdp": 2, "mesh__tensor": 2}):
-        c = config(photos, official[0], init__lora__rank=2, batch_size=8, **mesh)
-        devices = jax.devices()[:4] if mesh else jax.devices()[:1]
-        initial = Initial(Run(c, devices=devices), tmp_path)
-        states.append(flat(jax.device_get(initial.state().params)))
-    assert states[0].keys() == states[1].keys()
-    for name, x in states[0].items():
-        np.testing.assert_array_equal(x, states[1][name])
+        c = config(photos, official[0], init__lora__rank=2, model__depth=2, **mesh)
+        initial = Initial(Run(c, devices=jax.devices()[:8] if mesh else jax.devices()[:1]), tmp_path)
+        run, state = initial.run, initial.state()
+        shardings = jax.tree.map(lambda x: x.sharding, state.params)
+        state = state.replace(params=place(jax.device_get(tiny.random_params(state.params)), shardings))
+        batch = shard_batch(run.mesh, {"image": images, "label": labels})
+        step, zeros, _ = compile_step(run.task, run.mesh, 0, run.abstract_state, run.constants, batch)
+        results.append(jax.device_get(step(state, zeros(), run.constants, batch)))
+    (one, sums), (many, sums_of_many) = results
+    assert tiny.distance(many.opt_state, one.opt_state) < 1e-4 and tiny.distance(sums_of_many, sums) < 1e-4
+    assert tiny.distance(many.params, one.params) < 1e-3 and all(np.abs(x).max() > 0 for x in jax.tree.leaves(one.params))
+
+
+def test_killed_while_the_weights_are_kept(photos, official, tmp_path):
+    """Catches a record or frozen parameters that a kill leaves half written, so that the run can never begin."""
+    initial = Initial(Run(config(photos, official[0], init__freeze=("blocks/.*",))), tmp_path)
+
+    def keep(folder):
+        initial._workdir = folder
+        initial.keep()
+
+    names = check_every_kill(
+        tmp_path, keep, 1, lambda folder: {x.name: x.read_bytes() for x in folder.iterdir() if "." != x.name[0]}
+    )
+    assert len(names) > 3
