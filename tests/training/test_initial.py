@@ -225,6 +225,6 @@ def test_killed_while_the_weights_are_kept(photos, official, tmp_path):
         initial.keep()
 
     names = check_every_kill(
-        tmp_path, keep, 1, lambda folder: {x.name: x.read_bytes() for x in folder.iterdir() if "." != x.name[0]}
+        tmp_path, keep, 1, lambda folder: {x.name: x.read_bytes() for x in folder.iterdir() if x.name[0] != "."}
     )
     assert len(names) > 3
