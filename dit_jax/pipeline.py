@@ -52,6 +52,8 @@ class Options(TypedDict, total=False):
         guidance_scale: 1 turns guidance off, 0 ignores the labels.
         guidance_channels: number of channels to guide, from the first.
         guidance_interval: guide only for t between two times, as in (0.2, 0.7); 1 is noise.
+        guidance_schedule: "constant", or "power_cosine": from 1 at noise to the scale at data (`Guidance.scale_at`).
+        guidance_power: of "power_cosine"; a greater one guides less at noisy times.
         autoguidance: a weaker run or weights file, which guides instead of the network without labels.
         forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
         forecast_order: order of the forecast's Taylor series.
@@ -66,6 +68,8 @@ class Options(TypedDict, total=False):
     guidance_scale: float | None
     guidance_channels: int | None
     guidance_interval: Sequence[float] | None
+    guidance_schedule: str | None
+    guidance_power: float | None
     autoguidance: str | os.PathLike | None
     forecast_interval: int | None
     forecast_order: int | None
@@ -420,7 +424,15 @@ class Pipeline:
             if len(times) != 2:
                 raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
             config.guidance.low, config.guidance.high = times
-        off = {"guidance_channels": config.guidance.scale == 1, "guidance_interval": config.guidance.scale == 1}
+        if "guidance_schedule" in given:
+            config.guidance.schedule = given["guidance_schedule"]
+        if "guidance_power" in given:
+            config.guidance.power = _number("guidance_power", given["guidance_power"])
+            if config.guidance.schedule != "power_cosine":
+                raise UserError(
+                    f"guidance_power={given['guidance_power']} has no effect where guidance_schedule is not power_cosine"
+                )
+        off = {f"guidance_{name}": config.guidance.scale == 1 for name in ("channels", "interval", "schedule", "power")}
         off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
         for name, is_off in off.items():
             if is_off and name in given:

@@ -50,6 +50,14 @@ GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t
 GUIDANCE_CHANNELS = flags.DEFINE_integer(
     "guidance_channels", None, "Number of channels to guide, from the first; 3 for DiT's own samples."
 )
+GUIDANCE_SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule",
+    None,
+    ["constant", "power_cosine"],
+    "The scale over t; power_cosine grows from 1 at noise to --guidance_scale at data, as DiffiT and W.A.L.T have it. Default: the "
+    "config's.",
+)
+GUIDANCE_POWER = flags.DEFINE_float("guidance_power", None, "Of power_cosine; a greater one guides less at noisy times.")
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
     None,
@@ -155,6 +163,8 @@ def main() -> dict:
         guidance_scale=GUIDANCE_SCALE.value,
         guidance_channels=GUIDANCE_CHANNELS.value,
         guidance_interval=guidance_interval,
+        guidance_schedule=GUIDANCE_SCHEDULE.value,
+        guidance_power=GUIDANCE_POWER.value,
         autoguidance=AUTOGUIDANCE.value,
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,

@@ -258,7 +258,7 @@ class DiffusionTask:
             return self.apply(params, *args)
 
         def predict_with(network):
-            guided = guidance(network, cond, null, weak)
+            guided = guidance(network, cond, null, weak, self.process.min_time)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
