@@ -54,8 +54,8 @@ GUIDANCE_SCHEDULE = flags.DEFINE_enum(
     "guidance_schedule",
     None,
     ["constant", "power_cosine"],
-    "The scale over t; power_cosine grows from 1 at noise to --guidance_scale at data, as DiffiT and W.A.L.T have it. Default: the "
-    "config's.",
+    "The scale over t; power_cosine grows from 1 at noise to --guidance_scale at data, as DiffiT and W.A.L.T have it. Default: "
+    "the config's.",
 )
 GUIDANCE_POWER = flags.DEFINE_float("guidance_power", None, "Of power_cosine; a greater one guides less at noisy times.")
 AUTOGUIDANCE = flags.DEFINE_string(

@@ -116,7 +116,7 @@ def test_refused_before_training(overrides, text):
 
 @pytest.mark.parametrize("process", [Gaussian(), Flow()], ids=["gaussian", "flow"])
 def test_power_cosine(process):
-    """Catches a schedule that falls towards the data, a power on the wrong factor, times that are off by one timestep, a scale that
+    """Catches a schedule that falls towards the data, a power on the wrong factor, times that are off by one, a scale that
     also changes the learned variance or the unguided times."""
     guidance = Guidance(4.4, 1, 0.0, 0.9, "power_cosine", 4.0)
     guided = guidance(network, COND, NULL, first_time=process.min_time)
