@@ -11,7 +11,6 @@ batch size or the number of devices.
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -26,12 +25,15 @@ from dit_jax import recipes, registry
 from dit_jax.build import Run
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
+from dit_jax.pixels import to_float
 from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, export, samples_file, shards, trained
-from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, on_mesh
+from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, image_keys, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption
-from dit_jax.sample.labels import chosen_labels
+from dit_jax.sample.jobs import Interpolate, Job
+from dit_jax.sample.jobs.job import Inputs, Labels, Scene
 from dit_jax.sample.samples_file import Samples
 from dit_jax.sample.watch import Evaluation, Watcher
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
@@ -39,7 +41,7 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
 from dit_jax.tasks.task import warning_of_average
 
-Labels = Sequence[int] | np.ndarray | str | None
+ENCODER_SEED = 0  # of the posterior samples of given images
 
 
 class Options(TypedDict, total=False):
@@ -181,6 +183,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
+        job: Job | None = None,
         callback: Callable[[Evaluation], None] | None = None,
         **options: Unpack[Options],
     ) -> Samples:
@@ -190,6 +193,8 @@ class Pipeline:
             labels: classes in turn, as in [3, 5]; None or "balanced" for all in turn; "random"; "none" for no label.
             num_samples: None draws one image for each label, or for each class.
             seed: image k depends on (seed, k) and its label.
+            job: `Edit`, `Inpaint` or `Interpolate` of `dit_jax.sample.jobs`, or one of your own; None draws from noise. It is an
+                argument, and not a method for each job, so that a call, `write` and the demo page take every job.
             callback: called with an `Evaluation` of some of the images at every evaluation of the network, in order for each
                 image. It must not call JAX, which waits for it: keep x0, and decode it after the call. An error that it raises is
                 raised here, after the call. Images may differ in their last bits from those without a callback.
@@ -199,10 +204,10 @@ class Pipeline:
             UserError: an option does not exist, has a value out of range, or does not fit the network.
             NotFinite: an image is not finite.
         """
-        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=callback is not None)
+        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=callback is not None, job=job)
         arrays = self._parameters[0], self._constants, drawn.requests, len(drawn.labels), drawn.weak_params
         with self._watcher.calling(callback):
-            images = drawn.generator(*arrays)
+            images = drawn.generator(*arrays, given=drawn.inputs.arrays)
         return Samples(images, drawn.labels, drawn.made_by())
 
     def write(
@@ -212,6 +217,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
+        job: Job | None = None,
         **options: Unpack[Options],
     ) -> dict[str, Any]:
         """Draws images into x.npz, or into a folder of shards, and a grid of the first 100; the same call continues one.
@@ -220,18 +226,18 @@ class Pipeline:
 
         Returns:
             {"out", "grid", "num_samples", "seconds", "evaluations" of the network per image (None if they vary), "step",
-            "stopped": whether a signal ended the work early}.
+            "stopped": whether a signal ended the work early}, and the settings of the "job" if there is one.
 
         Raises:
             UserError: as for a call; `out` holds other samples or cannot be written.
         """
         out = local_path(out).absolute()
         drawing.check_out(out)
-        drawn = self._prepare(labels, num_samples, seed, options)
+        drawn = self._prepare(labels, num_samples, seed, options, job=job)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
         say(f"sampling from {self.path}{at}: {dict(run.config.sampler)}, guidance {guidance.scale}")
-        names = label_names(drawn.labels, self.num_classes, self._class_names) if self.num_classes else []
+        names = self._names(drawn.requests)
         done = drawing.draw(
             out,
             drawn.generator,
@@ -242,10 +248,11 @@ class Pipeline:
             drawn.settings(),
             drawn.weak_params,
             names=names,
-            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, seed),
+            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, drawn.generator.seed),
+            given=drawn.inputs.arrays,
         )
         # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
-        per_image = None if guidance.is_partial else run.sampler.evaluations(run.process)
+        per_image = None if guidance.is_partial else drawn.sampler.evaluations(run.process)
         return {
             "out": str(out),
             "grid": str(done.grid),
@@ -254,42 +261,56 @@ class Pipeline:
             "evaluations": per_image and per_image * (2 if guidance.active else 1),
             "step": self.step,
             "stopped": done.stopped,
-            **({"steps_with_blocks": run.forecast.full_steps(run.sampler.num_steps)} if run.forecast.active else {}),
+            **({"steps_with_blocks": run.forecast.full_steps(drawn.sampler.num_steps)} if run.forecast.active else {}),
+            **({"job": dict(drawn.inputs.settings)} if drawn.inputs.settings else {}),
         }
 
-    def interpolate(
-        self, seeds: tuple[int, int], num_samples: int = 8, label: int | None = None, **options: Unpack[Options]
-    ) -> Samples:
-        """Draws images of one label between the first image of one seed and the first image of another.
+    def _names(self, requests: Requests) -> list[str]:
+        """The name of each image's class, for pictures; of both classes where two are mixed."""
+        if not self.num_classes:
+            return []
+        names = label_names(requests["label"], self.num_classes, self._class_names)
+        if "second_label" not in requests:
+            return names
+        others = label_names(requests["second_label"], self.num_classes, self._class_names)
+        shares = requests["second_share"]
+        return [f"{name} {1 - share:.0%}, {other} {share:.0%}" for name, other, share in zip(names, others, shares, strict=True)]
 
-        The initial noise moves along the great circle through both, in equal angles, both ends included. A sampler that adds
-        noise (ddpm, sde, ddim with eta > 0) adds that of the first seed to all images; the last image is then not the second
-        seed's.
+    def interpolate(
+        self,
+        seeds: tuple[int, int],
+        num_samples: int = 8,
+        label: int | Sequence[int] | None = None,
+        **options: Unpack[Options],
+    ) -> Samples:
+        """Draws images between the first image of one seed and the first image of another: a call with the job `Interpolate`.
 
         Args:
-            label: a class; None for no label.
+            label: a class; two classes, between which the embedding moves; None for no label.
 
         Raises:
-            UserError: as for a call; fewer than two images.
-
-        Source: Shoemake 1985 (slerp); Song et al. 2021 (DDIM), section 5.3 and appendix D.5.
+            UserError: as for a call; fewer than two images; a network that cannot mix labels.
         """
-        if num_samples < 2:
-            raise UserError(f"num_samples is {num_samples}; an interpolation has at least 2 images")
-        labels = "none" if label is None else [label]
-        drawn = self._prepare(labels, num_samples, seeds[0], options, in_memory=True)
-        first, last = (drawn.generator.with_seed(seed).noise(np.zeros(1, np.int32)) for seed in seeds)
-        noise = spherical(first, last, np.linspace(0, 1, num_samples))
-        images = drawn.generator(
-            self._parameters[0],
-            self._constants,
-            drawn.requests,
-            num_samples,
-            drawn.weak_params,
-            noise=noise,
-            indices=np.zeros(num_samples, np.int32),
-        )
-        return Samples(images, drawn.labels, drawn.made_by() | {"interpolated_seeds": list(seeds)})
+        labels = "none" if label is None else [label] if isinstance(label, (int, np.integer)) else list(label)
+        return self(labels, num_samples=num_samples, job=Interpolate(seeds), **options)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """f32[N, h, w, c]: latents of uint8 images [N, H, W, C], of which the codec's posterior is sampled with a fixed seed."""
+        count = len(images)
+        rows = np.arange(-(-count // DECODER_CHUNK) * DECODER_CHUNK).reshape(-1, DECODER_CHUNK)
+        encoded = [hosts.to_host(self._encode(self._constants, images[np.minimum(chunk, count - 1)], chunk)) for chunk in rows]
+        return np.concatenate(encoded)[:count]
+
+    @cached_property
+    def _encode(self):
+        task = self.run.task
+
+        def encode(constants, images, indices):
+            moments = task.codec.encode(constants["codec"], to_float(images))
+            one = jax.vmap(lambda key, moments: task.codec.sample_latent(key, moments[None])[0])
+            return one(image_keys(ENCODER_SEED, indices), moments)
+
+        return jax.jit(encode)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """uint8 images [N, H, W, C] of latents f32[N, h, w, c], such as the x0 of an `Evaluation`.
@@ -349,14 +370,21 @@ class Pipeline:
         options: Options,
         in_memory: bool = False,
         watched: bool = False,
+        job: Job | None = None,
     ) -> "_Drawing":
         """Checks everything that a drawing depends on; reads no parameters of the network itself."""
-        seed = _whole_number("seed", seed)
+        job = Job() if job is None else job
+        if not isinstance(job, Job):
+            raise UserError(f"job={job!r}: give an object, such as Edit(given=..., strength=0.6) of dit_jax.sample.jobs")
+        seed = job.seed(_whole_number("seed", seed))
         num_samples = None if num_samples is None else _whole_number("num_samples", num_samples)
         config = self._configured(options)
         run = Run(config, codec_params=self.run.codec_params)
-        chosen, mode = chosen_labels(labels, num_samples, self.num_classes, seed)
-        requests = run.task.requests({"label": chosen} if self.num_classes else {})
+        asked, mode = job.requests(labels, num_samples, self.num_classes, seed)
+        chosen = asked["label"]
+        requests = run.task.requests(asked if self.num_classes else {})
+        sampler = job.sampler(run.sampler, run.process)
+        forecast = run.checked_forecast(sampler)
         guides = options.get("autoguidance")
         guidance = run.guidance if guides is None else run.guidance_by_second_network
         if guidance.scale == 0:
@@ -368,22 +396,33 @@ class Pipeline:
         chunk_size = options.get("chunk_size")
         if chunk_size is not None and (_whole_number("chunk_size", chunk_size) < 1 or shards.SHARD_IMAGES % chunk_size):
             raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
-        key = json.dumps([sections, _whole_number("batch_size", batch_size), chunk_size, str(guides), watched], default=str)
+        batch_size = _whole_number("batch_size", batch_size)
+        key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.key], default=str)
         if key not in self._generators:
             weak_task = None if guides is None else self._weaker(guides, config)[0]
             self._generators[key] = Generator(
                 self.run.task,
                 self._mesh,
-                run.sampler,
+                sampler,
                 guidance,
                 batch_size,
                 seed,
                 weak_task,
                 chunk_size,
-                forecast=run.forecast,
+                forecast=forecast,
                 watch=self._watcher if watched else None,
+                job=job,
             )
-        return _Drawing(self, run, self._generators[key].with_seed(seed), guidance, chosen, mode, requests, guides)
+        generator = self._generators[key].with_seed(seed)
+        scene = Scene(
+            self.image_shape,
+            self.run.latent_shape,
+            self.run.network,
+            self.encode,
+            lambda seed: generator.with_seed(seed).noise(np.zeros(1, np.int32)),
+        )
+        inputs = job.inputs(scene, requests, len(chosen))
+        return _Drawing(self, run, sampler, generator, guidance, chosen, mode, requests, inputs, guides)
 
     def _configured(self, options: Options) -> ml_collections.ConfigDict:
         """The config with the options in place of its sections `sampler`, `guidance` and `forecast`."""
@@ -467,11 +506,13 @@ class _Drawing(NamedTuple):
 
     pipe: Pipeline
     run: Run
+    sampler: Any
     generator: Generator
     guidance: Any
     labels: np.ndarray
     labels_mode: str
     requests: Requests
+    inputs: Inputs
     guides: str | os.PathLike | None
 
     @property
@@ -483,6 +524,8 @@ class _Drawing(NamedTuple):
         pipe, (_, step, fingerprint) = self.pipe, self.pipe._parameters
         settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed, pipe._class_names)
         settings["labels"] = self.labels_mode
+        if self.inputs.settings:
+            settings["job"] = dict(self.inputs.settings)
         if pipe.average != "default":
             settings["average"] = pipe.average
         if pipe._opened.weights is not None:
@@ -497,16 +540,6 @@ class _Drawing(NamedTuple):
         shape, made_with = self.generator.image_shape, drawing.made_with(self.generator)
         settings = shards.settings_of(self.labels, shape, self.settings(), made_with, self.requests)
         return json.loads(json.dumps(shards.Shards(Path(), settings, self.labels).made_by))
-
-
-def spherical(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """f32[N, ...]: points at N fractions of the angle from `first` [1, ...] to `last` [1, ...]."""
-    a, b = first.astype(np.float64), last.astype(np.float64)
-    angle = np.arccos(np.clip((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()), -1, 1))
-    if np.sin(angle) < 1e-9:  # the same noise
-        return np.repeat(first, len(fractions), axis=0)
-    share = fractions.reshape(-1, *[1] * (a.ndim - 1))
-    return ((np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)).astype(np.float32)
 
 
 def _whole_number(name: str, value: Any) -> int:

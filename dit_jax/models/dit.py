@@ -48,6 +48,7 @@ MATRICES = {  # of the blocks, which Muon treats as such, and the kinds of their
     r"blocks/mlp/(in|out)/kernel": "io",
     r"blocks/modulation/linear/kernel": "iso",
 }
+MIXED = ("second_label", "second_share")  # entries of a condition that mix the embeddings of two labels
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
@@ -181,8 +182,9 @@ class DiT(nn.Module):
     """Diffusion Transformer: (x_t [B, H, W, C], t f32[B] network time, cond {"label": int[B]}) -> f32[B, H, W, out_channels].
 
     A `models.network.Network`. Label `num_classes` is the null label; with `num_classes = 0` the network is unconditional and
-    takes no label. The blocks' parameters are one stack of length `depth` under `blocks`, whether or not the loop over them is
-    unrolled. control {"keep": bool[depth]} skips the blocks where it is False (skip-layer guidance).
+    takes no label. {"second_label": int[B], "second_share": f32[B]} mixes the embeddings of two labels. The blocks' parameters
+    are one stack of length `depth` under `blocks`, whether or not the loop over them is unrolled. control {"keep": bool[depth]}
+    skips the blocks where it is False (skip-layer guidance).
 
     Fields:
         patch_size: side p of a patch, in latents or pixels; an image has (H / p) (W / p) tokens.
@@ -222,6 +224,7 @@ class DiT(nn.Module):
 
     rules = RULES
     matrices = MATRICES
+    mixes_labels = True
 
     @classmethod
     def of(cls, size: str, *, num_classes: int, out_channels: int = 8, **fields: Any) -> "DiT":
@@ -270,7 +273,7 @@ class DiT(nn.Module):
     def embed(self, x_t: jax.Array, t: jax.Array, cond: Cond) -> Embedded:
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
-        check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
+        check_entries("cond", cond, ("label", *MIXED) if self.num_classes else (), type(self).__name__)
         if self.num_classes and "label" not in (cond or {}):
             raise UserError(
                 f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
@@ -282,13 +285,24 @@ class DiT(nn.Module):
         x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
         vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
-            check_labels(cond["label"], len(x_t), self.num_classes)
-            vectors.append(self.label_embedding(cond["label"]))
+            vectors.append(self.embed_labels(cond, len(x_t)))
         c = sum(vectors)  # [B, D]
         tokens = jnp.stack(vectors, axis=1)  # [B, M, D]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
         return Embedded(constrain_batch(x, tokens=True), c, tokens)
+
+    def embed_labels(self, cond: Cond, batch: int) -> jax.Array:
+        """[B, D]: the embedding of the label, or of two, (1 - share) of the first and share of the second."""
+        check_labels(cond["label"], batch, self.num_classes)
+        label = self.label_embedding(cond["label"])
+        if not cond.keys() & set(MIXED):
+            return label
+        if not cond.keys() >= set(MIXED):
+            raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
+        check_labels(cond["second_label"], batch, self.num_classes)
+        share = cond["second_share"][:, None].astype(label.dtype)
+        return (1 - share) * label + share * self.label_embedding(cond["second_label"])
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""

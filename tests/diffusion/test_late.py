@@ -10,7 +10,7 @@ from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.process import Memoryless, Prediction, expand
 from dit_jax.diffusion.samplers import DormandPrince
-from dit_jax.diffusion.samplers.start import can_start, start_time, started
+from dit_jax.diffusion.samplers.late import can_start, start_time, started
 from dit_jax.errors import UserError
 
 PROCESSES = {"flow": Flow(), "shifted gvp": Flow("gvp", shift=3.0), "gaussian": Gaussian()}
