@@ -23,6 +23,7 @@ import numpy as np
 
 from dit_jax import recipes, registry
 from dit_jax.build import Run
+from dit_jax.data.size import parse_size, size_text
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
@@ -101,6 +102,7 @@ class Pipeline:
         average: str = "default",
         dtype: str | None = None,
         fsdp: int = 1,
+        resolution: int | str | Sequence[int] | None = None,
     ):
         opened = trained.read(path)
         self.path, self.average, self._opened, self._dtype = opened.path, average, opened, dtype
@@ -116,6 +118,14 @@ class Pipeline:
                 raise UserError(f"codec={codec}: codec {config.codec.name!r} has no weights; leave it out")
             config.codec.path, config.codec.sha256 = str(codec), ""
         config.mesh = {"data": -1, "fsdp": fsdp}  # the devices of this machine, not those of training
+        self._trained_shape = Run(config).image_shape
+        self._size = None if resolution is None else _size(resolution)
+        if self._size is not None and self._size != self._trained_shape[-3:-1]:
+            config = resized(config, self._size)
+            say(
+                f"warning: the network was trained at {size_text(self._trained_shape[-3:-1])} and draws {size_text(self._size)}; "
+                "its positions are interpolated, and it may repeat or break objects"
+            )
         is_run = opened.weights is None
         self.run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
         self.run.task  # raises errors of the config
@@ -493,6 +503,8 @@ class Pipeline:
             weaker = ml_collections.ConfigDict(opened.config.to_dict())
             if self._dtype is not None:
                 weaker.model.dtype = self._dtype
+            if self.image_shape != self._trained_shape == Run(weaker).image_shape:
+                weaker = resized(weaker, self.image_shape[-3:-1])
             trained.check_guides(self.run, Run(weaker), path)
             weaker.codec, weaker.mesh = self.run.config.codec, self.run.config.mesh
             run = Run(weaker)
@@ -542,6 +554,40 @@ class _Drawing(NamedTuple):
         return json.loads(json.dumps(shards.Shards(Path(), settings, self.labels).made_by))
 
 
+def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_collections.ConfigDict:
+    """The config of the same network for images of another size (height, width), with interpolated positions.
+
+    Raises:
+        UserError: the network cannot interpolate its positions, or the size does not fit codec and patches.
+    """
+    run = Run(config)
+    network: Any = run.network  # a DiT, or another with these fields
+    if len(run.image_shape) != 3 or "position_grid" not in registry.parameters("model", config.model.name):
+        raise UserError(
+            f"network {config.model.name!r} has no field position_grid and draws only the trained size; leave resolution out"
+        )
+    patch, factor = network.patch_size, run.codec.downsample
+    unit = patch * factor
+    if size[0] % unit or size[1] % unit:
+        near = size_text((-(-size[0] // unit) * unit, -(-size[1] // unit) * unit))
+        raise UserError(
+            f"resolution {size_text(size)}: both sides must be multiples of {unit} (codec {factor} x patch {patch}), as in {near}"
+        )
+    new = ml_collections.ConfigDict(config.to_dict())
+    rows, columns = (side // patch for side in run.latent_shape[:2])
+    new.model.position_grid = tuple(network.position_grid or (rows, columns))
+    new.transform.size = size
+    return new
+
+
+def _size(resolution: int | str | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of 256, "256x384" or (256, 384)."""
+    if isinstance(resolution, (int, str)):
+        return parse_size(str(resolution), "resolution")
+    height, width = (_whole_number("resolution", side) for side in resolution)
+    return height, width
+
+
 def _whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise UserError(f"{name}={value!r} must be a whole number")
@@ -562,6 +608,7 @@ def load(
     average: str = "default",
     dtype: str | None = None,
     fsdp: int = 1,
+    resolution: int | str | Sequence[int] | None = None,
 ) -> Pipeline:
     """Loads a trained network, for `pipe(labels=[3, 5])`.
 
@@ -573,10 +620,12 @@ def load(
         dtype: of the network's computation, "float32" or "bfloat16"; None as in training. With bfloat16 the weights take half the
             memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.
         fsdp: number of devices over which the parameters are split.
+        resolution: another size of the images than that of training, 384, "256x384" (height first) or (256, 384): the network's
+            positions are interpolated, and a warning says that it was not trained so. None, or the trained size, changes nothing.
 
     Raises:
         UserError: there is no such network or checkpoint, it is damaged, or the codec is missing or does not fit.
     """
-    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, fsdp=fsdp)
+    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, fsdp=fsdp, resolution=resolution)
     pipe._parameters  # read now, not at the first call
     return pipe

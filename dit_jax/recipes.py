@@ -65,6 +65,7 @@ def model(size: str) -> dict:
         "attention": "auto",
         "remat": "auto",
         "unroll": config_dict.placeholder(bool),
+        "position_grid": config_dict.placeholder(tuple),
         "dtype": "float32",
         "param_dtype": "float32",
     }

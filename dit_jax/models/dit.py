@@ -204,6 +204,8 @@ class DiT(nn.Module):
             "full": none.
             "offload": as "elementwise", stored in host memory until the backward pass.
         unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None unrolls on a GPU.
+        position_grid: (rows, columns) of tokens to which positions are scaled, that of training, so that an input of another
+            size keeps their range (`position.sincos_2d`); None for the input's own grid.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
         param_dtype: of the parameters.
     """
@@ -219,6 +221,7 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "auto"
     unroll: bool | None = None
+    position_grid: tuple[int, int] | None = None
     dtype: layers.Dtype = jnp.float32
     param_dtype: layers.Dtype = jnp.float32
 
@@ -282,7 +285,7 @@ class DiT(nn.Module):
         _, h, w, _ = x_t.shape
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
-        x = x + position.sincos_2d(self.width, h // p, w // p).astype(self.dtype)
+        x = x + position.sincos_2d(self.width, h // p, w // p, self.position_grid).astype(self.dtype)
         vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
             vectors.append(self.embed_labels(cond, len(x_t)))
@@ -344,6 +347,8 @@ class DiT(nn.Module):
         for name in ("patch_size", "depth", "width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.position_grid is not None and (len(self.position_grid) != 2 or min(self.position_grid) < 1):
+            raise UserError(f"model.position_grid is {self.position_grid}; it must be (rows, columns) of tokens, or None")
         if self.num_classes < 0:
             raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
         if self.mlp_ratio <= 0:

@@ -60,6 +60,12 @@ STRENGTH = flags.DEFINE_float(
 )
 RESIZE = flags.DEFINE_bool("resize", None, "Scale --given and --mask to the network's size and crop their centre.")
 SEEDS = flags.DEFINE_list("seeds", [], "Of interpolate: the seeds of the first and the last image, as in 1,2.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution",
+    None,
+    "Size of the images, 384 or 256x384 (height first), where it is not that of training: positions are interpolated; the "
+    "network was not trained so.",
+)
 OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of shards.")
 command_line.group("How to draw")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 turns guidance off, 0 ignores the labels. Default: the config's.")
@@ -207,6 +213,7 @@ def main() -> dict:
         average=AVERAGE.value,
         dtype=DTYPE.value,
         fsdp=FSDP.value,
+        resolution=RESOLUTION.value,
     )
     return pipe.write(
         OUT.value,

@@ -296,3 +296,19 @@ def test_verb(pipe, tmp_path):
     assert levels(drawn[2], pipe.interpolate((1, 2), 4, label=(3, 5), **FAST)) <= 1
     assert len(drawn[3]) == 2 and levels(drawn[3][0], drawn[3][1]) == 0  # no noise
     assert json.loads(found["edit"][1].splitlines()[-1])["evaluations"] == 2
+
+
+def test_other_sizes(pipe, capsys):
+    """Catches a size that is ignored, exchanged sides, positions of the trained size, and a warning that is not given."""
+    wide = dit_jax.load(pipe.path, resolution="8x12")
+    assert "trained at 8 and draws 8x12" in capsys.readouterr().err
+    assert wide.image_shape == (8, 12, 1) and wide.run.network.position_grid == (4, 4)
+    found = wide([3], **FAST)
+    assert found.images.shape == (1, 8, 12, 1) and found.made_by["drawn"]["shape"] == [8, 12, 1]
+    assert found.made_by["model"]["position_grid"] == [4, 4]
+    same = dit_jax.load(pipe.path, resolution=8)
+    assert "trained at" not in capsys.readouterr().err
+    assert same._prepare([3], None, 0, FAST).made_by() == pipe._prepare([3], None, 0, FAST).made_by()
+    for wrong, text in (("9x8", "multiples of 2 .* as in 10x8"), ("big", "write one side"), ((8, 8.0), "whole number")):
+        with pytest.raises(UserError, match=text):
+            dit_jax.load(pipe.path, resolution=wrong)

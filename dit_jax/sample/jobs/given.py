@@ -60,7 +60,7 @@ def read_masks(given: Given, shape: tuple[int, ...], resize: bool) -> np.ndarray
         UserError: as `read_images`; nothing of the mask is white.
     """
     levels = read_images(given, (*shape[:2], 1), resize, "mask")
-    masks: np.ndarray = np.greater_equal(levels, WHITE)
+    masks = np.stack([image >= WHITE for image in levels])
     if not masks.any(axis=(1, 2, 3)).all():
         raise UserError("mask: nothing of it is white, and white is what is drawn; give another mask, or invert it")
     return masks
@@ -69,7 +69,7 @@ def read_masks(given: Given, shape: tuple[int, ...], resize: bool) -> np.ndarray
 def cells(masks: np.ndarray, latent_shape: tuple[int, ...]) -> np.ndarray:
     """bool [M, h, w, 1]: the latents that have a pixel of the mask [M, H, W, 1]."""
     (count, height, width, _), (h, w, _) = masks.shape, latent_shape
-    return masks.reshape(count, h, height // h, w, width // w, 1).any(axis=(2, 4))
+    return np.asarray(masks.reshape(count, h, height // h, w, width // w, 1).any(axis=(2, 4)))
 
 
 def for_each(arrays: np.ndarray, num_images: int, what: str) -> np.ndarray:
