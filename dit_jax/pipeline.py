@@ -11,7 +11,6 @@ batch size or the number of devices.
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -24,14 +23,18 @@ import numpy as np
 
 from dit_jax import recipes, registry
 from dit_jax.build import Run
+from dit_jax.data.size import parse_size, size_text
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
+from dit_jax.parallel import hosts
+from dit_jax.pixels import to_float
 from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, export, samples_file, shards, trained
-from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, on_mesh
+from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, image_keys, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption
-from dit_jax.sample.labels import chosen_labels
+from dit_jax.sample.jobs import Interpolate, Job
+from dit_jax.sample.jobs.job import Inputs, Labels, Scene
 from dit_jax.sample.samples_file import Samples
 from dit_jax.sample.watch import Evaluation, Watcher
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
@@ -39,7 +42,7 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
 from dit_jax.tasks.task import warning_of_average
 
-Labels = Sequence[int] | np.ndarray | str | None
+ENCODER_SEED = 0  # of the posterior samples of given images
 
 
 class Options(TypedDict, total=False):
@@ -52,6 +55,8 @@ class Options(TypedDict, total=False):
         guidance_scale: 1 turns guidance off, 0 ignores the labels.
         guidance_channels: number of channels to guide, from the first.
         guidance_interval: guide only for t between two times, as in (0.2, 0.7); 1 is noise.
+        guidance_schedule: "constant", or "power_cosine": from 1 at noise to the scale at data (`Guidance.scale_at`).
+        guidance_power: of "power_cosine"; a greater one guides less at noisy times.
         autoguidance: a weaker run or weights file, which guides instead of the network without labels.
         forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
         forecast_order: order of the forecast's Taylor series.
@@ -66,6 +71,8 @@ class Options(TypedDict, total=False):
     guidance_scale: float | None
     guidance_channels: int | None
     guidance_interval: Sequence[float] | None
+    guidance_schedule: str | None
+    guidance_power: float | None
     autoguidance: str | os.PathLike | None
     forecast_interval: int | None
     forecast_order: int | None
@@ -96,6 +103,7 @@ class Pipeline:
         dtype: str | None = None,
         lora: str | os.PathLike | None = None,
         fsdp: int = 1,
+        resolution: int | str | Sequence[int] | None = None,
     ):
         opened = trained.read(path)
         self.path, self.average, self._opened, self._dtype = opened.path, average, opened, dtype
@@ -111,6 +119,14 @@ class Pipeline:
                 raise UserError(f"codec={codec}: codec {config.codec.name!r} has no weights; leave it out")
             config.codec.path, config.codec.sha256 = str(codec), ""
         config.mesh = {"data": -1, "fsdp": fsdp}  # the devices of this machine, not those of training
+        self._trained_shape = Run(config).image_shape
+        self._size = None if resolution is None else _size(resolution)
+        if self._size is not None and self._size != self._trained_shape[-3:-1]:
+            config = resized(config, self._size)
+            say(
+                f"warning: the network was trained at {size_text(self._trained_shape[-3:-1])} and draws {size_text(self._size)}; "
+                "its positions are interpolated, and it may repeat or break objects"
+            )
         is_run = opened.weights is None
         run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
         run.task  # raises errors of the config
@@ -183,6 +199,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
+        job: Job | None = None,
         callback: Callable[[Evaluation], None] | None = None,
         **options: Unpack[Options],
     ) -> Samples:
@@ -192,6 +209,8 @@ class Pipeline:
             labels: classes in turn, as in [3, 5]; None or "balanced" for all in turn; "random"; "none" for no label.
             num_samples: None draws one image for each label, or for each class.
             seed: image k depends on (seed, k) and its label.
+            job: `Edit`, `Inpaint` or `Interpolate` of `dit_jax.sample.jobs`, or one of your own; None draws from noise. It is an
+                argument, and not a method for each job, so that a call, `write` and the demo page take every job.
             callback: called with an `Evaluation` of some of the images at every evaluation of the network, in order for each
                 image. It must not call JAX, which waits for it: keep x0, and decode it after the call. An error that it raises is
                 raised here, after the call. Images may differ in their last bits from those without a callback.
@@ -201,10 +220,10 @@ class Pipeline:
             UserError: an option does not exist, has a value out of range, or does not fit the network.
             NotFinite: an image is not finite.
         """
-        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=callback is not None)
+        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=callback is not None, job=job)
         arrays = self._parameters[0], self._constants, drawn.requests, len(drawn.labels), drawn.weak_params
         with self._watcher.calling(callback):
-            images = drawn.generator(*arrays)
+            images = drawn.generator(*arrays, given=drawn.inputs.arrays)
         return Samples(images, drawn.labels, drawn.made_by())
 
     def write(
@@ -214,6 +233,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
+        job: Job | None = None,
         **options: Unpack[Options],
     ) -> dict[str, Any]:
         """Draws images into x.npz, or into a folder of shards, and a grid of the first 100; the same call continues one.
@@ -222,18 +242,18 @@ class Pipeline:
 
         Returns:
             {"out", "grid", "num_samples", "seconds", "evaluations" of the network per image (None if they vary), "step",
-            "stopped": whether a signal ended the work early}.
+            "stopped": whether a signal ended the work early}, and the settings of the "job" if there is one.
 
         Raises:
             UserError: as for a call; `out` holds other samples or cannot be written.
         """
         out = local_path(out).absolute()
         drawing.check_out(out)
-        drawn = self._prepare(labels, num_samples, seed, options)
+        drawn = self._prepare(labels, num_samples, seed, options, job=job)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
         say(f"sampling from {self.path}{at}: {dict(run.config.sampler)}, guidance {guidance.scale}")
-        names = label_names(drawn.labels, self.num_classes, self._class_names) if self.num_classes else []
+        names = self._names(drawn.requests)
         done = drawing.draw(
             out,
             drawn.generator,
@@ -244,10 +264,11 @@ class Pipeline:
             drawn.settings(),
             drawn.weak_params,
             names=names,
-            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, seed),
+            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, drawn.generator.seed),
+            given=drawn.inputs.arrays,
         )
         # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
-        per_image = None if guidance.is_partial else run.sampler.evaluations(run.process)
+        per_image = None if guidance.is_partial else drawn.sampler.evaluations(run.process)
         return {
             "out": str(out),
             "grid": str(done.grid),
@@ -256,42 +277,56 @@ class Pipeline:
             "evaluations": per_image and per_image * (2 if guidance.active else 1),
             "step": self.step,
             "stopped": done.stopped,
-            **({"steps_with_blocks": run.forecast.full_steps(run.sampler.num_steps)} if run.forecast.active else {}),
+            **({"steps_with_blocks": run.forecast.full_steps(drawn.sampler.num_steps)} if run.forecast.active else {}),
+            **({"job": dict(drawn.inputs.settings)} if drawn.inputs.settings else {}),
         }
 
-    def interpolate(
-        self, seeds: tuple[int, int], num_samples: int = 8, label: int | None = None, **options: Unpack[Options]
-    ) -> Samples:
-        """Draws images of one label between the first image of one seed and the first image of another.
+    def _names(self, requests: Requests) -> list[str]:
+        """The name of each image's class, for pictures; of both classes where two are mixed."""
+        if not self.num_classes:
+            return []
+        names = label_names(requests["label"], self.num_classes, self._class_names)
+        if "second_label" not in requests:
+            return names
+        others = label_names(requests["second_label"], self.num_classes, self._class_names)
+        shares = requests["second_share"]
+        return [f"{name} {1 - share:.0%}, {other} {share:.0%}" for name, other, share in zip(names, others, shares, strict=True)]
 
-        The initial noise moves along the great circle through both, in equal angles, both ends included. A sampler that adds
-        noise (ddpm, sde, ddim with eta > 0) adds that of the first seed to all images; the last image is then not the second
-        seed's.
+    def interpolate(
+        self,
+        seeds: tuple[int, int],
+        num_samples: int = 8,
+        label: int | Sequence[int] | None = None,
+        **options: Unpack[Options],
+    ) -> Samples:
+        """Draws images between the first image of one seed and the first image of another: a call with the job `Interpolate`.
 
         Args:
-            label: a class; None for no label.
+            label: a class; two classes, between which the embedding moves; None for no label.
 
         Raises:
-            UserError: as for a call; fewer than two images.
-
-        Source: Shoemake 1985 (slerp); Song et al. 2021 (DDIM), section 5.3 and appendix D.5.
+            UserError: as for a call; fewer than two images; a network that cannot mix labels.
         """
-        if num_samples < 2:
-            raise UserError(f"num_samples is {num_samples}; an interpolation has at least 2 images")
-        labels = "none" if label is None else [label]
-        drawn = self._prepare(labels, num_samples, seeds[0], options, in_memory=True)
-        first, last = (drawn.generator.with_seed(seed).noise(np.zeros(1, np.int32)) for seed in seeds)
-        noise = spherical(first, last, np.linspace(0, 1, num_samples))
-        images = drawn.generator(
-            self._parameters[0],
-            self._constants,
-            drawn.requests,
-            num_samples,
-            drawn.weak_params,
-            noise=noise,
-            indices=np.zeros(num_samples, np.int32),
-        )
-        return Samples(images, drawn.labels, drawn.made_by() | {"interpolated_seeds": list(seeds)})
+        labels = "none" if label is None else [label] if isinstance(label, (int, np.integer)) else list(label)
+        return self(labels, num_samples=num_samples, job=Interpolate(seeds), **options)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """f32[N, h, w, c]: latents of uint8 images [N, H, W, C], of which the codec's posterior is sampled with a fixed seed."""
+        count = len(images)
+        rows = np.arange(-(-count // DECODER_CHUNK) * DECODER_CHUNK).reshape(-1, DECODER_CHUNK)
+        encoded = [hosts.to_host(self._encode(self._constants, images[np.minimum(chunk, count - 1)], chunk)) for chunk in rows]
+        return np.concatenate(encoded)[:count]
+
+    @cached_property
+    def _encode(self):
+        task = self.run.task
+
+        def encode(constants, images, indices):
+            moments = task.codec.encode(constants["codec"], to_float(images))
+            one = jax.vmap(lambda key, moments: task.codec.sample_latent(key, moments[None])[0])
+            return one(image_keys(ENCODER_SEED, indices), moments)
+
+        return jax.jit(encode)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """uint8 images [N, H, W, C] of latents f32[N, h, w, c], such as the x0 of an `Evaluation`.
@@ -351,14 +386,21 @@ class Pipeline:
         options: Options,
         in_memory: bool = False,
         watched: bool = False,
+        job: Job | None = None,
     ) -> "_Drawing":
         """Checks everything that a drawing depends on; reads no parameters of the network itself."""
-        seed = _whole_number("seed", seed)
+        job = Job() if job is None else job
+        if not isinstance(job, Job):
+            raise UserError(f"job={job!r}: give an object, such as Edit(given=..., strength=0.6) of dit_jax.sample.jobs")
+        seed = job.seed(_whole_number("seed", seed))
         num_samples = None if num_samples is None else _whole_number("num_samples", num_samples)
         config = self._configured(options)
         run = Run(config, codec_params=self.run.codec_params)
-        chosen, mode = chosen_labels(labels, num_samples, self.num_classes, seed)
-        requests = run.task.requests({"label": chosen} if self.num_classes else {})
+        asked, mode = job.requests(labels, num_samples, self.num_classes, seed)
+        chosen = asked["label"]
+        requests = run.task.requests(asked if self.num_classes else {})
+        sampler = job.sampler(run.sampler, run.process)
+        forecast = run.checked_forecast(sampler)
         guides = options.get("autoguidance")
         guidance = run.guidance if guides is None else run.guidance_by_second_network
         if guidance.scale == 0:
@@ -370,22 +412,33 @@ class Pipeline:
         chunk_size = options.get("chunk_size")
         if chunk_size is not None and (_whole_number("chunk_size", chunk_size) < 1 or shards.SHARD_IMAGES % chunk_size):
             raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
-        key = json.dumps([sections, _whole_number("batch_size", batch_size), chunk_size, str(guides), watched], default=str)
+        batch_size = _whole_number("batch_size", batch_size)
+        key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.key], default=str)
         if key not in self._generators:
             weak_task = None if guides is None else self._weaker(guides, config)[0]
             self._generators[key] = Generator(
                 self.run.task,
                 self._mesh,
-                run.sampler,
+                sampler,
                 guidance,
                 batch_size,
                 seed,
                 weak_task,
                 chunk_size,
-                forecast=run.forecast,
+                forecast=forecast,
                 watch=self._watcher if watched else None,
+                job=job,
             )
-        return _Drawing(self, run, self._generators[key].with_seed(seed), guidance, chosen, mode, requests, guides)
+        generator = self._generators[key].with_seed(seed)
+        scene = Scene(
+            self.image_shape,
+            self.run.latent_shape,
+            self.run.network,
+            self.encode,
+            lambda seed: generator.with_seed(seed).noise(np.zeros(1, np.int32)),
+        )
+        inputs = job.inputs(scene, requests, len(chosen))
+        return _Drawing(self, run, sampler, generator, guidance, chosen, mode, requests, inputs, guides)
 
     def _configured(self, options: Options) -> ml_collections.ConfigDict:
         """The config with the options in place of its sections `sampler`, `guidance` and `forecast`."""
@@ -426,7 +479,15 @@ class Pipeline:
             if len(times) != 2:
                 raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
             config.guidance.low, config.guidance.high = times
-        off = {"guidance_channels": config.guidance.scale == 1, "guidance_interval": config.guidance.scale == 1}
+        if "guidance_schedule" in given:
+            config.guidance.schedule = given["guidance_schedule"]
+        if "guidance_power" in given:
+            config.guidance.power = _number("guidance_power", given["guidance_power"])
+            if config.guidance.schedule != "power_cosine":
+                raise UserError(
+                    f"guidance_power={given['guidance_power']} has no effect where guidance_schedule is not power_cosine"
+                )
+        off = {f"guidance_{name}": config.guidance.scale == 1 for name in ("channels", "interval", "schedule", "power")}
         off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
         for name, is_off in off.items():
             if is_off and name in given:
@@ -448,6 +509,8 @@ class Pipeline:
             weaker = ml_collections.ConfigDict(opened.config.to_dict())
             if self._dtype is not None:
                 weaker.model.dtype = self._dtype
+            if self.image_shape != self._trained_shape == Run(weaker).image_shape:
+                weaker = resized(weaker, self.image_shape[-3:-1])
             trained.check_guides(self.run, Run(weaker), path)
             weaker.codec, weaker.mesh = self.run.config.codec, self.run.config.mesh
             run = Run(weaker)
@@ -461,11 +524,13 @@ class _Drawing(NamedTuple):
 
     pipe: Pipeline
     run: Run
+    sampler: Any
     generator: Generator
     guidance: Any
     labels: np.ndarray
     labels_mode: str
     requests: Requests
+    inputs: Inputs
     guides: str | os.PathLike | None
 
     @property
@@ -477,6 +542,8 @@ class _Drawing(NamedTuple):
         pipe, (_, step, fingerprint) = self.pipe, self.pipe._parameters
         settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed, pipe._class_names)
         settings["labels"] = self.labels_mode
+        if self.inputs.settings:
+            settings["job"] = dict(self.inputs.settings)
         if pipe.average != "default":
             settings["average"] = pipe.average
         if pipe._opened.weights is not None:
@@ -493,14 +560,38 @@ class _Drawing(NamedTuple):
         return json.loads(json.dumps(shards.Shards(Path(), settings, self.labels).made_by))
 
 
-def spherical(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """f32[N, ...]: points at N fractions of the angle from `first` [1, ...] to `last` [1, ...]."""
-    a, b = first.astype(np.float64), last.astype(np.float64)
-    angle = np.arccos(np.clip((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()), -1, 1))
-    if np.sin(angle) < 1e-9:  # the same noise
-        return np.repeat(first, len(fractions), axis=0)
-    share = fractions.reshape(-1, *[1] * (a.ndim - 1))
-    return ((np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)).astype(np.float32)
+def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_collections.ConfigDict:
+    """The config of the same network for images of another size (height, width), with interpolated positions.
+
+    Raises:
+        UserError: the network cannot interpolate its positions, or the size does not fit codec and patches.
+    """
+    run = Run(config)
+    network: Any = run.network  # a DiT, or another with these fields
+    if len(run.image_shape) != 3 or "position_grid" not in registry.parameters("model", config.model.name):
+        raise UserError(
+            f"network {config.model.name!r} has no field position_grid and draws only the trained size; leave resolution out"
+        )
+    patch, factor = network.patch_size, run.codec.downsample
+    unit = patch * factor
+    if size[0] % unit or size[1] % unit:
+        near = size_text((-(-size[0] // unit) * unit, -(-size[1] // unit) * unit))
+        raise UserError(
+            f"resolution {size_text(size)}: both sides must be multiples of {unit} (codec {factor} x patch {patch}), as in {near}"
+        )
+    new = ml_collections.ConfigDict(config.to_dict())
+    rows, columns = (side // patch for side in run.latent_shape[:2])
+    new.model.position_grid = tuple(network.position_grid or (rows, columns))
+    new.transform.size = size
+    return new
+
+
+def _size(resolution: int | str | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of 256, "256x384" or (256, 384)."""
+    if isinstance(resolution, (int, str)):
+        return parse_size(str(resolution), "resolution")
+    height, width = (_whole_number("resolution", side) for side in resolution)
+    return height, width
 
 
 def _whole_number(name: str, value: Any) -> int:
@@ -524,6 +615,7 @@ def load(
     dtype: str | None = None,
     lora: str | os.PathLike | None = None,
     fsdp: int = 1,
+    resolution: int | str | Sequence[int] | None = None,
 ) -> Pipeline:
     """Loads a trained network, for `pipe(labels=[3, 5])`.
 
@@ -536,10 +628,12 @@ def load(
             memory; norms, the network's output and the sampler stay float32, and the codec keeps its own dtype.
         lora: the folder of an adapter in PEFT's layout, which is added to the weights.
         fsdp: number of devices over which the parameters are split.
+        resolution: another size of the images than that of training, 384, "256x384" (height first) or (256, 384): the network's
+            positions are interpolated, and a warning says that it was not trained so. None, or the trained size, changes nothing.
 
     Raises:
         UserError: there is no such network or checkpoint, it is damaged, or the codec is missing or does not fit.
     """
-    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, lora=lora, fsdp=fsdp)
+    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, lora=lora, fsdp=fsdp, resolution=resolution)
     pipe._parameters  # read now, not at the first call
     return pipe

@@ -75,6 +75,7 @@ def model(size: str) -> dict:
         "attention": "auto",
         "remat": "auto",
         "unroll": config_dict.placeholder(bool),
+        "position_grid": config_dict.placeholder(tuple),
         "dtype": "float32",
         "param_dtype": "float32",
     }
@@ -130,6 +131,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.init = init()
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
+    c.guidance.update({"schedule": "constant", "power": 4.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}

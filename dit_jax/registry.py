@@ -32,6 +32,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
     "guidance": (),
     "conditioner": ("num_classes", "rules"),
     "metric": ("weights",),
+    "job": (),
 }
 SECTIONS = tuple(SUPPLIED)
 _NOUNS = {"model": "network", "data": "data set", "metric": "extractor"}

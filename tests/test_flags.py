@@ -53,7 +53,11 @@ for verb, bases in modes.items():
 NETWORK = ["train_step", "forward", "sampler"]
 MODES = {  # of each verb that has several: what chooses the mode, as in its USES
     "main": {"--show": ["--config=digits", "--show"], "training": ["--config=digits"]},
-    "sample": {"--workdir": ["--workdir=w"], "--weights": ["--weights=w.safetensors"]},
+    "sample": {
+        f"{source} --job={job}": [f"{source}={path}", f"--job={job}", *more]
+        for source, path in (("--workdir", "w"), ("--weights", "w.safetensors"))
+        for job, more in (("generate", []), ("edit", []), ("inpaint", []), ("interpolate", ["--seeds=1,2"]))
+    },
     "evaluate": {
         "--table": ["--table=a.json,b.json"],
         "--make_reference": ["--make_reference=r.npz", "--data=folder:x"],

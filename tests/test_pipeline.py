@@ -25,8 +25,8 @@ from dit_jax.convert import formats
 from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate.images import NpzImages
 from dit_jax.interop import pt_reader, weights
-from dit_jax.pipeline import spherical
 from dit_jax.sample import drawing, samples_file, shards, trained
+from dit_jax.sample.jobs.interpolate import spherical
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.storage.run_folder import Workdir, read_best, write_class_names
 from dit_jax.tasks import averages

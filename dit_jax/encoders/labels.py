@@ -14,12 +14,16 @@ import numpy as np
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 
+MIXED = ("second_label", "second_share")
+
 
 @dataclass(frozen=True)
 class Labels:
     """The label of an example, an integer in [0, num_classes), as {"label": int32[B]}. The null label is `num_classes`.
 
-    The network embeds it. With num_classes = 0 there is no condition.
+    The network embeds it. With num_classes = 0 there is no condition. A request may mix two labels: {"second_label": int32[N],
+    "second_share": f32[N]} beside "label"; a network that can `mixes_labels` (DiT) then takes (1 - share) of the embedding of
+    the first and share of that of the second.
 
     Source: Ho & Salimans 2022, section 3.2.
     """
@@ -42,22 +46,33 @@ class Labels:
         return self.batch_spec()
 
     def from_batch(self, params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {"label": batch["label"]} if self.num_classes else {}
+        return {name: batch[name] for name in ("label", *MIXED) if name in batch} if self.num_classes else {}
 
     def from_requests(self, requests: Requests) -> Requests:
-        """{"label": int32[N]}, the null label included; {} for an unconditional network."""
-        if unknown := sorted(requests.keys() - {"label"}):
+        """{"label": int32[N]}, the null label included, and the entries of MIXED if given; {} for an unconditional network."""
+        if unknown := sorted(requests.keys() - {"label", *MIXED}):
             raise UserError(f"the network is conditioned on labels and cannot take {', '.join(unknown)}; ask for labels")
         if not self.num_classes or "label" not in requests:
             return {}
-        given = np.asarray(requests["label"])
+        labels: Requests = {name: self._checked(requests[name]) for name in ("label", "second_label") if name in requests}
+        if not requests.keys() & set(MIXED):
+            return labels
+        if not requests.keys() >= set(MIXED):
+            raise UserError(f"to mix two labels, give all of label, {', '.join(MIXED)}")
+        share = np.asarray(requests["second_share"], np.float32)
+        if not ((share >= 0) & (share <= 1)).all():
+            raise UserError("second_share must lie in 0 to 1: 0 is the first label, 1 the second")
+        return labels | {"second_share": share}
+
+    def _checked(self, given: Any) -> np.ndarray:
+        given = np.asarray(given)
         if given.size and not np.issubdtype(given.dtype, np.integer):
             raise UserError(f"labels are {given.dtype}; they must be whole numbers from 0 to {self.num_classes - 1}")
         labels = given.astype(np.int32)
         if labels.size and not 0 <= labels.min() <= labels.max() <= self.num_classes:
             wrong = labels[(labels < 0) | (labels > self.num_classes)][0]
             raise UserError(f"label {wrong} is out of range: 0 to {self.num_classes - 1}, or {self.num_classes} for no label")
-        return {"label": labels}
+        return labels
 
     def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: jnp.full_like(label, self.num_classes) for name, label in cond.items()}
+        return {name: x if name == "second_share" else jnp.full_like(x, self.num_classes) for name, x in cond.items()}

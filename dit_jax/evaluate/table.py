@@ -28,6 +28,7 @@ PROTOCOL = {
     "forecast interval": ("made_by", "forecast", "interval"),
     "forecast order": ("made_by", "forecast", "order"),
     "guidance": ("made_by", "guidance", "scale"),
+    "guidance schedule": ("made_by", "guidance", "schedule"),
     "guided channels": ("made_by", "guidance", "channels"),
     "guided from": ("made_by", "guidance", "low"),
     "guided to": ("made_by", "guidance", "high"),

@@ -48,6 +48,7 @@ MATRICES = {  # of the blocks, which Muon treats as such, and the kinds of their
     r"blocks/mlp/(in|out)/kernel": "io",
     r"blocks/modulation/linear/kernel": "iso",
 }
+MIXED = ("second_label", "second_share")  # entries of a condition that mix the embeddings of two labels
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 REMAT_POLICIES = {
     "full": None,
@@ -181,8 +182,9 @@ class DiT(nn.Module):
     """Diffusion Transformer: (x_t [B, H, W, C], t f32[B] network time, cond {"label": int[B]}) -> f32[B, H, W, out_channels].
 
     A `models.network.Network`. Label `num_classes` is the null label; with `num_classes = 0` the network is unconditional and
-    takes no label. The blocks' parameters are one stack of length `depth` under `blocks`, whether or not the loop over them is
-    unrolled. control {"keep": bool[depth]} skips the blocks where it is False (skip-layer guidance).
+    takes no label. {"second_label": int[B], "second_share": f32[B]} mixes the embeddings of two labels. The blocks' parameters
+    are one stack of length `depth` under `blocks`, whether or not the loop over them is unrolled. control {"keep": bool[depth]}
+    skips the blocks where it is False (skip-layer guidance).
 
     Fields:
         patch_size: side p of a patch, in latents or pixels; an image has (H / p) (W / p) tokens.
@@ -202,8 +204,8 @@ class DiT(nn.Module):
             "full": none.
             "offload": as "elementwise", stored in host memory until the backward pass.
         unroll: False scans over the blocks (compile time does not grow with depth); True unrolls; None unrolls on a GPU.
-        position_grid: (rows, columns) of tokens of the size that the weights were trained at, for another size: the positions are
-            scaled to it. None for the grid of the input.
+        position_grid: (rows, columns) of tokens to which positions are scaled, that of training, so that an input of another
+            size keeps their range (`position.sincos_2d`); None for the input's own grid.
         dtype: of activations and matrix products; norms, softmax and the output are float32.
         param_dtype: of the parameters.
     """
@@ -226,6 +228,7 @@ class DiT(nn.Module):
     rules = RULES
     matrices = MATRICES
     label_table = "label_embedding/embedding"
+    mixes_labels = True
 
     @classmethod
     def of(cls, size: str, *, num_classes: int, out_channels: int = 8, **fields: Any) -> "DiT":
@@ -274,7 +277,7 @@ class DiT(nn.Module):
     def embed(self, x_t: jax.Array, t: jax.Array, cond: Cond) -> Embedded:
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
-        check_entries("cond", cond, ("label",) if self.num_classes else (), type(self).__name__)
+        check_entries("cond", cond, ("label", *MIXED) if self.num_classes else (), type(self).__name__)
         if self.num_classes and "label" not in (cond or {}):
             raise UserError(
                 f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
@@ -286,13 +289,24 @@ class DiT(nn.Module):
         x = x + position.sincos_2d(self.width, h // p, w // p, self.position_grid).astype(self.dtype)
         vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
-            check_labels(cond["label"], len(x_t), self.num_classes)
-            vectors.append(self.label_embedding(cond["label"]))
+            vectors.append(self.embed_labels(cond, len(x_t)))
         c = sum(vectors)  # [B, D]
         tokens = jnp.stack(vectors, axis=1)  # [B, M, D]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
         return Embedded(constrain_batch(x, tokens=True), c, tokens)
+
+    def embed_labels(self, cond: Cond, batch: int) -> jax.Array:
+        """[B, D]: the embedding of the label, or of two, (1 - share) of the first and share of the second."""
+        check_labels(cond["label"], batch, self.num_classes)
+        label = self.label_embedding(cond["label"])
+        if not cond.keys() & set(MIXED):
+            return label
+        if not cond.keys() >= set(MIXED):
+            raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
+        check_labels(cond["second_label"], batch, self.num_classes)
+        share = cond["second_share"][:, None].astype(label.dtype)
+        return (1 - share) * label + share * self.label_embedding(cond["second_label"])
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
@@ -334,6 +348,8 @@ class DiT(nn.Module):
         for name in ("patch_size", "depth", "width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.position_grid is not None and (len(self.position_grid) != 2 or min(self.position_grid) < 1):
+            raise UserError(f"model.position_grid is {self.position_grid}; it must be (rows, columns) of tokens, or None")
         if self.num_classes < 0:
             raise UserError(f"model.num_classes is {self.num_classes}; it must be at least 0 (0 is unconditional)")
         if self.mlp_ratio <= 0:

@@ -20,6 +20,9 @@ class Network(Protocol):
     Fields:
         rules: how its parameters are split over the mesh (`parallel.rules`).
 
+    A network that takes the entries "second_label" and "second_share" of a condition (`encoders.labels.Labels`) says so by
+    `mixes_labels = True`.
+
     A network that can be trained with Muon also has `matrices`, {pattern of paths: kinds of the trailing axes}: "i" for inputs,
     "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is "isoo". Axes before
     those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`, the path of its table
@@ -133,7 +136,7 @@ def check_entries(what: str, given: Mapping[str, Any] | None, known: tuple[str, 
     what: "cond" or "control".
     """
     if not isinstance(given, (Mapping, type(None))):
-        example = "{" + ", ".join(f'"{name}": y' for name in known) + "}"
+        example = "{" + ", ".join(f'"{name}": y' for name in known[:1]) + "}"
         raise UserError(f"{what} is {_kind(given)}; {network} takes a dict of arrays by name, as in {example}")
     unknown = sorted(set(given or ()) - set(known))
     if unknown:

@@ -23,13 +23,13 @@ def sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_2d(width: int, rows: int, columns: int, grid: tuple[int, int] | None = None) -> np.ndarray:
+def sincos_2d(width: int, rows: int, columns: int, trained: tuple[int, int] | None = None) -> np.ndarray:
     """Position table of a rows x columns grid in row-major order: the first half encodes the column, the second the row.
 
     Args:
         width: a multiple of 4.
-        grid: (rows, columns) that the positions are scaled to: row i is at i x grid[0] / rows, as in PixArt's code (Chen et al.
-            2023). A network that was trained on this grid then sees the positions that it knows. None: row i is at i.
+        trained: (rows, columns) to which the positions are scaled: row i of R has the position i / (R / trained rows), so that
+            the grid covers the same range, as in diffusers' DiT. None, or the grid itself: whole numbers.
 
     Returns:
         [rows * columns, width] float32.
@@ -41,7 +41,7 @@ def sincos_2d(width: int, rows: int, columns: int, grid: tuple[int, int] | None 
     """
     if width % 4:
         raise ValueError(f"a 2-d sine-cosine table needs a width that is a multiple of 4, got {width}")
-    height, length = grid or (rows, columns)
-    y, x = np.meshgrid(np.arange(rows) * height / rows, np.arange(columns) * length / columns, indexing="ij")
+    base_rows, base_columns = trained or (rows, columns)
+    y, x = np.meshgrid(np.arange(rows) / (rows / base_rows), np.arange(columns) / (columns / base_columns), indexing="ij")
     halves = [sincos_1d(width // 2, x.reshape(-1)), sincos_1d(width // 2, y.reshape(-1))]
     return np.concatenate(halves, axis=1).astype(np.float32)

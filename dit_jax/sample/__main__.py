@@ -2,6 +2,7 @@
 
     python -m dit_jax.sample --workdir=runs/digits --num_samples=100 --labels=3,5 --guidance_scale=1.5 --out=x.npz
     python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
+    python -m dit_jax.sample --workdir=runs/digits --job=edit --given=photo.png --strength=0.6 --labels=3 --out=x.npz
 
 Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100. Images are first
 written in shards to x.shards, which is removed when the npz is complete; --out=<folder> keeps the shards and writes no npz.
@@ -9,8 +10,11 @@ After a kill or a stop (SIGTERM, exit status 75) the same command continues; oth
 depend on the number of devices and processes or on --batch_size: to the bit with --fsdp=1, else up to rounding.
 """
 
+from typing import Any
+
 from absl import flags
 
+from dit_jax import registry
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
 from dit_jax.sample.labels import CHOICES
@@ -34,9 +38,35 @@ AVERAGE = flags.DEFINE_string(
 LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is added to the weights.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
 command_line.group("What to draw")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Number of images.")
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "Number of images. Default: 64; 8 of --job=interpolate; one for each label of --job=edit and inpaint."
+)
 LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; or `random`, `none`, or `balanced` (default: all in turn).")
 SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed, k and its label.")
+JOB = flags.DEFINE_string(
+    "job",
+    "generate",
+    "generate draws from noise; edit adds noise to --given and draws from there; inpaint draws the white part of --mask; "
+    "interpolate draws between two --seeds and two --labels; or one of --import.",
+)
+GIVEN = flags.DEFINE_string(
+    "given", None, "Of edit and inpaint: a PNG, JPEG, .npy or .npz of uint8 images: one for all images, or one for each."
+)
+MASK = flags.DEFINE_string("mask", None, "Of inpaint: a picture of the same size, white where the image is to be drawn.")
+STRENGTH = flags.DEFINE_float(
+    "strength",
+    None,
+    "Of edit and inpaint: the time in (0, 1] from which on is drawn; 1 is noise, small values keep the image. Default: 0.6 of "
+    "edit, 1 of inpaint.",
+)
+RESIZE = flags.DEFINE_bool("resize", None, "Scale --given and --mask to the network's size and crop their centre.")
+SEEDS = flags.DEFINE_list("seeds", [], "Of interpolate: the seeds of the first and the last image, as in 1,2.")
+RESOLUTION = flags.DEFINE_string(
+    "resolution",
+    None,
+    "Size of the images, 384 or 256x384 (height first), where it is not that of training: positions are interpolated; the "
+    "network was not trained so.",
+)
 OUT = flags.DEFINE_string("out", "samples.npz", "Output: x.npz, or a folder of shards.")
 command_line.group("How to draw")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 turns guidance off, 0 ignores the labels. Default: the config's.")
@@ -51,6 +81,14 @@ GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", [], "Guide only for t
 GUIDANCE_CHANNELS = flags.DEFINE_integer(
     "guidance_channels", None, "Number of channels to guide, from the first; 3 for DiT's own samples."
 )
+GUIDANCE_SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule",
+    None,
+    ["constant", "power_cosine"],
+    "The scale over t; power_cosine grows from 1 at noise to --guidance_scale at data, as DiffiT and W.A.L.T have it. Default: "
+    "the config's.",
+)
+GUIDANCE_POWER = flags.DEFINE_float("guidance_power", None, "Of power_cosine; a greater one guides less at noisy times.")
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
     None,
@@ -114,28 +152,60 @@ def interval() -> list[float] | None:
         raise UserError(f"--guidance_interval={given}: give two times, as in 0.2,0.7") from None
 
 
-USES = {
-    "--workdir": {"workdir", "step", "average"},
-    "--weights": {"weights"},
+SOURCES = {"--workdir": {"workdir", "step", "average"}, "--weights": {"weights"}}
+JOBS = {  # of each job the flags that are its fields, and --seed where it is not chosen by one of them
+    "generate": {"seed"},
+    "edit": {"seed", "given", "strength", "resize"},
+    "inpaint": {"seed", "given", "mask", "strength", "resize"},
+    "interpolate": {"seeds"},
 }
+FIELDS = {"given": GIVEN, "mask": MASK, "strength": STRENGTH, "resize": RESIZE, "seeds": SEEDS}  # of jobs
+USES = {f"{source} --job={job}": first | own for source, first in SOURCES.items() for job, own in JOBS.items()}
+
+
+def flags_of_job() -> set[str]:
+    """The flags that the job uses."""
+    if JOB.value in JOBS:
+        return JOBS[JOB.value]
+    import dit_jax.sample.jobs  # noqa: F401 - registers the jobs of this package, for the message
+
+    return {"seed"} | set(registry.parameters("job", JOB.value)) & FIELDS.keys()  # of user code, which has been imported
+
+
+def job_fields() -> dict[str, Any]:
+    """The fields of the job that are given as flags."""
+    fields: dict[str, Any] = {name: flag.value for name, flag in FIELDS.items() if flags.FLAGS[name].present}
+    if "seeds" in fields:
+        try:
+            fields["seeds"] = [int(text) for text in SEEDS.value]
+        except ValueError:
+            raise UserError(f"--seeds={','.join(SEEDS.value)}: give two whole numbers, as in --seeds=1,2") from None
+    return fields
 
 
 def check_flags() -> None:
     """Raises a UserError for a flag that is missing or without effect. `Pipeline` finds the options without effect."""
     if (WORKDIR.value is None) == (WEIGHTS.value is None):
         raise UserError("give one of --workdir=<folder of a run of dit_jax.main> and --weights=<file of dit_jax.convert>")
-    command_line.check_uses(USES, "--workdir" if WEIGHTS.value is None else "--weights")
+    source = "--workdir" if WEIGHTS.value is None else "--weights"
+    mode = f"{source} --job={JOB.value}"
+    command_line.check_uses(USES | {mode: SOURCES[source] | flags_of_job()}, mode)
+    if JOB.value == "interpolate" and not SEEDS.value:
+        raise UserError("--job=interpolate draws between two seeds: give --seeds=1,2, or the same twice to change the class only")
 
 
 def main() -> dict:
     check_flags()
     source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
-    labels, sampler_fields, guidance_interval = chosen_labels(), fields_of_sampler(), interval()
+    labels, sampler_fields, guidance_interval, fields = chosen_labels(), fields_of_sampler(), interval(), job_fields()
+    count = 64 if NUM_SAMPLES.value is None and not flags_of_job() & {"given", "seeds"} else NUM_SAMPLES.value
     processes.join()
     from dit_jax.pipeline import Pipeline
+    from dit_jax.sample import jobs
     from dit_jax.sample.drawing import check_out
 
+    job = jobs.made(JOB.value, fields)
     check_out(local_path(OUT.value).absolute())
     pipe = Pipeline(
         source,
@@ -145,18 +215,22 @@ def main() -> dict:
         dtype=DTYPE.value,
         lora=LORA.value,
         fsdp=FSDP.value,
+        resolution=RESOLUTION.value,
     )
     return pipe.write(
         OUT.value,
         labels,
-        num_samples=NUM_SAMPLES.value,
+        num_samples=count,
         seed=SEED.value,
+        job=job,
         sampler=SAMPLER.value,
         num_steps=NUM_STEPS.value,
         sampler_fields=sampler_fields,
         guidance_scale=GUIDANCE_SCALE.value,
         guidance_channels=GUIDANCE_CHANNELS.value,
         guidance_interval=guidance_interval,
+        guidance_schedule=GUIDANCE_SCHEDULE.value,
+        guidance_power=GUIDANCE_POWER.value,
         autoguidance=AUTOGUIDANCE.value,
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,

@@ -23,7 +23,7 @@ from dit_jax.runtime.console import Progress, say
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.versions import arithmetic, versions
 from dit_jax.sample import samples_file, shards
-from dit_jax.sample.generator import Generator, check_images, has_replicated_params
+from dit_jax.sample.generator import Generator, check_images, has_replicated_params, rows_of
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
 from dit_jax.storage.atomic import check_writable, remove_leftovers
@@ -90,6 +90,7 @@ def draw(
     replace: bool = False,
     names: Sequence[str] = (),
     caption: str = "",
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> Drawn:
     """Draws image k for request k, k = 0, 1, ..., into an npz or a folder of shards; finished shards are not drawn again.
 
@@ -103,6 +104,7 @@ def draw(
         made_by: all other settings that the images depend on, including the weights' fingerprints; JSON values.
         replace: replaces samples that were drawn with other settings; False refuses them.
         names, caption: texts of the grid, which shows the first GRID_IMAGES images, see `write_image_grid`.
+        given: host arrays of the generator's job, [num_images, ...], or [1, ...] for all images.
 
     Raises:
         UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
@@ -126,10 +128,14 @@ def draw(
             remove_leftovers(out.parent, out.name, grid.name)
         return Drawn(out, grid, 0, time.monotonic() - start, False)
     if not hosts.is_first():
-        return _draw_folder(out, grid, texts, generator, (params, constants, weak_params), requests, wanted.path, start)
+        return _draw_folder(
+            out, grid, texts, generator, (params, constants, weak_params, given or {}), requests, wanted.path, start
+        )
     with shards.claimed(wanted, replace):
         remove_leftovers(out.parent, out.name, grid.name)
-        return _draw_folder(out, grid, texts, generator, (params, constants, weak_params), requests, wanted.path, start)
+        return _draw_folder(
+            out, grid, texts, generator, (params, constants, weak_params, given or {}), requests, wanted.path, start
+        )
 
 
 def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
@@ -182,15 +188,15 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
 
     All processes make the same number of calls, in which they may communicate, and stop after the same call.
     """
-    params, constants, weak_params = arrays
+    params, constants, weak_params, given = arrays
     parts, size = generator.share.parts, generator.share.rows
     indices = writer.indices(generator.chunk_size)
     calls = hosts.greatest(-(-len(indices) // size))
     if calls:
         say("compiling the sampler")
     indices = np.append(indices, np.zeros(calls * size - len(indices), np.int32))
-    all_requests = requests
-    requests = {name: x[np.minimum(indices, len(writer.shards) - 1)] for name, x in requests.items()}
+    all_requests, images_of = requests, np.minimum(indices, len(writer.shards) - 1)
+    requests = {name: x[images_of] for name, x in requests.items()}
     progress = Progress("sampling" if parts == 1 else f"sampling, part 1 of {parts}", writer.waiting)
     waiting: deque[tuple[np.ndarray, tuple[jax.Array, jax.Array]]] = deque()
     stopped = False
@@ -205,9 +211,10 @@ def _draw_shards(generator: Generator, arrays, requests: Requests, writer: "Shar
 
     for call in range(calls):
         rows = slice(call * size, (call + 1) * size)
-        batch = (indices[rows], {name: x[rows] for name, x in requests.items()})
-        call_indices, call_requests = shard_batch(generator.mesh, batch)
-        waiting.append((indices[rows], generator.start(params, constants, call_indices, call_requests, weak_params)))
+        batch = (indices[rows], {name: x[rows] for name, x in requests.items()}, rows_of(given, images_of[rows]))
+        call_indices, call_requests, call_given = shard_batch(generator.mesh, batch)
+        started = generator.start(params, constants, call_indices, call_requests, weak_params, call_given)
+        waiting.append((indices[rows], started))
         jax.copy_to_host_async(waiting[-1][1])
         if len(waiting) == generator.calls_in_flight:
             take(waiting.popleft())

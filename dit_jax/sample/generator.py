@@ -23,6 +23,7 @@ from dit_jax.errors import NotFinite, UserError
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, reader_place, replicated, rows_per_step, split_rows
 from dit_jax.runtime.console import Progress
+from dit_jax.sample.jobs.job import Job
 from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
@@ -118,6 +119,11 @@ def check_images(finite: np.ndarray, indices: np.ndarray, requests: Mapping[str,
     )
 
 
+def rows_of(given: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of a job's arrays for the images with these indices; an array of one row serves all images."""
+    return {name: x[rows % len(x)] for name, x in given.items()}
+
+
 class Share(NamedTuple):
     """This process's share of each batch. A part is a process, or all processes that hold the same rows of a batch.
 
@@ -139,7 +145,7 @@ class Generator:
     Fields:
         image_shape: (H, W, C) or (F, H, W, C) of one sample.
         batch_size: images of a call over all devices: the argument, rounded up to full chunks on every device.
-        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params, uint32 seed, noise) -> (uint8
+        program: jitted (params, constants, int32[batch_size] indices, requests, weak_params, uint32 seed, given) -> (uint8
             [batch_size, H, W, C], whether each was finite before it was rounded, bool [batch_size]), rows split over the mesh.
             Pass parameters from `weights.cast_for_inference`; others are cast at every step.
 
@@ -149,6 +155,7 @@ class Generator:
         watch: called on the host at every evaluation of the network, for one chunk at a time, as watch(indices [C], number of the
             evaluation, t [C], predicted x0 [C, h, w, c]), with NumPy arrays; rows with index PADDING are no images. It costs a
             copy of x0 to the host.
+        job: what sampling starts from; `given` is its arrays, a row for each image. The sampler is that of `job.sampler`.
 
     Raises:
         UserError: a number is out of range; guidance without a null condition; `watch` where devices share an image.
@@ -166,6 +173,7 @@ class Generator:
         chunk_size: int | None = None,
         forecast: Forecast | None = None,
         watch: Callable[..., None] | None = None,
+        job: Job | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"the batch size of sampling is {batch_size}; it must be at least 1")
@@ -188,8 +196,10 @@ class Generator:
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // (ways * self.chunk_size)) * ways * self.chunk_size
 
-        def images(ways, params, constants, indices, requests, weak_params, seed, noise):
-            def latents(indices, requests, noise):
+        job = Job() if job is None else job
+
+        def images(ways, params, constants, indices, requests, weak_params, seed, given):
+            def latents(indices, requests, given):
                 def weak(x, t, cond):
                     assert weak_task is not None  # called only where there is one
                     return weak_task.apply(weak_params, x, t, cond)
@@ -198,13 +208,26 @@ class Generator:
                     assert watch is not None
                     io_callback(watch, None, indices, number, jnp.broadcast_to(t, indices.shape), x0)
 
-                keys, second = image_keys(seed, indices), weak if weak_task else None
-                return task.draw_latents(
-                    params, constants, keys, requests, sampler, guidance, second, forecast, noise, report if watch else None
+                keys, second = image_keys(seed, job.key_indices(indices)), weak if weak_task else None
+                noise = task.initial_noise(keys)
+                drawn = task.draw_latents(
+                    params,
+                    constants,
+                    keys,
+                    requests,
+                    sampler,
+                    guidance,
+                    second,
+                    forecast,
+                    job.begin(sampler, task.process, noise, given),
+                    report if watch else None,
+                    lambda denoise: job.around(denoise, task.process, noise, given),
                 )
+                return job.finish_latents(drawn, given)
 
-            drawn = in_chunks(latents, self.chunk_size, ways, indices, requests, noise)
-            return self.decode(constants, drawn, ways)
+            drawn = in_chunks(latents, self.chunk_size, ways, indices, requests, given)
+            decoded, finite = self.decode(constants, drawn, ways)
+            return job.finish(decoded, given), finite
 
         def draw(*args):
             if not has_replicated_params(mesh):
@@ -264,7 +287,7 @@ class Generator:
         indices: jax.Array,
         requests: Mapping[str, jax.Array],
         weak_params: Any = None,
-        noise: jax.Array | None = None,
+        given: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Dispatches a call and returns what `program` does, which may not be computed yet; see `check_images`.
 
@@ -272,11 +295,11 @@ class Generator:
             constants: {"codec": ...}, and {"conditioner": ...} of a frozen encoder; other entries are ignored.
             indices: int32[batch_size], global.
             requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
-            noise: f32[batch_size, h, w, c], global, that sampling starts from; None draws it from the seed and the indices.
+            given: arrays [batch_size, ...], global, of the job.
         """
         constants = {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
         with jax.set_mesh(self.mesh):
-            return self.program(params, constants, indices, requests, weak_params, np.uint32(self.seed), noise)
+            return self.program(params, constants, indices, requests, weak_params, np.uint32(self.seed), dict(given or {}))
 
     def __call__(
         self,
@@ -286,16 +309,14 @@ class Generator:
         num_images: int,
         weak_params: Any = None,
         say_progress: bool = False,
-        noise: np.ndarray | None = None,
-        indices: np.ndarray | None = None,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Images 0 .. num_images - 1, as many as fit in memory; use `drawing.draw` for more.
 
         Args:
             requests: host arrays [num_images, ...].
             weak_params: parameters of autoguidance's second network, if there is one.
-            noise: host array f32[num_images, h, w, c] that sampling starts from; None draws it from the seed.
-            indices: int32[num_images] that the images' keys are made of; None for 0 .. num_images - 1.
+            given: host arrays [num_images, ...], or [1, ...] for all images, of the job.
 
         Returns:
             uint8 [num_images, H, W, C], the same on every process.
@@ -306,16 +327,16 @@ class Generator:
         """
         requests, size = self.task.requests(requests), self.batch_size
         progress = Progress("sampling", num_images)
-        indices = np.arange(num_images, dtype=np.int32) if indices is None else indices
         images = []
         for start in range(0, num_images, size):
-            rows = np.arange(start, start + size)
-            keyed = np.where(rows < num_images, indices[np.minimum(rows, num_images - 1)], PADDING)
+            rows = np.arange(start, start + size, dtype=np.int32)
+            keyed = np.where(rows < num_images, rows, np.int32(PADDING))
             rows = np.minimum(rows, num_images - 1)
-            of_call, of_requests, of_noise = jax.tree.map(
-                lambda x: split_rows(self.mesh, x), (keyed, *jax.tree.map(lambda x, rows=rows: x[rows], (requests, noise)))
+            of_call, of_requests, of_given = jax.tree.map(
+                lambda x: split_rows(self.mesh, x),
+                (keyed, {name: x[rows] for name, x in requests.items()}, rows_of(given or {}, rows)),
             )
-            drawn, finite = map(hosts.to_host, self.start(params, constants, of_call, of_requests, weak_params, of_noise))
+            drawn, finite = map(hosts.to_host, self.start(params, constants, of_call, of_requests, weak_params, of_given))
             check_images(finite[: num_images - start], rows, requests)
             images.append(drawn)
             if say_progress:

@@ -85,13 +85,18 @@ def describe(config: Any, weights: str, step: int | None, seed: int, class_names
     """
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
+    chosen = {name: config[name].to_dict() for name in sections if name in config}
+    if (
+        chosen.get("guidance", {}).get("schedule") == "constant"
+    ):  # as samples of versions without schedules, which a folder may hold
+        chosen["guidance"] = {key: value for key, value in chosen["guidance"].items() if key not in ("schedule", "power")}
     return {
         "step": step,
         "seed": seed,
         "weights": weights,
         "ema_decay": config.ema_decay,
         "codec": codec,
-        **{name: config[name].to_dict() for name in sections if name in config},
+        **chosen,
         **({"class_names": list(class_names)} if class_names else {}),
     }
 

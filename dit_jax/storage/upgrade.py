@@ -20,6 +20,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "diffusion": {"conditioner": {"name": "labels"}, "ema_warmup": False, "averages": [], "init": INIT}
 }
 
+# (section, its name): fields that older configs lack, with their meaning
+ADDED_FIELDS: dict[tuple[str, str], dict[str, Any]] = {("guidance", "classifier_free"): {"schedule": "constant", "power": 4.0}}
 
 NAMED = ("task", "model", "conditioner", "process", "codec", "data", "transform", "optimizer", "sampler", "guidance")
 REQUIRED = ("task", "codec", "transform")
@@ -55,6 +57,9 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
         section, _, old_field = old_path.partition(".")
         if old_field in new.get(section, {}):
             new[section][path.partition(".")[2]] = new[section].pop(old_field)
+    for (section, name), fields in ADDED_FIELDS.items():
+        if isinstance(new.get(section), dict) and new[section].get("name") == name:
+            new[section] = fields | new[section]
     added = ADDED.get(new.get("task", {}).get("name", ""), {})
     return {**{name: copy.deepcopy(section) for name, section in added.items() if name not in new}, **new}
 

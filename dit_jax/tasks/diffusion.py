@@ -263,6 +263,7 @@ class DiffusionTask:
         forecast: Forecast | None = None,
         noise: jax.Array | None = None,
         watch: Callable[[jax.Array, Any, jax.Array], None] | None = None,
+        around: Callable[[Denoise], Denoise] | None = None,
     ) -> jax.Array:
         """Latents from the network, for `decode`.
 
@@ -275,6 +276,7 @@ class DiffusionTask:
             forecast: selects the steps that run the network's blocks; None for all.
             noise: f32[B, h, w, c] that sampling starts from; None draws it from the keys (`initial_noise`).
             watch: see `diffusion.process.Watched`.
+            around: changes the denoiser that the sampler calls, such as `diffusion.known.KnownRegion`.
 
         Returns:
             float32[B, h, w, c].
@@ -285,7 +287,7 @@ class DiffusionTask:
             return self.apply(params, *args)
 
         def predict_with(network):
-            guided = guidance(network, cond, null, weak)
+            guided = guidance(network, cond, null, weak, self.process.min_time)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
@@ -297,6 +299,8 @@ class DiffusionTask:
         if forecast and forecast.active:
             run, run_head = self.parts(params)
             denoise = ForecastingDenoise(forecast, run, run_head, predict_with)
+        if around is not None:
+            denoise = around(denoise)
         if watch is not None:
             denoise = Watched(denoise, watch)
         noise = self.initial_noise(keys) if noise is None else noise

@@ -6,6 +6,7 @@ import tiny
 
 from dit_jax import build, registry
 from dit_jax.diffusion.flow import Flow
+from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance, replace_condition
 from dit_jax.diffusion.process import Memoryless
 from dit_jax.errors import UserError
@@ -111,3 +112,28 @@ def test_refused_before_training(overrides, text):
     """Guidance that fails at the first preview, or pays for a second forward that changes nothing."""
     with pytest.raises(UserError, match=text):
         build.Run(tiny.config(**overrides)).guidance
+
+
+@pytest.mark.parametrize("process", [Gaussian(), Flow()], ids=["gaussian", "flow"])
+def test_power_cosine(process):
+    """Catches a schedule that falls towards the data, a power on the wrong factor, times that are off by one, a scale that
+    also changes the learned variance or the unguided times."""
+    guidance = Guidance(4.4, 1, 0.0, 0.9, "power_cosine", 4.0)
+    guided = guidance(network, COND, NULL, first_time=process.min_time)
+    for timestep in (0, 137, 500, 899, 950):  # of the published code, which counts from 0
+        t = timestep / 1000 + process.min_time
+        w = 1 + (4.4 - 1) * (1 - np.cos(np.pi * (1 - timestep / 1000) ** 4)) / 2  # float64
+        for time in (jnp.float32(t), jnp.full(3, t, jnp.float32)):
+            found = guided(X, time, 5.0)
+            np.testing.assert_allclose(found, expected(w if t <= 0.9 else 1.0, 1), rtol=2e-5, atol=2e-5)
+    assert float(guidance.scale_at(process.min_time, process.min_time)) == pytest.approx(4.4)
+    assert Guidance(4.4).scale_at(0.3) == 4.4
+
+
+@pytest.mark.parametrize(
+    "fields, text", [({"schedule": "cosine"}, "constant, power_cosine"), ({"power": 0.0}, "must be positive")]
+)
+def test_bad_schedules(fields, text):
+    """Catches a schedule that guides by NaN, or a name that is taken for constant."""
+    with pytest.raises(UserError, match=text):
+        Guidance(2.0, **fields)

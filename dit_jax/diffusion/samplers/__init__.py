@@ -4,6 +4,8 @@ A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...
 `denoise(x_t, t, memory)` is a network with its parameters, condition and guidance bound (`process.Denoise`).
 Coefficients are derived in float64 before the loop. Each example has its own key, so it does not depend on its batch.
 `evaluations(process)` is the number of calls of `denoise`; None if it depends on the example.
+`times(process)` are the times of the grid, float64, descending. A sampler that has it, and derives all else from it and from
+`num_steps`, can start at any of these times (`late.started`); an adaptive one has none.
 
 In comments and names: now = t, next = the next, less noisy time of the grid.
 """

@@ -42,8 +42,12 @@ class Ancestral:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps, self.spacing)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps, self.spacing)
+        times = self.times(process)
         alpha, sigma = process.alpha_sigma(times)
         ratio, beta, variance = posterior_variance(alpha, sigma)
         # The last step has variance 0. Its logarithm is not used: that step adds no noise.
@@ -99,8 +103,12 @@ class DDIM:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps, self.spacing)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps, self.spacing)
+        times = self.times(process)
         alpha, sigma = process.alpha_sigma(times)
         deviation = self.eta * np.sqrt(posterior_variance(alpha, sigma)[2])
 

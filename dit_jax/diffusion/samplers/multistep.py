@@ -42,8 +42,12 @@ class DPMSolverPlusPlus2M:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps)
+        times = self.times(process)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
 
         def step(carry, c):
@@ -83,8 +87,12 @@ class UniPC:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps)
+        times = self.times(process)
         alpha, sigma, h, ratio = log_snr_steps(process, times)
         from_x, from_x0 = sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
         to_before, to_now = corrector_weights(h, ratio)

@@ -45,8 +45,12 @@ class Euler:
     def evaluations(self, process: Process) -> int:
         return self.num_steps
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps)
+        times = self.times(process)
         return euler_steps(process, denoise, noise, times, times[:-1])
 
 
@@ -67,8 +71,12 @@ class Heun:
     def evaluations(self, process: Process) -> int:
         return 2 * self.num_steps - (process.min_time > 0)
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps)
+        times = self.times(process)
         scale, clock = process.ode(times)
 
         def step(carry, c):
@@ -156,8 +164,12 @@ class AdamsBashforth:
         rows += [(i, row(i, i - self.order, i - 1, i - 1), True) for i in range(self.order, self.num_steps)]
         return rows, row(self.num_steps, self.num_steps - self.order, self.num_steps - 1, self.num_steps - 1)
 
+    def times(self, process: Process) -> np.ndarray:
+        """float64[num_steps + 1] descending times, from noise to 0."""
+        return process.grid(self.num_steps)
+
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
-        times = process.grid(self.num_steps)
+        times = self.times(process)
         scale, clock = process.ode(times)
         rows, last = self.schedule(clock)
         points, weights, is_base = (np.array(column) for column in zip(*rows, strict=True))

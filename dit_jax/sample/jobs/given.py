@@ -1,0 +1,122 @@
+"""Reads the images and masks that a job is given.
+
+M images, H x W x C.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.data.size import size_text
+from dit_jax.data.transforms import center_crop, decode
+from dit_jax.errors import UserError
+from dit_jax.storage.bounded import array_header, read_npz
+from dit_jax.storage.paths import local_path
+
+Given = str | os.PathLike | np.ndarray | None
+WHITE = 128  # the least level of a mask that is drawn
+MAX_FILE_BYTES = 2**30
+
+
+def read_images(given: Given, shape: tuple[int, ...], resize: bool, name: str = "given") -> np.ndarray:
+    """uint8 [M, H, W, C] of an image file (PNG, JPEG, WebP, ...), an .npy, an .npz (`arr_0`, as `sample` writes it) or an array.
+
+    Args:
+        given: an array is uint8 [H, W, C], [M, H, W, C], or without C.
+        shape: (H, W, C) that the network draws.
+        resize: scales and crops the centre, as training does; False refuses images of another size.
+        name: of the flag, for messages.
+
+    Raises:
+        UserError: nothing is given, it cannot be read, or it has another size and `resize` is False.
+    """
+    if len(shape) != 3:
+        raise UserError(f"{name}: the network draws clips ({' x '.join(map(str, shape))}), and this job takes images only")
+    if given is None:
+        raise UserError(f"give the image to start from: --{name}=<PNG, JPEG, .npy or .npz>")
+    *size, channels = shape
+    images, what = _arrays(given, name, channels) if isinstance(given, np.ndarray) else _read(local_path(given), name, channels)
+    made = []
+    for image in images:
+        picture = decode(image, channels, what, upright=True)
+        if (picture.height, picture.width) != tuple(size):
+            if not resize:
+                raise UserError(
+                    f"{what} is {picture.height} x {picture.width} and the network draws {size[0]} x {size[1]}; give "
+                    f"--resize to scale it and crop its centre, or draw that size with --resolution="
+                    f"{size_text((picture.height, picture.width))}"
+                )
+            picture = center_crop(picture, (size[0], size[1]))
+        made.append(np.asarray(picture).reshape(shape))
+    return np.stack(made)
+
+
+def read_masks(given: Given, shape: tuple[int, ...], resize: bool) -> np.ndarray:
+    """bool [M, H, W, 1], True where the image is to be drawn: where the mask is white (a level of at least WHITE).
+
+    Raises:
+        UserError: as `read_images`; nothing of the mask is white.
+    """
+    levels = read_images(given, (*shape[:2], 1), resize, "mask")
+    masks = np.stack([image >= WHITE for image in levels])
+    if not masks.any(axis=(1, 2, 3)).all():
+        raise UserError("mask: nothing of it is white, and white is what is drawn; give another mask, or invert it")
+    return masks
+
+
+def cells(masks: np.ndarray, latent_shape: tuple[int, ...]) -> np.ndarray:
+    """bool [M, h, w, 1]: the latents that have a pixel of the mask [M, H, W, 1]."""
+    (count, height, width, _), (h, w, _) = masks.shape, latent_shape
+    return np.asarray(masks.reshape(count, h, height // h, w, width // w, 1).any(axis=(2, 4)))
+
+
+def for_each(arrays: np.ndarray, num_images: int, what: str) -> np.ndarray:
+    """The arrays [M, ...] for N images: M is 1 or N.
+
+    Raises:
+        UserError: another M.
+    """
+    if len(arrays) not in (1, num_images):
+        raise UserError(
+            f"there are {len(arrays)} {what} and {num_images} images to draw; give one, or one for each "
+            f"(--num_samples={len(arrays)})"
+        )
+    return arrays
+
+
+def _read(path: Path, name: str, channels: int) -> tuple[list[Any], str]:
+    what = f"--{name}={path}"
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{what} is larger than {MAX_FILE_BYTES / 2**30:.0f} GiB; give fewer images")
+        if path.suffix == ".npz":
+            arrays = read_npz(path, ["arr_0"])
+            if "arr_0" not in arrays:
+                raise UserError(f"{what} has no array arr_0, uint8 [M, H, W, C], as dit_jax.sample writes it")
+            return _arrays(arrays["arr_0"], what, channels)
+        if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                array_header(file)
+            return _arrays(np.load(path, allow_pickle=False), what, channels)
+        return [path.read_bytes()], what
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror}); give another file") from None
+    except ValueError as error:
+        raise UserError(f"{what} is not a readable array ({error}); save it with numpy.save") from None
+
+
+def _arrays(array: np.ndarray, what: str, channels: int) -> tuple[list[Any], str]:
+    """One uint8 [H, W, C] for each image."""
+    if array.dtype == bool and channels == 1:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] not in (1, 3)):
+        array = array[..., None]  # [H, W] or [M, H, W] of one channel
+    if array.ndim == 3:
+        array = array[None]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+        raise UserError(
+            f"{what} is {array.dtype}{list(array.shape)}; uint8 [H, W, C] or [M, H, W, C] with 1 or 3 channels is needed"
+        )
+    return list(array), what

@@ -1,0 +1,114 @@
+"""The protocol of sampling jobs; its methods are those of the job "generate"."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from dit_jax.diffusion.process import Denoise, Process
+from dit_jax.encoders.conditioner import Requests
+from dit_jax.sample.labels import chosen_labels
+
+Arrays = Mapping[str, jax.Array]
+Labels = Sequence[int] | np.ndarray | str | None
+
+
+class Scene(NamedTuple):
+    """What a job may ask of the pipeline.
+
+    Fields:
+        image_shape, latent_shape: of one image, without N.
+        network: the network, which says what it can do.
+        encode: uint8 [N, H, W, C] -> latents f32[N, h, w, c].
+        noise: seed -> f32[1, h, w, c], from which image 0 of that seed is drawn.
+    """
+
+    image_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    network: Any
+    encode: Callable[[np.ndarray], np.ndarray]
+    noise: Callable[[int], np.ndarray]
+
+
+class Inputs(NamedTuple):
+    """What a job reads.
+
+    Fields:
+        arrays: host arrays [N, ...] by name, one row for each image, or [1, ...] for all.
+        settings: JSON values that the images depend on, such as hashes; recorded with the samples and compared when a folder is
+            continued.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Draws images from noise.
+
+    A job is a frozen dataclass whose fields are the flags of `sample` with these names. `labels` to `inputs` run on the host, in
+    this order, before anything is drawn. `sampler` to `finish` are traced, get rows [B, ...] of the arrays of `inputs`, and
+    depend on no field that `key` leaves out.
+    """
+
+    name: ClassVar[str] = "generate"
+
+    @property
+    def key(self) -> str:
+        """Identifies the compiled program of the job."""
+        return self.name
+
+    def seed(self, seed: int) -> int:
+        """The seed of the images' keys."""
+        return seed
+
+    def requests(self, labels: Labels, num_samples: int | None, num_classes: int, seed: int) -> tuple[Requests, str]:
+        """({"label": int32[N]} and others, what the choice of labels is called in the description of samples).
+
+        Raises:
+            UserError: as `labels.chosen_labels`.
+        """
+        chosen, mode = chosen_labels(labels, num_samples, num_classes, seed)
+        return {"label": chosen}, mode
+
+    def inputs(self, scene: Scene, requests: Requests, num_images: int) -> Inputs:
+        """Reads the files of the job.
+
+        Raises:
+            UserError: a file cannot be read or does not fit.
+        """
+        return Inputs({}, {})
+
+    def sampler(self, sampler: Any, process: Process) -> Any:
+        """The sampler, or a part of its steps.
+
+        Raises:
+            UserError: the sampler does not support the job.
+        """
+        return sampler
+
+    def key_indices(self, indices: jax.Array) -> jax.Array:
+        """int32[B]: the numbers that the keys of the images with these indices are made of."""
+        return indices
+
+    def begin(self, sampler: Any, process: Process, noise: jax.Array, given: Arrays) -> jax.Array:
+        """x_t [B, h, w, c] that the sampler starts from.
+
+        noise: f32[B, h, w, c], of the images' keys.
+        """
+        return noise
+
+    def around(self, denoise: Denoise, process: Process, noise: jax.Array, given: Arrays) -> Denoise:
+        """The denoiser that the sampler calls."""
+        return denoise
+
+    def finish_latents(self, latents: jax.Array, given: Arrays) -> jax.Array:
+        """Latents f32[B, h, w, c] for the codec, from the sampler's."""
+        return latents
+
+    def finish(self, images: jax.Array, given: Arrays) -> jax.Array:
+        """uint8 [B, H, W, C], from the decoded images."""
+        return images
