@@ -36,11 +36,11 @@ from dit_jax.interop.tensors import (
 from dit_jax.interop.weights import Weights
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
-from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.claim import claim_file
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_config
 from dit_jax.storage.sealed import sha256_of
+from dit_jax.tasks import stored_averages
 
 # Networks of losses and metrics, which no config describes: one file each, read by the module of that name in interop.
 FOREIGN = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
@@ -66,6 +66,7 @@ class Source:
         step: checkpoint of a workdir; None for the newest valid one.
         key: place of the weights in a .pt, as in "ema" or "state.model"; None for the first of NESTED.
         num_classes: of the label table of "official" and "sit", which has that many rows or one more; None if that is clear.
+        average: of a workdir, see `tasks.stored_averages`; None for its moving average.
     """
 
     layout: str
@@ -75,6 +76,7 @@ class Source:
     step: int | None = None
     key: str | None = None
     num_classes: int | None = None
+    average: str | None = None
 
     def __post_init__(self):
         for name in ("path", "like"):  # str is accepted too
@@ -89,6 +91,7 @@ class Source:
             ("step", self.step, self.layout == "workdir"),
             ("key", self.key, self.layout not in ("workdir", "dit_jax", "inception_tf")),
             ("num_classes", self.num_classes, self.layout in ("official", "sit")),
+            ("average", self.average, self.layout == "workdir"),
         ):
             if value is not None and not wanted:
                 raise UserError(f"--{name} has no effect with --from={self.layout}; omit it")
@@ -195,20 +198,23 @@ def _read_workdir(source: Source) -> Weights:
             f"{source.path}/codec, in the format of diffusers"
         )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    init = Run(config).task.init
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
-    )
+    task, average = Run(config).task, source.average or "default"
+    stored_averages.check_name(average)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+    root, stored = source.path.absolute() / "checkpoints", (task.average, *task.averages)
     try:
-        restored, _, step = restore_subtree(source.path.absolute() / "checkpoints", {"ema_params": wanted}, source.step)
+        params, step = stored_averages.read(root, state, stored, average, source.step)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
-    leaves = jax.tree_util.tree_flatten_with_path(restored["ema_params"])[0]
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     tensors = {path_name(keys): Tensor(leaf.shape, leaf.dtype, partial(np.asarray, leaf)) for keys, leaf in leaves}
     sections = weights.sections_of(config.to_dict())
     sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
-    return Weights(finite(tensors, str(source.path)), sections, {"from": "workdir", "name": source.path.name, "step": step})
+    origin: dict[str, Any] = {"from": "workdir", "name": source.path.name, "step": step}
+    if source.average or task.average.warmup:  # files without it hold the average of their ema_decay
+        origin["average"] = source.average or task.average.name
+    return Weights(finite(tensors, str(source.path)), sections, origin)
 
 
 def _open(path: Path, key: str | None) -> tuple[Tensors, list[Path], str | None]:

@@ -8,7 +8,10 @@ from dit_jax.storage.bounded import check_form
 
 RENAMED = {"task.label_dropout": "task.cond_dropout"}  # path of a field in older configs: in those of today
 # task.name: sections and fields that its older configs lack, with their meaning
-ADDED: dict[str, dict[str, Any]] = {"diffusion": {"conditioner": {"name": "labels"}, "ema_warmup": False, "averages": []}}
+ADDED: dict[str, dict[str, Any]] = {
+    "diffusion": {"conditioner": {"name": "labels"}, "ema_warmup": False, "averages": []},
+    "autoencoder": {"ema_warmup": False},
+}
 
 
 NAMED = ("task", "model", "conditioner", "process", "codec", "data", "transform", "optimizer", "sampler", "guidance")

@@ -12,6 +12,8 @@ import pytest
 from dit_jax import recipes
 from dit_jax.config_file import read
 from dit_jax.errors import UserError
+from dit_jax.storage.fingerprint import leaf_names
+from dit_jax.tasks.muon import muon
 from dit_jax.tasks.optimizer import adafactor, adamw
 from dit_jax.tasks.state import with_structure
 
@@ -69,6 +71,23 @@ def test_the_state_follows_clipping_and_schedules():
     assert jax.tree.structure(back) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize(
+    "make, fields",
+    [(adafactor, {"momentum": 0.9, "min_factored_size": 2}), (adafactor, {}), (functools.partial(muon, {"a": "io"}), {})],
+)
+def test_the_state_of_others_follows_too(make, fields):
+    """Catches momentum of one parameter that becomes another's, and a schedule that begins anew, where a decay comes or goes."""
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"0": {"v": jnp.arange(3.0) + 7}}}
+    bare, scheduled = make(**fields), make(**fields, decay_steps=9, clip_norm=1.0)
+    state = bare.update(params, bare.init(params), params)[1]
+    there = with_structure({"codec": state}, {"codec": scheduled.init(params)})["codec"]
+    wanted = scheduled.update(params, scheduled.init(params), params)[1]
+    assert jax.tree.structure(there) == jax.tree.structure(wanted)
+    assert {int(x) for x in jax.tree.leaves(there) if not x.ndim} == {1}
+    assert leaf_names(with_structure(there, state)) == leaf_names(state)
+    jax.tree.map(np.testing.assert_array_equal, with_structure(there, state), state)
 
 
 def test_what_checkpoints_hold():
