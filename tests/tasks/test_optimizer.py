@@ -163,6 +163,25 @@ def test_groups(make):
         make(groups=(("blocks", 1.0, None),)).init(params)
 
 
+def test_adafactor_is_that_of_its_paper():
+    """Catches sums of the wrong axis, a decay that is off by one step, and clipping of the wrong norm."""
+    rng, second = np.random.default_rng(3), {}
+    params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros((4,))}
+    optimizer = adafactor(learning_rate=0.1, min_factored_size=3, clipping_threshold=0.9)
+    state = optimizer.init(params)
+    for step in range(1, 4):
+        grads = {name: rng.normal(size=x.shape) * step for name, x in params.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, params)
+        for name, gradient in grads.items():  # Shazeer & Stern 2018, algorithms 4 and 5, in float64
+            decay, square = 1 - step**-0.8, gradient**2 + 1e-30
+            sums = [square.sum(1, keepdims=True), square.sum(0, keepdims=True)] if gradient.ndim == 2 else [square]
+            second[name] = [decay * old + (1 - decay) * new for old, new in zip(second.get(name, [0, 0]), sums, strict=False)]
+            variance = second[name][0] * second[name][1] / second[name][0].sum() if gradient.ndim == 2 else second[name][0]
+            scaled = gradient / np.sqrt(variance)
+            scaled /= max(1, np.sqrt(np.mean(scaled**2)) / 0.9)
+            np.testing.assert_allclose(updates[name], -0.1 * scaled, rtol=1e-4, err_msg=f"{name} {step}")
+
+
 def test_adamw_without_groups_is_that_of_groups():
     """Another optimizer as soon as there is a group."""
     params = {"a": jax.random.normal(jax.random.key(0), (3, 4)), "b": jnp.ones((2,))}
