@@ -108,6 +108,7 @@ def construct(section: str, fields: Mapping, **more: Any) -> Any:
 
 
 CODEC_FILES = ("path", "sha256")  # fields of the section `codec` that are not fields of a codec
+RESTRUCTURED = ("adamw", "adafactor", "muon")  # optimizers whose state `tasks.state.with_structure` carries over
 MESH_FLAGS = ("zero1", "offload")  # fields of the section `mesh` that are not axes
 TASK_FILES = ("perceptual_path",)
 TRAINING_ONLY = (
@@ -307,12 +308,13 @@ class Run:
         return abstract_state(self.task, self.mesh)
 
     def abstract_states(self) -> Iterator[TrainState]:
-        """`abstract_state`, and those of AdamW with and without clipping and a schedule, as an earlier start may have had it."""
+        """`abstract_state`, and those with and without clipping and a schedule, as an earlier start may have had it."""
         yield self.abstract_state
-        if self.config.optimizer.name == "adamw":
+        if self.config.optimizer.name in RESTRUCTURED:
             for clip_norm, decay_steps in itertools.product((None, 1.0), (None, 1)):
                 config = ml_collections.ConfigDict(self.config.to_dict())
-                config.optimizer.update({"clip_norm": clip_norm, "warmup_steps": 0, "decay_steps": decay_steps})
+                fields = {"clip_norm": clip_norm, "warmup_steps": 0, "decay_steps": decay_steps, "decay_start": None}
+                config.optimizer.update(fields)
                 yield Run(config, devices=self.devices, platform=self.platform).abstract_state
 
     @cached_property

@@ -40,6 +40,7 @@ from dit_jax.sample.watch import Evaluation, Watcher
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
+from dit_jax.tasks import averages
 from dit_jax.tasks.task import warning_of_average
 
 ENCODER_SEED = 0  # of the posterior samples of given images
@@ -183,13 +184,18 @@ class Pipeline:
 
     def _warn_of_average(self, step: int | None) -> None:
         """Says that the weights are the moving average of a short run, also if `convert` wrote them to a file."""
-        if self.average != "default":
-            return
-        remedy = 'average="none" (--average=none) samples the weights themselves; lower ema_decay for short runs'
+        name, remedy = (
+            self.average,
+            'average="none" (--average=none) samples the weights themselves; lower ema_decay for short runs',
+        )
         if self._opened.weights is not None:
             origin, remedy = self._opened.weights.origin, "train longer, or with a lower ema_decay"
             step = origin.get("step") if origin.get("from") == "workdir" else None
-        text = warning_of_average(self.run.task.average, step, remedy) if isinstance(step, int) else None
+            name = str(origin.get("average", name))
+        if name == "none":
+            return
+        average = self.run.task.average if name == "default" else averages.parse(name)
+        text = warning_of_average(average, step, remedy) if isinstance(step, int) else None
         if text:
             say(f"warning: {text}")
 

@@ -96,6 +96,7 @@ def training() -> ml_collections.ConfigDict:
             "batch_size": 256,
             "microbatches": 1,
             "ema_decay": 0.9999,
+            "ema_warmup": False,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "zero1": False, "offload": "none"},
             "optimizer": {
                 "name": "adamw",
@@ -127,7 +128,7 @@ def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
     c.task = {"name": "diffusion", "cond_dropout": 0.1}
-    c.ema_warmup, c.averages = False, ()
+    c.averages = ()
     c.init = init()
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}

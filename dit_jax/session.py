@@ -21,6 +21,7 @@ from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import RESULT, set_aside
+from dit_jax.tasks.averages import progress
 from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
 from dit_jax.training import loop, summary
 from dit_jax.training.results import check_results
@@ -50,8 +51,8 @@ def train(
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
         was taken), "stopped", "workdir", "checkpoint", "samples"}, and the scores of the samples, such as "fid". After few steps
-        also "initial_weights_in_average": the share of the initial weights in the moving average. Those of a
-        run that was finished before are read, and nothing is written.
+        also "initial_weights_in_average": the share of the initial weights in the moving average. "averages": how far each of
+        them has come, see `averages.progress`. Those of a run that was finished before are read, and nothing is written.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -88,6 +89,7 @@ def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack,
         "workdir": str(workdir),
         "checkpoint": str(workdir / "checkpoints" / str(step)),
         "samples": None,
+        "averages": [progress(average, step) for average in (run.task.average, *run.task.averages)],
         **({"dropped": trained.dropped} if trained.dropped else {}),
         **({"initial_weights_in_average": share} if (share := share_of_initial(run.task.average, step)) > MOST_INITIAL else {}),
     }

@@ -83,9 +83,15 @@ HEADS = flags.DEFINE_integer(
     "heads", None, "Number of attention heads. Needed where neither the layout nor the paper's table of models gives it."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from=workdir. Default: the newest intact one.")
+AVERAGE = flags.DEFINE_string(
+    "average",
+    None,
+    "Weights of --from=workdir: none for the weights themselves, or an average, as in 0.9995 or power:0.075. Default: the moving "
+    "average of ema_decay.",
+)
 
 
-ADVICE = {"like", "key", "num_classes", "heads", "step"}
+ADVICE = {"like", "key", "num_classes", "heads", "step", "average"}
 USES = {
     "the download of an autoencoder, which is used as it is": {"download", "weights"},
     "--download without --out": {"download", "weights", "from"},
@@ -134,7 +140,7 @@ def source(layout: str, path: str):
     from dit_jax.convert import formats
 
     like = local_path(LIKE.value) if LIKE.value is not None else None
-    return formats.Source(layout, local_path(path), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value)
+    return formats.Source(layout, local_path(path), HEADS.value, like, STEP.value, KEY.value, NUM_CLASSES.value, AVERAGE.value)
 
 
 def download_vae(name: str) -> dict:

@@ -37,11 +37,11 @@ from dit_jax.interop.tensors import (
 from dit_jax.interop.weights import Weights
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime import console
-from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.claim import claim_file
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names, read_config
 from dit_jax.storage.sealed import sha256_of
+from dit_jax.tasks import stored_averages
 from dit_jax.tasks.adaptation import LORA
 
 # Networks of losses and metrics, which no config describes: one file each, read by the module of that name in interop.
@@ -69,6 +69,7 @@ class Source:
         key: place of the weights in a .pt, as in "ema" or "state.model"; None for the first of NESTED.
         template: sections of the run that will start from these weights; what the tensors do not determine is taken from it.
         num_classes: of the label table of "official" and "sit", which has that many rows or one more; None if that is clear.
+        average: of a workdir, see `tasks.stored_averages`; None for its moving average.
     """
 
     layout: str
@@ -78,6 +79,7 @@ class Source:
     step: int | None = None
     key: str | None = None
     num_classes: int | None = None
+    average: str | None = None
     template: Mapping[str, Any] | None = None
 
     def __post_init__(self):
@@ -93,6 +95,7 @@ class Source:
             ("step", self.step, self.layout == "workdir"),
             ("key", self.key, self.layout not in ("workdir", "dit_jax", "inception_tf")),
             ("num_classes", self.num_classes, self.layout in ("official", "sit")),
+            ("average", self.average, self.layout == "workdir"),
         ):
             if value is not None and not wanted:
                 raise UserError(f"--{name} has no effect with --from={self.layout}; omit it")
@@ -206,7 +209,7 @@ def _read_workdir(source: Source) -> Weights:
             f"{source.path} is the run of an autoencoder: when it has finished, its weights are in "
             f"{source.path}/codec, in the format of diffusers"
         )
-    tensors, step = _trained(source.path, config, source.step)
+    tensors, step = _trained(source, config)
     adaptation = Run(config).adaptation
     if adaptation.active:
         abstract = jax.eval_shape(Run(config).task.init_params, jax.random.key(0))
@@ -217,7 +220,10 @@ def _read_workdir(source: Source) -> Weights:
             tensors = peft.of_run(adapters, adaptation.lora.scale).merged(tensors)
     sections = weights.sections_of(config.to_dict())
     sections["model"]["param_dtype"] = common_dtype(tensors, str(source.path)).name
-    origin = {"from": "workdir", "name": source.path.name, "step": step}
+    origin: dict[str, Any] = {"from": "workdir", "name": source.path.name, "step": step}
+    average = Run(config).task.average
+    if source.average or average.warmup:  # files without it hold the average of their ema_decay
+        origin["average"] = source.average or average.name
     if names := read_class_names(source.path):
         origin["class_names"] = list(names)
     return Weights(finite(tensors, str(source.path)), sections, origin)
@@ -227,23 +233,23 @@ def _held(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: Tensor(x.shape, x.dtype, partial(np.asarray, x)) for name, x in arrays.items()}
 
 
-def _trained(workdir: Path, config: ml_collections.ConfigDict, step: int | None) -> tuple[dict[str, Tensor], int]:
-    """(moving average of the parameters that a run trains, its step).
+def _trained(source: Source, config: ml_collections.ConfigDict) -> tuple[dict[str, Tensor], int]:
+    """(an average of the parameters that a run trains, its step).
 
     Raises:
         UserError: there is no such checkpoint.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    init = Run(config).task.init
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(lambda key: init(key).ema_params, jax.random.key(0)),
-    )
+    task, average = Run(config).task, source.average or "default"
+    stored_averages.check_name(average)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+    root, stored = source.path.absolute() / "checkpoints", (task.average, *task.averages)
     try:
-        restored, _, step = restore_subtree(workdir.absolute() / "checkpoints", {"ema_params": wanted}, step)
+        params, step = stored_averages.read(root, state, stored, average, source.step)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
-    leaves = jax.tree_util.tree_flatten_with_path(restored["ema_params"])[0]
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return _held({path_name(keys): leaf for keys, leaf in leaves}), step
 
 
@@ -256,7 +262,7 @@ def adapter_of(source: Source) -> tuple[peft.Adapter, ml_collections.ConfigDict]
     config = ml_collections.ConfigDict(read_config(source.path))
     if not (lora := Run(config).adaptation.lora).rank:
         raise UserError(f"{source.path} was trained without adapters (init.lora.rank); write --to=dit_jax, official or diffusers")
-    return peft.of_run(_trained(source.path, config, source.step)[0], lora.scale), config
+    return peft.of_run(_trained(source, config)[0], lora.scale), config
 
 
 def write_adapter(source: Source, out: str | os.PathLike, names: str) -> dict:

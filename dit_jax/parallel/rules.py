@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 TOO_MUCH = 0.1  # share of a device's bytes that may stay unsplit without a warning
-FACTORED = re.compile(r"(^|/)(v|v_row|v_col)/")  # second moments of Adafactor: sums over rows and columns, or one number
+FACTORED = re.compile(r"(^|/)v_(row|col)/")  # Adafactor's sums over rows and columns, of one dimension less than the parameter
 SCALARS = re.compile(r"(step|count|notfinite_count|last_finite|total_notfinite)$")
 
 
@@ -37,7 +37,8 @@ def rule_of(name: str, shape: tuple[int, ...], rules: Rules) -> tuple[str | None
         raise ValueError(
             f"{len(specs)} sharding rules match {name} {shape}, but exactly one must: fix the table in dit_jax/parallel/rules.py"
         )
-    return () if FACTORED.search(name) and len(shape) < len(specs[0]) + ("/v/" not in name) else specs[0]
+    # (1,) is also what Adafactor keeps in place of the second moments, or the sums, that it does not use.
+    return () if FACTORED.search(name) or shape == (1,) else specs[0]
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh_shape: Mapping[Any, int], rules: Rules) -> PartitionSpec:

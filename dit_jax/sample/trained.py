@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -23,15 +22,10 @@ from dit_jax.parallel.mesh import place
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime.console import say
 from dit_jax.sample.weights import check_finite, whole_network
-from dit_jax.storage.checkpoints import restore_subtree
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_best, read_config
-from dit_jax.storage.step_folder import steps_in
-from dit_jax.tasks import averages
+from dit_jax.tasks import stored_averages
 from dit_jax.tasks.adaptation import BASE, with_adapters
-
-AVERAGES = {"default": "ema_params", "none": "params"}  # of a checkpoint: its entry of the training state
-MOST_ERROR = 0.1  # of an average that is made afterwards, see `averages.combine`
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,7 @@ class Trained:
         Raises:
             UserError: `average` is no name of one; weights with one set of parameters; `best` without scores; not a step.
         """
-        if average not in AVERAGES:
-            try:
-                averages.parse(average)
-            except UserError as error:
-                raise UserError(f"average={average!r} is not one of {', '.join(AVERAGES)}: {error}") from None
+        stored_averages.check_name(average)
         if self.weights is not None:
             for name, given in (("step", step is not None), ("average", average != "default")):
                 if given:
@@ -105,64 +95,12 @@ class Trained:
         """As `params`, of the parameters that the run trains."""
         state = run.abstract_state
         try:
-            entry = self._entry(run, average)
-            if entry is None:
-                params, step = self._combined(run, averages.parse(average), step)
-                check_finite(params, f"{average} of {self.path}")
-                return params, step
-            restored, _, step = restore_subtree(self.path / "checkpoints", _wrap(entry, state), step)
+            stored = (run.task.average, *run.task.averages)
+            params, step = stored_averages.read(self.path / "checkpoints", state, stored, average, step)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-        for name in entry:
-            restored = restored[name]
-        check_finite(restored, f"step {step} of {self.path}")
-        return restored, step
-
-    def _entry(self, run: Run, average: str) -> tuple[str, ...] | None:
-        """The path of an average in the training state; None for a power-function average that is not stored.
-
-        Raises:
-            UserError: the run does not have it.
-        """
-        if average in AVERAGES:
-            return (AVERAGES[average],)
-        wanted = averages.parse(average)
-        if wanted == run.task.average:
-            return ("ema_params",)
-        if wanted in run.task.averages:
-            return ("averages", averages.key(wanted))
-        if isinstance(wanted, averages.Power) and any(isinstance(one, averages.Power) for one in run.task.averages):
-            return None
-        have = ", ".join(one.name for one in (run.task.average, *run.task.averages))
-        raise UserError(
-            f"average={average!r}: {self.path} has {have}; 'none' takes the weights themselves. A power-function average of any "
-            "width can be made from a run with --config.averages=('power:0.05','power:0.1')"
-        )
-
-    def _combined(self, run: Run, wanted: averages.Average, step: int | None) -> tuple[Any, int]:
-        """An average that is made from the power-function averages of all checkpoints up to the step."""
-        root = self.path / "checkpoints"
-        powers = [one for one in run.task.averages if isinstance(one, averages.Power)]
-        steps = [at for at in steps_in(root) if step is None or at <= step]
-        if not steps or (step is not None and step not in steps):
-            raise FileNotFoundError(f"no checkpoint {'' if step is None else f'of step {step} '}in {root}")
-        stored = [(one, at) for at in steps for one in powers]
-        factors, error = averages.combine(stored, wanted, steps[-1])
-        if error > MOST_ERROR:
-            raise UserError(
-                f"average={wanted.name!r} cannot be made from {' and '.join(one.name for one in powers)} of {len(steps)} "
-                f"checkpoints in {root}: the weights of the steps would be off by {error:.0%}; keep more checkpoints with "
-                "checkpoint.keep_every_steps"
-            )
-        say(f"{wanted.name} of step {steps[-1]} from {len(steps)} checkpoints, weights of the steps off by {error:.1%}")
-        total = None
-        for at in steps:
-            keys = {averages.key(one): run.abstract_state.averages[averages.key(one)] for one in powers}
-            tree = restore_subtree(root, {"averages": keys}, at)[0]["averages"]
-            for one in powers:
-                part, factor = tree[averages.key(one)], factors[stored.index((one, at))]
-                total = _add(part, factor, total)
-        return total, steps[-1]
+        check_finite(params, f"step {step} of {self.path}")
+        return params, step
 
 
 def read(path: str | os.PathLike, template: Mapping[str, Any] | None = None) -> Trained:
@@ -246,20 +184,6 @@ def _on_mesh_of(run: Run, config: ml_collections.ConfigDict) -> ml_collections.C
     config = ml_collections.ConfigDict(config.to_dict())
     config.mesh, config.codec = run.config.mesh, run.config.codec
     return config
-
-
-@jax.jit
-def _add(part: Any, factor: float, total: Any) -> Any:
-    """factor * part + total, in float32."""
-    scaled = jax.tree.map(lambda x: factor * x, part)
-    return scaled if total is None else jax.tree.map(jnp.add, scaled, total)
-
-
-def _wrap(path: tuple[str, ...], state: Any) -> dict[str, Any]:
-    """The part of a state that a path names, as `restore_subtree` takes it."""
-    if len(path) == 1:
-        return {path[0]: getattr(state, path[0])}
-    return {path[0]: {path[1]: getattr(state, path[0])[path[1]]}}
 
 
 def _is_ours(path: Path) -> bool:

@@ -72,7 +72,7 @@ RESUMABLE_FIELDS = (
     "task.perceptual_path",
 )
 # Fields that may change too, but that the steps from then on depend on: a change is printed.
-PRINTED_FIELDS = ("optimizer.decay_steps",)
+PRINTED_FIELDS = ("optimizer.decay_steps", "optimizer.decay", "optimizer.decay_start")
 
 
 def default_workdir(config: str, process_count: int) -> Path:

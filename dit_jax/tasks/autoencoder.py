@@ -60,6 +60,7 @@ class AutoencoderTask:
     discriminator_weight: float = 0.0
     discriminator_start_step: int = 0
     ema_decay: float = 0.999
+    ema_warmup: bool = False
     microbatches: int = 1
     zero1: bool = False
     offload: str = "none"
@@ -67,6 +68,7 @@ class AutoencoderTask:
     name = "autoencoder"
     draws_samples = False
     remat = None
+    averages = ()
     rules = AUTOENCODER_RULES
 
     def __post_init__(self):
@@ -91,7 +93,7 @@ class AutoencoderTask:
     @property
     def average(self) -> Exponential:
         """The moving average that the codec of the run is."""
-        return Exponential(self.ema_decay)
+        return Exponential(self.ema_decay, self.ema_warmup)
 
     def init(self, key: jax.Array) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}
@@ -202,7 +204,7 @@ class AutoencoderTask:
         for name, part in state.params.items():
             updates, opt_state[name] = self.optimizer.update(grads[name], state.opt_state[name], part)
             params[name] = optax.apply_updates(part, updates)
-        ema_params = {"codec": moving_average(state.ema_params["codec"], params["codec"], self.ema_decay)}
+        ema_params = {"codec": moving_average(state.ema_params["codec"], params["codec"], self.average.gain(state.step + 1))}
         finite &= is_finite_update(self.optimizer, params, ema_params)
         new = TrainState(state.step + 1, params, ema_params, opt_state)
         return only_if(finite, new, state), step_sums(values, {"grad_norm": grad_norm}, finite)

@@ -77,6 +77,8 @@ class DiffusionTask:
         if not 0 <= self.cond_dropout < 1:
             raise UserError(f"task.cond_dropout is {self.cond_dropout}; it must lie in [0, 1)")
         check_offload(self.offload)
+        if self.average in self.averages:
+            raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")
 
     @property
     def average(self) -> Exponential:
@@ -226,10 +228,10 @@ class DiffusionTask:
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = moving_average(state.ema_params, params, self.average.decay(state.step + 1))
+        ema_params = moving_average(state.ema_params, params, self.average.gain(state.step + 1))
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
-        finite &= is_finite_update(self.optimizer, params, ema_params)
         averages = updated(self.averages, state.averages, params, state.step + 1)
+        finite &= is_finite_update(self.optimizer, params, (ema_params, averages))
         new = TrainState(state.step + 1, params, ema_params, opt_state, averages)
         sums = step_sums(losses, {"grad_norm": grad_norm}, finite) | self.loss_by_time(losses["loss"], inputs["t"], finite)
         return only_if(finite, new, state), sums

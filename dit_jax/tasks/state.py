@@ -15,7 +15,9 @@ from dit_jax.parallel import rules
 from dit_jax.storage.fingerprint import leaf_names
 from dit_jax.tasks.averages import Average, key
 
-PLACES = re.compile(r"(^|/)(\d+/)+(?=(count|mu|nu)(/|$))")  # of the parts of an optimizer, in the names of its arrays
+# Places of the parts of an optimizer, in the names of its arrays. Numbers behind those belong to parameters.
+PLACES = re.compile(r"^(.*?)(\d+/)+(?=(count|mu|nu|trace|ema|v|v_row|v_col|inner_states)(/|$))")
+INNER_PLACES = re.compile(r"(inner_states/\w+/inner_state/)(\d+/)+")  # of Muon, which gives each part of the parameters its own
 HOST = "pinned_host"
 OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params", "averages")}
 
@@ -89,16 +91,26 @@ def on_device(tree: Any) -> Any:
 
 
 def with_structure(opt_state: Any, like: Any) -> Any:
-    """The state of AdamW in the structure of another one. Clipping and schedules add parts, of which a schedule has a count.
+    """The state of an optimizer in the structure of another one. Clipping and schedules add parts; a schedule has a count.
 
     Arrays of the same name are the same, whatever part they belong to; all counts are equal.
     """
     if leaf_names(opt_state) == leaf_names(like):
         return opt_state
-    arrays = {PLACES.sub(r"\1", name): x for name, x in zip(leaf_names(opt_state), jax.tree.leaves(opt_state), strict=True)}
-    leaves = [arrays[PLACES.sub(r"\1", name)] for name in leaf_names(like)]
+    named = list(zip(leaf_names(opt_state), jax.tree.leaves(opt_state), strict=True))
+    arrays, count = {_without_places(name): x for name, x in named}, next(x for name, x in named if _is_count(name))
+    leaves = [count if _is_count(name) else arrays[_without_places(name)] for name in leaf_names(like)]
     leaves = [x if x.ndim else jnp.copy(x) for x in leaves]  # the training step donates its state, and no count twice
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _is_count(name: str) -> bool:
+    """Whether an array of an optimizer's state is its number of steps."""
+    return re.search(r"(^|\d/)count$", name) is not None
+
+
+def _without_places(name: str) -> str:
+    return INNER_PLACES.sub(r"\1", PLACES.sub(r"\1", name, count=1))
 
 
 def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:

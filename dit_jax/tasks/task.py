@@ -46,6 +46,11 @@ class Task(Protocol):
         ...
 
     @property
+    def averages(self) -> tuple[Average, ...]:
+        """Further moving averages, in the state's `averages`."""
+        ...
+
+    @property
     def rules(self) -> Rules:
         """How the state is split over the mesh."""
         ...
@@ -166,14 +171,14 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.equal(sum(jnp.sum(~jnp.isfinite(x), dtype=jnp.float32) for x in jax.tree.leaves(tree)), 0)
 
 
-def is_finite_update(optimizer: optax.GradientTransformation, params: Any, ema_params: Any) -> jax.Array | bool:
-    """Whether new parameters and their moving average are finite, where loss and gradient are.
+def is_finite_update(optimizer: optax.GradientTransformation, params: Any, averages: Any) -> jax.Array | bool:
+    """Whether new parameters and their moving averages are finite, where loss and gradient are.
 
     Reading them before the choice between old and new state computes the update twice, which adds 3 % to the bytes of S/2's
     step. It is left out where it cannot fail: float32 parameters and an optimizer that says `is_bounded`.
     """
     in_float32 = all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    return (in_float32 and getattr(optimizer, "is_bounded", False)) or all_finite((params, ema_params))
+    return (in_float32 and getattr(optimizer, "is_bounded", False)) or all_finite((params, averages))
 
 
 def only_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:

@@ -58,9 +58,10 @@ def check_steps(run: Run, begun: int, workdir: Path) -> None:
     rate = getattr(run.optimizer, "rate", None)
     decay = optimizer.get("decay_steps") if rate is not None else None
     if decay is not None and decay < num_steps and begun < num_steps:
+        both = "it and decay_start " if optimizer.get("decay_start") is not None else ""
         raise UserError(
             f"optimizer.decay_steps is {decay} and num_steps is {num_steps}: the learning rate would be 0 after step {decay}; "
-            f"set optimizer.decay_steps to {num_steps} or more, or to None for a constant rate"
+            f"set optimizer.decay_steps to {num_steps} or more, or {both}to None for a constant rate"
         )
     if decay is None and rate is not None and begun < num_steps and rate(num_steps - 1) == 0:
         last = max((step for step in range(num_steps) if rate(step) != 0), default=-1) + 1

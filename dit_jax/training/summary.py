@@ -75,13 +75,13 @@ def _of_the_average(run: Run) -> list[str]:
 
 
 def ending(run: Run, workdir: Path, result: Mapping[str, Any], report: Path | None) -> str:
-    """At most six lines at the end of a run: its score, its pictures, its report, and the next two commands.
+    """The lines at the end of a run: its score, one of each average, its pictures, its report, and the next two commands.
 
     Args:
         result: the entries of result.json.
         report: the page of the run; None if it could not be written.
     """
-    lines: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = [("average", _of_an_average(average)) for average in result.get("averages", ())]
     if result.get("samples"):
         lines.append(("pictures", _near(Path(result["samples"]).with_suffix(".png"))))
     if report is not None:
@@ -89,6 +89,12 @@ def ending(run: Run, workdir: Path, result: Mapping[str, Any], report: Path | No
     commands = next_commands(run, _near(workdir))
     lines += zip(("next", ""), commands, strict=False)
     return "\n".join(f"{name:10} {text}" for name, text in [("result", score(result)), *lines])
+
+
+def _of_an_average(progress: Mapping[str, Any]) -> str:
+    """How far an average has come, see `averages.progress`."""
+    initial, age = progress["initial_weights"], progress["mean_age_steps"]
+    return f"{progress['name']}: {initial:.1%} initial weights, the others {age:,.0f} steps old on average"
 
 
 def _near(path: Path) -> str:

@@ -95,6 +95,28 @@ def test_more_fsdp_is_less_memory(found):
         assert whole[part] > found["memory"][part] > split[part] > whole[part] / 8.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, zero1", [("muon", False), ("adafactor", True)])
+def test_the_memory_of_a_state_is_what_is_allocated(name, zero1):
+    """Catches averages, momentum or sums that a plan leaves out, or that are whole on every device."""
+    averages = ("0.5", "power:0.05", "power:0.1")
+    config = tiny.config(optimizer={"name": name}, averages=averages, model__depth=1, mesh__fsdp=4, mesh__zero1=zero1)
+    run = build.Run(config)
+    state = create_sharded(run.task, jax.random.key(0), run.mesh)
+
+    def allocated(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    planned = state_bytes(config)
+    assert planned["parameters"] == allocated(state.params)
+    assert planned["moving_average"] == allocated((state.ema_params, state.averages))
+    assert planned["optimizer"] == allocated((state.opt_state, state.step))
+    whole = sum(x.nbytes for x in jax.tree.leaves(state.ema_params))
+    assert planned["moving_average"] < 4 * whole / 3  # of four averages, split over four devices but for small arrays
+    if name == "muon":  # one momentum for the matrices, two moments for the others
+        assert planned["optimizer"] < 2 * whole / 3
+
+
 def state_bytes(config):
     state = abstract_state(build.Run(config).task, build.Run(config).mesh)
     return estimate.state_memory({"state": state, "constants": {}, "batch": {}, "sums": {}})

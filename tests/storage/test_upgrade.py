@@ -18,7 +18,7 @@ def test_what_a_config_has_is_kept():
     """Today's conditioner replaced by that of older configs; an autoencoder that gets one; sections of weights without a task."""
     conditioned = OLD | {"conditioner": {"name": "none"}}
     assert upgrade(conditioned)["conditioner"] == {"name": "none"}
-    assert upgrade({"task": {"name": "autoencoder"}}) == {"task": {"name": "autoencoder"}}
+    assert upgrade({"task": {"name": "autoencoder"}}) == {"task": {"name": "autoencoder"}, "ema_warmup": False}
     assert upgrade({"model": {"name": "dit"}, "ema_decay": 0.9}) == {"model": {"name": "dit"}, "ema_decay": 0.9}
 
 

@@ -18,10 +18,10 @@ def test_the_profile_is_that_of_the_updates(average, steps):
     """Weights that belong to another step, or a decay that starts at 0 instead of 1."""
     params = np.random.default_rng(0).normal(size=(steps + 1, 3))
     value = params[0]
-    decay = jax.jit(average.decay)
+    gain = jax.jit(average.gain)
     for step in range(1, steps + 1):
-        share = float(decay(step))
-        value = share * value + (1 - share) * params[step]
+        share = float(gain(step))
+        value = (1 - share) * value + share * params[step]
     profile = average.profile(steps)
     assert profile.shape == (steps + 1,) and profile.sum() == pytest.approx(1) and (profile >= 0).all()
     np.testing.assert_allclose(profile @ params, value, rtol=1e-4, atol=1e-6)

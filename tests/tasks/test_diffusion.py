@@ -133,14 +133,15 @@ def bad_in_one_place(updates, state, params=None):
 @pytest.mark.parametrize("bad", ["optimizer", "float16"])
 def test_skips_a_step_whose_new_parameters_are_not_finite(bad):
     """A finite gradient whose update is NaN: in float16 Adam's epsilon is 0, and 0 / 0 took 99.5 % of the parameters."""
-    task = build.Run(tiny.config(model__param_dtype="float16" if bad == "float16" else "float32", model__depth=1)).task
+    fields = {"model__depth": 1, "averages": ("0.5", "power:0.1")}
+    task = build.Run(tiny.config(model__param_dtype="float16" if bad == "float16" else "float32", **fields)).task
     if bad == "optimizer":
         poison = optax.GradientTransformation(lambda params: optax.EmptyState(), bad_in_one_place)
         task = dataclasses.replace(task, optimizer=optax.chain(task.optimizer, poison))
     state = create_sharded(task, jax.random.key(0), make_mesh(1, 1, 1, jax.devices()[:1]))
     new, sums = jax.jit(task.step)(state, CONSTANTS, BATCH, jax.random.key(1))
     assert new.step == 1 and sums["skipped"][0] == 1 and sums["loss"][1] == 0
-    for field in ("params", "ema_params", "opt_state"):
+    for field in ("params", "ema_params", "opt_state", "averages"):
         assert tiny.distance(getattr(new, field), getattr(state, field)) == 0
 
 

@@ -12,6 +12,8 @@ import pytest
 from dit_jax import recipes
 from dit_jax.config_file import read
 from dit_jax.errors import UserError
+from dit_jax.storage.fingerprint import leaf_names
+from dit_jax.tasks.muon import muon
 from dit_jax.tasks.optimizer import adafactor, adamw
 from dit_jax.tasks.state import with_structure
 
@@ -69,6 +71,23 @@ def test_the_state_follows_clipping_and_schedules():
     assert jax.tree.structure(back) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize(
+    "make, fields",
+    [(adafactor, {"momentum": 0.9, "min_factored_size": 2}), (adafactor, {}), (functools.partial(muon, {"a": "io"}), {})],
+)
+def test_the_state_of_others_follows_too(make, fields):
+    """Catches momentum of one parameter that becomes another's, and a schedule that begins anew, where a decay comes or goes."""
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"0": {"v": jnp.arange(3.0) + 7}}}
+    bare, scheduled = make(**fields), make(**fields, decay_steps=9, clip_norm=1.0)
+    state = bare.update(params, bare.init(params), params)[1]
+    there = with_structure({"codec": state}, {"codec": scheduled.init(params)})["codec"]
+    wanted = scheduled.update(params, scheduled.init(params), params)[1]
+    assert jax.tree.structure(there) == jax.tree.structure(wanted)
+    assert {int(x) for x in jax.tree.leaves(there) if not x.ndim} == {1}
+    assert leaf_names(with_structure(there, state)) == leaf_names(state)
+    jax.tree.map(np.testing.assert_array_equal, with_structure(there, state), state)
 
 
 def test_what_checkpoints_hold():
@@ -142,6 +161,25 @@ def test_groups(make):
         np.testing.assert_allclose(value, -rate, rtol=1e-6, err_msg=name)
     with pytest.raises(UserError, match="'blocks' is the first of no parameter; paths are such as blocks/a/bias and last/kernel"):
         make(groups=(("blocks", 1.0, None),)).init(params)
+
+
+def test_adafactor_is_that_of_its_paper():
+    """Catches sums of the wrong axis, a decay that is off by one step, and clipping of the wrong norm."""
+    rng, second = np.random.default_rng(3), {}
+    params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros((4,))}
+    optimizer = adafactor(learning_rate=0.1, min_factored_size=3, clipping_threshold=0.9)
+    state = optimizer.init(params)
+    for step in range(1, 4):
+        grads = {name: rng.normal(size=x.shape) * step for name, x in params.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, params)
+        for name, gradient in grads.items():  # Shazeer & Stern 2018, algorithms 4 and 5, in float64
+            decay, square = 1 - step**-0.8, gradient**2 + 1e-30
+            sums = [square.sum(1, keepdims=True), square.sum(0, keepdims=True)] if gradient.ndim == 2 else [square]
+            second[name] = [decay * old + (1 - decay) * new for old, new in zip(second.get(name, [0, 0]), sums, strict=False)]
+            variance = second[name][0] * second[name][1] / second[name][0].sum() if gradient.ndim == 2 else second[name][0]
+            scaled = gradient / np.sqrt(variance)
+            scaled /= max(1, np.sqrt(np.mean(scaled**2)) / 0.9)
+            np.testing.assert_allclose(updates[name], -0.1 * scaled, rtol=1e-4, err_msg=f"{name} {step}")
 
 
 def test_adamw_without_groups_is_that_of_groups():

@@ -8,6 +8,7 @@ import tiny
 from PIL import Image
 
 from dit_jax import build
+from dit_jax.tasks.averages import progress
 from dit_jax.training import summary
 
 RESULT = {"step": 6, "loss": 0.25, "samples": "/runs/x/samples/00000006_final.npz"}
@@ -45,9 +46,21 @@ def test_the_summary_shows_the_labels(tmp_path):
 def test_a_short_run_says_what_its_average_is(tmp_path):
     """Noise from an average that is 97 % initial weights, without a word; a warning where the average has converged."""
     short = summary.text(build.Run(tiny.config(num_steps=300, ema_decay=0.9999)), tmp_path)
-    assert "(ema_decay 0.9999) holds 97% initial weights at step 300; lower ema_decay or train longer, or sample with" in short
+    assert "(ema_decay 0.9999) holds 97% initial weights at step 300; set ema_warmup, lower ema_decay or train longer" in short
     assert "initial weights" not in summary.text(build.Run(tiny.config(num_steps=1000, ema_decay=0.99)), tmp_path)
     assert "97% of the moving average are initial weights" in summary.score(RESULT | {"initial_weights_in_average": 0.9704})
+
+
+def test_how_far_every_average_has_come():
+    """An average that is mostly initial weights, or one of the wrong age, that the end of a run does not name."""
+    run, steps = build.Run(tiny.config(ema_decay=0.9999, averages=("0.99+warmup", "power:0.1"))), 300
+    result = {"step": steps, "averages": [progress(one, steps) for one in (run.task.average, *run.task.averages)]}
+    lines = [line for line in summary.ending(run, Path("/runs/a"), result, None).splitlines() if line.startswith("average")]
+    assert lines == [
+        "average    0.9999: 97.0% initial weights, the others 149 steps old on average",
+        "average    0.99+warmup: 0.0% initial weights, the others 30 steps old on average",
+        "average    power:0.1: 0.0% initial weights, the others 33 steps old on average",
+    ]
 
 
 def test_commands_that_would_be_refused():
