@@ -54,6 +54,7 @@ NETWORK = ["train_step", "forward", "sampler"]
 MODES = {  # of each verb that has several: what chooses the mode, as in its USES
     "main": {"--show": ["--config=digits", "--show"], "training": ["--config=digits"]},
     "sample": {"--workdir": ["--workdir=w"], "--weights": ["--weights=w.safetensors"]},
+    "demo": {"--workdir": ["--workdir=w"], "--weights": ["--weights=w.safetensors"]},
     "evaluate": {
         "--table": ["--table=a.json,b.json"],
         "--make_reference": ["--make_reference=r.npz", "--data=folder:x"],
