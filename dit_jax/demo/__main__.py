@@ -58,8 +58,11 @@ def main() -> dict:
     check_flags()
     try:
         from dit_jax.demo import server
-    except ImportError as error:
-        raise UserError(f"the demo needs the package {error.name}: pip install 'dit_jax[demo]'") from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(f"the demo needs the package {package}: pip install 'dit_jax[demo]'") from None
     from dit_jax import pipeline
     from dit_jax.demo.schema import Limits, Schema
     from dit_jax.demo.worker import Worker
