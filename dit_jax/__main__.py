@@ -12,7 +12,7 @@ from dit_jax.errors import nearest
 from dit_jax.runtime.command_line import print_page
 
 FOLDER = Path(__file__).parent
-ORDER = ("main", "sample", "evaluate", "report", "sweep", "plan", "benchmark", "encode", "prepare", "convert")
+ORDER = ("main", "sample", "demo", "evaluate", "report", "sweep", "plan", "benchmark", "encode", "prepare", "convert")
 OTHER_NAMES = {"train": "main", "generate": "sample", "score": "evaluate", "fid": "evaluate"}
 
 

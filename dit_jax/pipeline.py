@@ -44,6 +44,7 @@ from dit_jax.tasks import averages
 from dit_jax.tasks.task import warning_of_average
 
 ENCODER_SEED = 0  # of the posterior samples of given images
+MOST_PROGRAMS = 32  # compiled for other samplers, steps or guidance, that a pipeline keeps: a server is asked for many
 
 
 class Options(TypedDict, total=False):
@@ -156,6 +157,11 @@ class Pipeline:
         """The training step of the weights; None if their file does not say it."""
         return self._parameters[1]
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the labels; () if they are not known."""
+        return self._class_names
+
     @cached_property
     def _class_names(self) -> tuple[str, ...]:
         """The names of the labels; () if they are not known."""
@@ -231,6 +237,19 @@ class Pipeline:
         with self._watcher.calling(callback):
             images = drawn.generator(*arrays, given=drawn.inputs.arrays)
         return Samples(images, drawn.labels, drawn.made_by())
+
+    def check(
+        self, labels: Labels = None, *, num_samples: int | None = None, seed: int = 0, **options: Unpack[Options]
+    ) -> tuple[np.ndarray, int | None]:
+        """(int32[N] labels of the images of a call, evaluations that its callback is told of for each image).
+
+        It raises what the call would raise before it draws. The evaluations are None for a sampler that chooses its own steps.
+
+        Raises:
+            UserError: as for a call.
+        """
+        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=True)
+        return drawn.labels, drawn.run.sampler.evaluations(drawn.run.process)
 
     def write(
         self,
@@ -420,9 +439,10 @@ class Pipeline:
             raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
         batch_size = _whole_number("batch_size", batch_size)
         key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.key], default=str)
-        if key not in self._generators:
+        generator = self._generators.get(key)
+        if generator is None:
             weak_task = None if guides is None else self._weaker(guides, config)[0]
-            self._generators[key] = Generator(
+            generator = Generator(
                 self.run.task,
                 self._mesh,
                 sampler,
@@ -435,7 +455,10 @@ class Pipeline:
                 watch=self._watcher if watched else None,
                 job=job,
             )
-        generator = self._generators[key].with_seed(seed)
+            for oldest in list(self._generators)[: 1 - MOST_PROGRAMS]:
+                self._generators.pop(oldest, None)
+            self._generators[key] = generator
+        generator = generator.with_seed(seed)
         scene = Scene(
             self.image_shape,
             self.run.latent_shape,

@@ -18,7 +18,7 @@ LAYERS = (
     ("build", "recipes", "config_file", "config_reference"),
     ("sample", "evaluate", "encode", "prepare", "convert", "pipeline"),
     ("training",),
-    ("sweep", "plan", "benchmark", "report", "session"),
+    ("sweep", "plan", "benchmark", "demo", "report", "session"),
     ("__main__", "main"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

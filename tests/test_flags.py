@@ -58,6 +58,7 @@ MODES = {  # of each verb that has several: what chooses the mode, as in its USE
         for source, path in (("--workdir", "w"), ("--weights", "w.safetensors"))
         for job, more in (("generate", []), ("edit", []), ("inpaint", []), ("interpolate", ["--seeds=1,2"]))
     },
+    "demo": {"--workdir": ["--workdir=w"], "--weights": ["--weights=w.safetensors"]},
     "evaluate": {
         "--table": ["--table=a.json,b.json"],
         "--make_reference": ["--make_reference=r.npz", "--data=folder:x"],

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from runs import save_run
 from verbs import run as run_verb
 
 import dit_jax
-from dit_jax import recipes
+from dit_jax import pipeline, recipes
 from dit_jax.build import Run
 from dit_jax.config_file import plain
 from dit_jax.convert import formats
@@ -97,7 +98,7 @@ def test_save_writes_what_sample_writes(pipe, pair, tmp_path):
     """A saved file with other bytes than the verb's: another layout, or settings that are missing."""
     written = pipe.write(str(tmp_path / "written.npz"), [3, 5], num_samples=2, **FAST)
     pair.save(str(tmp_path / "saved.npz"))
-    assert (tmp_path / "saved.npz").read_bytes() == Path(written["out"]).read_bytes()
+    assert (tmp_path / "saved.npz").read_bytes() == Path(written["out"]).read_bytes() == samples_file.npz_bytes(pair)
     assert pair.save_grid(str(tmp_path / "grid.png")).stat().st_size > 50
     for call in (lambda: pair.save(tmp_path / "x.png"), lambda: pair.save_grid(tmp_path / "x.npz")):
         with pytest.raises(UserError, match="png"):
@@ -219,6 +220,28 @@ def test_error_of_a_callback_is_raised(pipe):
     with pytest.raises(RuntimeError, match="mine"):
         pipe([3, 5], callback=fails, **FAST)
     assert len(pipe([3, 5], callback=lambda e: None, **FAST)) == 2
+
+
+def test_check_raises_what_a_call_raises(pipe, pair):
+    """Catches a server that queues what it cannot draw, or counts other evaluations than its callback is told of."""
+    labels, evaluations = pipe.check([3, 5], **FAST)
+    assert labels.tolist() == pair.labels.tolist() and evaluations == 2
+    assert pipe.check("none", num_samples=3, sampler="heun", num_steps=4)[1] == 8
+    for options, text in WRONG.values():
+        if text != WRONG["weights of the same size"][1]:
+            with pytest.raises(UserError, match=re.escape(text)):
+                pipe.check(**options)
+
+
+def test_programs_have_a_bound(run, monkeypatch):
+    """Catches a server whose memory grows with every other guidance scale, and a program that is dropped while it is used."""
+    monkeypatch.setattr(pipeline, "MOST_PROGRAMS", 2)
+    pipe = dit_jax.load(run)
+    for scale in (1.0, 1.5, 2.0, 2.5):
+        pipe.check([3], guidance_scale=scale, **FAST)
+        assert f'"scale": {scale}' in list(pipe._generators)[-1] and len(pipe._generators) <= 2
+    generator = pipe._prepare([3], None, 0, {"guidance_scale": 2.5} | FAST, in_memory=True, watched=True).generator
+    assert generator.program is list(pipe._generators.values())[-1].program
 
 
 def test_interpolation_ends_at_both_seeds(pipe):

@@ -1,13 +1,14 @@
 """The npz file of samples: arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] for clips; labels int32 [N]; made_by, a JSON text."""
 
 import hashlib
+import io
 import json
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -117,9 +118,28 @@ def write_stream(
         shape: [N, H, W, C], or [N, F, H, W, C], of all blocks together.
         made_by: the settings; "images_sha256", the hash of the bytes of all images, is added.
     """
-    path, sha256 = Path(path), hashlib.sha256()
+    path = Path(path)
     remove_leftovers(path.parent, path.name)
-    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as partial:
+        _write_archive(partial, shape, blocks, labels, made_by)
+
+
+def npz_bytes(samples: Samples) -> bytes:
+    """The bytes of the file that `Samples.save` writes."""
+    buffer = io.BytesIO()
+    _write_archive(buffer, samples.images.shape, [samples.images], samples.labels, samples.made_by)
+    return buffer.getvalue()
+
+
+def _write_archive(
+    file: str | os.PathLike | IO[bytes],
+    shape: tuple[int, ...],
+    blocks: Iterable[np.ndarray],
+    labels: np.ndarray,
+    made_by: dict,
+) -> None:
+    sha256 = hashlib.sha256()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with _member(archive, "arr_0") as member:
             np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
             for block in blocks:
