@@ -1,7 +1,6 @@
 """Features, their sums, references and results, with an extractor of random numbers."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -451,11 +450,12 @@ def test_processes_do_not_matter(tmp_path):
     x, y = str(tmp_path / "x.npz"), str(tmp_path / "y.npz")
     command = [sys.executable, "launch/local.py", "--processes=2", "--devices=2", f"--logs={tmp_path}", "--"]
     command += [sys.executable, "-m", "dit_jax.evaluate", f"--samples={x}", "--batch_size=7", f"--reference={y}"]
+    command += ["--replicates=50", "--kid_subset_size=200"]
     process = subprocess.run(command, cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     printed = [line for line in process.stdout.splitlines() if line.startswith("{")]  # Gloo writes to stdout too
     assert len(printed) == 1 and "{" not in "".join(line[:1] for line in (tmp_path / "process_1.log").read_text().splitlines())
-    two, one = json.loads(printed[0]), evaluate(x, y, "pixels", options=Options(batch_size=64))
+    two, one = json.loads(printed[0]), scores.evaluate(x, y, "pixels", None, scores.Options(None, 200, 50, batch_size=64))
     for name in ("samples_sha256", "reference_sha256", "num_samples", "precision", "recall"):
         assert one[name] == two[name]
     for name in ("fid", "kid"):

@@ -14,12 +14,13 @@ from paths import ROOT
 from runs import save_run
 from verbs import quick_environment
 
-from dit_jax import build, session
+from dit_jax import build
 from dit_jax.interop.vae import save_diffusers
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.pipeline import load
 from dit_jax.storage.checkpoints import Checkpointer
 from dit_jax.tasks.state import abstract_state
+from dit_jax.training import loop
 
 
 def together(processes, folder, verb, *args, devices=8):
@@ -48,6 +49,7 @@ RUNS = {
         "config",
         {
             "num_steps": 4,
+            "model__depth": 1,
             "log__every_steps": 1,
             "checkpoint__every_steps": 2,
             "optimizer__eps": 1e-3,
@@ -68,7 +70,7 @@ def trained(folder, name, processes, workdir, **more):
     make, fields = RUNS[name]
     fields = fields | more
     if processes == 1:
-        session.train(getattr(tiny, make)(**fields), workdir)
+        loop.train(build.Run(getattr(tiny, make)(**fields)), workdir)
         return
     (folder / "config.py").write_text(f"import tiny\n\n\ndef get_config():\n    return tiny.{make}(**{fields})\n")
     together(processes, folder, "main", f"--config={folder / 'config.py'}", f"--workdir={workdir}")
@@ -104,8 +106,8 @@ def test_two_processes_train_an_autoencoder_as_one_does(tmp_path):
     [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.exhaustive)],
 )
 def test_two_processes_train_what_one_does(tmp_path, first, second):
-    """Hosts that read the same rows, draw the same noise or reduce over their own devices alone, in the first or in the second half
-    of a run, compared array by array; a checkpoint that only their number can restore."""
+    """Hosts that read the same rows, draw the same noise or reduce over their own devices alone, in one half of a run,
+    compared array by array; a checkpoint that only their number can restore."""
     trained(tmp_path, "diffusion", 1, tmp_path / "one")
     trained(tmp_path, "diffusion", first, tmp_path / "halves", num_steps=2)
     trained(tmp_path, "diffusion", second, tmp_path / "halves")
