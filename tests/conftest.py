@@ -33,6 +33,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # those inherit it, as the verbs th
     # Loops that XLA writes itself, in place of those that go through MLIR, which take up to half of the time to compile.
     _FLAG = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = _FLAG if known(_FLAG) else ""
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"], os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = (
+        "0.1",
+        "-1",
+    )
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import pkgutil
 import re
 import shlex
@@ -15,7 +16,7 @@ import pytest
 from pages import FILES, blocks, commands, runnable, spans, text_of
 from paths import ROOT
 from PIL import Image
-from verbs import environment, start
+from verbs import Forks, quick_environment, start
 
 from dit_jax import build, config_file, registry
 from dit_jax.__main__ import verbs
@@ -180,34 +181,55 @@ def put_photographs(folder, count):
         corners.resize((96, 80), Image.Resampling.BICUBIC).save(folder / "photographs" / f"{number}.jpg")
 
 
-def with_additions(line, mark):
-    """The command with the arguments that the mark adds for its verb."""
-    return re.sub(r"python -m dit_jax\.(\w+)[^&|;]*", lambda found: f"{found[0].rstrip()} {mark.get(found[1], '')} ", line)
+def with_additions(lines, mark):
+    """The commands with the arguments that the mark adds for their verbs; parts between " | " are for the first, second, ..."""
+    left = {verb: added.split(" | ") for verb, added in mark.items()}
+
+    def add(found):
+        added = left.get(found[1], [""])
+        return f"{found[0].rstrip()} {added.pop(0) if len(added) > 1 else added[0]} "
+
+    return [re.sub(r"python -m dit_jax\.(\w+)[^&|;]*", add, line) for line in lines]
+
+
+def as_call(line):
+    """([verb, *args], {variables}) of a command that needs no shell, else None."""
+    if {"&&", "||", "|", ";", "&", ">", "<"} & set(shlex.shlex(line, posix=True, punctuation_chars=True)):
+        return None
+    words, variables = shlex.split(line), {}
+    while words and (match := re.fullmatch(r"([A-Z_]+)=(.*)", words[0])):
+        variables[match[1]] = match[2]
+        words = words[1:]
+    if words[:2] != ["python", "-m"] or not words[2].startswith("dit_jax."):
+        return None
+    return [words[2].removeprefix("dit_jax."), *words[3:]], variables
+
+
+def in_a_shell(folder, line, timeout):
+    env = quick_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-e", "-o", "pipefail", "-c", line]
+    process = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    return process.returncode, process.stdout, process.stderr
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with Forks() as running:
+        yield running
 
 
 @pytest.mark.slow
 @pytest.mark.pages
 @pytest.mark.parametrize("block", MARKED, ids=[block.place for block in MARKED])
-def test_block_runs(block, folders):
+def test_block_runs(block, folders, forks):
     """A command that is accepted and then fails, or takes minutes where the page says seconds."""
-    folder = folders(block.mark["folder"])
+    folder, timeout = folders(block.mark["folder"]), 300 + float(block.mark["seconds"])
     if "photographs" in block.mark:
         put_photographs(folder, int(block.mark["photographs"]))
     if file := re.match(r"# (\w+\.py)\n", block.text):
         (folder / file[1]).write_text(block.text)
         return
-    program = (
-        [sys.executable, "-c", block.text]
-        if block.language == "python"
-        else ["bash", "-e", "-o", "pipefail", "-c", "\n".join(with_additions(line, block.mark) for line in runnable(block))]
-    )
-    env = environment()
-    env |= {
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    process = subprocess.run(
-        program, cwd=folder, env=env, capture_output=True, text=True, timeout=300 + float(block.mark["seconds"])
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    for line in [block.text] if block.language == "python" else with_additions(runnable(block), block.mark):
+        call = (block.text, {}) if block.language == "python" else as_call(line)
+        status, stdout, stderr = in_a_shell(folder, line, timeout) if call is None else forks(folder, *call, timeout)
+        assert status == 0, f"{line}\n{stdout}{stderr}"

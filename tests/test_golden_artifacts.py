@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from make_artifacts import FILES, cached, files, machine, quick_samples, resumed, samples
+from make_artifacts import FILES, cached, files, from_disk, machine, quick_samples, resumed, samples
 
 FLOATS = 1e-5  # relative
 LEVELS, SHARE = 1, 0.005  # images of another machine: so many levels in at most this share of the pixels
@@ -70,15 +70,19 @@ def differences(expected, found, path: str = "") -> list[str]:
     return [] if expected == found else [f"{path}: was {expected}, is {found}"]
 
 
-def check(observe, folder):
-    lines = differences(EXPECTED[observe.__name__], observe(folder))
+def check(observe, folder, *names):
+    found = observe(folder, names) if names else observe(folder)
+    expected = EXPECTED[observe.__name__]
+    lines = differences({name: expected[name] for name in names} if names else expected, found)
     assert not lines, "read from the files of e778c7f:\n" + "\n".join(lines)
 
 
-@pytest.mark.slow
-def test_old_run_is_sampled(tmp_path):
-    """A checkpoint or config.json of an old run that cannot be read, or that gives other images."""
-    check(quick_samples, tmp_path)
+def each(slow, *exhaustive):
+    """Parameters: CI takes the first, .ci/nightly the others."""
+    return [
+        pytest.param(slow, marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in exhaustive),
+    ]
 
 
 @pytest.mark.slow
@@ -87,19 +91,31 @@ def test_old_files_are_read(tmp_path):
     check(files, tmp_path)
 
 
-@pytest.mark.slow
-def test_old_weights_are_sampled(tmp_path):
+@pytest.mark.parametrize("name", each("official", "weights", "older checkpoint", "ddim", "latent run"))
+def test_old_weights_are_sampled(tmp_path, name):
     """Other images from an older checkpoint, another sampler, a weights file, the official layout, or a codec kept in its run."""
-    check(samples, tmp_path)
+    check(samples, tmp_path, name)
 
 
 @pytest.mark.slow
-def test_old_runs_are_resumed(tmp_path):
+def test_old_run_is_sampled(tmp_path):
+    """A checkpoint or config.json of an old run that cannot be read, or that gives other images."""
+    check(quick_samples, tmp_path)
+
+
+@pytest.mark.parametrize("name", each("run", "latent_run", "autoencoder"))
+def test_old_runs_are_resumed(tmp_path, name):
     """A refused or restarted run; an optimizer state, moving average, step or key that is not taken up where it was left."""
-    check(resumed, tmp_path)
+    check(resumed, tmp_path, name)
 
 
 @pytest.mark.slow
 def test_old_cache_is_trained_on(tmp_path):
-    """Moments read in another order, view or scale; an old codec that encodes to other moments; a cache that is not continued."""
+    """Moments read in another order, view or scale."""
+    assert not differences(EXPECTED["cached"]["from disk"], from_disk(tmp_path))
+
+
+@pytest.mark.exhaustive
+def test_old_cache_is_trained_on_and_continued(tmp_path):
+    """A resident cache that is read otherwise; an old codec that encodes to other moments; a cache that is not continued."""
     check(cached, tmp_path)

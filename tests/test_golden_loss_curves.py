@@ -30,8 +30,8 @@ def test_every_curve_is_recorded():
     assert {group: set(runs) for group, runs in GROUPS.items()} == {group: set(runs) for group, runs in GOLDEN.items()}
 
 
-# CI compares the training of each config. Its variants take minutes: run them when a block, a process or the optimizer changes.
-VARIANTS = ("blocks", "gaussian", "optimizer")
+# CI compares a training of each kind. Variants take minutes: .ci/nightly runs them.
+VARIANTS = ("blocks", "gaussian", "interpolants", "optimizer", "autoencoders", "resident latents", "images of an autoencoder")
 
 
 def mark(group: str) -> list:

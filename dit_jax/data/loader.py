@@ -415,51 +415,67 @@ def read_in_order(
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f"the range {start}..{stop} is not within the {len(source)} examples of the source")
 
-    heartbeats, readable = Heartbeats(), []
-    retries = Retries(retry_seconds, heartbeats)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * batch_size, num_threads))
+    reader = _ReadOrSayWhyNot(source, transform, retry_seconds)
+    examples = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+    return _batched(examples, batch_size, bad_records, reader.heartbeats)
 
-    def can_read_another() -> bool:
+
+class _ReadOrSayWhyNot:
+    """Maps a record number to (number, the transformed example or the error that makes it unreadable, caption).
+
+    While the storage is away, reads are repeated. A record that stays away although the one that was read first can still be
+    read is unreadable; if neither can be read, TemporaryFailure is raised.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Example], Batch], retry_seconds: float):
+        self.heartbeats = Heartbeats()
+        self._source, self._transform, self._retries = source, transform, Retries(retry_seconds, self.heartbeats)
+        self._first: int | None = None  # a record that was readable
+
+    def __call__(self, number: int) -> tuple[int, Batch | UserError, str | None]:
         try:
-            return bool(readable) and bool(read(source, readable[0]))
+            example = self._retries(lambda: read(self._source, number), self._can_read_the_first)
+            if self._first is None:
+                self._first = number
+            return number, self._transform(example), example.get("caption")
+        except Unavailable as error:
+            if self._first is not None and not self._can_read_the_first():
+                raise given_up(error, self._retries.seconds) from error
+            return number, error, None
+        except UserError as error:
+            return number, error, None
+
+    def _can_read_the_first(self) -> bool:
+        try:
+            return self._first is not None and bool(read(self._source, self._first))
         except UserError:
             return False
 
-    def read_and_transform(index: int) -> tuple[int, Batch | UserError, str | None]:
-        try:
-            example = retries(lambda: read(source, index), can_read_another)
-            if not readable:
-                readable.append(index)
-            return index, transform(example), example.get("caption")
-        except Unavailable as error:
-            if readable and not can_read_another():
-                raise given_up(error, retry_seconds) from error
-            return index, error, None
-        except UserError as error:
-            return index, error, None
 
-    def batches() -> Generator[Batch]:
-        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * batch_size, num_threads))
-        examples = iter(grain.MapDataset.range(start, stop).map(read_and_transform).to_iter_dataset(options))
-        rows, captions = [], []
-        try:
-            for index, example, caption in examples:
-                if not isinstance(example, UserError):
-                    rows.append(example | {"index": np.int64(index)})
-                    captions.append(caption)
-                elif bad_records is None:
-                    raise example
-                else:
-                    bad_records.append((index, str(example)))
-                if len(rows) == batch_size:
-                    yield _with_captions(_stack(rows), captions)
-                    rows, captions = [], []
-            if rows:
+def _batched(
+    examples: grain.IterDataset, batch_size: int, bad_records: list[BadRecord] | None, heartbeats: Heartbeats
+) -> Generator[Batch]:
+    """Stacks what `_ReadOrSayWhyNot` gives; stops its threads at the end."""
+    iterator = iter(examples)
+    rows, captions = [], []
+    try:
+        for number, example, caption in iterator:
+            if not isinstance(example, UserError):
+                rows.append(example | {"index": np.int64(number)})
+                captions.append(caption)
+            elif bad_records is None:
+                raise example
+            else:
+                bad_records.append((number, str(example)))
+            if len(rows) == batch_size:
                 yield _with_captions(_stack(rows), captions)
-        finally:
-            heartbeats.stop()
-            examples.close()
-
-    return batches()
+                rows, captions = [], []
+        if rows:
+            yield _with_captions(_stack(rows), captions)
+    finally:
+        heartbeats.stop()
+        iterator.close()
 
 
 def _clear_finished_frames(error: Exception) -> None:

@@ -206,4 +206,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, phase="scoring")

@@ -28,6 +28,7 @@ from dit_jax.metrics.frechet import Moments, frechet_distance, frechet_gradient
 from dit_jax.metrics.inception_score import PARTITIONS, TENTHS, inception_score
 from dit_jax.metrics.kernel_distance import kernel_distance
 from dit_jax.metrics.precision_recall import precision_recall
+from dit_jax.runtime import phases
 from dit_jax.runtime.console import say
 from dit_jax.runtime.versions import device_kind, provenance, version
 from dit_jax.sample.samples_file import Samples
@@ -382,7 +383,7 @@ def wanted_of_reference(metrics: tuple[str, ...]) -> Wanted:
 def compute(
     metrics: tuple[str, ...], samples: Extracted, reference: Reference | None, options: Options
 ) -> tuple[dict, list[str]]:
-    """Computes metrics; returns ({metric or related value: number}, remarks)."""
+    """Computes metrics; returns ({metric or related value: number}, remarks). Each metric has the whole limit of the watchdog."""
     result, remarks = {}, []
     moments, theirs, count = {}, None, None
     if reference is not None:
@@ -396,6 +397,7 @@ def compute(
                 "a covariance is singular, and the value depends more on these counts than on the images; compare "
                 "it only at equal counts"
             )
+    phases.beat()
     if "sfid" in metrics:
         result["sfid"] = frechet_distance(samples.moments["spatial"], moments["spatial"])
     if "is" in metrics:
@@ -407,10 +409,12 @@ def compute(
             "is_shuffled": scores["shuffled"][0],
             "is_shuffled_std": scores["shuffled"][1],
         }
+    phases.beat()
     if "precision" in metrics or "recall" in metrics:
         precision, recall = precision_recall(_kept(samples.features), _kept(theirs), NEIGHBOURS)
         result |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in metrics}
         result["neighbours"] = NEIGHBOURS
+    phases.beat()
     if "kid" in metrics:
         mean, std = kernel_distance(_kept(samples.features), _kept(theirs), subset_size=options.kid_subset_size)
         result |= {"kid": mean, "kid_std": std, "kid_subset_size": options.kid_subset_size}

@@ -28,6 +28,7 @@ from dit_jax.evaluate.snapshots import Snapshots
 from dit_jax.metrics.features import Extractor
 from dit_jax.metrics.frechet import Moments, moments_of_sums
 from dit_jax.metrics.inception_score import PARTITIONS, ClassSums, partition
+from dit_jax.runtime import phases
 from dit_jax.runtime.console import Progress
 
 CHUNK_IMAGES = 1_000
@@ -206,6 +207,7 @@ class _Worker:
                 outputs = self._take(chunk, batch, parts)
                 if before is not None:  # keeps at most two batches on the devices
                     jax.block_until_ready(before)
+                    phases.beat()
                 before = outputs
                 while fetched and (len(fetched) > 1 or fetched[0][1].done()):
                     number, future = fetched.popleft()

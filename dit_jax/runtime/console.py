@@ -159,7 +159,8 @@ def run(main: Callable[[], dict], continues: bool = False, phase: str = "") -> N
     signal ended the work early with everything saved. With `continues`, a signal that comes while there is nothing to save ends
     the verb at once with 75, see `signals`; without, it has its usual effect. A UserError becomes one or two lines on stderr
     and exit status 2, without a stack trace, and a TemporaryFailure one line and 75; of several processes it says which. JAX ends
-    the others: at once where the first failed, which they all talk to, else within 100 s.
+    the others: at once where the first failed, which they all talk to, else within 100 s. With a `phase`, the watchdog ends the
+    verb with 75 once nothing has finished within the limit of that phase.
     """
 
     if continues:

@@ -81,7 +81,7 @@ def test_full_steps(interval, warmup, steps):
     [
         samplers.DDIM(12),
         *(
-            pytest.param(sampler(12), marks=pytest.mark.slow)
+            pytest.param(sampler(12), marks=pytest.mark.slow if sampler is samplers.UniPC else pytest.mark.exhaustive)
             for sampler in (
                 samplers.UniPC,
                 samplers.DPMSolverPlusPlus2M,

@@ -254,7 +254,7 @@ def losses(workdir: Path) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in ("step", "loss", "grad_norm")}
 
 
-def samples(folder: Path) -> dict:
+def samples(folder: Path, names=("older checkpoint", "ddim", "weights", "official", "latent run")) -> dict:
     """Images drawn from an older checkpoint, by another sampler, from two weights files and from the run in latents."""
     unpack(folder, ("run", "weights.safetensors", "official.pt", "latent_run"))
     calls = {
@@ -265,8 +265,9 @@ def samples(folder: Path) -> dict:
         "latent run": ["--workdir=latent_run"],
     }
     back = ["convert", "--from=official", "--weights=official.pt", "--like=run", "--out=back.safetensors"]
-    run(folder, [back, *([*SAMPLE, AS_THEN, *flags, f"--out=drawn{number}.npz"] for number, flags in enumerate(calls.values()))])
-    return {name: image_values(folder / f"drawn{number}.npz") for number, name in enumerate(calls)}
+    draws = [[*SAMPLE, AS_THEN, *calls[name], f"--out=drawn{number}.npz"] for number, name in enumerate(names)]
+    run(folder, [*([back] if "official" in names else []), *draws])
+    return {name: image_values(folder / f"drawn{number}.npz") for number, name in enumerate(names)}
 
 
 def quick_samples(folder: Path) -> dict:
@@ -317,23 +318,33 @@ def files(folder: Path) -> dict:
     }
 
 
-def resumed(folder: Path) -> dict:
-    """The three old runs trained for ten more steps: losses since the start, and every array of the last checkpoint."""
+def resumed(folder: Path, names=("run", "latent_run", "autoencoder")) -> dict:
+    """Old runs trained for ten more steps: losses since the start, and every array of the last checkpoint."""
     unpack(folder, ("run", "autoencoder", "latent_run"))
-    run(folder, [train_run(50), train_latent_run(50), train_autoencoder(40)])
+    calls = {"run": train_run(50), "latent_run": train_latent_run(50), "autoencoder": train_autoencoder(40)}
+    run(folder, [calls[name] for name in names])
     return {
-        workdir: {"losses": losses(folder / workdir), "state": checkpoint_sums(folder / workdir / "checkpoints" / str(step))}
-        for workdir, step in (("run", 50), ("latent_run", 50), ("autoencoder", 40))
+        name: {
+            "losses": losses(folder / name),
+            "state": checkpoint_sums(folder / name / "checkpoints" / ("40" if name == "autoencoder" else "50")),
+        }
+        for name in names
     }
+
+
+def from_disk(folder: Path) -> dict:
+    """Training on the old cache with the old codec."""
+    unpack(folder, ("autoencoder", "cache"))
+    run(folder, [train_on_cache(False)])
+    return losses(folder / "on_cache0")
 
 
 def cached(folder: Path) -> dict:
     """Training on the old cache with the old codec; the images encoded again."""
-    unpack(folder, ("autoencoder", "cache"))
+    found = {"from disk": from_disk(folder)}
     encode = [[*ENCODE, "--out=cache"], [*ENCODE, "--out=new"]]
-    *_, kept, again = run(folder, [train_on_cache(False), train_on_cache(True), *encode])
-    return {
-        "from disk": losses(folder / "on_cache0"),
+    *_, kept, again = run(folder, [train_on_cache(True), *encode])
+    return found | {
         "resident": losses(folder / "on_cache1"),
         "same command": {"manifest_sha256": kept["manifest_sha256"]},
         "encoded again": {"unit_scale": again["unit_scale"]}

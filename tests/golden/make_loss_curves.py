@@ -122,6 +122,8 @@ GROUPS = {
     },
     "flow": {
         "linear": digits(":process=flow"),
+    },
+    "interpolants": {
         "gvp": digits(":process=flow", process__interpolant="gvp"),
         "logit-normal": digits(
             ":process=flow", process__time_distribution="logit_normal", process__logit_mean=-0.5, process__logit_std=1.2
@@ -147,17 +149,23 @@ GROUPS = {
         "every label": plain(task__label_dropout=0.0),
     },
     "autoencoder": {
+        "discriminator": autoencoder(**DISCRIMINATOR),  # which starts at step 40
+    },
+    "autoencoders": {
         "grid": autoencoder(),
         "plane": autoencoder("vae_digits_plane.py", **{"codec.block_out_channels": "(8,16,16,16)"}),
-        "discriminator": autoencoder(**DISCRIMINATOR),
     },
     "latents": {
         "encoded in the step": latent(),
         "cache": cached(),
+    },
+    "resident latents": {
         "resident cache": cached(loader__resident=True),
     },
     "images": {
         "folder": _curve("folder.py:S/4,8,2", NETWORK | {"data.path": "images", "optimizer.learning_rate": 1e-3}),
+    },
+    "images of an autoencoder": {
         "folder, autoencoder": _curve("vae_folder.py:8", CODEC | {"data.path": "images"} | _schedule()),
     },
 }
@@ -165,13 +173,13 @@ GROUPS = {
 
 def prepare(group: str, folder: Path) -> list[list]:
     """What a group's runs read, and the calls that make the rest of it."""
-    if group == "latents":
+    if group in ("latents", "resident latents"):
         train = [word for word in autoencoder() if "num_steps" not in word]
         return [
             ["main", *train, "--config.num_steps=30", "--workdir=autoencoder"],
             ["encode", "--data=digits", "--codec=autoencoder", "--resolution=8", "--out=cache"],
         ]
-    if group == "images":
+    if group in ("images", "images of an autoencoder"):
         rng = np.random.default_rng(0)
         for number in range(48):
             # Smooth and unlike its mirror image.

@@ -214,7 +214,10 @@ def test_projections_apart_or_together(dtype, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context", "adaln", "cross_attention"])
+@pytest.mark.parametrize(
+    "conditioning",
+    ["adaln_zero", "cross_attention", *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("in_context", "adaln"))],
+)
 def test_forms_agree(conditioning):
     """Scanned, unrolled and rematerialised forms that compute different things, forward or backward."""
     x, t, cond = inputs()

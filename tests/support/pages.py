@@ -1,7 +1,8 @@
 """The code of README and docs: its blocks with their marks, its commands, and what its prose names.
 
 A mark stands in a comment before a block: <!-- test: folder=digits seconds=60 main="--config.num_steps=20" -->. The block is then
-run in a folder that all blocks of that name share. `main="..."` adds arguments to the commands of that verb, to make them short;
+run in a folder that all blocks of that name share. `main="..."` adds arguments to the commands of that verb, to make them short
+(`main="... | ..."` other ones to the first and to the second command);
 `photographs=24` first puts that many pictures into `photographs/`. The seconds are for two quiet cores; five minutes more are
 allowed. Python that begins with `# name.py` is written to that file. A block without a mark is only read.
 """

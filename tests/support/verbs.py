@@ -2,24 +2,34 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 from paths import ROOT
 
-# Runs many verbs, each in a fork of one process that has imported the libraries: a start costs a second instead of six.
-FORK = """
+# Runs verbs and Python, each in a fork of one process that has imported the libraries: a start costs a second instead of six.
+FORKED = """
 import json, os, runpy, sys, traceback
 import dit_jax.convert.formats, dit_jax.training.loop, sklearn.datasets
-results = []
-for name, *args in json.loads(sys.argv[1]):
+
+def run(call):
+    if isinstance(call, str):
+        exec(compile(call, "<text>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = call
+        runpy.run_module(f"dit_jax.{call[0]}", run_name="__main__")
+
+def forked(call, environment={}):
     child = os.fork()
     if not child:
         for number, file in ((1, "out"), (2, "err")):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv, status = [name, *args], 0
+        os.environ.update(environment)
+        status = 0
         try:
-            runpy.run_module(f"dit_jax.{name}", run_name="__main__")
+            run(call)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
             print(*[ended.code] if isinstance(ended.code, str) else [], end="", file=sys.stderr)
@@ -30,19 +40,67 @@ for name, *args in json.loads(sys.argv[1]):
         sys.stderr.flush()
         os._exit(status)  # taking the interpreter down costs more than a verb that refuses
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    results.append((status, open("out").read(), open("err").read()))
-print(json.dumps(results))
+    return status, open("out").read(), open("err").read()
 """
+FORK = FORKED + "print(json.dumps([forked(call) for call in json.loads(sys.argv[1])]))"
+SERVE = (
+    FORKED
+    + """
+for line in sys.stdin:
+    folder, *call = json.loads(line)
+    os.chdir(folder)
+    print(json.dumps(forked(*call)), flush=True)
+"""
+)
 
 
-def start(args, cwd):
-    env = os.environ | {
+def quick_environment():
+    """Compiles as conftest.py does: quickly rather than well, and what several processes compile alike only once."""
+    return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }  # as in conftest.py: compiling takes longer than running here
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    }
+
+
+def start(args, cwd):
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env=quick_environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+class Forks:
+    """Runs calls, one after another, in forks of one process; a context manager."""
+
+    def __enter__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVE],
+            env=quick_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *exc_info):
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(60)
+
+    def __call__(self, folder, call, environment=None, timeout=300.0):
+        """(exit status, stdout, stderr) of a call [verb, *args], or of Python as one string, in the folder."""
+        timer = threading.Timer(timeout, os.killpg, (self._process.pid, signal.SIGKILL))
+        timer.start()
+        try:
+            self._process.stdin.write(json.dumps([str(folder), call, environment or {}]) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        assert line, f"{call} took more than {timeout:g} s, or ended the process that forks"
+        return json.loads(line)
 
 
 def run_verbs(folder, calls):

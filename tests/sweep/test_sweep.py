@@ -17,7 +17,7 @@ import pytest
 from kill_points import SHARES, check_every_kill, tree
 from user_files import forgetful as forgetful
 from user_files import write
-from verbs import ROOT, start
+from verbs import ROOT, quick_environment, start
 
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
@@ -458,10 +458,9 @@ def test_the_verb_lists_and_refuses(tmp_path):
 def test_a_whole_sweep(tmp_path):
     """A sweep whose pieces do not fit together: killed in the middle, gone on with, scored, reported."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    file = sweep_file(tmp_path, variants={"narrow": {"model.width": 32}, "wide": {"model.width": 64}}, samplers=[("ddim", 2)])
+    file = sweep_file(tmp_path, variants={"narrow": {"model.width": 16}, "wide": {"model.width": 32}}, samplers=[("ddim", 2)])
     args = ["-m", "dit_jax.sweep", f"--sweep={file}", f"--workdir={tmp_path / 'w'}"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, *args], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *args], cwd=tmp_path, env=quick_environment(), stderr=subprocess.PIPE, text=True)
     with contextlib.closing(process.stderr):
         while "run 2 of 2" not in (line := process.stderr.readline()):
             assert line, "the sweep ended early"

@@ -16,7 +16,7 @@ from dit_jax.sample.labels import spread_labels
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.state import abstract_state, create_sharded
 
-MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 4, 2), (8, 1, 1), (4, 2, 1), (1, 1, 8)))]
+MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((1, 4, 2), (8, 1, 1), (4, 2, 1), (1, 1, 8)))]
 CONSTANTS = {"codec": {}}
 BATCH = {
     "image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8),

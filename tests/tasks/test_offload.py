@@ -37,7 +37,7 @@ def kinds(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero1", [True, False])
+@pytest.mark.parametrize("zero1", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_same_numbers_from_host_memory(tmp_path, zero1):
     """Moments that stay on the device, lose bits or come back from a checkpoint elsewhere; an average that draws no sample."""
     fields = {"mesh__fsdp": 4, "mesh__zero1": zero1, "model__depth": 1, "sampler__num_steps": 1}

@@ -42,7 +42,13 @@ def run(folder, how, grace):
     return process.returncode, process.stderr, (folder / "process_1.log").read_text()
 
 
-@pytest.mark.parametrize("how", ["time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)"], ids=["sleeps", "is_stopped"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("time.sleep(1000)", id="sleeps"),
+        pytest.param("os.kill(os.getpid(), signal.SIGSTOP)", id="is_stopped", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_process_that_hangs_ends_with_its_peer(tmp_path, how):
     """Processes that wait for ever for one another; one that ends with a status that no supervisor restarts, or without saying
     which process it waited for; a launcher that waits for a process that is stopped."""

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 def first_stage(tmp_path_factory):
     """The folder of a finished autoencoder run."""
     workdir = tmp_path_factory.mktemp("vae") / "run"
-    config = tiny.autoencoder(evaluation__num_images=20, preview__every_steps=4)
+    config = tiny.autoencoder(evaluation__num_images=20, preview__every_steps=4, task__discriminator_weight=0.0)
     check_results(build.Run(config))
     trained = train(build.Run(config), workdir)
     result = trained.results.finish(trained.state, trained.constants, workdir)
@@ -56,7 +56,7 @@ def test_scale_gives_unit_variance(first_stage):
     codec = vae.read_codec(vae.find(first_stage))
     params = vae.load_diffusers(vae.find(first_stage), codec)
     images = np.stack([Digits(split="train")[i]["image"] for i in range(1500)]) / 127.5 - 1
-    latents = codec.sample_latent(jax.random.key(0), codec.encode(params, jnp.asarray(images, jnp.float32)))
+    latents = codec.sample_latent(jax.random.key(0), jax.jit(codec.encode)(params, jnp.asarray(images, jnp.float32)))
     assert 0.9 < latents.std() < 1.1
 
 
@@ -103,10 +103,9 @@ def test_training_from_the_cache(first_stage, cache, tmp_path):
     """Rows gathered from the devices' own copy that are not those of the files, on one device and on eight."""
     runs = [
         train(build.Run(cached(first_stage, cache, **overrides)), tmp_path / str(i))
-        for i, overrides in enumerate(({}, {"loader__resident": True}, {"loader__resident": True, "mesh__fsdp": 2}))
+        for i, overrides in enumerate(({}, {"loader__resident": True, "mesh__fsdp": 2}))
     ]
-    for other in runs[1:]:
-        assert tiny.distance(other.state.opt_state, runs[0].state.opt_state, floor=1e-6) < 1e-4
+    assert tiny.distance(runs[1].state.opt_state, runs[0].state.opt_state, floor=1e-6) < 1e-4
     assert (tmp_path / "1" / "codec" / "config.json").is_file()
 
 

@@ -107,6 +107,7 @@ def arrays(checkpoints, steps):
     return [np.asarray(x) for x in jax.tree.leaves(restored)]
 
 
+@pytest.mark.exhaustive
 def test_photographs(tmp_path):
     """The main job on a folder of JPEGs: a crop, channel order or scale that nothing can be learned from."""
     from sklearn.datasets import load_sample_images
@@ -137,6 +138,7 @@ def test_photographs(tmp_path):
     assert (tmp_path / "run" / "samples" / "00000100.png").is_file()
 
 
+@pytest.mark.exhaustive
 def test_two_processes_are_one(tmp_path):
     """Hosts that read the same rows, draw the same noise, or write each other's part: two processes must give one's images."""
     fields = (
