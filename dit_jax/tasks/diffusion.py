@@ -97,6 +97,9 @@ class DiffusionTask:
             params = {**params, CONDITIONER: encoder}
         return new_state(params, self.optimizer, self.averages)
 
+    def init_optimizer(self, params: Any) -> Any:
+        return self.optimizer.init(params)
+
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
         *grid, channels = self.latent_shape
         entries = {

@@ -16,6 +16,7 @@ from dit_jax.storage.fingerprint import leaf_names
 from dit_jax.tasks.averages import Average, key
 
 PLACES = re.compile(r"(^|/)(\d+/)+(?=(count|mu|nu)(/|$))")  # of the parts of an optimizer, in the names of its arrays
+MOMENTS, SCHEDULE = re.compile(r"/?(^|(?<=/))(mu|nu)(/|$)"), " of a schedule"
 HOST = "pinned_host"
 OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params", "averages")}
 
@@ -91,14 +92,26 @@ def on_device(tree: Any) -> Any:
 def with_structure(opt_state: Any, like: Any) -> Any:
     """The state of AdamW in the structure of another one. Clipping and schedules add parts, of which a schedule has a count.
 
-    Arrays of the same name are the same, whatever part they belong to; all counts are equal.
+    Arrays of the same name are the same, whatever part they belong to. The counts of the moments and of a schedule differ in a
+    branch with a new state of the optimizer; a schedule that is new takes the count of the moments.
     """
     if leaf_names(opt_state) == leaf_names(like):
         return opt_state
-    arrays = {PLACES.sub(r"\1", name): x for name, x in zip(leaf_names(opt_state), jax.tree.leaves(opt_state), strict=True)}
-    leaves = [arrays[PLACES.sub(r"\1", name)] for name in leaf_names(like)]
+    arrays = dict(zip(_without_places(leaf_names(opt_state)), jax.tree.leaves(opt_state), strict=True))
+    wanted = _without_places(leaf_names(like))
+    leaves = [arrays[name if name in arrays else name.removesuffix(SCHEDULE)] for name in wanted]
     leaves = [x if x.ndim else jnp.copy(x) for x in leaves]  # the training step donates its state, and no count twice
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _without_places(names: list[str]) -> list[str]:
+    """The names without the places of the optimizer's parts; a count that has no moments next to it ends in SCHEDULE."""
+    with_moments = {name[: found.start()] for name in names if (found := MOMENTS.search(name))}
+    return [
+        PLACES.sub(r"\1", name)
+        + SCHEDULE * (name.rpartition("/")[2] == "count" and name.removesuffix("count").rstrip("/") not in with_moments)
+        for name in names
+    ]
 
 
 def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:
