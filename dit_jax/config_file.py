@@ -98,21 +98,50 @@ def read(config_file: str, fields: Sequence[str] = ()) -> "ConfigDict":
     """
     from ml_collections import ConfigDict
 
+    config = copy.deepcopy(load(config_file)).unlock()  # keeps the references between its fields
+    if (upgraded := upgrade(config.to_dict())) != config.to_dict():
+        config = ConfigDict(upgraded)
+    _apply(config, fields)
+    if imports := _imports(config, config_file):
+        config.imports = imports
+    return config.lock()
+
+
+def of_run(stored: Mapping[str, Any], fields: Sequence[str] = ()) -> "ConfigDict":
+    """The config of a run, as `run_folder.read_config` reads it, with these fields, locked.
+
+    fields: as for `read`.
+
+    Raises:
+        UserError: as `read`.
+    """
+    from ml_collections import ConfigDict
+
+    config = ConfigDict({name: _with_tuples(section) for name, section in stored.items() if name != "imports"})
+    _apply(config, fields)
+    if imports := user_code.imports():
+        config.imports = [entry.describe() for entry in imports]
+    return config.lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    """A JSON value with tuples for lists, as configs have them."""
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _apply(config: "ConfigDict", fields: Sequence[str]) -> None:
+    """Sets the given fields; names come first."""
     given: dict[str, str | None] = {}
     for text in fields:
         path, equals, value = text.partition("=")
         given[upgrade_path(path)] = value if equals else None
-    config = copy.deepcopy(load(config_file)).unlock()  # keeps the references between its fields
-    if (upgraded := upgrade(config.to_dict())) != config.to_dict():
-        config = ConfigDict(upgraded)
     remade = _apply_names(config, given)
     for path, given_value in given.items():
         _set(config, path, given_value)
     for place in remade:
         _check_complete(config, place)
-    if imports := _imports(config, config_file):
-        config.imports = imports
-    return config.lock()
 
 
 def load(config_file: str) -> "ConfigDict":

@@ -20,20 +20,26 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.signals import STOPPED_STATUS
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.paths import local_path
-from dit_jax.storage.run_folder import RESULT, set_aside
+from dit_jax.storage.run_folder import RESULT, read_config, set_aside
 from dit_jax.tasks.averages import progress
 from dit_jax.tasks.task import MOST_INITIAL, share_of_initial
-from dit_jax.training import loop, summary
+from dit_jax.training import branch, loop, summary
+from dit_jax.training.branch import Branch
 from dit_jax.training.results import check_results
-from dit_jax.training.setup import watchdog_of
+from dit_jax.training.setup import Begin, watchdog_of
 from dit_jax.training.starts import Start
 
 
 def train(
-    config: ml_collections.ConfigDict | str | os.PathLike,
+    config: ml_collections.ConfigDict | str | os.PathLike | None,
     workdir: str | os.PathLike,
     fields: Sequence[str] = (),
     restart: bool = False,
+    *,
+    from_: str | os.PathLike | None = None,
+    step: int | None = None,
+    reset_optimizer: bool = False,
+    rewind: int | None = None,
 ) -> dict[str, Any]:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one; then makes and scores the results.
 
@@ -43,10 +49,15 @@ def train(
         pipe = dit_jax.load("runs/digits")
 
     Args:
-        config: a config file as after --config, with its argument after a colon; or a config, as `recipes` makes it.
+        config: a config file as after --config, with its argument after a colon; or a config, as `recipes` makes it. With `from_`
+            or `rewind` it may be None: the config of that run.
         workdir: folder of the run: config, metrics, previews, checkpoints, samples.
-        fields: fields to override, as after --config., if `config` is a file.
+        fields: fields to override, as after --config., if `config` is a file or None.
         restart: begins again: a run in the folder is renamed to <workdir>.<n>, with the first n that is free. Nothing is deleted.
+        from_: folder of a run from whose checkpoint a new run begins; the same call resumes the new run, see `training.branch`.
+        step: of that checkpoint; None for the newest.
+        reset_optimizer: the new run begins with a new state of the optimizer.
+        rewind: saved step to which the run in the folder goes back; the same call again resumes it, see `storage.rewinds`.
 
     Returns:
         The entries of <workdir>/result.json: {"step", "loss" and "images_per_second" of the last logged interval (None if no step
@@ -59,11 +70,18 @@ def train(
         Diverged: see `meter`.
         TemporaryFailure: the data could be read and cannot any more. The last step is saved; the same call goes on.
     """
-    if not isinstance(config, ml_collections.ConfigDict):
-        config = config_file.read(os.fspath(config), fields)
-    elif fields:
-        raise UserError(f"fields={list(fields)} is given with a config that is built already; set the fields in it")
     workdir = local_path(workdir).absolute()
+    if rewind is not None and (restart or from_ is not None):
+        other = "restart begins the run again" if restart else "from_ begins a new run"
+        raise UserError(f"rewind={rewind} goes back in the run of {workdir}, and {other}; give one of them")
+    if from_ is None and (step is not None or reset_optimizer):
+        raise UserError(
+            f"step={step} and reset_optimizer={reset_optimizer} belong to from_; give from_=<folder of a run> (--from)"
+        )
+    begins = branch.opened(from_, workdir, step, reset_optimizer, restart) if from_ is not None else None
+    config = _config(config, fields, begins, workdir if rewind is not None else None)
+    if begins is not None:
+        begins.check_config(config)
     run = Run(config)
     run.task  # the errors of the config itself come first
     check_dtypes(config)
@@ -73,11 +91,35 @@ def train(
             say(f"--restart: the run that was in {workdir} is now in {aside}")
         hosts.wait_for_all("the earlier run is renamed")
     with contextlib.ExitStack() as claimed, Start(workdir) as start:
-        return _train(run, workdir, start, claimed, f"the same command{', without --restart,' if restart else ''} goes on")
+        remedy = f"the same command{', without --restart,' if restart else ''} goes on"
+        return _train(run, workdir, start, claimed, Begin(begins, rewind), remedy)
 
 
-def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack, remedy: str) -> dict[str, Any]:
-    trained = loop.train(run, workdir, start, claimed)
+def _config(
+    config: ml_collections.ConfigDict | str | os.PathLike | None,
+    fields: Sequence[str],
+    begins: Branch | None,
+    rewound: Path | None,
+) -> ml_collections.ConfigDict:
+    """The config with the fields; if none is given, that of the run which a branch begins from or which goes back.
+
+    rewound: folder of the run that goes back.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        if fields:
+            raise UserError(f"fields={list(fields)} is given with a config that is built already; set the fields in it")
+        return config
+    if config is not None:
+        return config_file.read(os.fspath(config), fields)
+    if rewound is not None:
+        return config_file.of_run(read_config(rewound), fields)
+    if begins is None:
+        raise UserError("config is None; give a config, or from_=<folder of a run>")
+    return begins.with_codec(config_file.of_run(begins.config, fields))
+
+
+def _train(run: Run, workdir: Path, start: Start, claimed: contextlib.ExitStack, begin: Begin, remedy: str) -> dict[str, Any]:
+    trained = loop.train(run, workdir, start, claimed, begin)
     step = int(trained.state.step)
     if trained.finished is not None:
         return _again(trained, workdir, start)

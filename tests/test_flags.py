@@ -52,7 +52,7 @@ for verb, bases in modes.items():
 """
 NETWORK = ["train_step", "forward", "sampler"]
 MODES = {  # of each verb that has several: what chooses the mode, as in its USES
-    "main": {"--show": ["--config=digits", "--show"], "training": ["--config=digits"]},
+    "main": {"--show": ["--config=digits", "--show"], "--from": ["--from=runs/a"], "no --from": ["--config=digits"]},
     "sample": {
         f"{source} --job={job}": [f"{source}={path}", f"--job={job}", *more]
         for source, path in (("--workdir", "w"), ("--weights", "w.safetensors"))
@@ -94,10 +94,10 @@ EVERYWHERE = {
     "sweep": {"sweep", "workdir", "config.<field>", "chip", "mfu"},
 }
 CHOOSES = {
-    "main training": "show",
-    "encode encoding": "verify",
-    "plan no --search": "search",
-    "convert --download without --out": "out",
+    "main no --from": {"show", "from"},
+    "encode encoding": {"verify"},
+    "plan no --search": {"search"},
+    "convert --download without --out": {"out"},
 }
 OTHERWISE = {
     "convert": {"a conversion": {"step"}},  # of runs alone, see `formats.Source`
@@ -133,7 +133,7 @@ def test_a_flag_that_a_mode_does_not_use_is_refused(outcomes, verb):
         assert found[f"{mode} "] == "", f"{verb} {mode}"
         given = {arg.lstrip("-").partition("=")[0] for arg in base}
         unused = own - set(uses.get(mode, own)) | OTHERWISE.get(verb, {}).get(mode, set())
-        for name in set(names) - given - {CHOOSES.get(f"{verb} {mode}")}:
+        for name in set(names) - given - CHOOSES.get(f"{verb} {mode}", set()):
             said = found[f"{mode} {name}"]
             if name in unused:
                 wrong += [] if said and f"--{name}".replace("<field>", "seed") in said else [f"{mode}: --{name} is ignored"]

@@ -1,5 +1,6 @@
 """Reads the folder of a run, finished or not, without its data set, weights or devices."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from dit_jax.errors import UserError
+from dit_jax.storage import branch_record, rewinds
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.run_folder import SCORES
 from dit_jax.training import starts
@@ -29,6 +31,7 @@ class Collected:
         previews: [(step, picture)] in order; all have the same seed and labels.
         final: picture of the final samples or reconstructions.
         denoising, real: pictures of `pictures`.
+        branch: what the run was begun from, and the fields that it changed; rewinds: those by hand.
     """
 
     folder: Path
@@ -42,6 +45,8 @@ class Collected:
     final: Path | None
     denoising: Path | None
     real: Path | None
+    branch: list[str]
+    rewinds: list[str]
 
     @property
     def last_step(self) -> int:
@@ -81,7 +86,17 @@ def read(folder: Path) -> Collected:
         final=final if final.is_file() else None,
         denoising=denoising[-1] if denoising else None,
         real=samples / REAL if (samples / REAL).is_file() else None,
+        branch=_lines(folder, lambda: branch_record.lines(record) if (record := branch_record.read(folder)) else []),
+        rewinds=_lines(folder, lambda: rewinds.lines(folder)),
     )
+
+
+def _lines(folder: Path, read: Callable[[], list[str]]) -> list[str]:
+    try:
+        return read()
+    except (UserError, TypeError, ValueError) as error:
+        logging.warning("%s: %s; left out of the report.", folder, error)
+        return []
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def _facts(run: Collected) -> str:
     values = {
         "folder": run.folder,
         "steps": f"{run.last_step:,} of {run.config.get('num_steps', 0):,}, batch {run.config.get('batch_size')}",
+        "branch of": "; ".join(run.branch),
+        "went back": "; then ".join(run.rewinds),
         "time": duration(run.wall_seconds) + " since the last start" if run.wall_seconds else None,
         "training": f"{run.goodput:.0%} of that time" if run.goodput else None,
         "devices": f"{machine['num_devices']} x {machine['device']} ({machine['platform']})" if machine else None,

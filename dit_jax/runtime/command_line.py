@@ -28,6 +28,7 @@ MOST_SUGGESTIONS = 3
 
 _groups: list[tuple[str, int]] = []  # (title, number of flags that were defined before it)
 _paths_of_config: list[Callable[[], Iterable[str]]] = []
+_names_of_config = ["config"]  # of the flags that give a config
 
 
 def group(title: str) -> None:
@@ -41,6 +42,11 @@ def know_fields(paths: Callable[[], Iterable[str]]) -> None:
     paths: of the fields of the given config, such as "optimizer.learning_rate"; it may raise a UserError.
     """
     _paths_of_config.append(paths)
+
+
+def takes_config_from(flag: str) -> None:
+    """Lets fields of the config be given with this flag in place of --config."""
+    _names_of_config.append(flag)
 
 
 def check_uses(uses: Mapping[str, Iterable[str]], mode: str) -> None:
@@ -98,7 +104,7 @@ def parse(argv: list[str], doc: str) -> list[str]:
                 flag.parser = _WholeNumber(flag.parser.lower_bound, flag.parser.upper_bound)
         rest = flags.FLAGS(argv)
         fields = flags.FLAGS[CONFIG_FIELD].value if takes_config else None
-        if fields and "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
+        if fields and "config" in flags.FLAGS and not any(flags.FLAGS[name].value is not None for name in _names_of_config):
             raise flags.Error(f"--config.{fields[0]} is given without --config=<name or file>, such as --config=digits")
         return rest
     except SystemExit:  # --helpfull: absl leaves with 1

@@ -12,6 +12,8 @@ profile/      see `runtime.profile`
 stacks.txt    see `runtime.watchdog`
 divergences.json   see `storage.divergences`
 initial_weights.json     the weights that training started from; base.safetensors: those that are frozen (see `training.initial`)
+branched_from.json   see `storage.branch_record`
+rewinds.json, rewound.<n>/   see `storage.rewinds`
 codec/        the frozen codec of a diffusion run, or the result of an autoencoder run (see `interop.codec_folder`)
 """
 
@@ -23,15 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
+from etils import epath
 
 from dit_jax.errors import UserError
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
-from dit_jax.storage import divergences
+from dit_jax.storage import branch_record, divergences, rewinds
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import check_form, parsed, read_json
 from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
+from dit_jax.storage.step_folder import steps_in
 from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
@@ -39,8 +43,8 @@ CLASSES, RESULT, SAVED, INIT = "classes.json", "result.json", "saved.json", "ini
 RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 # What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
 WRITTEN = (
-    *("config.json", CLASSES, SAVED, INIT, "base.safetensors", divergences.FILE, "metrics.jsonl", RESULT),
-    *("codec", "report.html", "wandb_id.txt"),
+    *("config.json", CLASSES, SAVED, INIT, "base.safetensors", divergences.FILE, branch_record.FILE, rewinds.FILE),
+    *("metrics.jsonl", RESULT, "codec", "report.html", "wandb_id.txt"),
 )
 PICTURES = re.compile(r"(\d{8}(_final|_denoising|_originals|_reconstructions)?|real|plane)\.(png|npz)")
 SCORE_FILES = re.compile(r"(\d{8}|best)\.json|reference\.npz")
@@ -161,14 +165,17 @@ class Workdir:
 
     settings: the run's config as JSON values (`config_file.plain`).
     finished: the run has its result; its records are not written again.
+    back: the step to which the run goes back, see `rewinds.decided`; then it may have another rate, as after a divergence.
 
     Raises on entry:
         UserError: another command is at work in it; its config differs; it holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict, first: bool = True, finished: bool = False):
+    def __init__(
+        self, path: str | os.PathLike, settings: dict, first: bool = True, finished: bool = False, back: int | None = None
+    ):
         self.path = local_path(path).absolute()
-        self.settings, self.first, self.finished = settings, first, finished
+        self.settings, self.first, self.finished, self.back = settings, first, finished, back
         self._claim = contextlib.ExitStack()
 
     @property
@@ -185,8 +192,8 @@ class Workdir:
             raise UserError(f"{self.path} is not a folder; give another --workdir")
         if file.exists():
             before = read_config(self.path)
-            diverged = divergences.unsolved(self.path) is not None
-            lines = differences(before, self.settings, divergences.FIELDS if diverged else ())
+            goes_back = self.back is not None or divergences.unsolved(self.path) is not None
+            lines = differences(before, self.settings, divergences.FIELDS if goes_back else ())
             if lines and self.checkpoints.exists():  # without a checkpoint there is nothing to resume
                 raise UserError(
                     f"{self.path} contains a run with another config; use that config, or give a new --workdir. "
@@ -208,6 +215,8 @@ class Workdir:
         if self.first:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(claim(self.path, "training"))
+                if self.back is not None:
+                    self._begin_rewind(self.back)
                 if not self.finished:
                     write_json(file, self.settings, indent=2)
                 remove_leftovers(self.path, *WRITTEN)
@@ -218,6 +227,12 @@ class Workdir:
 
     def __exit__(self, *exc_info):
         self._claim.close()
+
+    def _begin_rewind(self, step: int) -> None:
+        before = read_config(self.path)
+        old, new = flatten(before), flatten(self.settings)
+        changed = {key: [old.get(key), new.get(key)] for key in divergences.FIELDS if old.get(key) != new.get(key)}
+        rewinds.begin(self.path, step, max(steps_in(epath.Path(self.checkpoints)), default=step), before, changed)
 
     def note_begun_again(self) -> None:
         """Takes back `note_saved`, before all checkpoints are set aside: the run begins again at step 0."""

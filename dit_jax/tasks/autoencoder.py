@@ -104,8 +104,11 @@ class AutoencoderTask:
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params={"codec": jax.tree.map(lambda x: x.astype(jnp.float32), params["codec"])},
-            opt_state={name: self.optimizer.init(part) for name, part in params.items()},
+            opt_state=self.init_optimizer(params),
         )
+
+    def init_optimizer(self, params: Any) -> Any:
+        return {name: self.optimizer.init(part) for name, part in params.items()}
 
     def encode(self, codec_params: Any, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(posterior sample for this noise, as latents; KL [B] of the posterior to N(0, 1), summed over the latent)."""

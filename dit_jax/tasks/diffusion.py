@@ -116,6 +116,9 @@ class DiffusionTask:
         """The network's parameters, of trained ones (or an average of them) and the frozen ones in the constants."""
         return self.adaptation.merged(params, constants[BASE]) if self.adaptation.active else params
 
+    def init_optimizer(self, params: Any) -> Any:
+        return self.optimizer.init(params)
+
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
         *grid, channels = self.latent_shape
         entries = {

@@ -18,6 +18,8 @@ from dit_jax.tasks.averages import Average, key
 # Places of the parts of an optimizer, in the names of its arrays. Numbers behind those belong to parameters.
 PLACES = re.compile(r"^(.*?)(\d+/)+(?=(count|mu|nu|trace|ema|v|v_row|v_col|inner_states)(/|$))")
 INNER_PLACES = re.compile(r"(inner_states/\w+/inner_state/)(\d+/)+")  # of Muon, which gives each part of the parameters its own
+MOMENTS = re.compile(r"/?(^|(?<=/))(mu|nu|trace|ema|v|v_row|v_col)(/|$)")
+SCHEDULE = " of a schedule"
 HOST = "pinned_host"
 OFFLOADS = {"none": (), "optimizer": ("opt_state",), "optimizer_and_ema": ("opt_state", "ema_params", "averages")}
 
@@ -93,24 +95,37 @@ def on_device(tree: Any) -> Any:
 def with_structure(opt_state: Any, like: Any) -> Any:
     """The state of an optimizer in the structure of another one. Clipping and schedules add parts; a schedule has a count.
 
-    Arrays of the same name are the same, whatever part they belong to; all counts are equal.
+    Arrays of the same name are the same, whatever part they belong to. The counts of the moments and of a schedule differ in a
+    branch with a new state of the optimizer; a schedule that is new takes the count of the moments.
     """
     if leaf_names(opt_state) == leaf_names(like):
         return opt_state
-    named = list(zip(leaf_names(opt_state), jax.tree.leaves(opt_state), strict=True))
-    arrays, count = {_without_places(name): x for name, x in named}, next(x for name, x in named if _is_count(name))
-    leaves = [count if _is_count(name) else arrays[_without_places(name)] for name in leaf_names(like)]
+    arrays = dict(zip(_without_places(leaf_names(opt_state)), jax.tree.leaves(opt_state), strict=True))
+    count = next(x for name, x in arrays.items() if _is_count(name))
+
+    def leaf(name: str) -> Any:
+        if name not in arrays and _is_count(name):
+            return arrays.get(name.removesuffix(SCHEDULE), count)
+        return arrays[name]
+
+    leaves = [leaf(name) for name in _without_places(leaf_names(like))]
     leaves = [x if x.ndim else jnp.copy(x) for x in leaves]  # the training step donates its state, and no count twice
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _is_count(name: str) -> bool:
-    """Whether an array of an optimizer's state is its number of steps."""
-    return re.search(r"(^|\d/)count$", name) is not None
+    """Whether an array of an optimizer's state is a number of steps."""
+    return name.removesuffix(SCHEDULE).rpartition("/")[2] == "count"
 
 
-def _without_places(name: str) -> str:
-    return INNER_PLACES.sub(r"\1", PLACES.sub(r"\1", name, count=1))
+def _without_places(names: list[str]) -> list[str]:
+    """The names without the places of the optimizer's parts; a count that has no moments next to it ends in SCHEDULE."""
+    with_moments = {name[: found.start()] for name in names if (found := MOMENTS.search(name))}
+    return [
+        INNER_PLACES.sub(r"\1", PLACES.sub(r"\1", name, count=1))
+        + SCHEDULE * (_is_count(name) and name.removesuffix("count").rstrip("/") not in with_moments)
+        for name in names
+    ]
 
 
 def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:

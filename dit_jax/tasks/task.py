@@ -67,6 +67,10 @@ class Task(Protocol):
 
     def init(self, key: jax.Array) -> TrainState: ...
 
+    def init_optimizer(self, params: Any) -> Any:
+        """`opt_state` of a `TrainState` with these parameters, before the first step."""
+        ...
+
     def step(
         self, state: TrainState, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Sums]:

@@ -15,7 +15,7 @@ from dit_jax.storage.paths import local_path
 from dit_jax.tasks.state import TrainState
 from dit_jax.training.initial import settled
 from dit_jax.training.results import Results
-from dit_jax.training.setup import Training
+from dit_jax.training.setup import Begin, Training
 from dit_jax.training.starts import Start
 
 
@@ -45,7 +45,11 @@ class TrainResult:
 
 
 def train(
-    run: Run, workdir: str | os.PathLike, started: Start | None = None, claimed: contextlib.ExitStack | None = None
+    run: Run,
+    workdir: str | os.PathLike,
+    started: Start | None = None,
+    claimed: contextlib.ExitStack | None = None,
+    begin: Begin | None = None,
 ) -> TrainResult:
     """Trains to config.num_steps, from the newest checkpoint of the folder if there is one.
 
@@ -54,6 +58,7 @@ def train(
     Args:
         started: the start in the log of starts; None writes no log.
         claimed: keeps the claim on the folder until it is closed; None releases it at the end of training.
+        begin: how the run begins, or goes back; None resumes it, or begins with random parameters.
 
     Raises:
         UserError: the config, the data or the folder is invalid; raised before any training.
@@ -64,7 +69,7 @@ def train(
     check_dtypes(run.config)
     run = settled(run.with_codec_weights(workdir), workdir)
     with contextlib.ExitStack() as stack:
-        training = Training(run, workdir, clock, stack, claimed or stack)
+        training = Training(run, workdir, clock, stack, claimed or stack, begin or Begin())
         with phases.phase("restore"):
             state = training.restore_or_create(started)
         step = int(state.step)

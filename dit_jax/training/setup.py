@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from dit_jax.runtime.profile import Profile
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.step_clock import StepClock
 from dit_jax.runtime.versions import numeric_settings
+from dit_jax.storage import rewinds
 from dit_jax.storage.checkpoints import Checkpointer
-from dit_jax.storage.run_folder import Workdir, check_not_lost, read_result, write_class_names
+from dit_jax.storage.run_folder import Workdir, check_not_lost, differences, read_config, read_result, write_class_names
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.state import TrainState, create_sharded
-from dit_jax.training import leftovers, summary
+from dit_jax.training import branch, leftovers, summary
 from dit_jax.training.batches import Batches
+from dit_jax.training.branch import Branch
 from dit_jax.training.events import Event, Log, Preview, Save, Score
 from dit_jax.training.initial import Initial, starts_from_weights
 from dit_jax.training.meter import Meter
@@ -71,17 +74,39 @@ def check_steps(run: Run, begun: int, workdir: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Begin:
+    """How a run begins, where it does not simply resume.
+
+    Fields:
+        branch: it is a branch of another run.
+        rewind: the saved step to which the user takes it back.
+    """
+
+    branch: Branch | None = None
+    rewind: int | None = None
+
+
 class Training:
     """The objects of the loop. The constructor opens the folder; `restore_or_create` and `start` make the rest, in this order.
 
     Args:
         stack: closes everything at the end of training, but for the claim on the folder, which `claimed` keeps.
+        begin: how the run begins, or goes back.
 
     Raises:
         UserError: the config, the data or the folder is invalid.
     """
 
-    def __init__(self, run: Run, workdir: Path, clock: StepClock, stack: contextlib.ExitStack, claimed: contextlib.ExitStack):
+    def __init__(
+        self,
+        run: Run,
+        workdir: Path,
+        clock: StepClock,
+        stack: contextlib.ExitStack,
+        claimed: contextlib.ExitStack,
+        begin: Begin,
+    ):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
         self.initial = Initial(run, workdir) if starts_from_weights(run) else None
@@ -97,16 +122,16 @@ class Training:
         wandb = WandbWriter(workdir, config.log.wandb, settings) if config.log.wandb else None
         self.watchdog = watchdog_of(run, workdir)
         checkpointer = Checkpointer(workdir / "checkpoints", **config.checkpoint)
-        begun = checkpointer.latest_step or 0
-        check_not_lost(workdir, checkpointer.latest_step)
+        begun, back = self._first_step(workdir, checkpointer, begin, settings)
         check_steps(run, begun, workdir)
-        self.finished = read_result(workdir, begun) if begun == config.num_steps else None
+        is_finished = begun == config.num_steps and back is None
+        self.finished = read_result(workdir, begun) if is_finished else None
         stack.enter_context(self.watchdog)
         stack.enter_context(phases.phase("start or end"))
-        self.folder = claimed.enter_context(Workdir(workdir, settings, first, self.finished is not None))
+        self.folder = claimed.enter_context(Workdir(workdir, settings, first, self.finished is not None, back))
         self.checkpointer = stack.enter_context(checkpointer)
         checkpointer.on_commit = self.folder.note_saved
-        self.restorer = Restorer(run, self.folder, checkpointer)
+        self.restorer = Restorer(run, self.folder, checkpointer, begin.branch, back)
         self.records = stack.enter_context(Records(self.folder.path, first, wandb))
         self.stop = stack.enter_context(StopSignal(unsaved=False))
         if first:
@@ -119,6 +144,22 @@ class Training:
             self.initial.keep()
         # The step is compiled while the state is restored or created.
         self._compiling = self._compile() if begun < config.num_steps else None
+
+    def _first_step(
+        self, workdir: Path, checkpointer: Checkpointer, begin: Begin, settings: dict[str, Any]
+    ) -> tuple[int, int | None]:
+        """(the last saved step, or that from which the run begins; the step to which it goes back, or None)."""
+        latest = checkpointer.latest_step
+        if begin.branch is not None and not begin.branch.begun:
+            begin.branch.check(self.run)
+            return begin.branch.step, None
+        check_not_lost(workdir, latest)
+        if begin.branch is None:
+            branch.check_unbegun(workdir, latest)
+        is_run = (workdir / "config.json").exists()
+        same_config = is_run and not differences(read_config(workdir), settings)
+        back = rewinds.decided(workdir, begin.rewind, same_config, checkpointer.steps)
+        return latest or 0 if back is None else back, back
 
     def _compile(self) -> Future:
         run = self.run
@@ -143,6 +184,7 @@ class Training:
             self.finished = None  # its last checkpoint was damaged and set aside
         if not self.finished:
             self.records.rewind(step)
+        self.restorer.recorded()
         say(summary.text(run, self.folder.path))
         if self.scorer:
             self.scorer.forget_after(step)

@@ -10,6 +10,7 @@ import jax
 from dit_jax.build import Run
 from dit_jax.parallel import rules
 from dit_jax.runtime import versions
+from dit_jax.storage import branch_record
 from dit_jax.tasks.task import warning_of_average
 
 MOST_NAMES = 10  # of classes in the summary
@@ -29,6 +30,7 @@ def text(run: Run, workdir: Path) -> str:
             *_of_the_classes(run),
             f"devices    {mesh.devices.size} x {device.device_kind} ({device.platform}) "
             f"on {jax.process_count()} hosts, mesh {axes}",
+            *(f"branch     of {text}" for text in _of_the_branch(workdir)),
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
             *(
                 f"warning    {text}"
@@ -42,6 +44,11 @@ def text(run: Run, workdir: Path) -> str:
             f"versions   {versions.one_line()}",
         )
     )
+
+
+def _of_the_branch(workdir: Path) -> list[str]:
+    record = branch_record.read(workdir)
+    return [] if record is None else ["; ".join(branch_record.lines(record))]
 
 
 def _of_the_rate(run: Run) -> list[str]:

@@ -88,7 +88,12 @@ def every(share: int, total: int) -> range:
 
 
 def check_every_kill(
-    folder: Path, command: Callable[[Path], object], share: int, ended: Callable[[Path], dict] | None = None, times: int = 1
+    folder: Path,
+    command: Callable[[Path], object],
+    share: int,
+    ended: Callable[[Path], dict] | None = None,
+    times: int = 1,
+    prepare: Callable[[Path], object] = Path.mkdir,
 ) -> list[str]:
     """Kills `command(out)` before every `share`-th operation in a new folder `out`; started again it must end as undisturbed.
 
@@ -98,16 +103,17 @@ def check_every_kill(
         folder: gets a folder for each kill.
         ended: what must be equal, of a folder, as {name: value}; None for all its files (`tree`).
         times: how often each is killed, from the second time on before some other operation.
+        prepare: creates the folder `out`, undisturbed.
     """
     ended, outs = ended or tree, (folder / f"out{i}" for i in itertools.count())
     out = next(outs)
-    out.mkdir()
+    prepare(out)
     with killed_before(out, None) as operations:
         command(out)
     expected, total = ended(out), len(operations.names)
     for number in every(share, total):
         out = next(outs)
-        out.mkdir()
+        prepare(out)
         for i in range(times):
             with contextlib.suppress(Killed), killed_before(out, number * 7 * i % total + 1 if i else number):
                 command(out)
