@@ -100,7 +100,7 @@ CHOOSES = {
     "convert --download without --out": {"out"},
 }
 OTHERWISE = {
-    "convert": {"a conversion": {"step"}},  # of runs alone, see `formats.Source`
+    "convert": {"a conversion": {"step", "average"}},  # of runs alone, see `formats.Source`
     "sweep": {  # three ways to estimate; what starts nothing has no launch
         "--list": {"report", "launch", "launch_args", "remote_workdir", "topology", "benchmarks"},
         "--report": {"list", "launch", "launch_args", "remote_workdir", "topology", "benchmarks"},
