@@ -32,7 +32,7 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, export, samples_file, shards, trained
 from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, image_keys, on_mesh
-from dit_jax.sample.grid import label_names, sampling_caption
+from dit_jax.sample.grid import image_grid, label_names, sampling_caption, write_animation
 from dit_jax.sample.jobs import Interpolate, Job
 from dit_jax.sample.jobs.job import Inputs, Labels, Scene
 from dit_jax.sample.samples_file import Samples
@@ -43,6 +43,9 @@ from dit_jax.storage.run_folder import read_class_names
 from dit_jax.tasks.task import warning_of_average
 
 ENCODER_SEED = 0  # of the posterior samples of given images
+ANIMATIONS = (".webp", ".gif", ".png")
+ANIMATED_IMAGES, ANIMATED_FRAMES = 25, 50  # at most; every frame is decoded by the codec
+MOST_GRID_IMAGES = 1_000  # of a picture with a row for each class
 
 
 class Options(TypedDict, total=False):
@@ -228,11 +231,18 @@ class Pipeline:
         num_samples: int | None = None,
         seed: int = 0,
         job: Job | None = None,
+        class_grid: int | None = None,
+        animation: str | os.PathLike | None = None,
         **options: Unpack[Options],
     ) -> dict[str, Any]:
         """Draws images into x.npz, or into a folder of shards, and a grid of the first 100; the same call continues one.
 
         The images are those of a call with the same arguments. All processes make the same call.
+
+        Args:
+            class_grid: images of each class, in place of num_samples: all classes (or `labels`) in order, and a picture with one
+                row for each, its name at the side.
+            animation: also writes `write_animation` of the first ANIMATED_IMAGES images.
 
         Returns:
             {"out", "grid", "num_samples", "seconds", "evaluations" of the network per image (None if they vary), "step",
@@ -243,6 +253,9 @@ class Pipeline:
         """
         out = local_path(out).absolute()
         drawing.check_out(out)
+        if class_grid is not None:
+            labels, num_samples = self._labels_of_grid(labels, num_samples, _whole_number("class_grid", class_grid)), None
+        watched = None if animation is None else self._watched(animation, labels, num_samples, seed, options, job)
         drawn = self._prepare(labels, num_samples, seed, options, job=job)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
@@ -260,7 +273,10 @@ class Pipeline:
             names=names,
             caption=sampling_caption(self.step, guidance.scale, run.config.sampler, drawn.generator.seed),
             given=drawn.inputs.arrays,
+            rows=names[::class_grid] if class_grid else (),
         )
+        if watched is not None and animation is not None and not done.stopped and hosts.is_first():
+            self._animate(animation, watched)
         # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
         per_image = None if guidance.is_partial else drawn.sampler.evaluations(run.process)
         return {
@@ -273,7 +289,71 @@ class Pipeline:
             "stopped": done.stopped,
             **({"steps_with_blocks": run.forecast.full_steps(drawn.sampler.num_steps)} if run.forecast.active else {}),
             **({"job": dict(drawn.inputs.settings)} if drawn.inputs.settings else {}),
+            **({} if animation is None else {"animation": str(local_path(animation).absolute())}),
         }
+
+    def _labels_of_grid(self, labels: Labels, num_samples: int | None, count: int) -> list[int]:
+        """`count` labels of each class, for a picture with a row for each."""
+        if num_samples is not None:
+            raise UserError(f"num_samples={num_samples} has no effect with class_grid={count}; omit it")
+        if not self.num_classes or isinstance(labels, str):
+            raise UserError(f"class_grid={count} needs classes: a network with labels, and no --labels or numbers, as in 3,5")
+        classes = [*range(self.num_classes)] if labels is None else list(labels)
+        if not 1 <= count * len(classes) <= MOST_GRID_IMAGES:
+            raise UserError(
+                f"class_grid={count}: {len(classes)} classes with {count} images each; a picture has 1 to {MOST_GRID_IMAGES}: "
+                "give fewer images, or some of the classes with --labels"
+            )
+        return [label for label in classes for _ in range(count)]
+
+    def write_animation(
+        self,
+        path: str | os.PathLike,
+        labels: Labels = None,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        job: Job | None = None,
+        **options: Unpack[Options],
+    ) -> Path:
+        """Writes how images come out of noise: the network's predicted images at its evaluations, as a grid that moves.
+
+        It has the first ANIMATED_IMAGES images of a call with the same arguments, and at most ANIMATED_FRAMES evaluations, evenly
+        chosen; the last frame is the images themselves.
+
+        Args:
+            path: .webp (lossless), .gif or .png (animated).
+
+        Raises:
+            UserError: as for a call; another suffix; the file cannot be written.
+        """
+        return self._animate(path, self._watched(path, labels, num_samples, seed, options, job))
+
+    def _watched(self, path, labels, num_samples, seed, options, job) -> "_Drawing":
+        """The drawing for an animation, checked before anything is drawn."""
+        if local_path(path).suffix.lower() not in ANIMATIONS:
+            raise UserError(f"animation={path}: the name must end in one of {', '.join(ANIMATIONS)}")
+        return self._prepare(labels, num_samples, seed, options, in_memory=True, watched=True, job=job)
+
+    def _animate(self, path: str | os.PathLike, drawn: "_Drawing") -> Path:
+        path, count, seen = local_path(path), min(len(drawn.labels), ANIMATED_IMAGES), {}
+
+        def watch(evaluation: Evaluation) -> None:
+            latents = seen.setdefault(evaluation.number, np.zeros((count, *self.run.latent_shape), np.float32))
+            latents[evaluation.images] = evaluation.x0
+
+        requests = {name: x[:count] for name, x in drawn.requests.items()}
+        arrays = self._parameters[0], self._constants, requests, count, drawn.weak_params
+        with self._watcher.calling(watch):
+            images = drawn.generator(*arrays, given=drawn.inputs.arrays)
+        numbers = sorted(seen)
+        chosen = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), ANIMATED_FRAMES)).round().astype(int))
+        frames = [image_grid(self.decode(seen[numbers[i]])) for i in chosen]
+        try:
+            write_animation(path, [*frames, image_grid(images)])
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
+        return path
 
     def _names(self, requests: Requests) -> list[str]:
         """The name of each image's class, for pictures; of both classes where two are mixed."""
