@@ -271,7 +271,7 @@ class Pipeline:
             drawn.settings(),
             drawn.weak_params,
             names=names,
-            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, drawn.generator.seed),
+            caption=drawn.caption(),
             given=drawn.inputs.arrays,
             rows=names[::class_grid] if class_grid else (),
         )
@@ -364,7 +364,7 @@ class Pipeline:
             return names
         others = label_names(requests["second_label"], self.num_classes, self._class_names)
         shares = requests["second_share"]
-        return [f"{name} {1 - share:.0%}, {other} {share:.0%}" for name, other, share in zip(names, others, shares, strict=True)]
+        return [f"{share:.0%} {other}, {name}" for name, other, share in zip(names, others, shares, strict=True)]
 
     def interpolate(
         self,
@@ -487,7 +487,7 @@ class Pipeline:
         if chunk_size is not None and (_whole_number("chunk_size", chunk_size) < 1 or shards.SHARD_IMAGES % chunk_size):
             raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
         batch_size = _whole_number("batch_size", batch_size)
-        key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.key], default=str)
+        key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.name, job.numbers], default=str)
         if key not in self._generators:
             weak_task = None if guides is None else self._weaker(guides, config)[0]
             self._generators[key] = Generator(
@@ -610,6 +610,13 @@ class _Drawing(NamedTuple):
     @property
     def weak_params(self) -> Any:
         return None if self.guides is None else self.pipe._weaker(self.guides, self.run.config)[1]
+
+    def caption(self) -> str:
+        """The line above a picture of the images."""
+        job = self.inputs.settings
+        facts = [job["name"] + (f" with strength {job['strength']:g}" if "strength" in job else "")] if job else []
+        sampling = sampling_caption(self.pipe.step, self.guidance.scale, self.run.config.sampler, self.generator.seed)
+        return ", ".join([sampling, *facts])
 
     def settings(self) -> dict[str, Any]:
         """What the images depend on, besides the labels and the machine."""

@@ -244,16 +244,20 @@ def test_more_mistakes(pipe):
 
 @pytest.mark.slow
 def test_a_job_from_outside(pipe):
-    """Catches a job that needs more than its own methods: this one turns the noise upside down."""
+    """Catches a job that needs more than its own methods, a compiled program that serves another number, and samples that do
+    not say which job drew them."""
 
     @dataclasses.dataclass(frozen=True, eq=False)
-    class Flipped(Job):
-        name = "flipped"
+    class Scaled(Job):
+        factor: float = 1.0
+        name = "scaled"
 
         def begin(self, sampler, process, noise, given):
-            return noise[:, ::-1]
+            return self.factor * noise
 
-    assert levels(pipe([3], job=Flipped(), **FAST), pipe([3], **FAST)) > 5
+    plain, one, half = pipe([3], **FAST), pipe([3], job=Scaled(), **FAST), pipe([3], job=Scaled(0.5), **FAST)
+    assert levels(one, plain) == 0 and levels(half, plain) > 5
+    assert half.made_by["job"] == {"name": "scaled", "factor": 0.5} and "job" not in plain.made_by
 
 
 @pytest.mark.slow
