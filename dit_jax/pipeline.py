@@ -32,7 +32,7 @@ from dit_jax.runtime.console import say
 from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, export, samples_file, shards, trained
 from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, image_keys, on_mesh
-from dit_jax.sample.grid import label_names, sampling_caption
+from dit_jax.sample.grid import image_grid, label_names, sampling_caption, write_animation
 from dit_jax.sample.jobs import Interpolate, Job
 from dit_jax.sample.jobs.job import Inputs, Labels, Scene
 from dit_jax.sample.samples_file import Samples
@@ -45,6 +45,9 @@ from dit_jax.tasks.task import warning_of_average
 
 ENCODER_SEED = 0  # of the posterior samples of given images
 MOST_PROGRAMS = 32  # compiled for other samplers, steps or guidance, that a pipeline keeps: a server is asked for many
+ANIMATIONS = (".webp", ".gif", ".png")
+ANIMATED_IMAGES, ANIMATED_FRAMES = 25, 50  # at most; every frame is decoded by the codec
+MOST_GRID_IMAGES = 1_000  # of a picture with a row for each class
 
 
 class Options(TypedDict, total=False):
@@ -259,11 +262,18 @@ class Pipeline:
         num_samples: int | None = None,
         seed: int = 0,
         job: Job | None = None,
+        class_grid: int | None = None,
+        animation: str | os.PathLike | None = None,
         **options: Unpack[Options],
     ) -> dict[str, Any]:
         """Draws images into x.npz, or into a folder of shards, and a grid of the first 100; the same call continues one.
 
         The images are those of a call with the same arguments. All processes make the same call.
+
+        Args:
+            class_grid: images of each class, in place of num_samples: all classes (or `labels`) in order, and a picture with one
+                row for each, its name at the side.
+            animation: also writes `write_animation` of the first ANIMATED_IMAGES images.
 
         Returns:
             {"out", "grid", "num_samples", "seconds", "evaluations" of the network per image (None if they vary), "step",
@@ -274,6 +284,9 @@ class Pipeline:
         """
         out = local_path(out).absolute()
         drawing.check_out(out)
+        if class_grid is not None:
+            labels, num_samples = self._labels_of_grid(labels, num_samples, _whole_number("class_grid", class_grid)), None
+        watched = None if animation is None else self._watched(animation, labels, num_samples, seed, options, job)
         drawn = self._prepare(labels, num_samples, seed, options, job=job)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
@@ -289,9 +302,12 @@ class Pipeline:
             drawn.settings(),
             drawn.weak_params,
             names=names,
-            caption=sampling_caption(self.step, guidance.scale, run.config.sampler, drawn.generator.seed),
+            caption=drawn.caption(),
             given=drawn.inputs.arrays,
+            rows=names[::class_grid] if class_grid else (),
         )
+        if watched is not None and animation is not None and not done.stopped and hosts.is_first():
+            self._animate(animation, watched)
         # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
         per_image = None if guidance.is_partial else drawn.sampler.evaluations(run.process)
         return {
@@ -304,7 +320,71 @@ class Pipeline:
             "stopped": done.stopped,
             **({"steps_with_blocks": run.forecast.full_steps(drawn.sampler.num_steps)} if run.forecast.active else {}),
             **({"job": dict(drawn.inputs.settings)} if drawn.inputs.settings else {}),
+            **({} if animation is None else {"animation": str(local_path(animation).absolute())}),
         }
+
+    def _labels_of_grid(self, labels: Labels, num_samples: int | None, count: int) -> list[int]:
+        """`count` labels of each class, for a picture with a row for each."""
+        if num_samples is not None:
+            raise UserError(f"num_samples={num_samples} has no effect with class_grid={count}; omit it")
+        if not self.num_classes or isinstance(labels, str):
+            raise UserError(f"class_grid={count} needs classes: a network with labels, and no --labels or numbers, as in 3,5")
+        classes = [*range(self.num_classes)] if labels is None else list(labels)
+        if not 1 <= count * len(classes) <= MOST_GRID_IMAGES:
+            raise UserError(
+                f"class_grid={count}: {len(classes)} classes with {count} images each; a picture has 1 to {MOST_GRID_IMAGES}: "
+                "give fewer images, or some of the classes with --labels"
+            )
+        return [label for label in classes for _ in range(count)]
+
+    def write_animation(
+        self,
+        path: str | os.PathLike,
+        labels: Labels = None,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        job: Job | None = None,
+        **options: Unpack[Options],
+    ) -> Path:
+        """Writes how images come out of noise: the network's predicted images at its evaluations, as a grid that moves.
+
+        It has the first ANIMATED_IMAGES images of a call with the same arguments, and at most ANIMATED_FRAMES evaluations, evenly
+        chosen; the last frame is the images themselves.
+
+        Args:
+            path: .webp (lossless), .gif or .png (animated).
+
+        Raises:
+            UserError: as for a call; another suffix; the file cannot be written.
+        """
+        return self._animate(path, self._watched(path, labels, num_samples, seed, options, job))
+
+    def _watched(self, path, labels, num_samples, seed, options, job) -> "_Drawing":
+        """The drawing for an animation, checked before anything is drawn."""
+        if local_path(path).suffix.lower() not in ANIMATIONS:
+            raise UserError(f"animation={path}: the name must end in one of {', '.join(ANIMATIONS)}")
+        return self._prepare(labels, num_samples, seed, options, in_memory=True, watched=True, job=job)
+
+    def _animate(self, path: str | os.PathLike, drawn: "_Drawing") -> Path:
+        path, count, seen = local_path(path), min(len(drawn.labels), ANIMATED_IMAGES), {}
+
+        def watch(evaluation: Evaluation) -> None:
+            latents = seen.setdefault(evaluation.number, np.zeros((count, *self.run.latent_shape), np.float32))
+            latents[evaluation.images] = evaluation.x0
+
+        requests = {name: x[:count] for name, x in drawn.requests.items()}
+        arrays = self._parameters[0], self._constants, requests, count, drawn.weak_params
+        with self._watcher.calling(watch):
+            images = drawn.generator(*arrays, given=drawn.inputs.arrays)
+        numbers = sorted(seen)
+        chosen = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), ANIMATED_FRAMES)).round().astype(int))
+        frames = [image_grid(self.decode(seen[numbers[i]])) for i in chosen]
+        try:
+            write_animation(path, [*frames, image_grid(images)])
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
+        return path
 
     def _names(self, requests: Requests) -> list[str]:
         """The name of each image's class, for pictures; of both classes where two are mixed."""
@@ -315,7 +395,7 @@ class Pipeline:
             return names
         others = label_names(requests["second_label"], self.num_classes, self._class_names)
         shares = requests["second_share"]
-        return [f"{name} {1 - share:.0%}, {other} {share:.0%}" for name, other, share in zip(names, others, shares, strict=True)]
+        return [f"{share:.0%} {other}, {name}" for name, other, share in zip(names, others, shares, strict=True)]
 
     def interpolate(
         self,
@@ -438,7 +518,7 @@ class Pipeline:
         if chunk_size is not None and (_whole_number("chunk_size", chunk_size) < 1 or shards.SHARD_IMAGES % chunk_size):
             raise UserError(f"chunk_size={chunk_size} must divide {shards.SHARD_IMAGES}, the images of a shard")
         batch_size = _whole_number("batch_size", batch_size)
-        key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.key], default=str)
+        key = json.dumps([sections, batch_size, chunk_size, str(guides), watched, job.name, job.numbers], default=str)
         generator = self._generators.get(key)
         if generator is None:
             weak_task = None if guides is None else self._weaker(guides, config)[0]
@@ -565,6 +645,13 @@ class _Drawing(NamedTuple):
     @property
     def weak_params(self) -> Any:
         return None if self.guides is None else self.pipe._weaker(self.guides, self.run.config)[1]
+
+    def caption(self) -> str:
+        """The line above a picture of the images."""
+        job = self.inputs.settings
+        facts = [job["name"] + (f" with strength {job['strength']:g}" if "strength" in job else "")] if job else []
+        sampling = sampling_caption(self.pipe.step, self.guidance.scale, self.run.config.sampler, self.generator.seed)
+        return ", ".join([sampling, *facts])
 
     def settings(self) -> dict[str, Any]:
         """What the images depend on, besides the labels and the machine."""

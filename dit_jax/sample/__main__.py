@@ -61,6 +61,15 @@ STRENGTH = flags.DEFINE_float(
 )
 RESIZE = flags.DEFINE_bool("resize", None, "Scale --given and --mask to the network's size and crop their centre.")
 SEEDS = flags.DEFINE_list("seeds", [], "Of interpolate: the seeds of the first and the last image, as in 1,2.")
+CLASS_GRID = flags.DEFINE_integer(
+    "class_grid",
+    None,
+    "Images of each class, in place of --num_samples: all classes or --labels in order; the picture has a row for each, its "
+    "name at the side.",
+)
+ANIMATION = flags.DEFINE_string(
+    "animation", None, "Also write how the first 25 images come out of noise: a .webp, .gif or .png that moves."
+)
 RESOLUTION = flags.DEFINE_string(
     "resolution",
     None,
@@ -199,7 +208,9 @@ def main() -> dict:
     source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
     labels, sampler_fields, guidance_interval, fields = chosen_labels(), fields_of_sampler(), interval(), job_fields()
-    count = 64 if NUM_SAMPLES.value is None and not flags_of_job() & {"given", "seeds"} else NUM_SAMPLES.value
+    count = NUM_SAMPLES.value
+    if count is None and CLASS_GRID.value is None and not flags_of_job() & {"given", "seeds"}:
+        count = 64
     processes.join()
     from dit_jax.pipeline import Pipeline
     from dit_jax.sample import jobs
@@ -223,6 +234,8 @@ def main() -> dict:
         num_samples=count,
         seed=SEED.value,
         job=job,
+        class_grid=CLASS_GRID.value,
+        animation=ANIMATION.value,
         sampler=SAMPLER.value,
         num_steps=NUM_STEPS.value,
         sampler_fields=sampler_fields,

@@ -91,6 +91,7 @@ def draw(
     names: Sequence[str] = (),
     caption: str = "",
     given: Mapping[str, np.ndarray] | None = None,
+    rows: Sequence[str] = (),
 ) -> Drawn:
     """Draws image k for request k, k = 0, 1, ..., into an npz or a folder of shards; finished shards are not drawn again.
 
@@ -105,6 +106,7 @@ def draw(
         replace: replaces samples that were drawn with other settings; False refuses them.
         names, caption: texts of the grid, which shows the first GRID_IMAGES images, see `write_image_grid`.
         given: host arrays of the generator's job, [num_images, ...], or [1, ...] for all images.
+        rows: names of the grid's rows, each with as many images; the grid then shows all images, and `names` are not written.
 
     Raises:
         UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
@@ -120,7 +122,7 @@ def draw(
     settings = shards.settings_of(labels, generator.image_shape, made_by, made_with(generator), requests)
     wanted = Shards(folder_of(out), settings, labels)
     grid = out.with_suffix(".png") if out.suffix == ".npz" else out / shards.GRID
-    texts = (names[:GRID_IMAGES], caption)
+    texts = (names[:GRID_IMAGES], caption, rows)
     done = out.suffix == ".npz" and hosts.is_first() and _is_done(out, wanted, replace)
     if hosts.greatest(int(done)):
         if hosts.is_first():
@@ -290,13 +292,15 @@ class ShardWriter:
             self._writing.result()
 
 
-def _finish(out: Path, grid: Path, texts: tuple[Sequence[str], str], samples: Shards):
+def _finish(out: Path, grid: Path, texts: tuple[Sequence[str], str, Sequence[str]], samples: Shards):
     """Writes the npz, if one is wanted, and the grid, from a folder with all its shards."""
     samples = shards.read(samples.path)
-    first = next(samples.batches(0, min(len(samples), GRID_IMAGES), GRID_IMAGES))
-    names, caption = texts
+    names, caption, rows = texts
+    shown = len(samples) if rows else min(len(samples), GRID_IMAGES)
+    first = next(samples.batches(0, shown, shown))
+    columns = len(first) // len(rows) if rows else 10 if len(first) >= 10 else None
     try:
-        write_image_grid(grid, first, 10 if len(first) >= 10 else None, names=names, caption=caption)
+        write_image_grid(grid, first, columns, names=() if rows else names, caption=caption, rows=rows)
         if out.suffix == ".npz":  # last: a later start takes it for the sign that all is done
             samples_file.write_stream(
                 out, (len(samples), *samples.shape), (images for _, images, _ in samples.rows()), samples.labels, samples.made_by

@@ -15,6 +15,8 @@ _SMALLEST_SIDE = 64
 GAP = 4  # pixels between images and around them
 GAP_LEVEL = 40  # dark grey, so that black images have an edge
 TEXT_LEVEL = 225
+WIDEST_SIDE = 2  # of the names of rows, in images
+ANIMATED: dict[str, dict[str, Any]] = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}}  # format: arguments of Pillow
 SMALLEST_TEXT, LARGEST_TEXT = 11, 24  # pixels; a quarter of an image's width between them
 
 
@@ -25,20 +27,78 @@ def write_image_grid(
     scale: int | None = None,
     names: Sequence[str] = (),
     caption: str = "",
+    rows: Sequence[str] = (),
 ) -> np.ndarray:
-    """Writes images row by row into one picture and returns it, uint8, images GAP pixels apart on dark grey.
+    """Writes images row by row into one picture and returns it, uint8; see `image_grid`.
+
+    Args:
+        path: file to write, atomically; its suffix is the format, its folder is created.
+    Raises: ValueError as `image_grid`, and for an unknown suffix.
+    """
+    file_format = _format_of(path)
+    grid = image_grid(images, columns, scale, names, caption, rows)
+    with replacing(path) as partial:
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(partial, file_format)
+    return grid
+
+
+def write_animation(
+    path: str | os.PathLike, grids: Sequence[np.ndarray], seconds: float = 4.0, hold_seconds: float = 1.5
+) -> None:
+    """Writes pictures of one size, uint8 [h, w, 1 or 3], as an animation that repeats; atomically.
+
+    Args:
+        path: .gif, .webp (lossless) or .png (animated PNG); its folder is created.
+        seconds: of all frames together.
+        hold_seconds: by which the last frame stays longer.
+    Raises: ValueError for another suffix.
+    """
+    file_format = _format_of(path)
+    if file_format not in ANIMATED:
+        raise ValueError(f"{path} cannot hold an animation; use .webp, .gif or .png")
+    frames = [Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid) for grid in grids]
+    durations = [round(1000 * seconds / len(frames))] * len(frames)
+    durations[-1] += round(1000 * hold_seconds)
+    with replacing(path) as partial:
+        frames[0].save(
+            partial,
+            file_format,
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            **ANIMATED[file_format],
+        )
+
+
+def _format_of(path: str | os.PathLike) -> str:
+    file_format = Image.registered_extensions().get(Path(path).suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{path} has a suffix that is not a picture format; use .png")
+    return file_format
+
+
+def image_grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    scale: int | None = None,
+    names: Sequence[str] = (),
+    caption: str = "",
+    rows: Sequence[str] = (),
+) -> np.ndarray:
+    """Images row by row in one picture, uint8 [h, w, C], GAP pixels apart on dark grey.
 
     Each clip is a row of its frames; `columns` is then ignored. A text that is wider than its image is cut and ends in "…".
 
     Args:
-        path: file to write, atomically; its suffix is the format, its folder is created.
         images: uint8 [N, H, W, C], or clips [N, F, H, W, C]; N >= 1, C = 1 or 3.
         columns: images per row; None makes the grid about square.
         scale: integer enlargement by nearest neighbour; None enlarges until the longer side of an image is at least
             64 pixels.
         names: one for each image or clip, written below it; once above each column if all its images have the same name.
         caption: written above the images.
-    Raises: ValueError for another dtype or shape, an unknown suffix, another number of names, or for columns or scale below 1.
+        rows: a name for each row, written at its left.
+    Raises: ValueError for another dtype or shape, another number of names or rows, or for columns or scale below 1.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or 0 in images.shape:
@@ -49,23 +109,23 @@ def write_image_grid(
         columns = images.shape[1]
         names = [text for name in names for text in (name, *[""] * (columns - 1))]
         images = images.reshape(-1, *images.shape[2:])
-    file_format = Image.registered_extensions().get(Path(path).suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{path} has a suffix that is not a picture format; use .png")
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     scale = max(1, math.ceil(_SMALLEST_SIDE / max(height, width))) if scale is None else scale
     if columns < 1 or scale < 1:
         raise ValueError(f"columns={columns} and scale={scale} must be at least 1")
+    if len(rows) not in (0, math.ceil(count / columns)):
+        raise ValueError(f"there are {len(rows)} names for {math.ceil(count / columns)} rows")
     font = ImageFont.load_default(min(max(width * scale // 4, SMALLEST_TEXT), LARGEST_TEXT))
     line = sum(font.getmetrics()) + GAP  # type: ignore[union-attr]  # FreeType is part of Pillow's wheels
     heads = count > columns and all(name == names[i % columns] for i, name in enumerate(names))
     high, wide = height * scale + GAP + (line if names and not heads else 0), width * scale + GAP
-    captions = _wrapped(caption, font, columns * wide - GAP)
+    side = math.ceil(min(max(map(font.getlength, rows), default=0), WIDEST_SIDE * width * scale)) + GAP * bool(rows)
+    captions = _wrapped(caption, font, side + columns * wide - GAP)
     first = GAP + line * (len(captions) + (heads and bool(names)))  # pixels above the first row of images
-    grid = np.full((first + math.ceil(count / columns) * high, columns * wide + GAP, channels), GAP_LEVEL, np.uint8)
+    grid = np.full((first + math.ceil(count / columns) * high, side + columns * wide + GAP, channels), GAP_LEVEL, np.uint8)
     for index, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
-        top, left = first + index // columns * high, GAP + index % columns * wide
+        top, left = first + index // columns * high, side + GAP + index % columns * wide
         grid[top : top + height * scale, left : left + width * scale] = image
 
     picture = Image.fromarray(grid[..., 0] if channels == 1 else grid)
@@ -73,13 +133,13 @@ def write_image_grid(
     fill = TEXT_LEVEL if channels == 1 else (TEXT_LEVEL,) * 3
     for row, text in enumerate(captions):
         draw.text((GAP, GAP + row * line), text, fill, font)
+    for row, name in enumerate(rows):
+        draw.text((GAP, first + row * high + (height * scale - line + GAP) / 2), _cut(name, font, side - GAP), fill, font)
     for index, name in enumerate(names[:columns] if heads else names):
         top = first - line if heads else first + index // columns * high + height * scale + GAP // 2
         text = _cut(name, font, width * scale)
-        middle = GAP + index % columns * wide + (width * scale - font.getlength(text)) / 2
+        middle = side + GAP + index % columns * wide + (width * scale - font.getlength(text)) / 2
         draw.text((middle, top), text, fill, font)
-    with replacing(path) as partial:
-        picture.save(partial, file_format)
     return np.asarray(picture).reshape(grid.shape)
 
 

@@ -77,6 +77,39 @@ class Samples:
             raise UserError(str(error)) from None
         return path
 
+    def save_class_grid(self, path: str | os.PathLike) -> Path:
+        """Writes a picture with one row for each class, in the order of `labels`, and its name at the side; returns its path.
+
+        Raises:
+            UserError: the classes have different numbers of images; as `save_grid`.
+        """
+        path = local_path(path)
+        names = self.made_by.get("class_names", [])
+        try:
+            order, columns = class_rows(self.labels)
+            rows = [names[label] if label < len(names) else str(label) for label in self.labels[order[::columns]]]
+            write_image_grid(path, self.images[order], columns, rows=rows)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return path
+
+
+def class_rows(labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """(order of the images by class, in the order in which the classes come, number of images of each class).
+
+    Raises:
+        ValueError: the classes have different numbers of images.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(set(counts.tolist())) != 1:
+        raise ValueError(
+            f"the classes have {min(counts)} to {max(counts)} images each; a picture with a row for each needs as many of each"
+        )
+    first = {label: int(np.argmax(labels == label)) for label in classes}
+    return np.array(sorted(range(len(labels)), key=lambda i: (first[labels[i]], i))), int(counts[0])
+
 
 def describe(config: Any, weights: str, step: int | None, seed: int, class_names: Sequence[str] = ()) -> dict:
     """The settings of samples, which are stored with them.

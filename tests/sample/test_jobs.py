@@ -20,6 +20,7 @@ from dit_jax.diffusion.known import KnownRegion
 from dit_jax.diffusion.process import Memoryless, Prediction
 from dit_jax.diffusion.samplers import DDIM, Ancestral, DormandPrince, EulerMaruyama, Heun, UniPC
 from dit_jax.errors import UserError
+from dit_jax.sample.grid import image_grid
 from dit_jax.sample.jobs import Edit, Inpaint, Interpolate, Job
 from dit_jax.sample.jobs.given import cells, read_images, read_masks
 
@@ -243,16 +244,20 @@ def test_more_mistakes(pipe):
 
 @pytest.mark.slow
 def test_a_job_from_outside(pipe):
-    """Catches a job that needs more than its own methods: this one turns the noise upside down."""
+    """Catches a job that needs more than its own methods, a compiled program that serves another number, and samples that do
+    not say which job drew them."""
 
     @dataclasses.dataclass(frozen=True, eq=False)
-    class Flipped(Job):
-        name = "flipped"
+    class Scaled(Job):
+        factor: float = 1.0
+        name = "scaled"
 
         def begin(self, sampler, process, noise, given):
-            return noise[:, ::-1]
+            return self.factor * noise
 
-    assert levels(pipe([3], job=Flipped(), **FAST), pipe([3], **FAST)) > 5
+    plain, one, half = pipe([3], **FAST), pipe([3], job=Scaled(), **FAST), pipe([3], job=Scaled(0.5), **FAST)
+    assert levels(one, plain) == 0 and levels(half, plain) > 5
+    assert half.made_by["job"] == {"name": "scaled", "factor": 0.5} and "job" not in plain.made_by
 
 
 @pytest.mark.slow
@@ -312,3 +317,48 @@ def test_other_sizes(pipe, capsys):
     for wrong, text in (("9x8", "multiples of 2 .* as in 10x8"), ("big", "write one side"), ((8, 8.0), "whole number")):
         with pytest.raises(UserError, match=text):
             dit_jax.load(pipe.path, resolution=wrong)
+
+
+def test_class_grid(pipe, tmp_path):
+    """Catches rows that mix classes, names beside other rows than their own, and a picture of the first 100 only."""
+    written = pipe.write(tmp_path / "x.npz", [5, 3], class_grid=4, **FAST)
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["labels"].tolist() == [5] * 4 + [3] * 4
+        images, picture = file["arr_0"], np.asarray(Image.open(written["grid"]))
+    expected = image_grid(images, 4, rows=["5", "3"], caption="step 1, guidance 1, euler with 4 steps, seed 0")
+    np.testing.assert_array_equal(picture, expected[..., 0])
+    samples = pipe([5, 3, 5, 3], **FAST)
+    samples.save_class_grid(tmp_path / "y.png")
+    rows = samples.images[[0, 2, 1, 3]]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "y.png")), image_grid(rows, 2, rows=["5", "3"])[..., 0])
+    with pytest.raises(UserError, match="needs as many of each"):
+        pipe([5, 3, 5], **FAST).save_class_grid(tmp_path / "z.png")
+    for more, text in (
+        ({"num_samples": 3, "class_grid": 2}, "has no effect with class_grid"),
+        ({"class_grid": 0}, "a picture has 1 to"),
+        ({"class_grid": 200}, "10 classes with 200 images each"),
+    ):
+        with pytest.raises(UserError, match=text):
+            pipe.write(tmp_path / "w.npz", **more)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["webp", pytest.param("gif", marks=pytest.mark.slow), pytest.param("png", marks=pytest.mark.slow)]
+)
+def test_animation(pipe, tmp_path, suffix):
+    """Catches frames in another order or of other images, a last frame that is not the result, and a file that does not move."""
+    path, job = tmp_path / f"x.{suffix}", Inpaint(np.stack([PHOTO, 255 - PHOTO]), mask=MASK)
+    pipe.write(tmp_path / "x.npz", [3, 5], job=job, animation=path, **FAST)
+    seen = []
+    pipe([3, 5], job=job, callback=lambda e: seen.append(pipe.decode(e.x0)), **FAST)
+    expected = [
+        *seen[:-1],
+        np.load(tmp_path / "x.npz")["arr_0"],
+    ]  # Euler's last prediction is the image: Pillow joins equal frames
+    with Image.open(path) as animation:
+        assert animation.n_frames == len(expected) == 4 and animation.info["loop"] == 0
+        for number, images in enumerate(expected):
+            animation.seek(number)
+            assert levels(np.asarray(animation.convert("L")), image_grid(images)[..., 0]) <= 1
+    with pytest.raises(UserError, match=r"must end in one of \.webp, \.gif, \.png"):
+        pipe.write_animation(tmp_path / "x.mp4", [3])

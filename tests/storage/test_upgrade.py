@@ -26,3 +26,13 @@ def test_the_older_name_wins():
     """A config file that sets label_dropout on top of a recipe with cond_dropout, and has no effect."""
     both = {"task": {"name": "diffusion", "label_dropout": 0.5, "cond_dropout": 0.1}}
     assert upgrade(both)["task"] == {"name": "diffusion", "cond_dropout": 0.5}
+
+
+def test_a_schedule_of_guidance_is_added_to_older_configs():
+    """Catches a finished run that is refused for a field that it could not have, and a schedule that a config has and loses."""
+    for given in ({}, {"schedule": "power_cosine", "power": 2.0}):
+        section = {"name": "classifier_free", "scale": 2.0, **given}
+        new = upgrade({"task": {"name": "diffusion"}, "guidance": section})["guidance"]
+        assert new == {"schedule": "constant", "power": 4.0} | section
+    mine = {"name": "mine", "scale": 2.0}
+    assert upgrade({"task": {"name": "diffusion"}, "guidance": mine})["guidance"] == mine

@@ -42,10 +42,6 @@ class Edit(Job):
         if isinstance(self.strength, bool) or not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise UserError(f"strength is {self.strength}; it must lie in (0, 1]: 1 is noise, small values keep the image")
 
-    @property
-    def key(self) -> str:
-        return f"{self.name} {self.strength}"
-
     def requests(self, labels: Labels, num_samples: int | None, num_classes: int, seed: int) -> tuple[Requests, str]:
         if labels is None and num_classes:
             raise UserError(f"job {self.name} needs the class that the image is to have: --labels=3, or --labels=none")

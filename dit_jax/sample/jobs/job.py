@@ -1,5 +1,6 @@
 """The protocol of sampling jobs; its methods are those of the job "generate"."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -51,15 +52,16 @@ class Job:
 
     A job is a frozen dataclass whose fields are the flags of `sample` with these names. `labels` to `inputs` run on the host, in
     this order, before anything is drawn. `sampler` to `finish` are traced, get rows [B, ...] of the arrays of `inputs`, and
-    depend on no field that `key` leaves out.
+    depend on no other fields than numbers.
     """
 
     name: ClassVar[str] = "generate"
 
     @property
-    def key(self) -> str:
-        """Identifies the compiled program of the job."""
-        return self.name
+    def numbers(self) -> dict[str, Any]:
+        """The fields that are numbers. With the job's name they identify its compiled program."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, (bool, int, float))}
 
     def seed(self, seed: int) -> int:
         """The seed of the images' keys."""
@@ -75,12 +77,12 @@ class Job:
         return {"label": chosen}, mode
 
     def inputs(self, scene: Scene, requests: Requests, num_images: int) -> Inputs:
-        """Reads the files of the job.
+        """Reads the files of the job. The settings are empty for "generate", and by default the name and the numbers.
 
         Raises:
             UserError: a file cannot be read or does not fit.
         """
-        return Inputs({}, {})
+        return Inputs({}, {} if self.name == Job.name else {"name": self.name, **self.numbers})
 
     def sampler(self, sampler: Any, process: Process) -> Any:
         """The sampler, or a part of its steps.
