@@ -30,12 +30,12 @@ def test_every_curve_is_recorded():
     assert {group: set(runs) for group, runs in GROUPS.items()} == {group: set(runs) for group, runs in GOLDEN.items()}
 
 
-# CI compares a training of each kind. Variants take minutes: .ci/nightly runs them.
-VARIANTS = ("blocks", "gaussian", "interpolants", "optimizer", "autoencoders", "resident latents", "images of an autoencoder")
+# CI compares the training of the digits, of their autoencoder and in its latents; .ci/nightly compares the variants.
+IN_CI = ("recipe", "autoencoder", "latents")
 
 
 def mark(group: str) -> list:
-    return [pytest.mark.exhaustive if group in VARIANTS else pytest.mark.slow]
+    return [pytest.mark.slow if group in IN_CI else pytest.mark.exhaustive]
 
 
 @pytest.mark.parametrize("group", [pytest.param(group, marks=mark(group)) for group in GROUPS])

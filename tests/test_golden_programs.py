@@ -45,10 +45,22 @@ def test_every_program_is_recorded():
     assert set(GOLDEN["programs"]) == set(PROGRAMS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_programs(name):
+# CI compiles three networks for simulated devices, in one process, and a small one for a TPU; .ci/nightly the others.
+SIMULATED = "simulated devices"
+GROUPS = {
+    SIMULATED: ["digits, cpu:8, data=2 fsdp=2 tensor=2", "in-context flow, cpu:8, microbatches", "autoencoder, cpu:8, fsdp=4"]
+}
+GROUPS |= {name: [name] for name in PROGRAMS if name not in GROUPS[SIMULATED]}
+SLOW = (SIMULATED, "digits, v5e:2x2, data=2 tensor=2")
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else pytest.mark.exhaustive) for x in GROUPS]
+)
+def test_programs(group):
     """A refactoring that changed the program: another remat policy or sharding, a copy, a cast, a collective, a larger buffer."""
-    same_compiler(name)
-    lines = drifts(GOLDEN["programs"][name], numbers(name))
-    assert not lines, f"the programs of {name} differ from golden/programs.json:\n" + "\n".join(lines)
+    names = GROUPS[group]
+    for name in names:
+        same_compiler(name)
+    lines = [f"{name}: {line}" for name, found in numbers(names).items() for line in drifts(GOLDEN["programs"][name], found)]
+    assert not lines, "programs differ from golden/programs.json:\n" + "\n".join(lines)

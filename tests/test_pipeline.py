@@ -348,7 +348,7 @@ assert not {"dit_jax", "flax", "ml_collections", "absl"} & (set(sys.modules) - b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 def test_export_runs_with_jax_and_numpy_alone(run, tmp_path, dtype):
     """A sampler that needs the package to run, forgets its weights, or draws other images."""
     pipe = dit_jax.load(run, dtype=dtype)

@@ -286,7 +286,7 @@ def test_a_config(outcomes):
     assert result["model"]["depth"] == 1 and result["batch_size"] == 4 and result["resolution"] == 8
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scaling(monkeypatch):
     """A batch that does not grow with the devices, a mesh over others than were asked for, an efficiency upside down."""
     assert scaling.counts(8, 1) == [1, 2, 4, 8] and scaling.counts(7, 2) == [1, 2]
@@ -480,7 +480,7 @@ def test_evaluation(monkeypatch):
         features.run((4, 4), 8, 31)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_overhead():
     """A count of the checks that is that of another program, or a loop whose cost is that of the device."""
     from dit_jax.benchmark import overhead

@@ -157,9 +157,9 @@ GROUPS = {
     },
     "latents": {
         "encoded in the step": latent(),
-        "cache": cached(),
     },
-    "resident latents": {
+    "latents of a cache": {
+        "cache": cached(),
         "resident cache": cached(loader__resident=True),
     },
     "images": {
@@ -173,12 +173,12 @@ GROUPS = {
 
 def prepare(group: str, folder: Path) -> list[list]:
     """What a group's runs read, and the calls that make the rest of it."""
-    if group in ("latents", "resident latents"):
+    if group.startswith("latents"):
         train = [word for word in autoencoder() if "num_steps" not in word]
-        return [
-            ["main", *train, "--config.num_steps=30", "--workdir=autoencoder"],
-            ["encode", "--data=digits", "--codec=autoencoder", "--resolution=8", "--out=cache"],
-        ]
+        calls = [["main", *train, "--config.num_steps=30", "--workdir=autoencoder"]]
+        if group == "latents of a cache":
+            calls += [["encode", "--data=digits", "--codec=autoencoder", "--resolution=8", "--out=cache"]]
+        return calls
     if group in ("images", "images of an autoencoder"):
         rng = np.random.default_rng(0)
         for number in range(48):

@@ -158,16 +158,11 @@ SIXTEEN = [
     ((2, 2, 2, 2), True),
 ]
 FIVE = (*BLOCKS, "autoencoder")
-SLOW_SIXTEEN = (((2, 2, 2, 2), "adaln_zero"),)
 
 
 @pytest.mark.parametrize(
     "shape, zero1, block",
-    [
-        pytest.param(shape, zero1, block, marks=SLOW if (shape, block) in SLOW_SIXTEEN else pytest.mark.exhaustive)
-        for shape, zero1 in SIXTEEN
-        for block in FIVE
-    ],
+    [pytest.param(shape, zero1, block, marks=pytest.mark.exhaustive) for shape, zero1 in SIXTEEN for block in FIVE],
 )
 def test_sixteen_devices(shape, zero1, block):
     """A mesh that is only wrong beyond 8 devices."""
@@ -184,7 +179,7 @@ def test_sixteen_devices(shape, zero1, block):
     assert process.returncode == 0, process.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_width_that_fsdp_does_not_divide():
     """Kernels split along another side, or along the depth that the scan runs over, that XLA puts together wrongly."""
     compare("adaln_zero", (1, 8, 1, 1), model__width=36, model__heads=3, model__depth=8)

@@ -57,7 +57,7 @@ def test_memory_is_what_the_run_allocates(found):
     assert found["bytes_per_device"] == sizes["total"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_offloaded_moments_are_not_on_the_device(found):
     """Moments in host memory that the plan counts as the device's, or forgets; memory of another program than the run's."""
     config = tiny.config(mesh__fsdp=4, mesh__offload="optimizer_and_ema")
@@ -407,8 +407,9 @@ def test_verb(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("v4:2x2x2", "v5e:2x2")),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("v5p:2x2x2", "v6e:2x2")),
+        # tests/test_golden_programs.py compiles for a v5e in CI.
+        pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in ("v4:2x2x2", "v5e:2x2", "v5p:2x2x2", "v6e:2x2")
     ],
 )
 def test_tpu_slices(name):

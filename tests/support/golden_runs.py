@@ -35,8 +35,10 @@ print(json.dumps(results))
 """
 
 
-def run(folder: Path, calls, timeout: int = 1800) -> list[dict]:
+def run(folder: Path, calls, timeout: int = 1800, environment: dict[str, str] | None = None) -> list[dict]:
     """The JSON results of the calls [verb, *flags], run in sequence in the folder, where `configs/` is linked.
+
+    environment: variables in addition.
 
     Raises:
         AssertionError: a verb failed; with its command and its stderr.
@@ -54,6 +56,7 @@ def run(folder: Path, calls, timeout: int = 1800) -> list[dict]:
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }
+    env |= environment or {}
     calls = [[str(word) for word in call] for call in calls]
     process = subprocess.run(
         [sys.executable, "-c", FORK, json.dumps(calls)], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout

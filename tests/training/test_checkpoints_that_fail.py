@@ -41,7 +41,7 @@ runpy.run_module("dit_jax.main", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("full", ["folders", "files"])
+@pytest.mark.parametrize("full", ["folders", pytest.param("files", marks=pytest.mark.exhaustive)])
 def test_three_failed_checkpoints_end_the_run_at_once(tmp_path, full):
     """A process that lingers for 300 s after its error, while threads of Orbax wait for a folder; a good step that is lost."""
     (tmp_path / "run.py").write_text(

@@ -60,6 +60,7 @@ def test_a_process_that_hangs_ends_with_its_peer(tmp_path, how):
     assert "process 1 was heard of" in first or "process 0 was heard of" in second
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_is_killed_is_named(tmp_path):
     """A process that ends with an error of a collective, and does not say which peer died."""
     status, first, second = run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", grace=30)

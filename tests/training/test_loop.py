@@ -102,7 +102,7 @@ def test_goes_on_from_a_crash(whole, tmp_path, monkeypatch):
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_goes_on_on_another_mesh(whole, tmp_path):
     """A checkpoint that can only be restored onto the mesh that wrote it."""
     train(build.Run(tiny.config(num_steps=3, mesh__fsdp=4, mesh__tensor=2)), tmp_path / "run")
@@ -182,7 +182,7 @@ def test_a_diverged_run_goes_on_with_the_rate_that_it_advises(tmp_path, capsys):
         train(build.Run(tiny.config(**fields, optimizer__learning_rate=1e-3, optimizer__clip_norm=None)), folder)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_diverged_at_once_begins_again(tmp_path, monkeypatch):
     """A lower rate that starts from the only checkpoint, which is what diverged; a kill after that which blocks the folder."""
     fields = {"num_steps": 3, "model__depth": 1, "checkpoint__every_steps": 1, "optimizer__warmup_steps": 0}
@@ -199,7 +199,7 @@ def test_a_run_that_diverged_at_once_begins_again(tmp_path, monkeypatch):
     assert [entry["continued_from"] for entry in divergences.read(folder)] == [0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_schedule_that_goes(tmp_path):
     """A finished decay that can never be extended to a constant rate: the checkpoint is said to have another optimizer."""
     fields = {"model__depth": 1, "optimizer__warmup_steps": 0}
@@ -439,7 +439,7 @@ def test_other_random_numbers_are_refused(whole):
         jax.config.update("jax_default_prng_impl", "threefry2x32")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_after_a_restore(whole, tmp_path, monkeypatch):
     """A restore that leaves a second copy of the state alive while the first step runs, for which there is no memory."""
     shutil.copytree(whole[1], tmp_path / "run")

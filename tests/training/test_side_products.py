@@ -100,7 +100,7 @@ def test_final_samples_that_cannot_be_written(tmp_path, capsys):
     assert np.load(result["samples"])["arr_0"].shape == (8, 8, 8, 1) and result["step"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_latent_plane_is_no_reason_to_fail(tmp_path, monkeypatch, capsys):
     """A trained codec that is not scored because of a picture."""
 
@@ -130,8 +130,12 @@ BLOCKED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", BLOCKED)
+IN_CI = ("data", "restore", "preview", "scoring", "sampling")
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=pytest.mark.slow if p in IN_CI else pytest.mark.exhaustive) for p in BLOCKED]
+)
 def test_a_hang_in_any_phase_is_found(tmp_path, monkeypatch, phase):
     """A phase of a run in which the watchdog sleeps: the first batch, a restore, a preview, a score, the final samples."""
     ended, reasons = threading.Event(), []
@@ -149,6 +153,7 @@ def test_a_hang_in_any_phase_is_found(tmp_path, monkeypatch, phase):
     monkeypatch.setattr(watchdog.Watchdog, "_end", end)
     config = tiny.config(
         num_steps=2,
+        model__depth=1,
         log__watchdog_seconds=1.0,
         loader__retry_seconds=0.0,
         preview__every_steps=1,
