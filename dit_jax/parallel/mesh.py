@@ -5,7 +5,7 @@ tensor, and the tokens of activations over sequence.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,6 +136,17 @@ def place(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: one(x, shardings), tree)
     return jax.tree.map(one, tree, shardings)
+
+
+def constrain(x: jax.Array, spec: Callable[[Mapping[str, int]], PartitionSpec]) -> jax.Array:
+    """Constrains x, and its gradient, to the split that `spec` gives for the axes of the mesh, under `jax.set_mesh`.
+
+    Without a mesh and inside a `shard_map` it is the identity.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh.shape))
 
 
 def constrain_batch(x: jax.Array, tokens: bool = False) -> jax.Array:

@@ -6,6 +6,7 @@ the network's parameters of both.
 r rank of the adapters.
 """
 
+import functools
 import math
 import re
 import zlib
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.errors import UserError
-from dit_jax.parallel.rules import Rules
+from dit_jax.parallel.mesh import constrain
+from dit_jax.parallel.rules import Rules, spec_of
 
 BASE = "base"  # key of the frozen parameters in the constants of a step
 LORA = "lora"  # key of the adapters in the trained parameters
@@ -117,11 +119,14 @@ class Adaptation:
                 trained[f"{LORA}/{name}/b"] = jnp.zeros(b, jnp.float32)
         return unflatten_dict(trained, sep="/")
 
-    def merged(self, trained: Any, base: Any) -> Any:
-        """The network's parameters."""
+    def merged(self, trained: Any, base: Any, rules: Rules | None = None) -> Any:
+        """The network's parameters.
+
+        rules: how they are split over the mesh; products of adapters, and their gradients, are split alike.
+        """
         whole = {name: x for name, x in flatten_dict(trained, sep="/").items() if not name.startswith(f"{LORA}/")}
         adapters = trained.get(LORA, {})
-        return with_adapters(unflatten_dict({**flatten_dict(base, sep="/"), **whole}, sep="/"), adapters, self.lora.scale)
+        return with_adapters(unflatten_dict({**flatten_dict(base, sep="/"), **whole}, sep="/"), adapters, self.lora.scale, rules)
 
     def _is_target(self, name: str) -> bool:
         return bool(self.lora.rank) and matches(self.lora.targets, name) and not matches(self.lora.train, name)
@@ -150,8 +155,10 @@ class Adaptation:
             raise UserError("init.freeze and init.lora leave no parameter to train; freeze fewer, or give targets")
 
 
-def with_adapters(params: Any, adapters: Any, scale: float) -> Any:
+def with_adapters(params: Any, adapters: Any, scale: float, rules: Rules | None = None) -> Any:
     """The network's parameters with the products of the adapters added, in the dtype of the parameters.
+
+    rules: how the parameters are split over the mesh; None leaves that to the compiler.
 
     adapters: nested as the parameters, with {"a": [.., in, r], "b": [.., r, out]} in the place of a kernel.
     """
@@ -159,7 +166,10 @@ def with_adapters(params: Any, adapters: Any, scale: float) -> Any:
     for name in [name.removesuffix("/a") for name in pairs if name.endswith("/a")]:
         kernel = flat[name]
         product = jnp.matmul(pairs[f"{name}/a"], pairs[f"{name}/b"], precision=jax.lax.Precision.HIGHEST)
-        flat[name] = (kernel + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+        product = product.reshape(kernel.shape)
+        if rules is not None:
+            product = constrain(product, functools.partial(spec_of, name, kernel.shape, rules=rules))
+        flat[name] = (kernel + scale * product).astype(kernel.dtype)
     return unflatten_dict(flat, sep="/")
 
 

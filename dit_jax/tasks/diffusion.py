@@ -114,7 +114,8 @@ class DiffusionTask:
 
     def network_params(self, params: Any, constants: Mapping[str, Any]) -> Any:
         """The network's parameters, of trained ones (or an average of them) and the frozen ones in the constants."""
-        return self.adaptation.merged(params, constants[BASE]) if self.adaptation.active else params
+        rules = self.network.rules + self.conditioner.rules
+        return self.adaptation.merged(params, constants[BASE], rules) if self.adaptation.active else params
 
     def init_optimizer(self, params: Any) -> Any:
         return self.optimizer.init(params)
