@@ -7,6 +7,9 @@ Open the address that it prints. It is one of this machine alone; from elsewhere
 request is drawn at a time, the others wait. Nothing is written to disk. Ctrl-C or SIGTERM ends it, with exit status 0.
 """
 
+import atexit
+import os
+
 from absl import flags
 
 from dit_jax.errors import UserError
@@ -78,10 +81,9 @@ def main() -> dict:
         url = server.url_of(HOST.value, listening)
         worker.start()
         serving = server.Server(app, on_open=lambda: server.say_open(HOST.value, url, name))
-        try:
-            serving.run(sockets=[listening])
-        finally:
-            worker.stop()
+        serving.run(sockets=[listening])
+        if not worker.stop():  # Python's own end would wait for the device, or fall over a thread that is within XLA
+            atexit.register(os._exit, 0)
     return {"url": url, "images": worker.drawn_images, "step": pipe.step}
 
 

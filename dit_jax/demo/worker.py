@@ -1,7 +1,5 @@
 """The queue: one thread draws one request after the other on all devices of this process."""
 
-import atexit
-import os
 import secrets
 import threading
 import time
@@ -114,16 +112,15 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Cancels what waits, and waits STOP_SECONDS for the current drawing; the end of the process then interrupts it."""
+    def stop(self) -> bool:
+        """Cancels what waits, and waits STOP_SECONDS for the current drawing; returns whether it has ended."""
         with self._changed:
             self._is_stopping = True
             while self._queue:
                 self._queue.popleft().end(CANCELLED, "the server stops")
             self._changed.notify_all()
         self._thread.join(STOP_SECONDS)
-        if self._thread.is_alive():  # Python's own end would wait for the device, or fall over a thread within XLA
-            atexit.register(os._exit, 0)
+        return not self._thread.is_alive()
 
     def submit(self, request: Request) -> Job:
         """Puts a request at the end of the queue.

@@ -217,11 +217,16 @@ def test_hosts_and_origins(shared, host, headers, status):
 
 
 def test_requests_of_another_site(shared):
-    """Catches a request that the browser itself marks as another site's; a second Host beside the one that is checked."""
+    """Catches a request that the browser itself marks as another site's; a second Host or Origin beside the one that is
+    checked."""
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 415), ("none", 415)):
         assert shared.send("POST", "/api/jobs", b"{}", {"sec-fetch-site": site})[0] == status
     with socket.create_connection(("127.0.0.1", shared.port), 20) as raw:
         raw.sendall(b"GET /api/model HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+        assert b" 400 " in raw.makefile("rb").readline()
+    with socket.create_connection(("127.0.0.1", shared.port), 20) as raw:
+        origins = b"Origin: http://localhost\r\nOrigin: http://evil.example\r\n"
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + origins + b"Connection: close\r\n\r\n")
         assert b" 400 " in raw.makefile("rb").readline()
 
 
@@ -311,7 +316,8 @@ def test_the_queue(client, pipe):
     assert client.state(third["id"])["state"] == "done"
 
 
-def test_a_running_drawing_is_cancelled(client, pipe):
+@pytest.mark.parametrize("error", [None, RuntimeError("too late")])
+def test_a_running_drawing_is_cancelled(client, pipe, error):
     """Catches images of a drawing that its client has cancelled, and a next one that waits for nothing."""
     pipe.gate.clear()
     job = client.ask(seed=1)[1]["id"]
@@ -319,8 +325,9 @@ def test_a_running_drawing_is_cancelled(client, pipe):
     client.send("DELETE", f"/api/jobs/{job}")
     following = client.ask(seed=2)[1]
     assert client.state(job)["state"] == "cancelled" and following["ahead"] == 1
+    pipe.error = error
     pipe.gate.set()
-    assert client.finished(following["id"])["state"] == "done"
+    assert client.finished(following["id"])["state"] == ("failed" if error else "done")
     assert client.state(job)["state"] == "cancelled" and client.get(f"/api/jobs/{job}/images/0.png")[0] == 404
 
 

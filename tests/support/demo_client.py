@@ -54,6 +54,8 @@ class StandIn:
             for number in range(steps or 3):
                 callback(Evaluation(indices, number, np.full(len(chosen), 0.5), np.full((len(chosen), 4, 6, 1), number / 10)))
                 assert self.gate.wait(20)
+            if self.error is not None:
+                raise self.error
             self.calls.append(options)
             images = [
                 np.random.default_rng((options["seed"], k, label)).integers(0, 256, (4, 6, 1)) for k, label in enumerate(chosen)

@@ -144,7 +144,7 @@ function makeTiles(container, labels) {
   container.classList.toggle("pixels", Math.max(model.width, model.height) < 128);
   const tiles = labels.map((label, k) => {
     const image = element("img", { alt: `Image ${k}${className(label) && `: ${className(label)}`}`, width: model.width, height: model.height });
-    return element("figure", { className: "waiting" }, element("div", { className: "frame" }, image), element("figcaption", {}, className(label) || `${k}`));
+    return element("figure", { className: "waiting" }, element("div", { className: "frame" }, image), element("figcaption", { title: className(label) }, className(label) || `${k}`));
   });
   for (const tile of tiles) tile.firstChild.style.aspectRatio = `${model.width} / ${model.height}`;
   container.replaceChildren(...tiles);
