@@ -28,9 +28,13 @@ from dit_jax.storage.atomic import is_partial, remove_leftovers
 
 LOCK = ".lock"
 WITHOUT_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without it answer
-RENEWED_SECONDS = 5.0  # interval at which a holder without flock renews the time of its file
-SILENT_SECONDS = 30.0  # a holder on another host that renews nothing for so long is dead
-SETTLED_SECONDS = 0.5  # after which the last of several that take over one file at once keeps it
+# The times of claims without flock. A holder renews the time of its file; one on another host is dead if others, which look at
+# the file, see no renewal for several intervals: a network file system may show a change late. Of several commands that take over
+# one file at once, the last that writes it keeps it, so each looks again after the time that a write takes.
+RENEWED_SECONDS = 5.0
+SILENT_SECONDS = 6 * RENEWED_SECONDS
+LOOK_SECONDS = 1.0  # at most, between two looks
+SETTLED_SECONDS = 0.5
 MOST_TEXT = 160  # characters of a command in a message
 
 _held: set[str] = set()  # the ids of the claims of this process
@@ -269,7 +273,7 @@ def _changes(file: Path, seconds: float) -> bool:
     while time.monotonic() < end:
         if (now := state()) != first:
             return now is not None
-        time.sleep(min(seconds / 10, 1.0))
+        time.sleep(min(seconds / 10, LOOK_SECONDS))
     return False
 
 
