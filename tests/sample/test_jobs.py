@@ -195,6 +195,8 @@ def test_the_verb_path_draws_the_same_and_refuses_another_image(pipe, tmp_path):
     with np.load(tmp_path / "x.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], pipe([3, 4, 5], job=job, **FAST).images)
         assert json.loads(str(file["made_by"]))["job"] == written["job"]
+        black = np.broadcast_to((MASK < 128)[..., None], photos.shape)
+        assert levels(file["arr_0"][black], photos[black]) == 0
     assert written["evaluations"] == 3
     for other in (
         Inpaint(photos[::-1], mask=MASK, strength=0.8),
