@@ -45,10 +45,19 @@ def test_warmup_forgets_the_initial_parameters():
     np.testing.assert_allclose(*late, atol=1e-7)
 
 
+@pytest.mark.parametrize("step", [1, 2, 1_000, 3_000_001])
+def test_the_gain_late_in_a_run(step):
+    """Catches 1 - (1 - 1 / step) ** (g + 1) in float32: its rounding is 10 % of the gain at three million steps."""
+    for average in (Power(0.05), Power(0.28)):
+        wanted = -np.expm1((average.exponent + 1) * np.log1p(-1 / step)) if step > 1 else 1
+        assert float(jax.jit(average.gain)(step)) == pytest.approx(wanted, rel=1e-5)
+    assert float(jax.jit(Exponential(0.99999, warmup=True).gain)(3_000_001)) == pytest.approx(1e-5, rel=1e-5)
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.075, 0.12])
 def test_an_average_made_afterwards(sigma):
     """Factors of the wrong snapshots: EDM2's two widths, stored every eighth of the run, give the widths between them."""
-    steps = 4_000
+    steps = 4_000 if sigma == 0.05 else 24_000  # of which `combine` takes several at a time
     stored = [(Power(width), at) for width in (0.05, 0.1) for at in range(steps // 8, steps + 1, steps // 8)]
     factors, error = combine(stored, Power(sigma), steps)
     params = np.cumsum(np.random.default_rng(1).normal(size=(steps + 1, 4)), axis=0)

@@ -35,8 +35,9 @@ def recomputed(name, params):
     return value
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("muon", marks=pytest.mark.slow), pytest.param("adafactor", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_in_three_starts(name, tmp_path, capsys):
     """Catches momentum or averages that a checkpoint forgets, averages of other steps, and a decay that cannot begin late."""
     optimizer = {"name": name, "learning_rate": 0.02}
