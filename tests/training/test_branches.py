@@ -194,6 +194,17 @@ def test_the_config_of_a_branch(tmp_path):
         of_run(stored, ["optimizer.learning_rat=1"])
 
 
+def test_the_codec_of_a_branch(tmp_path):
+    """Catches a branch that cannot begin because the codec of its parent was moved, though the parent has a copy."""
+    begins = branch.opened(folder_of(tmp_path / "a"), tmp_path / "b")
+    moved = tiny.digits_latent(tmp_path / "moved")
+    assert begins.with_codec(moved).codec.path == str(tmp_path / "moved")
+    (tmp_path / "a" / "codec").mkdir()
+    assert begins.with_codec(moved).codec.path == str(tmp_path / "a" / "codec")
+    assert begins.with_codec(tiny.digits_latent(tmp_path)).codec.path == str(tmp_path)
+    assert "path" not in begins.with_codec(config()).codec
+
+
 def test_the_counts_of_a_new_optimizer_state():
     """Catches moments whose bias is corrected by the count of the schedule, after a start with another schedule."""
     counts = {"learning_rate": 1e-3, "warmup_steps": 5}

@@ -121,7 +121,7 @@ def ended_with_weights(workdir):
     files = {name: None for name in files if not name.startswith("tensorboard")}
     for file in ("branched_from.json", "rewinds.json"):
         if (workdir / file).exists():
-            files[file] = re.sub(r'"time": [^,]*', "", (workdir / file).read_text())
+            files[file] = re.sub(r'"(time|commit)": [^,]*', "", (workdir / file).read_text())
     saved = {path.name: read_record(epath.Path(path))[1] for path in (workdir / "checkpoints").iterdir()}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return files | {"saved": saved, "loss": {line["step"]: line["loss"] for line in lines if "loss" in line}}
