@@ -45,11 +45,9 @@ def test_every_program_is_recorded():
     assert set(GOLDEN["programs"]) == set(PROGRAMS)
 
 
-# CI compiles three networks for simulated devices, in one process, and a small one for a TPU; .ci/nightly the others.
+# CI compiles two networks for simulated devices, in one process, and a small one for a TPU; .ci/nightly the others.
 SIMULATED = "simulated devices"
-GROUPS = {
-    SIMULATED: ["digits, cpu:8, data=2 fsdp=2 tensor=2", "in-context flow, cpu:8, microbatches", "autoencoder, cpu:8, fsdp=4"]
-}
+GROUPS = {SIMULATED: ["digits, cpu:8, data=2 fsdp=2 tensor=2", "autoencoder, cpu:8, fsdp=4"]}
 GROUPS |= {name: [name] for name in PROGRAMS if name not in GROUPS[SIMULATED]}
 SLOW = (SIMULATED, "digits, v5e:2x2, data=2 tensor=2")
 
