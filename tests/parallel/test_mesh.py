@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dit_jax.errors import UserError
+from dit_jax.parallel import rules
 from dit_jax.parallel.mesh import arrange, make_mesh, reader_place
 
 
@@ -102,3 +103,12 @@ def test_bad_mesh(fields, text):
     """An axis that is dropped, or leaves devices idle."""
     with pytest.raises(UserError, match=text):
         make_mesh(**fields)
+
+
+def test_the_sums_of_adafactor_are_whole():
+    """Catches a spec of the parameter on an array of one dimension less, and a parameter named v that is taken for a sum."""
+    table = ((r"(in|v)/kernel", ("fsdp", "tensor")),)
+    assert rules.rule_of("opt_state/0/v_row/blocks/in/kernel", (2, 32), table) == ()
+    assert rules.rule_of("opt_state/0/v/blocks/in/kernel", (1,), table) == ()
+    assert rules.rule_of("opt_state/0/v/blocks/in/kernel", (2, 32, 8), table) == ("fsdp", "tensor")
+    assert rules.rule_of("v/kernel", (8, 8), table) == ("fsdp", "tensor")
