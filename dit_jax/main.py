@@ -21,7 +21,6 @@ from absl import flags
 from dit_jax import config_file
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
-from dit_jax.storage.run_folder import default_workdir
 
 command_line.group("The run")
 CONFIG = config_file.define_flags(
@@ -115,6 +114,8 @@ def main() -> dict:
 
     if WORKDIR.value is not None:
         return train(config, WORKDIR.value, restart=RESTART.value, rewind=REWIND.value)
+    from dit_jax.storage.run_folder import default_workdir
+
     workdir = default_workdir(CONFIG.file.value, jax.process_count())
     console.say(f"--workdir={workdir}")
     return train(config, workdir, restart=RESTART.value, rewind=REWIND.value)

@@ -81,6 +81,7 @@ def read(path: str | os.PathLike) -> Weights:
         raise UserError(f"{what} has no {' and no '.join(missing)}; {remedy}")
     stored = json_object(metadata["config"], what, remedy)
     sections = upgrade_stored({"task": {"name": "diffusion"}, **stored}, what, remedy)
+    sections = {name: section for name, section in sections.items() if name in SECTIONS or name in stored}
     if "task" not in stored:  # files of dit_jax 0.1.0
         del sections["task"]
     origin = json_object(metadata["origin"], what, remedy)

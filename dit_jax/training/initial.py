@@ -84,15 +84,16 @@ class Initial:
     Args:
         run: the run of the config, whose section `init` names weights.
         workdir: folder of the run, which has the frozen parameters if the run was begun.
+        parent: folder of the run whose checkpoint a branch begins from: it has what the branch keeps.
 
     Raises:
         UserError: the weights do not exist, or do not fit the network: lists every difference.
     """
 
-    def __init__(self, run: Run, workdir: Path):
-        self._section, self._workdir = run.config.init, workdir
+    def __init__(self, run: Run, workdir: Path, parent: Path | None = None):
+        self._section, self._workdir, self._parent = run.config.init, workdir, parent
         self.run = run
-        if not steps_in(workdir / "checkpoints"):
+        if parent is None and not steps_in(workdir / "checkpoints"):
             self.params  # before any work
         if run.adaptation.active:
             self.run = run.with_base(self._base())
@@ -101,7 +102,7 @@ class Initial:
         adaptation = self.run.adaptation
         if "params" in vars(self):
             return adaptation.base(self.params)
-        return base_file.read(self._workdir, adaptation.base(self._shapes))
+        return base_file.read(self._parent or self._workdir, adaptation.base(self._shapes))
 
     @cached_property
     def _shapes(self) -> Any:
@@ -185,9 +186,11 @@ class Initial:
         Raises:
             UserError: an earlier start of the run, which saved no checkpoint, read other weights.
         """
-        if "params" not in vars(self):  # resumed
-            return
         file = self._workdir / INIT
+        if self._parent is not None:
+            self.record = read_json(self._parent / INIT, form={"sha256": str})
+        elif "params" not in vars(self):  # resumed
+            return
         if file.exists() and (before := read_json(file, form={"sha256": str})["sha256"]) != self.record["sha256"]:
             raise UserError(
                 f"{self._section.weights} has changed since this run began (SHA-256 {self.record['sha256'][:12]}, was "

@@ -67,7 +67,7 @@ def train(
     clock, workdir, num_steps = StepClock(), local_path(workdir).absolute(), run.config.num_steps
     run.task  # raises errors of the config before weights and data are read
     check_dtypes(run.config)
-    run = settled(run.with_codec_weights(workdir), workdir)
+    run = settled(run.with_codec_weights(workdir), (begin or Begin()).parent or workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack, claimed or stack, begin or Begin())
         with phases.phase("restore"):

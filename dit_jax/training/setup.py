@@ -86,6 +86,11 @@ class Begin:
     branch: Branch | None = None
     rewind: int | None = None
 
+    @property
+    def parent(self) -> Path | None:
+        """The folder of the run whose checkpoint this start reads; None if it reads that of its own folder."""
+        return self.branch.run if self.branch is not None and not self.branch.begun else None
+
 
 class Training:
     """The objects of the loop. The constructor opens the folder; `restore_or_create` and `start` make the rest, in this order.
@@ -109,7 +114,7 @@ class Training:
     ):
         config, first = run.config, hosts.is_first()
         settings = plain(config)
-        self.initial = Initial(run, workdir) if starts_from_weights(run) else None
+        self.initial = Initial(run, workdir, begin.parent) if starts_from_weights(run) else None
         run = self.initial.run if self.initial else run
         self.run, self.clock, self.stack = run, clock, stack
         self.started: Start | None = None

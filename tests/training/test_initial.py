@@ -172,6 +172,10 @@ def test_a_run_from_weights(photos, official, tmp_path, kind):
     again = np.asarray(pipe(labels=[0, 2, 1], seed=3))
     formats.write(formats.read(formats.Source("workdir", tmp_path / "run")), "dit_jax", tmp_path / "out.safetensors")
     np.testing.assert_array_equal(flat(trained_params(tmp_path / "out.safetensors"))[TABLE].shape, (4, 32))
+    if kind == "freeze":  # a branch takes its frozen parameters from the other run
+        dit_jax.train(c, tmp_path / "branch", from_=tmp_path / "run", step=2)
+        for name, x in flat(dit_jax.load(tmp_path / "branch", average="none")._parameters[0]).items():
+            np.testing.assert_array_equal(x, params[name])
     if kind == "lora":
         written = formats.write_adapter(formats.Source("workdir", tmp_path / "run"), tmp_path / "adapter", "diffusers")
         assert written["parameters"] < 0.3 * sum(x.size for x in params.values())
