@@ -445,22 +445,34 @@ def test_processes_do_not_matter(tmp_path):
     """Chunks read twice or not at all, sums rounded on their way between processes, features in another order; a score that is
     printed twice."""
     rng = np.random.default_rng(0)
-    for name, count in (("x", 3_333), ("y", 2_500)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, 256, (count, 4, 4, 3), np.uint8))
-    x, y = str(tmp_path / "x.npz"), str(tmp_path / "y.npz")
-    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=2", f"--logs={tmp_path}", "--"]
-    command += [sys.executable, "-m", "dit_jax.evaluate", f"--samples={x}", "--batch_size=7", f"--reference={y}"]
-    command += ["--replicates=50", "--kid_subset_size=200"]
-    process = subprocess.run(command, cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    printed = [line for line in process.stdout.splitlines() if line.startswith("{")]  # Gloo writes to stdout too
-    assert len(printed) == 1 and "{" not in "".join(line[:1] for line in (tmp_path / "process_1.log").read_text().splitlines())
-    two, one = json.loads(printed[0]), scores.evaluate(x, y, "pixels", None, scores.Options(None, 200, 50, batch_size=64))
+    np.savez(tmp_path / "x.npz", arr_0=rng.integers(0, 256, (3_333, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "y.npz", arr_0=rng.integers(0, 256, (2_500, 4, 4, 3), np.uint8))
+    found = []
+    for processes, batch in ((1, 64), (2, 7)):
+        command = [
+            sys.executable,
+            "launch/local.py",
+            f"--processes={processes}",
+            "--devices=2",
+            f"--logs={tmp_path}",
+            "--",
+            sys.executable,
+            "-m",
+            "dit_jax.evaluate",
+            f"--samples={tmp_path / 'x.npz'}",
+            f"--batch_size={batch}",
+            f"--reference={tmp_path / 'y.npz'}",
+            f"--out={tmp_path / str(processes)}.json",
+        ]
+        process = subprocess.run(command, cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        assert sum(line.startswith("{") for line in process.stdout.splitlines()) == 1  # Gloo writes to stdout too
+        found.append(json.loads(process.stdout.splitlines()[-1]))
     for name in ("samples_sha256", "reference_sha256", "num_samples", "precision", "recall"):
-        assert one[name] == two[name]
+        assert found[0][name] == found[1][name]
     for name in ("fid", "kid"):
-        assert one[name] == pytest.approx(two[name], rel=1e-6)
-    assert one["fid_interval"] == pytest.approx(two["fid_interval"], rel=1e-6)
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-6)
+    assert found[0]["fid_interval"] == pytest.approx(found[1]["fid_interval"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
