@@ -3,6 +3,7 @@
 B batch, H x W x C images, h x w x c latents.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,7 +237,8 @@ class DiffusionTask:
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
         averages = updated(self.averages, state.averages, params, state.step + 1)
         finite &= is_finite_update(self.optimizer, params, (ema_params, averages))
-        new = TrainState(state.step + 1, params, ema_params, opt_state, averages)
+        fields: dict[str, Any] = {"step": state.step + 1, "params": params, "ema_params": ema_params, "opt_state": opt_state}
+        new = dataclasses.replace(state, **fields | ({"averages": averages} if averages else {}))
         sums = step_sums(losses, {"grad_norm": grad_norm}, finite) | self.loss_by_time(losses["loss"], inputs["t"], finite)
         return only_if(finite, new, state), sums
 

@@ -1,6 +1,7 @@
 """The training state, and its creation on a mesh, already sharded."""
 
 import re
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,24 +34,34 @@ class TrainState:
         params: of the network, in `param_dtype`.
         ema_params: float32 exponential moving average of params; starts at params.
         opt_state: optax state.
-        averages: further float32 moving averages by `averages.key`.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
-    averages: Any = flax.struct.field(default_factory=dict)
+
+    averages = types.MappingProxyType({})  # no field: checkpoints of runs without further averages have no entry for them
+
+
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """A state with further moving averages.
+
+    Fields:
+        averages: float32 moving averages by `averages.key`.
+    """
+
+    averages: Any = flax.struct.field()
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, averages: Iterable[Average] = ()) -> TrainState:
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema_params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
-        opt_state=optimizer.init(params),
-        averages={key(average): jax.tree.map(lambda x: x.astype(jnp.float32), params) for average in averages},
-    )
+    def copy():
+        return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+    step, further = jnp.zeros((), jnp.int32), {key(average): copy() for average in averages}
+    fields = {"step": step, "params": params, "ema_params": copy(), "opt_state": optimizer.init(params)}
+    return AveragedState(**fields, averages=further) if further else TrainState(**fields)
 
 
 def check_offload(offload: str) -> None:
@@ -76,7 +87,7 @@ def abstract_state(task: Any, mesh: Mesh) -> TrainState:
     if task.zero1:
         shardings = shardings.replace(params=rules.whole_over_fsdp(shardings.params))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return state.replace(**{part: in_host_memory(getattr(state, part)) for part in OFFLOADS[task.offload]})
+    return state.replace(**{part: in_host_memory(getattr(state, part)) for part in OFFLOADS[task.offload] if part in vars(state)})
 
 
 def in_host_memory(tree: Any) -> Any:

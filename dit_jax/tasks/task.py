@@ -3,6 +3,7 @@
 B is the global batch size.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -187,7 +188,7 @@ def is_finite_update(optimizer: optax.GradientTransformation, params: Any, avera
 
 def only_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """The new state if `finite`, else the old state with the new step count."""
-    unchanged = TrainState(new.step, old.params, old.ema_params, old.opt_state, old.averages)
+    unchanged = dataclasses.replace(old, step=new.step)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
 
 
