@@ -137,7 +137,8 @@ class Branch:
         averages = tree.get("averages", {}) | _begun(
             tree["params"], {name: average for name, average in wanted.averages.items() if name not in kept}
         )
-        return TrainState(tree["step"], tree["params"], tree["ema_params"], opt_state, averages)
+        parts = {"step": tree["step"], "params": tree["params"], "ema_params": tree["ema_params"], "opt_state": opt_state}
+        return wanted.replace(**parts, **({"averages": averages} if wanted.averages else {}))
 
     def note(self, workdir: Path, config: Any) -> None:
         """Records the branch in its folder, on the first process."""
