@@ -1,5 +1,6 @@
 """A branch: a new run that begins from a checkpoint of another one, with other hyper-parameters."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -138,7 +139,7 @@ class Branch:
             tree["params"], {name: average for name, average in wanted.averages.items() if name not in kept}
         )
         parts = {"step": tree["step"], "params": tree["params"], "ema_params": tree["ema_params"], "opt_state": opt_state}
-        return wanted.replace(**parts, **({"averages": averages} if wanted.averages else {}))
+        return dataclasses.replace(wanted, **parts, **({"averages": averages} if wanted.averages else {}))
 
     def note(self, workdir: Path, config: Any) -> None:
         """Records the branch in its folder, on the first process."""
