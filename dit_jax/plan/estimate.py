@@ -111,7 +111,7 @@ def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
     state = arguments["state"]
     parts = {
         "parameters": state.params,
-        "moving_average": (state.ema_params, state.averages),
+        "moving_average": (state.ema_params, dict(state.averages)),
         "optimizer": (state.opt_state, state.step),
         "frozen": arguments["constants"],
         "batch": (arguments["batch"], arguments["sums"]),
