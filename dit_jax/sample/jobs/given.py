@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.size import size_text
-from dit_jax.data.transforms import center_crop, decode
 from dit_jax.errors import UserError
 from dit_jax.storage.bounded import array_header, read_npz
 from dit_jax.storage.paths import local_path
@@ -32,6 +31,8 @@ def read_images(given: Given, shape: tuple[int, ...], resize: bool, name: str = 
     Raises:
         UserError: nothing is given, it cannot be read, or it has another size and `resize` is False.
     """
+    from dit_jax.data.transforms import center_crop, decode  # needs grain, which the benchmark of a bare machine lacks
+
     if len(shape) != 3:
         raise UserError(f"{name}: the network draws clips ({' x '.join(map(str, shape))}), and this job takes images only")
     if given is None:
