@@ -139,7 +139,7 @@ MESHES = [
         ),
         pytest.param((2, 2, 2, 1), "cross_attention", True, marks=SLOW),
         *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
-        pytest.param((2, 2, 2, 1), "autoencoder", True, marks=SLOW),
+        pytest.param((2, 2, 2, 1), "autoencoder", True, marks=pytest.mark.exhaustive),
         pytest.param((1, 8, 1, 1), "autoencoder", False, marks=pytest.mark.exhaustive),
     ],
 )

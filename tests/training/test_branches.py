@@ -283,7 +283,7 @@ def test_arguments_that_do_not_fit(tmp_path):
             dit_jax.train(None if "None" in text else config(), tmp_path / "b", **arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_branch_that_diverges_at_once(tmp_path):
     """Catches a branch that begins at step 0 with random numbers when it goes on with another rate."""
     source = tmp_path / "a"
