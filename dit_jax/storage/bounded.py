@@ -58,6 +58,25 @@ def json_object(text: str | bytes, what: str, remedy: str = "", form: Mapping[st
     return value
 
 
+def read_records(path: Path, form: list[Any], remedy: str) -> list[Any]:
+    """Reads a JSON list; [] if the file does not exist.
+
+    Args:
+        form: what the entries must hold, see `check_form`.
+        remedy: the end of the error message.
+
+    Raises:
+        UserError: it is no JSON, or not of this form.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    records = parsed(content, str(path), remedy)
+    check_form(records, form, str(path), remedy)
+    return records
+
+
 def read_json(path: Path, remedy: str = "", form: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Reads a JSON object from a file.
 

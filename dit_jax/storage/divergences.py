@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.storage.atomic import write_json
-from dit_jax.storage.bounded import check_form, parsed
+from dit_jax.storage.bounded import read_records
 
 FILE = "divergences.json"
 FIELDS = (
@@ -28,14 +28,7 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read.
     """
-    file, remedy = workdir / FILE, "remove it to resume the run with its own settings"
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        return []
-    records = parsed(content, str(file), remedy)
-    check_form(records, FORM, str(file), remedy)
-    return records
+    return read_records(workdir / FILE, FORM, "remove it to resume the run with its own settings")
 
 
 def unsolved(workdir: Path) -> dict[str, Any] | None:

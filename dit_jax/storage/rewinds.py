@@ -17,7 +17,7 @@ from dit_jax.errors import UserError
 from dit_jax.parallel import hosts
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import remove_leftovers, write_atomic, write_json
-from dit_jax.storage.bounded import check_form, parsed, read_json
+from dit_jax.storage.bounded import read_json, read_records
 
 FILE = "rewinds.json"
 FORM = [{"to": int, "newest": int, "changed": {}, "done": bool}]
@@ -32,14 +32,7 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read.
     """
-    file, remedy = workdir / FILE, "remove it to resume the run from its newest checkpoint"
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        return []
-    records = parsed(content, str(file), remedy)
-    check_form(records, FORM, str(file), remedy)
-    return records
+    return read_records(workdir / FILE, FORM, "remove it to resume the run from its newest checkpoint")
 
 
 def decided(workdir: Path, to: int | None, same_config: bool, steps: Sequence[int]) -> int | None:

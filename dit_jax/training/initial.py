@@ -149,7 +149,8 @@ class Initial:
             for to, start in {**kept, classes: len(rows) - 1}.items():
                 new[to] = rows[start]
         self.record["classes_kept"], self.record["classes"] = len(kept), classes
-        say(f"labels     {len(kept)} of {classes} classes keep their row of {self._section.weights}; the others are random")
+        others = "; the others are random" if len(kept) < classes else ""
+        say(f"labels     {len(kept)} of {classes} classes keep their row of {self._section.weights}{others}")
         return new
 
     def _names_of_weights(self, classes: int) -> tuple[str, ...]:
@@ -172,10 +173,11 @@ class Initial:
         return np.array(init(jax.random.key(self.run.config.seed)))
 
     def state(self) -> TrainState:
-        """The state at the start of training, on the mesh."""
+        """The state at the start of training, on the mesh; the parameters on the host are let go."""
         run = self.run
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run.whole().task, run.mesh).params)
         params = place(self.params, shardings)
+        del self.params
         out = jax.tree.map(lambda x: x.sharding, run.abstract_state)
         key = jax.random.key(run.config.seed)
         return jax.jit(lambda params: jax.tree.map(jnp.copy, run.task.state_of(params, key)), out_shardings=out)(params)

@@ -91,6 +91,20 @@ def test_rows_of_the_label_table(photos, official, tmp_path, named):
     assert initial.record["classes_kept"] == (2 if named else 0) and len(initial.record["sha256"]) == 64
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "dit_jax"])
+def test_other_kinds_of_weights(photos, official, tmp_path, layout):
+    """Catches a kind of weights that `init.weights` promises and that another config, or another place of the heads, breaks."""
+    c = config(photos, model__num_classes=len(NAMES))
+    out = tmp_path / {"diffusers": "folder", "dit_jax": "dit.safetensors"}[layout]
+    opened = trained.read(official[0], weights_file.sections_of(c.to_dict())).weights
+    formats.write(opened._replace(origin={"from": "a test", "class_names": list(NAMES)}), layout, out)
+    initial = Initial(Run(config(photos, out)), tmp_path / "run")
+    for name, x in flat(initial.params).items():
+        if name != TABLE:
+            np.testing.assert_array_equal(x, official[1][name])
+    assert initial.record["classes_kept"] == {"diffusers": 0, "dit_jax": 2}[layout]  # our files have the names
+
+
 def test_kept_rows():
     """Catches an equal number of classes without names that loses its rows."""
     assert kept_rows(("a", "b"), ("b", "c"), 2, 2) == {0: 1}
