@@ -1,7 +1,7 @@
 """Builds objects from a config.
 
-A new model, process, codec, data source or optimizer of the package is a file and one `register` line here. User code calls
-`dit_jax.register`. Samplers are registered in `diffusion.samplers`.
+A new process, codec, data source or optimizer of the package is a file and one `register` line here. User code calls
+`dit_jax.register`. Samplers are registered in `diffusion.samplers`, networks in `models.registered`.
 """
 
 import copy
@@ -20,7 +20,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-import dit_jax.diffusion.samplers  # noqa: F401 - registers the samplers
+import dit_jax.diffusion.samplers
+import dit_jax.models.registered  # noqa: F401 - registers the networks
 from dit_jax import registry
 from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
@@ -40,7 +41,6 @@ from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, vae
-from dit_jax.models.dit import DiT
 from dit_jax.models.network import Network, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
@@ -58,7 +58,6 @@ from dit_jax.tasks.state import TrainState, abstract_state
 
 register("task", "diffusion", DiffusionTask)
 register("task", "autoencoder", AutoencoderTask)
-register("model", "dit", DiT)
 register("process", "gaussian", Gaussian)
 register("process", "flow", Flow)
 register("codec", "pixels", Pixels)
