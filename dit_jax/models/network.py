@@ -23,20 +23,13 @@ class Network(Protocol):
     A network that takes the entries "second_label" and "second_share" of a condition (`encoders.labels.Labels`) says so by
     `mixes_labels = True`.
 
-<<<<<<< HEAD
     A network that can be trained with Muon or with adapters (LoRA) also has `matrices`, {pattern of paths: kinds of the trailing
     axes}: "i" for inputs, "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is
     "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
     the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
-    weights. A network may have a function `family(fields)` of its section of a config, which names models that belong together in
-    the figures of a sweep; without it, all networks of a name do.
-=======
-    A network that can be trained with Muon also has `matrices`, {pattern of paths: kinds of the trailing axes}: "i" for inputs,
-    "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is "isoo". Axes before
-    those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`, the path of its table
-    [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its weights. A network with
-    labels but without the null label says so by `has_null_label = False`: it has no classifier-free guidance.
->>>>>>> l-unet
+    weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
+    guidance. A network may have a function `family(fields)` of its section of a config, which names models that belong together
+    in the figures of a sweep; without it, all networks of a name do.
     """
 
     @property
@@ -133,7 +126,6 @@ def for_platform(network: Network, platform: str) -> Network:
     return network if method is None else method(platform)
 
 
-<<<<<<< HEAD
 def remat_policies(network: Network) -> tuple[str, ...]:
     """See `Planned`; () if the network has no such choice."""
     return tuple(getattr(network, "remat_policies", ()))
@@ -155,15 +147,12 @@ def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 
-def check_labels(label: Any, batch: int, num_classes: int) -> None:
-=======
 def has_null_label(network: Network) -> bool:
     """See `Network`; True if the network does not say."""
     return bool(getattr(network, "has_null_label", True))
 
 
 def check_labels(label: Any, batch: int, num_classes: int, null: bool = True) -> None:
->>>>>>> l-unet
     """Raises a UserError unless labels are whole numbers [batch] from 0 to num_classes (the null label).
 
     The values of traced labels are not known.
