@@ -9,6 +9,8 @@ The others are read by the training loop: seed, num_steps, batch_size (global), 
 profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
 
+from collections.abc import Callable
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -467,3 +469,7 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     c.data = latents()
     c.loader = loader("latents")
     return c
+
+
+# The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
+PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {}
