@@ -7,20 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-import dit_jax.models.registered  # noqa: F401 - registers the networks
-from dit_jax import registry
 from dit_jax.models.published import Published
+from dit_jax.models.registered import networks
 from dit_jax.tasks.state import count_parameters
 
 CONSTANT = "/constant"  # ending of the paths of parameters that are never trained, such as random Fourier frequencies
-
-
-def networks() -> Iterator[tuple[str, Any, Published]]:
-    """(name, class, what is published) of every published network of the registered classes."""
-    for name in registry.names("model"):
-        constructor = registry.get("model", name)
-        for key, published in getattr(constructor, "published", {}).items():
-            yield key, constructor, published
 
 
 def counts(constructor: Any, published: Published) -> dict:
