@@ -202,7 +202,7 @@ class Run:
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
         if hasattr(network, "check_times"):
-            ends = np.asarray(self.process.network_time(np.float32([max(self.process.min_time, 1e-5), 1.0])))
+            ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
             network.check_times(float(ends.min()), float(ends.max()))
         return network if self.platform is None else for_platform(network, self.platform)
 

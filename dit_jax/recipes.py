@@ -10,14 +10,16 @@ profile, preview, evaluation (of the final samples), scoring (of cheaper ones wh
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import ml_collections
 from ml_collections import config_dict
 
+from dit_jax import registry
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-from dit_jax.models import sizes
+from dit_jax.models import hourglass, sizes
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
@@ -492,5 +494,38 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     return c
 
 
+def hdit(size: str = "L", resolution: int = 256) -> ml_collections.ConfigDict:
+    """HDiT on the pixels of ImageNet, with the EDM process (Crowson et al. 2024).
+
+    Times are an interpolated cosine, the loss has the weight soft-min-SNR, and parameters have the rates and decays of
+    k-diffusion's groups.
+
+    Args:
+        size: "S", "M" or "L".
+        resolution: a multiple of 16; 256 in the paper.
+
+    Raises:
+        UserError: no such size.
+    """
+    sizes = {name.removeprefix("HDiT-").removesuffix("@256"): published for name, published in hourglass.PUBLISHED.items()}
+    if size not in sizes:
+        raise UserError(f"size {size!r} does not exist; choose one of {', '.join(sizes)}")
+    c = diffusion()
+    fields = {key: value for key, value in sizes[size].fields.items() if key != "out_channels"}
+    c.model = {"name": "hourglass", **registry.defaults("model", "hourglass"), **fields, "dtype": "bfloat16"}
+    c.process = edm() | {"sigma_min": 0.01, "sigma_max": 160.0, "loss_weight": "soft_min_snr"}
+    c.process.update({"time_distribution": "interpolated_cosine", "image_side": resolution})
+    c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 1.0}  # sigma_data is the deviation of [-1, 1]
+    c.data = imagenet()
+    c.transform = image_transform(resolution, 3, flip=True)
+    c.sampler = default_sampler("dpmpp_3m_sde") | {"num_steps": 50}
+    c.optimizer.update({"learning_rate": 5e-4, "b1": 0.9, "b2": 0.95, "weight_decay": 1e-2})
+    c.optimizer.groups = hourglass.GROUPS
+    c.ema_warmup = True
+    return c
+
+
 # The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
-PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {}
+PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+    **{f"HDiT-{size}@256": partial(hdit, size) for size in "SML"},
+}

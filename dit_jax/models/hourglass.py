@@ -260,8 +260,8 @@ class Kind(NamedTuple):
         if self.name == "shifted_window":
             return window_attention(q, k, v, self.size, shift)
         b, h, w, heads, width = q.shape
-        flat = (x.reshape(b, h * w, heads, width) for x in (q, k, v))
-        return dot_product_attention(*flat, self.kernel, scale=1.0).reshape(q.shape)
+        q, k, v = (x.reshape(b, h * w, heads, width) for x in (q, k, v))
+        return dot_product_attention(q, k, v, self.kernel, scale=1.0).reshape(b, h, w, heads, width)
 
     def keys(self, tokens: int) -> int:
         """Keys of a query."""
