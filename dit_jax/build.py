@@ -26,11 +26,13 @@ from dit_jax import registry
 from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
+from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import TFDS, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
+from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
@@ -60,8 +62,10 @@ register("task", "diffusion", DiffusionTask)
 register("task", "autoencoder", AutoencoderTask)
 register("process", "gaussian", Gaussian)
 register("process", "flow", Flow)
+register("process", "edm", EDM)
 register("codec", "pixels", Pixels)
 register("codec", "kl_vae", KLVAE)
+register("codec", "vq_vae", VQVAE)
 register("data", "digits", Digits)
 register("data", "folder", ImageFolder)
 register("data", "tfds", TFDS)
@@ -115,6 +119,12 @@ TRAINING_ONLY = (
     "time_distribution",
     "logit_mean",
     "logit_std",
+    "log_sigma_mean",
+    "log_sigma_std",
+    "image_side",
+    "low_side",
+    "high_side",
+    "loss_weight",
 )  # fields of a process that do not change samples
 
 
@@ -553,10 +563,11 @@ class Run:
                 f"forecast.interval is {forecast.interval}, and guidance acts on an interval of t; the forecast needs the "
                 "unconditional output at every t. Set guidance.low = 0 and high = 1, or interval 1"
             )
-        if not hasattr(self.network, "run_blocks"):
+        missing = [name for name in ("embed", "run_blocks", "head") if not callable(getattr(self.network, name, None))]
+        if missing:
             raise UserError(
-                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no method run_blocks; set it "
-                "to 1"
+                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no method {missing[0]}: a "
+                "forecast needs a network in three parts (embed, run_blocks, head); set it to 1"
             )
         return forecast
 
@@ -581,9 +592,14 @@ def _discriminator(run: Run) -> PatchDiscriminator | None:
     """The discriminator of an autoencoder's loss; None if its weight is 0.
 
     Raises:
-        UserError: the codec has no parameters to train.
+        UserError: the codec has no parameters to train, or is one that is not trained here.
     """
     section = run.config.task
+    if isinstance(run.codec, VQVAE):
+        raise UserError(
+            "codec.name is 'vq_vae', which is used with trained weights and not trained: its loss would need the codebook's "
+            "terms. Choose kl_vae to train an autoencoder"
+        )
     if not isinstance(run.codec, KLVAE):
         raise UserError(
             f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae"

@@ -9,6 +9,8 @@ The others are read by the training loop: seed, num_steps, batch_size (global), 
 profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
 
+from collections.abc import Callable
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -176,6 +178,24 @@ def flow() -> dict:
     }
 
 
+def edm() -> dict:
+    """EDM's process for images in [-1, 1]: log-normal noise levels, and the loss weight of the paper."""
+    return {
+        "name": "edm",
+        "sigma_data": 0.5,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+        "time_distribution": "log_normal",
+        "log_sigma_mean": -1.2,
+        "log_sigma_std": 1.2,
+        "image_side": config_dict.placeholder(int),
+        "low_side": 32,
+        "high_side": config_dict.placeholder(int),
+        "loss_weight": "edm",
+    }
+
+
 def image_transform(resolution: int, channels: int, flip: bool) -> dict:
     """Square centre crops; `size` (height, width) overrides the resolution if it is set."""
     return {
@@ -188,7 +208,10 @@ def image_transform(resolution: int, channels: int, flip: bool) -> dict:
     }
 
 
-PROCESSES = {"gaussian": gaussian, "flow": flow}
+PROCESSES = {"gaussian": gaussian, "flow": flow, "edm": edm}
+# The digits' codec gives them unit variance, which is twice the deviation that EDM's defaults are for.
+DIGITS_PROCESS: dict[str, dict] = {"gaussian": {"prediction": "v"}, "edm": {"sigma_data": 1.0, "log_sigma_mean": -0.5}}
+DIGITS_SAMPLER = {"gaussian": "dpmpp", "flow": "heun", "edm": "heun"}
 
 
 def imagenet() -> dict:
@@ -212,7 +235,7 @@ def section(kind: str, name: str) -> dict:
         return PROCESSES[name]()
     if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
         return {"path": ""}
-    if (kind, name) == ("codec", "kl_vae"):  # scale and shift are read with the weights
+    if kind == "codec" and name in ("kl_vae", "vq_vae"):  # scale and shift are read with the weights
         return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
     return {}
 
@@ -322,12 +345,12 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c = diffusion()
     c.num_steps, c.batch_size, c.ema_decay = 1_000, 128, 0.99
     c.model = {**model("S/4"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
-    c.process = PROCESSES[process]() | ({"prediction": "v"} if process == "gaussian" else {})
+    c.process = PROCESSES[process]() | DIGITS_PROCESS.get(process, {})
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
-    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "dpmpp"))
+    c.sampler = default_sampler(sampler or DIGITS_SAMPLER[process])
     c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "clip_norm": 1.0})
     decay_to_the_end(c)
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
@@ -467,3 +490,7 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     c.data = latents()
     c.loader = loader("latents")
     return c
+
+
+# The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
+PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {}

@@ -10,14 +10,15 @@ import jax
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
 
-# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. Convolutions are not
-# split over tensor: split over fsdp and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
+# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. None is split over
+# tensor: split over fsdp and tensor, XLA gave wrong gradients on the mesh (2, 2, 2), for convolutions and, with one image per
+# device, for the linear layers of the attention (jax 0.10.2, CPU).
 AUTOENCODER_RULES: Rules = (
     (
         r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
         (None, None, "fsdp", None),
     ),
-    (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
+    (r"(query|key|value|out)/kernel", ("fsdp", None)),
     (r"\w+/(bias|scale)", ()),
 )
 
@@ -42,6 +43,10 @@ class Codec(Protocol):
     @property
     def latent_channels(self) -> int: ...
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of what `encode` returns: 2c of a posterior (mean, log-variance), c of a codec without one."""
+
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the latents of an example of this shape.
 
@@ -60,10 +65,10 @@ class Codec(Protocol):
         """Random parameters."""
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """Images f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or other input of sample_latent."""
+        """Images f32[B, H, W, C] in [-1, 1] -> f32[B, h, w, moment_channels], the input of sample_latent."""
 
     def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Moments -> one posterior sample f32[B, h, w, c], scaled to approximately unit variance."""
+        """Moments -> latents f32[B, h, w, c], one sample of a posterior, scaled to approximately unit variance."""
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Scaled latents -> images f32[B, H, W, C], approximately in [-1, 1]."""
@@ -73,3 +78,9 @@ def check_channels(codec: Codec, shape: tuple[int, ...]) -> None:
     """Raises UserError if examples have another number of channels than the codec."""
     if shape[-1] != codec.image_channels:
         raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {codec.image_channels} must be equal")
+
+
+def moments_shape(codec: Codec, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(h, w, moment_channels) of one example with latents (h, w, c); a codec without `moment_channels` has 2c."""
+    *grid, channels = latent_shape
+    return *grid, getattr(codec, "moment_channels", 2 * channels)

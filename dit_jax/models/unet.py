@@ -426,6 +426,8 @@ PUBLISHED = {
             Fid(7.49, "after ADM@64, no guidance", _ADM_PAPER),
             Fid(3.94, "after ADM@64 with classifier guidance", _ADM_PAPER),
         ),
+        after="ADM@64",
+        cond_shapes={"label": (), LOW_RES: (64, 64, 3)},
     ),
     "ADM-U@512": Published(
         {
@@ -440,6 +442,8 @@ PUBLISHED = {
             Fid(9.96, "after ADM@128, no guidance", _ADM_PAPER),
             Fid(3.85, "after ADM@128 with classifier guidance", _ADM_PAPER),
         ),
+        after="ADM@128",
+        cond_shapes={"label": (), LOW_RES: (128, 128, 3)},
     ),
     "LDM-4@256": Published(
         {

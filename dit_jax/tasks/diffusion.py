@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dit_jax.codecs.codec import Codec
+from dit_jax.codecs.codec import Codec, moments_shape
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
+from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Conditioner, Requests
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
@@ -127,10 +128,9 @@ class DiffusionTask:
         return self.optimizer.init(params)
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
-        *grid, channels = self.latent_shape
         entries = {
             "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8),
-            "moments": jax.ShapeDtypeStruct((*grid, 2 * channels), jnp.float16),
+            "moments": jax.ShapeDtypeStruct(moments_shape(self.codec, self.latent_shape), jnp.float16),
             "row": jax.ShapeDtypeStruct((), jnp.int32),
         }
         return {"label": jax.ShapeDtypeStruct((), jnp.int32), **self.conditioner.batch_spec(), entry: entries[entry]}
@@ -287,7 +287,8 @@ class DiffusionTask:
             requests: arrays [B, ...] as `Conditioner.from_requests` returns them.
             weak: the second network of autoguidance, called as a `Network` with its parameters bound.
             forecast: selects the steps that run the network's blocks; None for all.
-            noise: f32[B, h, w, c] that sampling starts from; None draws it from the keys (`initial_noise`).
+            noise: f32[B, h, w, c], the x_t that the sampler starts from; None is noise of the keys (`Process.start` of
+                `initial_noise`).
             watch: see `diffusion.process.Watched`.
             around: changes the denoiser that the sampler calls, such as `diffusion.known.KnownRegion`.
 
@@ -316,12 +317,13 @@ class DiffusionTask:
             denoise = around(denoise)
         if watch is not None:
             denoise = Watched(denoise, watch)
-        noise = self.initial_noise(keys) if noise is None else noise
+        if noise is None:
+            noise = self.process.start(self.initial_noise(keys), start_time(sampler, self.process))
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
 
     def initial_noise(self, keys: jax.Array) -> jax.Array:
-        """f32[B, h, w, c]: the noise that sampling starts from, for keys [B]."""
+        """f32[B, h, w, c]: the standard normal noise that sampling starts from, for keys [B]."""
         return noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
 
     def parts(self, params: Any) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
