@@ -29,7 +29,6 @@ BLOCK_NAMES = {path: name for path, name in official.BLOCK_NAMES.items() if "mod
 }
 INDEX = "attn.relative_position_index"
 TABLE = "blocks.0.attn.relative_position_bias_table"
-LATENT_CHANNELS, DOWNSAMPLE = 4, 8  # of the autoencoder of the released networks, Stable Diffusion's
 
 
 def recognises(names: Collection[str], layout: str) -> bool:
@@ -40,7 +39,7 @@ def recognises(names: Collection[str], layout: str) -> bool:
 def read(
     tensors: Tensors, layout: str, what: str, config: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(our tensors, sections that they determine: model and process; codec and transform for four channels).
+    """(our tensors, the sections that they determine: model and process).
 
     Raises:
         UserError: tensors are missing, misshapen or further ones; the table or index of positions is another one.
@@ -67,13 +66,8 @@ def read(
     model = {"name": NETWORK, **fields, "attention": "auto", "remat": "auto", "unroll": None, "dtype": "float32"}
     model["param_dtype"] = common_dtype(floats, what).name
     learned = sizes.out_channels == 2 * sizes.in_channels
-    sections: dict[str, Any] = {
-        "model": model,
-        "process": {"name": "gaussian", "variance": "learned_range" if learned else "fixed_large"},
-    }
-    if sizes.in_channels == LATENT_CHANNELS:
-        sections["codec"] = {"name": "kl_vae", "path": "sd-vae-ft-mse", "sha256": "", "scale": 0.18215}
-        sections["transform"] = {"name": "image", "resolution": side * sizes.patch_size * DOWNSAMPLE, "channels": 3, "flip": True}
+    process = {"name": "gaussian", "variance": "learned_range" if learned else "fixed_large"}
+    sections = {"model": model, "process": process}
     return {path: _gather(path, shape, tensors) for path, shape in shapes.items()}, sections
 
 

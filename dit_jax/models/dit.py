@@ -15,7 +15,8 @@ from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
 from dit_jax.models.network import MIXED, Cond, Shape, check_entries, label_vectors
 from dit_jax.models.patches import patchify, unpatchify
-from dit_jax.models.sizes import SIZES
+from dit_jax.models.published import Fid, Published
+from dit_jax.models.sizes import FIDS, MODELS, SIZES
 from dit_jax.models.sizes import fields as fields_of_size
 from dit_jax.models.stack import CHOICES, form_of_loop, savings, stack, stored_units
 from dit_jax.parallel.mesh import constrain_batch
@@ -149,6 +150,29 @@ class Embedded(NamedTuple):
     tokens: jax.Array
 
 
+def _published() -> dict[str, Published]:
+    """The twelve models at both resolutions, then the other conditionings of XL/2."""
+
+    def published(model: str, resolution: int, *fids: Fid, **more: Any) -> Published:
+        fields = {**fields_of_size(model), "num_classes": 1000, "out_channels": 8, **more}
+        return Published(fields, (resolution // 8, resolution // 8, 4), fids)
+
+    def after_400k(fid: float, table: int = 4) -> Fid:
+        return Fid(fid, "400k steps, no guidance", f"Peebles & Xie 2023, table {table}")
+
+    def final(fid: float, guidance: str, table: int) -> Fid:
+        return Fid(fid, guidance, f"Peebles & Xie 2023, table {table}")
+
+    table = {f"{model}@256": published(model, 256, after_400k(FIDS[model][1])) for model in MODELS}
+    table |= {f"{model}@512": published(model, 512) for model in MODELS}
+    best = final(9.62, "no guidance", 2), final(2.27, "guidance 1.5", 2)
+    table["XL/2@256"] = table["XL/2@256"]._replace(fids=(*table["XL/2@256"].fids, *best))
+    table["XL/2@512"] = table["XL/2@512"]._replace(fids=(final(12.03, "no guidance", 3), final(3.04, "guidance 1.5", 3)))
+    for conditioning, fid in {"adaln": 25.21, "cross_attention": 26.14, "in_context": 35.24}.items():
+        table[f"XL/2@256 {conditioning}"] = published("XL/2", 256, after_400k(fid), conditioning=conditioning)
+    return table
+
+
 class DiT(nn.Module):
     """Diffusion Transformer: (x_t [B, H, W, C], t f32[B] network time, cond {"label": int[B]}) -> f32[B, H, W, out_channels].
 
@@ -197,6 +221,7 @@ class DiT(nn.Module):
     param_dtype: layers.Dtype = jnp.float32
 
     rules = RULES
+    published = _published()
     matrices = MATRICES
     label_table = "label_embedding/embedding"
     mixes_labels = True

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dit_jax.codecs.codec import Codec
+from dit_jax.codecs.codec import Codec, moments_shape
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
@@ -77,6 +77,11 @@ class DiffusionTask:
     def __post_init__(self):
         if not 0 <= self.cond_dropout < 1:
             raise UserError(f"task.cond_dropout is {self.cond_dropout}; it must lie in [0, 1)")
+        if self.conditioner.num_classes and self.cond_dropout and not networks.has_null_label(self.network):
+            raise UserError(
+                f"task.cond_dropout is {self.cond_dropout}, and the network has no null label, which replaces a dropped one; "
+                "set --config.task.cond_dropout=0, or --config.model.null_label=True"
+            )
         check_offload(self.offload)
         if self.average in self.averages:
             raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")
@@ -122,10 +127,9 @@ class DiffusionTask:
         return self.optimizer.init(params)
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
-        *grid, channels = self.latent_shape
         entries = {
             "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8),
-            "moments": jax.ShapeDtypeStruct((*grid, 2 * channels), jnp.float16),
+            "moments": jax.ShapeDtypeStruct(moments_shape(self.codec, self.latent_shape), jnp.float16),
             "row": jax.ShapeDtypeStruct((), jnp.int32),
         }
         return {"label": jax.ShapeDtypeStruct((), jnp.int32), **self.conditioner.batch_spec(), entry: entries[entry]}
