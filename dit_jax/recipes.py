@@ -286,16 +286,15 @@ def diffit(resolution: int = 256, cached: bool = False) -> ml_collections.Config
     Raises:
         UserError: another resolution.
     """
-    guided = {256: {"scale": 4.4, "schedule": "power_cosine"}, 512: {"scale": 1.49}}
+    guided: dict[int, dict] = {256: {"scale": 4.4, "schedule": "power_cosine"}, 512: {"scale": 1.49}}
     if resolution not in guided:
         raise UserError(
             f"DiffiT's resolution is 256 or 512, not {resolution}; for another, set model.grid and transform.resolution"
         )
     c = dit("XL/2", resolution, cached)
     tokens = resolution // 16  # per side: 8 pixels a latent, 2 latents a patch
-    fields = {"patch_size": 2, "depth": 28, "width": 1152, "heads": 16, "num_classes": 1000, "grid": (tokens, tokens)}
     shared = {key: value for key, value in c.model.items() if key not in ("conditioning", "position_grid")}
-    c.model = {**shared, "name": "diffit", **fields}
+    c.model = {**shared, "name": "diffit", "grid": (tokens, tokens)}  # the sizes are those of DiT-XL/2
     c.guidance.update({"channels": 3, **guided[resolution]})
     return c
 

@@ -7,11 +7,14 @@ from dit_files import held
 from flax.traverse_util import flatten_dict
 
 import dit_jax
+from dit_jax import recipes
 from dit_jax.build import Run
-from dit_jax.convert import formats
+from dit_jax.convert import formats, other_networks
 from dit_jax.errors import UserError
 from dit_jax.interop import diffit, peft, weights
-from dit_jax.interop.tensors import open_safetensors
+from dit_jax.interop.tensors import Tensor, open_safetensors
+from dit_jax.models.diffit import DiffiT
+from dit_jax.models.position import sincos_2d
 
 SHAPES = {  # of a network of width 32, patch 2, 1 channel, depth 2, 4 heads, 4 x 4 tokens, from the paper's code
     "pos_embed": (1, 16, 32),
@@ -100,6 +103,26 @@ def test_convert(ours, tmp_path):
         formats.read(formats.Source("official", tmp_path / "theirs.safetensors"))
     with pytest.raises(UserError, match="'diffit' draws only the size that it was trained on"):
         dit_jax.load(tmp_path / "ours.safetensors", resolution=12)
+
+
+def test_the_released_sizes_get_the_recipe():
+    """Catches a recipe whose network is not the released one, or that conversion does not find."""
+    published = DiffiT.published["DiffiT@256"]
+    fields = {name: value for name, value in published.fields.items() if name != "out_channels"}
+    expected = diffit._expected(diffit._shapes(fields, 4, 8), 2, 16)
+    known = {diffit.official.POSITION: sincos_2d(1152, 16, 16)[None]}
+    known |= {name: diffit.position_index(16) for name in expected if name.endswith("index")}
+
+    def tensor(name, shape):
+        return held(known[name]) if name in known else Tensor(shape, np.dtype(np.float32), lambda: pytest.fail("read"))
+
+    tensors = {name: tensor(name, shape) for name, shape in expected.items()}
+    found = other_networks.read(diffit, formats.Source("official", "diffit_256.safetensors"), tensors, [], None, None)
+    recipe = recipes.diffit(256)
+    assert {**found.sections["model"], "param_dtype": "float32"} == {**recipe.model.to_dict(), "dtype": "float32"}
+    assert found.sections["guidance"] == recipe.guidance.to_dict() and found.sections["transform"]["resolution"] == 256
+    with pytest.raises(UserError, match="256 or 512, not 384"):
+        recipes.diffit(384)
 
 
 def test_adapters(ours, tmp_path):
