@@ -553,10 +553,11 @@ class Run:
                 f"forecast.interval is {forecast.interval}, and guidance acts on an interval of t; the forecast needs the "
                 "unconditional output at every t. Set guidance.low = 0 and high = 1, or interval 1"
             )
-        if not hasattr(self.network, "run_blocks"):
+        missing = [name for name in ("embed", "run_blocks", "head") if not callable(getattr(self.network, name, None))]
+        if missing:
             raise UserError(
-                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no method run_blocks; set it "
-                "to 1"
+                f"forecast.interval is {forecast.interval}, and {type(self.network).__name__} has no method {missing[0]}: a "
+                "forecast needs a network in three parts (embed, run_blocks, head); set it to 1"
             )
         return forecast
 

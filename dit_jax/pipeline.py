@@ -26,6 +26,7 @@ from dit_jax.build import Run
 from dit_jax.data.size import parse_size, size_text
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
+from dit_jax.models.network import position_grid, scales_positions, size_unit
 from dit_jax.parallel import hosts
 from dit_jax.pixels import to_float
 from dit_jax.runtime.console import say
@@ -677,27 +678,24 @@ class _Drawing(NamedTuple):
 
 
 def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_collections.ConfigDict:
-    """The config of the same network for images of another size (height, width), with interpolated positions.
+    """The config of the same network for images of another size (height, width), with interpolated positions if it has some.
 
     Raises:
-        UserError: the network cannot interpolate its positions, or the size does not fit codec and patches.
+        UserError: the network takes only the size of its training, or the size does not fit codec and network.
     """
     run = Run(config)
-    network: Any = run.network  # a DiT, or another with these fields
-    if len(run.image_shape) != 3 or "position_grid" not in registry.parameters("model", config.model.name):
-        raise UserError(
-            f"network {config.model.name!r} has no field position_grid and draws only the trained size; leave resolution out"
-        )
-    patch, factor = network.patch_size, run.codec.downsample
-    unit = patch * factor
+    own, factor = size_unit(run.network), run.codec.downsample
+    if own is None or len(run.image_shape) != 3:
+        raise UserError(f"network {config.model.name!r} draws only the size that it was trained on; leave resolution out")
+    unit = own * factor
     if size[0] % unit or size[1] % unit:
         near = size_text((-(-size[0] // unit) * unit, -(-size[1] // unit) * unit))
         raise UserError(
-            f"resolution {size_text(size)}: both sides must be multiples of {unit} (codec {factor} x patch {patch}), as in {near}"
+            f"resolution {size_text(size)}: both sides must be multiples of {unit} (codec {factor} x network {own}), as in {near}"
         )
     new = ml_collections.ConfigDict(config.to_dict())
-    rows, columns = (side // patch for side in run.latent_shape[:2])
-    new.model.position_grid = tuple(network.position_grid or (rows, columns))
+    if scales_positions(run.network):
+        new.model.position_grid = position_grid(run.network, run.latent_shape)
     new.transform.size = size
     return new
 

@@ -57,8 +57,9 @@ DOWNLOAD = flags.DEFINE_string(
 LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is merged into the weights.")
 NAMES = flags.DEFINE_string(
     "names",
-    "official",
-    "Names of the modules of --to=peft: official (the paper's code) or diffusers (DiTTransformer2DModel).",
+    None,
+    "Names of the modules of --to=peft: official (DiT's code), diffusers (DiTTransformer2DModel), or dit_jax (our own paths). "
+    "Default: official for DiT with adaLN-Zero, dit_jax for other networks.",
 )
 command_line.group("What the weights do not say")
 LIKE = flags.DEFINE_string(
@@ -124,7 +125,7 @@ def check_flags() -> None:
         raise UserError(f"--to={TO.value}: one of {', '.join(formats.TARGETS)} is needed")
     if layout == TO.value:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
-    if NAMES.value not in peft.LAYOUTS:
+    if NAMES.value not in (None, *peft.LAYOUTS):
         raise UserError(f"--names={NAMES.value}: one of {', '.join(peft.LAYOUTS)} is needed")
     if TO.value == "peft":
         command_line.check_uses(USES, "--to=peft")

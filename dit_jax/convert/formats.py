@@ -265,17 +265,17 @@ def adapter_of(source: Source) -> tuple[peft.Adapter, ml_collections.ConfigDict]
     return peft.of_run(_trained(source, config)[0], lora.scale), config
 
 
-def write_adapter(source: Source, out: str | os.PathLike, names: str) -> dict:
+def write_adapter(source: Source, out: str | os.PathLike, names: str | None = None) -> dict:
     """Writes the adapter of a run in PEFT's layout; returns {"out", "tensors", "parameters", "sha256"}.
 
-    names: whose names of modules, one of `peft.LAYOUTS`.
+    names: whose names of modules, one of `peft.LAYOUTS`; None for the first that the network has.
 
     Raises:
         UserError: as `adapter_of`; the layout cannot represent the network; the folder holds other files.
     """
     adapter, config = adapter_of(source)
     shapes = {name: tensor.shape for name, tensor in _held(flatten_dict(network_params(config), sep="/")).items()}
-    written = peft.write(out, adapter, names, shapes, config.model.patch_size)
+    written = peft.write(out, adapter, names, shapes, Run(config).network)
     return {"out": str(out), **written, "sha256": sha256_of(local_path(out) / peft.FILE)}
 
 
@@ -285,17 +285,17 @@ def with_adapter(to_adapt: Weights, folder: str | os.PathLike) -> Weights:
     Raises:
         UserError: the adapter is damaged, or of another network.
     """
-    config = config_of(to_adapt.sections)
+    network = Run(config_of(to_adapt.sections)).network
     shapes = {name: tensor.shape for name, tensor in to_adapt.tensors.items()}
-    adapter = peft.read(folder, shapes, getattr(Run(config).network, "matrices", {}), config.model.patch_size)
-    sections = with_classes(to_adapt.sections, adapter)
+    adapter = peft.read(folder, shapes, network)
+    sections = with_classes(to_adapt.sections, adapter, network)
     origin = to_adapt.origin | {"lora": {"name": local_path(folder).name, "sha256": sha256_of(local_path(folder) / peft.FILE)}}
     return Weights(adapter.merged(to_adapt.tensors), sections, origin)
 
 
-def with_classes(sections: Mapping[str, Any], adapter: peft.Adapter) -> dict[str, Any]:
+def with_classes(sections: Mapping[str, Any], adapter: peft.Adapter, network: Any) -> dict[str, Any]:
     """The sections of a network with the classes of an adapter, which may have a label table of its own."""
-    table = adapter.whole.get(official.OUR_TABLE)
+    table = adapter.whole.get(getattr(network, "label_table", ""))
     if table is None:
         return dict(sections)
     return {**sections, "model": {**sections["model"], "num_classes": len(table) - 1}}

@@ -1,8 +1,8 @@
 """Low-rank adapters in the layout of PEFT: a folder with adapter_config.json and adapter_model.safetensors.
 
-Names of modules are those of the paper's code ("blocks.0.attn.qkv") or of diffusers' `DiTTransformer2DModel`
-("transformer_blocks.0.attn1.to_q"), in which query, key and value are separate. Ours are stacked over blocks, and a kernel is
-[in, out] where PyTorch's weight is [out, in].
+Names of a DiT's modules are those of the paper's code ("blocks.0.attn.qkv") or of diffusers' `DiTTransformer2DModel`
+("transformer_blocks.0.attn1.to_q"), in which query, key and value are separate. Of any network they can be our own paths
+("blocks.0.attention.qkv"). Our kernels may be stacked over blocks, and are [in, out] where PyTorch's weight is [out, in].
 
 r rank, L depth.
 """
@@ -28,7 +28,8 @@ from dit_jax.tasks.adaptation import LORA, adapter_shapes, matches
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-LAYOUTS = ("official", "diffusers")
+OWN = "dit_jax"  # our own paths
+LAYOUTS = ("official", "diffusers", OWN)
 # Settings of PEFT that change what an adapter computes, with the only value that is read.
 PLAIN: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "alpha_pattern": {}, "lora_bias": False}
 LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
@@ -90,12 +91,22 @@ def of_run(trained: Tensors, scale: float) -> Adapter:
     return Adapter(pairs, {name: x for name, x in flat.items() if not name.startswith(f"{LORA}/")}, scale)
 
 
-def write(folder: str | os.PathLike, adapter: Adapter, layout: str, shapes: Shapes, patch_size: int) -> dict[str, int]:
+def layouts_of(shapes: Shapes) -> tuple[str, ...]:
+    """The layouts of names that modules of a network with these parameters have."""
+    try:
+        official.check_kind(shapes)
+    except UserError:
+        return (OWN,)
+    return LAYOUTS
+
+
+def write(folder: str | os.PathLike, adapter: Adapter, layout: str | None, shapes: Shapes, network: Any) -> dict[str, int]:
     """Writes the folder; returns {"tensors", "parameters"}.
 
     Args:
-        layout: one of LAYOUTS, whose names of modules are used.
+        layout: one of LAYOUTS, whose names of modules are used; None for the first of `layouts_of`.
         shapes: of the network's parameters.
+        network: the `models.network.Network`.
 
     Raises:
         UserError: the layout cannot represent the network; the folder holds other files; another command is writing it.
@@ -103,24 +114,22 @@ def write(folder: str | os.PathLike, adapter: Adapter, layout: str, shapes: Shap
     """
     if len({a.shape[-1] for a, _ in adapter.pairs.values()}) != 1:
         raise ValueError("the adapters have several ranks; merge them instead")
-    folder = local_path(folder)
-    official.check_kind(shapes)
-    depth, rank = shapes["blocks/attention/qkv/bias"][0], next(iter(adapter.pairs.values()))[0].shape[-1]
+    folder, layout = local_path(folder), layout or layouts_of(shapes)[0]
+    if layout != OWN:
+        official.check_kind(shapes)
+    rank = next(iter(adapter.pairs.values()))[0].shape[-1]
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, None] = {}
     for path, (a, b) in adapter.pairs.items():
-        for name, x, y in _modules(path, a, b, layout, depth):
+        for name, x, y in _modules(path, a, b, layout):
             modules[re.sub(r".*blocks\.\d+\.", "", name)] = None
             tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(x.T)
             tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(y.T)
     saved: dict[str, None] = {}
     for path, x in adapter.whole.items():
-        for name, array in official.one_to_theirs(path, x, patch_size).items():
-            names = [name] if layout == "official" else diffusers_dit.names(name, depth)
-            parts = np.split(array, 3) if len(names) == 3 and ".attn.qkv." in name else [array] * len(names)
-            for theirs, part in zip(names, parts, strict=True):
-                saved[theirs.rpartition(".")[0].rpartition(".")[2]] = None
-                tensors[f"{PREFIX}{theirs}"] = part
+        for theirs, part in _whole_tensors(path, x, layout, shapes, network):
+            saved[theirs.rpartition(".")[0].rpartition(".")[2]] = None
+            tensors[f"{PREFIX}{theirs}"] = part
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -144,8 +153,8 @@ def write(folder: str | os.PathLike, adapter: Adapter, layout: str, shapes: Shap
     return {"tensors": len(tensors), "parameters": sum(x.size for x in tensors.values())}
 
 
-def read(folder: str | os.PathLike, shapes: Shapes, matrices: Mapping[str, str], patch_size: int) -> Adapter:
-    """Reads a folder that PEFT or `write` wrote, for a network with these parameters and `Network.matrices`.
+def read(folder: str | os.PathLike, shapes: Shapes, network: Any) -> Adapter:
+    """Reads a folder that PEFT or `write` wrote, for a network with these parameters and with `Network.matrices`.
 
     Blocks without an adapter get zeros. Adapters of query, key and value become one, of three times the rank if they differ.
 
@@ -170,12 +179,12 @@ def read(folder: str | os.PathLike, shapes: Shapes, matrices: Mapping[str, str],
     layers = {match[1] for match in map(LAYER.fullmatch, tensors) if match}
     others = {name: tensors[name] for name in tensors if not LAYER.fullmatch(name)}
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for path, kinds in _kernels(shapes, matrices):
-        if (pair := _read_kernel(path, shapes[path], kinds, tensors, layers)) is not None:
+    for path, kinds in _kernels(shapes, getattr(network, "matrices", {})):
+        if (pair := _read_kernel(path, shapes, kinds, tensors, layers)) is not None:
             pairs[path] = pair
     whole = {}
-    for path, shape in shapes.items():
-        if (array := _read_whole(path, shape, others, patch_size, shapes)) is not None:
+    for path in shapes:
+        if (array := _read_whole(path, others, shapes, network)) is not None:
             whole[path] = array
     if layers or others:
         raise UserError(
@@ -192,43 +201,49 @@ def _kernels(shapes: Shapes, matrices: Mapping[str, str]) -> Iterator[tuple[str,
                 break
 
 
-def _module_names(path: str, block: int | None) -> list[list[str]]:
-    """The names of the module of a kernel in each layout: [[official], [diffusers] or three of them]."""
-    name = official.NAMES[path] if block is None else f"blocks.{block}.{official.BLOCK_NAMES[path.removeprefix('blocks/')]}"
-    stem = name.removesuffix(".weight")
-    return [[stem], [other.removesuffix(".weight") for other in diffusers_dit.names(name, 1)]]
+def _module_names(path: str, index: tuple[int, ...], layout: str) -> list[str]:
+    """The names of the module of a kernel: one, or three of query, key and value in the layout "diffusers".
+
+    index: place in the stack; () for a kernel that is not stacked.
+    """
+    if layout == OWN:
+        first, *others = path.removesuffix("/kernel").split("/")
+        return [".".join((first, *map(str, index), *others))]
+    name = f"blocks.{index[0]}.{official.BLOCK_NAMES[path.removeprefix('blocks/')]}" if index else official.NAMES[path]
+    names = [name] if layout == "official" else diffusers_dit.names(name, 1)
+    return [each.removesuffix(".weight") for each in names]
 
 
-def _modules(path: str, a: np.ndarray, b: np.ndarray, layout: str, depth: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _modules(path: str, a: np.ndarray, b: np.ndarray, layout: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(name of a module, its a [in, r], its b [r, out])."""
-    for block in range(depth):
-        names = _module_names(path, block)[LAYOUTS.index(layout)]
-        for name, part in zip(names, np.split(b[block], len(names), axis=-1), strict=True):
-            yield name, a[block], part
+    for index in np.ndindex(a.shape[:-2]):
+        names = _module_names(path, index, layout)
+        for name, part in zip(names, np.split(b[index], len(names), axis=-1), strict=True):
+            yield name, a[index], part
 
 
-def _read_kernel(path: str, shape: tuple[int, ...], kinds: str, tensors: Tensors, layers: set[str]) -> Any:
-    """(a, b) of a kernel, stacked over blocks; None if it has no adapter. Takes its modules out of `layers`."""
-    blocks = range(shape[0]) if path.startswith("blocks/") else [None]
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for i, block in enumerate(blocks):
-        for names in _module_names(path, block):
+def _read_kernel(path: str, shapes: Shapes, kinds: str, tensors: Tensors, layers: set[str]) -> Any:
+    """(a, b) of a kernel, stacked as it is; None if it has no adapter. Takes its modules out of `layers`."""
+    shape = shapes[path]
+    found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+    for index in np.ndindex(shape[: len(shape) - len(kinds)]):
+        for layout in layouts_of(shapes):
+            names = _module_names(path, index, layout)
             present = [name for name in names if name in layers]
             if present:
-                found[i] = _joined([_pair(name, tensors) if name in layers else None for name in names])
+                found[index] = _joined([_pair(name, tensors) if name in layers else None for name in names])
                 layers.difference_update(present)
     if not found:
         return None
     rank = max(a.shape[1] for a, _ in found.values())
     (a_shape, b_shape) = adapter_shapes(shape, kinds, rank)
     stack_a, stack_b = np.zeros(a_shape, np.float32), np.zeros(b_shape, np.float32)
-    for i, (a, b) in found.items():
+    for index, (a, b) in found.items():
         if a.shape[0] != a_shape[-2] or b.shape[1] != b_shape[-1]:
             raise UserError(
                 f"the adapter of {path} is of {a.shape[0]} x {b.shape[1]}, and the kernel is {a_shape[-2]} x {b_shape[-1]}"
             )
-        place_a, place_b = (stack_a[i], stack_b[i]) if path.startswith("blocks/") else (stack_a, stack_b)
-        place_a[:, : a.shape[1]], place_b[: b.shape[0]] = a, b
+        stack_a[index][:, : a.shape[1]], stack_b[index][: b.shape[0]] = a, b
     return stack_a, stack_b
 
 
@@ -259,21 +274,40 @@ def _joined(pairs: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarr
     return np.concatenate([a for a, _ in given], axis=1), b_all
 
 
-def _read_whole(path: str, shape: tuple[int, ...], others: dict[str, Tensor], patch_size: int, shapes: Shapes) -> Any:
-    """A parameter that was trained whole; None if it is not in the file. Takes its tensors out of `others`."""
+def _whole_names(path: str, shapes: Shapes, layout: str) -> dict[str, list[str]]:
+    """{official name, or our own: the names in the layout} of a parameter's tensors."""
+    if layout == OWN:
+        return {path: [path.replace("/", ".")]}
     depth = shapes["blocks/attention/qkv/bias"][0]
-    theirs = [name for name, _ in official.parts(path, shape)]
-    for layout in LAYOUTS:
-        names = [[name] if layout == "official" else diffusers_dit.names(name, depth) for name in theirs]
-        if all(f"{PREFIX}{name}" in others for group in names for name in group):
+    theirs = [name for name, _ in official.parts(path, shapes[path])]
+    return {name: [name] if layout == "official" else diffusers_dit.names(name, depth) for name in theirs}
+
+
+def _whole_tensors(path: str, x: np.ndarray, layout: str, shapes: Shapes, network: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of a parameter that was trained whole."""
+    arrays = {path: x} if layout == OWN else official.one_to_theirs(path, x, network.patch_size)
+    for name, names in _whole_names(path, shapes, layout).items():
+        fused = len(names) == 3 and ".attn.qkv." in name
+        parts = np.split(arrays[name], 3) if fused else [arrays[name]] * len(names)
+        yield from zip(names, parts, strict=True)
+
+
+def _read_whole(path: str, others: dict[str, Tensor], shapes: Shapes, network: Any) -> Any:
+    """A parameter that was trained whole; None if it is not in the file. Takes its tensors out of `others`."""
+    for layout in layouts_of(shapes):
+        groups = _whole_names(path, shapes, layout)
+        if all(f"{PREFIX}{name}" in others for names in groups.values() for name in names):
             arrays = {}
-            for official_name, group in zip(theirs, names, strict=True):
-                loaded = [np.asarray(others.pop(f"{PREFIX}{name}").load()) for name in group]
-                fused = ".attn.qkv." in official_name and len(loaded) == 3
-                arrays[official_name] = np.concatenate(loaded) if fused else loaded[0]
-            rows = arrays[theirs[0]].shape[0]
-            own = (rows, *shape[1:]) if path == official.OUR_TABLE else shape  # of other classes
-            return official.one_to_ours(path, own, arrays)
+            for name, names in groups.items():
+                loaded = [np.asarray(others.pop(f"{PREFIX}{each}").load()) for each in names]
+                arrays[name] = np.concatenate(loaded) if len(loaded) == 3 and ".attn.qkv." in name else loaded[0]
+            rows, shape = next(iter(arrays.values())).shape[:1], shapes[path]
+            own = (*rows, *shape[1:]) if path == getattr(network, "label_table", None) else shape  # of other classes
+            if layout != OWN:
+                return official.one_to_ours(path, own, arrays)
+            if arrays[path].shape != own:
+                raise UserError(f"the adapter's {path} is {arrays[path].shape}, and the network's is {shape}")
+            return arrays[path]
     return None
 
 

@@ -15,6 +15,7 @@ from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
 from dit_jax.models.network import Cond, Shape, check_entries, check_labels
 from dit_jax.models.patches import patchify, unpatchify
+from dit_jax.models.sizes import SIZES
 from dit_jax.models.sizes import fields as fields_of_size
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
@@ -229,6 +230,19 @@ class DiT(nn.Module):
     matrices = MATRICES
     label_table = "label_embedding/embedding"
     mixes_labels = True
+    remat_policies = ("none", *REMAT_POLICIES)
+
+    @staticmethod
+    def family(fields: Mapping[str, Any]) -> str:
+        """Models of equal depth and width: "XL" for the paper's sizes, "4 x 128" (depth x width) for others."""
+        shape = fields["depth"], fields["width"]
+        names = {(size.depth, size.width): name for name, size in SIZES.items()}
+        return names.get(shape) or f"{shape[0]} x {shape[1]}"
+
+    @property
+    def size_unit(self) -> int:
+        """Both sides of an input are multiples of the patch's."""
+        return self.patch_size
 
     @classmethod
     def of(cls, size: str, *, num_classes: int, out_channels: int = 8, **fields: Any) -> "DiT":

@@ -23,10 +23,12 @@ class Network(Protocol):
     A network that takes the entries "second_label" and "second_share" of a condition (`encoders.labels.Labels`) says so by
     `mixes_labels = True`.
 
-    A network that can be trained with Muon also has `matrices`, {pattern of paths: kinds of the trailing axes}: "i" for inputs,
-    "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is "isoo". Axes before
-    those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`, the path of its table
-    [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its weights.
+    A network that can be trained with Muon or with adapters (LoRA) also has `matrices`, {pattern of paths: kinds of the trailing
+    axes}: "i" for inputs, "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is
+    "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
+    the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
+    weights. A network may have a function `family(fields)` of its section of a config, which names models that belong together in
+    the figures of a sweep; without it, all networks of a name do.
     """
 
     @property
@@ -69,8 +71,25 @@ class Network(Protocol):
         ...
 
 
+class Resizable(Protocol):
+    """Optional members of a network that takes inputs of other sizes than that of its training. Without them it takes only that.
+
+    Fields:
+        size_unit: both sides of an input are multiples of it.
+        position_grid: (rows, columns), in cells of size_unit, of the input that positions are scaled to; None for the input's own
+            grid. A network without positions, or with relative ones, does not have this field.
+    """
+
+    @property
+    def size_unit(self) -> int: ...
+
+
 class Planned(Protocol):
-    """Optional methods of a network: memory estimates for `plan`, and choices that depend on the platform."""
+    """Optional members of a network: memory estimates for `plan`, and choices that depend on the platform.
+
+    Fields:
+        remat_policies: values of the network's field `remat` that `plan --search` tries, the least recomputation first.
+    """
 
     def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
         """Lower bound on the bytes that a device keeps between the forward and the backward pass of `rows` examples."""
@@ -104,6 +123,27 @@ def for_platform(network: Network, platform: str) -> Network:
     """See `Planned`; the network unchanged if it has no such method."""
     method = getattr(network, "for_platform", None)
     return network if method is None else method(platform)
+
+
+def remat_policies(network: Network) -> tuple[str, ...]:
+    """See `Planned`; () if the network has no such choice."""
+    return tuple(getattr(network, "remat_policies", ()))
+
+
+def size_unit(network: Network) -> int | None:
+    """See `Resizable`; None for a network that takes only the size of its training."""
+    return getattr(network, "size_unit", None)
+
+
+def scales_positions(network: Network) -> bool:
+    """Whether the network has `Resizable.position_grid`."""
+    return size_unit(network) is not None and hasattr(network, "position_grid")
+
+
+def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
+    """(rows, columns) that the positions of a network with `scales_positions` have for inputs of `latent_shape`."""
+    own = tuple(side // network.size_unit for side in latent_shape[:2])  # type: ignore[attr-defined]
+    return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 
 def check_labels(label: Any, batch: int, num_classes: int) -> None:

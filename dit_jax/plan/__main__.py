@@ -138,11 +138,12 @@ def print_plan(config, topology) -> dict:
 
 
 def print_search(config, topology) -> dict:
-    from dit_jax.models.dit import REMAT_POLICIES
+    from dit_jax.build import Run
+    from dit_jax.models.network import remat_policies
     from dit_jax.plan import search, text
 
-    known = ("none", *REMAT_POLICIES)
-    remats = REMATS.value or (list(known) if "model" in config else ["none"])
+    known = (remat_policies(Run(config).network) if "model" in config else ()) or ("none",)
+    remats = REMATS.value or list(known)
     if unknown := set(remats) - set(known):
         raise UserError(f"--search_remats={','.join(remats)}: unknown policy {', '.join(unknown)}; known are {', '.join(known)}")
     if MAX_COMPILES.value < 1:

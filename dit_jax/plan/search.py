@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dit_jax.errors import UserError
 from dit_jax.plan import estimate
 from dit_jax.plan.remedies import least_bytes
@@ -29,7 +31,7 @@ class Choice(NamedTuple):
         with config.unlocked():
             config.mesh.update({"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "zero1": self.zero1})
             config.batch_size, config.microbatches = self.batch_size, self.microbatches
-            if "model" in config:
+            if "remat" in config.get("model", {}):
                 config.model.remat = self.remat
         return config
 
@@ -53,16 +55,17 @@ def choices(
     """Enumerates useful choices; returns (choices, number of omitted ones). The sequence axis is the config's.
 
     Omitted are ZeRO-1 without fsdp; a batch that is not divisible by data x fsdp x microbatches; and a tensor axis that does not
-    divide heads and width, which would compute the same on several devices.
+    divide the network's fields heads and width, which would compute the same on several devices.
     """
     useful, left_out = [], 0
+    model = config.get("model", {})
+    divided = [size for name in ("heads", "width") for size in np.ravel(model.get(name) or ())]
     sizes = meshes(devices // config.mesh.sequence)
     for (data, fsdp, tensor), zero1, remat, batch_size, parts in itertools.product(
         sizes, (False, True), remats, batch_sizes, microbatches
     ):
         splits = batch_size % (data * fsdp * parts) == 0 and (fsdp > 1 or not zero1)
-        heads = "model" not in config or (config.model.heads % tensor == 0 and config.model.width % tensor == 0)
-        if splits and heads:
+        if splits and all(size % tensor == 0 for size in divided):
             useful.append(Choice(data, fsdp, tensor, zero1, remat, batch_size, parts))
         else:
             left_out += 1

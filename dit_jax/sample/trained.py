@@ -167,9 +167,9 @@ def with_adapter(run: Run, folder: str | os.PathLike) -> Adapted:
         UserError: it is damaged, or of another network.
     """
     shapes = {path_name(keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)}
-    adapter = peft.read(folder, shapes, getattr(run.network, "matrices", {}), run.config.model.patch_size)
+    adapter = peft.read(folder, shapes, run.network)
     config = ml_collections.ConfigDict(run.config.to_dict())
-    config.model = formats.with_classes({"model": config.model}, adapter)["model"]
+    config.model = formats.with_classes({"model": config.model}, adapter, run.network)["model"]
     return Adapted(run, run.with_config(config), adapter)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_jax import recipes
+from dit_jax import registry
 from dit_jax.errors import UserError
 from dit_jax.evaluate import table
 from dit_jax.storage.atomic import write_atomic, write_json
@@ -48,8 +48,8 @@ class Row:
     """One run and its results; what is not known yet is None or empty.
 
     Fields:
-        family: models of equal depth and width, with the paper's letter if it is one of its sizes.
-        patch: patch size; None for an autoencoder.
+        family: models that the figures join, see `family`.
+        patch: patch size; None for an autoencoder, and for a network without patches.
         fid_interval: bootstrap interval over the images, which does not include the variance of seeds.
         protocol: how the FID was measured, see `PROTOCOL`.
         seconds: total of training, sampling and scoring over all starts on this machine; None for a run trained elsewhere.
@@ -102,7 +102,7 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
         variant=run.variant,
         seed=config.seed,
         family=family(config),
-        patch=config.model.patch_size if "model" in config else None,
+        patch=config.get("model", {}).get("patch_size"),
         settings=dict(run.settings),
         cost=cost,
         batch_size=config.batch_size,
@@ -126,12 +126,11 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
 
 
 def family(config) -> str:
-    """Family of a model: "XL" for the paper's sizes, "4 x 128" (depth x width) for others, or "autoencoder"."""
+    """Family of a model, which has one colour in figures: what the network says, or its name; "autoencoder" without one."""
     if "model" not in config:
         return "autoencoder"
-    sizes = {(size.depth, size.width): name for name, size in recipes.SIZES.items()}
-    shape = config.model.depth, config.model.width
-    return sizes.get(shape) or f"{shape[0]} x {shape[1]}"
+    of = getattr(registry.get("model", config.model.name), "family", None)
+    return config.model.name if of is None else of(config.model)
 
 
 def protocol(result: dict) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dit_jax.data import class_names
 from dit_jax.errors import UserError
 from dit_jax.interop import base_file
 from dit_jax.interop import weights as weights_file
+from dit_jax.models.network import position_grid, scales_positions, size_unit
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import place
 from dit_jax.runtime.console import say
@@ -48,15 +49,17 @@ def settled(run: Run, workdir: Path) -> Run:
     Raises:
         UserError: there are no such weights.
     """
-    if not starts_from_weights(run) or run.config.model.get("position_grid") or not hasattr(run.network, "position_grid"):
+    if not starts_from_weights(run) or not scales_positions(run.network) or run.config.model.get("position_grid"):
         return run
     file = workdir / INIT
     if file.exists():
         grid = read_json(file, form={"sha256": str}).get("position_grid")
     else:
         source = Run(opened(run).config)
-        grid = source.config.model.get("position_grid") or grid_of(source)
-        grid = None if tuple(grid) == grid_of(run) else grid
+        if not scales_positions(source.network):  # another kind of network, which `check_fits` refuses
+            return run
+        grid = position_grid(source.network, source.latent_shape)
+        grid = None if grid == grid_of(run) else grid
     if grid is None:
         return run
     config = ml_collections.ConfigDict(run.config.to_dict())
@@ -71,8 +74,8 @@ def opened(run: Run) -> trained.Trained:
 
 
 def grid_of(run: Run) -> tuple[int, ...]:
-    """(rows, columns) of the network's tokens."""
-    return tuple(size // run.config.model.patch_size for size in run.latent_shape[:-1])
+    """(rows, columns) of the network's positions."""
+    return position_grid(run.network, run.latent_shape)
 
 
 class Initial:
@@ -206,7 +209,8 @@ class Initial:
 def check_fits(source: Run, run: Run, path: Any) -> None:
     """Raises a UserError that lists every difference between two networks, except in their label tables.
 
-    A difference in the size of the images is none; other processes, codecs and dtypes are said.
+    A difference in the size of the images is none where the network takes other sizes (`models.network.Resizable`); other
+    processes, codecs and dtypes are said.
     """
     table = label_table(run)
     have, wanted = (
@@ -222,6 +226,10 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
     channels = source.latent_shape[-1], run.latent_shape[-1]
     if channels[0] != channels[1]:
         lines.append(f"the data has {channels[1]} channels, and the weights have {channels[0]}")
+    sizes = source.latent_shape[:-1], run.latent_shape[:-1]
+    if sizes[0] != sizes[1] and size_unit(run.network) is None:
+        theirs, ours = (" x ".join(map(str, size)) for size in sizes)
+        lines.append(f"the input is {ours}, the weights have {theirs}, and {run.config.model.name!r} takes only its trained size")
     outputs = [one.process.output_channels(one.latent_shape[-1]) // one.latent_shape[-1] for one in (source, run)]
     if outputs[0] != outputs[1]:
         learned = {1: "no learned variance", 2: "a learned variance"}

@@ -18,12 +18,12 @@ from dit_jax.interop.tensors import open_safetensors
 GOLDEN = Path(__file__).parent.parent / "golden" / "peft"
 BASE = tiny_weights(depth=2, width=8, heads=2)
 SHAPES = {name: tensor.shape for name, tensor in BASE.tensors.items()}
-MATRICES = Run(formats.config_of(BASE.sections)).network.matrices
+NETWORK = Run(formats.config_of(BASE.sections)).network
 TABLE = official.OUR_TABLE
 
 
 def read(folder, shapes=SHAPES):
-    return peft.read(folder, shapes, MATRICES, patch_size=2)
+    return peft.read(folder, shapes, NETWORK)
 
 
 def test_merged_as_peft_merges():
@@ -42,7 +42,7 @@ def random_adapter(classes=4):
     rng = np.random.default_rng(3)
     pairs = {}
     for name in ("blocks/attention/qkv/kernel", "blocks/mlp/in/kernel", "blocks/modulation/linear/kernel"):
-        kinds = next(kinds for pattern, kinds in MATRICES.items() if re.fullmatch(pattern, name))
+        kinds = next(kinds for pattern, kinds in NETWORK.matrices.items() if re.fullmatch(pattern, name))
         shapes = peft.adapter_shapes(SHAPES[name], kinds, 3)
         pairs[name] = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
     whole = {TABLE: (classes + 1, 8), "blocks/mlp/out/bias": SHAPES["blocks/mlp/out/bias"], "final/linear/kernel": (8, 32)}
@@ -53,7 +53,7 @@ def random_adapter(classes=4):
 def test_written_and_read(tmp_path, layout):
     """Catches a part that the names of one code base cannot bring back, and parameters of other classes."""
     adapter = random_adapter()
-    peft.write(tmp_path / "adapter", adapter, layout, SHAPES, 2)
+    peft.write(tmp_path / "adapter", adapter, layout, SHAPES, NETWORK)
     again = read(tmp_path / "adapter")
     assert (
         again.scale == adapter.scale and again.pairs.keys() == adapter.pairs.keys() and again.whole.keys() == adapter.whole.keys()
@@ -70,7 +70,7 @@ def test_written_and_read(tmp_path, layout):
 def test_what_is_written_is_a_layer_of_the_papers_code(tmp_path):
     """Catches W + s B A that holds for our own reading alone."""
     adapter = random_adapter()
-    peft.write(tmp_path / "adapter", adapter, "official", SHAPES, 2)
+    peft.write(tmp_path / "adapter", adapter, "official", SHAPES, NETWORK)
     tensors = {name: x.load() for name, x in open_safetensors(tmp_path / "adapter" / peft.FILE)[0].items()}
     scale = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())["lora_alpha"] / 3
     before = official.to_theirs(BASE.tensors, 2, 4)
