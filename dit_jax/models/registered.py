@@ -1,6 +1,8 @@
 """Registers the networks of the package: a new network is a file and one line here."""
 
 from dit_jax.models.dit import DiT
+from dit_jax.models.hourglass import HourglassDiT
 from dit_jax.registry import register
 
 register("model", "dit", DiT)
+register("model", "hourglass", HourglassDiT)
