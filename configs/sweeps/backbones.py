@@ -1,14 +1,18 @@
-"""DiT beside U-Net, HDiT and DiffiT at equal GMACs: three sizes on the 8 x 8 digits, two seeds; or one size on photographs at 64 px.
+"""DiT, U-Net, HDiT and DiffiT at equal GMACs: three sizes on the 8 x 8 digits, two seeds; or one size on photographs at 64 px.
 
     python -m dit_jax.sweep --sweep=backbones --workdir=runs/backbones
     python -m dit_jax.sweep --sweep=backbones:photos=/data/photographs --workdir=runs/backbones_photos
 
-All networks have the same data, flow, optimizer, batch and steps, and GMACs that differ by at most 5 % (`MODELS`, `PHOTO_MODELS`).
+All networks have the same data, flow, optimizer, batch and steps, and GMACs that differ by at most 5 %. All are conditioned on
+the flow's time in [0, 1], as SiT and HDiT are; the U-Net and DiffiT were published with timesteps up to 999.
 The photographs are one folder of images without classes. 300 of them train and the others, at least 100, are held out: the split
 is a slice of the folder by the SHA-256 of the file names. The digits hold out the 297 that other people wrote.
+
+`backbones:size=S` trains one size of the digits' networks, `backbones:steps=50` is a rehearsal with so many steps.
 """
 
 from dit_jax import recipes
+from dit_jax.errors import UserError
 from dit_jax.sweep.grid import Sweep
 
 
@@ -22,15 +26,25 @@ def diffit(patch_size, width, depth, heads, side):
 
 def unet(channels, multipliers, num_res_blocks, attention_factors):
     return {
-        **{"name": "unet", "channels": channels, "multipliers": multipliers, "num_res_blocks": num_res_blocks},
-        **{"attention_factors": attention_factors, "head_width": channels, "norm_groups": 4},
+        "name": "unet",
+        "channels": channels,
+        "multipliers": multipliers,
+        "num_res_blocks": num_res_blocks,
+        "attention_factors": attention_factors,
+        "head_width": channels,
+        "norm_groups": 4,
     }
 
 
 def hdit(patch_size, widths, depths, kernel_size):
     return {
-        **{"name": "hourglass", "patch_size": patch_size, "widths": widths, "depths": depths, "kernel_size": kernel_size},
-        **{"head_width": 32, "mapping_width": widths[0]},
+        "name": "hourglass",
+        "patch_size": patch_size,
+        "widths": widths,
+        "depths": depths,
+        "kernel_size": kernel_size,
+        "head_width": 32,
+        "mapping_width": widths[0],
     }
 
 
@@ -60,28 +74,38 @@ SAMPLER_STEPS = 20
 
 
 def get_sweep(arg=""):
-    photos = recipes.choices(arg, ("photos",)).get("photos")
-    return of_digits() if photos is None else of_photos(photos)
+    chosen = recipes.choices(arg, ("photos", "size", "steps"))
+    steps = chosen.get("steps", "")
+    if steps and not (steps.isdecimal() and int(steps)):
+        raise UserError(f"backbones:{arg}: steps is {steps!r}; it must be a number of training steps")
+    if "photos" not in chosen:
+        return of_digits(chosen.get("size", ""), int(steps or STEPS))
+    if "size" in chosen:
+        raise UserError(f"backbones:{arg}: there is one size of the networks for photographs; leave out size={chosen['size']}")
+    return of_photos(chosen["photos"], int(steps or PHOTO_STEPS))
 
 
-def of_digits():
+def of_digits(size, steps):
+    models = {name: fields for name, fields in MODELS.items() if name.endswith(size and f"-{size}")}
+    if not models:
+        raise UserError(f"backbones:size={size}: choose S, M or L, or leave it out for all of them")
     return Sweep(
         title="Backbones at equal GMACs on the 8 x 8 digits",
         base="digits:process=flow",
-        variants=variants(MODELS, num_classes=10),
-        grid=shared(STEPS, 64, 2e-3) | {"data.split": ["train"], "validation.split": ["test"]},
+        variants=variants(models, num_classes=10),
+        grid=shared(steps, 64, 2e-3) | {"data.split": ["train"], "validation.split": ["test"]},
         seeds=[0, 1],
         compare="model.name",
         note="1,500 digits of scikit-learn train, 297 by other writers are held out. The reference is all 1,797 of them.",
     )
 
 
-def of_photos(path):
+def of_photos(path, steps):
     return Sweep(
         title="Backbones at equal GMACs on photographs at 64 px",
         base="folder:S/4,64,0",
         variants=variants(PHOTO_MODELS, num_classes=0),
-        grid=shared(PHOTO_STEPS, 16, 1e-3)
+        grid=shared(steps, 16, 1e-3)
         | {
             "process.name": ["flow"],
             "data.path": [path],
@@ -112,7 +136,7 @@ def shared(steps, batch_size, learning_rate):
         "batch_size": [batch_size],
         "ema_decay": [0.99],
         "optimizer.learning_rate": [learning_rate],
-        "optimizer.warmup_steps": [100],
+        "optimizer.warmup_steps": [min(100, steps // 10)],
         "optimizer.decay_steps": [steps],
         "optimizer.clip_norm": [1.0],
         "sampler.name": ["heun"],

@@ -30,8 +30,8 @@ def draw(compare: str, rows: Sequence[Row], compared: Sequence[Row], protocol: d
         drawn["validation_loss"] = against_costs(rows, "validation_loss", VALIDATION_NAME), text
         drawn["validation_levels"] = (
             by_level(rows),
-            f"Validation loss at each noise level over its mean over the values of {compare}, for the most compute of each: below "
-            "1 is better than the others. Left: little noise, that is detail. Right: much noise, that is layout.",
+            f"Validation loss at each noise level over its mean over the values of {compare}, for the most compute of each: "
+            "below 1 is better than the others. Left: little noise, that is detail. Right: much noise, that is layout.",
         )
     return drawn
 
