@@ -27,7 +27,8 @@ class Network(Protocol):
     axes}: "i" for inputs, "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is
     "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
     the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
-    weights. A network may have a function `family(fields)` of its section of a config, which names models that belong together in
+    weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
+    guidance. A network may have a function `family(fields)` of its section of a config, which names models that belong together in
     the figures of a sweep; without it, all networks of a name do.
     """
 
@@ -146,10 +147,17 @@ def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 
-def check_labels(label: Any, batch: int, num_classes: int) -> None:
+def has_null_label(network: Network) -> bool:
+    """See `Network`; True if the network does not say."""
+    return bool(getattr(network, "has_null_label", True))
+
+
+def check_labels(label: Any, batch: int, num_classes: int, null: bool = True) -> None:
     """Raises a UserError unless labels are whole numbers [batch] from 0 to num_classes (the null label).
 
     The values of traced labels are not known.
+
+    null: whether the network has the null label.
 
     An embedding gives NaN for a label outside of its table.
     """
@@ -160,9 +168,11 @@ def check_labels(label: Any, batch: int, num_classes: int) -> None:
     if isinstance(label, jax.core.Tracer) or not getattr(label, "is_fully_addressable", True):
         return
     values = np.asarray(label)
-    if values.size and not 0 <= values.min() <= values.max() <= num_classes:
-        wrong = values[(values < 0) | (values > num_classes)][0]
-        raise UserError(f"label {wrong} is out of range: 0 to {num_classes - 1}, or {num_classes} for no label")
+    last = num_classes if null else num_classes - 1
+    if values.size and not 0 <= values.min() <= values.max() <= last:
+        wrong = values[(values < 0) | (values > last)][0]
+        none = f", or {num_classes} for no label" if null else "; the network has no null label (model.null_label is False)"
+        raise UserError(f"label {wrong} is out of range: 0 to {num_classes - 1}{none}")
 
 
 def _kind(x: Any) -> str:

@@ -6,3 +6,8 @@ from dit_jax.registry import register
 
 register("model", "dit", DiT)
 register("model", "hourglass", HourglassDiT)
+from dit_jax.models.unet import UNet
+from dit_jax.registry import register
+
+register("model", "dit", DiT)
+register("model", "unet", UNet)

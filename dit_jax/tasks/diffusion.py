@@ -77,6 +77,11 @@ class DiffusionTask:
     def __post_init__(self):
         if not 0 <= self.cond_dropout < 1:
             raise UserError(f"task.cond_dropout is {self.cond_dropout}; it must lie in [0, 1)")
+        if self.conditioner.num_classes and self.cond_dropout and not networks.has_null_label(self.network):
+            raise UserError(
+                f"task.cond_dropout is {self.cond_dropout}, and the network has no null label, which replaces a dropped one; "
+                "set --config.task.cond_dropout=0, or --config.model.null_label=True"
+            )
         check_offload(self.offload)
         if self.average in self.averages:
             raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")

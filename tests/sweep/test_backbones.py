@@ -110,7 +110,15 @@ def compared(tmp_path_factory):
         where = folder.of(run)
         where.mkdir(parents=True)
         levels = [{"sigma_over_alpha": level, "used": level, "time": 0.5, "loss": level / (k + 1)} for level in (0.1, 1.0, 10.0)]
-        result = {"step": 4, "loss": 0.1, "fid": 1.0 + k, "features": "pixels", "num_samples": 1000, "reference_sha256": "ab"}
+        result = {
+            "step": 1000,
+            "loss": 0.1,
+            "stopped": False,
+            "fid": 1.0 + k,
+            "features": "pixels",
+            "num_samples": 1000,
+            "reference_sha256": "ab",
+        }
         result |= {"validation_loss": 0.5 / (k + 1), "validation": {"levels": levels}, "extractor": {"name": "pixels"}}
         write_json(where / "result.json", result)
         lines = [
