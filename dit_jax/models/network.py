@@ -28,8 +28,8 @@ class Network(Protocol):
     "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
     the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
     weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
-    guidance. A network may have a function `family(fields)` of its section of a config, which names models that belong together in
-    the figures of a sweep; without it, all networks of a name do.
+    guidance. A network may have a function `family(fields)` of its section of a config, which names models that belong together
+    in the figures of a sweep; without it, all networks of a name do.
     """
 
     @property

@@ -2,12 +2,9 @@
 
 from dit_jax.models.dit import DiT
 from dit_jax.models.hourglass import HourglassDiT
-from dit_jax.registry import register
-
-register("model", "dit", DiT)
-register("model", "hourglass", HourglassDiT)
 from dit_jax.models.unet import UNet
 from dit_jax.registry import register
 
 register("model", "dit", DiT)
+register("model", "hourglass", HourglassDiT)
 register("model", "unet", UNet)
