@@ -26,6 +26,7 @@ from dit_jax import registry
 from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
+from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
@@ -62,6 +63,7 @@ register("process", "gaussian", Gaussian)
 register("process", "flow", Flow)
 register("codec", "pixels", Pixels)
 register("codec", "kl_vae", KLVAE)
+register("codec", "vq_vae", VQVAE)
 register("data", "digits", Digits)
 register("data", "folder", ImageFolder)
 register("data", "tfds", TFDS)
@@ -582,9 +584,14 @@ def _discriminator(run: Run) -> PatchDiscriminator | None:
     """The discriminator of an autoencoder's loss; None if its weight is 0.
 
     Raises:
-        UserError: the codec has no parameters to train.
+        UserError: the codec has no parameters to train, or is one that is not trained here.
     """
     section = run.config.task
+    if isinstance(run.codec, VQVAE):
+        raise UserError(
+            "codec.name is 'vq_vae', which is used with trained weights and not trained: its loss would need the codebook's "
+            "terms. Choose kl_vae to train an autoencoder"
+        )
     if not isinstance(run.codec, KLVAE):
         raise UserError(
             f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae"

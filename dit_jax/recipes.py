@@ -9,6 +9,9 @@ The others are read by the training loop: seed, num_steps, batch_size (global), 
 profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
 
+import functools
+from collections.abc import Callable
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -215,7 +218,7 @@ def section(kind: str, name: str) -> dict:
         return PROCESSES[name]()
     if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
         return {"path": ""}
-    if (kind, name) == ("codec", "kl_vae"):  # scale and shift are read with the weights
+    if kind == "codec" and name in ("kl_vae", "vq_vae"):  # scale and shift are read with the weights
         return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
     return {}
 
@@ -270,6 +273,32 @@ def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_c
     c = dit(size, resolution, cached)
     c.process = {**flow(), "spare_channels": True}
     c.sampler = default_sampler("sde")
+    return c
+
+
+def diffit(resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """DiffiT on ImageNet (Hatamizadeh et al. 2023), with the data, process, optimizer and autoencoder of `dit`.
+
+    Samples are guided as the paper's: on 3 of 4 channels, at 256 with a scale that grows from 1 at noise to 4.4 at data, at 512
+    with 1.49.
+
+    Args:
+        resolution: 256 or 512.
+        cached: as of `dit`.
+
+    Raises:
+        UserError: another resolution.
+    """
+    guided: dict[int, dict] = {256: {"scale": 4.4, "schedule": "power_cosine"}, 512: {"scale": 1.49}}
+    if resolution not in guided:
+        raise UserError(
+            f"DiffiT's resolution is 256 or 512, not {resolution}; for another, set model.grid and transform.resolution"
+        )
+    c = dit("XL/2", resolution, cached)
+    tokens = resolution // 16  # per side: 8 pixels a latent, 2 latents a patch
+    shared = {key: value for key, value in c.model.items() if key not in ("conditioning", "position_grid")}
+    c.model = {**shared, "name": "diffit", "grid": (tokens, tokens)}  # the sizes are those of DiT-XL/2
+    c.guidance.update({"channels": 3, **guided[resolution]})
     return c
 
 
@@ -470,3 +499,10 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     c.data = latents()
     c.loader = loader("latents")
     return c
+
+
+# The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
+PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+    "DiffiT@256": functools.partial(diffit, 256),
+    "DiffiT@512": functools.partial(diffit, 512),
+}

@@ -49,18 +49,18 @@ def hdit(patch_size, widths, depths, kernel_size):
 
 
 MODELS = {  # about 1.6, 6.4 and 14.4 million multiply-adds for 8 x 8 x 1
-    "DiT-S": dit(2, 44, 4, 2),
-    "DiT-M": dit(2, 72, 6, 3),
-    "DiT-L": dit(2, 120, 5, 3),
+    "DiT-S": dit(4, 64, 7, 4),
+    "DiT-M": dit(4, 128, 7, 4),
+    "DiT-L": dit(4, 192, 7, 6),
     "U-Net-S": unet(8, (1, 2), 2, (2,)),
     "U-Net-M": unet(16, (1, 2), 2, (2,)),
     "U-Net-L": unet(24, (1, 2), 2, (2,)),
     "HDiT-S": hdit(2, (32, 96), (1, 2), 3),
     "HDiT-M": hdit(2, (64, 128), (2, 3), 3),
     "HDiT-L": hdit(2, (96, 192), (2, 3), 3),
-    "DiffiT-S": diffit(2, 44, 4, 2, 8),
-    "DiffiT-M": diffit(2, 72, 6, 3, 8),
-    "DiffiT-L": diffit(2, 120, 5, 3, 8),
+    "DiffiT-S": diffit(4, 72, 6, 3, 8),
+    "DiffiT-M": diffit(4, 144, 6, 4, 8),
+    "DiffiT-L": diffit(4, 216, 6, 6, 8),
 }
 PHOTO_MODELS = {  # about 0.24 GMACs for 64 x 64 x 3
     "DiT": dit(4, 80, 8, 5),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dit_jax.benchmark import machine
 from dit_jax.benchmark.timing import Work, measure, report, warm_up
-from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.kl_vae import KLVAE, Autoencoder
 from dit_jax.data.size import size_json
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, rows_per_step
@@ -30,14 +30,14 @@ def of_preset(name: str, dtype: str) -> KLVAE:
     return KLVAE(**PRESETS[name], dtype=dtype)
 
 
-def of_folder(path: str, dtype: str) -> KLVAE:
-    """The sizes of a diffusers AutoencoderKL or of a run's codec; its weights do not affect the speed and are not read."""
+def of_folder(path: str, dtype: str) -> Autoencoder:
+    """The sizes of diffusers' AutoencoderKL or VQModel, or of a run's codec; its weights do not affect the speed."""
     from dit_jax.interop import vae
 
     return vae.read_codec(vae.find(path), dtype)
 
 
-def run(codec: KLVAE, size: tuple[int, int], batch_size: int, seconds: float) -> dict:
+def run(codec: Autoencoder, size: tuple[int, int], batch_size: int, seconds: float) -> dict:
     """Encode and decode with random weights on one batch that stays on the devices.
 
     Raises:

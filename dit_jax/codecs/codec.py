@@ -42,6 +42,10 @@ class Codec(Protocol):
     @property
     def latent_channels(self) -> int: ...
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of what `encode` returns: 2c of a posterior (mean, log-variance), c of a codec without one."""
+
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the latents of an example of this shape.
 
@@ -60,10 +64,10 @@ class Codec(Protocol):
         """Random parameters."""
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """Images f32[B, H, W, C] in [-1, 1] -> moments f32[B, h, w, 2c] (mean, log-variance), or other input of sample_latent."""
+        """Images f32[B, H, W, C] in [-1, 1] -> f32[B, h, w, moment_channels], the input of sample_latent."""
 
     def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Moments -> one posterior sample f32[B, h, w, c], scaled to approximately unit variance."""
+        """Moments -> latents f32[B, h, w, c], one sample of a posterior, scaled to approximately unit variance."""
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Scaled latents -> images f32[B, H, W, C], approximately in [-1, 1]."""
@@ -73,3 +77,9 @@ def check_channels(codec: Codec, shape: tuple[int, ...]) -> None:
     """Raises UserError if examples have another number of channels than the codec."""
     if shape[-1] != codec.image_channels:
         raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {codec.image_channels} must be equal")
+
+
+def moments_shape(codec: Codec, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(h, w, moment_channels) of one example with latents (h, w, c); a codec without `moment_channels` has 2c."""
+    *grid, channels = latent_shape
+    return *grid, getattr(codec, "moment_channels", 2 * channels)

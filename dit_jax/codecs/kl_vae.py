@@ -119,11 +119,11 @@ class AttentionBlock(Layer):
 
 
 class Encoder(Layer):
-    """Images [B, H, W, image_channels] to raw moments [B, h, w, 2 * latent_channels], float32."""
+    """Images [B, H, W, image_channels] to raw moments [B, h, w, out_channels], float32."""
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
-    latent_channels: int
+    out_channels: int
     use_quant_conv: bool
 
     @nn.compact
@@ -136,9 +136,9 @@ class Encoder(Layer):
                 # Padded only on the bottom and right, as in the training of the published weights.
                 x = self.conv(features, f"down_{i}_downsample", strides=2, padding=((0, 1), (0, 1)))(x)
         x = nn.silu(self.norm("norm_out")(self.middle(x)))
-        x = self.conv(2 * self.latent_channels, "conv_out")(x)
+        x = self.conv(self.out_channels, "conv_out")(x)
         if self.use_quant_conv:
-            x = self.conv(2 * self.latent_channels, "quant_conv", kernel_size=1)(x)
+            x = self.conv(self.out_channels, "quant_conv", kernel_size=1)(x)
         return x.astype(jnp.float32)
 
 
@@ -210,38 +210,37 @@ def floating_dtype(name: str, value: Any) -> Any:
     return dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class KLVAE:
-    """The sizes of a KL autoencoder; its parameters are a separate pytree {"encoder": ..., "decoder": ...}.
+class Autoencoder:
+    """Sizes, encoder and decoder of a convolutional autoencoder: what `KLVAE` and `vq_vae.VQVAE` share.
 
-    Attributes:
-        block_out_channels: width of each level, finest first; every level but the last halves the resolution.
-        layers_per_block: resnet blocks per level of the encoder; the decoder has one more.
-        latent_channels: C of the latents.
-        scale, shift: latents = (sample - shift) * scale have approximately unit variance; measured on data, not learnt
-            (`normalised`). Each is one number, or a sequence of one number per latent channel.
-        use_quant_conv: 1x1 convolutions after the encoder and before the decoder (SD, SDXL: yes; SD3, Flux: no).
-        image_channels: 3, or 1 for grey images.
-        norm_groups: groups of every norm; must divide every width.
-        dtype: of activations and products; norms' statistics, softmax and all outputs are always float32.
-            jax_default_matmul_precision determines the precision of float32 products (by default, TPUs use bfloat16 passes).
-        param_dtype: of parameters from `init`; loaded weights keep the dtype of their file.
-    Raises:
-        UserError: at construction, for invalid sizes.
+    A subclass is a frozen dataclass with the fields below, and defines `moment_channels`, `sample_latent` and `decode`.
     """
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    scale: float | tuple[float, ...] = 0.18215
-    shift: float | tuple[float, ...] = 0.0
-    use_quant_conv: bool = True
-    image_channels: int = 3
-    norm_groups: int = 32
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...]
+    use_quant_conv: bool
+    image_channels: int
+    norm_groups: int
+    dtype: Any
+    param_dtype: Any
 
     rules = AUTOENCODER_RULES
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels of what `encode` returns."""
+        raise NotImplementedError
+
+    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
+        """What `encode` returns -> scaled latents [B, h, w, C] float32."""
+        raise NotImplementedError
+
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
+        """Scaled latents [B, h, w, C] -> images [B, H, W, image_channels] float32."""
+        raise NotImplementedError
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))  # a config gives a list
@@ -286,7 +285,10 @@ class KLVAE:
             UserError: a clip, other channels, or a side that `downsample` does not divide.
         """
         if len(shape) != 3:
-            raise UserError(f"KLVAE encodes images (H, W, C), not examples of shape {shape}: take a codec for clips, or pixels")
+            raise UserError(
+                f"{type(self).__name__} encodes images (H, W, C), not examples of shape {shape}: take a codec for clips, "
+                "or pixels"
+            )
         check_channels(self, shape)
         for name, side in zip(("height", "width"), shape, strict=False):
             if side < 1 or side % self.downsample:
@@ -312,10 +314,10 @@ class KLVAE:
         widths, deepest = self.block_out_channels, self.block_out_channels[-1]
         middle = 2 * _resnet_macs(deepest, deepest, tokens) + 4 * tokens * deepest**2 + 2 * tokens**2 * deepest
 
-        encode = _conv_macs(self.image_channels, widths[0], pixels) + middle + _conv_macs(deepest, 2 * latent, tokens)
+        encode = _conv_macs(self.image_channels, widths[0], pixels) + middle + _conv_macs(deepest, self.moment_channels, tokens)
         decode = _conv_macs(latent, deepest, tokens) + middle + _conv_macs(widths[0], self.image_channels, pixels)
         if self.use_quant_conv:
-            encode += _conv_macs(2 * latent, 2 * latent, tokens, kernel_size=1)
+            encode += _conv_macs(self.moment_channels, self.moment_channels, tokens, kernel_size=1)
             decode += _conv_macs(latent, latent, tokens, kernel_size=1)
 
         for level, features in enumerate(widths):
@@ -333,7 +335,7 @@ class KLVAE:
     @property
     def encoder(self) -> Encoder:
         """The Linen module whose parameters are params["encoder"]."""
-        return Encoder(latent_channels=self.latent_channels, **self._shared_fields())
+        return Encoder(out_channels=self.moment_channels, **self._shared_fields())
 
     @property
     def decoder(self) -> Decoder:
@@ -362,7 +364,7 @@ class KLVAE:
         }
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """Encodes images to moments [B, h, w, 2C] float32: the posterior's mean and raw log-variance on the last axis.
+        """Encodes images to moments [B, h, w, moment_channels] float32, the input of `sample_latent`.
 
         Args:
             params: of `init` or `load_diffusers`; only params["encoder"] is used.
@@ -382,35 +384,6 @@ class KLVAE:
             )
         moments: Any = self.encoder.apply({"params": params["encoder"]}, images)
         return moments
-
-    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Samples latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
-
-        Args:
-            key: one PRNG key for the whole batch.
-            moments: [B, h, w, 2C] of `encode`, any floating dtype.
-        Raises:
-            ValueError: the last axis of the moments is not 2C.
-        """
-        if moments.shape[-1] != 2 * self.latent_channels:
-            raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
-        mean, log_variance = split_moments(moments)
-        sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        return (sample - _per_channel(self.shift)) * _per_channel(self.scale)
-
-    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
-        """Decodes latents to images [B, H, W, image_channels] float32, approximately in [-1, 1] and not clipped.
-
-        Args:
-            params: only params["decoder"] is used.
-            latents: [B, h, w, C], scaled as by `sample_latent`.
-        Raises:
-            ValueError: latents have another rank or channel count.
-        """
-        self._check_latents(latents)
-        z = latents / _per_channel(self.scale) + _per_channel(self.shift)
-        images: Any = self.decoder.apply({"params": params["decoder"]}, z)
-        return images
 
     def decode_tiled(self, params: Any, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
         """Decodes in overlapping, linearly blended tiles, with the memory of one tile and of the output.
@@ -450,9 +423,83 @@ class KLVAE:
         canvas = jnp.zeros((batch, height * factor, width * factor, self.image_channels))
         return lax.scan(add_tile, canvas, placed)[0]
 
+    def scaled(self, z: jax.Array) -> jax.Array:
+        """Latents of what the encoder gives: (z - shift) * scale."""
+        return (z - _per_channel(self.shift)) * _per_channel(self.scale)
+
+    def unscaled(self, latents: jax.Array) -> jax.Array:
+        """What the decoder takes: latents / scale + shift. Raises: ValueError, see `decode`."""
+        self._check_latents(latents)
+        return latents / _per_channel(self.scale) + _per_channel(self.shift)
+
     def _check_latents(self, latents):
         if latents.ndim != 4 or latents.shape[-1] != self.latent_channels or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}, not [B, h, w, {self.latent_channels}], none 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class KLVAE(Autoencoder):
+    """The sizes of a KL autoencoder; its parameters are a separate pytree {"encoder": ..., "decoder": ...}.
+
+    Attributes:
+        block_out_channels: width of each level, finest first; every level but the last halves the resolution.
+        layers_per_block: resnet blocks per level of the encoder; the decoder has one more.
+        latent_channels: C of the latents.
+        scale, shift: latents = (sample - shift) * scale have approximately unit variance; measured on data, not learnt
+            (`normalised`). Each is one number, or a sequence of one number per latent channel.
+        use_quant_conv: 1x1 convolutions after the encoder and before the decoder (SD, SDXL: yes; SD3, Flux: no).
+        image_channels: 3, or 1 for grey images.
+        norm_groups: groups of every norm; must divide every width.
+        dtype: of activations and products; norms' statistics, softmax and all outputs are always float32.
+            jax_default_matmul_precision determines the precision of float32 products (by default, TPUs use bfloat16 passes).
+        param_dtype: of parameters from `init`; loaded weights keep the dtype of their file.
+    Raises:
+        UserError: at construction, for invalid sizes.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    scale: float | tuple[float, ...] = 0.18215
+    shift: float | tuple[float, ...] = 0.0
+    use_quant_conv: bool = True
+    image_channels: int = 3
+    norm_groups: int = 32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def moment_channels(self) -> int:
+        """2C: the posterior's mean and raw log-variance."""
+        return 2 * self.latent_channels
+
+    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
+        """Samples latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
+
+        Args:
+            key: one PRNG key for the whole batch.
+            moments: [B, h, w, 2C] of `encode`, any floating dtype.
+        Raises:
+            ValueError: the last axis of the moments is not 2C.
+        """
+        if moments.shape[-1] != 2 * self.latent_channels:
+            raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
+        mean, log_variance = split_moments(moments)
+        sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return self.scaled(sample)
+
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
+        """Decodes latents to images [B, H, W, image_channels] float32, approximately in [-1, 1] and not clipped.
+
+        Args:
+            params: only params["decoder"] is used.
+            latents: [B, h, w, C], scaled as by `sample_latent`.
+        Raises:
+            ValueError: latents have another rank or channel count.
+        """
+        z = self.unscaled(latents)
+        images: Any = self.decoder.apply({"params": params["decoder"]}, z)
+        return images
 
 
 def _conv_macs(inputs: int, outputs: int, area: int, kernel_size: int = 3) -> int:

@@ -39,6 +39,10 @@ class Pixels:
     def latent_channels(self) -> int:
         return self.image_channels
 
+    @property
+    def moment_channels(self) -> int:
+        return self.image_channels
+
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape, (H, W, C) or (F, H, W, C), unchanged.
 

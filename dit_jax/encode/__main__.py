@@ -111,7 +111,7 @@ def job_of_config():
     if not run.has_codec_weights:
         raise UserError(
             f"the config has task.name = {run.config.task.name!r} and codec.name = {run.config.codec.name!r}: a config that "
-            "diffuses in the latents of a kl_vae is needed"
+            "diffuses in the latents of an autoencoder (kl_vae, vq_vae) is needed"
         )
     if run.entry != "image":
         raise UserError(
@@ -129,7 +129,7 @@ def summary(manifest: dict) -> dict:
     """JSON summary of a finished cache; prints the statistics of the latents and the scale of unit variance."""
     from dit_jax.storage.sealed import sealed
 
-    latents, (*grid, channels) = manifest["latents"], manifest["moments"]["shape"]
+    latents, (*grid, _) = manifest["latents"], manifest["moments"]["shape"]
     mean, std = latents["mean"], latents["std"]
     center = sum(mean) / len(mean)
     scale = (sum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(std)) ** -0.5
@@ -143,7 +143,7 @@ def summary(manifest: dict) -> dict:
         "images": manifest["count"],
         "shards": len(manifest["shards"]),
         "bad_records": manifest["bad_records"]["count"],
-        "latent_shape": [*grid, channels // 2],
+        "latent_shape": [*grid, len(mean)],
         "views": manifest["views"],
         "unit_scale": scale,
         "manifest_sha256": hashlib.sha256(sealed(manifest)).hexdigest(),

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dit_jax.codecs.kl_vae import KLVAE, LOG_VARIANCE_RANGE
+from dit_jax.codecs.codec import moments_shape
+from dit_jax.codecs.kl_vae import LOG_VARIANCE_RANGE, Autoencoder
 from dit_jax.data.latent_files import FORMAT, MANIFEST, SUFFIXES, shard_file
 from dit_jax.data.latents import codec_fields
 from dit_jax.data.loader import read_in_order
@@ -74,7 +75,7 @@ class Job:
     """
 
     source: Source
-    codec: KLVAE
+    codec: Autoencoder
     params: Any
     size: tuple[int, int]
     mirror: bool = True
@@ -105,8 +106,7 @@ class Job:
 
     @property
     def moments_shape(self) -> tuple[int, ...]:
-        *grid, channels = self.codec.latent_shape(self.transform.shape)
-        return *grid, 2 * channels
+        return moments_shape(self.codec, self.codec.latent_shape(self.transform.shape))
 
     @property
     def records_per_shard(self) -> int:
@@ -349,7 +349,7 @@ class Shard:
                 "count": self.count,
                 "bad_records": bad,
                 "captions": sum(caption is not None for caption in self.captions),
-                "sums": sums(moments),
+                "sums": sums(moments, self.job.codec.latent_channels),
                 "files": files,
             },
         )
@@ -359,14 +359,16 @@ def record_name(source: Source, index: int) -> str:
     return f"record {index} ({source[index].get('name', 'without a name')})"
 
 
-def sums(moments: np.ndarray) -> dict[str, list[float]]:
+def sums(moments: np.ndarray, channels: int) -> dict[str, list[float]]:
     """Sums per channel over all rows and pixels, float64: posterior mean, its square, and posterior variance.
 
-    moments: float16 [rows, ..., 2c].
+    moments: float16 [rows, ..., 2c], or [rows, ..., c] of a codec without a posterior, whose variance is 0; c = channels.
     """
-    total = np.zeros((3, moments.shape[-1] // 2))
+    total = np.zeros((3, channels))
     for start in range(0, len(moments), STATISTICS_ROWS):
-        mean, log_variance = np.split(moments[start : start + STATISTICS_ROWS].astype(np.float64), 2, axis=-1)
-        parts = (mean, mean**2, np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)))
+        rows = moments[start : start + STATISTICS_ROWS].astype(np.float64)
+        mean, log_variance = rows[..., :channels], rows[..., channels:]
+        variance = np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)) if log_variance.size else np.zeros_like(mean)
+        parts = (mean, mean**2, variance)
         total += [part.sum(axis=tuple(range(part.ndim - 1))) for part in parts]
     return dict(zip(("mean", "square", "variance"), total.tolist(), strict=True))

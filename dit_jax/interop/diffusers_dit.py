@@ -11,20 +11,14 @@ and the default norm_eps of the MLP's norm is 1e-5. dit_jax computes what the pa
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from dit_jax.errors import UserError
+from dit_jax.interop import network_folder
 from dit_jax.interop.official import POSITION, Architecture
-from dit_jax.interop.tensors import Tensor, Tensors, write_safetensors
-from dit_jax.storage.atomic import remove_leftovers, write_json
-from dit_jax.storage.bounded import read_json
-from dit_jax.storage.claim import LOCK, claim
-from dit_jax.storage.paths import local_path
+from dit_jax.interop.tensors import Tensor, Tensors
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-WEIGHTS_NAMES = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "diffusion_pytorch_model.bin")
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 NAMES = {  # official name: diffusers' name
     "x_embedder.proj": "pos_embed.proj",
@@ -111,46 +105,22 @@ def from_official(tensors: Tensors, depth: int) -> dict[str, Tensor]:
     return theirs
 
 
-def write(folder: str | os.PathLike, tensors: Tensors, architecture: Architecture, heads: int, sample_size: int) -> None:
-    """Writes config.json and the weights to a folder that `DiTTransformer2DModel.from_pretrained` reads.
+def describe(architecture: Architecture, heads: int, sample_size: int) -> dict:
+    """config.json of `DiTTransformer2DModel`.
 
     Args:
-        tensors: with official names.
         sample_size: side of the network's input.
 
     Raises:
-        UserError: diffusers' module does not support the network; the folder holds other files; another command is writing it.
+        UserError: diffusers' module does not support the network.
     """
-    folder = local_path(folder)
     if architecture.mlp_width != 4 * architecture.width:
         raise UserError(
             f"the MLP has width {architecture.mlp_width}, but diffusers' module supports only 4 x width = "
             f"{4 * architecture.width}; write --to=official instead"
         )
     # The paper's code uses 1e-6 in every norm.
-    config = {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
-    with claim(folder, "writing weights", "--out"):
-        remove_leftovers(folder, WEIGHTS_NAME, "config.json")
-        if strange := sorted({path.name for path in folder.iterdir()} - {LOCK, WEIGHTS_NAME, "config.json"}):
-            raise UserError(f"--out={folder} holds {strange[0]}; give an empty folder, or one that does not exist")
-        write_safetensors(folder / WEIGHTS_NAME, from_official(tensors, architecture.depth), {"format": "pt"})
-        write_json(folder / "config.json", config, indent=2)
-
-
-def find_weights(path: str | os.PathLike) -> Path:
-    """Returns the weights file of a folder; a file is returned unchanged.
-
-    Raises:
-        UserError: the folder has none.
-    """
-    path = local_path(path)
-    if not path.is_dir():
-        return path
-    for name in WEIGHTS_NAMES:
-        if (path / name).is_file():
-            return path / name
-    hint = f"; give {path / 'transformer'}, the folder in it" if (path / "transformer").is_dir() else ""
-    raise UserError(f"{path} has none of {', '.join(WEIGHTS_NAMES)}{hint or ': give the folder of a DiTTransformer2DModel'}")
+    return {"_class_name": CLASSES[0]} | _config(architecture, heads, sample_size) | {"norm_eps": 1e-6}
 
 
 def read_config(weights: str | os.PathLike) -> dict:
@@ -159,19 +129,8 @@ def read_config(weights: str | os.PathLike) -> dict:
     Raises:
         UserError: it is missing, damaged, or of another class of model.
     """
-    weights = local_path(weights)
-    path = weights.parent / "config.json"
-    try:
-        config = read_json(path, "download it again", {"_class_name": str})
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; it records the number of heads and the resolution. Copy it from where "
-            f"{weights.name} came from"
-        ) from None
-    name = config["_class_name"]
-    if name not in CLASSES:
-        raise UserError(f"{path} describes a {name:.100}, not a {' or '.join(CLASSES)}")
-    return (CONFIG_DEFAULTS | config) if name == CLASSES[0] else config
+    config = network_folder.read_config(weights, CLASSES)
+    return (CONFIG_DEFAULTS | config) if config["_class_name"] == CLASSES[0] else config
 
 
 def check_config(config: Mapping, architecture: Architecture, what: str) -> None:

@@ -1,8 +1,8 @@
 """Reads PyTorch's .pt files without PyTorch and without executing code in them.
 
-A .pt is a pickle, and a pickle is a program that may call any function by name. This reader allows six names (functions that
-rebuild tensors and parameters, OrderedDict, argparse.Namespace, storage types) and refuses all others. Values are read lazily.
-It reads both of PyTorch's formats: the zip archive (since 1.6) and the older stream.
+A .pt is a pickle, and a pickle is a program that may call any function by name. This reader allows seven names (functions that
+rebuild tensors and parameters, OrderedDict, argparse.Namespace, the name of a Lightning class, storage types) and refuses all
+others. Values are read lazily. It reads both of PyTorch's formats: the zip archive (since 1.6) and the older stream.
 """
 
 import mmap
@@ -332,4 +332,6 @@ GLOBALS = {
     ("torch._utils", "_rebuild_parameter"): Rebuild(_rebuild_parameter),
     ("collections", "OrderedDict"): Plain,
     ("argparse", "Namespace"): Namespace,
+    # A key in checkpoints of PyTorch Lightning, as the LDM code writes them. A string can be neither called nor changed.
+    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"): "ModelCheckpoint",
 }

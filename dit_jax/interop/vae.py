@@ -1,4 +1,8 @@
-"""Reads and writes the KL autoencoder's weights in the format of diffusers' `AutoencoderKL` (safetensors), without PyTorch."""
+"""Reads and writes the autoencoders' weights as diffusers stores them (`AutoencoderKL`, `VQModel`), without PyTorch.
+
+The names of the LDM code (CompVis) are read too: of an autoencoder's own checkpoint, or of a whole model's under
+`first_stage_model.`, in .safetensors or in PyTorch's .ckpt.
+"""
 
 import dataclasses
 import functools
@@ -6,19 +10,20 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.kl_vae import KLVAE, Autoencoder
+from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.errors import UserError
-from dit_jax.interop import download
+from dit_jax.interop import download, pt_reader
+from dit_jax.interop.tensors import Tensor, Tensors, open_safetensors
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import remove_leftovers, replacing, write_json
 from dit_jax.storage.bounded import read_json
@@ -39,6 +44,7 @@ TO_DIFFUSERS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bmid_attention\.out\b", "mid_block.attentions.0.to_out.0"),
     (r"\bnorm_out\b", "conv_norm_out"),
     (r"^(encoder|decoder)\.(quant_conv|post_quant_conv)\b", r"\2"),
+    (r"^codebook\.embedding$", "quantize.embedding.weight"),
     (r"\.(kernel|scale)$", ".weight"),
 ]
 # Names of the attention layers in files written before diffusers 0.17, such as the published sd-vae-ft-*.
@@ -46,6 +52,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 # Names in the LDM code, to diffusers' names.
 LDM_PREFIX = "first_stage_model."
+LDM_LOSS = "loss."  # discriminator and perceptual network, beside an autoencoder's own weights
 FROM_LDM = [
     (r"\b(down|up)\.(\d+)\.block\.(\d+)\b", r"\1_blocks.\2.resnets.\3"),
     (r"\bdown\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
@@ -61,23 +68,38 @@ FROM_LDM = [
 # Normalisation of latents, which the diffusion model chooses.
 NORMALIZATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # diffusers' defaults for fields missing from config.json; older files lack several.
-CONFIG_DEFAULTS: dict[str, Any] = {
+COMMON_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "block_out_channels": [64],
     "layers_per_block": 1,
-    "latent_channels": 4,
     "norm_num_groups": 32,
     "act_fn": "silu",
-    "scaling_factor": 0.18215,
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
     "mid_block_add_attention": True,
     "down_block_types": ["DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D"],
+}
+CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {
+        **COMMON_DEFAULTS,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    },
+    # Deviation: without scaling_factor, diffusers' VQModel takes 0.18215. Files without it are older than the field; they are
+    # those of latent diffusion, whose diffusion models are trained on unscaled latents.
+    "VQModel": {
+        **COMMON_DEFAULTS,
+        "latent_channels": 3,
+        "scaling_factor": 1.0,
+        "num_vq_embeddings": 256,
+        "vq_embed_dim": None,
+        "norm_type": "group",
+    },
 }
 
 
@@ -159,7 +181,7 @@ def _check_is_no_run(path: Path) -> None:
     raise UserError(f"{path} is the run of a {task} model, not of an autoencoder; give the --workdir of one, or a VAE's folder")
 
 
-def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE:
+def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE | VQVAE:
     """Builds the codec that a diffusers folder describes (sizes, scale and shift) without reading the weights.
 
     Args:
@@ -178,16 +200,20 @@ def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE:
             "trained an autoencoder"
         )
     stored = _read_config(path)
-    codec = KLVAE(
-        block_out_channels=stored["block_out_channels"],
-        layers_per_block=stored["layers_per_block"],
-        latent_channels=stored["latent_channels"],
-        use_quant_conv=stored["use_quant_conv"],
-        image_channels=stored["in_channels"],
-        norm_groups=stored["norm_num_groups"],
-        dtype=dtype,
+    sizes = {
+        "block_out_channels": stored["block_out_channels"],
+        "layers_per_block": stored["layers_per_block"],
+        "latent_channels": stored["latent_channels"],
+        "image_channels": stored["in_channels"],
+        "norm_groups": stored["norm_num_groups"],
+        "dtype": dtype,
         **_scaling(stored),
-    )
+    }
+    codec: KLVAE | VQVAE
+    if stored["_class_name"] == "VQModel":
+        codec = VQVAE(codebook_size=stored["num_vq_embeddings"], **sizes)
+    else:
+        codec = KLVAE(use_quant_conv=stored["use_quant_conv"], **sizes)
     _check_config(path, codec)
     return codec
 
@@ -203,29 +229,27 @@ def weights_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
-    """Loads parameters for `codec` from a diffusers `AutoencoderKL`, as NumPy arrays in the file's dtypes.
+def load_diffusers(path: str | os.PathLike, codec: Autoencoder) -> dict:
+    """Loads parameters for `codec` from a diffusers `AutoencoderKL` or `VQModel`, as NumPy arrays in the file's dtypes.
 
-    Every tensor of the file must be used and every parameter must be present; otherwise nothing is loaded.
+    Every tensor of the file must be used and every parameter must be present; otherwise nothing is loaded. Of a checkpoint of the
+    LDM code, the autoencoder is taken.
 
     Args:
-        path: a .safetensors file, or a folder with config.json and diffusion_pytorch_model.safetensors. The folder's
-            config is checked against the codec. A single file does not record scale, shift or group count; the codec's are used.
-        codec: the `KLVAE` of the weights; its sizes determine names and shapes.
+        path: a .safetensors file or a PyTorch checkpoint, or a folder with config.json and diffusion_pytorch_model.safetensors.
+            The folder's config is checked against the codec. A single file does not record scale, shift or group count; the
+            codec's are used.
+        codec: the `KLVAE` or `VQVAE` of the weights; its sizes determine names and shapes.
     Raises:
         UserError: path, or a file of the folder, does not exist.
-        UserError: config.json disagrees with the codec; the file is not safetensors; or tensors are missing, extra,
-            misshapen or of a dtype other than float32, float16 and bfloat16 (all are listed).
+        UserError: config.json disagrees with the codec; the file is neither safetensors nor PyTorch's; or tensors are missing,
+            extra, misshapen or of a dtype other than float32, float16 and bfloat16 (all are listed).
     """
     path = Path(path)
     if path.is_dir():
         _check_config(_find(path / "config.json"), codec)
         path = path / WEIGHTS_NAME
-    try:
-        tensors = load_file(_find(path))
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error}): download or convert it again") from error
-    tensors = _rename_old_attention(_from_ldm(tensors, str(path), len(codec.block_out_channels)), path)
+    tensors = _rename_old_attention(_from_ldm(_open(_find(path)), str(path), len(codec.block_out_channels)), path)
 
     expected = _expected(codec)
     problems = [f"missing {name} {shape}" for name, (_, shape) in expected.items() if name not in tensors]
@@ -241,24 +265,37 @@ def load_diffusers(path: str | os.PathLike, codec: KLVAE) -> dict:
             f"{path} does not fit {codec}: set the codec's sizes to those of these weights. {len(problems)} differences:\n  "
             + "\n  ".join(sorted(problems))
         )
-    params = {}
+    params: dict[str, Any] = {}
     for name, (keys, _) in expected.items():
         node = params
         for key in keys[:-1]:
             node = node.setdefault(key, {})
-        if not np.isfinite(tensors[name]).all():
+        array = tensors[name].load()
+        if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; download the file again")
-        node[keys[-1]] = _to_ours(tensors[name])
+        node[keys[-1]] = _to_ours(keys, array)
     return params
 
 
-def save_diffusers(path: str | os.PathLike, codec: KLVAE, params: Any) -> None:
-    """Writes params in the format of diffusers' `AutoencoderKL`, with their dtypes; loading them gives the same bits.
+def _open(path: Path) -> Tensors:
+    """The tensors of a .safetensors file or of a PyTorch checkpoint, whose weights are its `state_dict` if it has one."""
+    if not pt_reader.is_pt(path):
+        return open_safetensors(path)[0]
+    stored = pt_reader.read(path)
+    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
+    tensors = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name: give a checkpoint that is a state_dict or has one")
+    return tensors
+
+
+def save_diffusers(path: str | os.PathLike, codec: Autoencoder, params: Any) -> None:
+    """Writes params as diffusers' `AutoencoderKL` or `VQModel`, with their dtypes; loading them gives the same bits.
 
     Args:
         path: a name ending in .safetensors for the weights alone. Any other path is a folder, created if needed, which also gets
-            config.json and is readable by `AutoencoderKL.from_pretrained`. Existing files are replaced.
-        codec: the `KLVAE` the params belong to.
+            config.json and is readable by diffusers' `from_pretrained`. Existing files are replaced.
+        codec: the `KLVAE` or `VQVAE` the params belong to.
         params: pytree of `codec.init` or `load_diffusers`.
     Raises:
         UserError: the params are not those of the codec; lists the names that differ.
@@ -270,7 +307,7 @@ def save_diffusers(path: str | os.PathLike, codec: KLVAE, params: Any) -> None:
     tensors = {}
     for keys in expected.keys() & arrays.keys():
         name, shape = expected[keys]
-        tensors[name] = np.ascontiguousarray(_to_theirs(np.asarray(arrays[keys])))
+        tensors[name] = np.ascontiguousarray(_to_theirs(keys, np.asarray(arrays[keys])))
         if tensors[name].shape != shape:
             problems.append(f"misshapen {'/'.join(keys)}: {tensors[name].shape} instead of {shape} as {name}")
     if problems:
@@ -299,7 +336,7 @@ def _names_and_shapes(codec):
         name = ".".join(keys)
         for pattern, replacement in TO_DIFFUSERS:
             name = re.sub(pattern, replacement, name)
-        expected[name] = (keys, _to_theirs(np.broadcast_to(np.float32(0), leaf.shape)).shape)
+        expected[name] = (keys, _to_theirs(keys, np.broadcast_to(np.float32(0), leaf.shape)).shape)
     return expected
 
 
@@ -307,29 +344,34 @@ def _keys(path):
     return tuple(entry.key for entry in path)
 
 
-def _to_ours(tensor):
-    """OIHW to HWIO, [out, in] to [in, out]; vectors are unchanged."""
+def _to_ours(keys, tensor):
+    """OIHW to HWIO, [out, in] to [in, out]; vectors and the codebook [K, C] are unchanged."""
+    if keys[-1] == "embedding":
+        return np.ascontiguousarray(tensor)
     return np.ascontiguousarray(tensor.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[tensor.ndim]))
 
 
-def _to_theirs(array):
-    """HWIO to OIHW, [in, out] to [out, in]; vectors are unchanged."""
+def _to_theirs(keys, array):
+    """HWIO to OIHW, [in, out] to [out, in]; vectors and the codebook [K, C] are unchanged."""
+    if keys[-1] == "embedding":
+        return array
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
 
 
 def _find(path):
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: give a .safetensors file, or a folder with config.json and {WEIGHTS_NAME} "
-            f"(pickled .bin and .ckpt files are not read), or {' or '.join(PUBLISHED)}, which is downloaded"
+            f"{path} does not exist: give a .safetensors file, a .ckpt of the LDM code, or a folder with config.json and "
+            f"{WEIGHTS_NAME} (a folder's pickled .bin is not read), or {' or '.join(PUBLISHED)}, which is downloaded"
         )
     return path
 
 
-def _from_ldm(tensors: Mapping[str, np.ndarray], what: str, levels: int) -> dict[str, np.ndarray]:
+def _from_ldm(tensors: Tensors, what: str, levels: int) -> dict[str, Tensor]:
     """Renames the tensors of the LDM code (CompVis), which counts the decoder's levels from the other end; others are kept.
 
-    Of a whole checkpoint of Stable Diffusion, whose autoencoder is under `first_stage_model.`, only that is taken.
+    Of a whole model's checkpoint, such as Stable Diffusion's, only the autoencoder under `first_stage_model.` is taken; of an
+    autoencoder's own checkpoint, all but its loss.
 
     Args:
         levels: of the codec.
@@ -340,19 +382,24 @@ def _from_ldm(tensors: Mapping[str, np.ndarray], what: str, levels: int) -> dict
     console.say(f"{what} has the names of the LDM code, which are read as diffusers' names")
     renamed = {}
     for name, tensor in tensors.items():
-        if not name.startswith(prefix):
+        if not name.startswith(prefix) or name.removeprefix(prefix).startswith(LDM_LOSS):
             continue
         new = name.removeprefix(prefix)
         for pattern, replacement in FROM_LDM:
             new = re.sub(pattern, replacement, new)
         new = re.sub(r"\bup_blocks\.(\d{1,3})\.", lambda match: f"up_blocks.{levels - 1 - int(match[1])}.", new)
         if re.search(r"attentions\.0\.to_.*weight$", new) and tensor.shape[2:] == (1, 1):  # a convolution there
-            tensor = tensor[:, :, 0, 0]
+            tensor = _without_kernel_axes(tensor)
         renamed[new] = tensor
     return renamed
 
 
-def _rename_old_attention(tensors, path):
+def _without_kernel_axes(tensor: Tensor) -> Tensor:
+    """[out, in, 1, 1] -> [out, in]."""
+    return Tensor(tensor.shape[:2], tensor.dtype, lambda: tensor.load()[:, :, 0, 0])
+
+
+def _rename_old_attention(tensors: Tensors, path: Path) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in tensors.items():
         new = re.sub(r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD_ATTENTION[m[2]], name)
@@ -362,14 +409,21 @@ def _rename_old_attention(tensors, path):
     return renamed
 
 
-def _write_config(folder: Path, codec: KLVAE) -> None:
-    write_json(folder / "config.json", {"_class_name": "AutoencoderKL", **_config(codec)}, indent=2)
+def _write_config(folder: Path, codec: Autoencoder) -> None:
+    fields = _config(codec)
+    if isinstance(codec, VQVAE):  # diffusers' VQModel has only the scaling factor
+        fields = {name: value for name, value in fields.items() if name not in NORMALIZATION or value is not None}
+    write_json(folder / "config.json", {"_class_name": _class_name(codec), **fields}, indent=2)
 
 
-def _config(codec):
+def _class_name(codec: Autoencoder) -> str:
+    return "VQModel" if isinstance(codec, VQVAE) else "AutoencoderKL"
+
+
+def _config(codec: Autoencoder) -> dict[str, Any]:
     """The fields of diffusers' config.json for this codec."""
     levels = len(codec.block_out_channels)
-    return CONFIG_DEFAULTS | {
+    fields = CONFIG_DEFAULTS[_class_name(codec)] | {
         "in_channels": codec.image_channels,
         "out_channels": codec.image_channels,
         "block_out_channels": list(codec.block_out_channels),
@@ -377,11 +431,12 @@ def _config(codec):
         "latent_channels": codec.latent_channels,
         "norm_num_groups": codec.norm_groups,
         **_scaling_fields(codec),
-        "use_quant_conv": codec.use_quant_conv,
-        "use_post_quant_conv": codec.use_quant_conv,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
+    if isinstance(codec, VQVAE):
+        return fields | {"num_vq_embeddings": codec.codebook_size, "vq_embed_dim": codec.latent_channels}
+    return fields | {"use_quant_conv": codec.use_quant_conv, "use_post_quant_conv": codec.use_quant_conv}
 
 
 def _scaling_fields(codec):
@@ -407,9 +462,14 @@ def _read_config(path):
     Missing fields get diffusers' defaults, a shift of 0 becomes None, and with lists the scaling factor becomes 1.
     """
     stored = read_json(path, "download it again")
-    if stored.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(f"{path} does not describe an AutoencoderKL: give the autoencoder's folder (often named vae)")
-    stored = CONFIG_DEFAULTS | stored
+    name = stored.get("_class_name", "AutoencoderKL")
+    if name not in CONFIG_DEFAULTS:
+        raise UserError(
+            f"{path} does not describe an AutoencoderKL or a VQModel: give the autoencoder's folder (often named vae or vqvae)"
+        )
+    stored = CONFIG_DEFAULTS[name] | stored | {"_class_name": name}
+    if name == "VQModel":
+        stored["vq_embed_dim"] = stored["vq_embed_dim"] or stored["latent_channels"]
     shift = stored["shift_factor"] = stored["shift_factor"] or None
     mean, std = stored["latents_mean"], stored["latents_std"]
     if mean is not None or std is not None:
@@ -427,6 +487,8 @@ def _read_config(path):
 def _check_config(path, codec):
     """Raises UserError if sizes differ; scale and shift may differ, because they do not change the weights."""
     stored = _read_config(path)
+    if stored["_class_name"] != _class_name(codec):
+        raise UserError(f"{path} describes a {stored['_class_name']}, and the codec is a {type(codec).__name__}; set codec.name")
     problems = [
         f"{name}: {stored[name]} in the file, {value} in the codec"
         for name, value in _config(codec).items()

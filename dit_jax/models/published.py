@@ -5,6 +5,7 @@ A network's class may have `published`, {name: Published}. `plan --models` count
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -29,9 +30,11 @@ class Published(NamedTuple):
         input_shape: of one example, (h, w, c) or (f, h, w, c).
         fids: published with it.
         process: the name of the diffusion process that it was trained with.
+        cond_shapes: entries of its condition, without the batch axis; "label" is int32, the others are float32.
     """
 
     fields: Mapping[str, Any]
     input_shape: tuple[int, ...]
     fids: tuple[Fid, ...] = ()
     process: str = "gaussian"
+    cond_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({"label": ()})

@@ -15,7 +15,6 @@ device by kind, whether the run fits, compute and communication, and an estimate
 --config.data.name=latents the step starts from a latent cache, otherwise with the codec's encoder if there is one.
 """
 
-import jax
 from absl import flags
 
 from dit_jax import config_file
@@ -44,7 +43,7 @@ MICROBATCHES = flags.DEFINE_list("search_microbatches", [], "Numbers of microbat
 REMATS = flags.DEFINE_list("search_remats", [], "Policies to try, of none, full, dots, elementwise and offload; all if empty.")
 MAX_COMPILES = flags.DEFINE_integer("search_max_compiles", 24, "Compile at most so many, of those that may fit.")
 command_line.group("Tables")
-MODELS = flags.DEFINE_bool("models", False, "The table of models.")
+MODELS = flags.DEFINE_bool("models", False, "The table of published networks: parameters, multiply-adds, FIDs.")
 TABLE = flags.DEFINE_list(
     "table",
     [],
@@ -75,40 +74,12 @@ def check_flags() -> None:
     command_line.check_uses(USES, chosen)
 
 
-def cost(config) -> dict:
-    """Counts the cost of a config's network from shapes and architecture, without creating arrays."""
-    from dit_jax.build import Run
-    from dit_jax.tasks.state import count_parameters
-
-    task = Run(config).task
-    return {
-        "tokens": task.network.num_tokens(task.latent_shape),
-        "params": count_parameters(jax.eval_shape(task.init, jax.random.key(0)).params),
-        "gmacs": task.macs() / 1e9,
-        "train_flops_per_image": 6 * task.macs(),
-    }
-
-
-def model_table() -> dict[str, dict]:
-    """{"XL/2@256": counts, ..., "XL/2@256 adaln": counts, ...}."""
-    from dit_jax import recipes
-    from dit_jax.models.dit import CONDITIONINGS
-
-    table = {f"{size}@{resolution}": cost(recipes.dit(size, resolution)) for resolution in (256, 512) for size in recipes.MODELS}
-    for conditioning in CONDITIONINGS[1:]:
-        config = recipes.dit("XL/2", 256)
-        config.model.conditioning = conditioning
-        table[f"XL/2@256 {conditioning}"] = cost(config)
-    return table
-
-
 def print_models() -> dict:
-    table = model_table()
-    console.say(f"{'model':26} {'tokens':>6} {'parameters':>12} {'GMACs':>8} {'training GFLOPs/image':>22}")
-    for name, row in table.items():
-        console.say(
-            f"{name:26} {row['tokens']:6} {row['params']:12,} {row['gmacs']:8.2f} {row['train_flops_per_image'] / 1e9:22.1f}"
-        )
+    from dit_jax.plan import published
+
+    table = published.table()
+    for line in published.lines(table):
+        console.say(line)
     return {"models": table}
 
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.errors import UserError
-from dit_jax.interop import base_file, diffusers_dit, peft, pt_reader
+from dit_jax.interop import base_file, network_folder, peft, pt_reader
 from dit_jax.interop import weights as weights_file
 from dit_jax.interop.tensors import open_safetensors
 from dit_jax.parallel.mesh import place
@@ -116,10 +116,11 @@ def read(path: str | os.PathLike, template: Mapping[str, Any] | None = None) -> 
         UserError: none of these; damaged; or the run of an autoencoder.
     """
     path = local_path(path).absolute()
-    if path.is_dir() and not (path / "config.json").exists() and (path / "transformer").is_dir():
-        vae = path / "vae"
-        return _read_foreign(path / "transformer", "diffusers", template, vae if vae.is_dir() else None)
-    if path.name in diffusers_dit.WEIGHTS_NAMES or any((path / name).exists() for name in diffusers_dit.WEIGHTS_NAMES):
+    part = next((part for part in network_folder.PARTS if (path / part).is_dir()), None)
+    if part and not (path / "config.json").exists():
+        codec = next((path / name for name in ("vae", "vqvae") if (path / name).is_dir()), None)
+        return _read_foreign(path / part, "diffusers", template, codec)
+    if path.name in network_folder.WEIGHTS_NAMES or any((path / name).exists() for name in network_folder.WEIGHTS_NAMES):
         return _read_foreign(path, "diffusers", template)
     if path.is_file() and (pt_reader.is_pt(path) or not _is_ours(path)):
         return _read_foreign(path, "sit" if re.search(r"(?<![a-z])sit(?![a-z])", path.stem.lower()) else "official", template)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dit_jax.codecs.codec import Codec
+from dit_jax.codecs.codec import Codec, moments_shape
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
@@ -127,10 +127,9 @@ class DiffusionTask:
         return self.optimizer.init(params)
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
-        *grid, channels = self.latent_shape
         entries = {
             "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8),
-            "moments": jax.ShapeDtypeStruct((*grid, 2 * channels), jnp.float16),
+            "moments": jax.ShapeDtypeStruct(moments_shape(self.codec, self.latent_shape), jnp.float16),
             "row": jax.ShapeDtypeStruct((), jnp.int32),
         }
         return {"label": jax.ShapeDtypeStruct((), jnp.int32), **self.conditioner.batch_spec(), entry: entries[entry]}

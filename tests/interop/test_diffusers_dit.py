@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from dit_jax.convert import formats
 from dit_jax.convert.formats import Source
 from dit_jax.errors import UserError
-from dit_jax.interop.diffusers_dit import WEIGHTS_NAME
+from dit_jax.interop.network_folder import WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_the_published_files_older_class_and_norm_are_read(folder):
 def test_a_folder_without_config_or_weights_says_what_to_do(folder):
     """A stack trace, or heads guessed."""
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json does not exist; it records the number of heads"):
+    with pytest.raises(UserError, match=r"config\.json does not exist; it records what the tensors do not determine"):
         read(folder)
     (folder / WEIGHTS_NAME).unlink()
     with pytest.raises(UserError, match="has none of diffusion_pytorch_model"):

@@ -47,6 +47,8 @@ def task_of(block, zero1=False, **fields):
     fields |= {"mesh__zero1": zero1, "optimizer__eps": 1e-3}
     if block == "autoencoder":
         return build.Run(tiny.autoencoder(**fields)).task
+    if block == "diffit":
+        return build.Run(tiny.diffit(model__heads=8, model__width=64, **fields)).task
     return build.Run(tiny.config(**TINY | {"model__conditioning": block} | fields)).task
 
 
@@ -139,6 +141,8 @@ MESHES = [
         ),
         pytest.param((2, 2, 2, 1), "cross_attention", True, marks=SLOW),
         *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
+        pytest.param((2, 2, 2, 1), "diffit", True, marks=SLOW),
+        *(pytest.param(shape, "diffit", False, marks=pytest.mark.exhaustive) for shape in MESHES),
         pytest.param((2, 2, 2, 1), "autoencoder", True, marks=pytest.mark.exhaustive),
         pytest.param((1, 8, 1, 1), "autoencoder", False, marks=pytest.mark.exhaustive),
     ],

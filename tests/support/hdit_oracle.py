@@ -38,11 +38,11 @@ def package():
 
 
 def network(fields, channels, weights):
-    """(x [B, H, W, C], t, augmentation, label) -> [B, H, W, C] tensors, and {k-diffusion's name: parameter}.
+    """The network in float64: arrays (x [B, H, W, C], t, augmentation, label) -> tensor [B, H, W, C]; and its parameters.
 
     Args:
         fields: of our network; two levels at least, and no neighbourhoods, which need natten.
-        weights: {k-diffusion's name: array}.
+        weights: {k-diffusion's name: array}; the parameters have these names too.
     """
     torch, hdit = package()
     from hdit.modules.attention.self_attention import GlobalTransformerLayer
@@ -69,21 +69,18 @@ def network(fields, channels, weights):
         guidance_modules=[FourierFeatures(9, m), torch.nn.Embedding(fields["num_classes"] + 1, m)],
         guidance_dims=[m, m],
     )  # fmt: skip
-    state = {"guidance_modules_projections.1.weight": torch.eye(m)}
-    for name, array in weights.items():
-        for ours, theirs in RENAMED:
-            name = name.replace(ours, theirs) if ours.startswith("norm") or name.startswith(ours) else name
-        state[name] = torch.from_numpy(np.array(array))
-    net.load_state_dict(state)
-    parameters = dict(net.named_parameters())
 
-    def named(name):
+    def rename(name):
         for ours, theirs in RENAMED:
             name = name.replace(ours, theirs) if ours.startswith("norm") or name.startswith(ours) else name
-        return parameters.get(name)
+        return name
+
+    given = {rename(name): torch.from_numpy(np.array(array)) for name, array in weights.items()}
+    net.load_state_dict({"guidance_modules_projections.1.weight": torch.eye(m)} | given)
+    parameters = dict(net.double().named_parameters())
 
     def forward(x, t, augmentation, label):
-        y = net(x.permute(0, 3, 1, 2), t, augmentation, label)
-        return y.permute(0, 2, 3, 1)
+        x, t, augmentation = (torch.from_numpy(np.float64(array)) for array in (x, t, augmentation))
+        return net(x.permute(0, 3, 1, 2), t, augmentation, torch.from_numpy(label).long()).permute(0, 2, 3, 1)
 
-    return forward, {name: found for name in weights if (found := named(name)) is not None}
+    return forward, {name: found for name in weights if (found := parameters.get(rename(name))) is not None}

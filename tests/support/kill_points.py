@@ -7,6 +7,7 @@ Reads still work.
 import builtins
 import contextlib
 import datetime
+import errno
 import io
 import itertools
 import os
@@ -17,8 +18,17 @@ from unittest import mock
 
 import pytest
 
+
+class WithoutFlock(int):
+    """A share of the operations, on a file system without flock."""
+
+
 # Of the operations before which a test kills: CI takes every tenth, another tenth each day.
-SHARES = [pytest.param(10, marks=[pytest.mark.slow, pytest.mark.faults]), pytest.param(1, marks=pytest.mark.exhaustive)]
+SHARES = [
+    pytest.param(10, marks=[pytest.mark.slow, pytest.mark.faults]),
+    pytest.param(1, marks=pytest.mark.exhaustive),
+    pytest.param(WithoutFlock(10), marks=pytest.mark.exhaustive, id="10-without-flock"),
+]
 CHANGES = ("replace", "rename", "remove", "unlink", "mkdir", "rmdir", "truncate", "link", "symlink")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -105,6 +115,9 @@ def check_every_kill(
         times: how often each is killed, from the second time on before some other operation.
         prepare: creates the folder `out`, undisturbed.
     """
+    if isinstance(share, WithoutFlock):
+        with mock.patch("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))):
+            return check_every_kill(folder, command, int(share), ended, times, prepare)
     ended, outs = ended or tree, (folder / f"out{i}" for i in itertools.count())
     out = next(outs)
     prepare(out)

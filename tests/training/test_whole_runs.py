@@ -85,6 +85,53 @@ def test_killed_while_it_saves(tmp_path, most, steps):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("most", [100])
+def test_killed_at_random_moments_of_whole_runs(tmp_path, most):
+    """A run that some kill of start-up, steps, saves, previews, scores, sampling or the report leaves unable to finish, or that
+    ends with other weights, samples, scores or files than an undisturbed one.
+
+    A run is killed and started again until it ends; then the next run begins, until there were `most` kills.
+    """
+
+    def start(workdir):
+        fields = ("num_steps=60", "checkpoint.every_steps=9", "log.every_steps=5", "model.depth=1", "model.width=32")
+        fields += ("preview.every_steps=20", "preview.num_images=8", "scoring.every_steps=15", "scoring.num_images=200")
+        fields += ("scoring.sampler.num_steps=4", "evaluation.num_images=400", "evaluation.batch_size=50", "sampler.num_steps=8")
+        fields += ("loader.num_workers=2", "evaluation.reference=digits")
+        return command("main", "--config=configs/digits.py", f"--workdir={workdir}", *(f"--config.{field}" for field in fields))
+
+    def live(workdir, seconds):
+        """The status of a life that is killed after so many seconds, unless it ends before."""
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(start(workdir), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def ended(workdir):
+        result = json.loads((workdir / "result.json").read_text())
+        final = [arrays(workdir / "checkpoints", 60)[0].tobytes(), (workdir / "samples.npz").exists()]
+        names = sorted(str(path.relative_to(workdir)) for path in listed(workdir))
+        return [result[name] for name in ("step", "loss", "fid", "samples_sha256")], names, final
+
+    begin = time.monotonic()
+    assert live(tmp_path / "whole", 600) == 0, (tmp_path / "log").read_text()
+    length, whole, rng, kills, runs = time.monotonic() - begin, ended(tmp_path / "whole"), np.random.default_rng(), 0, 0
+    while kills < most:
+        workdir, runs = tmp_path / f"run{runs}", runs + 1
+        for _ in range(40):
+            status = live(workdir, rng.uniform(0, 1.1 * length))
+            kills += status == -signal.SIGKILL
+            assert status in (0, -signal.SIGKILL), (status, (tmp_path / "log").read_text())
+            if status == 0:
+                break
+        assert ended(workdir) == whole, f"run {runs}, after {kills} kills"
+        print(f"{kills} kills, {runs} runs equal", flush=True)
+
+
 def listed(workdir):
     """All files of a run but those of TensorBoard and inside of checkpoints, whose names are random."""
     return [path for path in workdir.rglob("*") if not re.search(r"tensorboard.|checkpoints/\d+/", str(path))]
