@@ -44,7 +44,7 @@ def hdit(patch_size, widths, depths, kernel_size):
         "depths": depths,
         "kernel_size": kernel_size,
         "head_width": 32,
-        "mapping_width": widths[0],
+        "mapping_width": max(64, widths[0]),
     }
 
 
