@@ -24,7 +24,7 @@ from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
 
-_FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
+_FEATURES = "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, or registered"
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
     "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
     "num_steps": "Training steps.",
@@ -60,6 +60,8 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "evaluation.reference": "What samples are scored against: digits, a folder, tfds:NAME:PATH, an npz of images or statistics.",
     "evaluation.split": "Split of the data set that is reconstructed and scored; the training split if unset.",
     "evaluation.normalize": "What the latents' scale makes 1: scale (their variance over all channels) or channel (of each).",
+    "validation.split": "Held-out split of data whose loss is measured at the end, as test, or [90%:] of a folder; empty: off.",
+    "validation.path": "Held-out data in place of data.path, as of another latent cache; empty: data.path.",
     "scoring.every_steps": "Scores samples against evaluation.reference every so many steps, and keeps the best; 0 is off.",
     "scoring.num_images": "Images of such a score.",
 }
@@ -139,6 +141,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.guidance.update({"schedule": "constant", "power": 4.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
+    c.validation = {"split": "", "path": ""}
     c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}
     return c
 
