@@ -54,8 +54,8 @@ def against_costs(rows: Sequence[Row], score: str, name: str):
         ax.set_xlabel(COSTS[cost])
         ax.margins(x=0.12, y=0.1)
         ax.autoscale_view()
-        ax.set_xlim(_wide(*ax.get_xlim(), 2.0))
-        ax.set_ylim(_wide(*ax.get_ylim(), 1.4))
+        ax.set_xlim(_wide(ax.get_xlim(), 2.0))
+        ax.set_ylim(_wide(ax.get_ylim(), 1.4))
         style.log_ticks(ax.xaxis)
         style.log_ticks(ax.yaxis)
     axes[0][0].set_ylabel(name)
@@ -63,8 +63,9 @@ def against_costs(rows: Sequence[Row], score: str, name: str):
     return figure
 
 
-def _wide(low: float, high: float, ratio: float) -> tuple[float, float]:
+def _wide(limits: tuple[float, float], ratio: float) -> tuple[float, float]:
     """Limits of a logarithmic axis with at least this ratio, so that it has ticks and noise does not fill it."""
+    low, high = limits
     room = max(1.0, (ratio * low / high) ** 0.5)
     return low / room, high * room
 
