@@ -69,8 +69,8 @@ PHOTO_MODELS = {  # about 0.24 GMACs for 64 x 64 x 3
     "DiffiT": diffit(4, 80, 8, 5, 64),
 }
 TRAINED_PHOTOS = 300
-STEPS, PHOTO_STEPS = 1_000, 1_000
-SAMPLER_STEPS = 20
+STEPS, PHOTO_STEPS = 1_000, 800
+SAMPLER_STEPS, PHOTO_SAMPLER_STEPS = 20, 12
 
 
 def get_sweep(arg=""):
@@ -93,7 +93,7 @@ def of_digits(size, steps):
         title="Backbones at equal GMACs on the 8 x 8 digits",
         base="digits:process=flow",
         variants=variants(models, num_classes=10),
-        grid=shared(steps, 64, 2e-3) | {"data.split": ["train"], "validation.split": ["test"]},
+        grid=shared(steps, 64, 2e-3, SAMPLER_STEPS) | {"data.split": ["train"], "validation.split": ["test"]},
         seeds=[0, 1],
         compare="model.name",
         note="1,500 digits of scikit-learn train, 297 by other writers are held out. The reference is all 1,797 of them.",
@@ -105,7 +105,7 @@ def of_photos(path, steps):
         title="Backbones at equal GMACs on photographs at 64 px",
         base="folder:S/4,64,0",
         variants=variants(PHOTO_MODELS, num_classes=0),
-        grid=shared(steps, 16, 1e-3)
+        grid=shared(steps, 16, 1e-3, PHOTO_SAMPLER_STEPS)
         | {
             "process.name": ["flow"],
             "data.path": [path],
@@ -129,7 +129,7 @@ def variants(models, num_classes):
     }
 
 
-def shared(steps, batch_size, learning_rate):
+def shared(steps, batch_size, learning_rate, sampler_steps):
     """Settings of all runs."""
     return {
         "num_steps": [steps],
@@ -140,7 +140,7 @@ def shared(steps, batch_size, learning_rate):
         "optimizer.decay_steps": [steps],
         "optimizer.clip_norm": [1.0],
         "sampler.name": ["heun"],
-        "sampler.num_steps": [SAMPLER_STEPS],
+        "sampler.num_steps": [sampler_steps],
         "preview.every_steps": [0],
         "checkpoint.every_steps": [steps],
         "log.every_steps": [50],

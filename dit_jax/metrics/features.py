@@ -53,7 +53,8 @@ class SmallPixels:
     """
 
     name: str = "pixels8"
-    side: int = 8
+
+    side = 8
 
     def recipe(self) -> dict:
         return {"resize": f"area average to {self.side} x {self.side}", "range": [-1, 1], "precision": "float32"}

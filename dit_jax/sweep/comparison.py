@@ -54,11 +54,20 @@ def against_costs(rows: Sequence[Row], score: str, name: str):
         ax.set_xlabel(COSTS[cost])
         ax.margins(x=0.12, y=0.1)
         ax.autoscale_view()
+        ax.set_xlim(_wide(ax.get_xlim(), 2.0))
+        ax.set_ylim(_wide(ax.get_ylim(), 1.4))
         style.log_ticks(ax.xaxis)
         style.log_ticks(ax.yaxis)
     axes[0][0].set_ylabel(name)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(looks), handletextpad=0.4)
     return figure
+
+
+def _wide(limits: tuple[float, float], ratio: float) -> tuple[float, float]:
+    """Limits of a logarithmic axis with at least this ratio, so that it has ticks and noise does not fill it."""
+    low, high = limits
+    room = max(1.0, (ratio * low / high) ** 0.5)
+    return low / room, high * room
 
 
 def _line(ax, line: Sequence[Point], cost: str, colour: str, marker: str, label: str | None):
