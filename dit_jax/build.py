@@ -201,6 +201,9 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
+        if hasattr(network, "check_times"):
+            ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
+            network.check_times(float(ends.min()), float(ends.max()))
         return network if self.platform is None else for_platform(network, self.platform)
 
     @cached_property

@@ -19,12 +19,12 @@ from dit_jax import registry
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-from dit_jax.models import sizes, unet
+from dit_jax.models import hourglass, sizes, unet
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
 
-_FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
+_FEATURES = "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, or registered"
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
     "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
     "num_steps": "Training steps.",
@@ -60,6 +60,8 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "evaluation.reference": "What samples are scored against: digits, a folder, tfds:NAME:PATH, an npz of images or statistics.",
     "evaluation.split": "Split of the data set that is reconstructed and scored; the training split if unset.",
     "evaluation.normalize": "What the latents' scale makes 1: scale (their variance over all channels) or channel (of each).",
+    "validation.split": "Held-out split of data whose loss is measured at the end, as test, or [90%:] of a folder; empty: off.",
+    "validation.path": "Held-out data in place of data.path, as of another latent cache; empty: data.path.",
     "scoring.every_steps": "Scores samples against evaluation.reference every so many steps, and keeps the best; 0 is off.",
     "scoring.num_images": "Images of such a score.",
 }
@@ -139,6 +141,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.guidance.update({"schedule": "constant", "power": 4.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
+    c.validation = {"split": "", "path": ""}
     c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}
     return c
 
@@ -292,6 +295,32 @@ def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_c
     c = dit(size, resolution, cached)
     c.process = {**flow(), "spare_channels": True}
     c.sampler = default_sampler("sde")
+    return c
+
+
+def diffit(resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """DiffiT on ImageNet (Hatamizadeh et al. 2023), with the data, process, optimizer and autoencoder of `dit`.
+
+    Samples are guided as the paper's: on 3 of 4 channels, at 256 with a scale that grows from 1 at noise to 4.4 at data, at 512
+    with 1.49.
+
+    Args:
+        resolution: 256 or 512.
+        cached: as of `dit`.
+
+    Raises:
+        UserError: another resolution.
+    """
+    guided: dict[int, dict] = {256: {"scale": 4.4, "schedule": "power_cosine"}, 512: {"scale": 1.49}}
+    if resolution not in guided:
+        raise UserError(
+            f"DiffiT's resolution is 256 or 512, not {resolution}; for another, set model.grid and transform.resolution"
+        )
+    c = dit("XL/2", resolution, cached)
+    tokens = resolution // 16  # per side: 8 pixels a latent, 2 latents a patch
+    shared = {key: value for key, value in c.model.items() if key not in ("conditioning", "position_grid")}
+    c.model = {**shared, "name": "diffit", "grid": (tokens, tokens)}  # the sizes are those of DiT-XL/2
+    c.guidance.update({"channels": 3, **guided[resolution]})
     return c
 
 
@@ -494,6 +523,37 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     return c
 
 
+def hdit(size: str = "L", resolution: int = 256) -> ml_collections.ConfigDict:
+    """HDiT on the pixels of ImageNet, with the EDM process (Crowson et al. 2024).
+
+    Times are an interpolated cosine, the loss has the weight soft-min-SNR, and parameters have the rates and decays of
+    k-diffusion's groups.
+
+    Args:
+        size: "S", "M" or "L".
+        resolution: a multiple of 16; 256 in the paper.
+
+    Raises:
+        UserError: no such size.
+    """
+    sizes = {name.removeprefix("HDiT-").removesuffix("@256"): published for name, published in hourglass.PUBLISHED.items()}
+    if size not in sizes:
+        raise UserError(f"size {size!r} does not exist; choose one of {', '.join(sizes)}")
+    c = diffusion()
+    fields = {key: value for key, value in sizes[size].fields.items() if key != "out_channels"}
+    c.model = {"name": "hourglass", **registry.defaults("model", "hourglass"), **fields, "dtype": "bfloat16"}
+    c.process = edm() | {"sigma_min": 0.01, "sigma_max": 160.0, "loss_weight": "soft_min_snr"}
+    c.process.update({"time_distribution": "interpolated_cosine", "image_side": resolution})
+    c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 1.0}  # sigma_data is the deviation of [-1, 1]
+    c.data = imagenet()
+    c.transform = image_transform(resolution, 3, flip=True)
+    c.sampler = default_sampler("dpmpp_3m_sde") | {"num_steps": 50}
+    c.optimizer.update({"learning_rate": 5e-4, "b1": 0.9, "b2": 0.95, "weight_decay": 1e-2})
+    c.optimizer.groups = hourglass.GROUPS
+    c.ema_warmup = True
+    return c
+
+
 def unet_model(name: str) -> dict:
     """Fields of a published U-Net, "ADM@256" or "LDM-4@256".
 
@@ -565,6 +625,9 @@ def ldm4(cached: bool = False) -> ml_collections.ConfigDict:
 
 # The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
 PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+    **{f"HDiT-{size}@256": partial(hdit, size) for size in "SML"},
     **{f"ADM@{resolution}": partial(adm, resolution) for resolution in ADM_TRAINING},
     "LDM-4@256": ldm4,
+    "DiffiT@256": partial(diffit, 256),
+    "DiffiT@512": partial(diffit, 512),
 }

@@ -26,7 +26,7 @@ from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
-from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
+from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
@@ -237,7 +237,7 @@ class DiffusionTask:
         grads, losses = self.gradients(state.params, constants, inputs)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, without_constants(updates))
         ema_params = moving_average(state.ema_params, params, self.average.gain(state.step + 1))
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
         averages = updated(self.averages, state.averages, params, state.step + 1)
