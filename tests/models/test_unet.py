@@ -32,6 +32,9 @@ SIZES = {  # trainable parameters with class tables, and GMACs: counted on the p
 }
 
 
+ONE_LEVEL = {"multipliers": (1,), "attention_factors": ()}  # little to compile
+
+
 def abstract(net, x, t, cond):
     return flatten_dict(jax.eval_shape(net.init, jax.random.key(0), x, t, cond)["params"], sep="/")
 
@@ -83,7 +86,7 @@ def test_an_unconditional_network_has_no_label():
 @pytest.mark.slow
 def test_a_new_network_predicts_zero():
     """Catches an output, or a residual branch, that is not initialized with zeros."""
-    net = unet_oracle.network("ldm")
+    net = unet_oracle.network("ldm", **ONE_LEVEL)
     x, t, cond = unet_oracle.inputs(net, 1)
     leaves = abstract(net, x, t, cond)
     zero = [path for path in leaves if path.endswith(("conv_2/kernel", "proj_out/kernel", "output/conv/kernel"))]
@@ -98,7 +101,7 @@ def test_a_new_network_predicts_zero():
 def test_labels_mix():
     """Catches a share of the wrong label, for embeddings of the time and for contexts."""
     for kind in ("adm", "ldm"):
-        net = unet_oracle.network(kind)
+        net = unet_oracle.network(kind, **ONE_LEVEL)
         x, t, _ = unet_oracle.inputs(net, 3)
         x, t = x[:1].repeat(3, 0), t[:1].repeat(3, 0)
         first, second = np.array([1, 4, 4], np.int32), np.array([4, 1, 1], np.int32)
@@ -114,7 +117,7 @@ def test_labels_mix():
 @pytest.mark.parametrize("kind", ["adm", "ldm"])
 def test_rematerialisation_changes_nothing(kind):
     """Catches a policy that drops a gradient; and one that stores as much as another."""
-    net = unet_oracle.network(kind)
+    net = unet_oracle.network(kind, **ONE_LEVEL)
     x, t, cond = unet_oracle.inputs(net, 1, (4, 4))
     params = tiny.random_params(jax.eval_shape(net.init, jax.random.key(0), x, t, cond)["params"])
     gradients, stored = [], []
