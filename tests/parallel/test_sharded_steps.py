@@ -34,6 +34,10 @@ BATCH = {
 }
 TINY = {"model__heads": 8, "model__width": 64}
 NETWORKS = {  # other than DiT
+    "unet": {
+        "channels": 16, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (2,), "head_width": 0, "heads": 2,
+        "scale_shift_norm": False, "context_width": 16, "norm_groups": 4, "num_classes": 10,
+    },
     "hourglass": {
         "widths": (32, 64), "depths": (1, 1), "attentions": ("neighborhood", "shifted_window"), "patch_size": 1,
         "kernel_size": 3, "window_size": 2, "head_width": 8, "mapping_width": 32, "mapping_depth": 1, "num_classes": 10,
