@@ -220,7 +220,7 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
     have.pop(table, None), wanted.pop(table, None)
     lines = []
     for name in sorted({*source.config.model, *run.config.model} - {*FREE}):
-        theirs, ours = getattr(source.network, name, None), getattr(run.network, name, None)
+        theirs, ours = (_plain(getattr(one.network, name, None)) for one in (source, run))
         if theirs != ours:
             lines.append(f"model.{name} is {ours}, and the weights have {theirs}")
     channels = source.latent_shape[-1], run.latent_shape[-1]
@@ -245,6 +245,11 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
     for what, value in source.predicts().items():
         if what in ("process", "codec") and run.predicts()[what] != value:
             say(f"warning: the weights were trained with another {what} ({value}) than this run has ({run.predicts()[what]})")
+
+
+def _plain(value: Any) -> Any:
+    """A field with lists as tuples: a config that was read from JSON has lists."""
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def kept_rows(theirs: Sequence[str], ours: Sequence[str], their_classes: int, classes: int) -> dict[int, int]:
