@@ -77,6 +77,7 @@ def test_from_another_kind_of_network(weights, tmp_path):
         Initial(settled(Run(c), tmp_path), tmp_path)
 
 
+@pytest.mark.slow
 def test_diffit_of_another_size(tmp_path):
     """Catches a DiffiT that starts from tables of another grid, or refuses its own, which a file has as a list."""
     c = tiny.diffit()
