@@ -26,8 +26,11 @@ from dit_jax.storage.run_folder import read_config
 class Layouts(Protocol):
     """See the module's docstring."""
 
-    NETWORK: str
-    LAYOUTS: tuple[str, ...]
+    @property
+    def NETWORK(self) -> str: ...
+
+    @property
+    def LAYOUTS(self) -> tuple[str, ...]: ...
 
     def recognises(self, names: Collection[str], layout: str) -> bool: ...
 
@@ -114,7 +117,7 @@ def _complete(module: Layouts, source: Source, determined: Mapping[str, Any]) ->
 
 def _recipe(module: Layouts, model: Mapping[str, Any]) -> Callable[[], ml_collections.ConfigDict] | None:
     """The recipe of the published network with these fields; None if there is none."""
-    for name, published in registry.get("model", module.NETWORK).published.items():
+    for name, published in getattr(registry.get("model", module.NETWORK), "published", {}).items():
         fields = {key: value for key, value in published.fields.items() if key != "out_channels"}
         if name in recipes.PUBLISHED and all(_plain(model.get(key)) == _plain(value) for key, value in fields.items()):
             return recipes.PUBLISHED[name]

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def recognises(names: Collection[str], layout: str) -> bool:
 
 
 def read(tensors: Tensors, layout: str, what: str, config: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Converts the tensors to ours, each read lazily; returns (our tensors, {"model": fields, "process": fields}).
+    """Converts the tensors to ours, each read lazily; returns (our tensors, config sections).
 
     Args:
         config: k-diffusion's, as in the metadata of its .safetensors files: a dict, or {"config": its JSON}. The kinds of
@@ -80,7 +80,10 @@ def read(tensors: Tensors, layout: str, what: str, config: Mapping[str, Any] | N
         if name.endswith(FREQUENCIES):
             _check_frequencies(tensors[name], name, fields["head_width"], what)
     dtype = common_dtype({name: x for name, x in tensors.items() if not name.endswith(FREQUENCIES)}, what)
-    sections = {"model": {"name": NETWORK, **fields, "param_dtype": dtype.name}, "process": _process(config["model"])}
+    sections = {
+        "model": {"name": NETWORK, **fields, "param_dtype": dtype.name},
+        **_input(config["model"], tensors[PATCH].shape[1]),
+    }
     return {path: _gather(path, shape, tensors) for path, shape in shapes.items()}, sections
 
 
@@ -107,7 +110,9 @@ def write(
             theirs[name] = Tensor(_their_shape(path, shape), tensor.dtype, load)
             if path.endswith("attention/scale"):
                 table = rope_frequencies(shape[0], model["head_width"]).astype(np.float32).astype(tensor.dtype)
-                theirs[name.replace("self_attn.scale", FREQUENCIES)] = Tensor(table.shape, table.dtype, lambda t=table: t)
+                theirs[name.replace("self_attn.scale", FREQUENCIES)] = Tensor(
+                    table.shape, table.dtype, partial(np.asarray, table)
+                )
     return theirs, _their_config(model, latent_shape, tensors)
 
 
@@ -216,9 +221,10 @@ def _fields(tensors: Tensors, model: Mapping[str, Any], what: str) -> dict[str, 
 
 def _attentions(model: Mapping[str, Any], levels: int, what: str) -> tuple[tuple[str, ...], dict[str, int], int]:
     """(kind of each level, {"kernel_size": .., "window_size": ..}, width of a head)."""
-    default = [{"type": "neighborhood", "d_head": 64, "kernel_size": 7}] * (levels - 1) + [{"type": "global", "d_head": 64}]
+    default: list[dict[str, Any]] = [{"type": "neighborhood", "d_head": 64, "kernel_size": 7}] * (levels - 1)
+    default.append({"type": "global", "d_head": 64})
     specs = model.get("self_attns") or default
-    kinds = [KINDS.get(spec.get("type")) for spec in specs]
+    kinds = [KINDS.get(str(spec.get("type"))) for spec in specs]
     sizes: dict[str, set[int]] = {field: set() for field in SIZES.values()}
     for kind, spec in zip(kinds, specs, strict=True):
         if kind in SIZES:
@@ -232,10 +238,22 @@ def _attentions(model: Mapping[str, Any], levels: int, what: str) -> tuple[tuple
     return tuple(map(str, kinds)), {field: found.pop() for field, found in sizes.items() if found}, heads.pop()
 
 
-def _process(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `process` of k-diffusion's denoiser: `sigma_data` 1 is its default."""
-    known = {name: float(model[name]) for name in ("sigma_data", "sigma_min", "sigma_max") if name in model}
-    return {"name": "edm", "sigma_data": 1.0, **known}
+def _input(model: Mapping[str, Any], features: int) -> dict[str, Any]:
+    """The sections of k-diffusion's denoiser and of its input, images in [-1, 1]; `sigma_data` is 1 if it is not given.
+
+    features: of a patch.
+    """
+    noise = {name: float(model[name]) for name in ("sigma_data", "sigma_min", "sigma_max") if name in model}
+    channels = features // model["patch_size"][0] ** 2
+    transform: dict[str, Any] = {"name": "image", "channels": channels, "flip": True}
+    if side := model.get("input_size"):
+        height, width = (side, side) if isinstance(side, int) else side
+        transform |= {"resolution": height} | ({"size": (height, width)} if height != width else {})
+    return {
+        "process": {"name": "edm", "sigma_data": 1.0, **noise},
+        "codec": {"name": "pixels", "image_channels": channels, "mean": 0.0, "std": 1.0},
+        "sampler": "dpmpp_3m_sde",
+    } | ({"transform": transform} if "resolution" in transform else {})
 
 
 def _check_frequencies(tensor: Tensor, name: str, head_width: int, what: str) -> None:

@@ -260,8 +260,8 @@ class Kind(NamedTuple):
         if self.name == "shifted_window":
             return window_attention(q, k, v, self.size, shift)
         b, h, w, heads, width = q.shape
-        flat = (x.reshape(b, h * w, heads, width) for x in (q, k, v))
-        return dot_product_attention(*flat, self.kernel, scale=1.0).reshape(q.shape)
+        q, k, v = (x.reshape(b, h * w, heads, width) for x in (q, k, v))
+        return dot_product_attention(q, k, v, self.kernel, scale=1.0).reshape(b, h, w, heads, width)
 
     def keys(self, tokens: int) -> int:
         """Keys of a query."""
@@ -396,6 +396,7 @@ class HourglassDiT(nn.Module):
     matrices = MATRICES
     label_table = "label_embedding/embedding"
     published = PUBLISHED
+    remat_policies = ("none", *REMAT_POLICIES)
 
     def setup(self) -> None:
         self._check_fields()
@@ -496,7 +497,7 @@ class HourglassDiT(nn.Module):
                 f"the network's input is {' x '.join(map(str, latent_shape))}, but HDiT takes images (height x width x "
                 "channels); choose a network for clips"
             )
-        factor = self.patch_size * 2 ** (len(self.widths) - 1)
+        factor = self.size_unit
         if any(side % factor for side in latent_shape[:2]):
             raise UserError(
                 f"the network's input is {latent_shape[0]} x {latent_shape[1]}, not a multiple of {factor} (model.patch_size = "
@@ -562,6 +563,11 @@ class HourglassDiT(nn.Module):
             raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, none, {', '.join(REMAT_POLICIES)}")
         if self.attention not in IMPLEMENTATIONS:
             raise UserError(f"model.attention is {self.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+
+    @property
+    def size_unit(self) -> int:
+        """Both sides of an input are multiples of a token of the last level; positions are fractions of the longer side."""
+        return self.patch_size << (len(self.widths) - 1)
 
     def num_tokens(self, latent_shape: Shape) -> int:
         return math.prod(self._grid(latent_shape, 0))

@@ -25,11 +25,12 @@ def window_attention(q: jax.Array, k: jax.Array, v: jax.Array, size: int, shift:
     Source: Liu et al. 2021 (Swin), section 3.2, rolled to the other side as in k-diffusion.
     """
     _, h, w, _, _ = q.shape
-    parts = [_blocks(jnp.roll(_heads_first(x), (shift, shift), (2, 3)), (size, size)) for x in (q, k, v)]
+    by = jnp.stack([jnp.asarray(shift)] * 2)
+    parts = [_blocks(jnp.roll(_heads_first(x), by, (2, 3)), (size, size)) for x in (q, k, v)]
     rows, columns = _side_of_seam(h, size, shift), _side_of_seam(w, size, shift)
     mask = _both(rows[:, :, None] == rows[:, None], columns[:, :, None] == columns[:, None])
     y = _unblocks(_attend(*parts, mask), (size, size))
-    return _heads_last(jnp.roll(y, (-shift, -shift), (2, 3)))
+    return _heads_last(jnp.roll(y, -by, (2, 3)))
 
 
 def _side_of_seam(n: int, size: int, shift: jax.Array | int) -> jax.Array:

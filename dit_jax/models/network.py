@@ -29,7 +29,8 @@ class Network(Protocol):
     "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
     the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
     weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
-    guidance. A network may have a function `family(fields)` of its section of a config, which names models that belong together
+    guidance. A parameter named "constant", such as random Fourier features, is drawn at the start, saved, and never trained or
+    counted. A network may have a function `family(fields)` of its section of a config, which names models that belong together
     in the figures of a sweep; without it, all networks of a name do.
     """
 
@@ -88,6 +89,8 @@ class Resizable(Protocol):
 
 class Planned(Protocol):
     """Optional members of a network: memory estimates for `plan`, and choices that depend on the platform.
+
+    A method `check_times(low, high)` may raise a UserError for a process whose network times, from low to high, it cannot take.
 
     Fields:
         remat_policies: values of the network's field `remat` that `plan --search` tries, the least recomputation first.

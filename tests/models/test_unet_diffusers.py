@@ -65,12 +65,11 @@ def test_the_forward_and_the_gradients_are_those_of_diffusers(kind):
 
 def test_the_forward_in_bfloat16_is_near():
     """Catches a norm or a softmax in bfloat16, whose errors are several times as large."""
-    for kind in ("adm", "ldm"):
-        net, params, theirs, table = both(kind)
-        x, t, cond = unet_oracle.inputs(net)
-        output = net.clone(dtype=jnp.bfloat16).apply({"params": params}, x, t, cond)
-        assert output.dtype == jnp.float32
-        assert far(output, unet_oracle.their_output(theirs, table, net, x, t, cond).detach().numpy()) < 0.04
+    net, params, theirs, table = both("ldm")
+    x, t, cond = unet_oracle.inputs(net)
+    output = jax.jit(lambda params: net.clone(dtype=jnp.bfloat16).apply({"params": params}, x, t, cond))(params)
+    assert output.dtype == jnp.float32
+    assert far(output, unet_oracle.their_output(theirs, table, net, x, t, cond).detach().numpy()) < 0.04
 
 
 @pytest.mark.parametrize("small, size", [((3, 5), (12, 20)), ((4, 4), (6, 9)), ((8, 8), (6, 5))])

@@ -28,12 +28,10 @@ LDM = ADM | {
     "null_label": True,
     "out_channels": 3,
 }
-KINDS = {  # other shapes than the paper's; each has what no other has
-    "adm": ADM | {"multipliers": (1, 2, 3), "attention_factors": (1, 4)},
-    "adm_convolutions": ADM | {"resblock_updown": False, "scale_shift_norm": False, "num_classes": 0, "out_channels": 3},
-    "adm_upsampler": ADM | {"low_res_channels": 3, "num_res_blocks": 2},
+KINDS = {  # other shapes than the paper's; together they have all that differs between the papers' networks
+    "adm": ADM | {"multipliers": (1, 3), "attention_factors": (1,)},
+    "adm_upsampler": ADM | {"resblock_updown": False, "scale_shift_norm": False, "num_classes": 0, "low_res_channels": 3},
     "ldm": LDM,
-    "ldm_heads_of_a_width": LDM | {"heads": 0, "head_width": 8, "num_res_blocks": 2, "attention_factors": (1, 2)},
 }
 SIZE = (8, 12)  # height and width differ
 
