@@ -115,7 +115,8 @@ def score(result: Mapping[str, Any]) -> str:
     if result.get("loss") is not None:
         facts.append(f"loss {result['loss']:.4g}")
     if "validation_loss" in result:
-        facts.append(f"validation loss {result['validation_loss']:.4g} of {result['validation']['num_images']:,} held-out examples")
+        count = result["validation"]["num_images"]
+        facts.append(f"validation loss {result['validation_loss']:.4g} of {count:,} held-out examples")
     if "psnr" in result:
         facts.append(f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.3f}")
     if "fid" in result:
