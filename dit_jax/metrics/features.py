@@ -47,6 +47,9 @@ class SmallPixels:
     """Uses the means over a grid of 8 x 8 cells in [-1, 1] as features, F = 64 C: layout and colour, no detail.
 
     For images whose pixels are too many for a covariance, without a pretrained network; params is {}.
+
+    Fields:
+        side: of the grid, in cells.
     """
 
     name: str = "pixels8"

@@ -88,7 +88,7 @@ def changed(**model):
         (changed(self_attns=[{"type": "none"}, {"type": "global"}]), "one of neighborhood, shifted-window, global"),
         (changed(d_ffs=[48, 64]), "one ratio for all levels"),
         (changed(depths=[1, 3]), "extra down_levels"),
-        (changed(widths=[16, 64]), "misshapen"),
+        (changed(widths=[16, 64], d_ffs=[48, 192]), "misshapen"),
         (lambda theirs, config: config.clear(), "no config of k-diffusion"),
         (lambda theirs, config: theirs.pop("splits.0.fac"), "missing splits.0.fac"),
         (

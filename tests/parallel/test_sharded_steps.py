@@ -33,6 +33,13 @@ BATCH = {
     "label": np.arange(16, dtype=np.int32) % 10,
 }
 TINY = {"model__heads": 8, "model__width": 64}
+NETWORKS = {  # other than DiT
+    "hourglass": {
+        "widths": (32, 64), "depths": (1, 1), "attentions": ("neighborhood", "shifted_window"), "patch_size": 1,
+        "kernel_size": 3, "window_size": 2, "head_width": 8, "mapping_width": 32, "mapping_depth": 1, "num_classes": 10,
+        "time_scale": 1e-3,
+    },
+}  # fmt: skip
 
 
 def mesh_of(data, fsdp, tensor, sequence, devices=None):
@@ -49,6 +56,8 @@ def task_of(block, zero1=False, **fields):
         return build.Run(tiny.autoencoder(**fields)).task
     if block == "diffit":
         return build.Run(tiny.diffit(model__heads=8, model__width=64, **fields)).task
+    if block in NETWORKS:
+        return build.Run(tiny.config(model={"name": block, **NETWORKS[block]}, **fields)).task
     return build.Run(tiny.config(**TINY | {"model__conditioning": block} | fields)).task
 
 
@@ -134,6 +143,11 @@ MESHES = [
     "shape, block, zero1",
     [
         pytest.param((2, 2, 1, 2), "in_context", True, marks=SLOW),
+        *(
+            pytest.param(shape, block, False, marks=SLOW if shape == (1, 2, 2, 2) else pytest.mark.exhaustive)
+            for shape in MESHES
+            for block in NETWORKS
+        ),
         *(
             pytest.param(shape, block, False, marks=SLOW if (shape, block) in IN_CI else pytest.mark.exhaustive)
             for shape in MESHES
