@@ -30,6 +30,7 @@ LDM_PREFIX, LDM_AVERAGE = "model.diffusion_model.", "model_ema."
 LDM_TABLE = "cond_stage_model.embedding.weight"
 ADM_LABELS = "label_emb.weight"
 CLASSES = {False: "UNet2DModel", True: "UNet2DConditionModel"}  # of diffusers, by whether there is a context
+PLACE = 'JSON under "config" in the metadata of a .safetensors file'
 USUAL_CLASSES = (10, 100, 200, 365, 1_000, 21_841, 21_843)
 OUTER = {  # our module: official name, diffusers' name
     "time_embedding/in": ("time_embed.0", "time_embedding.linear_1"),
@@ -154,9 +155,9 @@ def read(
 
     Args:
         what: the file, for error messages.
-        config: of "diffusers", config.json; of "official", what the tensors do not say: num_heads or num_head_channels (known for
-            the published sizes), use_new_attention_order, low_res_channels (of other images than RGB), and num_classes, where the
-            label table may or may not have a row for the null label.
+        config: of "diffusers", config.json; of "official", what the tensors do not say, as `write` returns it: num_heads or
+            num_head_channels (known for the published sizes), use_new_attention_order, low_res_channels (of other images than
+            RGB), and num_classes, where the label table may or may not have a row for the null label.
 
     Raises:
         UserError: the tensors or the config are not a U-Net that dit_jax computes, or do not say enough.
@@ -189,8 +190,8 @@ def read(
 
 def write(
     tensors: Tensors, layout: str, model: Mapping[str, Any], latent_shape: tuple[int, ...]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(their tensors, config.json for diffusers' folder or None), of our parameters.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(their tensors, their config), of our parameters: config.json of diffusers' folder, or what official tensors do not say.
 
     Args:
         model: the section "model" of their config.
@@ -205,12 +206,15 @@ def write(
     fields["out_channels"] = tensors["output/conv/bias"].shape[0]
     network = UNet(**fields)
     network.check(latent_shape)
-    config = None
+    legacy = _is_legacy(fields, {})
     if layout == "diffusers":
         config = _config(network, latent_shape)
-    elif network.norm_groups != 32:
-        raise UserError(f"model.norm_groups is {network.norm_groups}, and the papers' code has 32; write --to=diffusers")
-    found = links(network, layout, channels, _is_legacy(fields, {}))
+    else:
+        if network.norm_groups != 32:
+            raise UserError(f"model.norm_groups is {network.norm_groups}, and the papers' code has 32; write --to=diffusers")
+        config = {"num_heads": network.heads, "num_head_channels": network.head_width, "use_new_attention_order": not legacy}
+        config |= {"low_res_channels": network.low_res_channels, "num_classes": network.num_classes}
+    found = links(network, layout, channels, legacy)
     check(tensors, {path: link.shape for path, link in found.items()}, "the network")
     theirs: dict[str, Tensor] = {}
     for path, link in found.items():
@@ -443,7 +447,7 @@ def _low_res(inputs: int, outputs: int, what: str, config: Mapping[str, Any]) ->
         return 0
     raise UserError(
         f"{what} has {inputs} channels in and {outputs} out, which does not say how many of them are an image to upsample; give "
-        "low_res_channels in its config"
+        f"low_res_channels in its config, {PLACE}"
     )
 
 
@@ -459,7 +463,7 @@ def _classes(rows: int, null: bool, what: str, config: Mapping[str, Any]) -> dic
         if (rows if null else rows - 1) in USUAL_CLASSES:
             raise UserError(
                 f"{what} has a label table of {rows} rows, which may be {rows} classes, or {rows - 1} and the null label; give "
-                "num_classes in its config"
+                f"num_classes in its config, {PLACE}"
             )
         return {"num_classes": rows - null, "null_label": null}
     if rows - classes not in (0, 1):
@@ -486,7 +490,7 @@ def _heads(fields: Mapping[str, Any], what: str, config: Mapping[str, Any]) -> d
             return {"heads": network.heads, "head_width": network.head_width}
     raise UserError(
         f"{what}: the sizes are those of no published network ({', '.join(PUBLISHED)}), and tensors do not say the number of "
-        "attention heads; give num_heads or num_head_channels in its config"
+        f"attention heads; give num_heads or num_head_channels in its config, {PLACE}"
     )
 
 
