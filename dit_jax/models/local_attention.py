@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# (rows, columns) of the blocks of queries that share their keys in `neighborhood_attention`. Smaller ones have fewer masked keys and
-# more copies of each key: on a CPU (4, 4) and (4, 8) are as fast forward, and slower with the gradient.
+# (rows, columns) of the blocks of queries that share their keys in `neighborhood_attention`. Smaller ones have fewer masked keys
+# and more copies of each key: on a CPU (4, 4) and (4, 8) are as fast forward, and slower with the gradient.
 QUERY_BLOCK = (8, 8)
 
 
