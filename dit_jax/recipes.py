@@ -19,12 +19,12 @@ from dit_jax import registry
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-from dit_jax.models import hourglass, sizes
+from dit_jax.models import hourglass, sizes, unet
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
 
-_FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
+_FEATURES = "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, or registered"
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
     "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
     "num_steps": "Training steps.",
@@ -60,6 +60,8 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "evaluation.reference": "What samples are scored against: digits, a folder, tfds:NAME:PATH, an npz of images or statistics.",
     "evaluation.split": "Split of the data set that is reconstructed and scored; the training split if unset.",
     "evaluation.normalize": "What the latents' scale makes 1: scale (their variance over all channels) or channel (of each).",
+    "validation.split": "Held-out split of data whose loss is measured at the end, as test, or [90%:] of a folder; empty: off.",
+    "validation.path": "Held-out data in place of data.path, as of another latent cache; empty: data.path.",
     "scoring.every_steps": "Scores samples against evaluation.reference every so many steps, and keeps the best; 0 is off.",
     "scoring.num_images": "Images of such a score.",
 }
@@ -139,6 +141,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.guidance.update({"schedule": "constant", "power": 4.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
+    c.validation = {"split": "", "path": ""}
     c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}
     return c
 
@@ -292,6 +295,32 @@ def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_c
     c = dit(size, resolution, cached)
     c.process = {**flow(), "spare_channels": True}
     c.sampler = default_sampler("sde")
+    return c
+
+
+def diffit(resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """DiffiT on ImageNet (Hatamizadeh et al. 2023), with the data, process, optimizer and autoencoder of `dit`.
+
+    Samples are guided as the paper's: on 3 of 4 channels, at 256 with a scale that grows from 1 at noise to 4.4 at data, at 512
+    with 1.49.
+
+    Args:
+        resolution: 256 or 512.
+        cached: as of `dit`.
+
+    Raises:
+        UserError: another resolution.
+    """
+    guided: dict[int, dict] = {256: {"scale": 4.4, "schedule": "power_cosine"}, 512: {"scale": 1.49}}
+    if resolution not in guided:
+        raise UserError(
+            f"DiffiT's resolution is 256 or 512, not {resolution}; for another, set model.grid and transform.resolution"
+        )
+    c = dit("XL/2", resolution, cached)
+    tokens = resolution // 16  # per side: 8 pixels a latent, 2 latents a patch
+    shared = {key: value for key, value in c.model.items() if key not in ("conditioning", "position_grid")}
+    c.model = {**shared, "name": "diffit", "grid": (tokens, tokens)}  # the sizes are those of DiT-XL/2
+    c.guidance.update({"channels": 3, **guided[resolution]})
     return c
 
 
@@ -525,7 +554,80 @@ def hdit(size: str = "L", resolution: int = 256) -> ml_collections.ConfigDict:
     return c
 
 
+def unet_model(name: str) -> dict:
+    """Fields of a published U-Net, "ADM@256" or "LDM-4@256".
+
+    Raises:
+        UserError: no such network.
+    """
+    if name not in unet.PUBLISHED:
+        raise UserError(f"{name} is not a U-Net that was published; choose one of {', '.join(unet.PUBLISHED)}")
+    fields = {key: value for key, value in unet.PUBLISHED[name].fields.items() if key != "out_channels"}
+    return {"name": "unet", **registry.defaults("model", "unet"), **fields, "dtype": "bfloat16"}
+
+
+ADM_TRAINING = {  # resolution: steps, batch size, learning rate (Dhariwal & Nichol 2021, table 11)
+    64: (540_000, 2048, 3e-4),
+    128: (4_360_000, 256, 1e-4),
+    256: (1_980_000, 256, 1e-4),
+    512: (1_940_000, 256, 1e-4),
+}
+
+
+def adm(resolution: int = 256) -> ml_collections.ConfigDict:
+    """ADM's U-Net on the pixels of ImageNet (Dhariwal & Nichol 2021).
+
+    Its label table has no null label, so there is no classifier-free guidance; the paper's guidance, by a classifier, is not part
+    of this recipe. At 64 px the paper has a dropout of 0.1 in addition.
+
+    Args:
+        resolution: 64, 128, 256 or 512.
+
+    Raises:
+        UserError: another resolution.
+    """
+    if resolution not in ADM_TRAINING:
+        raise UserError(f"ADM has no network for {resolution} px; choose {', '.join(map(str, ADM_TRAINING))}")
+    c = diffusion()
+    c.num_steps, c.batch_size, c.optimizer.learning_rate = ADM_TRAINING[resolution]
+    c.model = unet_model(f"ADM@{resolution}")
+    c.process = gaussian() | ({"schedule": "cosine"} if resolution == 64 else {})
+    c.task.cond_dropout = 0.0
+    c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 1.0}
+    c.data = imagenet()
+    c.transform = image_transform(resolution, 3, flip=True)
+    c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
+    return c
+
+
+def ldm4(cached: bool = False) -> ml_collections.ConfigDict:
+    """LDM-4's U-Net on ImageNet at 256 px, in the latents of VQ-f4 (Rombach et al. 2022; their config cin256-v2).
+
+    Set `codec.path` to the weights of VQ-f4.
+
+    Args:
+        cached: train from a latent cache, and set `data.path` to it.
+    """
+    c = diffusion()
+    c.num_steps, c.batch_size = 178_000, 1200
+    c.model = unet_model("LDM-4@256")
+    c.process = gaussian() | {"schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "variance": "fixed_small"}
+    c.codec = {"name": "vq_vae", "path": "", "sha256": "", "scale": 1.0}
+    c.data = latents() if cached else imagenet()
+    if cached:
+        c.loader = loader("latents")
+    c.transform = image_transform(256, 3, flip=True)
+    c.sampler = {**default_sampler("ddim"), "num_steps": 250, "eta": 1.0}
+    c.optimizer.weight_decay = 0.01  # PyTorch's default, which their code leaves
+    c.ema_warmup = True
+    return c
+
+
 # The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
 PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     **{f"HDiT-{size}@256": partial(hdit, size) for size in "SML"},
+    **{f"ADM@{resolution}": partial(adm, resolution) for resolution in ADM_TRAINING},
+    "LDM-4@256": ldm4,
+    "DiffiT@256": partial(diffit, 256),
+    "DiffiT@512": partial(diffit, 512),
 }

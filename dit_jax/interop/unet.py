@@ -176,6 +176,8 @@ def read(
     check(tensors, {name: link.theirs for link in found.values() for name in link.names}, what)
     process: dict[str, Any] = {"name": "gaussian", "num_timesteps": 1000, "prediction": "noise"}
     process["schedule"] = "cosine" if _same_sizes(fields, "ADM@64") else "linear"
+    if network.context_width:
+        process |= {"schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
     process["variance"] = "learned_range" if fields["out_channels"] == 2 * channels else "fixed_small"
     model = {name: value for name, value in fields.items() if name != "out_channels"}
     more = {"attention": "auto", "remat": "auto", "dtype": "float32", "param_dtype": dtype.name}

@@ -17,12 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from dit_jax.errors import UserError
 from dit_jax.models import layers
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel, dot_product_attention
-from dit_jax.models.dit import REMAT_POLICIES, STORES_NOTHING_INSIDE, form_of_loop
 from dit_jax.models.local_attention import neighborhood_attention, window_attention
 from dit_jax.models.network import Cond, Shape, check_entries, check_labels
 from dit_jax.models.patches import patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Fid, Published
+from dit_jax.models.stack import REMAT_POLICIES, STORES_NOTHING_INSIDE, form_of_loop
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 

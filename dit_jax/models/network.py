@@ -1,6 +1,6 @@
 """The protocol of networks, and the checks that all networks share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,7 @@ from dit_jax.parallel.rules import Rules
 
 Shape = tuple[int, ...]  # of one example, without the batch axis: (h, w, c) or (f, h, w, c)
 Cond = Mapping[str, jax.Array]  # arrays [B, ...]
+MIXED = ("second_label", "second_share")  # entries of a condition that mix the embeddings of two labels
 
 
 class Network(Protocol):
@@ -148,6 +149,28 @@ def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     """(rows, columns) that the positions of a network with `scales_positions` have for inputs of `latent_shape`."""
     own = tuple(side // network.size_unit for side in latent_shape[:2])  # type: ignore[attr-defined]
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
+
+
+def label_vectors(embed: Callable[[jax.Array], jax.Array], cond: Cond, batch: int, num_classes: int) -> jax.Array:
+    """[B, D]: the embedding of the label, or of two, (1 - share) of the first and share of the second.
+
+    Raises:
+        UserError: there is no label, or only a part of what a mixture of two needs; see `check_labels`.
+    """
+    if "label" not in (cond or {}):
+        raise UserError(
+            f"model.num_classes is {num_classes} and the condition has no label; set conditioner.name to labels, or "
+            "model.num_classes to 0"
+        )
+    check_labels(cond["label"], batch, num_classes)
+    label = embed(cond["label"])
+    if not cond.keys() & set(MIXED):
+        return label
+    if not cond.keys() >= set(MIXED):
+        raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
+    check_labels(cond["second_label"], batch, num_classes)
+    share = cond["second_share"][:, None].astype(label.dtype)
+    return (1 - share) * label + share * embed(cond["second_label"])
 
 
 def has_null_label(network: Network) -> bool:

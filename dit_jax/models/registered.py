@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from dit_jax.models.diffit import DiffiT
 from dit_jax.models.dit import DiT
 from dit_jax.models.hourglass import HourglassDiT
 from dit_jax.models.published import Published
@@ -10,6 +11,7 @@ from dit_jax.models.unet import UNet
 from dit_jax.registry import get, names, register
 
 register("model", "dit", DiT)
+register("model", "diffit", DiffiT)
 register("model", "hourglass", HourglassDiT)
 register("model", "unet", UNet)
 

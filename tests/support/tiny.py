@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dit_jax import recipes
+from dit_jax import recipes, registry
 from dit_jax.models.dit import DiT
 
 
@@ -32,6 +32,15 @@ def config(**overrides):
     c.evaluation.update({"num_images": 0})
     c.sampler.num_steps = 4
     c.mesh.data = -1
+    return override(c, overrides).lock()
+
+
+def diffit(**overrides):
+    """`config` with a tiny DiffiT."""
+    c = config().copy_and_resolve_references()
+    fields = {"depth": 2, "width": 32, "heads": 4, "patch_size": 2, "num_classes": 10, "grid": (4, 4)}
+    c.unlock()
+    c.model = {**registry.defaults("model", "diffit"), "name": "diffit", **fields}
     return override(c, overrides).lock()
 
 
