@@ -88,7 +88,7 @@ def test_diffit_of_another_size(tmp_path):
     same = flat(Initial(settled(Run(tiny.diffit(**start)), tmp_path), tmp_path).params)
     assert (same["blocks/attention/position_bias"] == held["blocks/attention/position_bias"].load()).all()
     larger = Run(tiny.diffit(transform__resolution=12, model__grid=(6, 6), **start))
-    with pytest.raises(UserError, match=r"model.grid is \(6, 6\), and the weights have \(4, 4\)"):
+    with pytest.raises(UserError, match=r"model.grid is \(6, 6\), and the weights have \[4, 4\]"):
         Initial(settled(larger, tmp_path), tmp_path)
 
 
