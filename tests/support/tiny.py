@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dit_jax import recipes, registry
+from dit_jax import build, recipes, registry
 from dit_jax.models.dit import DiT
 
 
@@ -52,6 +52,16 @@ def override(c, overrides):
             section = section[name]
         section[field] = value
     return c
+
+
+def run_on_one_device(config):
+    """The run of a config on one device, whose programs compile faster than those of a mesh of eight.
+
+    For tests of what is saved, read and recorded. That a mesh changes no number is tested in tests/parallel.
+    """
+    config = config.copy_and_resolve_references()
+    config.mesh.data = 1
+    return build.Run(config, devices=jax.devices()[:1])
 
 
 def distance(a, b, floor=1e-9):
