@@ -145,8 +145,8 @@ def test_starts_of_the_edm_process():
 
 @pytest.mark.slow
 def test_jobs_of_a_network_with_the_edm_process(tmp_path):
-    """Catches a job, a guidance, a forecast or a preview of steps that does not know that x_t has the scale of sigma: the mean
-    predicted image of the first evaluation must be near the data's mean, which a network of zeros predicts."""
+    """Catches a job, a guidance, a forecast or a preview of steps that does not know that x_t has the scale of sigma: the first
+    predicted image would have it too."""
     save_run(tmp_path / "run", tiny.config(process=recipes.edm(), sampler=recipes.default_sampler("heun")), 0)
     pipe = dit_jax.load(tmp_path / "run")
     for fields in (
