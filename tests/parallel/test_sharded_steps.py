@@ -35,7 +35,7 @@ BATCH = {
 TINY = {"model__heads": 8, "model__width": 64}
 NETWORKS = {  # other than DiT
     "unet": {
-        "channels": 16, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (2,), "head_width": 0, "heads": 2,
+        "channels": 16, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (), "head_width": 0, "heads": 2,
         "scale_shift_norm": False, "context_width": 16, "norm_groups": 4, "num_classes": 10,
     },
     "hourglass": {
