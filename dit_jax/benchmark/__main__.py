@@ -96,7 +96,7 @@ AXIS = flags.DEFINE_enum(
     "Mesh axis that grows with --what=scaling. The batch size grows with it, from --batch_size at the fewest devices.",
 )
 command_line.group("Sampling")
-SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
+SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model, one of those of dit_jax.sample.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Number of sampling steps of --model.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Scale of classifier-free guidance of --model. 1 turns it off.")
 command_line.group("The autoencoder")

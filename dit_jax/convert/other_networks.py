@@ -5,6 +5,7 @@ A module of `interop` for a network has
     LAYOUTS     the layouts that it reads and writes: "official" (of the paper's code), "diffusers"
     recognises  whether tensors with these names are of the network
     read        their tensors -> ours, and the config sections that they determine
+    HINTS       flags of convert that say what tensors do not: {"heads": its name in the config that `read` takes}; optional
     write       ours -> their tensors, and the config: config.json of diffusers' folder, or the metadata of a .safetensors file
 """
 
@@ -78,9 +79,12 @@ def read(
         UserError: they do not fit the network; its input is unknown; a flag has no effect on the network.
     """
     what = str(source.path)
+    hints = getattr(module, "HINTS", {})
     for name, value in (("heads", source.heads), ("num_classes", source.num_classes)):
-        if value is not None:
+        if value is not None and name not in hints:
             raise UserError(f"--{name} has no effect on {module.NETWORK!r}, whose weights determine it; omit it")
+        if value is not None:
+            config = {**(config or {}), hints[name]: value}
     ours, determined = module.read(tensors, source.layout, what, config)
     sections = _complete(module, source, determined)
     sections["model"] = {**sections["model"], "param_dtype": common_dtype(ours, what).name}

@@ -26,6 +26,7 @@ from dit_jax.models.unet import MLP_RATIO, PUBLISHED, Piece, Stage, UNet
 
 NETWORK = "unet"
 LAYOUTS = ("official", "diffusers")
+HINTS = {"heads": "num_heads", "num_classes": "num_classes"}  # flags of convert, by their name in the config of `read`
 LDM_PREFIX, LDM_AVERAGE = "model.diffusion_model.", "model_ema."
 LDM_TABLE = "cond_stage_model.embedding.weight"
 ADM_LABELS = "label_emb.weight"
