@@ -32,6 +32,7 @@ from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import TFDS, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
+from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.forecast import Forecast
 from dit_jax.diffusion.gaussian import Gaussian
@@ -61,6 +62,7 @@ register("task", "diffusion", DiffusionTask)
 register("task", "autoencoder", AutoencoderTask)
 register("process", "gaussian", Gaussian)
 register("process", "flow", Flow)
+register("process", "edm", EDM)
 register("codec", "pixels", Pixels)
 register("codec", "kl_vae", KLVAE)
 register("codec", "vq_vae", VQVAE)
@@ -117,6 +119,12 @@ TRAINING_ONLY = (
     "time_distribution",
     "logit_mean",
     "logit_std",
+    "log_sigma_mean",
+    "log_sigma_std",
+    "image_side",
+    "low_side",
+    "high_side",
+    "loss_weight",
 )  # fields of a process that do not change samples
 
 
@@ -193,6 +201,9 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
+        if hasattr(network, "check_times"):
+            ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
+            network.check_times(float(ends.min()), float(ends.max()))
         return network if self.platform is None else for_platform(network, self.platform)
 
     @cached_property

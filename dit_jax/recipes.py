@@ -9,18 +9,22 @@ The others are read by the training loop: seed, num_steps, batch_size (global), 
 profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import ml_collections
 from ml_collections import config_dict
 
+from dit_jax import registry
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-from dit_jax.models import sizes
+from dit_jax.models import hourglass, sizes, unet
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
 
-_FEATURES = "of the Frechet distance: pixels (for tiny images), inception, dinov2, or a registered extractor"
+_FEATURES = "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, or registered"
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
     "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
     "num_steps": "Training steps.",
@@ -56,6 +60,8 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "evaluation.reference": "What samples are scored against: digits, a folder, tfds:NAME:PATH, an npz of images or statistics.",
     "evaluation.split": "Split of the data set that is reconstructed and scored; the training split if unset.",
     "evaluation.normalize": "What the latents' scale makes 1: scale (their variance over all channels) or channel (of each).",
+    "validation.split": "Held-out split of data whose loss is measured at the end, as test, or [90%:] of a folder; empty: off.",
+    "validation.path": "Held-out data in place of data.path, as of another latent cache; empty: data.path.",
     "scoring.every_steps": "Scores samples against evaluation.reference every so many steps, and keeps the best; 0 is off.",
     "scoring.num_images": "Images of such a score.",
 }
@@ -135,6 +141,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.guidance.update({"schedule": "constant", "power": 4.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
+    c.validation = {"split": "", "path": ""}
     c.scoring = {"every_steps": 0, "num_images": 10_000, "sampler": default_sampler("dpmpp") | {"num_steps": 16}}
     return c
 
@@ -176,6 +183,24 @@ def flow() -> dict:
     }
 
 
+def edm() -> dict:
+    """EDM's process for images in [-1, 1]: log-normal noise levels, and the loss weight of the paper."""
+    return {
+        "name": "edm",
+        "sigma_data": 0.5,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+        "time_distribution": "log_normal",
+        "log_sigma_mean": -1.2,
+        "log_sigma_std": 1.2,
+        "image_side": config_dict.placeholder(int),
+        "low_side": 32,
+        "high_side": config_dict.placeholder(int),
+        "loss_weight": "edm",
+    }
+
+
 def image_transform(resolution: int, channels: int, flip: bool) -> dict:
     """Square centre crops; `size` (height, width) overrides the resolution if it is set."""
     return {
@@ -188,7 +213,10 @@ def image_transform(resolution: int, channels: int, flip: bool) -> dict:
     }
 
 
-PROCESSES = {"gaussian": gaussian, "flow": flow}
+PROCESSES = {"gaussian": gaussian, "flow": flow, "edm": edm}
+# The digits' codec gives them unit variance, which is twice the deviation that EDM's defaults are for.
+DIGITS_PROCESS: dict[str, dict] = {"gaussian": {"prediction": "v"}, "edm": {"sigma_data": 1.0, "log_sigma_mean": -0.5}}
+DIGITS_SAMPLER = {"gaussian": "dpmpp", "flow": "heun", "edm": "heun"}
 
 
 def imagenet() -> dict:
@@ -270,6 +298,32 @@ def sit(size: str = "XL/2", resolution: int = 256, cached: bool = False) -> ml_c
     return c
 
 
+def diffit(resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """DiffiT on ImageNet (Hatamizadeh et al. 2023), with the data, process, optimizer and autoencoder of `dit`.
+
+    Samples are guided as the paper's: on 3 of 4 channels, at 256 with a scale that grows from 1 at noise to 4.4 at data, at 512
+    with 1.49.
+
+    Args:
+        resolution: 256 or 512.
+        cached: as of `dit`.
+
+    Raises:
+        UserError: another resolution.
+    """
+    guided: dict[int, dict] = {256: {"scale": 4.4, "schedule": "power_cosine"}, 512: {"scale": 1.49}}
+    if resolution not in guided:
+        raise UserError(
+            f"DiffiT's resolution is 256 or 512, not {resolution}; for another, set model.grid and transform.resolution"
+        )
+    c = dit("XL/2", resolution, cached)
+    tokens = resolution // 16  # per side: 8 pixels a latent, 2 latents a patch
+    shared = {key: value for key, value in c.model.items() if key not in ("conditioning", "position_grid")}
+    c.model = {**shared, "name": "diffit", "grid": (tokens, tokens)}  # the sizes are those of DiT-XL/2
+    c.guidance.update({"channels": 3, **guided[resolution]})
+    return c
+
+
 def finetune(
     size: str = "XL/2", resolution: int = 256, num_classes: int = 1000, lora: bool = False, cached: bool = False
 ) -> ml_collections.ConfigDict:
@@ -322,12 +376,12 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c = diffusion()
     c.num_steps, c.batch_size, c.ema_decay = 1_000, 128, 0.99
     c.model = {**model("S/4"), "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "conditioning": conditioning}
-    c.process = PROCESSES[process]() | ({"prediction": "v"} if process == "gaussian" else {})
+    c.process = PROCESSES[process]() | DIGITS_PROCESS.get(process, {})
     c.codec = {"name": "pixels", "image_channels": 1, "mean": -0.39, "std": 0.75}
     c.data = {"name": "digits", "path": "", "split": "all"}
     c.transform = image_transform(8, 1, flip=False)
     c.loader.num_threads = 2
-    c.sampler = default_sampler(sampler or ("heun" if process == "flow" else "dpmpp"))
+    c.sampler = default_sampler(sampler or DIGITS_SAMPLER[process])
     c.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "clip_norm": 1.0})
     decay_to_the_end(c)
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
@@ -467,3 +521,113 @@ def folder_latent(size: str = "S/2", resolution: int = 64, num_classes: int = 0)
     c.data = latents()
     c.loader = loader("latents")
     return c
+
+
+def hdit(size: str = "L", resolution: int = 256) -> ml_collections.ConfigDict:
+    """HDiT on the pixels of ImageNet, with the EDM process (Crowson et al. 2024).
+
+    Times are an interpolated cosine, the loss has the weight soft-min-SNR, and parameters have the rates and decays of
+    k-diffusion's groups.
+
+    Args:
+        size: "S", "M" or "L".
+        resolution: a multiple of 16; 256 in the paper.
+
+    Raises:
+        UserError: no such size.
+    """
+    sizes = {name.removeprefix("HDiT-").removesuffix("@256"): published for name, published in hourglass.PUBLISHED.items()}
+    if size not in sizes:
+        raise UserError(f"size {size!r} does not exist; choose one of {', '.join(sizes)}")
+    c = diffusion()
+    fields = {key: value for key, value in sizes[size].fields.items() if key != "out_channels"}
+    c.model = {"name": "hourglass", **registry.defaults("model", "hourglass"), **fields, "dtype": "bfloat16"}
+    c.process = edm() | {"sigma_min": 0.01, "sigma_max": 160.0, "loss_weight": "soft_min_snr"}
+    c.process.update({"time_distribution": "interpolated_cosine", "image_side": resolution})
+    c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 1.0}  # sigma_data is the deviation of [-1, 1]
+    c.data = imagenet()
+    c.transform = image_transform(resolution, 3, flip=True)
+    c.sampler = default_sampler("dpmpp_3m_sde") | {"num_steps": 50}
+    c.optimizer.update({"learning_rate": 5e-4, "b1": 0.9, "b2": 0.95, "weight_decay": 1e-2})
+    c.optimizer.groups = hourglass.GROUPS
+    c.ema_warmup = True
+    return c
+
+
+def unet_model(name: str) -> dict:
+    """Fields of a published U-Net, "ADM@256" or "LDM-4@256".
+
+    Raises:
+        UserError: no such network.
+    """
+    if name not in unet.PUBLISHED:
+        raise UserError(f"{name} is not a U-Net that was published; choose one of {', '.join(unet.PUBLISHED)}")
+    fields = {key: value for key, value in unet.PUBLISHED[name].fields.items() if key != "out_channels"}
+    return {"name": "unet", **registry.defaults("model", "unet"), **fields, "dtype": "bfloat16"}
+
+
+ADM_TRAINING = {  # resolution: steps, batch size, learning rate (Dhariwal & Nichol 2021, table 11)
+    64: (540_000, 2048, 3e-4),
+    128: (4_360_000, 256, 1e-4),
+    256: (1_980_000, 256, 1e-4),
+    512: (1_940_000, 256, 1e-4),
+}
+
+
+def adm(resolution: int = 256) -> ml_collections.ConfigDict:
+    """ADM's U-Net on the pixels of ImageNet (Dhariwal & Nichol 2021).
+
+    Its label table has no null label, so there is no classifier-free guidance; the paper's guidance, by a classifier, is not part
+    of this recipe. At 64 px the paper has a dropout of 0.1 in addition.
+
+    Args:
+        resolution: 64, 128, 256 or 512.
+
+    Raises:
+        UserError: another resolution.
+    """
+    if resolution not in ADM_TRAINING:
+        raise UserError(f"ADM has no network for {resolution} px; choose {', '.join(map(str, ADM_TRAINING))}")
+    c = diffusion()
+    c.num_steps, c.batch_size, c.optimizer.learning_rate = ADM_TRAINING[resolution]
+    c.model = unet_model(f"ADM@{resolution}")
+    c.process = gaussian() | ({"schedule": "cosine"} if resolution == 64 else {})
+    c.task.cond_dropout = 0.0
+    c.codec = {"name": "pixels", "image_channels": 3, "mean": 0.0, "std": 1.0}
+    c.data = imagenet()
+    c.transform = image_transform(resolution, 3, flip=True)
+    c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
+    return c
+
+
+def ldm4(cached: bool = False) -> ml_collections.ConfigDict:
+    """LDM-4's U-Net on ImageNet at 256 px, in the latents of VQ-f4 (Rombach et al. 2022; their config cin256-v2).
+
+    Set `codec.path` to the weights of VQ-f4.
+
+    Args:
+        cached: train from a latent cache, and set `data.path` to it.
+    """
+    c = diffusion()
+    c.num_steps, c.batch_size = 178_000, 1200
+    c.model = unet_model("LDM-4@256")
+    c.process = gaussian() | {"schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "variance": "fixed_small"}
+    c.codec = {"name": "vq_vae", "path": "", "sha256": "", "scale": 1.0}
+    c.data = latents() if cached else imagenet()
+    if cached:
+        c.loader = loader("latents")
+    c.transform = image_transform(256, 3, flip=True)
+    c.sampler = {**default_sampler("ddim"), "num_steps": 250, "eta": 1.0}
+    c.optimizer.weight_decay = 0.01  # PyTorch's default, which their code leaves
+    c.ema_warmup = True
+    return c
+
+
+# The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
+PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+    **{f"HDiT-{size}@256": partial(hdit, size) for size in "SML"},
+    **{f"ADM@{resolution}": partial(adm, resolution) for resolution in ADM_TRAINING},
+    "LDM-4@256": ldm4,
+    "DiffiT@256": partial(diffit, 256),
+    "DiffiT@512": partial(diffit, 512),
+}

@@ -23,6 +23,8 @@ from dit_jax.training import loop
 from dit_jax.training.initial import Initial, settled
 
 TABLE = "labels/embedding"
+DIFFIT = {"model.name": "diffit", "model.grid": (4, 4), "model.patch_size": 2, "model.num_classes": 10}
+DIFFIT |= {"model.depth": 1, "model.width": 32, "model.heads": 4}
 
 
 def config(weights="", **overrides):
@@ -73,6 +75,21 @@ def test_from_another_kind_of_network(weights, tmp_path):
     c = tiny.config(init__weights=str(weights[0]))
     with pytest.raises(UserError, match="does not fit the network"):
         Initial(settled(Run(c), tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+def test_diffit_of_another_size(tmp_path):
+    """Catches a DiffiT that starts from tables of another grid, or refuses its own, which a file has as a list."""
+    c = tiny.diffit()
+    held = formats._held(flat(tiny.random_params(formats.network_params(c))))
+    sections = formats.weights.sections_of(c.to_dict())
+    formats.write(formats.Weights(held, sections, {"from": "a test"}), "dit_jax", tmp_path / "small.safetensors")
+    start = {"init__weights": str(tmp_path / "small.safetensors")}
+    same = flat(Initial(settled(Run(tiny.diffit(**start)), tmp_path), tmp_path).params)
+    assert (same["blocks/attention/position_bias"] == held["blocks/attention/position_bias"].load()).all()
+    larger = Run(tiny.diffit(transform__resolution=12, model__grid=(6, 6), **start))
+    with pytest.raises(UserError, match=r"model.grid is \(6, 6\), and the weights have \[4, 4\]"):
+        Initial(settled(larger, tmp_path), tmp_path)
 
 
 def test_another_size(weights, tmp_path):
@@ -153,13 +170,15 @@ def test_a_search():
 def test_a_sweep(tmp_path):
     """Catches a sweep of several kinds of networks that needs patches and DiT's sizes, or gives them one colour."""
     toy = {"model.name": "pixelwise", "model.features": 8, "model.num_classes": 10}
-    runs = grid.expand(grid.Sweep(title="t", base="configs/digits.py", variants={"dit": {"model.width": 32}, "toy": toy}))
+    runs = grid.expand(
+        grid.Sweep(title="t", base="configs/digits.py", variants={"dit": {"model.width": 32}, "toy": toy, "diffit": DIFFIT})
+    )
     folder, rows = Folder(tmp_path, "t"), []
     for run in runs:
         folder.of(run).mkdir(parents=True)
         write_json(folder.of(run) / "result.json", {"step": 4, "loss": 0.1, "fid": 1.0, "stopped": False, "features": "pixels"})
         rows.append(collect.read(run, cost.count(run), (), folder))
-    assert [(row.family, row.patch) for row in rows] == [("4 x 32", 4), ("pixelwise", None)]
+    assert [(row.family, row.patch) for row in rows] == [("4 x 32", 4), ("pixelwise", None), ("diffit", 2)]
     collect.write(rows, tmp_path)
     assert len(figures.fid_against("gmacs", rows, rows[0].protocol, False).axes) == 1
     style.pyplot().close("all")

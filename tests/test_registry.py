@@ -65,7 +65,7 @@ def test_names_are_not_taken_twice(tmp_path):
 
 def test_unknown_names_say_what_helps():
     """A user of somebody's run folder who is told no more than that the name is unknown."""
-    with pytest.raises(UserError, match=r"network 'my_net' is not registered; choose one of dit, or add --import=<file.py>"):
+    with pytest.raises(UserError, match=r"network 'my_net' is not registered; choose one of .*dit.*, or add --import=<file.py>"):
         registry.get("model", "my_net")
     registry.record_import("model", "my_net", "my_net.py")
     with pytest.raises(UserError, match=r"network 'my_net' is not registered; add --import=my_net.py$"):

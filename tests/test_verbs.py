@@ -160,6 +160,12 @@ def test_plan_models(tmp_path):
     assert status == 0, stderr
     models = json.loads(stdout.splitlines()[-1])["models"]
     assert models["XL/2@256"]["params"] == 674_834_720 and models["XL/2@512"]["gmacs"] == pytest.approx(524.6, rel=3e-3)
+    names = "ADM@64 ADM@128 ADM@256 ADM@512 LDM-4@256 LDM-8@256 ADM-U@256 ADM-U@512 HDiT-S@256 HDiT-M@256 HDiT-L@256"
+    names += " DiffiT@256 DiffiT@512"
+    assert models.keys() >= set(names.split())
+    assert models["LDM-4@256"]["params"] == 401_433_091 and models["ADM-U@256"]["cascade"]["gmacs"] == pytest.approx(
+        741.3, rel=1e-4
+    )
     assert models["B/4@256"]["train_flops_per_image"] == pytest.approx(6 * 5.56e9, rel=3e-3)
     assert models["XL/2@256 cross_attention"]["tokens"] == 256 and "XL/2@512" in stderr
     assert models["XL/2@256"]["fids"][-1] == {"value": 2.27, "setting": "guidance 1.5", "source": "Peebles & Xie 2023, table 2"}

@@ -50,7 +50,10 @@ WHAT = flags.DEFINE_enum(
 )
 CONFIG = config_file.define_flags("Config of a run, as for dit_jax.main, instead of --model.")
 MODEL = flags.DEFINE_string(
-    "model", "S/2", "A model of the paper, trained on cached latents: S, B, L or XL, then /2, /4 or /8, as in XL/2."
+    "model",
+    "S/2",
+    "A model of the paper, trained on cached latents: S, B, L or XL, then /2, /4 or /8, as in XL/2; or another published "
+    "network, as in ADM@256 (`python -m dit_jax.plan --models` lists them).",
 )
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
@@ -93,7 +96,7 @@ AXIS = flags.DEFINE_enum(
     "Mesh axis that grows with --what=scaling. The batch size grows with it, from --batch_size at the fewest devices.",
 )
 command_line.group("Sampling")
-SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model: ddpm, ddim, euler, heun, ab, dpmpp or unipc.")
+SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model, one of those of dit_jax.sample.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Number of sampling steps of --model.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Scale of classifier-free guidance of --model. 1 turns it off.")
 command_line.group("The autoencoder")
@@ -183,6 +186,8 @@ def subject(devices=None, batches: int = 1, fsdp: int | None = None):
 
     if CONFIG.given:
         return subject.of_config(CONFIG.read(), devices)
+    if "@" in MODEL.value:
+        return published_subject(devices, batches * batch_size(8 if on_cpu() else 256), fsdp)
     return subject.of_model(
         MODEL.value,
         image_size(),
@@ -198,6 +203,17 @@ def subject(devices=None, batches: int = 1, fsdp: int | None = None):
         GUIDANCE_SCALE.value,
         devices,
     )
+
+
+def published_subject(devices, rows: int, fsdp: int | None):
+    """The subject of --model=ADM@256; flags of fields that its network lacks are refused if they are given."""
+    from dit_jax.benchmark import subject
+
+    if flags.FLAGS["resolution"].present:
+        raise UserError(f"--resolution and --model={MODEL.value} are both given: the name has the resolution; omit --resolution")
+    fields = {name: flags.FLAGS[name].value for name in ("remat", "attention", "unroll") if flags.FLAGS[name].present}
+    settings = fsdp or FSDP.value, TENSOR.value, SAMPLER.value, NUM_STEPS.value, GUIDANCE_SCALE.value
+    return subject.of_published(MODEL.value, rows, dtype(), fields, *settings, devices)
 
 
 def measure_scaling() -> dict:

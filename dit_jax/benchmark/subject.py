@@ -14,15 +14,18 @@ from jax.sharding import Mesh
 
 from dit_jax import registry
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.pixels import Pixels
 from dit_jax.data.size import size_json
 from dit_jax.diffusion import samplers
+from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.encoders.labels import Labels
 from dit_jax.errors import UserError
 from dit_jax.models import sizes
 from dit_jax.models.dit import DiT
-from dit_jax.models.network import for_platform
+from dit_jax.models.network import for_platform, has_null_label
+from dit_jax.models.registered import networks
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, rows_per_step
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
@@ -135,8 +138,7 @@ def of_model(
     Raises:
         UserError: no such model or sampler; a size, batch or mesh that does not fit.
     """
-    size, draw = sizes.fields(name), samplers.default_sampler(sampler)
-    draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
+    size = sizes.fields(name)
     codec, process = KLVAE(), Gaussian()
     image_shape = (*image_size, codec.image_channels)
     latent_shape = codec.latent_shape(image_shape)
@@ -151,14 +153,70 @@ def of_model(
     )
     network.check(latent_shape)
     task = DiffusionTask(network, process, codec, Labels(num_classes=1000), adamw(), image_shape, latent_shape)
-    return Subject(
-        task,
-        make_mesh(-1, fsdp, tensor, devices),
-        batch_size,
-        registry.get("sampler", draw.pop("name"))(**draw),
-        Guidance(guidance_scale),
-        entry="moments",
+    return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, sampler, num_steps, guidance_scale, True)
+
+
+def of_published(
+    name: str,
+    batch_size: int,
+    dtype: str,
+    fields: Mapping[str, Any],
+    fsdp: int = 1,
+    tensor: int = 1,
+    sampler: str = "ddpm",
+    num_steps: int = 250,
+    guidance_scale: float = 1.0,
+    devices=None,
+) -> Subject:
+    """A published network of any kind, "ADM@256", on what it takes: images, or cached latents of an autoencoder.
+
+    fields: of the network, in place of the published ones, as remat.
+
+    Raises:
+        UserError: no such network; it has no such field, or takes more than a label; a batch or mesh that does not fit.
+    """
+    known = {key: (constructor, published) for key, constructor, published in networks()}
+    if name not in known:
+        raise UserError(f"--model={name} does not exist; choose one of {', '.join([*sizes.MODELS, *known])}")
+    constructor, published = known[name]
+    if published.cond_shapes.keys() - {"label"}:
+        raise UserError(f"--model={name} upsamples images of another network, which a benchmark does not have; choose another")
+    if unknown := [key for key in fields if key not in constructor.__dataclass_fields__]:
+        raise UserError(f"--{unknown[0]} has no effect on --model={name}, whose network has no such field; omit it")
+    *grid, channels = published.input_shape
+    network = constructor(**{**published.fields, **fields, "dtype": DTYPES[dtype]})
+    factor = int(name.split("@")[1].split()[0]) // grid[0]
+    # Autoencoders of Rombach et al. 2022: f4 has three levels and f8 has four.
+    codec: Any = KLVAE((128, 256, 512, 512)[: factor.bit_length()], latent_channels=channels) if factor > 1 else Pixels(channels)
+    process: Any = EDM()
+    if published.process == "gaussian":
+        process = Gaussian(variance="learned_range" if published.fields["out_channels"] == 2 * channels else "fixed_small")
+    classes = published.fields.get("num_classes", 0)
+    guided = classes and has_null_label(network)
+    task = DiffusionTask(
+        network,
+        process,
+        codec,
+        Labels(num_classes=classes),
+        adamw(),
+        (*(factor * side for side in grid), codec.image_channels),
+        published.input_shape,
+        cond_dropout=0.1 if guided else 0.0,
     )
+    if guidance_scale != 1 and not guided:
+        raise UserError(f"--guidance_scale={guidance_scale}: --model={name} has no null label to be guided with; omit it")
+    return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, sampler, num_steps, guidance_scale, factor > 1)
+
+
+def _drawing(
+    task: DiffusionTask, mesh: Mesh, batch_size: int, sampler: str, num_steps: int, guidance_scale: float, cached: bool
+) -> Subject:
+    """The subject with a sampler by name; `cached` latents come from a cache, images from a data set."""
+    draw = samplers.default_sampler(sampler)
+    draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
+    make = registry.get("sampler", draw.pop("name"))
+    entry = "moments" if cached else "image"
+    return Subject(task, mesh, batch_size, make(**draw), Guidance(guidance_scale), {} if cached else {"codec": {}}, entry)
 
 
 def of_config(config, devices=None) -> Subject:

@@ -10,14 +10,15 @@ import jax
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
 
-# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. Convolutions are not
-# split over tensor: split over fsdp and tensor, XLA gave gradients that were off by half on the mesh (2, 2, 2) (jax 0.10.2, CPU).
+# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. None is split over
+# tensor: split over fsdp and tensor, XLA gave wrong gradients on the mesh (2, 2, 2), for convolutions and, with one image per
+# device, for the linear layers of the attention (jax 0.10.2, CPU).
 AUTOENCODER_RULES: Rules = (
     (
         r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
         (None, None, "fsdp", None),
     ),
-    (r"(query|key|value|out)/kernel", ("fsdp", "tensor")),
+    (r"(query|key|value|out)/kernel", ("fsdp", None)),
     (r"\w+/(bias|scale)", ()),
 )
 

@@ -3,6 +3,7 @@
 The layouts themselves are in `interop`. This module needs `build`, because a network's shapes come from its config.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -89,8 +90,8 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
         }
     described = dit_weights if to_write.sections["model"]["name"] == "dit" else other_networks
     tensors, config = described.write(to_write, layout)
-    if config is not None:
-        file = network_folder.write(out, tensors, config)
+    if layout == "diffusers":
+        file = network_folder.write(out, tensors, config or {})
     elif out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--out={out} must end in .pt or .safetensors for --to={layout}")
     else:
@@ -99,7 +100,7 @@ def write(to_write: Weights, layout: str, out: str | os.PathLike) -> dict:
             if out.suffix == ".pt":
                 pt_writer.write(out, tensors)
             else:
-                write_safetensors(out, tensors, {"format": "pt"})
+                write_safetensors(out, tensors, {"format": "pt"} | ({"config": json.dumps(config)} if config else {}))
     return {"out": str(out), "tensors": len(tensors), "parameters": count(to_write.tensors), "sha256": sha256_of(file)}
 
 

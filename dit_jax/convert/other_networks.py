@@ -5,18 +5,20 @@ A module of `interop` for a network has
     LAYOUTS     the layouts that it reads and writes: "official" (of the paper's code), "diffusers"
     recognises  whether tensors with these names are of the network
     read        their tensors -> ours, and the config sections that they determine
-    write       ours -> their tensors, and config.json for a folder of diffusers
+    HINTS       flags of convert that say what tensors do not: {"heads": its name in the config that `read` takes}; optional
+    write       ours -> their tensors, and the config: config.json of diffusers' folder, or the metadata of a .safetensors file
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_collections
+
 from dit_jax import recipes, registry
 from dit_jax.convert.source import Source, config_of, origin_of, shapes_of
-from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-from dit_jax.interop import weights
+from dit_jax.interop import diffit, hourglass, unet, weights
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
 from dit_jax.interop.weights import Weights
 from dit_jax.storage.run_folder import read_config
@@ -25,8 +27,11 @@ from dit_jax.storage.run_folder import read_config
 class Layouts(Protocol):
     """See the module's docstring."""
 
-    NETWORK: str
-    LAYOUTS: tuple[str, ...]
+    @property
+    def NETWORK(self) -> str: ...
+
+    @property
+    def LAYOUTS(self) -> tuple[str, ...]: ...
 
     def recognises(self, names: Collection[str], layout: str) -> bool: ...
 
@@ -39,7 +44,7 @@ class Layouts(Protocol):
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None]: ...
 
 
-NETWORKS: tuple[Layouts, ...] = ()
+NETWORKS: tuple[Layouts, ...] = (diffit, hourglass, unet)
 
 
 def reader_of(names: Collection[str], layout: str) -> Layouts | None:
@@ -74,9 +79,12 @@ def read(
         UserError: they do not fit the network; its input is unknown; a flag has no effect on the network.
     """
     what = str(source.path)
+    hints = getattr(module, "HINTS", {})
     for name, value in (("heads", source.heads), ("num_classes", source.num_classes)):
-        if value is not None:
+        if value is not None and name not in hints:
             raise UserError(f"--{name} has no effect on {module.NETWORK!r}, whose weights determine it; omit it")
+        if value is not None:
+            config = {**(config or {}), hints[name]: value}
     ours, determined = module.read(tensors, source.layout, what, config)
     sections = _complete(module, source, determined)
     sections["model"] = {**sections["model"], "param_dtype": common_dtype(ours, what).name}
@@ -99,17 +107,29 @@ def _complete(module: Layouts, source: Source, determined: Mapping[str, Any]) ->
         template = dict(source.template)
         fields = template["model"] if template["model"]["name"] == module.NETWORK else {}
         return weights.sections_of({**template, "model": {**_section("model", fields), **determined["model"]}})
-    if missing := [name for name in ("process", "codec", "transform") if name not in determined]:
+    recipe = _recipe(module, determined["model"])
+    if recipe is None:
         raise UserError(
-            f"{source.path}: its tensors do not determine {', '.join(missing)}; give the config with --like=<a run's folder or "
-            "a file in our format>"
+            f"{source.path}: its sizes are not published ones, so its process, autoencoder and resolution are unknown; give the "
+            "config with --like=<a run's folder or a file in our format>"
         )
-    config = recipes.diffusion()
-    for name in ("model", "process", "codec", "transform"):
-        config[name] = _section(name, determined[name])
-    config.sampler = default_sampler(determined.get("sampler", "ddpm"))
+    config = recipe()
+    config.model.update({name: value for name, value in determined["model"].items() if name in config.model})
     config.task.update(determined.get("task", {}))
     return weights.sections_of(config.to_dict())
+
+
+def _recipe(module: Layouts, model: Mapping[str, Any]) -> Callable[[], ml_collections.ConfigDict] | None:
+    """The recipe of the published network with these fields; None if there is none."""
+    for name, published in getattr(registry.get("model", module.NETWORK), "published", {}).items():
+        fields = {key: value for key, value in published.fields.items() if key != "out_channels"}
+        if name in recipes.PUBLISHED and all(_plain(model.get(key)) == _plain(value) for key, value in fields.items()):
+            return recipes.PUBLISHED[name]
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
 
 
 def _section(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Names of the files of a latent cache.
 
     settings.json                    everything that determines the bytes; written first
-    00007-of-00012.moments.npy       float16 [count * views, h, w, 2c], row views * i + mirror; plain .npy
+    00007-of-00012.moments.npy       float16 [count * views, h, w, 2c], row views * i + mirror; plain .npy;
+                                     c in place of 2c for a codec without a posterior
     00007-of-00012.labels.npy        int32 [count]
     00007-of-00012.index.npy         int64 [count], the number of each record in the source; bad records are skipped
     00007-of-00012.captions.json     count strings or nulls; only if the source has captions

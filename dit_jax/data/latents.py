@@ -37,7 +37,8 @@ class LatentCache:
 
     Attributes:
         manifest: all that `manifest.json` says: codec, transform, statistics, bad records, files.
-        moments_shape: (h, w, 2c), or (f, h, w, 2c) of clips; mean and raw log-variance on the last axis; float16.
+        moments_shape: (h, w, 2c), or (f, h, w, 2c) of clips; mean and raw log-variance on the last axis, or c latents of a codec
+            without a posterior; float16.
         views: 2 if the mirror image of every record is there, else 1.
         labels: int32 [N], in [0, num_classes).
         num_classes, class_names, fingerprint: as of a `Source`; the fingerprint changes with any byte of the data.

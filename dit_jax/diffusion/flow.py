@@ -38,6 +38,7 @@ def gvp(t: Any, xp: Any = jnp) -> Coefficients:
 
 
 INTERPOLANTS = {"linear": linear, "gvp": gvp}
+TIMES_OF = {"linear": lambda ratio: 1 / (1 + 1 / ratio), "gvp": lambda ratio: 2 / np.pi * np.arctan(ratio)}  # of sigma / alpha
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
@@ -172,6 +173,13 @@ class Flow:
         if spacing != "even":
             raise UserError(f"spacing {spacing!r} selects discrete timesteps, which process 'flow' does not have; use 'even'")
         return shifted(np.linspace(1, 0, num_steps + 1), self.shift)
+
+    def start(self, noise: jax.Array, t: ArrayLike) -> jax.Array:
+        return noise
+
+    def time_of(self, ratio: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore"):
+            return TIMES_OF[self.interpolant](np.asarray(ratio, np.float64))
 
     def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         c: Any = self.coefficients(times, np)  # NumPy arrays

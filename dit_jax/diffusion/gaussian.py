@@ -20,18 +20,21 @@ PREDICTIONS = ("noise", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
-def betas(schedule: str, num_timesteps: int) -> np.ndarray:
-    """float64[T] variances of the forward steps.
+def betas(schedule: str, num_timesteps: int, start: float | None = None, end: float | None = None) -> np.ndarray:
+    """float64[T] variances of the forward steps, from `start` to `end`; None is the schedule's own.
 
     linear: 1e-4 to 2e-2 at T = 1000, scaled by 1000 / T otherwise (Ho et al. 2020).
     cosine: from alpha_bar = cos^2((i/T + 0.008) / 1.008 * pi / 2), capped at 0.999 (Nichol & Dhariwal 2021, equation 17).
-    scaled_linear: linear in the square root, 8.5e-4 to 1.2e-2 (Rombach et al. 2022, Stable Diffusion).
+    scaled_linear: linear in the square root, 8.5e-4 to 1.2e-2 (Rombach et al. 2022, Stable Diffusion; class-conditional LDM has
+        1.5e-3 to 1.95e-2).
     """
     if schedule == "linear":
         scale = 1000 / num_timesteps
-        return np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=np.float64)
+        start, end = (own if given is None else given for own, given in ((scale * 1e-4, start), (scale * 2e-2, end)))
+        return np.linspace(start, end, num_timesteps, dtype=np.float64)
     if schedule == "scaled_linear":
-        return np.linspace(8.5e-4**0.5, 1.2e-2**0.5, num_timesteps, dtype=np.float64) ** 2
+        start, end = (own if given is None else given for own, given in ((8.5e-4, start), (1.2e-2, end)))
+        return np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
     edges = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
     alpha_bar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
@@ -95,6 +98,7 @@ class Gaussian:
             their logarithms that the network returns in C more channels ("learned_range", trained by the variational
             bound with the mean frozen).
         min_snr_gamma: weights the squared error by min(SNR, gamma) in x0 terms (Hang et al. 2023); None for weight 1.
+        beta_start, beta_end: the first and last beta of "linear" and "scaled_linear"; None is the schedule's own (`betas`).
     """
 
     schedule: str = "linear"
@@ -102,6 +106,8 @@ class Gaussian:
     prediction: str = "noise"
     variance: str = "learned_range"
     min_snr_gamma: float | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
 
     def __post_init__(self):
         for name, allowed in (("schedule", SCHEDULES), ("prediction", PREDICTIONS), ("variance", VARIANCES)):
@@ -109,18 +115,33 @@ class Gaussian:
                 raise UserError(f"process.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.num_timesteps < 2:
             raise UserError(f"process.num_timesteps is {self.num_timesteps}; it must be at least 2")
-        if self.schedule == "linear" and self.num_timesteps <= 20:
+        self._check_betas()
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
+
+    def _check_betas(self) -> None:
+        given = {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        for name, beta in given.items():
+            if beta is not None and self.schedule == "cosine":
+                raise UserError(
+                    f"process.{name} is {beta}, and schedule 'cosine' has none; leave it out, or choose scaled_linear"
+                )
+            if beta is not None and not 0 < beta < 1:
+                raise UserError(f"process.{name} is {beta}; it must lie between 0 and 1")
+        if self.schedule == "linear" and self.beta_end is None and self.num_timesteps <= 20:
             raise UserError(
                 f"process.num_timesteps is {self.num_timesteps}; linear betas end at 20 / T, which "
                 "is below 1 only for T > 20; take more timesteps, or set process.schedule to cosine"
             )
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
+        if self.schedule != "cosine":
+            start, *_, end = betas(self.schedule, self.num_timesteps, self.beta_start, self.beta_end)
+            if start > end:
+                raise UserError(f"the betas fall from {start:g} to {end:g}; process.beta_start must be at most process.beta_end")
 
     @cached_property
     def alpha_bar(self) -> np.ndarray:
         """float64[T + 1] products of (1 - beta); alpha_bar[0] = 1."""
-        return np.concatenate([[1.0], np.cumprod(1 - betas(self.schedule, self.num_timesteps))])
+        return np.concatenate([[1.0], np.cumprod(1 - betas(self.schedule, self.num_timesteps, self.beta_start, self.beta_end))])
 
     @property
     def learned(self) -> bool:
@@ -268,6 +289,15 @@ class Gaussian:
                 )
             kept = list(range(0, T, stride))
         return np.array([*((i + 1) / T for i in reversed(kept)), 0.0])
+
+    def start(self, noise: jax.Array, t: ArrayLike) -> jax.Array:
+        return noise
+
+    def time_of(self, ratio: np.ndarray) -> np.ndarray:
+        known = np.sqrt(1 / self.alpha_bar - 1)
+        above = np.clip(np.searchsorted(known, ratio), 1, self.num_timesteps)
+        below = above - 1
+        return np.where(ratio - known[below] < known[above] - ratio, below, above) / self.num_timesteps
 
     def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(alpha, sigma), float64, at times on the grid."""

@@ -127,7 +127,7 @@ class Guidance:
                 return unguided(x, time)
             if not self.is_partial:
                 return guided(x, t, time, True)
-            inside = jnp.asarray((self.low <= t) & (t <= self.high))
+            inside = jnp.asarray((self.low <= t) & (jnp.minimum(t, 1) <= self.high))  # t is above 1 where a sampler adds noise
             return jax.lax.cond(inside.any(), lambda: guided(x, t, time, inside), lambda: unguided(x, time))
 
         return call

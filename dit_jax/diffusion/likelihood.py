@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.process import noise_like
+from dit_jax.errors import UserError
 
 
 class VariationalBound(NamedTuple):
@@ -35,8 +36,16 @@ def bits_per_dimension(
         x0: f32[B, ..., C] in [-1, 1], quantised to 256 levels: the decoder's bins are 2/255 wide.
         keys: [B].
 
+    Raises:
+        UserError: the process has no discrete timesteps.
+
     Source: Ho et al. 2020, equation 5; Nichol & Dhariwal 2021, equations 4 to 7.
     """
+    if process.continuous:
+        raise UserError(
+            f"the variational bound is a sum over discrete timesteps, which process {type(process).__name__.lower()!r} does not "
+            "have; use process gaussian"
+        )
 
     def term(index):
         t = jnp.full(len(x0), index / process.num_timesteps, jnp.float32)

@@ -1,6 +1,7 @@
 """The protocol of diffusion processes: how noise is added, the training loss, and the meaning of the network's output.
 
-Time t is float32 in [0, 1]: t = 0 is data, t = 1 is noise.  x_t = alpha(t) x0 + sigma(t) noise.
+Time t is float32: t = 0 is data, t = 1 is noise, where sampling starts. Training may draw t above 1.
+x_t = alpha(t) x0 + sigma(t) noise.
 B batch; every array may have any rank after its batch axis ([B, H, W, C], [B, F, H, W, C], ...), channels last.
 """
 
@@ -80,9 +81,9 @@ class Process(Protocol):
     """A frozen dataclass; every method is pure and can be traced.
 
     Fields:
-        min_time: the smallest t for which the network is trained.
+        min_time: the smallest t at which samplers run the network.
         continuous: whether the network is trained for all t from min_time to 1, not only for discrete timesteps. A continuous
-            process has a method `coefficients` (as `Flow`), and its ODE has scale 1 and clock 1 - t.
+            process has a method `coefficients` (as `Flow`).
     """
 
     @property
@@ -121,8 +122,14 @@ class Process(Protocol):
     def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
         """float64[num_steps + 1] descending sampling times from noise to 0."""
 
+    def start(self, noise: jax.Array, t: ArrayLike) -> jax.Array:
+        """x_t of standard normal noise alone, from which sampling starts at the scalar t, the first time of a grid."""
+
     def alpha_sigma(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(alpha, sigma) in float64 at sampling times, from which a sampler derives its coefficients."""
+
+    def time_of(self, ratio: np.ndarray) -> np.ndarray:
+        """The float64 times at which sigma / alpha is `ratio`, or the nearest that the process has."""
 
     def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(scale, clock) in float64: the ODE of the process is d (x / scale) / d clock = slope."""

@@ -32,7 +32,9 @@ REFERENCE = flags.DEFINE_string(
     "data set as in --data, cropped to the size of the samples. Not needed for --metrics=is.",
 )
 FEATURES = flags.DEFINE_string(
-    "features", "pixels", "Feature extractor: pixels (for tiny images), inception, or dinov2 (fid is then FD-DINOv2)."
+    "features",
+    "pixels",
+    "Feature extractor: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, or dinov2 (fid is then FD-DINOv2).",
 )
 WEIGHTS = flags.DEFINE_string("weights", None, "Weights of the extractor: a .safetensors file of dit_jax.convert.")
 METRIC_NAMES = flags.DEFINE_list(

@@ -10,7 +10,7 @@ import numpy as np
 from dit_jax import registry
 from dit_jax.errors import UserError
 from dit_jax.interop.download import PUBLISHED
-from dit_jax.metrics.features import Extractor, Pixels
+from dit_jax.metrics.features import Extractor, Pixels, SmallPixels
 from dit_jax.storage.paths import local_path
 
 MAX_PIXEL_FEATURES = 4_096
@@ -44,11 +44,15 @@ def check_name(name: str, weights: str | None) -> None:
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError if the covariance of pixel features of this image shape would be too large."""
+    """Raises UserError if the covariance of pixel features of this image shape would be too large, or the images too small."""
+    if name == "pixels8" and min(shape[:2]) < SmallPixels.side:
+        raise UserError(
+            f"features 'pixels8' are means over 8 x 8 cells, and the images are {' x '.join(map(str, shape))}; use 'pixels'"
+        )
     if name == "pixels" and np.prod(shape) > MAX_PIXEL_FEATURES:
         raise UserError(
             f"features 'pixels' of {' x '.join(map(str, shape))} images have {np.prod(shape)} dimensions, which is too "
-            f"slow; use them for tiny images of at most {MAX_PIXEL_FEATURES} dimensions, such as 32 x 32 x 3"
+            f"slow; use them for tiny images of at most {MAX_PIXEL_FEATURES} dimensions, such as 32 x 32 x 3, or 'pixels8'"
         )
 
 
@@ -86,5 +90,6 @@ def dinov2(weights: Path) -> tuple[Extractor, Any]:
 
 
 registry.register("metric", "pixels", Pixels)
+registry.register("metric", "pixels8", SmallPixels)
 registry.register("metric", "inception", inception)
 registry.register("metric", "dinov2", dinov2)

@@ -117,7 +117,7 @@ def score(
         samples: of a pipeline; uint8 [N, H, W, C]; an npz of images; or a folder of `dit_jax.sample`.
         reference: the same; an npz of statistics; a data set (digits, a folder of images, tfds:NAME:PATH, tars:PATTERN), cropped
             to the size of the samples; None for only the Inception Score.
-        features: "pixels" (for tiny images), "inception" or "dinov2".
+        features: "pixels" (for tiny images), "pixels8" (means of 8 x 8 cells), "inception" or "dinov2".
         weights: of the extractor, a .safetensors file of `convert`.
         metrics: of METRICS; None computes all that are possible.
         options: other fields of `Options`.

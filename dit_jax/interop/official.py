@@ -149,7 +149,7 @@ def expected(shapes: Shapes, patch_size: int, side: int) -> dict[str, tuple[int,
     layout = {}
     for path, shape in shapes.items():
         for name, part in parts(path, shape):
-            layout[name] = _their_shape(path, part, patch_size)
+            layout[name] = their_shape(path, part, patch_size)
     return layout | {POSITION: (1, side * side, shapes["patch_embedding/bias"][-1])}
 
 
@@ -175,10 +175,10 @@ def to_theirs(ours: Tensors, patch_size: int, side: int, grid: tuple[int, int] |
     theirs = {}
     for path, tensor in ours.items():
         for i, (name, part) in enumerate(parts(path, tensor.shape)):
-            shape = _their_shape(path, part, patch_size)
+            shape = their_shape(path, part, patch_size)
 
             def load(path=path, shape=shape, i=i):
-                return _to_theirs(path, read(path)[i] if path.startswith("blocks/") else read(path), shape)
+                return array_to_theirs(path, read(path)[i] if path.startswith("blocks/") else read(path), shape)
 
             theirs[name] = Tensor(shape, tensor.dtype, load)
     bias = ours["patch_embedding/bias"]
@@ -198,7 +198,7 @@ def one_to_theirs(path: str, array: np.ndarray, patch_size: int) -> dict[str, np
     """The official tensors of one of our parameters."""
     blocks = array if path.startswith("blocks/") else [array]
     return {
-        name: _to_theirs(path, block, _their_shape(path, part, patch_size))
+        name: array_to_theirs(path, block, their_shape(path, part, patch_size))
         for (name, part), block in zip(parts(path, array.shape), blocks, strict=True)
     }
 
@@ -209,16 +209,18 @@ def one_to_ours(path: str, shape: tuple[int, ...], arrays: Mapping[str, np.ndarr
     return _gather(path, shape, held).load()
 
 
-def _their_shape(path: str, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
+def their_shape(path: str, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
+    """The shape of one of our parameters there; of a stack of blocks, the shape of one."""
     if path == "patch_embedding/kernel":
         return shape[1], shape[0] // patch_size**2, patch_size, patch_size
     if path.endswith("kernel"):
         inputs = 2 if path.endswith("attention/out/kernel") else 1  # contracted leading axes of our kernel
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-    return shape if path.endswith("embedding") else (math.prod(shape),)
+    return shape if path.endswith(("embedding", "position_bias")) else (math.prod(shape),)
 
 
-def _to_ours(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def array_to_ours(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """One of our parameters, or a block's part of it, of this shape, from theirs."""
     if path == "patch_embedding/kernel":
         array = array.transpose(2, 3, 1, 0)
     elif path.endswith("kernel"):
@@ -226,7 +228,8 @@ def _to_ours(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     return array.reshape(shape)
 
 
-def _to_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def array_to_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Their tensor, of this shape, from one of our parameters or a block's part of it."""
     if path == "patch_embedding/kernel":
         features, channels, *patch = shape
         return array.reshape(*patch, channels, features).transpose(3, 2, 0, 1)
@@ -241,10 +244,10 @@ def _gather(path: str, shape: tuple[int, ...], tensors: Tensors) -> Tensor:
 
     def load():
         if not path.startswith("blocks/"):
-            return _to_ours(path, tensors[each[0][0]].load(), shape)
+            return array_to_ours(path, tensors[each[0][0]].load(), shape)
         stack = np.empty(shape, dtype)
         for i, (name, part) in enumerate(each):
-            stack[i] = _to_ours(path, tensors[name].load(), part)
+            stack[i] = array_to_ours(path, tensors[name].load(), part)
         return stack
 
     return Tensor(shape, dtype, load)

@@ -463,7 +463,7 @@ def _read_config(path):
     """
     stored = read_json(path, "download it again")
     name = stored.get("_class_name", "AutoencoderKL")
-    if name not in CONFIG_DEFAULTS:
+    if not isinstance(name, str) or name not in CONFIG_DEFAULTS:
         raise UserError(
             f"{path} does not describe an AutoencoderKL or a VQModel: give the autoencoder's folder (often named vae or vqvae)"
         )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from dit_jax.metrics.resize import area_average
 from dit_jax.pixels import to_float
 
 
@@ -39,3 +40,24 @@ class Pixels:
 
     def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         return {"features": to_float(images).reshape(len(images), -1)}
+
+
+@dataclass(frozen=True)
+class SmallPixels:
+    """Uses the means over a grid of 8 x 8 cells in [-1, 1] as features, F = 64 C: layout and colour, no detail.
+
+    For images whose pixels are too many for a covariance, without a pretrained network; params is {}.
+
+    Fields:
+        side: of the grid, in cells.
+    """
+
+    name: str = "pixels8"
+
+    side = 8
+
+    def recipe(self) -> dict:
+        return {"resize": f"area average to {self.side} x {self.side}", "range": [-1, 1], "precision": "float32"}
+
+    def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        return {"features": area_average(to_float(images), self.side).reshape(len(images), -1)}

@@ -52,6 +52,32 @@ def _neighbours(length: int, size: int):
     return low, np.minimum(low + 1, length - 1), place - low.astype(np.float32)
 
 
+def area_average(images: jax.Array, size: int) -> jax.Array:
+    """Means of [N, H, W, C] of any dtype over a grid of equal cells, float32 [N, S, S, C].
+
+    A pixel on a border counts by its share in each cell.
+
+    Raises:
+        ValueError: a side is smaller than S.
+    """
+    rows, columns = (area_weights(length, size).astype(np.float32) for length in images.shape[1:3])
+    spec = "oi,pj,nijc->nopc"
+    return jnp.einsum(spec, rows, columns, images.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+def area_weights(length: int, size: int) -> np.ndarray:
+    """Share of each input pixel in each of `size` equal parts of the side, float64 [size, length]; rows sum to 1.
+
+    Raises:
+        ValueError: length is smaller than size.
+    """
+    if length < size:
+        raise ValueError(f"a side of {length} pixels cannot be averaged over {size} parts; it must have at least {size}")
+    edges, pixels = np.linspace(0, length, size + 1), np.arange(length)
+    inside = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.maximum(inside, 0) * (size / length)
+
+
 def bicubic_pillow(images: jax.Array, size: int) -> jax.Array:
     """Resizes uint8 [N, H, W, C] to uint8 [N, S, S, C] on device, bit for bit as PIL.Image.resize((S, S), BICUBIC).
 

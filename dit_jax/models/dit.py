@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
-from dit_jax.models.network import Cond, Shape, check_entries, check_labels
+from dit_jax.models.network import MIXED, Cond, Shape, check_entries, label_vectors
 from dit_jax.models.patches import patchify, unpatchify
 from dit_jax.models.published import Fid, Published
 from dit_jax.models.sizes import FIDS, MODELS, SIZES
 from dit_jax.models.sizes import fields as fields_of_size
+from dit_jax.models.stack import CHOICES, form_of_loop, savings, stack, stored_units
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -50,38 +51,7 @@ MATRICES = {  # of the blocks, which Muon treats as such, and the kinds of their
     r"blocks/mlp/(in|out)/kernel": "io",
     r"blocks/modulation/linear/kernel": "iso",
 }
-MIXED = ("second_label", "second_share")  # entries of a condition that mix the embeddings of two labels
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # cuDNN's softmax statistics have no name. All outputs of its forward kernel are saved, else the kernel would run twice.
-    "elementwise": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(*layers.PRODUCTS),
-        lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
-    ),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(layers.PRODUCTS),
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
-STORES_NOTHING_INSIDE = ("full", "offload")  # policies that keep only a block's input on the device
-# Activations that the gradient of one block reads, in units of [B, N, D]: its input; then qkv, attention, and both products of
-# the MLP. This is a lower bound: the compiler also keeps norms, scores and float32 copies.
-STORED_AT_ENTRY, STORED_INSIDE = 1, 9
-
-
-def form_of_loop(unroll: bool | None, remat: str, platform: str) -> tuple[bool, str]:
-    """Resolves unroll=None and remat="auto" for a platform ("cpu", "gpu", "tpu"); returns (unroll, remat).
-
-    On a GPU, matrix products cannot write into the stacked arrays in which a scan keeps activations for the gradient, so blocks
-    are unrolled and store all activations. Elsewhere blocks are scanned and store the expensive ones ("elementwise").
-    """
-    unroll = platform == "gpu" if unroll is None else unroll
-    return unroll, ("none" if unroll else "elementwise") if remat == "auto" else remat
 
 
 class Modulation(nn.Module):
@@ -255,7 +225,7 @@ class DiT(nn.Module):
     matrices = MATRICES
     label_table = "label_embedding/embedding"
     mixes_labels = True
-    remat_policies = ("none", *REMAT_POLICIES)
+    remat_policies = CHOICES
 
     @staticmethod
     def family(fields: Mapping[str, Any]) -> str:
@@ -293,18 +263,10 @@ class DiT(nn.Module):
         self.time_embedding = layers.TimeEmbedding(self.width, **dtypes)
         if self.num_classes:
             self.label_embedding = nn.Embed(self.num_classes + 1, self.width, embedding_init=layers.normal_002, **dtypes)
-        block, (unroll, remat) = Block, form_of_loop(self.unroll, self.remat, jax.default_backend())
-        if remat != "none":
-            # In unrolled blocks XLA would merge the recomputation with the first computation (CSE); a loop keeps them apart.
-            block = nn.remat(Block, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=self.depth,
-            unroll=self.depth if unroll else 1,
-        )(self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes)
+        axes = (nn.broadcast, nn.broadcast, 0)
+        self.blocks = stack(Block, self.depth, axes, self.unroll, self.remat)(
+            self.heads, self.mlp_ratio, self.conditioning, self.attention, **dtypes
+        )
         modulated = self.conditioning in ("adaln_zero", "adaln")
         self.final = FinalLayer(self.patch_size**2 * self.out_channels, modulated, **dtypes)
 
@@ -317,35 +279,18 @@ class DiT(nn.Module):
         """Embeds patches, positions, time and label."""
         self.check(x_t.shape[1:])
         check_entries("cond", cond, ("label", *MIXED) if self.num_classes else (), type(self).__name__)
-        if self.num_classes and "label" not in (cond or {}):
-            raise UserError(
-                f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
-                "model.num_classes to 0"
-            )
         _, h, w, _ = x_t.shape
         p = self.patch_size
         x = self.patch_embedding(patchify(x_t, p).astype(self.dtype))  # [B, N, D]
         x = x + position.sincos_2d(self.width, h // p, w // p, self.position_grid).astype(self.dtype)
         vectors: list[Any] = [self.time_embedding(t)]
         if self.num_classes:
-            vectors.append(self.embed_labels(cond, len(x_t)))
+            vectors.append(label_vectors(self.label_embedding, cond, len(x_t), self.num_classes))
         c = sum(vectors)  # [B, D]
         tokens = jnp.stack(vectors, axis=1)  # [B, M, D]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, tokens], axis=1)  # [B, N + M, D]
         return Embedded(constrain_batch(x, tokens=True), c, tokens)
-
-    def embed_labels(self, cond: Cond, batch: int) -> jax.Array:
-        """[B, D]: the embedding of the label, or of two, (1 - share) of the first and share of the second."""
-        check_labels(cond["label"], batch, self.num_classes)
-        label = self.label_embedding(cond["label"])
-        if not cond.keys() & set(MIXED):
-            return label
-        if not cond.keys() >= set(MIXED):
-            raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
-        check_labels(cond["second_label"], batch, self.num_classes)
-        share = cond["second_share"][:, None].astype(label.dtype)
-        return (1 - share) * label + share * self.label_embedding(cond["second_label"])
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
@@ -380,8 +325,8 @@ class DiT(nn.Module):
     def _check_fields(self) -> None:
         if self.conditioning not in CONDITIONINGS:
             raise UserError(f"model.conditioning is {self.conditioning!r}; it must be one of {', '.join(CONDITIONINGS)}")
-        if self.remat not in ("auto", "none", *REMAT_POLICIES):
-            raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, none, {', '.join(REMAT_POLICIES)}")
+        if self.remat not in ("auto", *CHOICES):
+            raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, {', '.join(CHOICES)}")
         if self.attention not in IMPLEMENTATIONS:
             raise UserError(f"model.attention is {self.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
         for name in ("patch_size", "depth", "width", "heads"):
@@ -435,21 +380,15 @@ class DiT(nn.Module):
         return parts
 
     def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        if self.remat in STORES_NOTHING_INSIDE:
-            stored = STORED_AT_ENTRY
-        else:
-            stored = STORED_AT_ENTRY + STORED_INSIDE // mesh_shape["tensor"]
+        units = stored_units(self.depth, self.remat, mesh_shape["tensor"])
         tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
-        return self.depth * stored * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
+        return units * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
 
     def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        saved = {}
-        for policy, cost in (("elementwise", "recomputes elementwise operations"), ("full", "a third more arithmetic")):
-            if self.remat == "none" or (policy == "full" and self.remat in ("dots", "elementwise")):
-                kept = self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-                # In the backward pass, one block at a time has all of its activations.
-                saved[f"--config.model.remat={policy} ({cost})"] = int((activations - kept) * (1 - 1 / self.depth))
-        return saved
+        def kept(policy: str) -> int:
+            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
+
+        return savings(self.remat, self.depth, kept, activations)
 
     def describe(self) -> str:
         return (

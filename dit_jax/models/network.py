@@ -1,6 +1,6 @@
 """The protocol of networks, and the checks that all networks share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,7 @@ from dit_jax.parallel.rules import Rules
 
 Shape = tuple[int, ...]  # of one example, without the batch axis: (h, w, c) or (f, h, w, c)
 Cond = Mapping[str, jax.Array]  # arrays [B, ...]
+MIXED = ("second_label", "second_share")  # entries of a condition that mix the embeddings of two labels
 
 
 class Network(Protocol):
@@ -27,8 +28,10 @@ class Network(Protocol):
     axes}: "i" for inputs, "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is
     "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
     the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
-    weights. A network may have a function `family(fields)` of its section of a config, which names models that belong together in
-    the figures of a sweep; without it, all networks of a name do.
+    weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
+    guidance. A parameter named "constant", such as random Fourier features, is drawn at the start, saved, and never trained or
+    counted. A network may have a function `family(fields)` of its section of a config, which names models that belong together
+    in the figures of a sweep; without it, all networks of a name do.
     """
 
     @property
@@ -86,6 +89,8 @@ class Resizable(Protocol):
 
 class Planned(Protocol):
     """Optional members of a network: memory estimates for `plan`, and choices that depend on the platform.
+
+    A method `check_times(low, high)` may raise a UserError for a process whose network times, from low to high, it cannot take.
 
     Fields:
         remat_policies: values of the network's field `remat` that `plan --search` tries, the least recomputation first.
@@ -146,10 +151,39 @@ def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 
-def check_labels(label: Any, batch: int, num_classes: int) -> None:
+def label_vectors(embed: Callable[[jax.Array], jax.Array], cond: Cond, batch: int, num_classes: int) -> jax.Array:
+    """[B, D]: the embedding of the label, or of two, (1 - share) of the first and share of the second.
+
+    Raises:
+        UserError: there is no label, or only a part of what a mixture of two needs; see `check_labels`.
+    """
+    if "label" not in (cond or {}):
+        raise UserError(
+            f"model.num_classes is {num_classes} and the condition has no label; set conditioner.name to labels, or "
+            "model.num_classes to 0"
+        )
+    check_labels(cond["label"], batch, num_classes)
+    label = embed(cond["label"])
+    if not cond.keys() & set(MIXED):
+        return label
+    if not cond.keys() >= set(MIXED):
+        raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
+    check_labels(cond["second_label"], batch, num_classes)
+    share = cond["second_share"][:, None].astype(label.dtype)
+    return (1 - share) * label + share * embed(cond["second_label"])
+
+
+def has_null_label(network: Network) -> bool:
+    """See `Network`; True if the network does not say."""
+    return bool(getattr(network, "has_null_label", True))
+
+
+def check_labels(label: Any, batch: int, num_classes: int, null: bool = True) -> None:
     """Raises a UserError unless labels are whole numbers [batch] from 0 to num_classes (the null label).
 
     The values of traced labels are not known.
+
+    null: whether the network has the null label.
 
     An embedding gives NaN for a label outside of its table.
     """
@@ -160,9 +194,11 @@ def check_labels(label: Any, batch: int, num_classes: int) -> None:
     if isinstance(label, jax.core.Tracer) or not getattr(label, "is_fully_addressable", True):
         return
     values = np.asarray(label)
-    if values.size and not 0 <= values.min() <= values.max() <= num_classes:
-        wrong = values[(values < 0) | (values > num_classes)][0]
-        raise UserError(f"label {wrong} is out of range: 0 to {num_classes - 1}, or {num_classes} for no label")
+    last = num_classes if null else num_classes - 1
+    if values.size and not 0 <= values.min() <= values.max() <= last:
+        wrong = values[(values < 0) | (values > last)][0]
+        none = f", or {num_classes} for no label" if null else "; the network has no null label (model.null_label is False)"
+        raise UserError(f"label {wrong} is out of range: 0 to {num_classes - 1}{none}")
 
 
 def _kind(x: Any) -> str:

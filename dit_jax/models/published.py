@@ -30,6 +30,7 @@ class Published(NamedTuple):
         input_shape: of one example, (h, w, c) or (f, h, w, c).
         fids: published with it.
         process: the name of the diffusion process that it was trained with.
+        after: the published network that makes the image which this one upsamples.
         cond_shapes: entries of its condition, without the batch axis; "label" is int32, the others are float32.
     """
 
@@ -37,4 +38,5 @@ class Published(NamedTuple):
     input_shape: tuple[int, ...]
     fids: tuple[Fid, ...] = ()
     process: str = "gaussian"
+    after: str | None = None
     cond_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({"label": ()})

@@ -40,7 +40,7 @@ from dit_jax.storage.upgrade import upgrade_stored
 
 SCORES, BEST_SCORE = "scores", "best.json"
 CLASSES, RESULT, SAVED, INIT = "classes.json", "result.json", "saved.json", "initial_weights.json"
-RESULT_SECTIONS = ("evaluation", "sampler", "guidance", "forecast")  # that the results at the end depend on
+RESULT_SECTIONS = ("evaluation", "validation", "sampler", "guidance", "forecast")  # that the results at the end depend on
 # What a run writes, whose partial files the next start removes. A user may keep other files in these folders.
 WRITTEN = (
     *("config.json", CLASSES, SAVED, INIT, "base.safetensors", divergences.FILE, branch_record.FILE, rewinds.FILE),
@@ -59,6 +59,7 @@ RESUMABLE = (
     "profile",
     "preview",
     "evaluation",
+    "validation",
     "sampler",
     "guidance",
     "forecast",

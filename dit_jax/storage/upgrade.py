@@ -17,7 +17,13 @@ INIT = {  # `recipes.init` as JSON has it
     "lora": {"rank": 0, "alpha": None, "targets": ["attention/.*/kernel", "mlp/.*/kernel"], "train": []},
 }
 ADDED: dict[str, dict[str, Any]] = {
-    "diffusion": {"conditioner": {"name": "labels"}, "ema_warmup": False, "averages": [], "init": INIT},
+    "diffusion": {
+        "conditioner": {"name": "labels"},
+        "ema_warmup": False,
+        "averages": [],
+        "init": INIT,
+        "validation": {"split": "", "path": ""},
+    },
     "autoencoder": {"ema_warmup": False},
 }
 

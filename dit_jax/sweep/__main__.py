@@ -5,6 +5,7 @@
     python -m dit_jax.sweep --sweep=gflops_imagenet256 --workdir=runs/twelve --config.data.path=/gcs/tfds ... \\
         --launch=gke --remote_workdir=/gcs/twelve --launch_args='--image=I --bucket=B --accelerator=tpu-v6e-slice --topology=4x4'
     python -m dit_jax.sweep --sweep=digits --workdir=runs/sweep --report
+    python -m dit_jax.sweep --sweep=backbones:photos=/data/photographs --workdir=runs/backbones_photos
 
 The sweep file defines the config, its variants, the grid and the seeds (`dit_jax/sweep/grid.py`). --config.<path>=<value> sets a
 field of all runs. The command lists the runs with their cost and checks all of them before the first one starts. It then runs
@@ -28,7 +29,9 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console
 
 command_line.group("The sweep")
-SWEEP = flags.DEFINE_string("sweep", None, "Name of a sweep in ./configs/sweeps or installed with dit_jax, or a file.")
+SWEEP = flags.DEFINE_string(
+    "sweep", None, "Name of a sweep in ./configs/sweeps or installed with dit_jax, or a file; after a colon, its argument."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
 FIELDS = config_file.define_fields()
 LIST = flags.DEFINE_bool("list", False, "Show and check the runs, start nothing.")
@@ -131,8 +134,9 @@ def main() -> dict:
     from dit_jax.sweep import checks, cost, grid, report
     from dit_jax.sweep.folder import Folder
 
-    file = str(grid.find(SWEEP.value))
-    sweep = grid.load(file)
+    name, colon, argument = SWEEP.value.partition(":")
+    file = str(grid.find(name))
+    sweep = grid.load(file + colon + argument)
     runs = grid.expand(sweep, [f"--config.{text}" for text in FIELDS.value])
     starts_here = LAUNCH.value == "local" and not (LIST.value or REPORT.value)
     if not LIST.value:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ class Row:
     Fields:
         family: models that the figures join, see `family`.
         patch: patch size; None for an autoencoder, and for a network without patches.
+        series: value of `Sweep.compare`, whose runs are one line of the figures; None without it.
+        validation_loss, validation_levels: of `evaluate.validation`: the loss, and (sigma / alpha, loss) of each noise level.
+        seconds_per_image: of training: the median over its records of the median step time, over the batch size.
         fid_interval: bootstrap interval over the images, which does not include the variance of seeds.
         protocol: how the FID was measured, see `PROTOCOL`.
         seconds: total of training, sampling and scoring over all starts on this machine; None for a run trained elsewhere.
@@ -78,6 +82,10 @@ class Row:
     protocol: dict[str, Any]
     seconds: float | None
     images_per_second: float | None
+    series: str | None
+    validation_loss: float | None
+    validation_levels: list[tuple[float, float]]
+    seconds_per_image: float | None
     starts: list[dict]
     origin: dict[str, Any]
     loss_curve: list[tuple[int, float]]
@@ -88,10 +96,13 @@ class Row:
     error: list[str]
 
 
-def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folder: Folder) -> Row:
-    """Reads the row of one run from its folder."""
+def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folder: Folder, compare: str = "") -> Row:
+    """Reads the row of one run from its folder; compare: see `Sweep.compare`."""
     config, state, result = run.config, folder.state(run), folder.result(run) or {}
-    starts, losses = folder.attempts(run), curve(folder.metrics(run), "loss")
+    metrics = folder.metrics(run)
+    starts, losses = folder.attempts(run), curve(metrics, "loss")
+    levels = (result.get("validation") or {}).get("levels", [])
+    steps = [seconds for _, seconds in curve(metrics, "step_seconds_p50")]
     early = [json.loads(file.read_text()) for file in sorted((folder.of(run) / SCORES).glob("[0-9]*.json"))]
     scores = [json.loads(file.read_text()) for file in (file_of(folder, run, *s) for s in samplers) if file.exists()]
     samples = Path(result.get("samples") or "")
@@ -114,6 +125,10 @@ def read(run: Run, cost: Cost, samplers: Sequence[tuple[str, int | None]], folde
         protocol=protocol(result),
         seconds=sum(start["seconds"] for start in starts) if starts else None,
         images_per_second=result.get("images_per_second"),
+        series=str(_value_at(config, compare.split("."))) if compare else None,
+        validation_loss=result.get("validation_loss"),
+        validation_levels=[(level["sigma_over_alpha"], level["loss"]) for level in levels],
+        seconds_per_image=statistics.median(steps) / config.batch_size if steps else None,
         starts=starts,
         origin={key: result[key] for key in ORIGIN if key in result},
         loss_curve=losses,
@@ -180,6 +195,7 @@ def write(rows: list[Row], folder: Path) -> dict[str, str]:
             {
                 "run": row.name,
                 "variant": row.variant,
+                "series": row.series,
                 "seed": row.seed,
                 "family": row.family,
                 "patch_size": row.patch,
@@ -193,6 +209,8 @@ def write(rows: list[Row], folder: Path) -> dict[str, str]:
                 "fid": row.fid,
                 "fid_low": row.fid_interval and row.fid_interval[0],
                 "fid_high": row.fid_interval and row.fid_interval[1],
+                "validation_loss": row.validation_loss,
+                "seconds_per_image": row.seconds_per_image,
                 "seconds": row.seconds,
                 "images_per_second": row.images_per_second,
                 "device": row.origin.get("device"),

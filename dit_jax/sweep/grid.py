@@ -7,6 +7,7 @@ A sweep file is a Python file with `get_sweep()`, which returns a `Sweep`:
                      grid={"model.width": [64, 128], "optimizer.learning_rate": [1e-3, 2e-3]}, seeds=[0, 1])
 """
 
+import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ class Sweep:
         seeds: values of `seed`; that of the config if empty.
         samplers: (name of a registered sampler, steps): the first seed of every model is sampled and scored with each, once it is
             finished; None for the steps of one that chooses its own.
+        compare: config path whose values the report compares, such as "model.name": a line for each in the figures, against
+            GMACs, parameters and measured time; every model is a point of its own if empty.
         paper: the report shows the twelve models of Peebles & Xie (2023) beside the runs.
         reference_curves: CSV of earlier loss curves, as a report writes it (curves.csv), beside the sweep file; none if empty.
         note: a sentence or two for the report's method.
@@ -48,6 +51,7 @@ class Sweep:
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seeds: Sequence[int] = ()
     samplers: Sequence[tuple[str, int | None]] = ()
+    compare: str = ""
     paper: bool = False
     reference_curves: str = ""
     note: str = ""
@@ -92,17 +96,23 @@ def load(path: str) -> Sweep:
     """Loads a sweep file.
 
     Args:
-        path: a path or a name, see `find`.
+        path: a path or a name, see `find`; after a colon, the argument of its `get_sweep`.
 
     Raises:
-        UserError: the file does not exist, fails, or does not return a valid `Sweep`.
+        UserError: the file does not exist, fails, does not take the argument, or does not return a valid `Sweep`.
     """
-    file = find(path)
+    name, colon, argument = path.partition(":")
+    file, arguments = find(name), (argument,) if colon else ()
     before = registry.entries()
     module = user_code.load_file(file, f"--sweep={path}")
     if not hasattr(module, "get_sweep"):
         raise UserError(f"--sweep={path} has no get_sweep(); it must be a sweep file, see configs/sweeps, not a config")
-    sweep = user_code.run(module.get_sweep, str(file))
+    try:
+        inspect.signature(module.get_sweep).bind(*arguments)
+    except TypeError:
+        wrong = f"takes no argument; leave out :{argument}" if colon else f"needs an argument; write --sweep={name}:<argument>"
+        raise UserError(f"--sweep={path}: get_sweep() {wrong}") from None
+    sweep = user_code.run(lambda: module.get_sweep(*arguments), str(file))
     if not isinstance(sweep, Sweep):
         raise UserError(user_code.wrong_result(file, module.get_sweep, sweep, "a dit_jax.sweep.grid.Sweep"))
     _check_fields(sweep)
@@ -112,6 +122,8 @@ def load(path: str) -> Sweep:
 
 
 def _check_fields(sweep: Sweep):
+    if sweep.compare and sweep.paper:
+        raise UserError("compare and paper are both set, and the paper's models are in the figures of models only; keep one")
     for path, values in sweep.grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise UserError(f"the grid's {path} is {values!r}; it must be a list of at least one value")

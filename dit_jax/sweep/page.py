@@ -13,6 +13,11 @@ from dit_jax.sweep import paper, points
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.grid import Sweep
 
+VALIDATION = (
+    "The validation loss is the squared error of the predicted x0 of held-out examples, in the units of the latents: the mean "
+    "over ten noise levels, sigma / alpha from 0.1 to 10, with the same noise for all runs, in float32, of the moving average."
+)
+
 
 def figure(number: int, name: str, drawn, caption: str, folder: Path) -> str:
     """Makes the <figure> element of a drawing, with links to its files in <folder>/figures."""
@@ -63,6 +68,8 @@ def write(sweep: Sweep, rows: list[Row], others: list[Row], protocol: dict, comm
 def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
     done = sum(row.state == "done" for row in rows)
     text = f"{done} of {len(rows)} runs are finished."
+    if sweep.compare:
+        return html.escape(text + _best(rows, others))
     if line := points.fit(points.ours([row for row in rows if row not in others])):
         text += (
             f" The correlation of log GFLOPs and the Fréchet distance is {line.text()}; ten times the GFLOPs "
@@ -73,6 +80,18 @@ def _lead(sweep: Sweep, rows: list[Row], others: list[Row]) -> str:
     return html.escape(text.replace(" -", " \N{MINUS SIGN}"))
 
 
+def _best(rows: list[Row], others: list[Row]) -> str:
+    """The best model of each score, over the means of seeds, and that of each series."""
+    compared, text = [row for row in rows if row not in others], ""
+    for score, name in (("fid", "Fréchet distance"), ("validation_loss", "validation loss")):
+        found = sorted(points.ours(compared, score), key=lambda point: point.fid)
+        if found:
+            best = {point.series: point for point in reversed(found)}
+            listed = ", ".join(f"{p.series} {p.fid:.4g} ({p.name})" for p in sorted(best.values(), key=lambda p: p.fid))
+            text += f" Lowest {name} of each: {listed}."
+    return text
+
+
 def _cell(value) -> str:
     if value is None:
         return "-"
@@ -80,13 +99,16 @@ def _cell(value) -> str:
 
 
 def _table(rows: list[Row], others: list[Row]) -> str:
-    head = ("run", "parameters", "GMACs", "training compute, GMACs", "loss", "Fréchet distance", "95 % interval", "time", "state")
+    head = ["run", "parameters", "GMACs", "training compute, GMACs", "loss", "Fréchet distance", "95 % interval", "time", "state"]
+    more = [name for name in ("validation_loss", "seconds_per_image") if any(getattr(row, name) is not None for row in rows)]
+    head += [{"validation_loss": "validation loss", "seconds_per_image": "training, s per image"}[name] for name in more]
     lines = []
     for row in sorted(rows, key=lambda row: (row.cost.gmacs, row.name)):
         fid = _cell(row.fid) + "*" * (row in others)
         interval = " to ".join(f"{bound:.3g}" for bound in row.fid_interval or ()) or "-"
         numbers = (row.name, row.cost.parameters, row.cost.gmacs, row.cost.compute_gmacs, row.loss)
         cells = [*map(_cell, numbers), fid, interval, duration(row.seconds) if row.seconds else "-", row.state]
+        cells += [_cell(getattr(row, name)) for name in more]
         lines.append(cells)
     return parts.table(head, lines)
 
@@ -103,7 +125,9 @@ def _method(sweep: Sweep, rows: list[Row], protocol: dict) -> str:
         f"{', '.join(map(str, sorted({row.seed for row in rows})))}: {work}. {sweep.note}",
         f"Scores: {made}. The interval in the table is a bootstrap over the images of one run; it does not cover seeds.",
         "GMACs are multiply-adds of one forward pass of one image, counted from the architecture (Gflops in the paper). "
-        "Time is the wall time of training, sampling and scoring, including the effect of other load on the machine.",
+        "Time is the wall time of training, sampling and scoring, including the effect of other load on the machine. Seconds per "
+        "image are those of training alone: the median step over the batch size.",
+        *(VALIDATION,) * any(row.validation_loss is not None for row in rows),
         _origin(rows),
         f"This page: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC on {machine.cpu_model()}, {machine.cores()} "
         f"cores, with {versions.one_line()}.",

@@ -15,8 +15,9 @@ class Point:
     """One model.
 
     Fields:
-        gmacs, compute_gmacs: see `cost.Cost`.
-        fids: one per seed.
+        gmacs, compute_gmacs, parameters: see `cost.Cost`.
+        fids: one per seed; or other scores, see `ours`.
+        series, seconds_per_image: see `collect.Row`; the mean over seeds.
         interval: bootstrap interval over the images for the FID of a single seed, if it was computed.
     """
 
@@ -27,6 +28,9 @@ class Point:
     compute_gmacs: float
     fids: tuple[float, ...]
     interval: tuple[float, float] | None = None
+    parameters: int = 0
+    series: str | None = None
+    seconds_per_image: float | None = None
 
     @property
     def span(self) -> tuple[float, float]:
@@ -51,10 +55,10 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
     return variants if len(set(variants.values())) == len(variants) else {group: group for group in variants}
 
 
-def ours(rows: Sequence[Row]) -> list[Point]:
-    """Points of all models with a FID."""
+def ours(rows: Sequence[Row], score: str = "fid") -> list[Point]:
+    """Points of all models with a score: "fid" or "validation_loss"."""
     names = labels(rows)
-    scored = groups([row for row in rows if row.fid is not None])
+    scored = groups([row for row in rows if getattr(row, score) is not None])
     return [
         Point(
             names[group],
@@ -62,11 +66,18 @@ def ours(rows: Sequence[Row]) -> list[Point]:
             repetitions[0].patch,
             repetitions[0].cost.gmacs,
             repetitions[0].cost.compute_gmacs,
-            tuple(row.fid for row in repetitions if row.fid is not None),
-            repetitions[0].fid_interval,
+            tuple(getattr(row, score) for row in repetitions),
+            repetitions[0].fid_interval if score == "fid" else None,
+            repetitions[0].cost.parameters,
+            repetitions[0].series,
+            _mean([row.seconds_per_image for row in repetitions if row.seconds_per_image is not None]),
         )
         for group, repetitions in scored.items()
     ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def of_paper() -> list[Point]:

@@ -7,7 +7,7 @@ from dit_jax.report import style
 from dit_jax.runtime.console import say
 from dit_jax.storage.atomic import write_atomic
 from dit_jax.storage.paths import local_path
-from dit_jax.sweep import collect, figures, page, points
+from dit_jax.sweep import collect, comparison, figures, page, points
 from dit_jax.sweep.collect import Row
 from dit_jax.sweep.cost import Cost
 from dit_jax.sweep.folder import Folder
@@ -45,7 +45,7 @@ def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], fol
 
     Unfinished runs are in the table, but not in the figures of scores.
     """
-    rows = [collect.read(run, cost, sweep.samplers, folder) for run, cost in zip(runs, costs, strict=True)]
+    rows = [collect.read(run, cost, sweep.samplers, folder, sweep.compare) for run, cost in zip(runs, costs, strict=True)]
     files = collect.write(rows, folder.path)
     protocol, others = collect.shared_protocol(rows)
     compared = [row for row in rows if row not in others]
@@ -68,14 +68,14 @@ def write(sweep: Sweep, sweep_file: str, runs: list[Run], costs: list[Cost], fol
 
 def draw(sweep: Sweep, rows: list[Row], compared: list[Row], protocol: dict, curves: dict) -> dict:
     """Draws the figures for which there are data, {name: (figure, caption)}."""
-    figures_drawn = {}
+    figures_drawn = comparison.draw(sweep.compare, rows, compared, protocol) if sweep.compare else {}
     beside = (
         "the paper's models are "
         + ("hollow." if points.comparable(protocol) else "on separate axes, because the metric differs.")
         if sweep.paper
         else ""
     )
-    if any(row.fid is not None for row in compared):
+    if not sweep.compare and any(row.fid is not None for row in compared):
         several = len({row.seed for row in rows}) > 1
         seeds = (
             "A marker is the mean over seeds; the line through it is their range. "

@@ -61,9 +61,40 @@ class Exponential:
 
     def profile(self, steps: int) -> np.ndarray:
         at = np.arange(1, steps + 1, dtype=np.float64)
-        decays = np.minimum(self.rate, (1 + at) / (10 + at)) if self.warmup else np.full(steps, self.rate)
-        after = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # product of the decays from step i + 1 on
-        return np.append(after[0], (1 - decays) * after[1:])
+        return _profile(np.minimum(self.rate, (1 + at) / (10 + at)) if self.warmup else np.full(steps, self.rate))
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """avg <- avg + (1 - d) (params - avg) with d = min(rate, 1 - step ** -0.75): the initial parameters have no weight.
+
+    Source: k-diffusion's "inverse" schedule, with which HDiT is trained (Crowson et al. 2024); its steps count from 0.
+
+    Fields:
+        rate: the largest d.
+    """
+
+    rate: float
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise UserError(f"the decay of an average is {self.rate}; it must lie in [0, 1)")
+
+    @property
+    def name(self) -> str:
+        return f"{self.rate!r}+inverse"
+
+    def gain(self, step: Any) -> Any:
+        return jnp.maximum(1 - self.rate, jnp.float32(step) ** -0.75)
+
+    def profile(self, steps: int) -> np.ndarray:
+        return _profile(np.minimum(self.rate, 1 - np.arange(1, steps + 1, dtype=np.float64) ** -0.75))
+
+
+def _profile(decays: np.ndarray) -> np.ndarray:
+    """The weights of an average with the decays [steps]."""
+    after = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # product of the decays from step i + 1 on
+    return np.append(after[0], (1 - decays) * after[1:])
 
 
 @dataclass(frozen=True)
@@ -105,18 +136,20 @@ class Power:
 
 
 def parse(text: str | float) -> Average:
-    """The average of a name: "0.9999", "0.9999+warmup" or "power:0.1".
+    """The average of a name: "0.9999", "0.9999+warmup", "0.9999+inverse" or "power:0.1".
 
     Raises:
         UserError: it is none, or its number is out of range.
     """
     word = str(text)
-    number = word.removeprefix("power:") if word.startswith("power:") else word.removesuffix("+warmup")
+    number = word.removeprefix("power:") if word.startswith("power:") else re.sub(r"\+(warmup|inverse)$", "", word)
     try:
         value = float(number)
     except ValueError:
-        raise UserError(f"{word!r} is no average; write 0.9999, 0.9999+warmup or power:0.1") from None
-    return Power(value) if word.startswith("power:") else Exponential(value, word.endswith("+warmup"))
+        raise UserError(f"{word!r} is no average; write 0.9999, 0.9999+warmup, 0.9999+inverse or power:0.1") from None
+    if word.startswith("power:"):
+        return Power(value)
+    return Inverse(value) if word.endswith("+inverse") else Exponential(value, word.endswith("+warmup"))
 
 
 def key(average: Average) -> str:

@@ -17,6 +17,7 @@ from dit_jax.codecs.codec import Codec, moments_shape
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
+from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Conditioner, Requests
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
@@ -25,7 +26,7 @@ from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
-from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state
+from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
@@ -77,6 +78,11 @@ class DiffusionTask:
     def __post_init__(self):
         if not 0 <= self.cond_dropout < 1:
             raise UserError(f"task.cond_dropout is {self.cond_dropout}; it must lie in [0, 1)")
+        if self.conditioner.num_classes and self.cond_dropout and not networks.has_null_label(self.network):
+            raise UserError(
+                f"task.cond_dropout is {self.cond_dropout}, and the network has no null label, which replaces a dropped one; "
+                "set --config.task.cond_dropout=0, or --config.model.null_label=True"
+            )
         check_offload(self.offload)
         if self.average in self.averages:
             raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")
@@ -231,7 +237,7 @@ class DiffusionTask:
         grads, losses = self.gradients(state.params, constants, inputs)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, without_constants(updates))
         ema_params = moving_average(state.ema_params, params, self.average.gain(state.step + 1))
         finite = jnp.isfinite(losses["loss"].mean()) & jnp.isfinite(grad_norm)
         averages = updated(self.averages, state.averages, params, state.step + 1)
@@ -281,7 +287,8 @@ class DiffusionTask:
             requests: arrays [B, ...] as `Conditioner.from_requests` returns them.
             weak: the second network of autoguidance, called as a `Network` with its parameters bound.
             forecast: selects the steps that run the network's blocks; None for all.
-            noise: f32[B, h, w, c] that sampling starts from; None draws it from the keys (`initial_noise`).
+            noise: f32[B, h, w, c], the x_t that the sampler starts from; None is noise of the keys (`Process.start` of
+                `initial_noise`).
             watch: see `diffusion.process.Watched`.
             around: changes the denoiser that the sampler calls, such as `diffusion.known.KnownRegion`.
 
@@ -310,12 +317,13 @@ class DiffusionTask:
             denoise = around(denoise)
         if watch is not None:
             denoise = Watched(denoise, watch)
-        noise = self.initial_noise(keys) if noise is None else noise
+        if noise is None:
+            noise = self.process.start(self.initial_noise(keys), start_time(sampler, self.process))
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
 
     def initial_noise(self, keys: jax.Array) -> jax.Array:
-        """f32[B, h, w, c]: the noise that sampling starts from, for keys [B]."""
+        """f32[B, h, w, c]: the standard normal noise that sampling starts from, for keys [B]."""
         return noise_like(jax.vmap(named_key, (0, None))(keys, "noise"), self.latent_shape)
 
     def parts(self, params: Any) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:

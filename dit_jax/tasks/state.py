@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dit_jax.errors import UserError
 from dit_jax.parallel import rules
+from dit_jax.parallel.rules import path_name
 from dit_jax.storage.fingerprint import leaf_names
 from dit_jax.tasks.averages import Average, key
 
@@ -145,5 +146,19 @@ def create_sharded(task: Any, key: jax.Array, mesh: Mesh) -> TrainState:
     return jax.jit(task.init, out_shardings=shardings)(key)
 
 
+def is_constant(path: Iterable) -> bool:
+    """Whether a parameter is named "constant": a network draws it at the start and never trains it (random Fourier features).
+
+    It is saved with the others, and converted weights bring their own.
+    """
+    return path_name(path).rpartition("/")[2] == "constant"
+
+
+def without_constants(updates: Any) -> Any:
+    """The updates of an optimizer, zero for constants: weight decay must not change them either."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: jnp.zeros_like(x) if is_constant(path) else x, updates)
+
+
 def count_parameters(params: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
+    """Number of parameters that can be trained, of arrays or shapes: all but constants."""
+    return sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if not is_constant(path))

@@ -221,7 +221,7 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
     lines = []
     for name in sorted({*source.config.model, *run.config.model} - {*FREE}):
         theirs, ours = getattr(source.network, name, None), getattr(run.network, name, None)
-        if theirs != ours:
+        if _as_stored(theirs) != _as_stored(ours):
             lines.append(f"model.{name} is {ours}, and the weights have {theirs}")
     channels = source.latent_shape[-1], run.latent_shape[-1]
     if channels[0] != channels[1]:
@@ -255,6 +255,11 @@ def kept_rows(theirs: Sequence[str], ours: Sequence[str], their_classes: int, cl
     if theirs and ours:
         return {label: theirs.index(name) for label, name in enumerate(ours) if name in theirs}
     return {label: label for label in range(classes)} if their_classes == classes else {}
+
+
+def _as_stored(value: Any) -> Any:
+    """The value as a config has it that was read from a file: with lists for tuples."""
+    return [_as_stored(x) for x in value] if isinstance(value, (tuple, list)) else value
 
 
 def label_table(run: Run) -> str:

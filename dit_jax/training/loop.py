@@ -64,45 +64,52 @@ def train(
         UserError: the config, the data or the folder is invalid; raised before any training.
         Diverged: see `meter`.
     """
-    clock, workdir, num_steps = StepClock(), local_path(workdir).absolute(), run.config.num_steps
+    clock, workdir = StepClock(), local_path(workdir).absolute()
     run.task  # raises errors of the config before weights and data are read
     check_dtypes(run.config)
     run = settled(run.with_codec_weights(workdir), (begin or Begin()).parent or workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack, claimed or stack, begin or Begin())
-        with phases.phase("restore"):
-            state = training.restore_or_create(started)
-        step = int(state.step)
-        if training.resume_score(step, state):
-            return _result(training, state, stopped=True)
-        if step >= num_steps:
-            say(f"step {step} of {num_steps} is reached: nothing to train")
-            return _result(training, state)
-
-        stepper, batches, events, batch = training.start(state)
-        del state  # the stepper has it: a second name would keep what a step cannot donate
-        stopping = interrupted = False
-        while step < num_steps and not (stopping or interrupted):
-            clock.wait(step + 1 - IN_FLIGHT)
-            with training.profile.step(step):
-                dispatched = time.monotonic()
-                output = stepper(batch)
-                step += 1
-                clock.dispatched(step, dispatched, output)
-            training.dispatched(step)
-            stopping = training.stop.requested(step)
-            for event in events:
-                if event.due(step, stopping):
-                    with clock.spend(event.kind):
-                        interrupted = event(step, stepper.state) or interrupted
-            if step < num_steps and not (stopping or interrupted):
-                batch = batches.next_or_none(step, stepper.state)
-                stopping = batch is None
-        training.finish(step)
-    return _result(training, stepper.state, stopped=interrupted or (stopping and step < num_steps))
+        state, stopped = _take_steps(training, clock, started)
+    return _result(training, state, stopped)
 
 
-def _result(training: Training, state: TrainState, stopped: bool = False) -> TrainResult:
+def _take_steps(training: Training, clock: StepClock, started: Start | None) -> tuple[TrainState, bool]:
+    """Restores or creates the state and takes the missing steps; returns (the last state, whether a signal ended them early)."""
+    num_steps = training.run.config.num_steps
+    with phases.phase("restore"):
+        state = training.restore_or_create(started)
+    step = int(state.step)
+    if training.resume_score(step, state):
+        return state, True
+    if step >= num_steps:
+        say(f"step {step} of {num_steps} is reached: nothing to train")
+        return state, False
+
+    stepper, batches, events, batch = training.start(state)
+    del state  # the stepper has it: a second name would keep what a step cannot donate
+    stopping = interrupted = False
+    while step < num_steps and not (stopping or interrupted):
+        clock.wait(step + 1 - IN_FLIGHT)
+        with training.profile.step(step):
+            dispatched = time.monotonic()
+            output = stepper(batch)
+            step += 1
+            clock.dispatched(step, dispatched, output)
+        training.dispatched(step)
+        stopping = training.stop.requested(step)
+        for event in events:
+            if event.due(step, stopping):
+                with clock.spend(event.kind):
+                    interrupted = event(step, stepper.state) or interrupted
+        if step < num_steps and not (stopping or interrupted):
+            batch = batches.next_or_none(step, stepper.state)
+            stopping = batch is None
+    training.finish(step)
+    return stepper.state, interrupted or (stopping and step < num_steps)
+
+
+def _result(training: Training, state: TrainState, stopped: bool) -> TrainResult:
     """The result of training with this last state."""
     dropped = {name: count for name, count in training.records.dropped.items() if count}
     if (meter := training.meter) is not None:

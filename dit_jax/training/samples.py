@@ -9,7 +9,7 @@ import jax
 from dit_jax.build import Run
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
-from dit_jax.evaluate import scores
+from dit_jax.evaluate import scores, validation
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import rows_per_step
 from dit_jax.runtime.console import say
@@ -48,6 +48,7 @@ class Samples:
     def check(run: Run) -> None:
         """Raises the UserErrors of sampling and scoring, before training."""
         scoring.check(run)
+        validation.check(run)
         evaluation = run.config.evaluation
         if evaluation.num_images and evaluation.reference:
             scores.check(evaluation.reference, evaluation.features, evaluation.weights or None, run.image_shape)
@@ -77,7 +78,22 @@ class Samples:
         return names, sampling_caption(step, run.guidance.scale, run.config.sampler, run.config.seed)
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
-        """Draws evaluation.num_images samples with the moving average; scores them if the config names a reference."""
+        """Measures the validation loss, draws evaluation.num_images samples, and scores them if the config names a reference.
+
+        All with the moving average.
+        """
+        measured = self.validate(state, constants)
+        return measured | self.draw_and_score(state, constants, workdir)
+
+    def validate(self, state: TrainState, constants: Any) -> dict[str, Any]:
+        """{"validation_loss", "validation": see `validation.measured`} of the moving average; {} if it is off."""
+        if not validation.is_on(self.run.config):
+            return {}
+        params = whole_network(self.run.task, state.ema_params, constants)
+        result = validation.measured(self.run, params, constants) | {"weights": self.run.task.average.name}
+        return {"validation_loss": result["loss"], "validation": result}
+
+    def draw_and_score(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
         run, evaluation, step = self.run, self.run.config.evaluation, int(state.step)
         if not evaluation.num_images:
             return {"samples": None}

@@ -114,6 +114,9 @@ def score(result: Mapping[str, Any]) -> str:
     facts = [f"step {result['step']}"]
     if result.get("loss") is not None:
         facts.append(f"loss {result['loss']:.4g}")
+    if "validation_loss" in result:
+        count = result["validation"]["num_images"]
+        facts.append(f"validation loss {result['validation_loss']:.4g} of {count:,} held-out examples")
     if "psnr" in result:
         facts.append(f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.3f}")
     if "fid" in result:

@@ -1,5 +1,6 @@
 """Sources: what they count, name and number, and what they say when the data are not what they should be."""
 
+import hashlib
 import io
 import json
 import os
@@ -138,6 +139,31 @@ def test_folder_refuses_what_it_cannot_label(folder, tmp_path):
     (folder / "loose.jpg").write_bytes(encoded(0, "JPEG"))
     with pytest.raises(UserError, match=r"loose\.jpg are in no class folder"):
         ImageFolder(folder)
+
+
+def test_slices_of_a_folder_divide_it(folder):
+    """Catches a held-out part that overlaps the training part, depends on the order of the file system or on what is in the other
+    part, or holds one class only; and a slice that is empty or too long."""
+
+    def names(split):
+        source = ImageFolder(folder, split)
+        return [os.path.relpath(source[i]["name"], folder) for i in range(len(source))], source
+
+    every, whole = names("")
+    first, kept = names("[:3]")
+    rest, other = names("[3:]")
+    assert sorted(first + rest) == every and len(first) == 3 and first == sorted(first)
+    hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in every}
+    assert max(hashes[name] for name in first) < min(hashes[name] for name in rest)
+    assert kept.class_names == other.class_names == whole.class_names
+    labels = dict(zip(every, whole.labels, strict=True))
+    assert [labels[name] for name in first] == list(kept.labels) and kept.fingerprint != other.fingerprint
+    assert names("[:50%]")[0] == names(f"[:{len(every) // 2}]")[0]
+    for wrong in ("[5:5]", "[0:1000]", "[200%:]"):
+        with pytest.raises(UserError, match="it must hold at least one image and end at"):
+            ImageFolder(folder, wrong)
+    with pytest.raises(UserError, match=r"write a slice as in train\[:90%\]"):
+        ImageFolder(folder, "[a:3]")
 
 
 def test_flat_folder_has_no_labels(folder):

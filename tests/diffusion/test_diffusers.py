@@ -112,6 +112,14 @@ def test_betas(ours, theirs):
     np.testing.assert_allclose(betas(ours, 1000), diffusers.DDPMScheduler(1000, beta_schedule=theirs, **fields).betas, rtol=2e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_betas_with_ends(schedule):
+    """Catches ends that are ignored, scaled by T, or squared: latent diffusion's class-conditional model has other ones."""
+    process = Gaussian(schedule, 500, beta_start=1.5e-3, beta_end=1.95e-2)
+    scheduler = diffusers.DDPMScheduler(500, 1.5e-3, 1.95e-2, schedule)
+    np.testing.assert_allclose(process.alpha_bar[1:], scheduler.alphas_cumprod, rtol=1e-4)
+
+
 def test_v_prediction():
     """A v of another sign, or read without its weights."""
     scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)

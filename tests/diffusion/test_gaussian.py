@@ -86,6 +86,9 @@ def test_variance_gradient_only():
         ({"variance": "learned"}, "learned_range"),
         ({"num_timesteps": 1}, "at least 2"),
         ({"min_snr_gamma": 0.0}, "positive"),
+        ({"schedule": "cosine", "beta_end": 0.02}, "beta_end is 0.02, and schedule 'cosine' has none"),
+        ({"beta_start": 0.0}, "beta_start is 0.0; it must lie between 0 and 1"),
+        ({"schedule": "scaled_linear", "beta_start": 0.02}, "fall from 0.02 to 0.012"),
     ],
 )
 def test_bad_fields(fields, text):

@@ -49,7 +49,7 @@ DIGITS = {
 
 def digits(argument="", **fields):
     """configs/digits.py with a small network and noise prediction; fields by dotted path with "__" for the dot."""
-    prediction = {} if "process=flow" in argument else {"process.prediction": "noise"}
+    prediction = {} if "process=" in argument else {"process.prediction": "noise"}
     return _curve("digits.py" + argument, NETWORK | _schedule() | prediction | _dotted(fields))
 
 
@@ -130,6 +130,18 @@ GROUPS = {
         ),
         "shift": digits(":process=flow", process__shift=3.0),
         "spare channels": digits(":process=flow", process__spare_channels=True),
+    },
+    "edm": {
+        "log-normal": digits(":process=edm"),
+        "interpolated cosine, soft-min-SNR": digits(
+            ":process=edm",
+            process__time_distribution="interpolated_cosine",
+            process__log_sigma_mean=-1.2,
+            process__image_side=8,
+            process__low_side=4,
+            process__loss_weight="soft_min_snr",
+        ),
+        "snr": digits(":process=edm", process__loss_weight="snr"),
     },
     "recipe": {  # the first steps of configs/digits.py as it is
         "digits as they are": [

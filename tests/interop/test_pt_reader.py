@@ -273,3 +273,26 @@ def test_a_flipped_bit_is_found_when_the_tensor_is_read(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         pt_reader.read(path).load()
+
+
+def test_the_callbacks_of_a_lightning_checkpoint(tmp_path):
+    """The checkpoints of latent diffusion, which have a class as a key; a class that a file can call or change."""
+    key = op_global("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    body = (
+        b"}("
+        + text("callbacks")
+        + b"}"
+        + key
+        + text("best.ckpt")
+        + b"s"
+        + text("state_dict")
+        + b"}"
+        + text("w")
+        + tensor()
+        + b"su"
+    )
+    stored = pt_reader.read(write_zip(tmp_path / "model.ckpt", body))
+    assert stored["callbacks"] == {"ModelCheckpoint": "best.ckpt"} and stored["state_dict"]["w"].shape == (4,)
+    for use in (b")R", b"}" + text("x") + text("y") + b"sb"):  # a call, and a change of its attributes
+        with pytest.raises(UserError, match="not a complete PyTorch file"):
+            pt_reader.read(write_zip(tmp_path / "bad.ckpt", key + use))

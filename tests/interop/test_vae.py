@@ -9,10 +9,13 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from vae_oracle import LAYOUTS, TINY, diffusers_vae
+from vae_oracle import LAYOUTS, TINY, diffusers_vae, diffusers_vq
 
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.errors import UserError
+from dit_jax.interop import pt_writer
+from dit_jax.interop.tensors import Tensor
 from dit_jax.interop.vae import WEIGHTS_NAME, find, load_diffusers, read_codec, save_diffusers, weights_sha256
 
 
@@ -291,3 +294,87 @@ def test_weights_sha256(codec, folder, tmp_path):
         jax.tree.map(lambda x: x if x.ndim == 4 else x * np.float32(1.0001), params),
     ]
     assert len({expected, *map(weights_sha256, changed)}) == 5
+
+
+VQ = VQVAE((8, 16, 16), layers_per_block=1, norm_groups=4, codebook_size=40)
+
+
+@pytest.fixture(scope="module")
+def written_vq(tmp_path_factory):
+    """A folder as diffusers would write a VQModel, and its parameters."""
+    folder = tmp_path_factory.mktemp("vq")
+    params = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), shapes(VQ))
+    save_diffusers(folder, VQ, params)
+    return folder, params
+
+
+def test_a_vq_model_survives_the_round_trip_through_diffusers(tmp_path):
+    """A codebook transposed or left out, a name diffusers does not know, or a config that it reads otherwise."""
+    diffusers = pytest.importorskip("diffusers")
+    codec = dataclasses.replace(VQ, scale=0.5)
+    original = diffusers_vq(codec)
+    original.save_pretrained(tmp_path / "theirs")
+    assert read_codec(tmp_path / "theirs") == codec
+    save_diffusers(tmp_path / "ours", codec, load_diffusers(tmp_path / "theirs", codec))
+
+    read_back = diffusers.VQModel.from_pretrained(tmp_path / "ours")
+    stored, expected = read_back.state_dict(), original.state_dict()
+    assert stored.keys() == expected.keys()
+    assert all((stored[name] == expected[name]).all() for name in expected)
+    for name in ("scaling_factor", "num_vq_embeddings", "norm_num_groups", "latent_channels", "layers_per_block"):
+        assert read_back.config[name] == original.config[name], name
+    assert read_back.config["vq_embed_dim"] == 3
+
+
+@pytest.mark.parametrize("prefix, name", [("", "vq-f4.ckpt"), ("first_stage_model.", "model.ckpt"), ("", "vq.safetensors")])
+def test_the_checkpoints_of_the_ldm_code_are_read(prefix, name, written_vq, tmp_path, capsys):
+    """A discriminator beside the weights that is "extra"; a .ckpt that has to be converted first; lost tensors."""
+    folder, params = written_vq
+    theirs = {prefix + ldm_name(key, 3): x for key, x in load_file(folder / WEIGHTS_NAME).items()}
+    assert f"{prefix}quantize.embedding.weight" in theirs and f"{prefix}decoder.up.0.block.0.conv1.weight" in theirs
+    theirs = {key: x[:, :, None, None] if ".attn_1." in key and x.ndim == 2 else x for key, x in theirs.items()}
+    theirs |= {"loss.discriminator.main.0.weight": np.ones(2, np.float32)}
+    theirs |= {"model.diffusion_model.x": np.ones(1, np.float32)} if prefix else {}
+    if name.endswith(".ckpt"):
+        pt_writer.write(tmp_path / name, {key: Tensor(x.shape, x.dtype, lambda x=x: x) for key, x in theirs.items()})
+    else:
+        save_file(theirs, tmp_path / name)
+    jax.tree.map(np.testing.assert_array_equal, load_diffusers(tmp_path / name, VQ), params)
+    assert "names of the LDM code" in capsys.readouterr().err
+
+
+def test_an_old_vq_config_means_unscaled_latents(written_vq, tmp_path):
+    """The scale of Stable Diffusion for a file that is older than the field: latents of LDM-4 five times too small."""
+    folder = shutil.copytree(written_vq[0], tmp_path / "vq")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["_class_name"] == "VQModel" and "latents_mean" not in config
+    for name in ("scaling_factor", "vq_embed_dim", "norm_type", "mid_block_add_attention"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_codec(folder) == VQ
+    load_diffusers(folder, VQ)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"norm_type": "spatial"}, "norm_type: spatial in the file"),
+        ({"vq_embed_dim": 8}, "vq_embed_dim: 8 in the file, 3 in the codec"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"]}, "down_block_types"),
+        ({"_class_name": "AutoencoderKL"}, "describes a AutoencoderKL, and the codec is a VQVAE; set codec.name"),
+    ],
+)
+def test_another_vq_model_is_refused(fields, message, written_vq, tmp_path):
+    """Layers that are left out, a KL autoencoder's config read as that of a VQ model."""
+    folder = shutil.copytree(written_vq[0], tmp_path / "vq")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(UserError, match=message):
+        load_diffusers(folder, VQ)
+
+
+def test_a_checkpoint_without_tensors_is_named(tmp_path):
+    """A list of 121 missing tensors for a file that holds something else."""
+    pt_writer.write(tmp_path / "empty.ckpt", {})
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        load_diffusers(tmp_path / "empty.ckpt", VQ)

@@ -1,11 +1,14 @@
 """Resizes of the metrics beside Pillow and beside TensorFlow's formula."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.metrics.resize import bicubic_pillow, bilinear_tensorflow, to_rgb
+from dit_jax.errors import UserError
+from dit_jax.evaluate.extractors import check_shape, load
+from dit_jax.metrics.resize import area_average, bicubic_pillow, bilinear_tensorflow, to_rgb
 
 
 def noise(height, width, channels=3):
@@ -62,3 +65,26 @@ def test_grey_is_repeated_and_the_rest_refused():
     for wrong in (x.astype(np.float32), x[0], np.zeros((1, 3, 4, 4), np.uint8), np.zeros((2, 0, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="uint8"):
             to_rgb(wrong)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (24, 9), (8, 8), (37, 50)])
+def test_area_average_against_pillow_and_means(height, width):
+    """Catches cells that are shifted, unequal, or not divided by their area; and an average that is a sample."""
+    images = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    found = np.asarray(area_average(jnp.asarray(images), 8))
+    fine = np.repeat(np.repeat(images.astype(np.float64), 8, 1), 8, 2)  # pixels cut into 8 x 8 equal parts
+    exact = fine.reshape(3, 8, height, 8, width, 3).mean((2, 4))
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    with pytest.raises(ValueError, match="a side of 7 pixels"):
+        area_average(jnp.zeros((1, 7, 9, 1)), 8)
+
+
+def test_small_pixels_are_means_in_the_range_of_pixels():
+    """Catches features in 0 to 255, a wrong width, and images that are too small for the grid."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    features = np.asarray(load("pixels8").extractor({}, jnp.asarray(images))["features"])
+    exact = images.reshape(2, 8, 2, 8, 3, 3).mean((2, 4)) / 127.5 - 1
+    np.testing.assert_allclose(features, exact.reshape(2, 192), atol=1e-5)
+    check_shape("pixels8", (64, 64, 3))
+    with pytest.raises(UserError, match="use 'pixels'"):
+        check_shape("pixels8", (64, 7, 3))

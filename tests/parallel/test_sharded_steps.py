@@ -33,6 +33,17 @@ BATCH = {
     "label": np.arange(16, dtype=np.int32) % 10,
 }
 TINY = {"model__heads": 8, "model__width": 64}
+NETWORKS = {  # other than DiT
+    "unet": {
+        "channels": 16, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (), "head_width": 0, "heads": 2,
+        "scale_shift_norm": False, "context_width": 16, "norm_groups": 4, "num_classes": 10,
+    },
+    "hourglass": {
+        "widths": (32, 64), "depths": (1, 1), "attentions": ("neighborhood", "shifted_window"), "patch_size": 1,
+        "kernel_size": 3, "window_size": 2, "head_width": 8, "mapping_width": 32, "mapping_depth": 1, "num_classes": 10,
+        "time_scale": 1e-3,
+    },
+}  # fmt: skip
 
 
 def mesh_of(data, fsdp, tensor, sequence, devices=None):
@@ -47,6 +58,10 @@ def task_of(block, zero1=False, **fields):
     fields |= {"mesh__zero1": zero1, "optimizer__eps": 1e-3}
     if block == "autoencoder":
         return build.Run(tiny.autoencoder(**fields)).task
+    if block == "diffit":
+        return build.Run(tiny.diffit(model__heads=8, model__width=64, **fields)).task
+    if block in NETWORKS:
+        return build.Run(tiny.config(model={"name": block, **NETWORKS[block]}, **fields)).task
     return build.Run(tiny.config(**TINY | {"model__conditioning": block} | fields)).task
 
 
@@ -133,12 +148,19 @@ MESHES = [
     [
         pytest.param((2, 2, 1, 2), "in_context", True, marks=SLOW),
         *(
+            pytest.param(shape, block, False, marks=SLOW if shape == (1, 2, 2, 2) else pytest.mark.exhaustive)
+            for shape in MESHES
+            for block in NETWORKS
+        ),
+        *(
             pytest.param(shape, block, False, marks=SLOW if (shape, block) in IN_CI else pytest.mark.exhaustive)
             for shape in MESHES
             for block in BLOCKS
         ),
         pytest.param((2, 2, 2, 1), "cross_attention", True, marks=SLOW),
         *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
+        pytest.param((2, 2, 2, 1), "diffit", True, marks=SLOW),
+        *(pytest.param(shape, "diffit", False, marks=pytest.mark.exhaustive) for shape in MESHES),
         pytest.param((2, 2, 2, 1), "autoencoder", True, marks=pytest.mark.exhaustive),
         pytest.param((1, 8, 1, 1), "autoencoder", False, marks=pytest.mark.exhaustive),
     ],

@@ -14,6 +14,7 @@ from verbs import refused, run_verbs
 
 import dit_jax
 from dit_jax import recipes
+from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.known import KnownRegion
@@ -116,6 +117,50 @@ def test_known_region_against_replacement(process):
     start = jnp.where(DRAWN, NOISE, process.perturb(KNOWN, NOISE, jnp.float32(times[0])))
     found = DDIM(9)(process, KnownRegion(Memoryless(predict), process, KNOWN, NOISE, DRAWN), start, KEYS)
     np.testing.assert_allclose(found, x, rtol=2e-4, atol=2e-4)
+
+
+def test_starts_of_the_edm_process():
+    """Catches a start from unit noise where the process starts from noise of sigma_max, data that is scaled, and a late start
+    with the noise of another time."""
+    process, sampler, given = EDM(), Heun(10), {"x0": KNOWN, "drawn": DRAWN, "noise": 2 * NOISE}
+    times = process.grid(10)
+    sigma = 80 * times[times <= 0.6][0] ** 7  # the first time of the grid that is at most the strength
+    starts = {
+        Job(): 80 * NOISE,
+        Interpolate(): 160 * NOISE,
+        Edit(PHOTO, 1.0): KNOWN + 80 * NOISE,
+        Edit(PHOTO, 0.6): KNOWN + sigma * NOISE,
+        Inpaint(PHOTO, mask=MASK): jnp.where(DRAWN, 80 * NOISE, KNOWN + 80 * NOISE),
+        Inpaint(PHOTO, 0.6, mask=MASK): KNOWN + sigma * NOISE,
+    }
+    for job, wanted in starts.items():
+        found = job.begin(job.sampler(sampler, process), process, NOISE, given)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5, err_msg=job.name)
+    np.testing.assert_allclose(Job().begin(DormandPrince(), process, NOISE, given), 80 * NOISE, rtol=1e-6)
+    around = KnownRegion(Memoryless(lambda x, t: Prediction(0 * x, x, 0.0)), process, KNOWN, NOISE, DRAWN)
+    exact = Heun(5)(process, around, KNOWN + 80 * NOISE, KEYS)
+    kept = ~np.broadcast_to(DRAWN, SHAPE)
+    np.testing.assert_allclose(np.asarray(exact)[kept], np.asarray(KNOWN)[kept], atol=2e-4)
+
+
+@pytest.mark.slow
+def test_jobs_of_a_network_with_the_edm_process(tmp_path):
+    """Catches a job, a guidance, a forecast or a preview of steps that does not know that x_t has the scale of sigma: the first
+    predicted image would have it too."""
+    save_run(tmp_path / "run", tiny.config(process=recipes.edm(), sampler=recipes.default_sampler("heun")), 0)
+    pipe = dit_jax.load(tmp_path / "run")
+    for fields in (
+        {"job": Edit(PHOTO, 0.5)},
+        {"job": Inpaint(PHOTO, mask=MASK)},
+        {"guidance_scale": 2.0, "guidance_interval": (0.3, 1.0), "sampler": "heun_sde"},
+        {"forecast_interval": 2, "forecast_order": 1, "sampler": "dpmpp_3m_sde"},
+    ):
+        seen = []
+        images = pipe([3, 5], num_steps=4, callback=seen.append, **fields)
+        assert images.images.std() > 0 and np.isfinite(np.concatenate([np.ravel(step.x0) for step in seen])).all()
+        first = seen[0]
+        assert np.abs(first.x0).max() < 20, fields  # c_skip x_t is 0.003 of the noise; without a scale it would be some 80
+    assert pipe.interpolate((2, 4), 3, label=(3, 5), num_steps=4).images.std() > 0
 
 
 @pytest.mark.parametrize("sampler", [Heun(5), UniPC(5), DormandPrince(), Ancestral(20), EulerMaruyama(20, last_step="tweedie")])

@@ -5,7 +5,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from dit_jax.diffusion.flow import velocity_of
-from dit_jax.diffusion.process import Memoryless
+from dit_jax.diffusion.process import Memoryless, Prediction
 
 WEIGHTS, MEANS, VARIANCES = np.array([0.3, 0.7]), np.array([-1.0, 0.8]), np.array([0.3, 0.2])
 
@@ -37,6 +37,22 @@ def gaussian_denoise(process):
         return process.predict(expectations(x, jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar))[1], x, t)
 
     return Memoryless(denoise)
+
+
+def edm_denoise(process):
+    """The optimal network for data plus noise."""
+
+    def denoise(x, t):
+        sigma = process.sigma(jnp.asarray(t, x.dtype))
+        return Prediction(*expectations(x, jnp.ones_like(sigma), sigma), 0.0)
+
+    return Memoryless(denoise)
+
+
+def edm_solution(process, x):
+    """The predicted x0 at sigma_min at the end of the ODE that starts from x at sigma_max."""
+    end = solve(lambda sigma, x: expectations(x, 1.0, sigma, np)[1], process.sigma_max, process.sigma_min, x)
+    return expectations(end, 1.0, process.sigma_min, np)[0]
 
 
 def flow_solution(process, noise):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dit_jax import recipes
+from dit_jax import build, recipes, registry
 from dit_jax.models.dit import DiT
 
 
@@ -35,6 +35,15 @@ def config(**overrides):
     return override(c, overrides).lock()
 
 
+def diffit(**overrides):
+    """`config` with a tiny DiffiT."""
+    c = config().copy_and_resolve_references()
+    fields = {"depth": 2, "width": 32, "heads": 4, "patch_size": 2, "num_classes": 10, "grid": (4, 4)}
+    c.unlock()
+    c.model = {**registry.defaults("model", "diffit"), "name": "diffit", **fields}
+    return override(c, overrides).lock()
+
+
 def override(c, overrides):
     for path, value in overrides.items():
         *sections, field = path.split("__")
@@ -43,6 +52,16 @@ def override(c, overrides):
             section = section[name]
         section[field] = value
     return c
+
+
+def run_on_one_device(config):
+    """The run of a config on one device, whose programs compile faster than those of a mesh of eight.
+
+    For tests of what is saved, read and recorded. That a mesh changes no number is tested in tests/parallel.
+    """
+    config = config.copy_and_resolve_references()
+    config.mesh.data = 1
+    return build.Run(config, devices=jax.devices()[:1])
 
 
 def distance(a, b, floor=1e-9):

@@ -1,8 +1,9 @@
-"""Random diffusers autoencoders to compare with, for the tests of codecs/kl_vae.py and interop/vae.py."""
+"""Random diffusers autoencoders to compare with, for the tests of codecs/kl_vae.py, codecs/vq_vae.py and interop/vae.py."""
 
 import pytest
 
 from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.vq_vae import VQVAE
 
 # Keywords of KLVAE. Norm groups of one, two and more channels; a scale and shift that change the result.
 TINY = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 4}
@@ -33,6 +34,36 @@ def diffusers_vae(codec: KLVAE, seed=0):
         use_quant_conv=codec.use_quant_conv,
         use_post_quant_conv=codec.use_quant_conv,
     ).eval()
+    return _randomized(model)
+
+
+def diffusers_vq(codec: VQVAE, seed=0):
+    """A random `VQModel`, as `diffusers_vae`; its codebook has the size of the encoder's outputs."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    levels = len(codec.block_out_channels)
+    model = diffusers.VQModel(
+        in_channels=codec.image_channels,
+        out_channels=codec.image_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=codec.block_out_channels,
+        layers_per_block=codec.layers_per_block,
+        latent_channels=codec.latent_channels,
+        num_vq_embeddings=codec.codebook_size,
+        norm_num_groups=codec.norm_groups,
+        scaling_factor=codec.scale,
+    ).eval()
+    with torch.no_grad():
+        model.quantize.embedding.weight.normal_()
+    return _randomized(model)
+
+
+def _randomized(model):
+    """Changes the norms from (1, 0), and sharpens the attention."""
+    import torch
+
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "norm" in name and name.endswith("weight"):

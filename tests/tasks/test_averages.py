@@ -7,9 +7,9 @@ import tiny
 
 from dit_jax import build
 from dit_jax.errors import UserError
-from dit_jax.tasks.averages import Exponential, Power, combine, key, parse
+from dit_jax.tasks.averages import Exponential, Inverse, Power, combine, key, parse
 
-AVERAGES = [Exponential(0.9), Exponential(0.999, warmup=True), Power(0.05), Power(0.1), Power(0.25)]
+AVERAGES = [Exponential(0.9), Exponential(0.999, warmup=True), Power(0.05), Power(0.1), Power(0.25), Inverse(0.9)]
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -43,6 +43,17 @@ def test_warmup_forgets_the_initial_parameters():
     assert Exponential(0.9999, warmup=True).profile(300)[0] < 1e-6
     late = [average.profile(200_000)[100_000:] for average in (Exponential(0.9999), Exponential(0.9999, warmup=True))]
     np.testing.assert_allclose(*late, atol=1e-7)
+
+
+def test_the_inverse_warmup_is_k_diffusions():
+    """Catches a schedule that is off by one step, a wrong power, and a name that means another average."""
+    average = parse("0.9999+inverse")
+    assert average == Inverse(0.9999) and parse(average.name) == average and key(average) == "0_9999_inverse"
+    for step, decay in ((0, 0.0), (1, 1 - 2**-0.75), (99, 1 - 100**-0.75), (10**6, 0.9999)):  # theirs count from 0
+        assert 1 - float(jax.jit(average.gain)(step + 1)) == pytest.approx(decay, abs=1e-6)
+    assert average.profile(300)[0] == 0
+    with pytest.raises(UserError, match=r"decay of an average is 1\.0"):
+        parse("1.0+inverse")
 
 
 @pytest.mark.parametrize("step", [1, 2, 1_000, 3_000_001])

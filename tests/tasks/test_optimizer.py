@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax import recipes
 from dit_jax.config_file import read
@@ -192,3 +193,43 @@ def test_adamw_without_groups_is_that_of_groups():
         grads = jax.tree.map(lambda x, step=step: jnp.sin(jnp.arange(x.size) + step).reshape(x.shape), params)
         (one, states[0]), (two, states[1]) = plain.update(grads, states[0], params), grouped.update(grads, states[1], params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, two)
+
+
+def test_groups_are_those_of_torch():
+    """Catches a decay without the group's rate, moments that depend on the group, and a warm-up that a group does not follow:
+    HDiT's four groups (matrices and others, of the mapping network and the rest; k-diffusion's `param_groups`)."""
+    torch = pytest.importorskip("torch")
+    rng, steps, warmup, rate, decay = np.random.default_rng(6), 8, 4, 5e-3, 0.3
+    groups = (
+        ("blocks/.*_norm/kernel", 1 / 3, None),
+        ("mapping/.*kernel", 1 / 3, None),
+        ("mapping/.*", 1 / 3, 0.0),
+        (".*(scale|embedding)", 1.0, 0.0),
+    )
+    places = {  # path: (factor of the rate, weight decay)
+        "mapping/in/kernel": (1 / 3, decay),
+        "mapping/norm/scale": (1 / 3, 0.0),
+        "blocks/mlp_norm/kernel": (1 / 3, decay),
+        "blocks/mlp/kernel": (1.0, decay),
+        "blocks/scale": (1.0, 0.0),
+        "label/embedding": (1.0, 0.0),
+    }
+    params = {name: rng.normal(size=(3, 2)) for name in places}
+    optimizer = adamw(rate, b1=0.9, b2=0.95, weight_decay=decay, warmup_steps=warmup, groups=groups)
+    ours = unflatten_dict({name: jnp.float32(x) for name, x in params.items()}, sep="/")
+    theirs = {name: torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)) for name, x in params.items()}
+    grouped = [{"params": [theirs[name]], "lr": rate * factor, "weight_decay": wd} for name, (factor, wd) in places.items()]
+    reference = torch.optim.AdamW(grouped, betas=(0.9, 0.95), eps=1e-8)
+    schedule = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: min(1, (step + 1) / warmup))
+    state = optimizer.init(ours)
+    for _ in range(steps):
+        grads = {name: rng.normal(size=(3, 2)) for name in places}
+        tree = unflatten_dict({name: jnp.float32(x) for name, x in grads.items()}, sep="/")
+        updates, state = optimizer.update(tree, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, x in grads.items():
+            theirs[name].grad = torch.tensor(x, dtype=torch.float32)
+        reference.step()
+        schedule.step()
+    for name, x in flatten_dict(ours, sep="/").items():
+        np.testing.assert_allclose(x, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=name)

@@ -1,4 +1,7 @@
-"""Two stages: an autoencoder is trained, and diffusion runs in its latents."""
+"""Two stages: an autoencoder is trained, and diffusion runs in its latents.
+
+Most runs are on one device; `test_training_from_the_cache` has a mesh, tests/parallel and test_many_processes the others.
+"""
 
 import json
 import shutil
@@ -34,10 +37,19 @@ def first_stage(tmp_path_factory):
     """The folder of a finished autoencoder run."""
     workdir = tmp_path_factory.mktemp("vae") / "run"
     config = tiny.autoencoder(evaluation__num_images=20, preview__every_steps=4, task__discriminator_weight=0.0)
-    check_results(build.Run(config))
-    trained = train(build.Run(config), workdir)
+    check_results(tiny.run_on_one_device(config))
+    trained = train(tiny.run_on_one_device(config), workdir)
     result = trained.results.finish(trained.state, trained.constants, workdir)
     assert np.isfinite([result["psnr"], result["ssim"], result["fid"]]).all()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def begun(first_stage, tmp_path_factory):
+    """Two of the four steps of a run in the latents of the first stage."""
+    workdir = tmp_path_factory.mktemp("second") / "run"
+    short = train(tiny.run_on_one_device(tiny.digits_latent(first_stage, num_steps=2)), workdir)
+    assert short.run.config.codec.scale == vae.read_codec(vae.find(first_stage)).scale
     return workdir
 
 
@@ -55,32 +67,30 @@ def test_scale_gives_unit_variance(first_stage):
     """A scale measured on other latents than those that diffusion sees, or its inverse."""
     codec = vae.read_codec(vae.find(first_stage))
     params = vae.load_diffusers(vae.find(first_stage), codec)
-    images = np.stack([Digits(split="train")[i]["image"] for i in range(1500)]) / 127.5 - 1
+    digits = Digits(split="train")  # each reads its file
+    images = np.stack([digits[i]["image"] for i in range(1500)]) / 127.5 - 1
     latents = codec.sample_latent(jax.random.key(0), jax.jit(codec.encode)(params, jnp.asarray(images, jnp.float32)))
     assert 0.9 < latents.std() < 1.1
 
 
-def test_second_stage_needs_its_own_folder_alone(first_stage, tmp_path):
+def test_second_stage_needs_its_own_folder_alone(first_stage, begun, tmp_path):
     """A run that cannot be sampled or resumed once the autoencoder's folder has moved."""
-    moved = shutil.copytree(first_stage, tmp_path / "vae")
-    short = train(build.Run(tiny.digits_latent(moved, num_steps=2)), tmp_path / "run")
-    assert short.run.config.codec.scale == vae.read_codec(vae.find(first_stage)).scale
-    shutil.rmtree(moved)
-    run = train(build.Run(tiny.digits_latent(moved)), tmp_path / "run")
-    whole = train(build.Run(tiny.digits_latent(first_stage)), tmp_path / "whole")
+    moved = tmp_path / "moved"
+    run = train(tiny.run_on_one_device(tiny.digits_latent(moved)), shutil.copytree(begun, tmp_path / "run"))
+    whole = train(tiny.run_on_one_device(tiny.digits_latent(first_stage)), tmp_path / "whole")
     for a, b in zip(jax.tree.leaves(run.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_another_codec_is_refused(first_stage, tmp_path):
+def test_another_codec_is_refused(first_stage, begun, tmp_path):
     """Going on in the latents of another autoencoder; a pinned hash that is not looked at."""
-    train(build.Run(tiny.digits_latent(first_stage, num_steps=2)), tmp_path / "run")
+    shutil.copytree(begun, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "codec")
     other = shutil.copytree(vae.find(first_stage), tmp_path / "other")
     codec = vae.read_codec(other)
     vae.save_diffusers(other, codec, latents.params(codec, 5))
     with pytest.raises(UserError, match=r"codec.sha256: '.*' -> '.*'"):
-        train(build.Run(tiny.digits_latent(other)), tmp_path / "run")
+        train(tiny.run_on_one_device(tiny.digits_latent(other)), tmp_path / "run")
     with pytest.raises(UserError, match=r"codec\.sha256 is 00"):
         train(build.Run(tiny.digits_latent(first_stage, codec__sha256="00")), tmp_path / "new")
     with pytest.raises(UserError, match=r"codec\.path is empty"):
@@ -102,10 +112,11 @@ def cached(first_stage, cache, **overrides):
 def test_training_from_the_cache(first_stage, cache, tmp_path):
     """Rows gathered from the devices' own copy that are not those of the files, on one device and on eight."""
     runs = [
-        train(build.Run(cached(first_stage, cache, **overrides)), tmp_path / str(i))
-        for i, overrides in enumerate(({}, {"loader__resident": True, "mesh__fsdp": 2}))
+        train(tiny.run_on_one_device(cached(first_stage, cache)), tmp_path / "0"),
+        train(build.Run(cached(first_stage, cache, loader__resident=True, mesh__fsdp=2)), tmp_path / "1"),
     ]
-    assert tiny.distance(runs[1].state.opt_state, runs[0].state.opt_state, floor=1e-6) < 1e-4
+    mesh, one = (jax.device_get(run.state.opt_state) for run in reversed(runs))
+    assert tiny.distance(mesh, one, floor=1e-6) < 1e-4
     assert (tmp_path / "1" / "codec" / "config.json").is_file()
 
 
@@ -119,7 +130,7 @@ def test_images_that_are_not_square(first_stage, tmp_path):
     for k in range(30):
         Image.fromarray(crop(source[k])["image"][..., 0]).save(reference / f"{k:02d}.png")
     evaluation = {"evaluation__num_images": 20, "evaluation__reference": str(reference)}
-    run = build.Run(cached(first_stage, tmp_path / "cache", num_steps=2, transform__size=(8, 12), **evaluation))
+    run = tiny.run_on_one_device(cached(first_stage, tmp_path / "cache", num_steps=2, transform__size=(8, 12), **evaluation))
     check_results(run)
     trained = train(run, tmp_path / "run")
     result = trained.results.finish(trained.state, trained.constants, tmp_path / "run")
@@ -133,13 +144,12 @@ def test_images_that_are_not_square(first_stage, tmp_path):
 
 def test_cache_and_online_encoding_see_the_same(first_stage, cache):
     """Latents without posterior noise, with one fixed flip, or scaled twice: mean, deviation, flip rate and noise must agree."""
-    config = cached(first_stage, cache).copy_and_resolve_references()
-    config.mesh.data = 1
-    run = build.Run(config, devices=jax.devices()[:1]).with_codec_weights()
+    run = tiny.run_on_one_device(cached(first_stage, cache)).with_codec_weights()
     task = run.task
     params = vae.load_diffusers(vae.find(first_stage), task.codec)
     loader = run.loader
-    online = {"image": np.stack([Digits()[i]["image"] for i in range(1797)]), "label": np.zeros(1797, np.int32)}
+    digits = Digits()
+    online = {"image": np.stack([digits[i]["image"] for i in range(1797)]), "label": np.zeros(1797, np.int32)}
     with loader.batches(0) as batches:
         rows = [next(batches) for _ in range(224)]
     stored = {"moments": np.concatenate([r["moments"] for r in rows]), "label": np.concatenate([r["label"] for r in rows])}
@@ -195,8 +205,8 @@ def test_labels_travel(cache):
     """Labels shifted against their latents on the way through the cache."""
     manifest = json.loads((cache / "manifest.json").read_text())
     assert manifest["class_names"] == list("0123456789")
-    labels = LatentCache(cache).labels
-    np.testing.assert_array_equal(labels, [Digits()[i]["label"] for i in range(1797)])
+    labels, digits = LatentCache(cache).labels, Digits()
+    np.testing.assert_array_equal(labels, [digits[i]["label"] for i in range(1797)])
 
 
 @pytest.mark.exhaustive
@@ -247,7 +257,7 @@ def test_imagenet_config_trains_from_a_cache(tmp_path, monkeypatch):
     fields += ["batch_size=16", "num_steps=4", "preview.every_steps=0", "log.every_steps=2", "optimizer.learning_rate=1e-3"]
     config = read("configs/imagenet.py:S/2,256,latents", fields)
     assert read("configs/s2_imagenet256.py", ["data.name=latents", *fields]) == config
-    run = build.Run(config)
+    run = tiny.run_on_one_device(config)
     run.check_files(tmp_path / "run", lambda: check_results(run))
     trained = train(run, tmp_path / "run")
     assert int(trained.state.step) == 4 and trained.loss > 0

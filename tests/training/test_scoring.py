@@ -39,7 +39,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     evaluate, make = scoring.scores.evaluate, scoring.scores.make_reference
     monkeypatch.setattr(scoring.scores, "evaluate", lambda *args: evaluate(*args) | {"fid": next(values)})
     monkeypatch.setattr(scoring.scores, "make_reference", lambda *args: made.append(1) or make(*args))
-    train(build.Run(config()), tmp_path)
+    train(tiny.run_on_one_device(config()), tmp_path)
     assert {step: (line["fid"], line["best_fid"]) for step, line in records(tmp_path).items()} == {
         2: (3.0, 3.0),
         4: (1.0, 1.0),
@@ -63,9 +63,9 @@ def test_a_stopped_score_is_finished_by_the_next_start(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "draw", interrupted)
-        run = train(build.Run(config()), tmp_path)
+        run = train(tiny.run_on_one_device(config()), tmp_path)
     assert run.stopped and int(run.state.step) == 2 and not records(tmp_path)
-    assert not train(build.Run(config()), tmp_path).stopped
+    assert not train(tiny.run_on_one_device(config()), tmp_path).stopped
     assert sorted(records(tmp_path)) == [2, 4, 6]
 
 
@@ -74,10 +74,10 @@ def test_a_stop_at_a_scored_step_loses_no_score(tmp_path, monkeypatch):
     """A signal that comes just before a score: the score of that step was never taken."""
     with monkeypatch.context() as patch:
         patch.setattr("dit_jax.runtime.signals.StopSignal.requested", lambda self, step: step == 2)
-        assert train(build.Run(config(num_steps=4)), tmp_path).stopped and not (tmp_path / "metrics.jsonl").read_text().count(
-            '"fid"'
-        )
-    train(build.Run(config(num_steps=4)), tmp_path)
+        assert train(tiny.run_on_one_device(config(num_steps=4)), tmp_path).stopped and not (
+            tmp_path / "metrics.jsonl"
+        ).read_text().count('"fid"')
+    train(tiny.run_on_one_device(config(num_steps=4)), tmp_path)
     assert sorted(records(tmp_path)) == [2, 4]
 
 

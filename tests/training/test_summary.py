@@ -25,6 +25,8 @@ def test_the_end_of_a_run(tmp_path):
     text = summary.ending(run, Path.cwd() / "runs/my digits", RESULT | SCORE, tmp_path / "report.html")
     assert len(text.splitlines()) == 5
     assert "Frechet distance 0.321 in pixels (95% interval 0.300 to 0.350), 1,000 samples" in text and "_final.png" in text
+    held_out = {"validation_loss": 0.17123, "validation": {"num_images": 297}}
+    assert "; validation loss 0.1712 of 297 held-out examples; Frechet distance" in summary.score(RESULT | held_out | SCORE)
     sample, evaluate = commands(text)
     assert sample[2] == "dit_jax.sample" and "--workdir=runs/my digits" in sample and "--guidance_scale=1.5" in sample
     assert "--reference=digits" in evaluate and f"--samples={sample[-1].removeprefix('--out=')}" in evaluate

@@ -1,7 +1,9 @@
 """Image files in one folder per class or in a single folder, with captions in text files."""
 
 import collections
+import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from dit_jax.storage.paths import local_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 CAPTION_SUFFIX = ".txt"
+SLICE = re.compile(r"(?P<folder>[^\[\]]*)\[(?P<start>\d+%?|):(?P<stop>\d+%?|)\]")
 
 
 class ImageFolder:
@@ -27,17 +30,20 @@ class ImageFolder:
 
     Args:
         path: the folder that contains the class folders or images, or one that contains such a folder per split.
-        split: name of that folder, such as `train`; empty if there are no splits.
+        split: name of that folder, such as `train`; empty if there are no splits. A slice at its end, as in `train[:90%]` or
+            `[300:]`, takes that part of the images in the order of the SHA-256 of their relative paths, whatever their classes
+            and names are; `[:300]` and `[300:]` have no image in common.
 
     Raises:
-        UserError: the folder does not exist or has no images, it mixes images and class folders, or a class has no images or
-            reaches one folder by two paths, as through a link to a folder above it; and from `source[i]`, a file cannot be read
-            (Unavailable) or a caption is not UTF-8.
+        UserError: the folder does not exist or has no images, the slice takes none or more than there are, it mixes images and
+            class folders, or a class has no images or reaches one folder by two paths, as through a link to a folder above it;
+            and from `source[i]`, a file cannot be read (Unavailable) or a caption is not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = ""):
         if not str(path):
             raise UserError("data.path is empty; give a folder of images, or one that holds one sub-folder of images per class")
+        split, part = _parse_split(split)
         self.path = path = local_path(path) / split
         layout = f"{path}: expected <path>/<class name>/*.jpg, or <path>/*.jpg (suffixes {', '.join(IMAGE_SUFFIXES)})"
         if not path.is_dir():
@@ -60,6 +66,9 @@ class ImageFolder:
                 raise UserError(f"class folder {name!r} holds no images, in {layout}; fill or remove it")
             labels += [label] * len(of_class)
             texts |= {text: size for text, size in files if text.endswith(CAPTION_SUFFIX)}
+        if part is not None:
+            kept = _of_slice([name for name, _ in images], part, f"{path}")
+            images, labels = [images[i] for i in kept], [labels[i] for i in kept]
         self._files = tuple(name for name, _ in images)
         self.labels = np.asarray(labels, np.int32)
         captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
@@ -88,6 +97,39 @@ class ImageFolder:
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             raise Unavailable(f"{file}: {error.strerror}; the folder changed after it was listed, restore it", missing) from error
+
+
+def _parse_split(split: str) -> tuple[str, tuple[str, str] | None]:
+    """ "train[:90%]" -> ("train", ("", "90%")); a split without a slice has None for it.
+
+    Raises:
+        UserError: the brackets hold no slice.
+    """
+    if not split.endswith("]"):
+        return split, None
+    found = SLICE.fullmatch(split)
+    if found is None:
+        raise UserError(f"data.split is {split!r}; write a slice as in train[:90%], [:300] or [300:400]")
+    return found["folder"], (found["start"], found["stop"])
+
+
+def _of_slice(names: list[str], part: tuple[str, str], what: str) -> list[int]:
+    """Sorted indices of the names that lie in the slice of their order by SHA-256.
+
+    Raises:
+        UserError: the slice is empty, or goes beyond the end.
+    """
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode("utf-8", "surrogateescape")).digest())
+    bounds = [
+        given if not text else int(text[:-1]) * len(names) // 100 if text.endswith("%") else int(text)
+        for text, given in zip(part, (0, len(names)), strict=True)
+    ]
+    if not 0 <= bounds[0] < bounds[1] <= len(names):
+        raise UserError(
+            f"the slice [{part[0]}:{part[1]}] of {what}, which has {len(names):,} images, is that from {bounds[0]} to "
+            f"{bounds[1]}; it must hold at least one image and end at {len(names)} or before"
+        )
+    return sorted(order[slice(*bounds)])
 
 
 def _caption_file(image_file: str) -> str:

@@ -1,6 +1,7 @@
 """Samplers: from noise to data.
 
-A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...].
+A sampler is a frozen dataclass, called with (process, denoise, noise f32[B, ...], keys [B]) -> x0 f32[B, ...]; `noise` is x_t at
+the first time of its grid, as `Process.start` makes it of standard normal noise.
 `denoise(x_t, t, memory)` is a network with its parameters, condition and guidance bound (`process.Denoise`).
 Coefficients are derived in float64 before the loop. Each example has its own key, so it does not depend on its batch.
 `evaluations(process)` is the number of calls of `denoise`; None if it depends on the example.
@@ -16,6 +17,7 @@ from dit_jax.diffusion.samplers.ancestral import DDIM, Ancestral, ddim_invert
 from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, UniPC
 from dit_jax.diffusion.samplers.ode import AdamsBashforth, Euler, Heun
 from dit_jax.diffusion.samplers.sde import EulerMaruyama
+from dit_jax.diffusion.samplers.stochastic import DPMSolverPlusPlus2MSDE, DPMSolverPlusPlus3MSDE, StochasticHeun
 from dit_jax.registry import register
 
 __all__ = [
@@ -23,10 +25,13 @@ __all__ = [
     "AdamsBashforth",
     "Ancestral",
     "DPMSolverPlusPlus2M",
+    "DPMSolverPlusPlus2MSDE",
+    "DPMSolverPlusPlus3MSDE",
     "DormandPrince",
     "Euler",
     "EulerMaruyama",
     "Heun",
+    "StochasticHeun",
     "UniPC",
     "ddim_invert",
     "default_sampler",
@@ -41,6 +46,9 @@ register("sampler", "dopri5", DormandPrince)
 register("sampler", "sde", EulerMaruyama)
 register("sampler", "dpmpp", DPMSolverPlusPlus2M)
 register("sampler", "unipc", UniPC)
+register("sampler", "heun_sde", StochasticHeun)
+register("sampler", "dpmpp_2m_sde", DPMSolverPlusPlus2MSDE)
+register("sampler", "dpmpp_3m_sde", DPMSolverPlusPlus3MSDE)
 
 
 def default_sampler(name: str) -> dict:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.diffusion.flow import Coefficients, velocity_of
 from dit_jax.diffusion.process import Denoise, Process, expand
 from dit_jax.diffusion.samplers.frame import require_continuous
 from dit_jax.errors import UserError
@@ -33,7 +34,8 @@ class DormandPrince:
 
     Every example has its own step sizes, so it does not depend on its batch, up to rounding (about 1e-5: step control
     amplifies it). A step takes six evaluations, accepted or rejected, and a batch takes as many steps as its slowest example.
-    A step of SHORTEST_STEP is always accepted, which bounds the number of steps.
+    A step of SHORTEST_STEP is always accepted, which bounds the number of steps. The ODE is d x / d (1 - t) = velocity. A process
+    whose network is not defined at t = 0 (edm) is solved to `min_time`; its last step is of Euler.
 
     Fields:
         rtol, atol: relative and absolute tolerance of the error of a step.
@@ -57,13 +59,16 @@ class DormandPrince:
         require_continuous(process, "dopri5")
         stages, nodes, error_weights = (jnp.asarray(a, noise.dtype) for a in (STAGES, NODES, STAGES[-1] - FOURTH_ORDER))
 
+        end = 1 - process.min_time
+
         def slope(x, s, memory):  # s = 1 - t is f[B]
             prediction, memory = denoise(x, 1 - s, memory)
-            return process.slope(prediction, 1 - s), memory
+            c = Coefficients(*(expand(value, x) for value in process.coefficients(1 - s)))  # type: ignore[attr-defined]
+            return velocity_of(prediction.x0, prediction.noise, c), memory
 
         def attempt(state):
             x, s, h, first, memory = state
-            h = jnp.minimum(h, 1 - s)  # 0 for an example that has reached t = 0
+            h = jnp.minimum(h, end - s)  # 0 for an example that has arrived
             slopes = jnp.zeros((7, *x.shape), x.dtype).at[0].set(first)
 
             def stage(carry, c):
@@ -91,4 +96,5 @@ class DormandPrince:
         start = jnp.zeros(len(noise), noise.dtype)
         first, memory = slope(noise, start, denoise.init(noise))
         state = noise, start, jnp.full_like(start, FIRST_STEP), first, memory
-        return jax.lax.while_loop(lambda state: (state[1] < 1).any(), attempt, state)[0]
+        x, s, *_, memory = jax.lax.while_loop(lambda state: (state[1] < end).any(), attempt, state)
+        return x if process.min_time == 0 else denoise(x, 1 - s, memory)[0].x0

@@ -55,8 +55,8 @@ class Started:
 
 
 def start_time(sampler: Any, process: Process) -> float:
-    """The t of the first evaluation of a sampler that `can_start` late."""
-    return float(sampler.times(process)[0])
+    """The t of the first evaluation of a sampler; of one without `times`, the first of the process's grids."""
+    return float((sampler.times(process) if can_start(sampler) else process.grid(2))[0])
 
 
 def can_start(sampler: Any) -> bool:

@@ -1,7 +1,9 @@
 """Fixed-step solvers of a process's ODE, d (x / scale) / d clock = slope. The clock of a flow is time (SiT); that of a
 Gaussian process is sigma / alpha (DDIM, EDM)."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,56 @@ class Euler:
         return euler_steps(process, denoise, noise, times, times[:-1])
 
 
+def heun_steps(
+    process: Process,
+    denoise: Denoise,
+    x: jax.Array,
+    times: np.ndarray,
+    begun: np.ndarray,
+    begin: Callable[[jax.Array, Any], jax.Array] = lambda x, c: x,
+    rows: Mapping[str, np.ndarray] | None = None,
+) -> jax.Array:
+    """Heun's method over a grid of times [N + 1] from x [B, ...]; returns x at the last time.
+
+    begun: [N] times at which the steps begin: times[:-1], or where `begin` takes x from there.
+    begin: (x, row of coefficients) -> x at the time of `begun`.
+    rows: coefficients [N] of `begin`.
+    """
+    scale, clock = process.ode(times)
+    scale_begun, clock_begun = process.ode(begun)
+
+    def step(carry, c):
+        x, memory = carry
+        x = begin(x, c)
+
+        def slope(x, t, memory):
+            prediction, memory = denoise(x, t, memory)
+            return process.slope(prediction, t), memory
+
+        first, memory = slope(x, c["t"], memory)
+        euler = c["from_x"] * x + c["from_slope"] * first
+
+        def corrected():
+            second, after = slope(euler, c["t_next"], memory)
+            return c["from_x"] * x + c["from_slope"] * (first + second) / 2, after
+
+        return jax.lax.cond(c["correct"], corrected, lambda: (euler, memory))
+
+    end, _ = scan_steps(
+        step,
+        (x, denoise.init(x)),
+        {
+            "t": begun,
+            "t_next": times[1:],
+            "correct": times[1:] >= process.min_time,
+            "from_x": scale[1:] / scale_begun,
+            "from_slope": scale[1:] * (clock[1:] - clock_begun),
+            **(rows or {}),
+        },
+    )
+    return end
+
+
 @dataclass(frozen=True)
 class Heun:
     """Heun's method, order 2: the mean of the slopes at both ends of a step; two evaluations per step.
@@ -77,36 +129,7 @@ class Heun:
 
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         times = self.times(process)
-        scale, clock = process.ode(times)
-
-        def step(carry, c):
-            x, memory = carry
-
-            def slope(x, t, memory):
-                prediction, memory = denoise(x, t, memory)
-                return process.slope(prediction, t), memory
-
-            first, memory = slope(x, c["t"], memory)
-            euler = c["from_x"] * x + c["from_slope"] * first
-
-            def corrected():
-                second, after = slope(euler, c["t_next"], memory)
-                return c["from_x"] * x + c["from_slope"] * (first + second) / 2, after
-
-            return jax.lax.cond(c["correct"], corrected, lambda: (euler, memory))
-
-        x0, _ = scan_steps(
-            step,
-            (noise, denoise.init(noise)),
-            {
-                "t": times[:-1],
-                "t_next": times[1:],
-                "correct": times[1:] >= process.min_time,
-                "from_x": scale[1:] / scale[:-1],
-                "from_slope": scale[1:] * np.diff(clock),
-            },
-        )
-        return x0
+        return heun_steps(process, denoise, noise, times, times[:-1])
 
 
 def integral_weights(nodes: np.ndarray, start: float, end: float) -> np.ndarray:

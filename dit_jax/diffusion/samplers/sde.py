@@ -70,6 +70,11 @@ class EulerMaruyama:
 
     def __call__(self, process: Process, denoise: Denoise, noise: jax.Array, keys: jax.Array) -> jax.Array:
         require_continuous(process, "sde")
+        if process.alpha_sigma(np.ones(1)) != (0, 1):
+            raise UserError(
+                f"sampler 'sde' needs a process that interpolates between noise and data, such as 'flow', and process "
+                f"{type(process).__name__.lower()!r} adds noise to the data; choose heun_sde, dpmpp_2m_sde or dpmpp_3m_sde"
+            )
         times = self.times(process)
         noisy = times[:-1] if self.last_step == "none" else times
         c = process.coefficients(noisy, np)  # type: ignore[attr-defined]  # of a continuous process

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion.process import Process
-from dit_jax.diffusion.samplers.late import can_start, start_time, started
+from dit_jax.diffusion.samplers.late import start_time, started
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.sample.jobs.given import Given, for_each, read_images
@@ -22,7 +22,8 @@ class Edit(Job):
 
     The start is the first time t of the sampler's own grid that is at most the strength: x_t = alpha(t) x0 + sigma(t) noise. At
     strength 1 all steps run, and x_t holds alpha of the data: exactly 0 for the flow process, whose images are then those of
-    "generate"; 0.0064 for the paper's gaussian process. Small strengths keep the image, great ones follow the label.
+    "generate"; 0.0064 for the paper's gaussian process; 1 for the edm process, below noise of sigma_max. Small strengths keep the
+    image, great ones follow the label.
 
     Fields:
         given: an image file, .npy, .npz or array: one image for all, or one for each.
@@ -58,8 +59,7 @@ class Edit(Job):
         return sampler if self.strength == 1 else started(sampler, process, self.strength)
 
     def begin(self, sampler: Any, process: Process, noise: jax.Array, given: Arrays) -> jax.Array:
-        t = start_time(sampler, process) if can_start(sampler) else 1.0
-        return process.perturb(given["x0"], noise, jnp.float32(t))
+        return process.perturb(given["x0"], noise, jnp.float32(start_time(sampler, process)))
 
 
 def sha256(images: np.ndarray) -> str:

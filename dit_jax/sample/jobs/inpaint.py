@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dit_jax.diffusion.known import KnownRegion
 from dit_jax.diffusion.process import Denoise, Process
+from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.sample.jobs.edit import Edit, sha256
@@ -49,7 +50,9 @@ class Inpaint(Edit):
 
     def begin(self, sampler, process: Process, noise: jax.Array, given: Arrays) -> jax.Array:
         x = super().begin(sampler, process, noise, given)
-        return jnp.where(given["drawn"], noise, x) if self.strength == 1 else x
+        if self.strength < 1:
+            return x
+        return jnp.where(given["drawn"], process.start(noise, start_time(sampler, process)), x)
 
     def around(self, denoise: Denoise, process: Process, noise: jax.Array, given: Arrays) -> Denoise:
         return KnownRegion(denoise, process, given["x0"], noise, given["drawn"])

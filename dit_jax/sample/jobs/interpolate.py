@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
 from dit_jax.sample.jobs.job import Inputs, Job, Labels, Scene
@@ -64,7 +65,7 @@ class Interpolate(Job):
         return jnp.zeros_like(indices)
 
     def begin(self, sampler, process, noise, given):
-        return given["noise"]
+        return process.start(given["noise"], start_time(sampler, process))
 
 
 def spherical(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:

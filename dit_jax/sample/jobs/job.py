@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from dit_jax.diffusion.process import Denoise, Process
+from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.sample.labels import chosen_labels
 
@@ -99,9 +100,9 @@ class Job:
     def begin(self, sampler: Any, process: Process, noise: jax.Array, given: Arrays) -> jax.Array:
         """x_t [B, h, w, c] that the sampler starts from.
 
-        noise: f32[B, h, w, c], of the images' keys.
+        noise: f32[B, h, w, c], of the images' keys, standard normal.
         """
-        return noise
+        return process.start(noise, start_time(sampler, process))
 
     def around(self, denoise: Denoise, process: Process, noise: jax.Array, given: Arrays) -> Denoise:
         """The denoiser that the sampler calls."""
