@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention without a scale, with a bias of the relative position.  x [B, M, D], bias f32[B or 1, H, M, M] -> [B, M, D]."""
+    """Self-attention without a scale, with a bias f32[B or 1, H, M, M] of the relative position.  [B, M, D] -> [B, M, D]."""
 
     heads: int
     dtype: layers.Dtype
