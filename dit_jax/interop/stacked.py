@@ -23,10 +23,12 @@ class Link(NamedTuple):
         names: of their tensors, one, or one for each part of a fused parameter. With "{}" for the number of the block, the
             parameter is a stack over blocks.
         inputs: number of contracted leading axes of a kernel, without the stack's; 0 for a parameter that is not a kernel.
+        start: number of the first block of the stack.
     """
 
     names: tuple[str, ...]
     inputs: int = 0
+    start: int = 0
 
     @property
     def fused(self) -> bool:
@@ -44,7 +46,7 @@ def their_shapes(links: Mapping[str, Link], shapes: Mapping[str, Shape]) -> dict
         shape = shapes[path]
         for block in range(shape[0] if link.stacked else 1):
             for name in link.names:
-                found[name.format(block)] = _theirs(link, shape[1:] if link.stacked else shape)
+                found[name.format(block + link.start)] = _theirs(link, shape[1:] if link.stacked else shape)
     return found
 
 
@@ -66,7 +68,7 @@ def to_theirs(links: Mapping[str, Link], ours: Tensors) -> dict[str, Tensor]:
                 def load(read=read, link=link, block=block, i=i, shape=shape):
                     return _split(link, read()[block] if link.stacked else read(), i, shape)
 
-                found[name.format(block)] = Tensor(shape, tensor.dtype, load)
+                found[name.format(block + link.start)] = Tensor(shape, tensor.dtype, load)
     return found
 
 
@@ -75,16 +77,17 @@ def _theirs(link: Link, part: Shape) -> Shape:
     features = part[link.inputs + link.fused :]
     if link.inputs:
         return math.prod(features), math.prod(part[: link.inputs])
-    return (math.prod(features),) if link.fused else part
+    is_bias = link.fused or link.names[0].endswith(".bias")
+    return (math.prod(features),) if is_bias else part
 
 
 def _gathered(link: Link, shape: Shape, tensors: Tensors) -> Tensor:
-    dtype = tensors[link.names[0].format(0)].dtype
+    dtype = tensors[link.names[0].format(link.start)].dtype
     part = shape[1:] if link.stacked else shape
     own = part[: link.inputs] + part[link.inputs + link.fused :]  # of one of the fused
 
     def one(block: int) -> np.ndarray:
-        arrays = [tensors[name.format(block)].load() for name in link.names]
+        arrays = [tensors[name.format(block + link.start)].load() for name in link.names]
         arrays = [(x.T if link.inputs else x).reshape(own) for x in arrays]
         return np.stack(arrays, axis=link.inputs) if link.fused else arrays[0]
 

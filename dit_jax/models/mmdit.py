@@ -2,7 +2,7 @@
 
 Source: Esser et al. 2024, arXiv 2403.03206.
 
-B batch, [F x] H x W x C input, p patch side, N = F HW / p^2 tokens, M tokens of text, D width, A heads, E = D / A width of a head.
+B batch, [F x] H x W x C input, p patch side, N = F HW / p^2 tokens, M text tokens, D width, A heads, E = D / A features of each.
 """
 
 import math
