@@ -139,7 +139,7 @@ def write(
     net = MMDiT(**{name: value for name, value in model.items() if name not in ignored}, out_channels=out_channels)
     if net.position != "table" or net.table_side is None or net.mlp_ratio != 4 or net.width != HEAD_WIDTH * net.heads:
         raise UserError(
-            "the layouts of Stability and diffusers hold networks with model.position = table, a model.table_side, mlp_ratio 4, and "
+            "the layouts of Stability and diffusers need model.position = table, a model.table_side, mlp_ratio 4 and "
             f"heads of width {HEAD_WIDTH}; write --to=dit_jax"
         )
     shapes = {path: tensor.shape for path, tensor in tensors.items()}
