@@ -15,6 +15,7 @@ from functools import partial
 import ml_collections
 from ml_collections import config_dict
 
+import dit_jax.models.registered  # noqa: F401 - registers the networks
 from dit_jax import registry
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.diffusion.samplers import default_sampler

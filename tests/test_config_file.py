@@ -139,7 +139,7 @@ def test_every_type_of_a_field_of_every_constructor():
     "fields, text",
     [
         (["process.name=flow", "process.num_timesteps=9"], "process 'flow' has no field num_timesteps; there are interpolant"),
-        (["process.name=steam"], "process 'steam' is not registered; choose one of flow, gaussian"),
+        (["process.name=steam"], "process 'steam' is not registered; choose one of edm, flow, gaussian"),
         (["data.name=tfds"], r"data set 'tfds' needs dataset, split; add --config\.data\.dataset=\.\.\. --config\.data\.split"),
         (["batchsize=3"], "did you mean batch_size"),
         (["learning_rate=3"], r"did you mean --config\.optimizer\.learning_rate\?"),

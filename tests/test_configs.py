@@ -73,7 +73,7 @@ def test_bad_imagenet_argument(arg, text):
         ({"transform.resolution": 250}, "height 250 is not a positive multiple of the codec's downsample 8"),
         ({"model.heads": 7}, "does not divide model.width"),
         ({"model.dtype": "float64"}, "must be one of float32"),
-        ({"model.name": "vnet"}, "is not registered; choose one of diffit, dit"),
+        ({"model.name": "vnet"}, "'vnet' is not registered; choose one of .*dit"),
         ({"process.schedule": "exponential"}, "must be one of linear"),
         ({"task.cond_dropout": 1.5}, r"must lie in \[0, 1\)"),
         ({"optimizer.learning_rate": -1.0}, "must be positive"),

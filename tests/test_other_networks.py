@@ -92,6 +92,7 @@ def test_diffit_of_another_size(tmp_path):
         Initial(settled(larger, tmp_path), tmp_path)
 
 
+@pytest.mark.slow
 def test_another_size(weights, tmp_path):
     """Catches a network that cannot say it takes other sizes without DiT's fields, or one that draws them unasked."""
     with pytest.raises(UserError, match="'pixelwise' draws only the size that it was trained on"):

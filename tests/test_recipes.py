@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +57,12 @@ def test_too_many_steps_fail_at_once():
     config.sampler.num_steps = 2000
     with pytest.raises(UserError, match="1 to 1000"):
         build.Run(config).sampler
+
+
+def test_recipes_need_nothing_else():
+    """A recipe that fails in a process that has not imported `build`, as `plan --config=` is."""
+    code = "from dit_jax import recipes\nfor make in recipes.PUBLISHED.values(): make()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_sit_keeps_dits_network():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dit_jax import registry
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
+from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.data.size import size_json
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.edm import EDM
@@ -186,8 +187,7 @@ def of_published(
     *grid, channels = published.input_shape
     network = constructor(**{**published.fields, **fields, "dtype": DTYPES[dtype]})
     factor = int(name.split("@")[1].split()[0]) // grid[0]
-    # Autoencoders of Rombach et al. 2022: f4 has three levels and f8 has four.
-    codec: Any = KLVAE((128, 256, 512, 512)[: factor.bit_length()], latent_channels=channels) if factor > 1 else Pixels(channels)
+    codec: Any = {1: Pixels(channels), 4: VQVAE(), 8: KLVAE()}[factor]
     process: Any = EDM()
     if published.process == "gaussian":
         process = Gaussian(variance="learned_range" if published.fields["out_channels"] == 2 * channels else "fixed_small")

@@ -5,7 +5,8 @@ A module of `interop` for a network has
     LAYOUTS     the layouts that it reads and writes: "official" (of the paper's code), "diffusers"
     recognises  whether tensors with these names are of the network
     read        their tensors -> ours, and the config sections that they determine
-    HINTS       flags of convert that say what tensors do not: {"heads": its name in the config that `read` takes}; optional
+    HINTS       optional: fields that tensors may not say, {"heads": its name in the config that `read` takes}; the flags of these
+                names and --like give them
     write       ours -> their tensors, and the config: config.json of diffusers' folder, or the metadata of a .safetensors file
 """
 
@@ -17,6 +18,7 @@ import ml_collections
 
 from dit_jax import recipes, registry
 from dit_jax.convert.source import Source, config_of, origin_of, shapes_of
+from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
 from dit_jax.interop import diffit, hourglass, unet, weights
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
@@ -85,6 +87,9 @@ def read(
             raise UserError(f"--{name} has no effect on {module.NETWORK!r}, whose weights determine it; omit it")
         if value is not None:
             config = {**(config or {}), hints[name]: value}
+    if source.like is not None:
+        model = _like(module, source)["model"]
+        config = {theirs: model[ours] for ours, theirs in hints.items() if model.get(ours)} | dict(config or {})
     ours, determined = module.read(tensors, source.layout, what, config)
     sections = _complete(module, source, determined)
     sections["model"] = {**sections["model"], "param_dtype": common_dtype(ours, what).name}
@@ -99,24 +104,42 @@ def _complete(module: Layouts, source: Source, determined: Mapping[str, Any]) ->
         UserError: `like` is another network; the weights do not determine the network's input.
     """
     if source.like is not None:
-        sections = weights.sections_of(read_config(source.like) if source.like.is_dir() else weights.read(source.like).sections)
-        if (name := sections["model"]["name"]) != module.NETWORK:
-            raise UserError(f"--like={source.like} is a network {name!r}, and {source.path} is a {module.NETWORK!r}")
-        return sections
+        return _like(module, source)
     if source.template is not None:
         template = dict(source.template)
         fields = template["model"] if template["model"]["name"] == module.NETWORK else {}
         return weights.sections_of({**template, "model": {**_section("model", fields), **determined["model"]}})
     recipe = _recipe(module, determined["model"])
-    if recipe is None:
+    if recipe is None and not determined.keys() >= {"process", "codec", "transform"}:
         raise UserError(
             f"{source.path}: its sizes are not published ones, so its process, autoencoder and resolution are unknown; give the "
             "config with --like=<a run's folder or a file in our format>"
         )
-    config = recipe()
-    config.model.update({name: value for name, value in determined["model"].items() if name in config.model})
+    if recipe is None:
+        config = recipes.diffusion()
+        for kind in ("model", "process", "codec", "transform"):
+            config[kind] = _section(kind, determined[kind])
+        config.sampler = default_sampler(determined.get("sampler", "ddpm"))
+    else:
+        config = recipe()
+        for kind in ("model", "process"):
+            known = config[kind].keys()
+            config[kind].update({name: value for name, value in determined.get(kind, {}).items() if name in known})
     config.task.update(determined.get("task", {}))
     return weights.sections_of(config.to_dict())
+
+
+def _like(module: Layouts, source: Source) -> dict[str, Any]:
+    """The sections of `like`.
+
+    Raises:
+        UserError: it is another network.
+    """
+    assert source.like is not None
+    sections = weights.sections_of(read_config(source.like) if source.like.is_dir() else weights.read(source.like).sections)
+    if (name := sections["model"]["name"]) != module.NETWORK:
+        raise UserError(f"--like={source.like} is a network {name!r}, and {source.path} is a {module.NETWORK!r}")
+    return sections
 
 
 def _recipe(module: Layouts, model: Mapping[str, Any]) -> Callable[[], ml_collections.ConfigDict] | None:

@@ -109,6 +109,10 @@ class Job:
         return moments_shape(self.codec, self.codec.latent_shape(self.transform.shape))
 
     @property
+    def latent_channels(self) -> int:
+        return self.codec.latent_shape(self.transform.shape)[-1]
+
+    @property
     def records_per_shard(self) -> int:
         if self.shard_records is not None:
             return self.shard_records
@@ -349,7 +353,7 @@ class Shard:
                 "count": self.count,
                 "bad_records": bad,
                 "captions": sum(caption is not None for caption in self.captions),
-                "sums": sums(moments, self.job.codec.latent_channels),
+                "sums": sums(moments, self.job.latent_channels),
                 "files": files,
             },
         )

@@ -26,7 +26,8 @@ from dit_jax.models.unet import MLP_RATIO, PUBLISHED, Piece, Stage, UNet
 
 NETWORK = "unet"
 LAYOUTS = ("official", "diffusers")
-HINTS = {"heads": "num_heads", "num_classes": "num_classes"}  # flags of convert, by their name in the config of `read`
+# What tensors may not say: our fields, and their names in the config of `read`.
+HINTS = {"heads": "num_heads", "head_width": "num_head_channels", "num_classes": "num_classes"}
 LDM_PREFIX, LDM_AVERAGE = "model.diffusion_model.", "model_ema."
 LDM_TABLE = "cond_stage_model.embedding.weight"
 ADM_LABELS = "label_emb.weight"
@@ -464,7 +465,7 @@ def _classes(rows: int, null: bool, what: str, config: Mapping[str, Any]) -> dic
         if (rows if null else rows - 1) in USUAL_CLASSES:
             raise UserError(
                 f"{what} has a label table of {rows} rows, which may be {rows} classes, or {rows - 1} and the null label; give "
-                f"num_classes in its config, {PLACE}"
+                f"--num_classes, or num_classes in its config, {PLACE}"
             )
         return {"num_classes": rows - null, "null_label": null}
     if rows - classes not in (0, 1):
@@ -491,7 +492,7 @@ def _heads(fields: Mapping[str, Any], what: str, config: Mapping[str, Any]) -> d
             return {"heads": network.heads, "head_width": network.head_width}
     raise UserError(
         f"{what}: the sizes are those of no published network ({', '.join(PUBLISHED)}), and tensors do not say the number of "
-        f"attention heads; give num_heads or num_head_channels in its config, {PLACE}"
+        f"attention heads; give --heads, or num_heads or num_head_channels in its config, {PLACE}"
     )
 
 

@@ -137,6 +137,24 @@ def test_models_are_the_recipes(name):
         assert getattr(bare, field) == getattr(whole, field), field
 
 
+@pytest.mark.parametrize("name", ["ADM@64", "LDM-4@256", "HDiT-S@256", "DiffiT@256"])
+def test_published_networks_are_the_recipes(name):
+    """A --model=ADM@64 with another network, input or process than its recipe; guidance of a network without a null label."""
+    whole = build.Run(recipes.PUBLISHED[name]().lock())
+    bare = subject.of_published(name, 8, "bfloat16", {"remat": "full"})
+    assert bare.task.network == whole.network.clone(remat="full") and bare.entry == (
+        "moments" if "A" != name[0] != "H" else "image"
+    )
+    assert (bare.task.latent_shape, bare.task.image_shape) == (whole.latent_shape, whole.image_shape)
+    assert type(bare.task.process) is type(whole.process) and bare.task.cond_dropout == whole.task.cond_dropout
+    assert bare.macs == whole.task.macs()
+    if name == "ADM@64":
+        with pytest.raises(UserError, match="no null label"):
+            subject.of_published(name, 8, "float32", {}, guidance_scale=1.5)
+    with pytest.raises(UserError, match="--unroll has no effect on --model=ADM@64"):
+        subject.of_published("ADM@64", 8, "float32", {"unroll": True})
+
+
 def program(text):
     """A compiled program without the names of the source files and functions it came from."""
     return [line.split(", metadata=")[0] for line in text.splitlines() if " = " in line]

@@ -121,7 +121,7 @@ def test_one_device_equals_a_mesh(params):
 @pytest.mark.parametrize("size", [(20, 12), (13, 27)])
 def test_vq_equals_diffusers(size, tmp_path):
     """A posterior's channels, a 1x1 convolution in the wrong place, another padding, a gradient that the search blocks."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     codec = VQVAE(**TINY, scale=0.5)
     model = diffusers_vq(codec)
@@ -153,6 +153,7 @@ def test_vq_equals_diffusers(size, tmp_path):
     close(gradients["decoder"]["post_quant_conv"]["kernel"][0, 0], model.post_quant_conv.weight.grad[:, :, 0, 0].T.numpy(), 1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(params):
     """A search in bfloat16, which takes other entries; outputs left in bfloat16."""
     codec = VQVAE(**TINY)

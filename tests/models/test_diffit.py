@@ -166,6 +166,7 @@ def test_pytorch_computes_the_same(dtype, tolerance):
         assert tiny.distance(gradient, theirs_here) < 2 * tolerance, path
 
 
+@pytest.mark.slow
 def test_the_start():
     """Catches a residual branch or a gate that is zero, an output that is not, and a table of another distribution."""
     net, (x, t, cond) = network(width=96, grid=(8, 8)), inputs(height=16, width=16)
@@ -202,6 +203,7 @@ def test_forms_agree():
     np.testing.assert_allclose(skipped, alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rectangle():
     """Catches a grid whose sides are exchanged, and positions or biases of a square."""
     net, (x, t, cond) = network(grid=(2, 4)), inputs(height=4, width=8)

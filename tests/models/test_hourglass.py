@@ -38,7 +38,10 @@ def params_of(net, shape):
     return jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1), cond)["params"]
 
 
-@pytest.mark.parametrize("name", SIZES)
+SLOW = ("M", "FFHQ-1024", "p8 L", "p16 L")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SIZES])
 def test_sizes_are_those_of_the_paper(name):
     """Catches a layer, level or bias too many, Fourier features that count as parameters, and products that are not counted."""
     (patch, widths, depths, kinds, mapping_depth, mapping_width, classes), side, parameters, printed, gmacs = SIZES[name]

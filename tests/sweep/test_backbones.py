@@ -181,16 +181,22 @@ def test_fields_that_exclude_one_another():
         grid._check_fields(dataclasses.replace(COMPARED, paper=True))
 
 
-@pytest.mark.slow
-def test_a_short_comparison(tmp_path):
+@pytest.mark.parametrize(
+    "names, series",
+    [
+        pytest.param(("DiT-S", "DiffiT-S"), {"dit", "diffit"}, marks=pytest.mark.slow),
+        pytest.param(("U-Net-S", "HDiT-S"), {"unet", "hourglass"}, marks=pytest.mark.exhaustive),  # compile for a minute
+    ],
+)
+def test_a_short_comparison(tmp_path, names, series):
     """Catches a network that does not train, sample or validate by the verbs of the sweep, and a report without its figures."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     args = ["-m", "dit_jax.sweep", "--sweep=short.py", f"--workdir={tmp_path / 'w'}"]
-    (tmp_path / "short.py").write_text(SHORT)
+    (tmp_path / "short.py").write_text(SHORT.replace("NAMES", repr(names)))
     ended = subprocess.run([sys.executable, *args], cwd=tmp_path, env=quick_environment(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     rows = json.loads((tmp_path / "w" / "results.json").read_text())["runs"]
-    assert {row["series"] for row in rows} == {"unet", "hourglass"}
+    assert {row["series"] for row in rows} == series
     assert all(row["validation_loss"] > 0 and row["fid"] > 0 and row["seconds_per_image"] > 0 for row in rows)
     assert (tmp_path / "w" / "figures" / "validation_levels.svg").exists()
     assert (tmp_path / "w" / "report.html").read_text().count("<figure") == 5
@@ -201,7 +207,7 @@ import dataclasses
 from dit_jax.sweep import grid
 def get_sweep():
     sweep = grid.load("backbones:size=S,steps=2")
-    few = {name: sweep.variants[name] for name in ("U-Net-S", "HDiT-S")}
+    few = {name: sweep.variants[name] for name in NAMES}
     more = {"evaluation.num_images": [20], "sampler.num_steps": [2], "log.every_steps": [1]}
     return dataclasses.replace(sweep, variants=few, grid={**sweep.grid, **more}, seeds=[0])
 """
