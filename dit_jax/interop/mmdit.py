@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dit_jax.errors import UserError
-from dit_jax.interop.stacked import Link, their_shapes, to_ours, to_theirs
+from dit_jax.interop.stacked import Link, mapped, their_shapes, to_ours, to_theirs
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
 from dit_jax.models.mmdit import CONTEXT, POOLED, MMDiT
 from dit_jax.models.position import sincos_1d
@@ -115,7 +115,7 @@ def read(
     shape = (net.width, p * p * channels)
     flat = {
         **tensors,
-        patch: _mapped(tensors[patch], lambda x: x.transpose(0, 2, 3, 1).reshape(shape), shape),
+        patch: mapped(tensors[patch], lambda x: x.transpose(0, 2, 3, 1).reshape(shape), shape),
     }
     if layout == "diffusers":
         flat |= {name: _swapped(flat[name]) for name in _swaps(net)}
@@ -146,7 +146,7 @@ def write(
     theirs = to_theirs(links(net, shapes, layout), tensors)
     patch = PATCH[layout] + ".weight"
     shape = (net.width, channels, p, p)
-    theirs[patch] = _mapped(theirs[patch], lambda x: x.reshape(net.width, p, p, channels).transpose(0, 3, 1, 2), shape)
+    theirs[patch] = mapped(theirs[patch], lambda x: x.reshape(net.width, p, p, channels).transpose(0, 3, 1, 2), shape)
     if layout == "diffusers":
         theirs |= {name: _swapped(theirs[name]) for name in _swaps(net)}
     dtype = tensors["final/linear/bias"].dtype
@@ -205,13 +205,9 @@ def _check_table(tensor: Tensor, net: MMDiT, what: str) -> None:
         )
 
 
-def _mapped(tensor: Tensor, change: Any, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(shape, tensor.dtype, lambda: change(tensor.load()))
-
-
 def _swapped(tensor: Tensor) -> Tensor:
     """The halves of the first axis exchanged."""
-    return _mapped(tensor, lambda x: np.roll(x, len(x) // 2, axis=0), tensor.shape)
+    return mapped(tensor, lambda x: np.roll(x, len(x) // 2, axis=0), tensor.shape)
 
 
 def _swaps(net: MMDiT) -> list[str]:

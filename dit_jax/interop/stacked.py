@@ -6,7 +6,7 @@ has an axis of that length behind [in]: [in, 3, heads, width of a head].
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +70,11 @@ def to_theirs(links: Mapping[str, Link], ours: Tensors) -> dict[str, Tensor]:
 
                 found[name.format(block + link.start)] = Tensor(shape, tensor.dtype, load)
     return found
+
+
+def mapped(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray], shape: Shape) -> Tensor:
+    """A tensor that is changed when it is read, to `shape`."""
+    return Tensor(shape, tensor.dtype, lambda: change(tensor.load()))
 
 
 def _theirs(link: Link, part: Shape) -> Shape:

@@ -117,15 +117,19 @@ class Attention(nn.Module):
 
     Parameters: self-attention has one fused `qkv` kernel [D, 3, H, E]; cross-attention has `query` [D, H, E] and `key_value`
     [D, 2, H, E]; both have `out` [H, E, D]. Xavier bounds are those of the fused, flattened matrices.
+
+    Fields:
+        zero_out: the output projection starts at zero.
     """
 
     heads: int
     implementation: str = "auto"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    zero_out: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         layer = {"kernel_init": xavier_uniform, "dot_general": dot_general, **dtypes}
         kernel = attention_kernel(self.implementation, self.dtype, x.shape[-1] // self.heads)
@@ -141,7 +145,8 @@ class Attention(nn.Module):
         else:
             q = checkpoint_name(linear(x, (self.heads, x.shape[-1] // self.heads), -1, "query"), "qkv")
             k, v = project(context, 2, "key_value")
-        y = checkpoint_name(dot_product_attention(q, k, v, kernel), "attention")
+        y = checkpoint_name(dot_product_attention(q, k, v, kernel, bias), "attention")
+        layer |= {"kernel_init": zeros} if self.zero_out else {}
         return checkpoint_name(linear(y, x.shape[-1], (-2, -1), "out"), "attention_out")
 
 
