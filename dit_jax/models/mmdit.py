@@ -95,10 +95,10 @@ def rope_angles(axes: tuple[np.ndarray, ...], widths: tuple[int, ...]) -> np.nda
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+def rotate(x: jax.Array, angles: jax.Array | np.ndarray) -> jax.Array:
     """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x [B, N, A, E] by angles [N, E / 2]; float32 inside, x's dtype outside."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     first, second = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
@@ -107,11 +107,11 @@ def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
 class JointBlock(nn.Module):
     """One joint block: two streams with weights of their own, and one attention over the tokens of both.
 
-    Called with (x [B, N, D], context [B, M, D]), c [B, D] and `keep`, a boolean scalar (False returns its input; None means
-    True). Returns ((x, context), None), as `nn.scan` requires.
+    Called with (x [B, N, D], context [B, M, D]), c [B, D], angles f32[N, E / 2] of the rotary positions of x (None for none; text
+    has none), and `keep`, a boolean scalar (False returns its input; None means True). Returns ((x, context), None), as `nn.scan`
+    requires.
 
     Fields:
-        angles: f32[N, E / 2] of rotary positions of x, as a tuple of tuples' array wrapper; None for none. Text has none.
         dual: a second self-attention over x alone, before the MLP (Stable Diffusion 3.5 medium).
         last: the context is only read: it has no output projection, MLP or gates.
 
@@ -143,8 +143,8 @@ class JointBlock(nn.Module):
         q_c, k_c, v_c = self._qkv(modulated, "context_qkv", "_context")
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        joint = (jnp.concatenate(pair, axis=1) for pair in ((q_c, q), (k_c, k), (v_c, v)))
-        y = checkpoint_name(dot_product_attention(*joint, self._kernel(x)), "attention")
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q_c, q), (k_c, k), (v_c, v)))
+        y = checkpoint_name(dot_product_attention(q, k, v, self._kernel(x)), "attention")
         new = x + gate_1[:, None] * self._out(y[:, tokens:], "out")
         if self.dual:
             shift_3, scale_3, gate_3 = more
