@@ -591,8 +591,8 @@ def no_codec_path(name: str) -> str:
     if name == "vq_vae":
         return f"codec.path is empty; give a folder of diffusers' VQModel, or a checkpoint of CompVis' vq-f4 or cin256-v2 {where}"
     return (
-        "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, or "
-        f"{' or '.join(vae.PUBLISHED)}, which is downloaded {where}"
+        "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, "
+        f"or {' or '.join(vae.PUBLISHED)}, which is downloaded {where}"
     )
 
 
