@@ -420,7 +420,7 @@ class Run:
         if self._codec_params is not None:
             return self._codec_params
         if self.has_codec_weights:
-            raise UserError(NO_CODEC_PATH)
+            raise UserError(no_codec_path(self.config.codec.name))
         return jax.tree.map(np.asarray, self.codec.init(jax.random.key(0)))
 
     @property
@@ -473,7 +473,7 @@ class Run:
                 say(f"codec.path {given} does not exist; using the copy in {own}")
             return own
         if not given:
-            raise UserError(NO_CODEC_PATH)
+            raise UserError(no_codec_path(self.config.codec.name))
         return vae.find(given, fetch)
 
     def check_files(self, workdir: Path | None, *checks: Callable[[], object]) -> None:
@@ -585,10 +585,15 @@ class Run:
         }
 
 
-NO_CODEC_PATH = (
-    "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, or "
-    f"{' or '.join(vae.PUBLISHED)}, which is downloaded (--config.codec.path=... or, to sample, --codec_path=...)"
-)
+def no_codec_path(name: str) -> str:
+    """The message for a codec without weights, which says what has them."""
+    where = "(--config.codec.path=... or, to sample, --codec_path=...)"
+    if name == "vq_vae":
+        return f"codec.path is empty; give a folder of diffusers' VQModel, or a checkpoint of CompVis' vq-f4 or cin256-v2 {where}"
+    return (
+        "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, "
+        f"or {' or '.join(vae.PUBLISHED)}, which is downloaded {where}"
+    )
 
 
 def _discriminator(run: Run) -> PatchDiscriminator | None:
