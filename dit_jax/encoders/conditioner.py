@@ -23,6 +23,8 @@ class Conditioner(Protocol):
     Fields:
         rules: how the parameters are split over the mesh; () without parameters.
         num_classes: number of labels; 0 if the condition is not a label.
+
+    One with `takes_text` True turns requests {"caption": str [N], "negative": str [N], optional} into token ids.
     """
 
     @property
