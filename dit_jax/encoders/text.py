@@ -151,6 +151,7 @@ class Text:
     dtype: layers.Dtype = jnp.bfloat16
 
     num_classes = 0
+    takes_text = True
 
     def __post_init__(self):
         for name in ("encoders", "lengths", "weights", "tokenizers", "missing", "dropout", "merges"):
