@@ -40,6 +40,7 @@ from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
+from dit_jax.encoders.text import Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, vae
@@ -77,6 +78,7 @@ register("optimizer", "adafactor", adafactor)
 register("optimizer", "muon", muon)
 register("conditioner", "labels", Labels)
 register("conditioner", "none", Unconditional)
+register("conditioner", "text", Text)
 register("guidance", "classifier_free", Guidance)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}

@@ -32,7 +32,7 @@ ROPE_PERIOD = 10_000.0
 RULES: Rules = (
     (r"(context_)?(qkv|qkv_2)/kernel", ("fsdp", None, "tensor", None)),  # [D, 3, A, E]
     (r"(context_)?(qkv|qkv_2)/bias", (None, "tensor", None)),
-    (r"(context_)?(out|out_2)/kernel", ("tensor", None, "fsdp")),  # [A, E, D]
+    (r"(dual|blocks|last)/(context_)?(out|out_2)/kernel", ("tensor", None, "fsdp")),  # [A, E, D]
     (r"(context_)?mlp/in/kernel", ("fsdp", "tensor")),
     (r"(context_)?mlp/in/bias", ("tensor",)),
     (r"(context_)?mlp/out/kernel", ("tensor", "fsdp")),
@@ -40,7 +40,7 @@ RULES: Rules = (
     (r"(patch|context)_embedding/kernel", (None, "fsdp")),
     (r"(time|pooled)_embedding/(in|out)/kernel", (None, "fsdp")),
     (r"final/linear/kernel", ("fsdp", None)),
-    (r"(out|out_2|linear|(patch|context)_embedding|(time|pooled)_embedding/in)/bias", ()),
+    (r"((context_)?(out|out_2)|linear|(patch|context)_embedding|(time|pooled)_embedding/in)/bias", ()),
     (r"norm_(query|key)(_2|_context)?/scale", ()),
 )
 MATRICES = {  # see `Network.matrices`
