@@ -47,11 +47,17 @@ MATRICES = {  # see `Network.matrices`
 }
 CONTEXT, MASK = "context", "context_mask"  # entries of the condition
 FIELDS = {"patch_size": 2, "depth": 28, "width": 1152, "heads": 16, "out_channels": 8}
+
+
+def _published(side: int, tokens: int, grid: tuple[int, int] | None = None) -> Published:
+    """side: of the latents.  tokens: of T5.  grid: `position_grid`."""
+    return Published(FIELDS | {"position_grid": grid}, (side, side, 4), cond_shapes={CONTEXT: (tokens, 4096), MASK: (tokens,)})
+
+
 PUBLISHED = {
-    "PixArt-XL/2@512": Published(FIELDS, (64, 64, 4), cond_shapes={CONTEXT: (120, 4096), MASK: (120,)}),
-    "PixArt-XL/2@1024": Published(
-        FIELDS | {"position_grid": (32, 32)}, (128, 128, 4), cond_shapes={CONTEXT: (120, 4096), MASK: (120,)}
-    ),
+    "PixArt-alpha@256": _published(32, 120),
+    "PixArt-alpha@512": _published(64, 120),
+    "PixArt-Sigma@1024": _published(128, 300, (32, 32)),  # Chen et al. 2024, arXiv 2403.04692: the network of alpha
 }
 
 

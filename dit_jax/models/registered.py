@@ -7,6 +7,7 @@ from dit_jax.models.diffit import DiffiT
 from dit_jax.models.dit import DiT
 from dit_jax.models.hourglass import HourglassDiT
 from dit_jax.models.mmdit import MMDiT
+from dit_jax.models.pixart import PixArt
 from dit_jax.models.published import Published
 from dit_jax.models.unet import UNet
 from dit_jax.registry import get, names, register
@@ -15,6 +16,7 @@ register("model", "dit", DiT)
 register("model", "diffit", DiffiT)
 register("model", "hourglass", HourglassDiT)
 register("model", "mmdit", MMDiT)
+register("model", "pixart", PixArt)
 register("model", "unet", UNet)
 
 
