@@ -126,6 +126,7 @@ TRAINING_ONLY = (
     "high_side",
     "loss_weight",
 )  # fields of a process that do not change samples
+SAMPLING_ONLY = ("sampling_grid",)  # fields of a process that change neither training nor what the network predicts
 
 
 class Run:
@@ -577,8 +578,9 @@ class Run:
     def predicts(self) -> dict[str, Any]:
         """The settings that must be equal for one network to guide another: {name: value}."""
         config = self.config
+        process = registry.defaults("process", config.process.name) | dict(config.process)  # older configs lack newer fields
         return {
-            "process": {k: v for k, v in config.process.items() if k not in TRAINING_ONLY},
+            "process": {k: v for k, v in process.items() if k not in (*TRAINING_ONLY, *SAMPLING_ONLY)},
             "codec": {k: v for k, v in config.codec.items() if k not in (*CODEC_FILES, "dtype")},
             "image size": list(self.image_shape),
             "number of classes": self.conditioner.num_classes,
