@@ -449,7 +449,9 @@ class Run:
                     section[field] = getattr(stored, field)
                 elif getattr(self.codec, field) != getattr(stored, field) and path != own:
                     say(f"using codec.{field} {section[field]} of the config, not {getattr(stored, field)} of {path}")
-        elif section.get("scale") is None:
+        elif section.get("scale") is None or section.get("shift") is None:
+            section |= {name: x for name, x in vae.scaling_of_file(path).items() if section.get(name) is None}
+        if section.get("scale") is None:
             raise UserError(
                 f"codec.path {path} is a file, which does not contain the scale of the latents; give codec.scale, or the "
                 "folder with config.json"
