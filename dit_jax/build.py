@@ -128,6 +128,7 @@ TRAINING_ONLY = (
     "high_side",
     "loss_weight",
 )  # fields of a process that do not change samples
+SAMPLING_ONLY = ("sampling_grid",)  # fields of a process that change neither training nor what the network predicts
 
 
 class Run:
@@ -450,7 +451,9 @@ class Run:
                     section[field] = getattr(stored, field)
                 elif getattr(self.codec, field) != getattr(stored, field) and path != own:
                     say(f"using codec.{field} {section[field]} of the config, not {getattr(stored, field)} of {path}")
-        elif section.get("scale") is None:
+        elif section.get("scale") is None or section.get("shift") is None:
+            section |= {name: x for name, x in vae.scaling_of_file(path).items() if section.get(name) is None}
+        if section.get("scale") is None:
             raise UserError(
                 f"codec.path {path} is a file, which does not contain the scale of the latents; give codec.scale, or the "
                 "folder with config.json"
@@ -579,8 +582,9 @@ class Run:
     def predicts(self) -> dict[str, Any]:
         """The settings that must be equal for one network to guide another: {name: value}."""
         config = self.config
+        process = registry.defaults("process", config.process.name) | dict(config.process)  # older configs lack newer fields
         return {
-            "process": {k: v for k, v in config.process.items() if k not in TRAINING_ONLY},
+            "process": {k: v for k, v in process.items() if k not in (*TRAINING_ONLY, *SAMPLING_ONLY)},
             "codec": {k: v for k, v in config.codec.items() if k not in (*CODEC_FILES, "dtype")},
             "image size": list(self.image_shape),
             "number of classes": self.conditioner.num_classes,

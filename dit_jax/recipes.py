@@ -181,6 +181,8 @@ def flow() -> dict:
         "logit_std": 1.0,
         "shift": 1.0,
         "spare_channels": False,
+        "convention": "sit",
+        "sampling_grid": "uniform",
     }
 
 

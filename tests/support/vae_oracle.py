@@ -9,7 +9,7 @@ from dit_jax.codecs.vq_vae import VQVAE
 TINY = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 4}
 LAYOUTS = {
     "sd": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_groups": 32},
-    "no_quant_16": {**TINY, "latent_channels": 16, "use_quant_conv": False, "scale": 0.5, "shift": 0.25},
+    "no_quant_16": {**TINY, "latent_channels": 16, "use_quant_conv": False, "scale": 1.5305, "shift": 0.0609},
     "grey_f16": {**TINY, "block_out_channels": (8, 8, 12, 16, 16), "image_channels": 1},
 }
 
