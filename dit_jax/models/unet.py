@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dit_jax.errors import UserError
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel, dot_product_attention
 from dit_jax.models.layers import PRODUCTS, Dtype, frequency_embedding, zeros
-from dit_jax.models.network import Cond, Shape, check_entries, check_labels
+from dit_jax.models.network import MIXED, Cond, Shape, check_entries, label_vectors
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Fid, Published
 from dit_jax.parallel.mesh import constrain_batch
@@ -59,7 +59,6 @@ REMAT_POLICIES = {
     ),
     "full": None,
 }
-MIXED = ("second_label", "second_share")  # entries of a condition that mix the embeddings of two labels
 LOW_RES = "low_res"  # entry of a condition: the image that is upsampled
 BLOCK_EPSILON, TRANSFORMER_EPSILON = (
     1e-5,
@@ -606,7 +605,7 @@ class UNet(nn.Module):
         embedding = TimeEmbedding(*shared, self.channels, name="time_embedding")(t)
         context = None
         if self.num_classes:
-            label = self._embed_labels(cond)
+            label = label_vectors(self._label_table(), cond, len(x_t), self.num_classes, self.null_label)
             embedding, context = (embedding, label[:, None]) if self.context_width else (embedding + label, None)
         x = Input(*shared, self.widths[0], name="input")(x_t.astype(self.dtype))
         kept = [x]
@@ -628,9 +627,9 @@ class UNet(nn.Module):
                 kept.append(x)
         return Output(*shared, self.out_channels, name="output")(x).astype(jnp.float32)
 
-    def _embed_labels(self, cond: Cond) -> jax.Array:
-        """[B, D] or [B, context_width]: the embedding of the label; or of two, (1 - share) of the first, share of the second."""
-        table = nn.Embed(
+    def _label_table(self) -> nn.Embed:
+        """Labels [B] -> [B, D], or [B, context_width]."""
+        return nn.Embed(
             self.num_classes + self.null_label,
             self.context_width or 4 * self.channels,
             embedding_init=nn.initializers.normal(1.0),  # PyTorch's
@@ -638,29 +637,13 @@ class UNet(nn.Module):
             param_dtype=self.param_dtype,
             name="label_embedding",
         )
-        label = table(cond["label"])
-        if not cond.keys() & set(MIXED):
-            return label
-        share = cond["second_share"][:, None].astype(label.dtype)
-        return (1 - share) * label + share * table(cond["second_label"])
 
     def _check_condition(self, cond: Cond, batch: int) -> None:
         name, labels = type(self).__name__, ("label", *MIXED) if self.num_classes else ()
         check_entries("cond", cond, (*labels, *((LOW_RES,) if self.low_res_channels else ())), name)
-        given = cond or {}
-        if self.num_classes and "label" not in given:
-            raise UserError(
-                f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
-                "model.num_classes to 0"
-            )
-        if given.keys() & set(MIXED) and not given.keys() >= set(MIXED):
-            raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
-        for entry in ("label", "second_label"):
-            if entry in given:
-                check_labels(given[entry], batch, self.num_classes, self.null_label)
         if not self.low_res_channels:
             return
-        found = jnp.shape(given[LOW_RES]) if LOW_RES in given else None
+        found = jnp.shape(cond[LOW_RES]) if LOW_RES in (cond or {}) else None
         if found is None or len(found) != 4 or (found[0], found[3]) != (batch, self.low_res_channels):
             shape = "missing" if found is None else list(found)
             raise UserError(
