@@ -132,9 +132,9 @@ def describe(config: Any, weights: str, step: int | None, seed: int, class_names
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
     chosen = {name: config[name].to_dict() for name in sections if name in config}
-    for section, field, value, left_out in UNSAID:
-        if chosen.get(section, {}).get(field) == value:
-            chosen[section] = {name: x for name, x in chosen[section].items() if name not in left_out}
+    for section, name, value, left_out in UNSAID:
+        if chosen.get(section, {}).get(name) == value:
+            chosen[section] = {key: x for key, x in chosen[section].items() if key not in left_out}
     return {
         "step": step,
         "seed": seed,
