@@ -112,10 +112,11 @@ def check(run: Run) -> None:
     if not is_on(run.config):
         return
     times_of(run.process)
-    unknown = run.conditioner.batch_spec().keys() - {"label"}
-    if unknown:
-        raise UserError(f"the validation loss needs examples with labels only, and the conditioner reads {', '.join(unknown)}")
-    source_of(run)
+    source = source_of(run)
+    if run.caption_entries(source) is None and (unknown := run.conditioner.batch_spec().keys() - {"label"}):
+        raise UserError(
+            f"the validation loss needs examples with labels or captions, and the conditioner reads {', '.join(unknown)}"
+        )
 
 
 def measured(run: Run, params: Any, constants: Mapping[str, Any], levels: Sequence[float] = LEVELS) -> dict[str, Any]:
@@ -262,9 +263,12 @@ def squared_errors(
 def _batches(run: Run, source: Any, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (number of the first example, batch) over a data set, in order."""
     if isinstance(source, LatentCache):
+        entries = run.caption_entries(source)
         for first in range(0, len(source), size):
             records = np.arange(first, min(first + size, len(source)))
-            yield first, {"moments": source.gather(source.views * records), "label": source.labels[records].astype(np.int32)}
+            batch = {"moments": source.gather(source.views * records), "label": source.labels[records].astype(np.int32)}
+            text = source.with_captions(records, lambda example, _: entries(example, None)) if entries else {}
+            yield first, batch | text
         return
-    for batch in read_in_order(source, run.transform, size):
-        yield int(batch["index"][0]), {name: batch[name] for name in ("image", "label")}
+    for batch in read_in_order(source, run.example_transform(source), size):
+        yield int(batch["index"][0]), {name: batch[name] for name in ("image", "label", *run.conditioner.batch_spec())}
