@@ -56,13 +56,13 @@ class Samples:
 
     def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
         start, count = time.monotonic(), self.num_previews
-        classes = max(self.run.conditioner.num_classes, 1)
+        classes = self.run.conditioner.num_classes
         requests = spread_requests(self.run.conditioner, count, self.run.prompts)
         params = cast_for_inference(self.run.task, whole_network(self.run.task, state.ema_params, constants))
         images = self.generator(params, constants, requests, count)
         path = folder / f"{step:08d}.png"
         names, caption = self.texts(requests, step)
-        columns = classes if classes <= MOST_COLUMNS and count >= classes else None
+        columns = classes if 1 < classes <= min(count, MOST_COLUMNS) else None
 
         def write():
             records.images(step, {"samples": write_image_grid(path, images, columns, names=names, caption=caption)})
@@ -106,7 +106,8 @@ class Samples:
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
         params, frozen = on_mesh((whole_network(run.task, state.ema_params, constants), for_samples(constants)), mesh)
         class_names = run.source.class_names if run.conditioner.num_classes else ()
-        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names) | {"labels": "balanced"}
+        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names)
+        made_by |= {} if run.prompts else {"labels": "balanced"}
         names, caption = self.texts(requests, step)
         drawn = draw(
             path,
@@ -119,6 +120,7 @@ class Samples:
             replace=True,
             names=names,
             caption=caption,
+            texts={"captions": names} if run.prompts else None,
         )
         result = {"samples": str(path), "stopped": drawn.stopped}
         if drawn.stopped:
