@@ -69,10 +69,12 @@ def neighborhood_attention(
 
     def row_of_blocks(r, y):  # y has the queries of the rows to come
         key_blocks, value_blocks = (_keys(x, r, rows, columns) for x in (k, v))
-        weights = _weights(_queries(y, r, rows, columns), key_blocks, _mask(r, rows, columns))
-        return _put(y, _product(weights.astype(v.dtype), value_blocks, -2, -2), r, rows, columns)
+        scores = _scores(_queries(y, r, rows, columns), key_blocks, _mask(r, rows, columns))
+        weights = jnp.exp(scores - scores.max(-2, keepdims=True))
+        sums = weights.sum(-2)[..., None]  # divides the result: E numbers of a query in place of m
+        return _put(y, _product(weights.astype(v.dtype), value_blocks, -2, -2) / sums, r, rows, columns)
 
-    y = jax.lax.fori_loop(0, rows.count, row_of_blocks, _padded(q, rows, columns))
+    y = jax.lax.fori_loop(0, rows.blocks, row_of_blocks, _padded(q, rows, columns))
     return y[:, : rows.n, : columns.n]
 
 
@@ -94,7 +96,7 @@ def _neighborhood_backward(size, block, residuals, dy):
         return _put(gradients[0], dq, r, rows, columns), dk, dv
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
-    dq, dk, dv = jax.lax.fori_loop(0, rows.count, row_of_blocks, (_padded(q, rows, columns), *zeros))
+    dq, dk, dv = jax.lax.fori_loop(0, rows.blocks, row_of_blocks, (_padded(q, rows, columns), *zeros))
     return dq[:, : rows.n, : columns.n], dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -107,9 +109,9 @@ class Axis(NamedTuple):
     Fields:
         n: tokens.
         block: queries of a block; the last block may reach beyond n.
-        begin: int[count], the first key of each block.
+        begin: int[blocks], the first key of each block.
         length: keys of a block.
-        inside: bool[count, length, block], whether a key lies in the neighbourhood of a query.
+        inside: bool[blocks, length, block], whether a key lies in the neighbourhood of a query.
     """
 
     n: int
@@ -119,7 +121,7 @@ class Axis(NamedTuple):
     inside: np.ndarray
 
     @property
-    def count(self) -> int:
+    def blocks(self) -> int:
         return len(self.begin)
 
 
@@ -139,7 +141,7 @@ def _axes(x: jax.Array, size: int, block: tuple[int, int]) -> tuple[Axis, Axis]:
 
 def _padded(x: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
     """Queries [B, h, w, H, E] with zeros up to whole blocks."""
-    return jnp.pad(x, [(0, 0), *((0, axis.count * axis.block - axis.n) for axis in (rows, columns)), (0, 0), (0, 0)])
+    return jnp.pad(x, [(0, 0), *((0, axis.blocks * axis.block - axis.n) for axis in (rows, columns)), (0, 0), (0, 0)])
 
 
 def _mask(r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
@@ -149,7 +151,7 @@ def _mask(r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
 
 def _queries(x: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
     """[B, .., .., H, E] -> [B, C, H, n, E]: the queries of a row of blocks."""
-    return _slices(x, r * rows.block, np.arange(columns.count) * columns.block, (rows.block, columns.block))
+    return _slices(x, r * rows.block, np.arange(columns.blocks) * columns.block, (rows.block, columns.block))
 
 
 def _keys(x: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
@@ -171,7 +173,7 @@ def _slices(x: jax.Array, row: jax.Array, columns: np.ndarray, sides: tuple[int,
 def _put(x: jax.Array, y: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
     """Replaces the queries of a row of blocks by y [B, C, H, n, E]."""
     b, _, width, heads, e = x.shape
-    y = y.reshape(b, columns.count, heads, rows.block, columns.block, e).transpose(0, 3, 1, 4, 2, 5)
+    y = y.reshape(b, columns.blocks, heads, rows.block, columns.block, e).transpose(0, 3, 1, 4, 2, 5)
     y = y.reshape(b, rows.block, width, heads, e).astype(x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(x, y, r * rows.block, 1)
 
@@ -180,10 +182,9 @@ def _add_keys(x: jax.Array, d: jax.Array, r: jax.Array, rows: Axis, columns: Axi
     """Adds d [B, C, H, m, E] where `_keys` took the keys of a row of blocks. Overlaps are sums of padded arrays, no scatter."""
     b, count, heads, _, e = d.shape
     d = d.reshape(b, count, heads, rows.length, columns.length, e)
-    whole = 0
-    for c, begin in enumerate(columns.begin):
-        behind = columns.n - columns.length - begin
-        whole += jnp.pad(d[:, c], [(0, 0), (0, 0), (0, 0), (begin, behind), (0, 0)])
+    sides = [(int(begin), int(columns.n - columns.length - begin)) for begin in columns.begin]
+    parts = [jnp.pad(d[:, c], [(0, 0), (0, 0), (0, 0), side, (0, 0)]) for c, side in enumerate(sides)]
+    whole = functools.reduce(jnp.add, parts)
     row = jnp.asarray(rows.begin)[r]
     old = jax.lax.dynamic_slice_in_dim(x, row, rows.length, 1)
     return jax.lax.dynamic_update_slice_in_dim(x, old + whole.transpose(0, 2, 3, 1, 4), row, 1)
@@ -233,9 +234,13 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
     return _product(_weights(q, k, mask).astype(q.dtype), v, -2, -2).astype(q.dtype)
 
 
-def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """f32[.., m, n]. The mask is a sum: XLA's CPU compiler fuses it better than a selection."""
-    return jax.nn.softmax(_product(k, q, -1, -1) + jnp.where(mask, 0.0, -jnp.inf), axis=-2)
+    return _product(k, q, -1, -1) + jnp.where(mask, 0.0, -jnp.inf)
+
+
+def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.softmax(_scores(q, k, mask), axis=-2)
 
 
 def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
