@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from dit_jax.build import Run
-from dit_jax.metrics.digit_recognition import asked, recognised_all
+from dit_jax.evaluate.digit_recognition import asked, recognised_all
 from dit_jax.storage.run_folder import read_config
 
 
