@@ -335,7 +335,7 @@ def test_other_shapes_and_names(tmp_path):
     for name, features, text in (
         ("digits", "pixels", "must be equal"),
         ("/nowhere", "pixels", "does not exist"),
-        ("digits", "inception9", "is not registered; choose one of dinov2, inception, pixels"),
+        ("digits", "inception9", "is not registered; choose one of clip, dinov2, inception, pixels"),
         ("digits", "inception", "--weights"),
     ):
         with pytest.raises(UserError, match=text):
