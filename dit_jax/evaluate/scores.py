@@ -17,7 +17,7 @@ from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError, failures, raise_all
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
-from dit_jax.evaluate.images import ArrayImages, Images, check_is_images, open_images, open_samples
+from dit_jax.evaluate.images import ArrayImages, Images, captions_of, check_is_images, open_images, open_samples
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
@@ -141,8 +141,8 @@ def score(
 
 def _source(given: str | os.PathLike | Samples | np.ndarray, what: str) -> str | Images:
     if isinstance(given, Samples):
-        captions = getattr(given, "texts", {}).get("captions")
-        return ArrayImages(given.images, f"the {what}", given.made_by, given.labels, captions)
+        texts = getattr(given, "texts", None)
+        return ArrayImages(given.images, f"the {what}", given.made_by, given.labels, texts)
     return ArrayImages(np.asarray(given), f"the {what}") if hasattr(given, "__array__") else os.fspath(given)
 
 
@@ -197,7 +197,7 @@ def evaluate(
         )
     result, more = compute(metrics, extracted, against, options)
     if "clip_score" in metrics:
-        scored, cut = score_captions(_kept(extracted.features), getattr(images, "captions", ()), loaded)
+        scored, cut = score_captions(_kept(extracted.features), captions_of(images) or (), loaded)
         result, more = result | scored, more + cut
     return {
         **result,
@@ -354,7 +354,7 @@ def _obstacle(
             return f"the extractor {extractor} has no class probabilities"
         return f"{len(images)} samples are fewer than its {TENTHS} parts" if len(images) < TENTHS else None
     if metric == "clip_score":
-        return None if getattr(images, "captions", None) is not None else "the samples have no captions"
+        return None if captions_of(images) is not None else "the samples have no captions"
     if reference is None:
         return "it needs a reference"
     if metric == "sfid":
