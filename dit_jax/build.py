@@ -27,10 +27,11 @@ from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.codecs.vq_vae import VQVAE
+from dit_jax.data.captions import CaptionedImage, CaptionEntries, Captions
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
-from dit_jax.data.sources import TFDS, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -40,6 +41,7 @@ from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
+from dit_jax.encoders.text import Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, vae
@@ -67,6 +69,7 @@ register("codec", "pixels", Pixels)
 register("codec", "kl_vae", KLVAE)
 register("codec", "vq_vae", VQVAE)
 register("data", "digits", Digits)
+register("data", "digit_pairs", DigitPairs)
 register("data", "folder", ImageFolder)
 register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
@@ -77,6 +80,7 @@ register("optimizer", "adafactor", adafactor)
 register("optimizer", "muon", muon)
 register("conditioner", "labels", Labels)
 register("conditioner", "none", Unconditional)
+register("conditioner", "text", Text)
 register("guidance", "classifier_free", Guidance)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -277,6 +281,46 @@ class Run:
         return construct("data", self.config.data)
 
     @cached_property
+    def captions(self) -> Captions:
+        """How examples get their texts: the section `captions`, which configs of networks without text do not have."""
+        return Captions(**self.config.get("captions", {}))
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of previews and samples: `preview.prompts`, else what the templates of captions make; () without text.
+
+        Raises:
+            UserError: the network takes text, and there are none.
+        """
+        if "conditioner" not in self.config or not isinstance(self.conditioner, Text):
+            return ()
+        prompts = self.config.preview.get("prompts", ())
+        if not prompts and self.captions.templates:
+            prompts = self.captions.all_of(self.source.class_names)
+        if not prompts:
+            raise UserError(
+                "preview.prompts is empty, and previews of a network that takes text need prompts; give "
+                "--config.preview.prompts=\"('a photo of a cat',)\""
+            )
+        return (prompts,) if isinstance(prompts, str) else tuple(prompts)
+
+    def caption_entries(self, source: Any) -> CaptionEntries | None:
+        """What makes the entries of a batch of the text of an example of this data set; None for a condition without text.
+
+        Raises:
+            UserError: the data set has no texts.
+        """
+        if "conditioner" not in self.config or not isinstance(self.conditioner, Text):
+            return None
+        self.captions.check(source)
+        return CaptionEntries(self.captions, tuple(source.class_names), self.conditioner.tokenizer, self.conditioner.rates)
+
+    def example_transform(self, source: Any) -> Any:
+        """The transform of an example of this data set: the section `transform`, and the tokens of its text if there is one."""
+        entries = self.caption_entries(source)
+        return self.transform if entries is None else CaptionedImage(self.transform, entries)
+
+    @cached_property
     def evaluation_source(self) -> Any:
         """The images of evaluation: `data` with `evaluation.split` if it is set."""
         split = self.config.evaluation.get("split")
@@ -300,10 +344,13 @@ class Run:
             say(f"note: each batch of {config.batch_size} holds {epochs:.1f} epochs of the {len(self.source)} examples")
         part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
-            loader = Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader = Loader(
+                self.source, self.example_transform(self.source), config.batch_size, config.seed, **config.loader, **part
+            )
             loader.check_small()
             return loader
         self.source.check(self.codec, config.codec.sha256, self.transform)
+        part["entries"] = self.caption_entries(self.source)
         return LatentLoader(self.source, config.batch_size, config.seed, self.transform.flip, **config.loader, **part)
 
     def check_batch(self) -> None:

@@ -35,13 +35,16 @@ from dit_jax.sample import drawing, export, samples_file, shards, trained
 from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, image_keys, on_mesh
 from dit_jax.sample.grid import image_grid, label_names, sampling_caption, write_animation
 from dit_jax.sample.jobs import Interpolate, Job
+from dit_jax.sample.jobs.edit import sha256
 from dit_jax.sample.jobs.job import Inputs, Labels, Scene
+from dit_jax.sample.prompts import Prompts, prompts_of
 from dit_jax.sample.samples_file import Samples
 from dit_jax.sample.watch import Evaluation, Watcher
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.run_folder import read_class_names
 from dit_jax.tasks import averages
+from dit_jax.tasks.diffusion import CONDITIONER
 from dit_jax.tasks.task import warning_of_average
 
 ENCODER_SEED = 0  # of the posterior samples of given images
@@ -55,6 +58,8 @@ class Options(TypedDict, total=False):
     """How images are drawn; what is left out is as the config of the run or the weights has it.
 
     Fields:
+        prompt: of a network with text: one for all images, several in turn, or `Prompts`.
+        negative_prompt: a text that guidance leads away from, for all images or one for each prompt.
         sampler: a registered sampler, such as "ddpm", "ddim" or "heun".
         num_steps: sampling steps.
         sampler_fields: other fields of the sampler, as in {"eta": 0.5}.
@@ -71,6 +76,8 @@ class Options(TypedDict, total=False):
             it by the network's tokens and the kind of device.
     """
 
+    prompt: str | Sequence[str] | Prompts | None
+    negative_prompt: str | Sequence[str] | None
     sampler: str | None
     num_steps: int | None
     sampler_fields: Mapping[str, Any] | None
@@ -144,7 +151,13 @@ class Pipeline:
 
     def __repr__(self) -> str:
         at = "" if self._chosen_step is None else f" at step {self._chosen_step}"
-        return f"<Pipeline of {self.path}{at}: {self.run.network.describe()}, {self.num_classes} classes>"
+        condition = "text" if self.takes_text else f"{self.num_classes} classes"
+        return f"<Pipeline of {self.path}{at}: {self.run.network.describe()}, {condition}>"
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the network draws from prompts."""
+        return getattr(self.run.conditioner, "takes_text", False)
 
     @property
     def num_classes(self) -> int:
@@ -240,7 +253,7 @@ class Pipeline:
         arrays = self._parameters[0], self._constants, drawn.requests, len(drawn.labels), drawn.weak_params
         with self._watcher.calling(callback):
             images = drawn.generator(*arrays, given=drawn.inputs.arrays)
-        return Samples(images, drawn.labels, drawn.made_by())
+        return Samples(images, drawn.labels, drawn.made_by(), drawn.texts)
 
     def check(
         self, labels: Labels = None, *, num_samples: int | None = None, seed: int = 0, **options: Unpack[Options]
@@ -292,7 +305,7 @@ class Pipeline:
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
         at = "" if self.step is None else f" at step {self.step}"
         say(f"sampling from {self.path}{at}: {dict(run.config.sampler)}, guidance {guidance.scale}")
-        names = self._names(drawn.requests)
+        names = drawn.prompts.texts if drawn.prompts else self._names(drawn.requests)
         done = drawing.draw(
             out,
             drawn.generator,
@@ -306,6 +319,7 @@ class Pipeline:
             caption=drawn.caption(),
             given=drawn.inputs.arrays,
             rows=names[::class_grid] if class_grid else (),
+            texts=drawn.texts,
         )
         if watched is not None and animation is not None and not done.stopped and hosts.is_first():
             self._animate(animation, watched)
@@ -478,8 +492,10 @@ class Pipeline:
         Raises:
             UserError: as for a call; the weights are split over devices; the folder holds something else; cannot be written.
         """
-        drawn = self._prepare(None, None, 0, options, in_memory=True)
-        trees = {"params": self._parameters[0], "weak_params": drawn.weak_params, "codec": self._constants["codec"]}
+        asked: Options = {"prompt": "", **options} if self.takes_text else options
+        drawn = self._prepare(None, None, 0, asked, in_memory=True)
+        constants = {name: self._constants[name] for name in ("codec", CONDITIONER) if name in self._constants}
+        trees = {"params": self._parameters[0], "weak_params": drawn.weak_params, **constants}
         made_by = {k: v for k, v in drawn.settings().items() if k not in ("seed", "labels")}
         facts = {"num_classes": self.num_classes, "made_by": made_by}
         return export.write(path, drawn.generator, trees, drawn.requests, facts)
@@ -502,13 +518,21 @@ class Pipeline:
         num_samples = None if num_samples is None else _whole_number("num_samples", num_samples)
         config = self._configured(options)
         run = Run(config, codec_params=self.run.codec_params)
-        asked, mode = job.requests(labels, num_samples, self.num_classes, seed)
+        prompts = self._prompts(labels, num_samples, options)
+        if prompts is not None and num_samples is None and len(prompts.texts) > 1:
+            num_samples = len(prompts.texts)
+        asked, mode = job.requests("none" if prompts else labels, num_samples, self.num_classes, seed)
         chosen = asked["label"]
-        requests = run.task.requests(asked if self.num_classes else {})
+        if prompts is not None:
+            prompts = prompts.repeated(len(chosen))
+        requests = run.task.requests(prompts.requests() if prompts else asked if self.num_classes else {})
         sampler = job.sampler(run.sampler, run.process)
         forecast = run.checked_forecast(sampler)
         guides = options.get("autoguidance")
         guidance = run.guidance if guides is None else run.guidance_by_second_network
+        if prompts is not None and any(prompts.negatives) and (guidance.scale == 1 or guides is not None):
+            why = "guidance is off (guidance_scale is 1)" if guides is None else "another network guides (autoguidance)"
+            raise UserError(f"negative_prompt={prompts.negatives[0]!r} has no effect where {why}; omit it")
         if guidance.scale == 0:
             say(f"guidance_scale is 0: {'the labels count for nothing' if guides is None else 'only the weaker network counts'}")
         batch_size = options.get("batch_size")
@@ -548,7 +572,30 @@ class Pipeline:
             lambda seed: generator.with_seed(seed).noise(np.zeros(1, np.int32)),
         )
         inputs = job.inputs(scene, requests, len(chosen))
-        return _Drawing(self, run, sampler, generator, guidance, chosen, mode, requests, inputs, guides)
+        if prompts and (keys := prompts.keys(seed)):
+            if hasattr(job, "seeds"):
+                raise UserError("the prompts have seeds of their own, and the job has seeds too; leave those of the prompts out")
+            inputs = Inputs({**inputs.arrays, **keys}, {**inputs.settings, "seeds_sha256": sha256(keys["seed"])})
+        return _Drawing(self, run, sampler, generator, guidance, chosen, mode, requests, inputs, guides, prompts)
+
+    def _prompts(self, labels: Labels, num_samples: int | None, options: Options) -> Prompts | None:
+        """The prompts of a call; None of a network without text.
+
+        Raises:
+            UserError: there is none; labels for a network with text; prompts for another.
+        """
+        prompt, negative = options.get("prompt"), options.get("negative_prompt")
+        if not self.takes_text:
+            for name, value in (("prompt", prompt), ("negative_prompt", negative)):
+                if value is not None:
+                    asks = "labels" if self.num_classes else "no condition"
+                    raise UserError(f"{name}={value!r}: the network takes {asks} and no text; leave {name} out")
+            return None
+        if labels is not None:
+            raise UserError(f"labels={labels!r}: the network takes text; give prompt=, as in prompt='a three', and no labels")
+        if prompt is None:
+            raise UserError("the network draws from text; give prompt=, as in prompt='a three'; prompt='' draws without one")
+        return prompts_of(prompt, negative)
 
     def _configured(self, options: Options) -> ml_collections.ConfigDict:
         """The config with the options in place of its sections `sampler`, `guidance` and `forecast`."""
@@ -642,6 +689,12 @@ class _Drawing(NamedTuple):
     requests: Requests
     inputs: Inputs
     guides: str | os.PathLike | None
+    prompts: Prompts | None
+
+    @property
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """The texts that are stored with the images."""
+        return {} if self.prompts is None else self.prompts.stored()
 
     @property
     def weak_params(self) -> Any:
@@ -658,7 +711,8 @@ class _Drawing(NamedTuple):
         """What the images depend on, besides the labels and the machine."""
         pipe, (_, step, fingerprint) = self.pipe, self.pipe._parameters
         settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed, pipe._class_names)
-        settings["labels"] = self.labels_mode
+        if self.prompts is None:
+            settings["labels"] = self.labels_mode
         if self.inputs.settings:
             settings["job"] = dict(self.inputs.settings)
         if pipe.average != "default":
@@ -673,7 +727,7 @@ class _Drawing(NamedTuple):
     def made_by(self) -> dict[str, Any]:
         """`settings` and all others, as they stand in the npz of samples."""
         shape, made_with = self.generator.image_shape, drawing.made_with(self.generator)
-        settings = shards.settings_of(self.labels, shape, self.settings(), made_with, self.requests)
+        settings = shards.settings_of(self.labels, shape, self.settings(), made_with, self.requests, self.texts)
         return json.loads(json.dumps(shards.Shards(Path(), settings, self.labels).made_by))
 
 

@@ -16,7 +16,6 @@ from dit_jax.parallel.mesh import batch_sharding, rows_per_step
 from dit_jax.programs import collectives, hlo
 from dit_jax.runtime.console import say
 from dit_jax.sample.generator import Generator, default_chunk_size
-from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference
 from dit_jax.tasks.compiled_step import compile_in_background
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -113,7 +112,7 @@ def sampler(subject: Subject) -> Work:
     guidance, draw = subject.guidance, subject.sampler
     task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
     params = cast_for_inference(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
-    requests = spread_requests(task.conditioner, subject.batch_size)
+    requests = subject.requests()
     platform = jax.devices()[0].platform
     share, rows = subject.batch_size // rows_per_step(subject.mesh), default_chunk_size(subject.num_tokens, platform)
     generator = Generator(

@@ -10,15 +10,18 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax import registry
+from dit_jax.benchmark.embeddings import Embeddings
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.data.size import size_json
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.edm import EDM
+from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.encoders.labels import Labels
@@ -26,8 +29,10 @@ from dit_jax.errors import UserError
 from dit_jax.models import sizes
 from dit_jax.models.dit import DiT
 from dit_jax.models.network import for_platform, has_null_label
+from dit_jax.models.published import Published
 from dit_jax.models.registered import networks
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, rows_per_step
+from dit_jax.sample.labels import spread_requests
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.optimizer import adamw
 from dit_jax.tasks.task import Task
@@ -80,6 +85,13 @@ class Subject:
 
         return jax.jit(make, out_shardings=batch_sharding(self.mesh))(jax.random.key(self.seed))
 
+    def requests(self) -> dict[str, Any]:
+        """Requests of a batch of samples: all classes in turn, or the random embeddings of a batch."""
+        if self.num_classes:
+            return spread_requests(self.diffusion_task.conditioner, self.batch_size)
+        wanted = self.diffusion_task.conditioner.batch_spec()
+        return {name: np.asarray(x) for name, x in self.batch().items() if name in wanted}
+
     @property
     def macs(self) -> int | None:
         """Multiply-adds of one forward pass of one image; None if the task's step uses further networks."""
@@ -104,8 +116,10 @@ class Subject:
         trained: Any = for_platform(task.network, jax.default_backend()) if task.draws_samples else task.codec
         names = ("depth", "width", "heads", "patch_size", "conditioning", "attention", "unroll", "remat")
         fields = {name: getattr(trained, name) for name in names if hasattr(trained, name)}
+        embeddings = dict(task.conditioner.shapes) if isinstance(getattr(task, "conditioner", None), Embeddings) else {}
         return {
             "model": {"name": type(trained).__name__, **fields},
+            **({"condition": {"random_embeddings": embeddings}} if embeddings else {}),
             "dtype": jnp.dtype(trained.dtype).name,
             "param_dtype": jnp.dtype(trained.param_dtype).name,
             "resolution": size_json(task.image_shape[-3:-1]),
@@ -171,33 +185,34 @@ def of_published(
 ) -> Subject:
     """A published network of any kind, "ADM@256", on what it takes: images, or cached latents of an autoencoder.
 
+    The condition of a text network is random embeddings (`Embeddings`).
+
     fields: of the network, in place of the published ones, as remat.
 
     Raises:
-        UserError: no such network; it has no such field, or takes more than a label; a batch or mesh that does not fit.
+        UserError: no such network; it has no such field, or refuses a value, or upsamples; a batch or mesh that does not fit.
     """
     known = {key: (constructor, published) for key, constructor, published in networks()}
     if name not in known:
         raise UserError(f"--model={name} does not exist; choose one of {', '.join([*sizes.MODELS, *known])}")
     constructor, published = known[name]
-    if published.cond_shapes.keys() - {"label"}:
+    if published.after:
         raise UserError(f"--model={name} upsamples images of another network, which a benchmark does not have; choose another")
     if unknown := [key for key in fields if key not in constructor.__dataclass_fields__]:
         raise UserError(f"--{unknown[0]} has no effect on --model={name}, whose network has no such field; omit it")
     *grid, channels = published.input_shape
     network = constructor(**{**published.fields, **fields, "dtype": DTYPES[dtype]})
+    network.check(published.input_shape)
     factor = int(name.split("@")[1].split()[0]) // grid[0]
-    codec: Any = {1: Pixels(channels), 4: VQVAE(), 8: KLVAE()}[factor]
-    process: Any = EDM()
-    if published.process == "gaussian":
-        process = Gaussian(variance="learned_range" if published.fields["out_channels"] == 2 * channels else "fixed_small")
+    codec: Any = {1: Pixels(channels), 4: VQVAE(), 8: KLVAE(latent_channels=channels, use_quant_conv=channels == 4)}[factor]
+    text = tuple((entry, shape) for entry, shape in published.cond_shapes.items() if entry != "label")
     classes = published.fields.get("num_classes", 0)
-    guided = classes and has_null_label(network)
+    guided = text or (classes and has_null_label(network))
     task = DiffusionTask(
         network,
-        process,
+        _process(published),
         codec,
-        Labels(num_classes=classes),
+        Embeddings(text) if text else Labels(num_classes=classes),
         adamw(),
         (*(factor * side for side in grid), codec.image_channels),
         published.input_shape,
@@ -206,6 +221,14 @@ def of_published(
     if guidance_scale != 1 and not guided:
         raise UserError(f"--guidance_scale={guidance_scale}: --model={name} has no null label to be guided with; omit it")
     return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, sampler, num_steps, guidance_scale, factor > 1)
+
+
+def _process(published: Published) -> Any:
+    """The process that a network was trained with."""
+    if published.process == "gaussian":
+        learned = published.fields["out_channels"] == 2 * published.input_shape[-1]
+        return Gaussian(variance="learned_range" if learned else "fixed_small")
+    return EDM() if published.process == "edm" else Flow(time_distribution="logit_normal", shift=3.0)
 
 
 def _drawing(

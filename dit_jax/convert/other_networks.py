@@ -20,7 +20,7 @@ from dit_jax import recipes, registry
 from dit_jax.convert.source import Source, config_of, origin_of, shapes_of
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.errors import UserError
-from dit_jax.interop import diffit, hourglass, unet, weights
+from dit_jax.interop import diffit, hourglass, mmdit, pixart, unet, weights
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
 from dit_jax.interop.weights import Weights
 from dit_jax.storage.run_folder import read_config
@@ -46,7 +46,7 @@ class Layouts(Protocol):
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None]: ...
 
 
-NETWORKS: tuple[Layouts, ...] = (diffit, hourglass, unet)
+NETWORKS: tuple[Layouts, ...] = (diffit, hourglass, mmdit, pixart, unet)
 
 
 def reader_of(names: Collection[str], layout: str) -> Layouts | None:

@@ -23,6 +23,8 @@ class Conditioner(Protocol):
     Fields:
         rules: how the parameters are split over the mesh; () without parameters.
         num_classes: number of labels; 0 if the condition is not a label.
+
+    One with `takes_text` True turns requests {"caption": str [N], "negative": str [N], optional} into token ids.
     """
 
     @property
@@ -52,3 +54,23 @@ class Conditioner(Protocol):
 
     def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The null condition, with the names and shapes of `cond`."""
+
+
+class Frozen(Protocol):
+    """Optional members of a conditioner with frozen encoders. `build.Run` reads their weights.
+
+    Fields:
+        constant_rules: how the constants are split over the mesh.
+    """
+
+    @property
+    def constant_rules(self) -> Rules: ...
+
+    def constants(self) -> dict[str, Any]:
+        """The encoders' weights, and what is computed of them once, as ShapeDtypeStructs; {} without a frozen encoder."""
+
+
+def constants_of(conditioner: Conditioner) -> tuple[dict[str, Any], Rules]:
+    """(constants, their rules) of a conditioner, see `Frozen`; ({}, ()) if it has no such members."""
+    constants = getattr(conditioner, "constants", dict)()
+    return constants, tuple(getattr(conditioner, "constant_rules", ()))

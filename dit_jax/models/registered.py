@@ -6,6 +6,8 @@ from typing import Any
 from dit_jax.models.diffit import DiffiT
 from dit_jax.models.dit import DiT
 from dit_jax.models.hourglass import HourglassDiT
+from dit_jax.models.mmdit import MMDiT
+from dit_jax.models.pixart import PixArt
 from dit_jax.models.published import Published
 from dit_jax.models.unet import UNet
 from dit_jax.registry import get, names, register
@@ -13,6 +15,8 @@ from dit_jax.registry import get, names, register
 register("model", "dit", DiT)
 register("model", "diffit", DiffiT)
 register("model", "hourglass", HourglassDiT)
+register("model", "mmdit", MMDiT)
+register("model", "pixart", PixArt)
 register("model", "unet", UNet)
 
 

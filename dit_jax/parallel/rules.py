@@ -32,7 +32,10 @@ def rule_of(name: str, shape: tuple[int, ...], rules: Rules) -> tuple[str | None
     """
     if not shape and SCALARS.search(name):
         return ()
-    specs = [spec for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)]
+    found = [(pattern, spec) for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)]
+    if len(found) > 1:  # a layer of a conditioner may be called as one of the network
+        found = [(pattern, spec) for pattern, spec in found if pattern.startswith("conditioner/")]
+    specs = [spec for _, spec in found]
     if len(specs) != 1:
         raise ValueError(
             f"{len(specs)} sharding rules match {name} {shape}, but exactly one must: fix the table in dit_jax/parallel/rules.py"

@@ -2,9 +2,11 @@
 
     python -m dit_jax.sample --workdir=runs/digits --num_samples=100 --labels=3,5 --guidance_scale=1.5 --out=x.npz
     python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
+    python -m dit_jax.sample --workdir=runs/digits_text --prompt="a handwritten three" --out=three.npz
     python -m dit_jax.sample --workdir=runs/digits --job=edit --given=photo.png --strength=0.6 --labels=3 --out=x.npz
 
-Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON) and x.png, a grid of the first 100. Images are first
+Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON; of a network with text captions: str [N]) and x.png, a
+grid of the first 100. Images are first
 written in shards to x.shards, which is removed when the npz is complete; --out=<folder> keeps the shards and writes no npz.
 After a kill or a stop (SIGTERM, exit status 75) the same command continues; other settings are refused. Image k does not
 depend on the number of devices and processes or on --batch_size: to the bit with --fsdp=1, else up to rounding.
@@ -18,6 +20,7 @@ from dit_jax import registry
 from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
 from dit_jax.sample.labels import CHOICES
+from dit_jax.sample.prompts import Prompts, expander_of, read_prompts
 from dit_jax.storage.paths import local_path
 
 command_line.group("Where the weights come from")
@@ -42,7 +45,22 @@ NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images. Default: 64; 8 of --job=interpolate; one for each label of --job=edit and inpaint."
 )
 LABELS = flags.DEFINE_list("labels", [], "Classes in turn, as in 3,5; or `random`, `none`, or `balanced` (default: all in turn).")
-SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed, k and its label.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to draw, of a network with text; repeat the flag for several, in turn.")
+PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    'File with a prompt in each line, or .jsonl with {"prompt", "negative", "seed"} in each; the last two optional.',
+)
+NEGATIVE_PROMPT = flags.DEFINE_string(
+    "negative_prompt", None, "Text that guidance leads away from, for all images. Default: the empty text."
+)
+PROMPT_EXPANDER = flags.DEFINE_string(
+    "prompt_expander",
+    None,
+    "Makes a longer text of each prompt: module:function, of a list of texts; or command:PROGRAM, which reads and writes lines. "
+    "The samples keep both texts.",
+)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed. Image k depends on the seed, k and its label or prompt.")
 JOB = flags.DEFINE_string(
     "job",
     "generate",
@@ -145,6 +163,18 @@ def chosen_labels() -> list[int] | str | None:
         ) from None
 
 
+def chosen_prompts() -> Prompts | None:
+    """The prompts of --prompt or --prompts, expanded."""
+    if PROMPT.value and PROMPTS.value:
+        raise UserError(f"--prompt and --prompts={PROMPTS.value}: give one of them")
+    prompts = read_prompts(PROMPTS.value) if PROMPTS.value else Prompts(tuple(PROMPT.value)) if PROMPT.value else None
+    if PROMPT_EXPANDER.value:
+        if prompts is None:
+            raise UserError(f"--prompt_expander={PROMPT_EXPANDER.value} has no effect without --prompt or --prompts; omit it")
+        prompts = prompts.expanded(expander_of(PROMPT_EXPANDER.value))
+    return prompts
+
+
 def fields_of_sampler() -> dict[str, str]:
     """{"eta": "0.5"} of --sampler_fields=eta=0.5; the pipeline knows the fields' types."""
     pairs = [text.partition("=") for text in SAMPLER_FIELDS.value]
@@ -209,8 +239,9 @@ def main() -> dict:
     source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
     labels, sampler_fields, guidance_interval, fields = chosen_labels(), fields_of_sampler(), interval(), job_fields()
-    count = NUM_SAMPLES.value
-    if count is None and CLASS_GRID.value is None and not flags_of_job() & {"given", "seeds"}:
+    prompts, count = chosen_prompts(), NUM_SAMPLES.value
+    several = prompts is not None and len(prompts.texts) > 1  # one image of each
+    if count is None and CLASS_GRID.value is None and not several and not flags_of_job() & {"given", "seeds"}:
         count = 64
     processes.join()
     from dit_jax.pipeline import Pipeline
@@ -237,6 +268,8 @@ def main() -> dict:
         job=job,
         class_grid=CLASS_GRID.value,
         animation=ANIMATION.value,
+        prompt=prompts,
+        negative_prompt=NEGATIVE_PROMPT.value,
         sampler=SAMPLER.value,
         num_steps=NUM_STEPS.value,
         sampler_fields=sampler_fields,

@@ -92,6 +92,7 @@ def draw(
     caption: str = "",
     given: Mapping[str, np.ndarray] | None = None,
     rows: Sequence[str] = (),
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> Drawn:
     """Draws image k for request k, k = 0, 1, ..., into an npz or a folder of shards; finished shards are not drawn again.
 
@@ -107,6 +108,7 @@ def draw(
         names, caption: texts of the grid, which shows the first GRID_IMAGES images, see `write_image_grid`.
         given: host arrays of the generator's job, [num_images, ...], or [1, ...] for all images.
         rows: names of the grid's rows, each with as many images; the grid then shows all images, and `names` are not written.
+        texts: as of `samples_file.Samples`; stored with the images.
 
     Raises:
         UserError: see `check_out`, `shards.claimed`; the npz exists and was drawn with other settings; a full disk; a request is
@@ -119,10 +121,10 @@ def draw(
     start = time.monotonic()
     check_out(out)
     labels = requests.get("label", np.zeros(num_images, np.int32))
-    settings = shards.settings_of(labels, generator.image_shape, made_by, made_with(generator), requests)
-    wanted = Shards(folder_of(out), settings, labels)
+    settings = shards.settings_of(labels, generator.image_shape, made_by, made_with(generator), requests, texts)
+    wanted = Shards(folder_of(out), settings, labels, texts)
     grid = out.with_suffix(".png") if out.suffix == ".npz" else out / shards.GRID
-    texts = (names[:GRID_IMAGES], caption, rows)
+    of_grid = (names[:GRID_IMAGES], caption, rows)
     done = out.suffix == ".npz" and hosts.is_first() and _is_done(out, wanted, replace)
     if hosts.greatest(int(done)):
         if hosts.is_first():
@@ -131,12 +133,12 @@ def draw(
         return Drawn(out, grid, 0, time.monotonic() - start, False)
     if not hosts.is_first():
         return _draw_folder(
-            out, grid, texts, generator, (params, constants, weak_params, given or {}), requests, wanted.path, start
+            out, grid, of_grid, generator, (params, constants, weak_params, given or {}), requests, wanted.path, start
         )
     with shards.claimed(wanted, replace):
         remove_leftovers(out.parent, out.name, grid.name)
         return _draw_folder(
-            out, grid, texts, generator, (params, constants, weak_params, given or {}), requests, wanted.path, start
+            out, grid, of_grid, generator, (params, constants, weak_params, given or {}), requests, wanted.path, start
         )
 
 
@@ -165,7 +167,7 @@ def _is_done(out: Path, wanted: Shards, replace: bool) -> bool:
     return True
 
 
-def _draw_folder(out, grid, texts, generator, arrays, requests, path, start) -> Drawn:
+def _draw_folder(out, grid, of_grid, generator, arrays, requests, path, start) -> Drawn:
     hosts.wait_for_all("the folder of samples is claimed")
     samples = shards.opened(path)
     if samples is None:
@@ -181,7 +183,7 @@ def _draw_folder(out, grid, texts, generator, arrays, requests, path, start) -> 
         stopped = _draw_shards(generator, arrays, requests, writer, stop)
     hosts.wait_for_all("every shard of the samples is written")
     if not stopped and hosts.is_first():
-        _finish(out, grid, texts, samples)
+        _finish(out, grid, of_grid, samples)
     return Drawn(out, grid, writer.done, time.monotonic() - start, stopped)
 
 
@@ -292,19 +294,19 @@ class ShardWriter:
             self._writing.result()
 
 
-def _finish(out: Path, grid: Path, texts: tuple[Sequence[str], str, Sequence[str]], samples: Shards):
+def _finish(out: Path, grid: Path, of_grid: tuple[Sequence[str], str, Sequence[str]], samples: Shards):
     """Writes the npz, if one is wanted, and the grid, from a folder with all its shards."""
     samples = shards.read(samples.path)
-    names, caption, rows = texts
+    names, caption, rows = of_grid
     shown = len(samples) if rows else min(len(samples), GRID_IMAGES)
     first = next(samples.batches(0, shown, shown))
     columns = len(first) // len(rows) if rows else 10 if len(first) >= 10 else None
     try:
         write_image_grid(grid, first, columns, names=() if rows else names, caption=caption, rows=rows)
         if out.suffix == ".npz":  # last: a later start takes it for the sign that all is done
-            samples_file.write_stream(
-                out, (len(samples), *samples.shape), (images for _, images, _ in samples.rows()), samples.labels, samples.made_by
-            )
+            blocks = (images for _, images, _ in samples.rows())
+            shape = (len(samples), *samples.shape)
+            samples_file.write_stream(out, shape, blocks, samples.labels, samples.made_by, samples.texts)
     except OSError as error:
         raise shards.unwritable(out, error) from None
     if out.suffix == ".npz":

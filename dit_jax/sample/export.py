@@ -16,6 +16,7 @@ from dit_jax.parallel.rules import path_name
 from dit_jax.sample.generator import Generator, has_replicated_params
 from dit_jax.storage.atomic import remove_leftovers, replacing_folder, write_json
 from dit_jax.storage.paths import local_path
+from dit_jax.tasks.diffusion import CONDITIONER
 
 PROGRAM, WEIGHTS, MADE_BY = "sampler.stablehlo", "weights.npz", "made_by.json"
 
@@ -27,7 +28,7 @@ def write(
 
     Args:
         path: a folder; one that exists is replaced if it holds nothing but an export.
-        trees: {"params", "weak_params", "codec"}: what the generator reads.
+        trees: {"params", "weak_params", "codec", and "conditioner" of a frozen encoder}: what the generator reads.
         requests: as the generator takes them; their dtypes and the shapes of a row count.
         facts: more entries of made_by.json.
 
@@ -54,7 +55,7 @@ def write(
             for x, dtype in zip((weights[name] for name in names), dtypes, strict=True)
         ]
         trees = jax.tree.unflatten(structure, arrays)
-        constants = {"codec": trees["codec"]}
+        constants = {name: trees[name] for name in ("codec", CONDITIONER) if name in trees}
         args = trees["params"], constants, indices, requests, trees["weak_params"], seed, None
         return generator.images_of_one_device(*args)[0]  # the file has no place for whether they are finite
 

@@ -29,6 +29,7 @@ from dit_jax.tasks.diffusion import CONDITIONER, DiffusionTask
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 64
 NAMED = 5  # images in a message
 PADDING = -1  # index of the rows that fill the last call
+OWN_KEYS = ("seed", "number")  # entries of `given` where images have keys of other seeds: uint32 and int32 [B]
 DECODER_CHUNK = 8  # a few images fill a device; one of 256 px takes 160 MB in float32
 CHUNK_TOKENS = 16384  # fills an accelerator's matrix units; hides kernel launches and reads of the weights
 # With more, activations leave the caches: the digits at patch 2 have 15, 21, 27 and 21 images/s with 8, 16, 32 and 64 rows.
@@ -66,6 +67,11 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def for_samples(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants of a step that drawing samples reads: the codec and frozen text encoders."""
+    return {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
+
+
 def in_chunks(function: Callable[..., Any], chunk_size: int, ways: int, *trees: Any) -> Any:
     """function(*trees) over chunks of the batch in sequence; chunk i is the i-th `chunk_size` rows of every device.
 
@@ -87,7 +93,9 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, ways: int, *trees: 
 
 
 def image_keys(seed: jax.Array | int, indices: jax.Array) -> jax.Array:
-    """Keys [B] of the images with these indices."""
+    """Keys [B] of the images with these indices, of one seed or of a seed for each (uint32[B])."""
+    if jnp.ndim(seed):
+        return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seed, indices)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
@@ -208,7 +216,8 @@ class Generator:
                     assert watch is not None
                     io_callback(watch, None, indices, number, jnp.broadcast_to(t, indices.shape), x0)
 
-                keys, second = image_keys(seed, job.key_indices(indices)), weak if weak_task else None
+                second, own = weak if weak_task else None, {name: given[name] for name in OWN_KEYS if name in given}
+                keys = image_keys(*own.values()) if own else image_keys(seed, job.key_indices(indices))
                 noise = task.initial_noise(keys)
                 drawn = task.draw_latents(
                     params,
@@ -297,7 +306,7 @@ class Generator:
             requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
             given: arrays [batch_size, ...], global, of the job.
         """
-        constants = {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
+        constants = for_samples(constants)
         with jax.set_mesh(self.mesh):
             return self.program(params, constants, indices, requests, weak_params, np.uint32(self.seed), dict(given or {}))
 

@@ -1,12 +1,14 @@
-"""The npz file of samples: arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] for clips; labels int32 [N]; made_by, a JSON text."""
+"""The npz file of samples: arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] for clips; labels int32 [N]; made_by, a JSON text; and
+of a network with text str [N] captions, and prompts and negative_prompts if there are some.
+"""
 
 import hashlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +39,14 @@ class Samples:
         images: uint8 [N, H, W, C], or [N, F, H, W, C] for clips.
         labels: int32 [N]; `num_classes` where the network was given no label, 0 for a network without labels.
         made_by: how they were made, as JSON values: weights, sampler, guidance, seed, versions.
+        texts: of a network with text, arrays of the npz: "captions", the texts that the network was given, one for each image;
+            "prompts", the texts before they were expanded; "negative_prompts". Those that there are.
     """
 
     images: np.ndarray
     labels: np.ndarray
     made_by: dict[str, Any]
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,7 +67,7 @@ class Samples:
         if path.suffix != ".npz":
             raise UserError(f"{path} must end in .npz; save_grid writes a picture")
         try:
-            write_stream(path, self.images.shape, [self.images], self.labels, self.made_by)
+            write_stream(path, self.images.shape, [self.images], self.labels, self.made_by, self.texts)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
         return path
@@ -127,9 +132,9 @@ def describe(config: Any, weights: str, step: int | None, seed: int, class_names
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
     chosen = {name: config[name].to_dict() for name in sections if name in config}
-    for section, field, value, left_out in UNSAID:
-        if chosen.get(section, {}).get(field) == value:
-            chosen[section] = {name: x for name, x in chosen[section].items() if name not in left_out}
+    for section, name, value, left_out in UNSAID:
+        if chosen.get(section, {}).get(name) == value:
+            chosen[section] = {key: x for key, x in chosen[section].items() if key not in left_out}
     return {
         "step": step,
         "seed": seed,
@@ -149,24 +154,30 @@ def write(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray, made_
 
 
 def write_stream(
-    path: str | os.PathLike, shape: tuple[int, ...], blocks: Iterable[np.ndarray], labels: np.ndarray, made_by: dict
+    path: str | os.PathLike,
+    shape: tuple[int, ...],
+    blocks: Iterable[np.ndarray],
+    labels: np.ndarray,
+    made_by: dict,
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Writes the npz, atomically, of any size, from blocks of images in order; the same blocks give the same bytes.
 
     Args:
         shape: [N, H, W, C], or [N, F, H, W, C], of all blocks together.
         made_by: the settings; "images_sha256", the hash of the bytes of all images, is added.
+        texts: as of `Samples`.
     """
     path = Path(path)
     remove_leftovers(path.parent, path.name)
     with replacing(path) as partial:
-        _write_archive(partial, shape, blocks, labels, made_by)
+        _write_archive(partial, shape, blocks, labels, made_by, texts)
 
 
 def npz_bytes(samples: Samples) -> bytes:
     """The bytes of the file that `Samples.save` writes."""
     buffer = io.BytesIO()
-    _write_archive(buffer, samples.images.shape, [samples.images], samples.labels, samples.made_by)
+    _write_archive(buffer, samples.images.shape, [samples.images], samples.labels, samples.made_by, samples.texts)
     return buffer.getvalue()
 
 
@@ -176,6 +187,7 @@ def _write_archive(
     blocks: Iterable[np.ndarray],
     labels: np.ndarray,
     made_by: dict,
+    texts: Mapping[str, Sequence[str]] | None,
 ) -> None:
     sha256 = hashlib.sha256()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -186,7 +198,8 @@ def _write_archive(
                 sha256.update(data)
                 member.write(data)
         text = json.dumps({**made_by, "images_sha256": sha256.hexdigest()})
-        for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text))):
+        more = ((name, np.array(list(each), np.str_)) for name, each in (texts or {}).items())
+        for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text)), *more):
             with _member(archive, name) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
@@ -211,7 +224,7 @@ def is_sound(path: str | os.PathLike, made_by: dict) -> bool:
     sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in ("labels.npy", "made_by.npy"):
+            for name in {"labels.npy", "made_by.npy", *archive.namelist()} - {"arr_0.npy"}:
                 archive.read(name)
             with archive.open("arr_0.npy") as member:
                 np.lib.format.read_magic(member)

@@ -2,6 +2,7 @@
 
     manifest.json                    all settings that the images depend on, sealed; written first
     labels.npy                       int32 [N]
+    texts.npz                        of a text network: str [N] captions, and others of `Samples.texts`
     shards/00007-of-00782.npy        uint8 [SHARD_IMAGES or the rest, H, W, C], from image 7 * SHARD_IMAGES on;
                                      [..., F, H, W, C] for clips; a clip counts as one image
     shards/00007-of-00782.json       size and SHA-256 of that file, and the digest of the settings, sealed
@@ -14,10 +15,11 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from dit_jax.errors import UserError
 from dit_jax.runtime.console import say
 from dit_jax.runtime.versions import random_settings
 from dit_jax.storage.atomic import is_partial, npy, remove_leftovers, write_atomic
+from dit_jax.storage.bounded import read_npz
 from dit_jax.storage.claim import LOCK, claim
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
@@ -36,6 +39,7 @@ from dit_jax.storage.sealed import digest, read_sealed, sha256_of, write_sealed
 FORMAT = 1
 SHARD_IMAGES = 64  # a multiple of every default chunk size of the generator
 MANIFEST, LABELS, SHARDS, GRID = "manifest.json", "labels.npy", "shards", "samples.png"
+TEXTS = "texts.npz"
 # Paths and origins of weights, whose hashes are compared instead, and names of labels, which change no image.
 NOT_COMPARED = ("origin", "autoguidance", "images_sha256", "class_names")
 
@@ -48,10 +52,11 @@ class Shards:
             "made_by" (how the images were made), "random" (options of JAX that the noise depends on; dit_jax 0.1 did not store
             them) and "made_with" (versions and the kind of device, which the last bits depend on).
         labels: int32[N].
+        texts: as of `Samples`.
     """
 
-    def __init__(self, path: Path, settings: dict, labels: np.ndarray):
-        self.path, self.settings, self.labels = path, settings, labels
+    def __init__(self, path: Path, settings: dict, labels: np.ndarray, texts: Mapping[str, Sequence[str]] | None = None):
+        self.path, self.settings, self.labels, self.texts = path, settings, labels, dict(texts or {})
         self.name, self.shape = str(path), tuple(settings["shape"])
         self.total = -(-len(self) // SHARD_IMAGES)
 
@@ -168,11 +173,18 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def settings_of(
-    labels: np.ndarray, shape: tuple[int, ...], made_by: dict, made_with: dict, requests: Mapping[str, np.ndarray] | None = None
+    labels: np.ndarray,
+    shape: tuple[int, ...],
+    made_by: dict,
+    made_with: dict,
+    requests: Mapping[str, np.ndarray] | None = None,
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> dict:
     """The settings of a folder of samples, see `Shards`.
 
-    requests: arrays [N, ...]; for entries other than labels the hashes are stored.
+    Args:
+        requests: arrays [N, ...]; for entries other than labels the hashes are stored.
+        texts: as of `Samples`; the hashes are stored.
     """
     others = {name: x for name, x in sorted((requests or {}).items()) if name != "label"}
     hashes = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in others.items()}
@@ -182,10 +194,16 @@ def settings_of(
         "shape": list(shape),
         "labels_sha256": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
         **({"requests_sha256": hashes} if hashes else {}),
+        **({"texts_sha256": {name: sha256_of_texts(x) for name, x in sorted(texts.items())}} if texts else {}),
         "made_by": made_by,
         "random": random_settings(),
         "made_with": made_with,
     }
+
+
+def sha256_of_texts(texts: Sequence[str]) -> str:
+    """The hash of texts, in order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def settings_in(made_by: dict) -> dict | None:
@@ -254,7 +272,31 @@ def opened(path: str | os.PathLike) -> Shards | None:
     )
     if any(same.get(key) != settings.get(key) for key in ("num_images", "labels_sha256")):
         raise UserError(f"{path / LABELS} does not hold the labels that {MANIFEST} names; remove {path} and draw again")
-    return Shards(path, settings, labels.astype(np.int32))
+    return Shards(path, settings, labels.astype(np.int32), _texts(path, settings))
+
+
+def _texts(path: Path, settings: dict) -> dict[str, tuple[str, ...]]:
+    """The texts of a folder, checked against their hashes."""
+    hashes = settings.get("texts_sha256", {})
+    if not isinstance(hashes, dict):
+        raise UserError(f"{path / MANIFEST} has no hashes of its texts; give another folder")
+    if not hashes:
+        return {}
+    try:
+        texts = {name: tuple(x.tolist()) for name, x in read_npz(path / TEXTS, list(hashes)).items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path / TEXTS} cannot be read ({error}); remove {path} and draw again") from None
+    if {name: sha256_of_texts(x) for name, x in texts.items()} != hashes:
+        raise UserError(f"{path / TEXTS} does not hold the texts that {MANIFEST} names; remove {path} and draw again")
+    return texts
+
+
+def npz_of_texts(texts: Mapping[str, Sequence[str]]) -> bytes:
+    """An npz with a str [N] array for each."""
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: np.array(list(x), np.str_) for name, x in texts.items()}
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 @contextlib.contextmanager
@@ -309,13 +351,15 @@ def _prepare(wanted: Shards, replace: bool):
     if existing is None:  # the manifest first: it shows a later start that the other files are ours
         write_sealed(path / MANIFEST, wanted.settings)
         write_atomic(path / LABELS, npy(wanted.labels))
+        if wanted.texts:
+            write_atomic(path / TEXTS, npz_of_texts(wanted.texts))
     (path / SHARDS).mkdir(exist_ok=True)
 
 
 def _strange(path: Path) -> list[str]:
     """Names in a folder that `claimed` and `Shards.write` did not write, also if they were killed; sorted."""
     names = [p.name for p in path.iterdir() if not is_partial(p.name)]
-    own = {LOCK, MANIFEST, LABELS, SHARDS, GRID}
+    own = {LOCK, MANIFEST, LABELS, TEXTS, SHARDS, GRID}
     if MANIFEST not in names:  # dit_jax 0.1.0 wrote an empty folder of shards and the labels first
         empty = (path / SHARDS).is_dir() and all(is_partial(p.name) for p in (path / SHARDS).iterdir())
         own = {LOCK, SHARDS, LABELS} if empty else {LOCK}
@@ -325,7 +369,7 @@ def _strange(path: Path) -> list[str]:
 def clear(path: Path) -> None:
     """Removes the files of `claimed` and `Shards.write`, the manifest last, so that a kill leaves a folder of samples."""
     shutil.rmtree(path / SHARDS, ignore_errors=True)
-    for name in (LABELS, GRID, MANIFEST):
+    for name in (LABELS, TEXTS, GRID, MANIFEST):
         (path / name).unlink(missing_ok=True)
 
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dit_jax.encoders.conditioner import constants_of
 from dit_jax.errors import NotFinite
 from dit_jax.storage.fingerprint import fingerprints, leaf_names
 from dit_jax.tasks.adaptation import BASE, LORA
+from dit_jax.tasks.diffusion import CONDITIONER
 from dit_jax.tasks.state import HOST, on_device
 
 LAYOUT = {"slice", "dynamic_slice", "gather", "squeeze", "reshape", "transpose", "broadcast_in_dim", "copy"}
@@ -103,16 +105,17 @@ def _cast(arrays, dtypes):
 def used_dtypes(task: Any, params: Any) -> list[jnp.dtype]:
     """For each leaf, the narrower dtype that the network casts it to at every use; else the leaf's own dtype."""
 
-    def network(params, requests, x, t):
-        cond, _ = task.condition(params, {}, requests)
+    def network(params, requests, x, t, encoders):
+        cond, _ = task.condition(params, encoders, requests)
         return task.apply(params, x, t, cond)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     requests = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in task.conditioner.batch_spec().items()}
     x, t = jax.ShapeDtypeStruct((1, *task.latent_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    jaxpr = jax.make_jaxpr(network)(shapes, requests, x, t).jaxpr
+    encoders = {CONDITIONER: constants_of(task.conditioner)[0]}
+    jaxpr = jax.make_jaxpr(network)(shapes, requests, x, t, encoders).jaxpr
     dtypes_of_leaves = []
-    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # the requests, x and t follow
+    for leaf, var in zip(jax.tree.leaves(shapes), jaxpr.invars, strict=False):  # the other arguments follow
         dtypes = _uses(jaxpr, var)
         narrower = len(dtypes) == 1 and min(dtypes).itemsize < leaf.dtype.itemsize
         dtypes_of_leaves.append(dtypes.pop() if narrower else leaf.dtype)

@@ -18,7 +18,7 @@ from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
 from dit_jax.diffusion.samplers.late import start_time
-from dit_jax.encoders.conditioner import Conditioner, Requests
+from dit_jax.encoders.conditioner import Conditioner, Requests, constants_of
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
 from dit_jax.models.network import Cond, Network
@@ -30,7 +30,10 @@ from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
 TIME_BUCKETS = 4
-CONDITIONER = "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys
+CONDITIONER = (
+    "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys; of a frozen one in constants
+)
+NEGATIVE = "negative_"  # begins the names of requests that replace the null condition
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,14 @@ class DiffusionTask:
 
     def constants(self) -> dict[str, Any]:
         frozen = {"codec": jax.eval_shape(self.codec.init, jax.random.key(0))}
+        if encoders := constants_of(self.conditioner)[0]:
+            frozen[CONDITIONER] = encoders
         if self.adaptation.active:
             frozen[BASE] = self.adaptation.base(jax.eval_shape(self.init_params, jax.random.key(0)))
         return frozen
 
     def constant_rules(self) -> dict[str, Rules]:
-        rules = {"codec": self.codec.rules}
+        rules = {"codec": self.codec.rules, CONDITIONER: constants_of(self.conditioner)[1]}
         return rules | ({BASE: self.network.rules + self.conditioner.rules} if self.adaptation.active else {})
 
     def macs(self) -> int:
@@ -174,9 +179,11 @@ class DiffusionTask:
         return requests
 
     def condition(self, params: Any, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Cond, Cond]:
-        """(condition, null condition) for a batch or for requests."""
+        """(condition, null condition) for a batch or for requests; a negative prompt of requests replaces the null condition."""
         params, constants = params.get(CONDITIONER, {}), constants.get(CONDITIONER, {})
         cond = self.conditioner.from_batch(params, constants, batch)
+        if negative := {name.removeprefix(NEGATIVE): x for name, x in batch.items() if name.startswith(NEGATIVE)}:
+            return cond, self.conditioner.from_batch(params, constants, negative)
         return cond, self.conditioner.null(params, constants, cond)
 
     def apply(self, params: Any, x_t: jax.Array, t: jax.Array, cond: Cond, control: Mapping[str, Any] | None = None) -> jax.Array:

@@ -19,6 +19,8 @@ from dit_jax.data.latents import LatentCache
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.guidance import Guidance
 from dit_jax.errors import UserError
+from dit_jax.models.mmdit import MMDiT
+from dit_jax.models.published import Published
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.tasks.state import abstract_state, count_parameters
 
@@ -153,6 +155,22 @@ def test_published_networks_are_the_recipes(name):
             subject.of_published(name, 8, "float32", {}, guidance_scale=1.5)
     with pytest.raises(UserError, match="--unroll has no effect on --model=ADM@64"):
         subject.of_published("ADM@64", 8, "float32", {"unroll": True})
+    with pytest.raises(UserError, match=r"model\.remat is .dots.; it must be one of"):
+        subject.of_published("ADM@64", 8, "float32", {"remat": "dots"})
+
+
+@pytest.mark.slow
+def test_text_networks(monkeypatch):
+    """Catches a text network without a condition or with another in the three measurements; guidance that is refused."""
+    fields = {"patch_size": 2, "depth": 1, "width": 16, "heads": 2, "out_channels": 16, "context_width": 6, "pooled_width": 5}
+    published = Published(fields, (8, 8, 16), process="flow", cond_shapes={"context": (3, 6), "pooled": (5,)})
+    monkeypatch.setitem(MMDiT.published, "Tiny@64", published)
+    it = subject.of_published("Tiny@64", 8, "float32", {}, sampler="euler", num_steps=1, guidance_scale=2.0)
+    assert it.describe()["condition"] == {"random_embeddings": {"context": (3, 6), "pooled": (5,)}}
+    assert it.task.latent_shape == (8, 8, 16) and it.task.image_shape == (64, 64, 3) and it.entry == "moments"
+    for work in (network.train_step(it), network.forward(it), network.sampler(it)):
+        work.call()
+    assert work.facts["evaluations"] == 2
 
 
 def program(text):
