@@ -30,7 +30,9 @@ from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
 
-_FEATURES = "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, or registered"
+_FEATURES = (
+    "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, clip, or registered"
+)
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
     "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
     "num_steps": "Training steps.",

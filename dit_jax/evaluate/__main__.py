@@ -4,9 +4,10 @@
     python -m dit_jax.evaluate --samples=x.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --make_reference=ref.npz --data=photographs --resolution=256 --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --table=a.json,b.json --format=markdown
+    python -m dit_jax.evaluate --samples=x.npz --metrics=clip_score --features=clip --weights=clip-vit-base-patch32/model.safetensors
     python -m dit_jax.evaluate --validation=runs/digits --split=test
 
-Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid. The result
+Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid, clip_score. The result
 is also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
 refused. After an interruption, the same command resumes. Several processes divide the images among themselves.
 """  # noqa: E501
@@ -30,16 +31,23 @@ REFERENCE = flags.DEFINE_string(
     "reference",
     None,
     "What to compare with: an npz of statistics (from --make_reference, ADM or pytorch-fid), an npz of images, or a "
-    "data set as in --data, cropped to the size of the samples. Not needed for --metrics=is.",
+    "data set as in --data, cropped to the size of the samples. Not needed for --metrics=is and clip_score.",
 )
 FEATURES = flags.DEFINE_string(
     "features",
     "pixels",
-    "Feature extractor: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, or dinov2 (fid is then FD-DINOv2).",
+    "Feature extractor: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2 (fid is then FD-DINOv2), or "
+    "clip (CLIPScore, if the samples have captions).",
 )
-WEIGHTS = flags.DEFINE_string("weights", None, "Weights of the extractor: a .safetensors file of dit_jax.convert.")
+WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    "Weights of the extractor: a .safetensors file of dit_jax.convert; of clip, the one in a folder of Hugging Face.",
+)
 METRIC_NAMES = flags.DEFINE_list(
-    "metrics", None, "Comma-separated list of fid, sfid, is, precision, recall, kid. Default: all that the inputs allow."
+    "metrics",
+    None,
+    "Comma-separated list of fid, sfid, is, precision, recall, kid, clip_score. Default: all that the inputs allow.",
 )
 OUT = flags.DEFINE_string(
     "out", None, "Output file. Default: <samples>.<features>.json, or <run>.validation.json. Of --table: the screen."
@@ -163,10 +171,13 @@ def make_reference(out: str) -> dict:
 
 
 def score() -> dict:
-    if SAMPLES.value is None or (REFERENCE.value is None and METRIC_NAMES.value != ["is"]):
-        raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
     from dit_jax.evaluate.result_files import write_scores
-    from dit_jax.evaluate.scores import METRICS
+    from dit_jax.evaluate.scores import METRICS, WITHOUT_REFERENCE
+
+    wanted = set(METRIC_NAMES.value or ())
+    alone = bool(wanted) and wanted <= set(WITHOUT_REFERENCE)
+    if SAMPLES.value is None or (REFERENCE.value is None and not alone):
+        raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
 
     samples = local_path(SAMPLES.value)
     if not samples.exists():
