@@ -27,10 +27,11 @@ from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.codecs.vq_vae import VQVAE
+from dit_jax.data.captions import CaptionedImage, CaptionEntries, Captions
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
-from dit_jax.data.sources import TFDS, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -68,6 +69,7 @@ register("codec", "pixels", Pixels)
 register("codec", "kl_vae", KLVAE)
 register("codec", "vq_vae", VQVAE)
 register("data", "digits", Digits)
+register("data", "digit_pairs", DigitPairs)
 register("data", "folder", ImageFolder)
 register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
@@ -128,6 +130,7 @@ TRAINING_ONLY = (
     "high_side",
     "loss_weight",
 )  # fields of a process that do not change samples
+SAMPLING_ONLY = ("sampling_grid",)  # fields of a process that change neither training nor what the network predicts
 
 
 class Run:
@@ -278,6 +281,46 @@ class Run:
         return construct("data", self.config.data)
 
     @cached_property
+    def captions(self) -> Captions:
+        """How examples get their texts: the section `captions`, which configs of networks without text do not have."""
+        return Captions(**self.config.get("captions", {}))
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of previews and samples: `preview.prompts`, else what the templates of captions make; () without text.
+
+        Raises:
+            UserError: the network takes text, and there are none.
+        """
+        if "conditioner" not in self.config or not isinstance(self.conditioner, Text):
+            return ()
+        prompts = self.config.preview.get("prompts", ())
+        if not prompts and self.captions.templates:
+            prompts = self.captions.all_of(self.source.class_names)
+        if not prompts:
+            raise UserError(
+                "preview.prompts is empty, and previews of a network that takes text need prompts; give "
+                "--config.preview.prompts=\"('a photo of a cat',)\""
+            )
+        return (prompts,) if isinstance(prompts, str) else tuple(prompts)
+
+    def caption_entries(self, source: Any) -> CaptionEntries | None:
+        """What makes the entries of a batch of the text of an example of this data set; None for a condition without text.
+
+        Raises:
+            UserError: the data set has no texts.
+        """
+        if "conditioner" not in self.config or not isinstance(self.conditioner, Text):
+            return None
+        self.captions.check(source)
+        return CaptionEntries(self.captions, tuple(source.class_names), self.conditioner.tokenizer, self.conditioner.rates)
+
+    def example_transform(self, source: Any) -> Any:
+        """The transform of an example of this data set: the section `transform`, and the tokens of its text if there is one."""
+        entries = self.caption_entries(source)
+        return self.transform if entries is None else CaptionedImage(self.transform, entries)
+
+    @cached_property
     def evaluation_source(self) -> Any:
         """The images of evaluation: `data` with `evaluation.split` if it is set."""
         split = self.config.evaluation.get("split")
@@ -301,10 +344,13 @@ class Run:
             say(f"note: each batch of {config.batch_size} holds {epochs:.1f} epochs of the {len(self.source)} examples")
         part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
         if self.entry == "image":
-            loader = Loader(self.source, self.transform, config.batch_size, config.seed, **config.loader, **part)
+            loader = Loader(
+                self.source, self.example_transform(self.source), config.batch_size, config.seed, **config.loader, **part
+            )
             loader.check_small()
             return loader
         self.source.check(self.codec, config.codec.sha256, self.transform)
+        part["entries"] = self.caption_entries(self.source)
         return LatentLoader(self.source, config.batch_size, config.seed, self.transform.flip, **config.loader, **part)
 
     def check_batch(self) -> None:
@@ -450,7 +496,9 @@ class Run:
                     section[field] = getattr(stored, field)
                 elif getattr(self.codec, field) != getattr(stored, field) and path != own:
                     say(f"using codec.{field} {section[field]} of the config, not {getattr(stored, field)} of {path}")
-        elif section.get("scale") is None:
+        elif section.get("scale") is None or section.get("shift") is None:
+            section |= {name: x for name, x in vae.scaling_of_file(path).items() if section.get(name) is None}
+        if section.get("scale") is None:
             raise UserError(
                 f"codec.path {path} is a file, which does not contain the scale of the latents; give codec.scale, or the "
                 "folder with config.json"
@@ -579,8 +627,9 @@ class Run:
     def predicts(self) -> dict[str, Any]:
         """The settings that must be equal for one network to guide another: {name: value}."""
         config = self.config
+        process = registry.defaults("process", config.process.name) | dict(config.process)  # older configs lack newer fields
         return {
-            "process": {k: v for k, v in config.process.items() if k not in TRAINING_ONLY},
+            "process": {k: v for k, v in process.items() if k not in (*TRAINING_ONLY, *SAMPLING_ONLY)},
             "codec": {k: v for k, v in config.codec.items() if k not in (*CODEC_FILES, "dtype")},
             "image size": list(self.image_shape),
             "number of classes": self.conditioner.num_classes,

@@ -9,6 +9,7 @@ The others are read by the training loop: seed, num_steps, batch_size (global), 
 profile, preview, evaluation (of the final samples), scoring (of cheaper ones while training).
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,8 +19,11 @@ from ml_collections import config_dict
 
 import dit_jax.models.registered  # noqa: F401 - registers the networks
 from dit_jax import registry
+from dit_jax.data.captions import Captions
 from dit_jax.data.retries import RETRY_SECONDS
+from dit_jax.data.sources.digits import WORDS, pair_captions
 from dit_jax.diffusion.samplers import default_sampler
+from dit_jax.encoders.tokens import BytePairs
 from dit_jax.errors import UserError
 from dit_jax.models import hourglass, mmdit, sizes, unet
 from dit_jax.models import pixart as pixart_network
@@ -27,7 +31,9 @@ from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
 
-_FEATURES = "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, or registered"
+_FEATURES = (
+    "of the Frechet distance: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2, clip, or registered"
+)
 MEANINGS = {  # of the fields that no constructor's docstring has; all fields are listed by `config_reference`
     "seed": "Of the initial parameters, the order of the data, the noise and the samples; 0 to 2**32 - 1.",
     "num_steps": "Training steps.",
@@ -56,6 +62,7 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "log.watchdog_seconds": "Ends a process (75) if a step, batch or save takes so long, or other work 4 times so long; 0: off.",
     "preview.every_steps": "Draws a grid of images every so many steps; 0 turns previews off.",
     "preview.num_images": "Images of a preview.",
+    "preview.prompts": "Of previews and samples of a network that takes text, in turn; empty: what captions.templates make.",
     "evaluation.num_images": "Images made at the end of the run, and scored if there is a reference; 0 for none.",
     "evaluation.batch_size": "Images that are drawn at a time, over all devices.",
     "evaluation.features": f"Features {_FEATURES}; none if empty.",
@@ -183,6 +190,8 @@ def flow() -> dict:
         "logit_std": 1.0,
         "shift": 1.0,
         "spare_channels": False,
+        "convention": "sit",
+        "sampling_grid": "uniform",
     }
 
 
@@ -390,6 +399,60 @@ def digits(process: str = "gaussian", conditioning: str = "adaln_zero", sampler:
     c.checkpoint.update({"every_steps": 500, "keep_every_steps": config_dict.placeholder(int)})
     c.preview.update({"every_steps": 500, "num_images": 50})
     c.evaluation.update({"num_images": 1_000, "batch_size": 250, "reference": "digits"})
+    return c
+
+
+DIGIT_CAPTIONS: dict[str, Any] = {
+    "templates": ("{a} {name}", "a handwritten {name}"),
+    "long_templates": ("a handwritten {name} on a black background", "a small picture of a handwritten {name}"),
+    "names": WORDS,
+    "long_caption_rate": 0.3,
+}
+
+
+def text(c: ml_collections.ConfigDict, encoders: tuple[str, ...], **fields: Any) -> ml_collections.ConfigDict:
+    """The config with text as its condition, by these encoders and fields of `encoders.text.Text`."""
+    paths = {"weights": (), "tokenizers": (), "missing": ()}
+    sizes = {"lengths": (), "width": 128, "depth": 0, "merges": ()}
+    defaults = {**paths, **sizes, "dropout": (), "mask": False, "pooled": True, "dtype": "bfloat16"}
+    c.conditioner = {"name": "text", "encoders": encoders, **defaults, **fields}
+    c.captions = {"templates": (), "long_templates": (), "names": (), "long_caption_rate": 0.0}
+    c.preview.prompts = ()
+    return c
+
+
+def digits_text(task: str = "digits") -> ml_collections.ConfigDict:
+    """Text to image on the digits: a small MM-DiT from scratch, as a flow, with captions such as "a handwritten three".
+
+    Its byte pairs are learned from the captions.
+
+    Args:
+        task: "digits", one digit; or "pairs", two side by side on 8 x 16 pixels, "three seven".
+
+    Raises:
+        UserError: no such task.
+    """
+    if task not in ("digits", "pairs"):
+        raise UserError(f"task {task!r} does not exist; choose digits or pairs")
+    c = digits("flow")
+    c.process.time_distribution = "logit_normal"
+    if task == "pairs":
+        c.data = {"name": "digit_pairs", "path": "", "split": "all", "count": 20_000}
+        c.transform.size = (8, 16)
+        texts = [text for first in WORDS for second in WORDS for text in pair_captions(first, second)]
+    else:
+        texts = Captions(**DIGIT_CAPTIONS).all_of(())
+    merges = BytePairs.learned(texts, 512).merges
+    c = text(c, ("bpe",), lengths=(12,), merges=tuple(itertools.chain(*merges)))
+    c.captions.update(DIGIT_CAPTIONS if task == "digits" else {"long_caption_rate": 0.3})
+    fields = {"patch_size": 2, "depth": 3, "width": 128, "heads": 4, "qk_norm": True, "context_width": 128, "pooled_width": 128}
+    c.model = {"name": "mmdit", **registry.defaults("model", "mmdit"), **fields}
+    c.num_steps, c.optimizer.learning_rate = 800, 2e-3
+    decay_to_the_end(c)
+    c.guidance.scale = 2.0
+    c.sampler = {**default_sampler("euler"), "num_steps": 25}
+    c.preview.update({"prompts": tuple(texts), "num_images": 40})
+    c.evaluation.update({"features": "", "reference": ""})
     return c
 
 

@@ -138,7 +138,10 @@ def test_every_type_of_a_field_of_every_constructor():
 @pytest.mark.parametrize(
     "fields, text",
     [
-        (["process.name=flow", "process.num_timesteps=9"], "process 'flow' has no field num_timesteps; there are interpolant"),
+        (
+            ["process.name=flow", "process.num_timesteps=9"],
+            "process 'flow' has no field num_timesteps; there are convention, interpolant",
+        ),
         (["process.name=steam"], "process 'steam' is not registered; choose one of edm, flow, gaussian"),
         (["data.name=tfds"], r"data set 'tfds' needs dataset, split; add --config\.data\.dataset=\.\.\. --config\.data\.split"),
         (["batchsize=3"], "did you mean batch_size"),

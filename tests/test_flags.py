@@ -63,6 +63,7 @@ MODES = {  # of each verb that has several: what chooses the mode, as in its USE
         "--table": ["--table=a.json,b.json"],
         "--make_reference": ["--make_reference=r.npz", "--data=folder:x"],
         "--samples": ["--samples=x.npz", "--reference=r.npz"],
+        "--validation": ["--validation=runs/a"],
     },
     "encode": {"--verify": ["--verify", "--out=cache"], "encoding": ["--out=cache"]},
     "convert": {

@@ -1,10 +1,18 @@
-"""Everything beside training works for a network that shares no field with DiT, registered from outside (support/toy_network)."""
+"""Everything beside training works for a network that shares no field with DiT, registered from outside (support/toy_network),
+and for U-Net, HDiT and DiffiT."""
+
+import io
+import json
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from demo_client import serving
+from finished_run import write_run
 from flax.traverse_util import flatten_dict
+from PIL import Image
+from runs import save_run
 from toy_network import Pixelwise
 
 import dit_jax
@@ -15,7 +23,7 @@ from dit_jax.demo.schema import Schema
 from dit_jax.errors import UserError
 from dit_jax.interop import peft
 from dit_jax.plan import search
-from dit_jax.report import style
+from dit_jax.report import page, style
 from dit_jax.storage.atomic import write_json
 from dit_jax.sweep import collect, cost, figures, grid
 from dit_jax.sweep.folder import Folder
@@ -112,6 +120,28 @@ def test_the_demo_page(weights):
     assert described["model"]["network"] == "Pixelwise, 8 features" and described["fields"]["labels"]["classes"] == list(
         "0123456789"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network, described", [("unet", "UNet (ADM)"), ("hourglass", "HDiT patch 2"), ("diffit", "DiffiT depth")]
+)
+def test_load_the_demo_and_the_report(network, described, tmp_path):
+    """Catches a run of another network that `dit_jax.load` cannot draw, a demo page or a report.html that needs DiT's fields,
+    and a page that draws other images than the library."""
+    c = tiny.other(network)
+    save_run(tmp_path / "run", c, 0)
+    pipe = dit_jax.load(tmp_path / "run")
+    wanted = np.asarray(pipe(labels=[3, 5], num_steps=2, seed=1))
+    assert wanted.shape == (2, 8, 8, 1) and wanted.std() > 5 and (wanted[0] != wanted[1]).any()
+    with serving(pipe) as client:
+        about = json.loads(client.get("/api/model")[2])
+        assert about["model"]["network"].startswith(described)
+        assert about["fields"]["labels"]["classes"] == list("0123456789")
+        pngs = client.draw(labels=[3, 5], num_images=2, num_steps=2, seed=1)
+    assert (np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs])[..., None] == wanted).all()
+    text = page.write(write_run(tmp_path / "finished", True, c)).read_text()
+    assert f"<dt>model.name</dt><dd>{network}</dd>" in text and text.count("<svg") == 3
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def of_published(
     fields: of the network, in place of the published ones, as remat.
 
     Raises:
-        UserError: no such network; it has no such field, or upsamples; a batch or mesh that does not fit.
+        UserError: no such network; it has no such field, or refuses a value, or upsamples; a batch or mesh that does not fit.
     """
     known = {key: (constructor, published) for key, constructor, published in networks()}
     if name not in known:
@@ -202,6 +202,7 @@ def of_published(
         raise UserError(f"--{unknown[0]} has no effect on --model={name}, whose network has no such field; omit it")
     *grid, channels = published.input_shape
     network = constructor(**{**published.fields, **fields, "dtype": DTYPES[dtype]})
+    network.check(published.input_shape)
     factor = int(name.split("@")[1].split()[0]) // grid[0]
     codec: Any = {1: Pixels(channels), 4: VQVAE(), 8: KLVAE(latent_channels=channels, use_quant_conv=channels == 4)}[factor]
     text = tuple((entry, shape) for entry, shape in published.cond_shapes.items() if entry != "label")

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ Batch = dict[str, np.ndarray]
 
 AHEAD = 3  # batches gathered in advance
 # Independent random streams of one seed.
-ORDER, FLIPS = 0, 1
+ORDER, FLIPS, CAPTIONS = 0, 1, 2
 
 
 class LatentLoader:
@@ -39,6 +40,8 @@ class LatentLoader:
         process_index, process_count: this host and P.
         resident: yield row numbers for indexing `resident_moments` on the device, instead of moments.
         retry_seconds: time for which a read is repeated while the storage is away; 0 reads once.
+        entries: (example {"label", "name", "caption" if it has one}, rng) -> further entries of it; rng depends on (seed, step,
+            row). None for none.
 
     Raises:
         UserError: the batch size is not divisible, the cache has no mirror images for flips, or the seconds are negative.
@@ -55,6 +58,7 @@ class LatentLoader:
         process_count: int = 1,
         resident: bool = False,
         retry_seconds: float = RETRY_SECONDS,
+        entries: Callable[[Mapping[str, Any], np.random.Generator], Batch] | None = None,
     ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be in [0, process_count={process_count})")
@@ -73,6 +77,7 @@ class LatentLoader:
         self.retry_seconds = retry_seconds
         self.source, self.batch_size, self.seed, self.flip = cache, batch_size, seed, flip
         self.process_index, self.process_count, self.resident = process_index, process_count, resident
+        self.entries = entries
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -93,10 +98,16 @@ class LatentLoader:
     def batch(self, step: int) -> Batch:
         """This host's rows of a step's batch. Raises: Unavailable if the cache cannot be read."""
         records, rows = self.rows(step)
-        labels = self.source.labels[records]
+        batch = {"label": self.source.labels[records], **self._text(step, records)}
         if self.resident:
-            return {"row": rows.astype(np.int32), "label": labels}
-        return {"moments": self.source.gather(rows), "label": labels}
+            return {"row": rows.astype(np.int32), **batch}
+        return {"moments": self.source.gather(rows), **batch}
+
+    def _text(self, step: int, records: np.ndarray) -> Batch:
+        if self.entries is None:
+            return {}
+        entries, first = self.entries, self.process_index * len(records)
+        return self.source.with_captions(records, lambda example, i: entries(example, self._random(CAPTIONS, step, first + i)))
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(records [b] in [0, N), rows [b] of the cache) of this host at a step, int64."""
@@ -116,9 +127,9 @@ class LatentLoader:
                 self._orders = {**kept, epoch: self._random(ORDER, epoch).permutation(len(self.source))}
             return self._orders[epoch]
 
-    def _random(self, stream: int, number: int) -> np.random.Generator:
+    def _random(self, stream: int, *number: int) -> np.random.Generator:
         # A spawn key keeps the streams independent: SeedSequence([a, b]) would give both the same numbers if epoch = step.
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(stream, number))))
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(stream, *number))))
 
 
 class LatentBatches:

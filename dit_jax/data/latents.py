@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,16 @@ class LatentCache:
         self._check_range(indices, len(self), "records")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         return [self._shard_captions(int(k))[i - self._starts[k]] for k, i in zip(shards, indices, strict=True)]
+
+    def with_captions(
+        self, indices: np.ndarray, entries: Callable[[Mapping[str, Any], int], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Stacks what `entries` makes of each record {"label", "name", "caption" if it has one} and its place in `indices`."""
+        found = []
+        for i, (record, caption) in enumerate(zip(indices, self.captions(indices), strict=True)):
+            example = {"label": int(self.labels[record]), "name": f"record {record} of {self.path}"}
+            found.append(entries(example | ({} if caption is None else {"caption": caption}), i))
+        return {name: np.stack([x[name] for x in found]) for name in found[0]}
 
     @functools.cache  # noqa: B019  (one cache per process, kept as long as the run)
     def _shard_captions(self, shard: int) -> list[str | None]:

@@ -13,6 +13,7 @@ from dit_jax.sample.labels import CHOICES
 
 MOST_GUIDANCE = 100
 MOST_LABELS = 1000  # of one request
+MOST_CHARACTERS = 4000  # of a prompt
 DEFAULT_IMAGES = 8
 SHOWN = 40  # characters of a wrong value in a message
 
@@ -83,9 +84,14 @@ class Schema:
         for name, field in self.fields.items():
             if field["kind"] in ("integer", "number") and asked[name] is not None:
                 _check_number(name, asked[name], field)
+            if field["kind"] == "text":
+                _check_text(name, asked[name])
         if "labels" in self.fields:
             _check_labels(asked["labels"])
-        arguments = {name: value for name, value in asked.items() if name != "num_images"} | {"num_samples": asked["num_images"]}
+        asked_for = asked if asked.get("negative_prompt") else {**asked, "negative_prompt": None}
+        arguments = {name: value for name, value in asked_for.items() if name != "num_images"} | {
+            "num_samples": asked["num_images"]
+        }
         arguments = {name: value for name, value in arguments.items() if value is not None}
         labels, evaluations = self.pipe.check(**arguments)
         return Request(labels, evaluations, asked, arguments)
@@ -133,6 +139,12 @@ def _fields(pipe: Pipeline, limits: Limits) -> dict[str, dict[str, Any]]:
     """{name of a field: kind, label, default, range or choices}."""
     config = pipe.run.config
     fields: dict[str, dict[str, Any]] = {}
+    text = {"prompt": ""} if pipe.takes_text else {}  # the least that a call needs
+    if pipe.takes_text:
+        of_text = {"kind": "text", "maximum": MOST_CHARACTERS, "default": ""}
+        fields["prompt"] = {**of_text, "label": "Prompt"}
+        if _accepts(pipe, guidance_scale=1.5, **text):
+            fields["negative_prompt"] = {**of_text, "label": "Negative prompt", "hint": "guidance leads away from it"}
     if pipe.num_classes:
         names = [text.encode("utf-8", "backslashreplace").decode() for text in pipe.class_names]
         names = names or [str(k) for k in range(pipe.num_classes)]
@@ -140,22 +152,30 @@ def _fields(pipe: Pipeline, limits: Limits) -> dict[str, dict[str, Any]]:
         fields["labels"] = {"kind": "labels", "label": "Classes", "default": "balanced", "classes": names, "choices": words}
     images = {"minimum": 1, "maximum": limits.max_images, "default": min(DEFAULT_IMAGES, limits.max_images)}
     fields["num_images"] = {"kind": "integer", "label": "Images", **images}
-    fields["sampler"] = {"kind": "choice", "label": "Sampler", "default": config.sampler.name, "choices": _samplers(pipe, limits)}
+    fields["sampler"] = {
+        "kind": "choice",
+        "label": "Sampler",
+        "default": config.sampler.name,
+        "choices": _samplers(pipe, limits, text),
+    }
     steps = {"minimum": 1, "maximum": limits.max_steps, "default": None}  # the sampler's
     fields["num_steps"] = {"kind": "integer", "label": "Steps", **steps}
-    if pipe.num_classes and _accepts(pipe, guidance_scale=1.5):
+    if (pipe.num_classes or text) and _accepts(pipe, guidance_scale=1.5, **text):
         scale = {"minimum": 0, "maximum": MOST_GUIDANCE, "step": 0.1, "default": float(config.guidance.scale)}
         fields["guidance_scale"] = {"kind": "number", "label": "Guidance", **scale, "hint": "1 is off"}
     fields["seed"] = {"kind": "integer", "label": "Seed", "minimum": 0, "maximum": 2**32 - 1, "default": 0}
     return fields
 
 
-def _samplers(pipe: Pipeline, limits: Limits) -> list[dict[str, Any]]:
-    """Names and default steps of the samplers that fit the process; None where a sampler chooses its steps."""
+def _samplers(pipe: Pipeline, limits: Limits, text: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Names and default steps of the samplers that fit the process; None where a sampler chooses its steps.
+
+    text: more arguments of a call.
+    """
     own = dict(pipe.run.config.sampler)
     choices = []
     for name in registry.names("sampler"):
-        if name == own["name"] or _accepts(pipe, sampler=name):
+        if name == own["name"] or _accepts(pipe, sampler=name, **text):
             steps = (own if name == own["name"] else recipes.default_sampler(name)).get("num_steps")
             choices.append({"name": name, "num_steps": steps and min(steps, limits.max_steps)})
     return choices
@@ -185,6 +205,13 @@ def _check_labels(labels: Any) -> None:
         raise UserError(f"labels={_shown(labels)}: give class numbers, as in [3, 5], or one of {', '.join(CHOICES)}")
     if isinstance(labels, list) and len(labels) > MOST_LABELS:
         raise UserError(f"there are {len(labels)} labels; give at most {MOST_LABELS}")
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{name}={_shown(text)} must be a text")
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{name} has {len(text):,} characters; this server takes at most {MOST_CHARACTERS:,}")
 
 
 def _shown(value: Any) -> str:

@@ -195,7 +195,10 @@ class Worker:
 
     def _draw(self, job: Job) -> tuple[Samples, list[bytes]]:
         fields = job.request.fields
-        settings = tuple(fields.get(name) for name in ("sampler", "num_steps", "guidance_scale"))
+        settings = (
+            *(fields.get(name) for name in ("sampler", "num_steps", "guidance_scale")),
+            bool(fields.get("negative_prompt")),
+        )
         job.compiles = settings not in self._settings
         if self.preview is None:
             task = self.pipe.run.task

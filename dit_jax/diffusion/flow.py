@@ -1,6 +1,7 @@
-"""Flow matching between data and noise in continuous time, as in SiT.
+"""Flow matching between data and noise in continuous time, as in SiT and Stable Diffusion 3.
 
-Velocity always means d x / d (1 - t): it points from noise to data, which is SiT's sign (SiT's time is 1 - t).
+Velocity always means d x / d (1 - t): it points from noise to data, which is SiT's sign (SiT's time is 1 - t). The network of
+Stable Diffusion 3 has the other sign and time; `Flow` converts them.
 """
 
 import math
@@ -40,6 +41,9 @@ def gvp(t: Any, xp: Any = jnp) -> Coefficients:
 INTERPOLANTS = {"linear": linear, "gvp": gvp}
 TIMES_OF = {"linear": lambda ratio: 1 / (1 + 1 / ratio), "gvp": lambda ratio: 2 / np.pi * np.arctan(ratio)}  # of sigma / alpha
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+CONVENTIONS = ("sit", "sd3")
+SAMPLING_GRIDS = ("uniform", "sd3")
+TIMESTEPS = 1000  # of Stable Diffusion 3: the network's time input at t = 1; a grid of it ends at the first timestep
 
 
 def velocity_of(x0: jax.Array, noise: jax.Array, c: Coefficients) -> jax.Array:
@@ -82,10 +86,13 @@ def shifted(t: Any, shift: float) -> Any:
 class Flow:
     """An interpolant x_t = alpha(t) x0 + sigma(t) noise whose velocity the network learns (Ma et al. 2024, SiT).
 
-    The network's time input is 1 - t and its output is d x / d (1 - t), both as in SiT, so that SiT's weights need no change.
+    Neither SiT's nor Stable Diffusion 3's weights need a change: `convention` says what the network is given and returns.
 
     Fields:
         interpolant: one of INTERPOLANTS.
+        convention: of the network, one of CONVENTIONS. "sit": it is given 1 - t and returns d x / d (1 - t), linear: x0 - noise.
+            "sd3": it is given 1000 t and returns d x / d t, linear: noise - x0, as Stable Diffusion 3.
+        sampling_grid: one of SAMPLING_GRIDS, see `grid`.
         time_distribution: of training times: "uniform", or "logit_normal", where logit(t) is normal with mean logit_mean and
             deviation logit_std (SD3, section 3.1).
         logit_mean, logit_std: of "logit_normal".
@@ -99,12 +106,15 @@ class Flow:
     logit_std: float = 1.0
     shift: float = 1.0
     spare_channels: bool = False
+    convention: str = "sit"
+    sampling_grid: str = "uniform"
 
     min_time = 0.0
     continuous = True
 
     def __post_init__(self):
-        for name, allowed in (("interpolant", INTERPOLANTS), ("time_distribution", TIME_DISTRIBUTIONS)):
+        choices = {"interpolant": INTERPOLANTS, "time_distribution": TIME_DISTRIBUTIONS}
+        for name, allowed in (choices | {"convention": CONVENTIONS, "sampling_grid": SAMPLING_GRIDS}).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"process.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name in ("logit_std", "shift"):
@@ -134,15 +144,20 @@ class Flow:
         return shifted(t, self.shift)
 
     def network_time(self, t: ArrayLike) -> jax.Array:
-        """SiT's time: 0 is noise, 1 is data."""
-        return 1 - jnp.asarray(t)
+        """SiT's time, 0 for noise and 1 for data; or SD3's, 1000 for noise and 0 for data."""
+        return 1 - jnp.asarray(t) if self.convention == "sit" else TIMESTEPS * jnp.asarray(t)
+
+    def _velocity(self, output: jax.Array, channels: int) -> jax.Array:
+        """d x / d (1 - t), of the network's output."""
+        output = output[..., :channels]
+        return output if self.convention == "sit" else -output
 
     def perturb(self, x0: jax.Array, noise: jax.Array, t: ArrayLike) -> jax.Array:
         c = self.expanded(t, x0)
         return c.alpha * x0 + c.sigma * noise
 
     def predict(self, output: jax.Array, x_t: jax.Array, t: ArrayLike) -> Prediction:
-        x0, noise = from_velocity(output[..., : x_t.shape[-1]], x_t, self.expanded(t, x_t))
+        x0, noise = from_velocity(self._velocity(output, x_t.shape[-1]), x_t, self.expanded(t, x_t))
         return Prediction(x0, noise, 0.0)
 
     def network_input(self, x_t: jax.Array, t: ArrayLike) -> jax.Array:
@@ -159,11 +174,14 @@ class Flow:
         Source: Ma et al. 2024 (SiT), section 2.
         """
         target = velocity_of(x0, noise, self.expanded(t, x0))
-        mse = mean_over_example(jnp.square(target - output[..., : x0.shape[-1]]), weight)
+        mse = mean_over_example(jnp.square(target - self._velocity(output, x0.shape[-1])), weight)
         return mse, {"mse": mse}
 
     def grid(self, num_steps: int, spacing: str = "even") -> np.ndarray:
-        """num_steps + 1 even times from 1 to 0, shifted.
+        """num_steps + 1 times from 1 to 0: even and then shifted; on the "sd3" grid num_steps even times from 1 to shifted(1 /
+        1000), which are shifted (so the last of them twice), and then 0.
+
+        The "sd3" grid is that of Stability's code and of diffusers; 28 steps of shift 3 end with 0.1998, 0.1109, 0.0089, 0.
 
         Raises:
             UserError: fewer than one step, or a spacing of discrete timesteps.
@@ -172,6 +190,9 @@ class Flow:
             raise UserError(f"the number of sampling steps is {num_steps}; it must be at least 1")
         if spacing != "even":
             raise UserError(f"spacing {spacing!r} selects discrete timesteps, which process 'flow' does not have; use 'even'")
+        if self.sampling_grid == "sd3":
+            last = shifted(1 / TIMESTEPS, self.shift)
+            return np.append(shifted(np.linspace(1, last, num_steps), self.shift), 0.0)
         return shifted(np.linspace(1, 0, num_steps + 1), self.shift)
 
     def start(self, noise: jax.Array, t: ArrayLike) -> jax.Array:

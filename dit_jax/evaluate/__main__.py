@@ -1,11 +1,13 @@
-"""Scores samples against a reference, makes references, and compares results.
+"""Scores samples against a reference, makes references, compares results, and measures the validation loss of a run.
 
     python -m dit_jax.evaluate --samples=x.npz --reference=digits --features=pixels
     python -m dit_jax.evaluate --samples=x.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --make_reference=ref.npz --data=photographs --resolution=256 --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --table=a.json,b.json --format=markdown
+    python -m dit_jax.evaluate --samples=x.npz --metrics=clip_score --features=clip --weights=clip-vit-base-patch32/model.safetensors
+    python -m dit_jax.evaluate --validation=runs/digits --split=test
 
-Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid. The result
+Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid, clip_score. The result
 is also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
 refused. After an interruption, the same command resumes. Several processes divide the images among themselves.
 """  # noqa: E501
@@ -29,25 +31,36 @@ REFERENCE = flags.DEFINE_string(
     "reference",
     None,
     "What to compare with: an npz of statistics (from --make_reference, ADM or pytorch-fid), an npz of images, or a "
-    "data set as in --data, cropped to the size of the samples. Not needed for --metrics=is.",
+    "data set as in --data, cropped to the size of the samples. Not needed for --metrics=is and clip_score.",
 )
 FEATURES = flags.DEFINE_string(
     "features",
     "pixels",
-    "Feature extractor: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, or dinov2 (fid is then FD-DINOv2).",
+    "Feature extractor: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2 (fid is then FD-DINOv2), or "
+    "clip (CLIPScore, if the samples have captions).",
 )
-WEIGHTS = flags.DEFINE_string("weights", None, "Weights of the extractor: a .safetensors file of dit_jax.convert.")
+WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    "Weights of the extractor: a .safetensors file of dit_jax.convert; of clip, the one in a folder of Hugging Face.",
+)
 METRIC_NAMES = flags.DEFINE_list(
-    "metrics", None, "Comma-separated list of fid, sfid, is, precision, recall, kid. Default: all that the inputs allow."
+    "metrics",
+    None,
+    "Comma-separated list of fid, sfid, is, precision, recall, kid, clip_score. Default: all that the inputs allow.",
 )
-OUT = flags.DEFINE_string("out", None, "Output file. Default: <samples>.<features>.json.")
+OUT = flags.DEFINE_string(
+    "out", None, "Output file. Default: <samples>.<features>.json, or <run>.validation.json. Of --table: the screen."
+)
 command_line.group("Make a reference")
 MAKE_REFERENCE = flags.DEFINE_string(
     "make_reference", None, "Write the statistics of --data to this npz instead of scoring samples."
 )
 DATA = flags.DEFINE_string("data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string(
-    "split", None, "Split of the data set in --data or --reference, as in train or train[:50%], where it has splits."
+    "split",
+    None,
+    "Split of the data set in --data or --reference, or of the run's for --validation, as in train[:50%], where it has splits.",
 )
 RESOLUTION = flags.DEFINE_string(
     "resolution", None, "Size in pixels that --data is cropped to: one number for squares, or height x width, as in 256x384."
@@ -58,6 +71,21 @@ KEEP_FEATURES = flags.DEFINE_boolean(
     None,
     "Store the features in --make_reference too; precision, recall and KID need them. Default: yes up to 50,000 images.",
 )
+command_line.group("Measure the validation loss")
+VALIDATION = flags.DEFINE_string(
+    "validation",
+    None,
+    "Folder of a run: measure the error of its weights on the held-out examples that its config names, or --split and --path.",
+)
+STEP = flags.DEFINE_string(
+    "step", None, "Checkpoint: a step, or `best` for the best score during training. Default: the newest intact checkpoint."
+)
+AVERAGE = flags.DEFINE_string(
+    "average",
+    "default",
+    "Weights of the run: its moving average, none for the weights themselves, or another average: 0.9995, power:0.075.",
+)
+PATH = flags.DEFINE_string("path", None, "Path of the held-out examples, in place of the run's data.path.")
 command_line.group("Compare results")
 TABLE = flags.DEFINE_list("table", None, "Comma-separated result files to compare in one table.")
 FORMAT = flags.DEFINE_string("format", "text", "Format of --table: text, csv or markdown.")
@@ -143,10 +171,13 @@ def make_reference(out: str) -> dict:
 
 
 def score() -> dict:
-    if SAMPLES.value is None or (REFERENCE.value is None and METRIC_NAMES.value != ["is"]):
-        raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
     from dit_jax.evaluate.result_files import write_scores
-    from dit_jax.evaluate.scores import METRICS
+    from dit_jax.evaluate.scores import METRICS, WITHOUT_REFERENCE
+
+    wanted = set(METRIC_NAMES.value or ())
+    alone = bool(wanted) and wanted <= set(WITHOUT_REFERENCE)
+    if SAMPLES.value is None or (REFERENCE.value is None and not alone):
+        raise UserError("give --samples=<npz or folder of dit_jax.sample> and --reference=digits, a folder or an npz")
 
     samples = local_path(SAMPLES.value)
     if not samples.exists():
@@ -164,17 +195,33 @@ def score() -> dict:
     return result
 
 
+def measure_validation(folder: str) -> dict:
+    from dit_jax.evaluate.result_files import write_validation
+
+    run = local_path(folder).absolute()
+    path = result_path(OUT.value or f"{run}.validation.json")
+    result = write_validation(path, run, STEP.value, AVERAGE.value, SPLIT.value, PATH.value)
+    console.say(f"validation loss {result['validation_loss']:.6g} of step {result['step']}, {path}")
+    return result
+
+
 EXTRACTOR = {"split", "features", "weights", "batch_size", *processes.FLAGS}
 USES = {
     "--table": {"table", "format", "out"},
     "--make_reference": {"make_reference", "data", "resolution", "channels", "keep_features", *EXTRACTOR},
+    "--validation": {"validation", "step", "average", "split", "path", "out", *processes.FLAGS},
     "--samples": {"samples", "reference", "metrics", "out", "kid_subset_size", "replicates", "level", *EXTRACTOR},
 }
 
 
 def check_flags() -> None:
     """Raises a UserError for a flag without effect."""
-    tasks = {"samples": SAMPLES.value, "make_reference": MAKE_REFERENCE.value, "table": TABLE.value}
+    tasks = {
+        "samples": SAMPLES.value,
+        "make_reference": MAKE_REFERENCE.value,
+        "table": TABLE.value,
+        "validation": VALIDATION.value,
+    }
     asked = [name for name, value in tasks.items() if value]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks: give one of them")
@@ -204,6 +251,8 @@ def main() -> dict:
     if TABLE.value:
         return make_table(TABLE.value)
     processes.join()
+    if VALIDATION.value:
+        return measure_validation(VALIDATION.value)
     return make_reference(MAKE_REFERENCE.value) if MAKE_REFERENCE.value else score()
 
 

@@ -37,6 +37,11 @@ def check_name(name: str, weights: str | None) -> None:
     made_by = (
         f"python -m dit_jax.convert --download={download} --out={name}.safetensors" if download else f"the owner of {name!r}"
     )
+    if name == "clip" and not (weights and local_path(weights).is_file()):
+        raise UserError(
+            f"--weights={weights or ''} is not a file, and features 'clip' need weights; give model.safetensors in a folder of "
+            "Hugging Face's CLIPModel, such as openai/clip-vit-base-patch32"
+        )
     if parameter is not None and parameter.default is parameter.empty and not weights:
         raise UserError(f"features {name!r} need weights (--weights, or --config.evaluation.weights); {made_by} writes them")
     if weights and not local_path(weights).is_file():
@@ -89,7 +94,14 @@ def dinov2(weights: Path) -> tuple[Extractor, Any]:
     return DINOv2(), load_weights(weights)
 
 
+def clip(weights: Path) -> tuple[Extractor, Any]:
+    from dit_jax.interop.clip_vision import load as load_weights
+
+    return load_weights(weights)
+
+
 registry.register("metric", "pixels", Pixels)
 registry.register("metric", "pixels8", SmallPixels)
 registry.register("metric", "inception", inception)
 registry.register("metric", "dinov2", dinov2)
+registry.register("metric", "clip", clip)

@@ -10,7 +10,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -96,6 +96,7 @@ class NpzImages:
                     self._header_bytes = file.tell()
             self.made_by = _made_by(path) if "made_by" in names else None
             self.labels = _labels(path) if "labels" in names else None
+            self.texts = _texts(path) if "captions" in names else {}
         except UserError:
             raise
         except FileNotFoundError:
@@ -118,6 +119,9 @@ class NpzImages:
                 f"{path} is not a readable npz of images: arr_0 declares the shape {list(shape)} but has "
                 f"{self._member.file_size - self._header_bytes} bytes"
             )
+        for name, texts in self.texts.items():
+            if len(texts) != shape[0]:
+                raise UserError(f"{path} has {len(texts)} {name} for {shape[0]} images; write one for each")
         self._count, self.shape = shape[0], tuple(shape[1:])
         self._stream: IO[bytes] | None = None  # of a compressed file, which can only be read sequentially
         self._position = 0
@@ -200,6 +204,18 @@ def _labels(path: Path) -> np.ndarray | None:
     return labels if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
 
 
+def _texts(path: Path) -> dict[str, list[str]]:
+    """{"captions": one for each image} of text-to-image samples; {} if other code gave the name to something else."""
+    captions = read_npz(path, ["captions"])["captions"]
+    return {"captions": captions.tolist()} if captions.ndim == 1 and captions.dtype.kind == "U" else {}
+
+
+def captions_of(images: Images) -> Sequence[str] | None:
+    """The captions of samples that a network with text drew, one for each image; None if they have none."""
+    found: Sequence[str] | None = (getattr(images, "texts", None) or {}).get("captions")
+    return found
+
+
 class SourceImages:
     """The images of a data source, decoded and cropped, never mirrored; an unreadable image raises an error that names it.
 
@@ -224,13 +240,20 @@ class SourceImages:
 
 
 class ArrayImages:
-    """Images in memory, uint8 [N, H, W, C]."""
+    """Images in memory, uint8 [N, H, W, C], with their texts if they have some, as {"captions": [...]}."""
 
-    def __init__(self, images: np.ndarray, name: str, made_by: dict | None = None, labels: np.ndarray | None = None):
+    def __init__(
+        self,
+        images: np.ndarray,
+        name: str,
+        made_by: dict | None = None,
+        labels: np.ndarray | None = None,
+        texts: Mapping[str, Sequence[str]] | None = None,
+    ):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) < 2:
             raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3] is needed")
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
-        self.labels = labels
+        self.labels, self.texts = labels, dict(texts or {})
         self.identity = {"array": list(images.shape)}
 
     def __len__(self) -> int:

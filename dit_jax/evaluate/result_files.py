@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from dit_jax.evaluate import reference, scores, snapshots
+from dit_jax.evaluate import reference, scores, snapshots, validation
 from dit_jax.evaluate.extractors import Loaded
 from dit_jax.evaluate.images import Images
 from dit_jax.evaluate.reference import Reference
@@ -36,6 +36,19 @@ def write_scores(
     with _claimed(path, "scoring", "--out") as folder:
         result = scores.evaluate(samples, against, features, weights, options, split=split, folder=folder)
         result["out"] = str(path)
+        if jax.process_index() == 0:
+            write_json(path, result)
+    return result
+
+
+def write_validation(path: Path, run: Path, step: str | None, average: str, split: str | None, data_path: str | None) -> dict:
+    """Writes the result of `validation.of_run`, with the path of the file, and returns it.
+
+    Raises:
+        UserError: see `validation.of_run`; another command is writing the file.
+    """
+    with _claimed(path, "measuring the validation loss", "--out"):
+        result = validation.of_run(run, step, average, split, data_path) | {"out": str(path)}
         if jax.process_index() == 0:
             write_json(path, result)
     return result

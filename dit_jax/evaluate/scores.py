@@ -17,13 +17,14 @@ from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError, failures, raise_all
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
-from dit_jax.evaluate.images import ArrayImages, Images, check_is_images, open_images, open_samples
+from dit_jax.evaluate.images import ArrayImages, Images, captions_of, check_is_images, open_images, open_samples
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
 from dit_jax.metrics import bootstrap
 from dit_jax.metrics import kernel_distance as kernels
 from dit_jax.metrics.bootstrap import bootstrap_interval, influences
+from dit_jax.metrics.clip import FORMULAS, clip_scores
 from dit_jax.metrics.frechet import Moments, frechet_distance, frechet_gradient
 from dit_jax.metrics.inception_score import PARTITIONS, TENTHS, inception_score
 from dit_jax.metrics.kernel_distance import kernel_distance
@@ -34,7 +35,8 @@ from dit_jax.runtime.versions import device_kind, provenance, version
 from dit_jax.sample.samples_file import Samples
 from dit_jax.storage.paths import local_path
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "clip_score")
+WITHOUT_REFERENCE = ("is", "clip_score")
 OF_FEATURES = ("precision", "recall", "kid")  # these need the reference's features, not only their moments
 NEIGHBOURS = 3
 LABELS_SHOWN = 10
@@ -117,7 +119,7 @@ def score(
         samples: of a pipeline; uint8 [N, H, W, C]; an npz of images; or a folder of `dit_jax.sample`.
         reference: the same; an npz of statistics; a data set (digits, a folder of images, tfds:NAME:PATH, tars:PATTERN), cropped
             to the size of the samples; None for only the Inception Score.
-        features: "pixels" (for tiny images), "pixels8" (means of 8 x 8 cells), "inception" or "dinov2".
+        features: "pixels" (for tiny images), "pixels8" (means of 8 x 8 cells), "inception", "dinov2" or "clip".
         weights: of the extractor, a .safetensors file of `convert`.
         metrics: of METRICS; None computes all that are possible.
         options: other fields of `Options`.
@@ -139,7 +141,8 @@ def score(
 
 def _source(given: str | os.PathLike | Samples | np.ndarray, what: str) -> str | Images:
     if isinstance(given, Samples):
-        return ArrayImages(given.images, f"the {what}", given.made_by, given.labels)
+        texts = getattr(given, "texts", None)
+        return ArrayImages(given.images, f"the {what}", given.made_by, given.labels, texts)
     return ArrayImages(np.asarray(given), f"the {what}") if hasattr(given, "__array__") else os.fspath(given)
 
 
@@ -159,7 +162,7 @@ def evaluate(
     Args:
         samples: npz of images, or a folder of `dit_jax.sample`; or opened images.
         reference: npz of statistics or images, or a data set as in `named_source`; opened images; None for only the Inception
-            Score.
+            Score and CLIPScore.
         features, weights: name and weights file of the extractor.
         split: of the reference, if it is a data set; None for all of it.
         folder: for snapshots, from which an interrupted evaluation resumes; remove it once the result is written. None writes
@@ -193,6 +196,9 @@ def evaluate(
             features=others.features, recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256}
         )
     result, more = compute(metrics, extracted, against, options)
+    if "clip_score" in metrics:
+        scored, cut = score_captions(_kept(extracted.features), captions_of(images) or (), loaded)
+        result, more = result | scored, more + cut
     return {
         **result,
         "features": features,
@@ -325,9 +331,13 @@ def choose_metrics(
         if name not in METRICS:
             raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
     outputs = output_shapes(loaded.extractor, loaded.params, images.shape)
+    embeds_texts = hasattr(loaded.extractor, "text")
+    possible = [name for name in METRICS if name != "clip_score" or embeds_texts]
     reasons = {
-        name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options) for name in options.metrics or METRICS
+        name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options) for name in options.metrics or possible
     }
+    if "clip_score" in reasons and not embeds_texts:
+        reasons["clip_score"] = f"the extractor {loaded.extractor.name} does not embed texts; use --features=clip"
     missing = {name: reason for name, reason in reasons.items() if reason}
     if options.metrics and missing:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
@@ -343,6 +353,8 @@ def _obstacle(
         if "probabilities" not in outputs:
             return f"the extractor {extractor} has no class probabilities"
         return f"{len(images)} samples are fewer than its {TENTHS} parts" if len(images) < TENTHS else None
+    if metric == "clip_score":
+        return None if captions_of(images) is not None else "the samples have no captions"
     if reference is None:
         return "it needs a reference"
     if metric == "sfid":
@@ -371,7 +383,7 @@ def _obstacle(
 
 def wanted_of_samples(metrics: tuple[str, ...], options: Options) -> Wanted:
     moments = tuple(output for output, metric in (("features", "fid"), ("spatial", "sfid")) if metric in metrics)
-    keep = bool(set(OF_FEATURES) & set(metrics)) or ("fid" in metrics and options.replicates > 0)
+    keep = bool({*OF_FEATURES, "clip_score"} & set(metrics)) or ("fid" in metrics and options.replicates > 0)
     return Wanted(moments, keep, "is" in metrics)
 
 
@@ -419,6 +431,14 @@ def compute(
         mean, std = kernel_distance(_kept(samples.features), _kept(theirs), subset_size=options.kid_subset_size)
         result |= {"kid": mean, "kid_std": std, "kid_subset_size": options.kid_subset_size}
     return result, remarks
+
+
+def score_captions(features: np.ndarray, captions: Sequence[str], loaded: Loaded) -> tuple[dict, list[str]]:
+    """({name: mean} of every formula, with the formulas; a remark if captions were cut), of embeddings of images [N, F]."""
+    extractor: Any = loaded.extractor  # one that embeds texts
+    texts, cut = extractor.text(loaded.params, captions)
+    remark = f"clip_score: {cut} of {len(captions)} captions are longer than CLIP's {extractor.text.length} tokens and were cut"
+    return {**clip_scores(features, texts), "clip_formulas": dict(FORMULAS)}, [remark] if cut else []
 
 
 def _kept(features: np.ndarray | None) -> np.ndarray:

@@ -6,6 +6,7 @@ compared. Numbers in the latents of different codecs cannot.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import rows_per_step, split_rows
 from dit_jax.runtime import phases
 from dit_jax.runtime.console import say
+from dit_jax.sample import trained
+from dit_jax.tasks import averages
 from dit_jax.tasks.diffusion import DiffusionTask
 from dit_jax.tasks.state import on_device
 from dit_jax.tasks.task import named_key
@@ -109,10 +112,11 @@ def check(run: Run) -> None:
     if not is_on(run.config):
         return
     times_of(run.process)
-    unknown = run.conditioner.batch_spec().keys() - {"label"}
-    if unknown:
-        raise UserError(f"the validation loss needs examples with labels only, and the conditioner reads {', '.join(unknown)}")
-    source_of(run)
+    source = source_of(run)
+    if run.caption_entries(source) is None and (unknown := run.conditioner.batch_spec().keys() - {"label"}):
+        raise UserError(
+            f"the validation loss needs examples with labels or captions, and the conditioner reads {', '.join(unknown)}"
+        )
 
 
 def measured(run: Run, params: Any, constants: Mapping[str, Any], levels: Sequence[float] = LEVELS) -> dict[str, Any]:
@@ -175,6 +179,48 @@ def measured(run: Run, params: Any, constants: Mapping[str, Any], levels: Sequen
     return result
 
 
+def of_run(
+    workdir: str | os.PathLike,
+    step: int | str | None = None,
+    average: str = "default",
+    split: str | None = None,
+    path: str | None = None,
+) -> dict[str, Any]:
+    """The validation loss of the weights of a run, on all devices; all processes call it together.
+
+    Args:
+        workdir: the run's folder.
+        step, average: as `sample.trained.Trained.check` has them.
+        split, path: of the held-out examples, in place of the run's `validation.split` and `validation.path`.
+
+    Returns:
+        {"validation_loss", "validation"} as a run's `result.json` has them, "workdir" and "step".
+
+    Raises:
+        UserError: no such run, step or average; it names no held-out examples, and none are given; see also `source_of`.
+        NotFinite: the weights or the network's output are not finite.
+    """
+    opened = trained.read(workdir)
+    if opened.weights is not None:
+        raise UserError(f"{opened.path} is a file of weights without a data set; give the folder of a run")
+    chosen = opened.check(step, average)
+    config = ml_collections.ConfigDict(opened.config.to_dict())
+    if split or path:
+        config.validation = {"split": split or "", "path": path or ""}
+    if not is_on(config):
+        raise UserError(
+            f"{opened.path} was trained without held-out examples (validation.split and validation.path are empty); give those "
+            "to measure, as --split=test, or --path=<other data>"
+        )
+    config.mesh = {"data": -1, "fsdp": 1}  # the devices of this machine, not those of training
+    run = Run(config).with_codec_weights(opened.path)
+    check(run)
+    params, found = opened.params(run, chosen, average)
+    name = {"default": run.task.average.name, "none": "none"}.get(average) or averages.parse(average).name
+    result = measured(run, params, run.frozen) | {"weights": name}
+    return {"validation_loss": result["loss"], "validation": result, "workdir": str(opened.path), "step": found}
+
+
 def in_float32(run: Run) -> Run:
     """The run of the whole network, computed in float32."""
     config = ml_collections.ConfigDict(run.config.to_dict())
@@ -217,9 +263,12 @@ def squared_errors(
 def _batches(run: Run, source: Any, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (number of the first example, batch) over a data set, in order."""
     if isinstance(source, LatentCache):
+        entries = run.caption_entries(source)
         for first in range(0, len(source), size):
             records = np.arange(first, min(first + size, len(source)))
-            yield first, {"moments": source.gather(source.views * records), "label": source.labels[records].astype(np.int32)}
+            batch = {"moments": source.gather(source.views * records), "label": source.labels[records].astype(np.int32)}
+            text = source.with_captions(records, lambda example, _: entries(example, None)) if entries else {}
+            yield first, batch | text
         return
-    for batch in read_in_order(source, run.transform, size):
-        yield int(batch["index"][0]), {name: batch[name] for name in ("image", "label")}
+    for batch in read_in_order(source, run.example_transform(source), size):
+        yield int(batch["index"][0]), {name: batch[name] for name in ("image", "label", *run.conditioner.batch_spec())}

@@ -22,7 +22,8 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
-from dit_jax.models.unet import MLP_RATIO, PUBLISHED, Piece, Stage, UNet
+from dit_jax.models.convolutional import MLP_RATIO
+from dit_jax.models.unet import PUBLISHED, Piece, Stage, UNet
 
 NETWORK = "unet"
 LAYOUTS = ("official", "diffusers")

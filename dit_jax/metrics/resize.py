@@ -78,8 +78,10 @@ def area_weights(length: int, size: int) -> np.ndarray:
     return np.maximum(inside, 0) * (size / length)
 
 
-def bicubic_pillow(images: jax.Array, size: int) -> jax.Array:
+def bicubic_pillow(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """Resizes uint8 [N, H, W, C] to uint8 [N, S, S, C] on device, bit for bit as PIL.Image.resize((S, S), BICUBIC).
+
+    A size (height, width) need not be square.
 
     Shrinking antialiases. Like Pillow, it rounds to uint8 between the two passes. The horizontal pass comes first, as in Pillow
     before 13, which produced the published numbers; Pillow 13 reverses the order for portrait images.
@@ -87,8 +89,9 @@ def bicubic_pillow(images: jax.Array, size: int) -> jax.Array:
         ValueError: a side is 64 times S or more.
     Source: Resample.c of Pillow 3.3 to 12.
     """
-    x = _pillow_pass("oi,nhic->nhoc", images, images.shape[2], size)
-    return _pillow_pass("oi,niwc->nowc", x, images.shape[1], size)
+    height, width = (size, size) if isinstance(size, int) else size
+    x = _pillow_pass("oi,nhic->nhoc", images, images.shape[2], width)
+    return _pillow_pass("oi,niwc->nowc", x, images.shape[1], height)
 
 
 def _pillow_pass(spec: str, x, length: int, size: int):

@@ -15,10 +15,10 @@ from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel, dot_product_attention
 from dit_jax.models.network import MIXED, Cond, Shape, check_entries, label_vectors
-from dit_jax.models.patches import patchify, unpatchify
+from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Fid, Published
-from dit_jax.models.stack import CHOICES, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -236,10 +236,7 @@ class DiffiT(nn.Module):
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
-        check_entries("control", control, ("keep",), type(self).__name__)
-        keep = (control or {}).get("keep")
-        if keep is not None and jnp.shape(keep) != (self.depth,):
-            raise UserError(f"control keep has shape {jnp.shape(keep)}; it must be ({self.depth},), one flag for each block")
+        keep = blocks_to_keep(control, self.depth, type(self).__name__)
         return self.blocks(embedded.x, embedded.c, keep)[0]
 
     def head(self, x: jax.Array, embedded: Embedded, shape: Shape) -> jax.Array:
@@ -255,11 +252,7 @@ class DiffiT(nn.Module):
                 "channels); choose a network for clips"
             )
         (height, width, _), p = latent_shape, self.patch_size
-        if height % p or width % p:
-            raise UserError(
-                f"the network's input is {height} x {width}, not a multiple of model.patch_size = {p}; change the resolution or "
-                "the patch size"
-            )
+        check_sides(height, width, p)
         if (height // p, width // p) != tuple(self.grid):
             raise UserError(
                 f"the network's input of {height} x {width} has {height // p} x {width // p} tokens, and model.grid is "

@@ -14,11 +14,11 @@ from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
 from dit_jax.models.network import MIXED, Cond, Shape, check_entries, label_vectors
-from dit_jax.models.patches import patchify, unpatchify
+from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.published import Fid, Published
 from dit_jax.models.sizes import FIDS, MODELS, SIZES
 from dit_jax.models.sizes import fields as fields_of_size
-from dit_jax.models.stack import CHOICES, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -294,10 +294,7 @@ class DiT(nn.Module):
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
-        check_entries("control", control, ("keep",), type(self).__name__)
-        keep = (control or {}).get("keep")
-        if keep is not None and jnp.shape(keep) != (self.depth,):
-            raise UserError(f"control keep has shape {jnp.shape(keep)}; it must be ({self.depth},), one flag for each block")
+        keep = blocks_to_keep(control, self.depth, type(self).__name__)
         return self.blocks(embedded.x, embedded.c, embedded.tokens, keep)[0]
 
     def head(self, x: jax.Array, embedded: Embedded, shape: Shape) -> jax.Array:
@@ -315,12 +312,7 @@ class DiT(nn.Module):
                 f"the network's input is {' x '.join(map(str, latent_shape))}, but DiT takes images (height x width x channels); "
                 "choose a network for clips"
             )
-        height, width, _ = latent_shape
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"the network's input is {height} x {width}, not a multiple of model.patch_size = "
-                f"{self.patch_size}; change the resolution or the patch size"
-            )
+        check_sides(*latent_shape[:2], self.patch_size)
 
     def _check_fields(self) -> None:
         if self.conditioning not in CONDITIONINGS:
@@ -343,8 +335,6 @@ class DiT(nn.Module):
                 f"model.heads = {self.heads} does not divide model.width = {self.width}; "
                 f"choose a width that is a multiple of {self.heads}"
             )
-        if self.position_grid is not None and not (len(self.position_grid) == 2 and min(self.position_grid) >= 1):
-            raise UserError(f"model.position_grid is {self.position_grid}; it must be (rows, columns) of tokens, or None")
         if self.width % 4:
             raise UserError(f"model.width = {self.width} is not a multiple of 4, which the position table needs")
 

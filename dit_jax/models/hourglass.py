@@ -18,11 +18,11 @@ from dit_jax.errors import UserError
 from dit_jax.models import layers
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel, dot_product_attention
 from dit_jax.models.local_attention import neighborhood_attention, window_attention
-from dit_jax.models.network import Cond, Shape, check_entries, check_labels
+from dit_jax.models.network import Cond, Shape, check_entries, label_vectors
 from dit_jax.models.patches import patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Fid, Published
-from dit_jax.models.stack import REMAT_POLICIES, STORES_NOTHING_INSIDE, form_of_loop
+from dit_jax.models.stack import CHOICES, STORES_NOTHING_INSIDE, form_of_loop, savings, stack
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -396,7 +396,7 @@ class HourglassDiT(nn.Module):
     matrices = MATRICES
     label_table = "label_embedding/embedding"
     published = PUBLISHED
-    remat_policies = ("none", *REMAT_POLICIES)
+    remat_policies = CHOICES
 
     def setup(self) -> None:
         self._check_fields()
@@ -420,18 +420,10 @@ class HourglassDiT(nn.Module):
 
     def _level(self, i: int) -> nn.Module:
         """The layers of level i, as one scan."""
-        layer, (unroll, remat) = Layer, form_of_loop(self.unroll, self.remat, jax.default_backend())
-        if remat != "none":
-            layer = nn.remat(Layer, prevent_cse=unroll, policy=REMAT_POLICIES[remat])
-        width, depth = self.widths[i], self.depths[i]
-        return nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=depth,
-            unroll=depth if unroll else 1,
-        )(width // self.head_width, int(width * self.mlp_ratio), self._kind(i), self.dtype, self.param_dtype)
+        width = self.widths[i]
+        return stack(Layer, self.depths[i], (nn.broadcast, 0), self.unroll, self.remat)(
+            width // self.head_width, int(width * self.mlp_ratio), self._kind(i), self.dtype, self.param_dtype
+        )
 
     def _kind(self, i: int) -> Kind:
         """The attention of level i."""
@@ -471,13 +463,7 @@ class HourglassDiT(nn.Module):
         c = self.time_embedding(self.time_fourier(self.time_scale * t.astype(jnp.float32)[:, None]))
         c = c + self.augmentation_embedding(self.augmentation_fourier(augmentation))
         if self.num_classes:
-            if "label" not in (cond or {}):
-                raise UserError(
-                    f"model.num_classes is {self.num_classes} and the condition has no label; set conditioner.name to labels, or "
-                    "model.num_classes to 0"
-                )
-            check_labels(cond["label"], batch, self.num_classes)
-            c = c + self.label_embedding(cond["label"])
+            c = c + label_vectors(self.label_embedding, cond, batch, self.num_classes)
         return self.mapping(c)
 
     def check_times(self, low: float, high: float) -> None:
@@ -559,8 +545,8 @@ class HourglassDiT(nn.Module):
             )
         if self.mlp_ratio <= 0 or self.time_scale == 0:
             raise UserError(f"model.mlp_ratio is {self.mlp_ratio} and model.time_scale {self.time_scale}; both must be above 0")
-        if self.remat not in ("auto", "none", *REMAT_POLICIES):
-            raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, none, {', '.join(REMAT_POLICIES)}")
+        if self.remat not in ("auto", *CHOICES):
+            raise UserError(f"model.remat is {self.remat!r}; it must be one of auto, {', '.join(CHOICES)}")
         if self.attention not in IMPLEMENTATIONS:
             raise UserError(f"model.attention is {self.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
 
@@ -616,14 +602,10 @@ class HourglassDiT(nn.Module):
         return rows * values * jnp.dtype(self.dtype).itemsize
 
     def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        saved = {}
-        for policy, cost in (("elementwise", "recomputes elementwise operations"), ("full", "a third more arithmetic")):
-            if self.remat == "none" or (policy == "full" and self.remat in ("dots", "elementwise")):
-                kept = self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-                # In the backward pass, one layer at a time has all of its activations.
-                share = 1 - 1 / sum(count for _, count in self._levels())
-                saved[f"--config.model.remat={policy} ({cost})"] = max(0, int((activations - kept) * share))
-        return saved
+        def kept(policy: str) -> int:
+            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
+
+        return savings(self.remat, sum(count for _, count in self._levels()), kept, activations)
 
     def describe(self) -> str:
         levels = ", ".join(

@@ -3,13 +3,16 @@
 B batch, h x w grid, H heads, E width of a head; n queries and m keys of a block. Queries are scaled by the caller.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 # (rows, columns) of the blocks of queries that share their keys in `neighborhood_attention`. Smaller ones have fewer masked keys
-# and more copies of each key: on a CPU (4, 4) and (4, 8) are as fast forward, and slower with the gradient.
-QUERY_BLOCK = (8, 8)
+# and more copies of each key. With 7 x 7 neighbourhoods (4, 8) is the fastest on a CPU; accelerators may prefer (8, 8).
+QUERY_BLOCK = (4, 8)
 
 
 def window_attention(q: jax.Array, k: jax.Array, v: jax.Array, size: int, shift: jax.Array | int = 0) -> jax.Array:
@@ -41,6 +44,7 @@ def _side_of_seam(n: int, size: int, shift: jax.Array | int) -> jax.Array:
     return place < shift
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def neighborhood_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, size: int, block: tuple[int, int] = QUERY_BLOCK
 ) -> jax.Array:
@@ -48,6 +52,8 @@ def neighborhood_attention(
 
     The neighbourhood of token i of an axis of n begins at clip(i - size // 2, 0, n - size). Blocks of queries share a block of
     keys that covers all of their neighbourhoods, and a mask selects those of each query: matrix products in place of a gather.
+    A loop over rows of blocks keeps the copies of the keys and the scores of one row; the gradient computes them again and
+    accumulates those of k and v in float32.
 
     Args:
         q, k, v: [B, h, w, H, E]; h and w are at least size.
@@ -59,52 +65,129 @@ def neighborhood_attention(
 
     Source: Hassani et al. 2023 (Neighborhood Attention Transformer), equations 1 to 3, and NATTEN at the border.
     """
-    _, h, w, _, _ = q.shape
-    q, k, v = (_heads_first(x) for x in (q, k, v))
-    padded = [(0, 0), (0, 0), (0, -h % block[0]), (0, -w % block[1]), (0, 0)]
-    halos = [_halo(n, size, side) for n, side in zip((h, w), block, strict=True)]
-    keys, values = (_halo_blocks(_halo_blocks(x, 2, block[0], halos[0]), 4, block[1], halos[1]) for x in (k, v))
-    (_, _, r, m, c, l, e) = keys.shape
-    keys, values = (x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(*x.shape[:2], r, c, m * l, e) for x in (keys, values))
-    mask = _both(*(jnp.asarray(_inside(n, size, side, halo)) for n, side, halo in zip((h, w), block, halos, strict=True)))
-    y = _attend(_blocks(jnp.pad(q, padded), block), keys, values, mask)
-    return _heads_last(_unblocks(y, block)[:, :, :h, :w])
+    rows, columns = _axes(q, size, block)
+
+    def row_of_blocks(r, y):  # y has the queries of the rows to come
+        key_blocks, value_blocks = (_keys(x, r, rows, columns) for x in (k, v))
+        scores = _scores(_queries(y, r, rows, columns), key_blocks, _mask(r, rows, columns))
+        weights = jnp.exp(scores - scores.max(-2, keepdims=True))
+        sums = weights.sum(-2)[..., None]  # divides the result: E numbers of a query in place of m
+        return _put(y, _product(weights.astype(v.dtype), value_blocks, -2, -2) / sums, r, rows, columns)
+
+    y = jax.lax.fori_loop(0, rows.blocks, row_of_blocks, _padded(q, rows, columns))
+    return y[:, : rows.n, : columns.n]
 
 
-def _start(i: np.ndarray, n: int, size: int) -> np.ndarray:
-    """The first token of the neighbourhood of token i."""
-    return np.clip(i - size // 2, 0, n - size)
+def _neighborhood_forward(q, k, v, size, block):
+    return neighborhood_attention(q, k, v, size, block), (q, k, v)
 
 
-def _halo(n: int, size: int, block: int) -> tuple[int, int]:
-    """Tokens before and behind a block of queries that cover the neighbourhoods of all blocks."""
-    i = np.arange(n)
-    first, last = i // block * block, i // block * block + block
-    start = _start(i, n, size)
-    return int((first - start).max()), max(int((start + size - last).max()), 0)
+def _neighborhood_backward(size, block, residuals, dy):
+    q, k, v = residuals
+    rows, columns = _axes(q, size, block)
+    dy = _padded(dy, rows, columns)
+
+    def row_of_blocks(r, gradients):  # the first has the queries of the rows to come
+        query_blocks, dy_blocks = (_queries(x, r, rows, columns) for x in (gradients[0], dy))
+        key_blocks, value_blocks = (_keys(x, r, rows, columns) for x in (k, v))
+        weights = _weights(query_blocks, key_blocks, _mask(r, rows, columns))
+        dq, dk, dv = _gradients(query_blocks, key_blocks, value_blocks, weights, dy_blocks)
+        dk, dv = (_add_keys(x, d, r, rows, columns) for x, d in zip(gradients[1:], (dk, dv), strict=True))
+        return _put(gradients[0], dq, r, rows, columns), dk, dv
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
+    dq, dk, dv = jax.lax.fori_loop(0, rows.blocks, row_of_blocks, (_padded(q, rows, columns), *zeros))
+    return dq[:, : rows.n, : columns.n], dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _inside(n: int, size: int, block: int, halo: tuple[int, int]) -> np.ndarray:
-    """bool[blocks, block with its halo, block]: whether a key lies in the neighbourhood of a query."""
-    first = np.arange(0, n, block)[:, None, None]
-    start = _start(first + np.arange(block)[None, None], n, size)
-    key = first + np.arange(-halo[0], block + halo[1])[None, :, None]
-    return (start <= key) & (key < start + size)
+neighborhood_attention.defvjp(_neighborhood_forward, _neighborhood_backward)
 
 
-def _halo_blocks(x: jax.Array, axis: int, block: int, halo: tuple[int, int]) -> jax.Array:
-    """Splits an axis [n] into [blocks, halo + block + halo], zeros outside.
+class Axis(NamedTuple):
+    """The blocks of an axis of tokens.
 
-    It is made of shifted copies, whose gradient is cheaper than that of a gather.
+    Fields:
+        n: tokens.
+        block: queries of a block; the last block may reach beyond n.
+        begin: int[blocks], the first key of each block.
+        length: keys of a block.
+        inside: bool[blocks, length, block], whether a key lies in the neighbourhood of a query.
     """
-    n, length = x.shape[axis], halo[0] + block + halo[1]
-    count, copies = -(-n // block), -(-length // block)
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (halo[0], (count + copies - 1) * block - halo[0] - n)
-    x = jnp.pad(x, padding)
-    x = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-    shifted = [jax.lax.slice_in_dim(x, i, i + count, axis=axis) for i in range(copies)]
-    return jax.lax.slice_in_dim(jnp.concatenate(shifted, axis + 1), 0, length, axis=axis + 1)
+
+    n: int
+    block: int
+    begin: np.ndarray
+    length: int
+    inside: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        return len(self.begin)
+
+
+def _axis(n: int, size: int, block: int) -> Axis:
+    queries = np.arange(-(-n // block) * block).reshape(-1, block)
+    start = np.clip(queries - size // 2, 0, n - size)
+    length = int((start[:, -1] + size - start[:, 0]).max())
+    begin = np.minimum(start[:, 0], n - length)
+    keys = begin[:, None] + np.arange(length)
+    start, keys = start[:, None, :], keys[:, :, None]
+    return Axis(n, block, begin, length, (start <= keys) & (keys < start + size))
+
+
+def _axes(x: jax.Array, size: int, block: tuple[int, int]) -> tuple[Axis, Axis]:
+    return _axis(x.shape[1], size, block[0]), _axis(x.shape[2], size, block[1])
+
+
+def _padded(x: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """Queries [B, h, w, H, E] with zeros up to whole blocks."""
+    return jnp.pad(x, [(0, 0), *((0, axis.blocks * axis.block - axis.n) for axis in (rows, columns)), (0, 0), (0, 0)])
+
+
+def _mask(r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """bool[C, 1, m, n] of a row of blocks, with an axis for the heads."""
+    return _both(jnp.asarray(rows.inside)[r][None], jnp.asarray(columns.inside))[0][:, None]
+
+
+def _queries(x: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """[B, .., .., H, E] -> [B, C, H, n, E]: the queries of a row of blocks."""
+    return _slices(x, r * rows.block, np.arange(columns.blocks) * columns.block, (rows.block, columns.block))
+
+
+def _keys(x: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """[B, h, w, H, E] -> [B, C, H, m, E]: the keys of a row of blocks."""
+    return _slices(x, jnp.asarray(rows.begin)[r], columns.begin, (rows.length, columns.length))
+
+
+def _slices(x: jax.Array, row: jax.Array, columns: np.ndarray, sides: tuple[int, int]) -> jax.Array:
+    """[B, .., .., H, E] -> [B, C, H, rows columns, E]: slices that begin at a row and at each of C columns."""
+    b, _, _, heads, e = x.shape
+
+    def cut(column):
+        return jax.lax.dynamic_slice(x, (0, row, column, 0, 0), (b, *sides, heads, e))
+
+    cuts = jax.vmap(cut, out_axes=1)(jnp.asarray(columns))
+    return cuts.transpose(0, 1, 4, 2, 3, 5).reshape(b, len(columns), heads, -1, e)
+
+
+def _put(x: jax.Array, y: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """Replaces the queries of a row of blocks by y [B, C, H, n, E]."""
+    b, _, width, heads, e = x.shape
+    y = y.reshape(b, columns.blocks, heads, rows.block, columns.block, e).transpose(0, 3, 1, 4, 2, 5)
+    y = y.reshape(b, rows.block, width, heads, e).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x, y, r * rows.block, 1)
+
+
+def _add_keys(x: jax.Array, d: jax.Array, r: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
+    """Adds d [B, C, H, m, E] where `_keys` took the keys of a row of blocks. Overlaps are sums of padded arrays, no scatter."""
+    b, count, heads, _, e = d.shape
+    d = d.reshape(b, count, heads, rows.length, columns.length, e)
+    sides = [(int(begin), int(columns.n - columns.length - begin)) for begin in columns.begin]
+    parts = [jnp.pad(d[:, c], [(0, 0), (0, 0), (0, 0), side, (0, 0)]) for c, side in enumerate(sides)]
+    whole = functools.reduce(jnp.add, parts)
+    row = jnp.asarray(rows.begin)[r]
+    old = jax.lax.dynamic_slice_in_dim(x, row, rows.length, 1)
+    return jax.lax.dynamic_update_slice_in_dim(x, old + whole.transpose(0, 2, 3, 1, 4), row, 1)
 
 
 def _both(rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -148,31 +231,40 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
         q: [B, H, R, C, n, E]; k, v: [B, H, R, C, m, E].
         mask: bool[R, C, m, n], at least one key of each query.
     """
-    return _product(_weights(q, k, mask).astype(q.dtype), v, 4, 4).astype(q.dtype)
+    return _product(_weights(q, k, mask).astype(q.dtype), v, -2, -2).astype(q.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """f32[.., m, n]. The mask is a sum: XLA's CPU compiler fuses it better than a selection."""
+    return _product(k, q, -1, -1) + jnp.where(mask, 0.0, -jnp.inf)
 
 
 def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """f32[B, H, R, C, m, n]."""
-    return jax.nn.softmax(jnp.where(mask, _product(k, q, 5, 5), -jnp.inf), axis=4)
+    return jax.nn.softmax(_scores(q, k, mask), axis=-2)
 
 
 def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
     """The matrix products of two arrays of blocks over one axis of each, in float32."""
-    blocks = (0, 1, 2, 3)
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), (blocks, blocks)), preferred_element_type=jnp.float32)
+    axes, blocks = ((x_axis % x.ndim,), (y_axis % y.ndim,)), tuple(range(x.ndim - 2))
+    return jax.lax.dot_general(x, y, (axes, (blocks, blocks)), preferred_element_type=jnp.float32)
+
+
+def _gradients(q, k, v, weights, dy):
+    """Those of q, k and v in float32."""
+    dweights = _product(v, dy, -1, -1)
+    dscores = (weights * (dweights - (weights * dweights).sum(-2, keepdims=True))).astype(q.dtype)
+    return _product(dscores, k, -2, -2), _product(dscores, q, -1, -2), _product(weights.astype(q.dtype), dy, -1, -2)
 
 
 def _attend_forward(q, k, v, mask):
     weights = _weights(q, k, mask)
-    return _product(weights.astype(q.dtype), v, 4, 4).astype(q.dtype), (q, k, v, weights)
+    return _product(weights.astype(q.dtype), v, -2, -2).astype(q.dtype), (q, k, v, weights)
 
 
 def _attend_backward(residuals, dy):
     q, k, v, weights = residuals
-    dweights = _product(v, dy, 5, 5)
-    dscores = (weights * (dweights - (weights * dweights).sum(4, keepdims=True))).astype(q.dtype)
-    dq, dk, dv = _product(dscores, k, 4, 4), _product(dscores, q, 5, 4), _product(weights.astype(q.dtype), dy, 5, 4)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    gradients = zip(_gradients(q, k, v, weights, dy), (q, k, v), strict=True)
+    return *(d.astype(x.dtype) for d, x in gradients), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

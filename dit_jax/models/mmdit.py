@@ -20,10 +20,10 @@ from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel, dot_product_attention
 from dit_jax.models.dit import FinalLayer, Modulation
 from dit_jax.models.network import Cond, Shape, check_entries
-from dit_jax.models.patches import patchify, unpatchify
+from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Published
-from dit_jax.models.stack import CHOICES, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -324,10 +324,7 @@ class MMDiT(nn.Module):
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens of the image or clip [B, N, D]."""
-        check_entries("control", control, ("keep",), type(self).__name__)
-        keep = (control or {}).get("keep")
-        if keep is not None and jnp.shape(keep) != (self.depth,):
-            raise UserError(f"control keep has shape {jnp.shape(keep)}; it must be ({self.depth},), one flag for each block")
+        keep = blocks_to_keep(control, self.depth, type(self).__name__)
         streams, n = (embedded.x, embedded.context), self.dual_blocks
 
         def part(start: int, end: int) -> Any:
@@ -397,11 +394,7 @@ class MMDiT(nn.Module):
         if len(latent_shape) == 4 and self.position == "table":
             raise UserError("model.position is 'table', which is for images; set it to 'rope' for clips")
         *_, height, width, _ = latent_shape
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"the network's input is {height} x {width}, not a multiple of model.patch_size = {self.patch_size}; change the "
-                "resolution or the patch size"
-            )
+        check_sides(height, width, self.patch_size)
         longest = max(height, width) // self.patch_size
         if self.position == "table" and self.table_side is not None and longest > self.table_side:
             raise UserError(

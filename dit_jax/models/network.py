@@ -151,8 +151,12 @@ def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 
-def label_vectors(embed: Callable[[jax.Array], jax.Array], cond: Cond, batch: int, num_classes: int) -> jax.Array:
+def label_vectors(
+    embed: Callable[[jax.Array], jax.Array], cond: Cond, batch: int, num_classes: int, null: bool = True
+) -> jax.Array:
     """[B, D]: the embedding of the label, or of two, (1 - share) of the first and share of the second.
+
+    null: whether the network has the null label.
 
     Raises:
         UserError: there is no label, or only a part of what a mixture of two needs; see `check_labels`.
@@ -162,13 +166,13 @@ def label_vectors(embed: Callable[[jax.Array], jax.Array], cond: Cond, batch: in
             f"model.num_classes is {num_classes} and the condition has no label; set conditioner.name to labels, or "
             "model.num_classes to 0"
         )
-    check_labels(cond["label"], batch, num_classes)
+    check_labels(cond["label"], batch, num_classes, null)
     label = embed(cond["label"])
     if not cond.keys() & set(MIXED):
         return label
     if not cond.keys() >= set(MIXED):
         raise UserError(f"to mix two labels, the condition needs all of 'label', {', '.join(map(repr, MIXED))}")
-    check_labels(cond["second_label"], batch, num_classes)
+    check_labels(cond["second_label"], batch, num_classes, null)
     share = cond["second_share"][:, None].astype(label.dtype)
     return (1 - share) * label + share * embed(cond["second_label"])
 

@@ -6,6 +6,17 @@ B batch, H x W x C grid, p patch side.
 import jax
 import jax.numpy as jnp
 
+from dit_jax.errors import UserError
+
+
+def check_sides(height: int, width: int, patch_size: int) -> None:
+    """Raises a UserError unless the side of a patch divides both sides of the input."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"the network's input is {height} x {width}, not a multiple of model.patch_size = {patch_size}; change the "
+            "resolution or the patch size"
+        )
+
 
 def patchify(x: jax.Array, p: int) -> jax.Array:
     """[B, H, W, C] -> [B, (H/p) (W/p), p p C], patches in row-major order, channels last inside a patch."""

@@ -14,9 +14,9 @@ from dit_jax.errors import UserError
 from dit_jax.models import layers, position
 from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
 from dit_jax.models.network import Cond, Shape, check_entries
-from dit_jax.models.patches import patchify, unpatchify
+from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.published import Published
-from dit_jax.models.stack import CHOICES, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -210,10 +210,7 @@ class PixArt(nn.Module):
 
     def run_blocks(self, embedded: Embedded, control: Mapping[str, Any] | None = None) -> jax.Array:
         """Runs all blocks; returns the tokens [B, N, D]."""
-        check_entries("control", control, ("keep",), type(self).__name__)
-        keep = (control or {}).get("keep")
-        if keep is not None and jnp.shape(keep) != (self.depth,):
-            raise UserError(f"control keep has shape {jnp.shape(keep)}; it must be ({self.depth},), one flag for each block")
+        keep = blocks_to_keep(control, self.depth, type(self).__name__)
         x, modulation, text, bias = embedded.x, embedded.modulation, embedded.text, embedded.bias
         return self.blocks(x, modulation, text, bias, keep)[0]
 
@@ -229,11 +226,7 @@ class PixArt(nn.Module):
         if len(latent_shape) != 3:
             raise UserError(f"the network's input is {' x '.join(map(str, latent_shape))}, but PixArt takes images")
         height, width, _ = latent_shape
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"the network's input is {height} x {width}, not a multiple of model.patch_size = {self.patch_size}; change the "
-                "resolution or the patch size"
-            )
+        check_sides(height, width, self.patch_size)
 
     def _check_fields(self) -> None:
         for name, allowed in (("attention", IMPLEMENTATIONS), ("remat", ("auto", *CHOICES))):

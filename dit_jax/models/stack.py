@@ -1,12 +1,15 @@
 """A stack of equal blocks: one set of stacked parameters, a loop or unrolled code, and what is stored for the gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from dit_jax.errors import UserError
 from dit_jax.models import layers
+from dit_jax.models.network import check_entries
 
 REMAT_POLICIES = {
     "full": None,
@@ -64,6 +67,19 @@ def stack(
     )
 
 
+def blocks_to_keep(control: Mapping[str, Any] | None, depth: int, network: str) -> jax.Array | None:
+    """Entry "keep", bool[depth], of a network's control: the blocks that are not skipped; None if it has none.
+
+    Raises:
+        UserError: another entry, or another number of blocks.
+    """
+    check_entries("control", control, ("keep",), network)
+    keep = (control or {}).get("keep")
+    if keep is not None and jnp.shape(keep) != (depth,):
+        raise UserError(f"control keep has shape {jnp.shape(keep)}; it must be ({depth},), one flag for each block")
+    return keep
+
+
 def stored_units(depth: int, remat: str, tensor: int) -> int:
     """Lower bound on the activations that `depth` blocks of a transformer store on a device, in units of [B, N, D].
 
@@ -76,6 +92,7 @@ def savings(remat: str, depth: int, kept: Callable[[str], int], activations: int
     """`models.network.Planned.savings` of a stack: {config override: bytes saved per device}.
 
     Args:
+        depth: blocks of the network.
         kept: lower bound of the bytes that a policy stores.
         activations: bytes per device that activations take in the compiled step.
     """
@@ -83,5 +100,5 @@ def savings(remat: str, depth: int, kept: Callable[[str], int], activations: int
     for policy, cost in (("elementwise", "recomputes elementwise operations"), ("full", "a third more arithmetic")):
         if remat == "none" or (policy == "full" and remat in ("dots", "elementwise")):
             # In the backward pass, one block at a time has all of its activations.
-            saved[f"--config.model.remat={policy} ({cost})"] = int((activations - kept(policy)) * (1 - 1 / depth))
+            saved[f"--config.model.remat={policy} ({cost})"] = max(0, int((activations - kept(policy)) * (1 - 1 / depth)))
     return saved

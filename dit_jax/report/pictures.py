@@ -62,7 +62,7 @@ def denoise(run: Run, ema_params: Any, constants: Any) -> tuple[np.ndarray, list
         return run.task.draw_latents(params, constants, keys, requests, sampler, run.guidance, None, run.forecast)
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(run.config.seed), np.arange(ROWS))
-    final = jax.jit(latents)(params, constants, keys, spread_requests(run.conditioner, ROWS))
+    final = jax.jit(latents)(params, constants, keys, spread_requests(run.conditioner, ROWS, run.prompts))
     jax.effects_barrier()
     seen.sort(key=lambda each: -each[0])  # of several evaluations at one time the order does not matter
     chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, min(FRAMES - 1, len(seen))).round().astype(int)]
@@ -115,7 +115,9 @@ def write_real(run: Run, workdir: Path, count: int) -> Path:
     if run.entry != "image":
         raise UserError("the data set is a latent cache, which holds no images")
     classes = run.conditioner.num_classes
-    wanted = spread_requests(run.conditioner, min(count, GRID_IMAGES)).get("label", np.zeros(min(count, GRID_IMAGES), int))
+    wanted = spread_requests(run.conditioner, min(count, GRID_IMAGES), run.prompts).get(
+        "label", np.zeros(min(count, GRID_IMAGES), int)
+    )
     images, labels = real_images(run, wanted)
     names = label_names(labels, classes, run.source.class_names) if classes else []
     path = workdir / "samples" / REAL

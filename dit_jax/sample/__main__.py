@@ -100,8 +100,8 @@ GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 turns guidance of
 SAMPLER = flags.DEFINE_string(
     "sampler",
     None,
-    "One of ab, ddim, ddpm, dopri5, dpmpp, dpmpp_2m_sde, dpmpp_3m_sde, euler, heun, heun_sde, sde, unipc, or one of --import. "
-    "Default: the config's.",
+    "One of ab, ddim, ddpm, dopri5, dpmpp, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sigma, euler, heun, heun_sde, sde, unipc, or one of "
+    "--import. Default: the config's.",
 )
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: the config's.")
 SAMPLER_FIELDS = flags.DEFINE_list("sampler_fields", [], "Other fields of the sampler, as in eta=0.5,spacing=stride.")

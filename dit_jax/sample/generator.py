@@ -67,6 +67,11 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def for_samples(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants of a step that drawing samples reads: the codec and frozen text encoders."""
+    return {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
+
+
 def in_chunks(function: Callable[..., Any], chunk_size: int, ways: int, *trees: Any) -> Any:
     """function(*trees) over chunks of the batch in sequence; chunk i is the i-th `chunk_size` rows of every device.
 
@@ -301,7 +306,7 @@ class Generator:
             requests: arrays [batch_size, ...], global, as `Conditioner.from_requests` returns them.
             given: arrays [batch_size, ...], global, of the job.
         """
-        constants = {name: x for name, x in constants.items() if name in ("codec", CONDITIONER)}
+        constants = for_samples(constants)
         with jax.set_mesh(self.mesh):
             return self.program(params, constants, indices, requests, weak_params, np.uint32(self.seed), dict(given or {}))
 

@@ -69,12 +69,15 @@ def chosen_labels(
     return spread_labels(len(given) if num_images is None else num_images, num_classes, given), "given"
 
 
-def spread_requests(conditioner: Conditioner, num_images: int) -> Requests:
-    """Requests for all classes in turn; {} for a network without classes.
+def spread_requests(conditioner: Conditioner, num_images: int, prompts: Sequence[str] = ()) -> Requests:
+    """Requests for all classes in turn, or for the prompts in turn; {} for a network without condition.
 
     Raises:
-        UserError: fewer than one image.
+        UserError: fewer than one image; prompts for a network that takes none.
     """
+    if prompts:
+        spread_labels(num_images, 0)  # for its checks
+        return conditioner.from_requests({"caption": np.resize(np.asarray(prompts, object), num_images)})
     return conditioner.from_requests(
         {"label": spread_labels(num_images, conditioner.num_classes)} if conditioner.num_classes else {}
     )

@@ -22,6 +22,13 @@ from dit_jax.storage.bounded import json_object, read_npz
 from dit_jax.storage.paths import local_path
 
 READ_BYTES = 2**24
+# (section, field, value, fields that are left out of `describe` for this value): as versions without these fields described
+# samples, of which a folder may hold some.
+UNSAID = (
+    ("guidance", "schedule", "constant", ("schedule", "power")),
+    ("process", "convention", "sit", ("convention",)),
+    ("process", "sampling_grid", "uniform", ("sampling_grid",)),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +132,9 @@ def describe(config: Any, weights: str, step: int | None, seed: int, class_names
     sections = ("sampler", "guidance", "forecast", "model", "process")
     codec = {key: value for key, value in config.codec.items() if key != "path"}
     chosen = {name: config[name].to_dict() for name in sections if name in config}
-    if (
-        chosen.get("guidance", {}).get("schedule") == "constant"
-    ):  # as samples of versions without schedules, which a folder may hold
-        chosen["guidance"] = {key: value for key, value in chosen["guidance"].items() if key not in ("schedule", "power")}
+    for section, name, value, left_out in UNSAID:
+        if chosen.get(section, {}).get(name) == value:
+            chosen[section] = {key: x for key, x in chosen[section].items() if key not in left_out}
     return {
         "step": step,
         "seed": seed,

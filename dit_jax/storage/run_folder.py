@@ -71,6 +71,7 @@ RESUMABLE_FIELDS = (
     "model.attention",
     "model.remat",
     "model.unroll",
+    "process.sampling_grid",
     "codec.path",
     "data.path",
     "data.verify",

@@ -28,7 +28,10 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 
 # (section, its name): fields that older configs lack, with their meaning
-ADDED_FIELDS: dict[tuple[str, str], dict[str, Any]] = {("guidance", "classifier_free"): {"schedule": "constant", "power": 4.0}}
+ADDED_FIELDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("guidance", "classifier_free"): {"schedule": "constant", "power": 4.0},
+    ("process", "flow"): {"convention": "sit", "sampling_grid": "uniform"},
+}
 
 NAMED = ("task", "model", "conditioner", "process", "codec", "data", "transform", "optimizer", "sampler", "guidance")
 REQUIRED = ("task", "codec", "transform")

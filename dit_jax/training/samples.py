@@ -1,5 +1,6 @@
 """The results of a diffusion run: grids of samples during training, samples and their score at the end."""
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dit_jax.parallel.mesh import rows_per_step
 from dit_jax.runtime.console import say
 from dit_jax.sample import samples_file
 from dit_jax.sample.drawing import draw
-from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
+from dit_jax.sample.generator import Generator, drawing_mesh, for_samples, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint, whole_network
@@ -55,13 +56,13 @@ class Samples:
 
     def preview(self, folder: Path, records: Records, step: int, state: TrainState, constants: Any) -> float:
         start, count = time.monotonic(), self.num_previews
-        classes = max(self.run.conditioner.num_classes, 1)
-        requests = spread_requests(self.run.conditioner, count)
+        classes = self.run.conditioner.num_classes
+        requests = spread_requests(self.run.conditioner, count, self.run.prompts)
         params = cast_for_inference(self.run.task, whole_network(self.run.task, state.ema_params, constants))
         images = self.generator(params, constants, requests, count)
         path = folder / f"{step:08d}.png"
         names, caption = self.texts(requests, step)
-        columns = classes if classes <= MOST_COLUMNS and count >= classes else None
+        columns = classes if 1 < classes <= min(count, MOST_COLUMNS) else None
 
         def write():
             records.images(step, {"samples": write_image_grid(path, images, columns, names=names, caption=caption)})
@@ -72,9 +73,11 @@ class Samples:
         return time.monotonic() - start
 
     def texts(self, requests: Requests, step: int) -> tuple[list[str], str]:
-        """(name of each image's class, caption) of a grid."""
+        """(name of each image's class, or its prompt; caption) of a grid."""
         run, classes = self.run, self.run.conditioner.num_classes
         names = label_names(requests["label"], classes, run.source.class_names) if classes else []
+        if run.prompts:
+            names = list(itertools.islice(itertools.cycle(run.prompts), len(next(iter(requests.values())))))
         return names, sampling_caption(step, run.guidance.scale, run.config.sampler, run.config.seed)
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
@@ -98,24 +101,26 @@ class Samples:
         if not evaluation.num_images:
             return {"samples": None}
         path = workdir / "samples" / f"{step:08d}_final.npz"
-        requests = spread_requests(run.conditioner, evaluation.num_images)
+        requests = spread_requests(run.conditioner, evaluation.num_images, run.prompts)
         mesh, seed = drawing_mesh(run.mesh), run.config.seed
         generator = Generator(run.task, mesh, run.sampler, run.guidance, evaluation.batch_size, seed, forecast=run.forecast)
-        params, codec = on_mesh((whole_network(run.task, state.ema_params, constants), constants["codec"]), mesh)
+        params, frozen = on_mesh((whole_network(run.task, state.ema_params, constants), for_samples(constants)), mesh)
         class_names = run.source.class_names if run.conditioner.num_classes else ()
-        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names) | {"labels": "balanced"}
+        made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names)
+        made_by |= {} if run.prompts else {"labels": "balanced"}
         names, caption = self.texts(requests, step)
         drawn = draw(
             path,
             generator,
             cast_for_inference(run.task, params),
-            {"codec": codec},
+            frozen,
             requests,
             evaluation.num_images,
             made_by,
             replace=True,
             names=names,
             caption=caption,
+            texts={"captions": names} if run.prompts else None,
         )
         result = {"samples": str(path), "stopped": drawn.stopped}
         if drawn.stopped:

@@ -15,7 +15,7 @@ from dit_jax.parallel import hosts
 from dit_jax.runtime.console import say
 from dit_jax.sample import samples_file, shards
 from dit_jax.sample.drawing import check_out, draw
-from dit_jax.sample.generator import Generator, drawing_mesh, on_mesh
+from dit_jax.sample.generator import Generator, drawing_mesh, for_samples, on_mesh
 from dit_jax.sample.labels import spread_requests
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint, whole_network
 from dit_jax.storage.atomic import write_json
@@ -94,18 +94,18 @@ class Scorer:
         record: is called with the numbers for the metrics of the run.
         """
         start, run, num_images = time.monotonic(), self._run, self._scoring.num_images
-        requests, seed = spread_requests(run.conditioner, num_images), run.config.seed
+        requests, seed = spread_requests(run.conditioner, num_images, run.prompts), run.config.seed
         sampler = run.scoring_sampler
         forecast = run.checked_forecast(sampler)
         generator = Generator(run.task, self._mesh, sampler, run.guidance, self._evaluation.batch_size, seed, forecast=forecast)
-        params, codec = on_mesh((whole_network(run.task, params, constants), constants["codec"]), self._mesh)
+        params, frozen = on_mesh((whole_network(run.task, params, constants), for_samples(constants)), self._mesh)
         made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed) | {"labels": "balanced"}
         made_by["sampler"] = self._scoring.sampler.to_dict()
         drawn = draw(
             self._samples(step),
             generator,
             cast_for_inference(run.task, params),
-            {"codec": codec},
+            frozen,
             requests,
             num_images,
             made_by,

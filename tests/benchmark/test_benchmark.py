@@ -155,6 +155,8 @@ def test_published_networks_are_the_recipes(name):
             subject.of_published(name, 8, "float32", {}, guidance_scale=1.5)
     with pytest.raises(UserError, match="--unroll has no effect on --model=ADM@64"):
         subject.of_published("ADM@64", 8, "float32", {"unroll": True})
+    with pytest.raises(UserError, match=r"model\.remat is .dots.; it must be one of"):
+        subject.of_published("ADM@64", 8, "float32", {"remat": "dots"})
 
 
 @pytest.mark.slow

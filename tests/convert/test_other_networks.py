@@ -12,14 +12,6 @@ from dit_jax.convert.source import shapes_of
 from dit_jax.errors import UserError
 from dit_jax.interop import weights
 
-HOURGLASS = {
-    "patch_size": 2, "widths": (16, 32), "depths": (1, 1), "num_classes": 10, "attentions": ("neighborhood", "global"),
-    "kernel_size": 3, "head_width": 8, "mapping_width": 12, "mapping_depth": 1,
-}  # fmt: skip
-UNET = {
-    "channels": 32, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (2,), "head_width": 32, "num_classes": 10,
-}  # fmt: skip
-
 
 def random_weights(network, fields, process, resolution=8):
     """Weights in our layout, of a network on grey images."""
@@ -41,7 +33,7 @@ def assert_equal(read, expected):
 
 def test_a_config_in_the_file_is_enough(tmp_path):
     """Catches k-diffusion's config left out of the file, or another process, codec or size than the file has."""
-    expected = random_weights("hourglass", HOURGLASS, "edm")
+    expected = random_weights("hourglass", tiny.HOURGLASS, "edm")
     formats.write(expected, "official", tmp_path / "hdit.safetensors")
     read = formats.read(formats.Source("official", tmp_path / "hdit.safetensors"))
     assert_equal(read, expected)
@@ -54,7 +46,7 @@ def test_a_config_in_the_file_is_enough(tmp_path):
 
 def test_unknown_sizes_need_a_config(tmp_path):
     """Catches a process or resolution that is guessed for unpublished sizes; a folder of diffusers without its config."""
-    expected = random_weights("unet", UNET, "gaussian")
+    expected = random_weights("unet", tiny.UNET, "gaussian")
     formats.write(expected, "dit_jax", tmp_path / "ours.safetensors")
     for layout, name in (("official", "unet.pt"), ("diffusers", "unet")):
         formats.write(expected, layout, tmp_path / name)
@@ -77,6 +69,6 @@ def test_published_sizes_get_their_recipe():
 
 def test_a_network_without_a_layout(tmp_path):
     """Catches a trace where a layout has no such network."""
-    expected = random_weights("hourglass", HOURGLASS, "edm")
+    expected = random_weights("hourglass", tiny.HOURGLASS, "edm")
     with pytest.raises(UserError, match="--to=diffusers has no network 'hourglass'; write --to=dit_jax or official"):
         formats.write(expected, "diffusers", tmp_path / "x")

@@ -181,7 +181,7 @@ def test_flat_folder_has_no_labels(folder):
 
 def test_text_beside_an_image_is_its_caption(folder):
     """Catches captions of another image, unstripped or mis-decoded ones, a fingerprint that misses them, and one that
-    changes for a text that describes no image.
+    changes for a text that describes no image; a long caption that is taken for the short one.
     """
     before = ImageFolder(folder).fingerprint
     (folder / "cat" / "README.txt").write_text("about this folder")
@@ -191,6 +191,12 @@ def test_text_beside_an_image_is_its_caption(folder):
     source = ImageFolder(folder)
     assert source.fingerprint != before
     assert [source[i].get("caption") for i in (0, 1, 3)] == [None, "eine Kätzin", None]
+    assert "caption_long" not in source[1]
+    short = source.fingerprint
+    (folder / "cat" / "b.long.txt").write_text("eine Kätzin, die schläft", encoding="utf-8")
+    source = ImageFolder(folder)
+    assert source.fingerprint != short and source[1]["caption"] == "eine Kätzin"
+    assert source[1]["caption_long"] == "eine Kätzin, die schläft" and "caption_long" not in source[0]
     with pytest.raises(UserError, match=r"c\.txt is not UTF-8 \(.*at byte 5\): save it"):
         source[2]
     (folder / "cat" / "b.txt").unlink()
@@ -258,6 +264,9 @@ def test_tfds_captions(tfds_dir):
     """Catches captions as bytes or of another record, ones nobody asked for, and a fingerprint that misses them."""
     source = TFDS("shades", str(tfds_dir), "train", caption_key="file_name")
     assert [source[i]["caption"] for i in (4, 0)] == ["a grey of 200 ± 0", "a grey of 0 ± 0"]
+    both = TFDS("shades", str(tfds_dir), "train", caption_key="file_name", caption_long_key="file_name")
+    assert both[4]["caption_long"] == "a grey of 200 ± 0" and both.fingerprint != source.fingerprint
+    assert "caption_long" not in source[4]
     plain = TFDS("shades", str(tfds_dir), "train")
     assert "caption" not in plain[0] and plain.fingerprint != source.fingerprint
 

@@ -187,6 +187,7 @@ def test_layout_rules(tmp_path):
     assert [e["label"] for e in found] == [4, 7, 0, 1]
     assert [e.get("caption") for e in found] == ["by json", "ein Hünd", "as text", None]
     assert [e["image"] for e in found] == [encoded(i) for i in (1, 2, 3, 4)]
+    assert not any("caption_long" in e for e in found)
     assert source.num_classes == 8 and source.has_captions
     assert not list(tmp_path.glob("*.npz"))
 
@@ -427,6 +428,18 @@ def test_an_index_that_points_elsewhere_is_built_again(column, value, tmp_path, 
     assert "is damaged" in caplog.text
     assert again.fingerprint == good.fingerprint
     assert [again[i]["image"] for i in range(3)] == [good[i]["image"] for i in range(3)]
+
+
+def test_long_captions(tmp_path):
+    """Catches a long caption that a .txt beside its .json hides, and one that is lost when there is no short one in the .json."""
+    fields = json.dumps({"caption": "a cat", "caption_long": "a grey cat on a sofa"}).encode()
+    write_tar(tmp_path / "a.tar", {"a.jpg": encoded(0), "a.txt": b"other", "a.json": fields, "b.jpg": encoded(1), "b.txt": b"b"})
+    found = list(TarShards(str(tmp_path / "a.tar"), cache_index=False))
+    assert (found[0]["caption"], found[0]["caption_long"]) == ("a cat", "a grey cat on a sofa")
+    assert found[1]["caption"] == "b" and "caption_long" not in found[1]
+    write_tar(tmp_path / "b.tar", {"a.jpg": encoded(0), "a.json": b'{"caption": "x", "caption_long": 5}'})
+    with pytest.raises(UserError, match="its caption is 5, not a string"):
+        TarShards(str(tmp_path / "b.tar"), cache_index=False)
 
 
 def test_a_caption_that_left_its_json(tmp_path):

@@ -57,6 +57,22 @@ def test_a_drawing(client, pipe):
     assert client.get(f"/api/jobs/{job['id']}/images/3.png")[0] == 404
 
 
+def test_a_network_with_text_is_asked_for_prompts(pipe):
+    """Catches a form without a prompt, a prompt that does not reach the pipeline, and an expander that the page would offer."""
+    pipe.num_classes, pipe.class_names, pipe.takes_text = 0, (), True
+    with serving(pipe) as client:
+        fields = json.loads(client.get("/api/model")[2])["fields"]
+        assert "labels" not in fields and not any("expander" in name for name in fields)
+        assert fields["prompt"]["kind"] == fields["negative_prompt"]["kind"] == "text"
+        client.draw(prompt="a <b>three</b>", num_images=1, num_steps=1)
+        client.draw(prompt="a", negative_prompt="b", guidance_scale=2, num_images=1, num_steps=1)
+        assert [call["prompt"] for call in pipe.calls] == ["a <b>three</b>", "a"]
+        assert [call.get("negative_prompt") for call in pipe.calls] == [None, "b"]
+        for wrong, said in ((3, "must be a text"), ("x" * 5000, "at most 4,000")):
+            status, answer = client.ask(prompt=wrong)
+            assert status == 400 and said in answer["error"]
+
+
 def test_defaults_are_those_of_the_model(client):
     """Catches a page that offers samplers that do not fit, or steps that a sampler does not take; labels out of their order."""
     found = json.loads(client.get("/api/model")[2])

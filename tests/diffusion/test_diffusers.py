@@ -103,6 +103,17 @@ def test_flow(name, sampler, shift):
     np.testing.assert_allclose(ours(OnGrid(Flow(), grid), sampler), theirs(scheduler, grid[:-1]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [4, 28])
+def test_grid_of_sd3(num_steps, shift):
+    """Catches a grid other than the one of diffusers' SD3 pipeline, and a time of the network that differs from its timesteps."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    process = Flow(shift=shift, convention="sd3", sampling_grid="sd3")
+    np.testing.assert_allclose(process.grid(num_steps), scheduler.sigmas, atol=1e-6)
+    np.testing.assert_allclose(process.network_time(process.grid(num_steps)[:-1]), scheduler.timesteps, rtol=1e-6, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "ours, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("scaled_linear", "scaled_linear")]
 )

@@ -56,6 +56,20 @@ def test_network_meets_sit():
     assert (loss == 0).all()
 
 
+@pytest.mark.parametrize("interpolant", flow.INTERPOLANTS)
+def test_network_meets_sd3(interpolant):
+    """Catches a sign or time that SD3's weights do not have (noise - x0, 1000 = noise): samples would be plausible mush."""
+    process, t = Flow(interpolant, convention="sd3"), jnp.array([0.0, 0.3, 1.0])
+    np.testing.assert_allclose(process.network_time(t), [0, 300, 1000], rtol=1e-6)
+    x_t, rate = jax.jvp(lambda t: process.perturb(X0, NOISE, t), (t,), (jnp.ones(3),))  # d x / d t
+    np.testing.assert_allclose(process.predict(rate, x_t, t).x0, X0, atol=1e-5)
+    np.testing.assert_allclose(process.predict(rate, x_t, t).noise, NOISE, atol=1e-5)
+    assert float(process.loss(rate, X0, NOISE, t)[0].max()) < 1e-10
+    np.testing.assert_array_equal(process.loss(X0, X0, NOISE, t)[0], Flow(interpolant).loss(-X0, X0, NOISE, t)[0])
+    wide = Flow(interpolant, convention="sd3", spare_channels=True).predict(np.concatenate([rate, X0], -1), x_t, t)
+    np.testing.assert_array_equal(wide.x0, process.predict(rate, x_t, t).x0)
+
+
 def test_spare_channels():
     """Spare channels that reach the loss or the prediction."""
     process, t = Flow(spare_channels=True), jnp.array([0.1, 0.5, 0.9])
@@ -87,9 +101,20 @@ def test_grid_is_shifted():
     np.testing.assert_allclose(Flow(shift=3.0).grid(4), [1, 0.9, 0.75, 0.5, 0])
 
 
+def test_grid_of_sd3():
+    """Catches a grid whose end is shifted once only, or that steps to 0 evenly; the numbers are those of Stability's code."""
+    times = Flow(shift=3.0, sampling_grid="sd3").grid(28)
+    assert times.shape == (29,) and times[0] == 1 and times[-1] == 0
+    np.testing.assert_allclose(times[[1, 2, 25, 26, 27]], [0.9874, 0.9741, 0.1998, 0.1109, 0.0089], atol=5e-5)
+    np.testing.assert_allclose(Flow(sampling_grid="sd3").grid(4), [1, 0.667, 0.334, 0.001, 0], rtol=1e-12)
+    np.testing.assert_array_equal(Flow(shift=3.0, sampling_grid="sd3").grid(1), [1, 0])
+
+
 @pytest.mark.parametrize(
     "fields, text",
     [
+        ({"convention": "flux"}, "process.convention is 'flux'; it must be one of sit, sd3"),
+        ({"sampling_grid": "karras"}, "uniform, sd3"),
         ({"interpolant": "vp"}, "linear, gvp"),
         ({"time_distribution": "beta"}, "logit_normal"),
         ({"shift": 0.0}, "positive"),

@@ -36,6 +36,31 @@ def test_guides_data_channels_only(channels, guided):
     np.testing.assert_allclose(out, expected(3.0, guided), rtol=1e-5, atol=1e-5)
 
 
+def test_text_is_guided_by_its_own_null_condition():
+    """Catches a context, pooled text or mask that meets another example's, or the null condition's, in the doubled batch; and a
+    dropped condition of which a part stays."""
+    rng = np.random.default_rng(0)
+
+    def text(masked):
+        mask = np.arange(5) < np.asarray(masked)[:, None]
+        return {"context": rng.normal(size=(3, 5, 2)), "pooled": rng.normal(size=(3, 2)), "context_mask": mask}
+
+    def reading(x, t, cond):
+        assert cond["context_mask"].dtype == bool
+        mean = (cond["context"] * cond["context_mask"][..., None]).sum(1) / cond["context_mask"].sum(1, keepdims=True)
+        return x * (mean + 2 * cond["pooled"])[:, None, None] + t[:, None, None, None]
+
+    cond, null = (jax.tree.map(jnp.asarray, text(masked)) for masked in ([1, 3, 5], [2, 4, 1]))
+    t = jnp.full(3, 500.0)
+    strong, weak = reading(X, t, cond), reading(X, t, null)
+    np.testing.assert_allclose(
+        Guidance(4.0)(reading, cond, null)(X, 0.5, 500.0), weak + 4 * (strong - weak), rtol=1e-5, atol=1e-4
+    )
+    dropped = replace_condition(jnp.array([True, False, True]), cond, null)
+    for name in cond:
+        np.testing.assert_array_equal(dropped[name], np.stack([null[name][0], cond[name][1], null[name][2]]))
+
+
 def test_interval():
     """Guidance outside its interval, or none at its ends."""
     guided = Guidance(3.0, None, 0.2, 0.6)(network, COND, NULL)

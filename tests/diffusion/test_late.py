@@ -94,7 +94,7 @@ def test_all_of_it_is_the_sampler_itself():
 def test_refusals():
     """Catches a start that is silently another than asked for."""
     assert not can_start(DormandPrince())
-    names = "ab, ddim, ddpm, dpmpp, dpmpp_2m_sde, dpmpp_3m_sde, euler, heun, heun_sde, sde, unipc"
+    names = "ab, ddim, ddpm, dpmpp, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sigma, euler, heun, heun_sde, sde, unipc"
     with pytest.raises(UserError, match=f"no grid of times; choose one of {names}"):
         started(DormandPrince(), Flow(), 0.5)
     with pytest.raises(UserError, match=r"strength=0.05 is below the last noisy time of the sampler's grid, 0.1; take a greater"):

@@ -44,6 +44,7 @@ def error(process, sampler):
         (FLOW, functools.partial(s.AdamsBashforth, order=4), 4, 40),
         (Flow(shift=2.0), functools.partial(s.AdamsBashforth, order=4), 4, 80),
         (FLOW, s.UniPC, 2, 40),
+        (FLOW, s.DPMSolverPlusPlus2MSigma, 2, 40),
         (GAUSSIAN, s.Euler, 1, 40),
         (GAUSSIAN, s.Heun, 2, 40),
         (GAUSSIAN, functools.partial(s.AdamsBashforth, order=2), 2, 40),
@@ -233,3 +234,36 @@ def test_bad_fields(make, text):
     """A field or a pair of process and sampler that gives noise instead of an error."""
     with pytest.raises(UserError, match=text):
         make()
+
+
+def dpmpp_2m_of_sd3(denoised, x, sigmas):
+    """Lu et al. 2022, algorithm 2, with alpha = 1 and lambda = -ln(sigma), as Stable Diffusion 3.5's code samples; NumPy."""
+    position, before = -np.log(np.append(sigmas[:-1], 1e-300)), None
+    for i in range(len(sigmas) - 1):
+        x0, h = denoised(x, sigmas[i]), position[i + 1] - position[i]
+        mixed = x0
+        if before is not None and sigmas[i + 1] > 0:
+            half = h / (position[i] - position[i - 1]) / 2
+            mixed = (1 + half) * x0 - half * before
+        x = sigmas[i + 1] / sigmas[i] * x + (1 - sigmas[i + 1] / sigmas[i]) * mixed
+        before = x0
+    return x
+
+
+def test_dpm_solver_as_sd3_uses_it():
+    """Catches an extrapolation in the log-SNR, which sd3.5's sampler of the same name does not make, and a wrong end."""
+    process = Flow(shift=3.0, convention="sd3", sampling_grid="sd3")
+
+    def denoised(x, t, xp=np):
+        return xp.tanh(x[..., ::-1] + 2 * t) - 0.5 * x * t
+
+    def denoise(x, t):
+        x0 = denoised(x, t, jnp)
+        return Prediction(x0, (x - (1 - t) * x0) / t, 0.0)
+
+    with jax.enable_x64(True):
+        draw = jax.jit(lambda sampler, x: sampler(process, Memoryless(denoise), x, None), static_argnums=0)
+        found, other = (np.asarray(draw(sampler(8), NOISE)) for sampler in (s.DPMSolverPlusPlus2MSigma, s.DPMSolverPlusPlus2M))
+    wanted = dpmpp_2m_of_sd3(denoised, NOISE, process.grid(8))
+    np.testing.assert_allclose(found, wanted, atol=1e-10)
+    assert np.abs(other - wanted).max() > 1e-3

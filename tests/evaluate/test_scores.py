@@ -229,7 +229,7 @@ def test_which_metrics_are_possible():
     names, remarks = scores.choose_metrics(few, many, loaded, scores.Options())
     assert names == ("fid", "sfid", "precision", "recall") and len(remarks) == 2
     names, _ = scores.choose_metrics(many, many, loaded, scores.Options(kid_subset_size=60))
-    assert names == scores.METRICS
+    assert names == tuple(name for name in scores.METRICS if name != "clip_score")  # Inception embeds no texts
     statistics = reference.Reference(taken(60).moments, None, {"count": 60, "extractor": {}})
     with pytest.raises(UserError, match="metric recall: the reference has only statistics, neither"):
         scores.choose_metrics(many, statistics, loaded, scores.Options(("fid", "recall")))
@@ -335,7 +335,7 @@ def test_other_shapes_and_names(tmp_path):
     for name, features, text in (
         ("digits", "pixels", "must be equal"),
         ("/nowhere", "pixels", "does not exist"),
-        ("digits", "inception9", "is not registered; choose one of dinov2, inception, pixels"),
+        ("digits", "inception9", "is not registered; choose one of clip, dinov2, inception, pixels"),
         ("digits", "inception", "--weights"),
     ):
         with pytest.raises(UserError, match=text):

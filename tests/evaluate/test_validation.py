@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from verbs import run_verbs
 
 from dit_jax import build, recipes
 from dit_jax.config_file import plain
+from dit_jax.convert import formats
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate import validation
-from dit_jax.storage.run_folder import differences
+from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.storage.run_folder import Workdir, differences
 from dit_jax.storage.upgrade import upgrade
 from dit_jax.training.samples import Samples
 
@@ -158,3 +161,53 @@ def test_a_run_records_its_validation_loss(tmp_path):
     others = digits | {"label": (held_out_labels() + 1) % 10}
     assert not math.isclose(row["loss"], errors(state.ema_params, run.constants, others, *arguments), rel_tol=1e-4)
     assert not math.isclose(row["loss"], errors(state.params, run.constants, digits, *arguments), rel_tol=1e-4)
+
+
+def test_which_weights_and_examples_of_a_run(tmp_path, monkeypatch):
+    """Catches other weights than were asked for, a split that is ignored, and a run without held-out examples that is measured
+    on those that it was trained on."""
+    c = config(validation__split="")
+    shapes = formats.network_params(c)
+
+    def filled(value):
+        return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
+
+    with Workdir(tmp_path, plain(c)), Checkpointer(tmp_path / "checkpoints", every_steps=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"params": filled(2 * step), "ema_params": filled(2 * step + 1)}, {})
+    seen = []
+
+    def measured(run, params, constants):
+        seen.append((run.config.validation.split, run.config.validation.path, float(jax.tree.leaves(params)[0].min())))
+        return {"loss": 0.5}
+
+    monkeypatch.setattr(validation, "measured", measured)
+    for options, weights, value in (({}, "0.99", 5), ({"step": "1", "average": "none"}, "none", 2)):
+        found = validation.of_run(tmp_path, split="test", **options)
+        assert seen.pop() == ("test", "", value)
+        assert found["validation_loss"] == 0.5 and found["validation"]["weights"] == weights and found["step"] == value // 2
+    for options, words in (
+        ({}, "was trained without held-out examples .* --split=test"),
+        ({"split": "train"}, "are those that are trained on"),
+        ({"split": "test", "step": "best"}, "has no scores"),
+    ):
+        with pytest.raises(UserError, match=words):
+            validation.of_run(tmp_path, **options)
+    assert not seen
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_measured_again(tmp_path):
+    """Catches a number of the verb that is not the training's own; a file that is written elsewhere, or without the numbers."""
+    fields = "num_steps=2 model.depth=1 model.width=16 preview.every_steps=0 evaluation.num_images=0 data.split=train"
+    train = ["main", "--config=digits", "--workdir=run", *(f"--config.{field}" for field in fields.split())]
+    evaluate = ["evaluate", "--validation=run"]
+    trained, again, other = run_verbs(
+        tmp_path, [[*train, "--config.validation.split=test"], evaluate, [*evaluate, "--average=none", "--out=other.json"]]
+    )
+    assert trained[0] == again[0] == other[0] == 0, trained[2] + again[2] + other[2]
+    own = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = json.loads((tmp_path / "run.validation.json").read_text())
+    assert math.isclose(found["validation_loss"], own["validation_loss"], rel_tol=1e-6)
+    assert found["validation"].keys() == own["validation"].keys() and found["step"] == 2
+    assert json.loads((tmp_path / "other.json").read_text())["validation_loss"] != found["validation_loss"]

@@ -8,10 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 from vae_oracle import LAYOUTS, TINY, diffusers_vae, diffusers_vq
 
-from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.build import Run
+from dit_jax.codecs.kl_vae import KLVAE, PRESETS
 from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.errors import UserError
 from dit_jax.interop import pt_writer
@@ -150,6 +152,60 @@ def test_the_names_of_the_ldm_code_are_read(prefix, codec, folder, capsys):
     found = load_diffusers(folder, codec)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert "names of the LDM code" in capsys.readouterr().err
+
+
+SD3_CONFIG = {  # vae/config.json of stabilityai/stable-diffusion-3-medium-diffusers
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.29.0.dev0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 16,
+    "latents_mean": None,
+    "latents_std": None,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 1024,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+
+
+def test_the_vae_of_sd3_is_read(tmp_path):
+    """Catches a folder of Stable Diffusion 3 whose shift, channels or missing convolutions are not those of the preset."""
+    (tmp_path / "config.json").write_text(json.dumps(SD3_CONFIG))
+    assert read_codec(tmp_path) == PRESETS["sd3"]
+
+
+SD3_FIELDS = {**TINY, "latent_channels": 16, "use_quant_conv": False, "image_channels": 1}
+
+
+@pytest.mark.parametrize("given", [{}, {"scale": 1.0}, {"scale": 2.0, "shift": 0.5}])
+def test_the_vae_in_a_file_of_sd3_is_read(given, tmp_path):
+    """Catches latents without Stable Diffusion 3's shift, which its file does not have: washed-out images without an error."""
+    codec = KLVAE(**SD3_FIELDS)
+    params = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), shapes(codec))
+    save_diffusers(tmp_path / "vae.safetensors", codec, params)
+    own = load_file(tmp_path / "vae.safetensors")
+    assert not any("quant_conv" in name for name in own)
+    theirs = {f"first_stage_model.{ldm_name(name, 4)}": tensor for name, tensor in own.items()}
+    theirs = {name: x[:, :, None, None] if ".attn_1." in name and x.ndim == 2 else x for name, x in theirs.items()}
+    others = ("model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight", "text_encoders.clip_l.transformer.x")
+    save_file(theirs | {name: np.ones(1, np.float32) for name in others}, tmp_path / "sd3.safetensors")
+    section = {"name": "kl_vae", "path": str(tmp_path / "sd3.safetensors"), "sha256": "", **SD3_FIELDS}
+    run = Run(tiny.config(codec=section | given)).with_codec_weights()
+    assert (run.codec.scale, run.codec.shift) == (given.get("scale", 1.5305), given.get("shift", 0.0609))
+    jax.tree.map(np.testing.assert_array_equal, run.codec_params, params)
+    save_file(theirs, tmp_path / "sd3.safetensors")  # of nobody knows what
+    if not given:
+        with pytest.raises(UserError, match=r"does not contain the scale of the latents; give codec\.scale"):
+            Run(tiny.config(codec=section)).with_codec_weights()
 
 
 def test_a_vae_with_nan_is_named(codec, folder):

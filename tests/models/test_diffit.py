@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.extend.core import jaxprs_in_params
+from traced import traced_macs
 
 from dit_jax.errors import UserError
 from dit_jax.interop import diffit as layout
 from dit_jax.interop.tensors import Tensor
-from dit_jax.models.attention import dot_product_attention
 from dit_jax.models.diffit import DiffiT, kernel_of, position_bias
 
 FIELDS = {"patch_size": 2, "depth": 2, "width": 24, "heads": 3, "num_classes": 10, "out_channels": 6, "grid": (3, 3)}
@@ -50,20 +48,7 @@ def test_macs_are_the_products_of_the_program():
     """Catches a product that the count forgets, such as those of the condition."""
     net, (x, t, cond) = network(depth=3), inputs(1)
     params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
-    assert traced_macs(jax.make_jaxpr(net.apply)(params, x, t, cond).jaxpr) == net.macs((6, 6, 3))
-
-
-def traced_macs(jaxpr):
-    """Multiply-adds of every dot_general in a jaxpr, loops included."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracting, _), _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracting)
-        for inner in jaxprs_in_params(eqn.params):
-            total += eqn.params.get("length", 1) * traced_macs(inner)
-    return total
+    assert traced_macs(net.apply, params, x, t, cond) == net.macs((6, 6, 3))
 
 
 @pytest.mark.parametrize("rows, columns", [(3, 3), (2, 5), (4, 1)])
@@ -79,25 +64,6 @@ def test_position_bias_is_swins_index(rows, columns):
     np.testing.assert_array_equal(found, np.moveaxis(np.asarray(expected), 2, 0))
     if rows == columns:
         np.testing.assert_array_equal(found, np.moveaxis(table[layout.position_index(rows)], 2, 0))
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
-def test_attention_with_a_bias(dtype, tolerance):
-    """Catches a bias that is scaled like the scores, added after the softmax, of another head, or without a gradient."""
-    rng, (b, n, m, h, e) = np.random.default_rng(0), (2, 5, 7, 3, 12)
-    q, k, v, dy = (jnp.asarray(rng.normal(size=(b, length, h, e)), dtype) for length in (n, m, m, n))
-    bias = jnp.asarray(2 * rng.normal(size=(h, n, m)), dtype)
-    exact = [np.asarray(x, np.float64) for x in (q, k, v, dy, bias)]
-    scores = np.einsum("bnhe,bmhe->bhnm", *exact[:2]) / math.sqrt(e) + exact[4]
-    weights = scipy.special.softmax(scores, axis=-1)
-    dy_v = np.einsum("bnhe,bmhe->bhnm", exact[3], exact[2])
-    d_scores = weights * (dy_v - (weights * dy_v).sum(-1, keepdims=True))
-    y, pull = jax.vjp(lambda bias: dot_product_attention(q, k, v, "xla", bias), bias)
-    expected = np.einsum("bhnm,bmhe->bnhe", weights, exact[2]), d_scores.sum(0)
-    for ours, other in zip((y, pull(dy)[0]), expected, strict=True):
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(np.asarray(ours, np.float64), other, rtol=tolerance, atol=tolerance * abs(other).max())
-    np.testing.assert_array_equal(dot_product_attention(q, k, v, "xla", bias[None]), y)
 
 
 def stand_in(torch, state, x, t, label, heads, patch):

@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 import tiny
-from jax.extend.core import jaxprs_in_params
+from traced import traced_macs
 
 from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.models import dit, layers, position
-from dit_jax.models.attention import attention_kernel
 from dit_jax.models.dit import CONDITIONINGS, DiT
 from dit_jax.models.patches import patchify, unpatchify
 
@@ -103,20 +101,7 @@ def test_macs_match_traced_products(conditioning, num_classes):
     x, t, cond = inputs(batch=1)
     cond = cond if num_classes else {}
     params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
-    assert traced_macs(jax.make_jaxpr(net.apply)(params, x, t, cond).jaxpr) == net.macs((8, 8, 1))
-
-
-def traced_macs(jaxpr):
-    """Multiply-adds of every dot_general in a jaxpr, loops included."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracting, _), _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracting)
-        for inner in jaxprs_in_params(eqn.params):
-            total += eqn.params.get("length", 1) * traced_macs(inner)
-    return total
+    assert traced_macs(net.apply, params, x, t, cond) == net.macs((8, 8, 1))
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -127,22 +112,6 @@ def test_macs_match_xla(conditioning):
     params = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)
     xla = jax.jit(net.apply).lower(params, x, t, cond).cost_analysis()["flops"] / 2
     assert 1 < xla / net.macs((8, 8, 1)) < 1.03
-
-
-@pytest.mark.parametrize(
-    "dtype, width, platform, kernel",
-    [
-        ("bfloat16", 72, "gpu", "cudnn"),
-        ("bfloat16", 12, "gpu", "xla"),
-        ("bfloat16", 256, "gpu", "xla"),
-        ("float32", 64, "gpu", "xla"),
-        ("bfloat16", 64, "tpu", "xla"),
-    ],
-)
-def test_attention_kernel(dtype, width, platform, kernel):
-    """A head width or dtype that cuDNN refuses, chosen for it by "auto"."""
-    assert attention_kernel("auto", dtype, width, platform) == kernel
-    assert attention_kernel("xla", dtype, width, platform) == "xla"
 
 
 def test_patchify_inverse():
@@ -170,29 +139,6 @@ def test_frequency_embedding():
     expected = [f(500.5 * 10000 ** (-i / 4)) for f in (math.cos, math.sin) for i in range(4)]
     np.testing.assert_allclose(e[1], expected, atol=1e-4)
     np.testing.assert_allclose(e[0], [1] * 4 + [0] * 4)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
-def test_attention_is_softmax(dtype, tolerance):
-    """Heads or tokens mixed up; scale of the wrong width; scores that overflow or a sum that does not match its terms; a
-    gradient through the largest score."""
-    rng, (b, n, m, h, e) = np.random.default_rng(0), (2, 5, 7, 3, 12)
-    q, k, v, dy = (jnp.asarray(rng.normal(size=(b, length, h, e)), dtype) for length in (n, m, m, n))
-    q = q.at[0].multiply(30)  # scores of hundreds: softmax all but picks one
-    exact = [np.asarray(x, np.float64) for x in (q, k, v, dy)]
-    scores = np.einsum("bnhe,bmhe->bhnm", *exact[:2]) / math.sqrt(e)
-    weights = scipy.special.softmax(scores, axis=-1)
-    y, gradients = jax.vjp(lambda *x: layers.dot_product_attention(*x, "xla"), q, k, v)
-    dy_v = np.einsum("bnhe,bmhe->bhnm", exact[3], exact[2])
-    d_scores = weights * (dy_v - (weights * dy_v).sum(-1, keepdims=True)) / math.sqrt(e)
-    expected = [
-        np.einsum("bhnm,bmhe->bnhe", d_scores, exact[1]),
-        np.einsum("bhnm,bnhe->bmhe", d_scores, exact[0]),
-        np.einsum("bhnm,bnhe->bmhe", weights, exact[3]),
-    ]
-    for ours, other in zip((y, *gradients(dy)), (np.einsum("bhnm,bmhe->bnhe", weights, exact[2]), *expected), strict=True):
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(np.asarray(ours, np.float64), other, rtol=tolerance, atol=tolerance * abs(other).max())
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])

@@ -122,6 +122,18 @@ def test_neighbourhoods_have_the_gradient_of_a_mask():
         assert tiny.distance(*gradients) < tolerance
 
 
+def test_neighbourhoods_keep_one_row_of_blocks():
+    """Catches scores or copies of keys of the whole grid at once, forward or with the gradient: most of the time on a CPU."""
+    q, k, v = qkv((1, 32, 32, 2, 16))
+
+    def loss(q, k, v):
+        return jnp.square(neighborhood_attention(q, k, v, 7)).sum()
+
+    for f, arrays in ((loss, 4), (jax.grad(loss, (0, 1, 2)), 10)):
+        memory = jax.jit(f).lower(q, k, v).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < arrays * q.nbytes
+
+
 def test_shifted_windows_with_a_traced_shift():
     """Catches a shift that is a constant of the scan over layers."""
     q, k, v = qkv((1, 4, 8, 1, 4))

@@ -11,7 +11,8 @@ from flax import traverse_util
 from unet_oracle import KINDS
 
 from dit_jax.interop import unet as interop
-from dit_jax.models.unet import UNet, enlarged
+from dit_jax.models.convolutional import enlarged
+from dit_jax.models.unet import UNet
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

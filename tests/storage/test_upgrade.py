@@ -1,5 +1,9 @@
 """Configs of older versions."""
 
+import tiny
+
+from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.storage.upgrade import upgrade, upgrade_path
 
 OLD = {"seed": 0, "task": {"name": "diffusion", "label_dropout": 0.2}, "model": {"num_classes": 10}}
@@ -36,3 +40,12 @@ def test_a_schedule_of_guidance_is_added_to_older_configs():
         assert new == {"schedule": "constant", "power": 4.0} | section
     mine = {"name": "mine", "scale": 2.0}
     assert upgrade({"task": {"name": "diffusion"}, "guidance": mine})["guidance"] == mine
+
+
+def test_the_convention_of_a_flow_is_added_to_older_configs():
+    """Catches a run of a flow that cannot resume, and a guide that is refused, for fields that they could not have."""
+    old = {name: value for name, value in recipes.flow().items() if name not in ("convention", "sampling_grid")}
+    assert upgrade({"task": {"name": "diffusion"}, "process": old})["process"] == recipes.flow()
+    runs = [Run(tiny.config(process=process)) for process in (old, recipes.flow(), recipes.flow() | {"sampling_grid": "sd3"})]
+    assert runs[0].predicts() == runs[1].predicts() == runs[2].predicts()
+    assert Run(tiny.config(process=recipes.flow() | {"convention": "sd3"})).predicts() != runs[0].predicts()

@@ -25,6 +25,7 @@ class StandIn:
     """Draws 4 x 6 images that depend on the seed, the index and the label; waits at every step while `gate` is closed."""
 
     num_classes, class_names, image_shape, step = 3, ("cat", "dog", "<b>cow</b>"), (4, 6, 1), 7
+    takes_text = False
 
     def __init__(self):
         task = SimpleNamespace(codec=Pixels(1, mean=0.0, std=0.5), latent_shape=self.image_shape)
@@ -33,11 +34,24 @@ class StandIn:
         self.gate, self.error, self.calls, self.running = threading.Event(), None, [], 0
         self.gate.set()
 
-    def check(self, labels=None, *, num_samples=None, seed=0, sampler="ddim", num_steps=None, guidance_scale=1.0):
+    def check(
+        self,
+        labels=None,
+        *,
+        num_samples=None,
+        seed=0,
+        sampler="ddim",
+        num_steps=None,
+        guidance_scale=1.0,
+        prompt=None,
+        negative_prompt=None,
+    ):
         if sampler not in ("ddim", "dopri5"):
             raise UserError(f"{sampler} does not fit")
         if sampler == "dopri5" and num_steps is not None:
             raise UserError("dopri5 chooses its own steps")
+        if self.takes_text and prompt is None:
+            raise UserError("there is no prompt")
         return chosen_labels(labels, num_samples, self.num_classes, seed)[0], num_steps
 
     def decode(self, latents):

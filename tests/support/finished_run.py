@@ -22,9 +22,9 @@ RESULT = {
 }
 
 
-def write_run(folder, finished):
-    """A run's folder with made-up records and pictures."""
-    config = plain(tiny.config(num_steps=90)) | {"imports": []}
+def write_run(folder, finished, config=None):
+    """A run's folder with made-up records and pictures. config: of another network than a tiny DiT."""
+    config = plain(config or tiny.config(num_steps=90)) | {"imports": []}
     config["data"]["name"] = "<script>alert(1)</script>"
     (folder / "scores").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -14,9 +14,14 @@ from dit_jax.storage.run_folder import Workdir
 
 
 def save_run(folder, config, seed):
-    """Writes a run's folder with a checkpoint whose moving average is random."""
+    """Writes a run's folder with a checkpoint whose moving average is random; scales, whose roots HDiT takes, are positive."""
     rng = np.random.default_rng(seed)
-    average = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), formats.network_params(config))
+
+    def drawn(path, x):
+        values = 0.2 * rng.normal(size=x.shape)
+        return jnp.asarray(abs(values) if path[-1].key == "scale" else values, x.dtype)
+
+    average = jax.tree_util.tree_map_with_path(drawn, formats.network_params(config))
     with Workdir(folder, plain(config)), Checkpointer(folder / "checkpoints", every_steps=1) as checkpointer:
         checkpointer.save(1, {"ema_params": average, "params": {"unused": jnp.zeros(1)}}, {})
 

@@ -6,6 +6,15 @@ import jax.numpy as jnp
 from dit_jax import build, recipes, registry
 from dit_jax.models.dit import DiT
 
+# Fields of networks other than DiT, for 8 x 8 digits.
+HOURGLASS = {
+    "patch_size": 2, "widths": (16, 32), "depths": (1, 1), "num_classes": 10, "attentions": ("neighborhood", "global"),
+    "kernel_size": 3, "head_width": 8, "mapping_width": 12, "mapping_depth": 1,
+}  # fmt: skip
+UNET = {
+    "channels": 32, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (2,), "head_width": 32, "num_classes": 10,
+}  # fmt: skip
+
 
 def dit(conditioning="adaln_zero", **fields):
     """A DiT of depth 2 and width 32 for 8 x 8 inputs of any channel count."""
@@ -42,6 +51,16 @@ def diffit(**overrides):
     c.unlock()
     c.model = {**registry.defaults("model", "diffit"), "name": "diffit", **fields}
     return override(c, overrides).lock()
+
+
+def other(network, **overrides):
+    """`digits` with a tiny "unet", "hourglass" (HDiT, with EDM) or "diffit"; overrides as of `config`."""
+    if network == "diffit":
+        return diffit(**overrides)
+    c = recipes.digits("edm" if network == "hourglass" else "gaussian")
+    fields = {"unet": UNET, "hourglass": HOURGLASS}[network]
+    c.model = {**registry.defaults("model", network), "name": network, **fields}
+    return shorten(c, **overrides)
 
 
 def override(c, overrides):

@@ -9,41 +9,36 @@ from dit_jax.codecs.vq_vae import VQVAE
 TINY = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_groups": 4}
 LAYOUTS = {
     "sd": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_groups": 32},
-    "no_quant_16": {**TINY, "latent_channels": 16, "use_quant_conv": False, "scale": 0.5, "shift": 0.25},
+    "no_quant_16": {**TINY, "latent_channels": 16, "use_quant_conv": False, "scale": 1.5305, "shift": 0.0609},
     "grey_f16": {**TINY, "block_out_channels": (8, 8, 12, 16, 16), "image_channels": 1},
 }
 
 
 def diffusers_vae(codec: KLVAE, seed=0):
     """A random `AutoencoderKL` in which every tensor changes the output: norms differ from (1, 0), attention is not uniform."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(seed)
-    levels = len(codec.block_out_channels)
-    model = diffusers.AutoencoderKL(
-        in_channels=codec.image_channels,
-        out_channels=codec.image_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=codec.block_out_channels,
-        layers_per_block=codec.layers_per_block,
-        latent_channels=codec.latent_channels,
-        norm_num_groups=codec.norm_groups,
-        scaling_factor=codec.scale,
+    return _randomized(
+        "AutoencoderKL",
+        codec,
+        seed,
         shift_factor=codec.shift or None,
         use_quant_conv=codec.use_quant_conv,
         use_post_quant_conv=codec.use_quant_conv,
-    ).eval()
-    return _randomized(model)
+    )
 
 
 def diffusers_vq(codec: VQVAE, seed=0):
     """A random `VQModel`, as `diffusers_vae`; its codebook has the size of the encoder's outputs."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    model = _randomized("VQModel", codec, seed, num_vq_embeddings=codec.codebook_size)
+    model.quantize.embedding.weight.data.normal_()
+    return model
+
+
+def _randomized(kind, codec, seed, **fields):
+    """A class of diffusers with random parameters; changes the norms from (1, 0), and sharpens the attention."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(seed)
     levels = len(codec.block_out_channels)
-    model = diffusers.VQModel(
+    model = getattr(diffusers, kind)(
         in_channels=codec.image_channels,
         out_channels=codec.image_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -51,19 +46,10 @@ def diffusers_vq(codec: VQVAE, seed=0):
         block_out_channels=codec.block_out_channels,
         layers_per_block=codec.layers_per_block,
         latent_channels=codec.latent_channels,
-        num_vq_embeddings=codec.codebook_size,
         norm_num_groups=codec.norm_groups,
         scaling_factor=codec.scale,
+        **fields,
     ).eval()
-    with torch.no_grad():
-        model.quantize.embedding.weight.normal_()
-    return _randomized(model)
-
-
-def _randomized(model):
-    """Changes the norms from (1, 0), and sharpens the attention."""
-    import torch
-
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "norm" in name and name.endswith("weight"):

@@ -1,4 +1,4 @@
-"""Handwritten digits, a data set that comes with scikit-learn."""
+"""Handwritten digits, a data set that comes with scikit-learn; alone, and two side by side."""
 
 import hashlib
 
@@ -6,6 +6,8 @@ import numpy as np
 
 from dit_jax.data.sources.source import Example, fingerprint
 from dit_jax.errors import UserError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Digits:
@@ -21,6 +23,7 @@ class Digits:
     """
 
     num_classes = 10
+    has_captions = False
     class_names = tuple("0123456789")
 
     def __init__(self, path: str = "", split: str = "all"):
@@ -47,3 +50,50 @@ class Digits:
 
     def __getitem__(self, index: int) -> Example:
         return {"image": self._images[index], "label": int(self.labels[index]), "name": f"digit {index}"}
+
+
+def pair_captions(first: str, second: str) -> tuple[str, str]:
+    """(short, long) caption of two digits."""
+    return f"{first} {second}", f"a handwritten {first} left of a handwritten {second}"
+
+
+class DigitPairs:
+    """Two digits side by side on 8 x 16 pixels with the caption "three seven", uint8 [8, 16, 1], without labels.
+
+    The long caption is "a handwritten three left of a handwritten seven". Example i is a function of i: the order of
+    the pairs of digits, and which writers' digits are taken, are drawn for it.
+
+    Args:
+        path: must be empty.
+        split: as of `Digits`.
+        count: number of examples.
+
+    Raises:
+        UserError: the split is unknown, or there is no example.
+    """
+
+    num_classes = 0
+    class_names = ()
+    has_captions = True
+
+    def __init__(self, path: str = "", split: str = "all", count: int = 20_000):
+        if count < 1:
+            raise UserError(f"data.count is {count}; it must be at least 1")
+        self._digits, self._count = Digits(path, split), count
+        self.fingerprint = fingerprint(name="digit_pairs", digits=self._digits.fingerprint, count=count)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        pair = [self._digits[int(i)] for i in np.random.default_rng(index).integers(0, len(self._digits), 2)]
+        short, long = pair_captions(*(WORDS[digit["label"]] for digit in pair))
+        return {
+            "image": np.concatenate([digit["image"] for digit in pair], axis=1),
+            "label": 0,
+            "name": f"pair {index}",
+            "caption": short,
+            "caption_long": long,
+        }

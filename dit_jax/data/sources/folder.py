@@ -15,7 +15,7 @@ from dit_jax.runtime.console import say
 from dit_jax.storage.paths import local_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
-CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIX, LONG_SUFFIX = ".txt", ".long.txt"
 SLICE = re.compile(r"(?P<folder>[^\[\]]*)\[(?P<start>\d+%?|):(?P<stop>\d+%?|)\]")
 
 
@@ -24,9 +24,9 @@ class ImageFolder:
 
     Class folders are searched recursively. A folder that contains images but no folders is a data set without labels:
     num_classes is 0 and every label is 0, which is the null label of a network for 0 classes. Images are numbered by
-    sorted relative path. The text in `name.txt` next to `name.jpg` is the caption of that image. Files with other suffixes or
-    none, names that begin with a dot, and folders such as @eaDir and __MACOSX are not part of the data set; they are counted and
-    said.
+    sorted relative path. The text in `name.txt` next to `name.jpg` is the caption of that image, that in `name.long.txt` its long
+    caption. Files with other suffixes or none, names that begin with a dot, and folders such as @eaDir and __MACOSX are not part
+    of the data set; they are counted and said.
 
     Args:
         path: the folder that contains the class folders or images, or one that contains such a folder per split.
@@ -71,7 +71,8 @@ class ImageFolder:
             images, labels = [images[i] for i in kept], [labels[i] for i in kept]
         self._files = tuple(name for name, _ in images)
         self.labels = np.asarray(labels, np.int32)
-        captions = sorted((text, texts[text]) for text in {_caption_file(name) for name in self._files} & texts.keys())
+        wanted = {_caption_file(name, suffix) for name in self._files for suffix in (CAPTION_SUFFIX, LONG_SUFFIX)}
+        captions = sorted((text, texts[text]) for text in wanted & texts.keys())
         self._captions = frozenset(text for text, _ in captions)
         self.has_captions = bool(captions)
         _say_what_is_left_out(path, others)
@@ -85,9 +86,11 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Example:
         name = self._files[index]
         example: Example = {"image": self._read(name), "label": int(self.labels[index]), "name": str(self.path / name)}
-        text = _caption_file(name)
-        if text in self._captions:
-            example["caption"] = caption_text(self._read(text), str(self.path / text))
+        short, long = (_caption_file(name, suffix) for suffix in (CAPTION_SUFFIX, LONG_SUFFIX))
+        if short in self._captions:
+            example["caption"] = caption_text(self._read(short), str(self.path / short))
+        if long in self._captions:
+            example["caption_long"] = caption_text(self._read(long), str(self.path / long))
         return example
 
     def _read(self, name: str) -> bytes:
@@ -132,8 +135,8 @@ def _of_slice(names: list[str], part: tuple[str, str], what: str) -> list[int]:
     return sorted(order[slice(*bounds)])
 
 
-def _caption_file(image_file: str) -> str:
-    return image_file.rpartition(".")[0] + CAPTION_SUFFIX
+def _caption_file(image_file: str, suffix: str) -> str:
+    return image_file.rpartition(".")[0] + suffix
 
 
 def _files_below(

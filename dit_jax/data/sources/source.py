@@ -19,12 +19,16 @@ MAX_CAPTION_BYTES = 1 << 20
 
 
 class Example(TypedDict):
-    """One record of a source; `name` is its name in error messages, `caption` a text that describes the image."""
+    """One record of a source; `name` is its name in error messages, `caption` a text that describes the image.
+
+    `caption_long` is a second text, often one that a captioner wrote.
+    """
 
     image: np.ndarray | bytes
     label: int
     name: NotRequired[str]
     caption: NotRequired[str]
+    caption_long: NotRequired[str]
 
 
 class Source(Protocol):

@@ -25,6 +25,7 @@ from dit_jax.storage.paths import local_path
 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("txt", "caption", "json")  # in order of precedence
+LONG = ("caption_long",)  # names of the long caption in a .json
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MAX_CLASSES = 1_000_000
 TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # largest file that is read while indexing
@@ -80,12 +81,15 @@ class TarSource:
         if index.caption_size[i] >= 0:
             data = self._read(file, index.caption_offset[i], index.caption_size[i], name)
             try:
-                caption = _caption_field(json_object(data, "its .json")) if index.caption_is_json[i] else data.decode()
+                fields = json_object(data, "its .json") if index.caption_is_json[i] else {"caption": data.decode()}
+                caption, long = _caption_field(fields), _caption_field(fields, LONG)
                 if caption is None:
                     raise ValueError("the .json had one when it was indexed")
             except ValueError as error:
                 raise UserError(f"the caption of {name} cannot be read ({error}): write it as UTF-8") from None
             example["caption"] = caption
+            if long is not None:
+                example["caption_long"] = long
         return example
 
     def _name(self, i: int) -> str:
@@ -110,8 +114,9 @@ class TarShards(TarSource):
 
     A sample has one image (.jpg .jpeg .jpe .jfif .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an
     integer in ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field
-    "caption" or "text") that it has. As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are
-    not part of the data set; nor are those in folders such as @eaDir and __MACOSX. Members of a sample need not be adjacent.
+    "caption" or "text") that it has. A .json with a caption may also have a long one, "caption_long", and then comes before .txt.
+    As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are not part of the data set; nor are
+    those in folders such as @eaDir and __MACOSX. Members of a sample need not be adjacent.
     Samples are numbered by tar, then by their first member.
 
     The first opening reads all headers and labels, and stores an index next to the tars (see `tar_index.cached`).
@@ -217,11 +222,12 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 class _Part(NamedTuple):
-    """A member of a sample, with the labels from .cls or .json and whether it has a caption."""
+    """A member of a sample, with the labels from .cls or .json and whether it has a caption and a long one."""
 
     member: Member
     labels: tuple = ()
     has_caption: bool = False
+    has_long: bool = False
 
 
 def _samples(file: Path, number: int) -> list[Row]:
@@ -266,10 +272,11 @@ def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
         return _Part(member, (int(text) if text.isdigit() else text.decode(errors="backslashreplace"),))
     try:
         fields = json_object(data, "it")
-        caption = _caption_field(fields)
+        caption, long = _caption_field(fields), _caption_field(fields, LONG)
     except ValueError as error:
         raise UserError(f"{what} cannot be read ({error}): correct it, or pack the tar without it") from None
-    return _Part(member, tuple(fields[name] for name in ("label", "cls") if fields.get(name) is not None), caption is not None)
+    labels = tuple(fields[name] for name in ("label", "cls") if fields.get(name) is not None)
+    return _Part(member, labels, caption is not None, caption is not None and long is not None)
 
 
 def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
@@ -287,15 +294,16 @@ def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
             )
     if len(set(labels)) > 1:
         raise UserError(f"{what} has several labels, {', '.join(map(str, labels))}: leave one")
-    caption = next((suffix for suffix in CAPTIONS if suffix in parts and parts[suffix].has_caption), None)
+    with_caption = sorted((suffix for suffix in parts if parts[suffix].has_caption), key=CAPTIONS.index)
+    caption = next((suffix for suffix in with_caption if parts[suffix].has_long), next(iter(with_caption), None))
     image, text = images[0], parts[caption].member if caption else Member("", 0, -1)
     label = labels[0] if labels else -1
     return Row(key, number, image.offset, image.size, label, text.offset, text.size, caption == "json")
 
 
-def _caption_field(fields: dict) -> str | None:
+def _caption_field(fields: dict, names: Sequence[str] = ("caption", "text")) -> str | None:
     """The caption in a sample's .json. Raises ValueError if it is not a string."""
-    caption = next((fields[name] for name in ("caption", "text") if fields.get(name) is not None), None)
+    caption = next((fields[name] for name in names if fields.get(name) is not None), None)
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"its caption is {reprlib.repr(caption)}, not a string")
     return caption

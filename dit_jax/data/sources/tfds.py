@@ -53,6 +53,7 @@ class TFDS:
         label_key: name of the ClassLabel feature; None reads a data set without labels: num_classes is 0 and every
             label is 0, which is the null label of a network for 0 classes.
         caption_key: name of the Text feature that describes the image; None for no captions.
+        caption_long_key: the same of a second, long caption.
 
     Raises:
         UserError: the data set, split or feature does not exist, there is no random access, or shards are missing; and from
@@ -67,10 +68,12 @@ class TFDS:
         image_key: str = "image",
         label_key: str | None = "label",
         caption_key: str | None = None,
+        caption_long_key: str | None = None,
     ):
         path = path or os.environ.get("TFDS_DATA_DIR") or DEFAULT_FOLDER
         self.dataset, self.path, self.split = dataset, os.path.expanduser(path), split
         self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
+        self.caption_long_key, self.has_captions = caption_long_key, caption_key is not None
         self._lock = threading.Lock()
         info = self._builder.info
         self._folder = str(info.data_dir)
@@ -89,6 +92,7 @@ class TFDS:
             class_names=self.class_names,
             shards=[[os.path.basename(i.filename), i.skip, i.take] for i in info.splits[split].file_instructions],
             **({} if caption_key is None else {"caption_key": caption_key}),
+            **({} if caption_long_key is None else {"caption_long_key": caption_long_key}),
         )
 
     def __getstate__(self):
@@ -159,10 +163,12 @@ class TFDS:
             wanted.append(("label_key", self.label_key, tfds.features.ClassLabel))
         if self.caption_key is not None:
             wanted.append(("caption_key", self.caption_key, tfds.features.Text))
+        if self.caption_long_key is not None:
+            wanted.append(("caption_long_key", self.caption_long_key, tfds.features.Text))
         for argument, key, kind in wanted:
             if key not in features or not isinstance(features[key], kind):
                 listing = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
-                what = {"label_key": "labels", "caption_key": "captions"}.get(argument)
+                what = {"label_key": "labels", "caption_key": "captions", "caption_long_key": "long captions"}.get(argument)
                 remedy = f"; {argument}=None reads it without {what}" if what else ""
                 raise UserError(f"{argument}={key!r} names no {kind.__name__} feature of {self.dataset} ({listing}){remedy}")
 
@@ -245,6 +251,8 @@ class TFDS:
         example: Example = {"image": image, "label": int(label), "name": name}
         if self.caption_key is not None:
             example["caption"] = caption_text(caption, f"of {name}")
+        if self.caption_long_key is not None:
+            example["caption_long"] = caption_text(record[self.caption_long_key], f"of {name}")
         return example
 
 

@@ -33,7 +33,7 @@ async function ask(path, options = {}) {
 
 // The form: a control has `node`, `get()` and `set(value)`; null stands for the default.
 
-const KINDS = { integer: numberField, number: numberField, choice: choiceField, labels: labelsField };
+const KINDS = { integer: numberField, number: numberField, choice: choiceField, labels: labelsField, text: textField };
 
 function labelled(name, field, ...inputs) {
   const label = element("label", { htmlFor: `field-${name}` }, field.label);
@@ -72,6 +72,14 @@ function choiceField(name, field) {
   for (const choice of field.choices) select.append(element("option", { value: choice.name }, choice.name));
   select.value = field.default;
   return { node: labelled(name, field, select), get: () => select.value, set: (value) => { select.value = value; }, input: select };
+}
+
+function textField(name, field) {
+  const input = element("textarea", { id: `field-${name}`, rows: name === "prompt" ? 3 : 1, maxLength: field.maximum });
+  input.value = field.default;
+  const node = labelled(name, field, input);
+  node.classList.add("wide");
+  return { node, get: () => input.value, set: (value) => { input.value = value ?? ""; }, input };
 }
 
 function labelsField(name, field) {
@@ -240,7 +248,7 @@ $("cancel").addEventListener("click", async () => {
 function settingsText(asked) {
   const said = [];
   for (const [name, value] of Object.entries(asked)) {
-    if (value === null || name === "labels") continue;
+    if (value === null || value === "" || name === "labels" || name === "prompt") continue;
     if (name === "num_steps") said.push(`${value} steps`);
     else if (name === "num_images") said.push(value === 1 ? "1 image" : `${value} images`);
     else if (name === "sampler") said.push(value);
@@ -250,6 +258,7 @@ function settingsText(asked) {
 }
 
 function title(asked) {
+  if (asked.prompt !== undefined) return asked.prompt || "No prompt";
   if (asked.labels === undefined) return "Images";
   return Array.isArray(asked.labels) ? asked.labels.map(className).join(", ") : `Classes: ${WORDS[asked.labels] ?? asked.labels}`;
 }

@@ -14,7 +14,7 @@ In comments and names: now = t, next = the next, less noisy time of the grid.
 from dit_jax import registry
 from dit_jax.diffusion.samplers.adaptive import DormandPrince
 from dit_jax.diffusion.samplers.ancestral import DDIM, Ancestral, ddim_invert
-from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, UniPC
+from dit_jax.diffusion.samplers.multistep import DPMSolverPlusPlus2M, DPMSolverPlusPlus2MSigma, UniPC
 from dit_jax.diffusion.samplers.ode import AdamsBashforth, Euler, Heun
 from dit_jax.diffusion.samplers.sde import EulerMaruyama
 from dit_jax.diffusion.samplers.stochastic import DPMSolverPlusPlus2MSDE, DPMSolverPlusPlus3MSDE, StochasticHeun
@@ -26,6 +26,7 @@ __all__ = [
     "Ancestral",
     "DPMSolverPlusPlus2M",
     "DPMSolverPlusPlus2MSDE",
+    "DPMSolverPlusPlus2MSigma",
     "DPMSolverPlusPlus3MSDE",
     "DormandPrince",
     "Euler",
@@ -45,6 +46,7 @@ register("sampler", "ab", AdamsBashforth)
 register("sampler", "dopri5", DormandPrince)
 register("sampler", "sde", EulerMaruyama)
 register("sampler", "dpmpp", DPMSolverPlusPlus2M)
+register("sampler", "dpmpp_sigma", DPMSolverPlusPlus2MSigma)
 register("sampler", "unipc", UniPC)
 register("sampler", "heun_sde", StochasticHeun)
 register("sampler", "dpmpp_2m_sde", DPMSolverPlusPlus2MSDE)

@@ -173,15 +173,14 @@ class DPMSolverPlusPlus2MSDE:
 class DPMSolverPlusPlus3MSDE:
     """DPM-Solver++(3M) on the reverse SDE: x0 as a parabola through the last three steps, one evaluation per step.
 
-    The first and the last step are of first order, the second is of second order. The published formula, also that of
-    DPM-Solver's code, takes half of the second derivative of x0. With eta 0 it has order 2, and a small error at few steps; with
-    the Taylor series of the parabola it has order 3.
+    The first and the last step are of first order, the second is of second order. The published formula takes half of the second
+    derivative of x0. With eta 0 it has order 2, and a small error at few steps; with the Taylor series of the parabola it has
+    order 3.
 
     Fields:
         num_steps: steps from noise to data.
         eta: amount of noise: 0 is the ODE, 1 the reverse SDE.
         s_noise: standard deviation of the noise of each step, times that of the SDE.
-
         curvature: one of CURVATURES: "k_diffusion" is the published formula, "taylor" has the second derivative twice as large.
 
     Source: k-diffusion's `sample_dpmpp_3m_sde`, with which HDiT is sampled (Crowson et al. 2024).
