@@ -9,7 +9,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from dit_jax.encoders.labels import Labels
 from dit_jax.encoders.text import Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
-from dit_jax.interop import codec_folder, lpips, vae
+from dit_jax.interop import codec_folder, lpips, text_encoders, vae
 from dit_jax.models.network import Network, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
@@ -389,10 +389,14 @@ class Run:
         """The frozen weights that the task reads, on the mesh.
 
         Raises:
-            UserError: task.perceptual_weight is not 0, and task.perceptual_path is empty or has no LPIPS weights.
+            UserError: task.perceptual_weight is not 0, and task.perceptual_path is empty or has no LPIPS weights; a text encoder
+                has no weights or tokenizer.
         """
         arrays = {name: CONSTANTS[name](self) for name in self.task.constants()}
-        return {name: place(tree, self._sharding_of_constant(name, tree)) for name, tree in arrays.items()}
+        placed = {name: place(tree, self._sharding_of_constant(name, tree)) for name, tree in arrays.items()}
+        if "conditioner" in placed and isinstance(self.conditioner, Text):
+            placed["conditioner"] = text_encoders.with_null(self.conditioner, placed["conditioner"], replicated(self.mesh))
+        return placed
 
     @cached_property
     def constants(self) -> dict[str, Any]:
@@ -539,6 +543,8 @@ class Run:
         missing = failures(lambda: self.source, *checks)
         if "perceptual" in self.task.constants():
             missing += failures(lambda: CONSTANTS["perceptual"](self))
+        if "conditioner" in self.config and isinstance(self.conditioner, Text):
+            missing += failures(*(partial(text_encoders.check, self.conditioner, name) for name in self.conditioner.frozen))
         if self.has_codec_weights:
             own = workdir / codec_folder.FOLDER if workdir else None
             missing += failures(lambda: self._codec_path(own, fetch=not missing))
@@ -676,6 +682,12 @@ def _perceptual(run: Run):
     return lpips.load(path)
 
 
+def _text_encoders(conditioner: Any) -> dict[str, Any]:
+    if not isinstance(conditioner, Text):
+        raise UserError(f"the conditioner {type(conditioner).__name__} has constants, and only that of text has weights to read")
+    return text_encoders.read_all(conditioner)
+
+
 PARTS = {  # of a task: parameters of its constructor that are not in its section
     "network": lambda run: run.network,
     "process": lambda run: run.process,
@@ -697,6 +709,7 @@ CONSTANTS = {  # by the names of `Task.constants`
     "codec": lambda run: run.codec_params,
     "perceptual": _perceptual,
     "base": lambda run: run.base,
+    "conditioner": lambda run: _text_encoders(run.conditioner),
 }
 
 

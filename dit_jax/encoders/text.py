@@ -87,15 +87,14 @@ class TextTokens:
     """
 
     tokenizers: tuple[tuple[str, tokens.Tokenizer], ...]
-    _said: set[str] = field(default_factory=set, repr=False, compare=False)
+    _said: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, texts: Sequence[str]) -> Requests:
         entries = {}
         for name, tokenizer in self.tokenizers:
             found = tokenizer(texts)
             entries[TOKENS + name] = found.ids
-            if found.lost and name not in self._said:
-                self._said.add(name)
+            if found.lost and self._said.setdefault(name, found) is found:  # of several threads, one says it
                 i, lost = next(iter(found.lost.items()))
                 others = f" (and of {len(found.lost) - 1} others here)" if len(found.lost) > 1 else ""
                 say(

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from dit_jax.encoders.clip_text import SIZES, CLIPText
 from dit_jax.errors import UserError
-from dit_jax.interop.stacked import Link, their_shapes
-from dit_jax.interop.stacked import to_ours as gathered
-from dit_jax.interop.stacked import to_theirs as separated
+from dit_jax.interop.block_stacks import Link, their_shapes
+from dit_jax.interop.block_stacks import to_ours as gathered
+from dit_jax.interop.block_stacks import to_theirs as separated
 from dit_jax.interop.tensors import Tensor, Tensors, check
 
 PREFIX, PROJECTION = "text_model.", "text_projection.weight"

@@ -14,7 +14,7 @@ from dit_jax.encoders.clip_text import CLIPText
 from dit_jax.encoders.tokens import CLIPTokens
 from dit_jax.errors import UserError
 from dit_jax.interop import clip_text
-from dit_jax.interop.stacked import Link, mapped, their_shapes, to_ours
+from dit_jax.interop.block_stacks import Link, mapped, their_shapes, to_ours
 from dit_jax.interop.tensors import Tensor, Tensors, check, finite, open_safetensors
 from dit_jax.metrics.clip import ACTIVATIONS, CLIP, VisionTransformer
 from dit_jax.storage.bounded import read_json

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dit_jax.errors import UserError
-from dit_jax.interop.stacked import Link, mapped, their_shapes, to_ours, to_theirs
+from dit_jax.interop.block_stacks import Link, mapped, their_shapes, to_ours, to_theirs
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
 from dit_jax.models.mmdit import CONTEXT, POOLED, MMDiT
 from dit_jax.models.position import sincos_1d

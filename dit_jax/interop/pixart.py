@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from dit_jax.errors import UserError
-from dit_jax.interop.stacked import Link, mapped, their_shapes, to_ours, to_theirs
+from dit_jax.interop.block_stacks import Link, mapped, their_shapes, to_ours, to_theirs
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
 from dit_jax.models.pixart import CONTEXT, PixArt
 

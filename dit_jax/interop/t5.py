@@ -10,9 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from dit_jax.encoders.t5 import HEAD_WIDTH, T5Encoder
 from dit_jax.errors import UserError
-from dit_jax.interop.stacked import Link, their_shapes
-from dit_jax.interop.stacked import to_ours as gathered
-from dit_jax.interop.stacked import to_theirs as separated
+from dit_jax.interop.block_stacks import Link, their_shapes
+from dit_jax.interop.block_stacks import to_ours as gathered
+from dit_jax.interop.block_stacks import to_theirs as separated
 from dit_jax.interop.tensors import Tensor, Tensors, check
 
 TABLES = ("shared.weight", "encoder.embed_tokens.weight")

@@ -8,6 +8,7 @@ import pytest
 from dit_jax.encoders import text, tokens
 from dit_jax.encoders.text import Part, Text
 from dit_jax.errors import UserError
+from dit_jax.parallel.rules import rule_of
 
 SD3 = Text(("clip_l", "clip_g", "t5_xxl"), lengths=(77, 77, 256))
 
@@ -143,3 +144,10 @@ def test_paths_of_pretrained_encoders():
         conditioner.weights_of("t5_xxl")
     found = [conditioner.tokenizer_of(name) for name in ("clip_l", "clip_g")]
     assert [(x.path, x.pad) for x in found] == [("/l", text.clip_text.END), ("/tokenizer_2", 0)]
+
+
+def test_rules_of_the_conditioner_precede_those_of_the_network():
+    """Catches a layer of an encoder whose name the network's table has too: two rules, which end the start of a run."""
+    rules = ((r"mlp/in/kernel", ("tensor", None)), *small(depth=1).rules)
+    assert rule_of("params/conditioner/bytes/blocks/mlp/in/kernel", (1, 8, 32), rules) == ("fsdp", "tensor")
+    assert rule_of("params/blocks/mlp/in/kernel", (1, 8, 32), rules) == ("tensor", None)

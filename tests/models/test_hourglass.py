@@ -129,7 +129,7 @@ def test_neighbourhoods_keep_one_row_of_blocks():
     def loss(q, k, v):
         return jnp.square(neighborhood_attention(q, k, v, 7)).sum()
 
-    for f, arrays in ((loss, 4), (jax.grad(loss, (0, 1, 2)), 10)):
+    for f, arrays in ((loss, 8), (jax.grad(loss, (0, 1, 2)), 12)):
         memory = jax.jit(f).lower(q, k, v).compile().memory_analysis()
         assert memory.temp_size_in_bytes < arrays * q.nbytes
 
