@@ -25,7 +25,8 @@ from dit_jax.data.sources.digits import WORDS, pair_captions
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.encoders.tokens import BytePairs
 from dit_jax.errors import UserError
-from dit_jax.models import hourglass, sizes, unet
+from dit_jax.models import hourglass, mmdit, sizes, unet
+from dit_jax.models import pixart as pixart_network
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
 from dit_jax.tasks.adaptation import TARGETS
@@ -688,6 +689,88 @@ def ldm4(cached: bool = False) -> ml_collections.ConfigDict:
     return c
 
 
+def text_model(name: str) -> dict:
+    """The section `model` of a published text network, "SD3-medium@1024" or "PixArt-alpha@256".
+
+    Raises:
+        UserError: no such network.
+    """
+    kinds = {"mmdit": mmdit.PUBLISHED, "pixart": pixart_network.PUBLISHED}
+    for kind, published in kinds.items():
+        if name in published:
+            fields = {key: value for key, value in published[name].fields.items() if key != "out_channels"}
+            return {"name": kind, **registry.defaults("model", kind), **fields, "dtype": "bfloat16"}
+    raise UserError(f"{name} is not a published text network; choose one of {', '.join(key for x in kinds.values() for key in x)}")
+
+
+def text_conditioner(*encoders: str, **fields: Any) -> dict:
+    """The section `conditioner` of text encoders."""
+    given = {name: () for name in ("lengths", "weights", "tokenizers", "missing", "dropout")}
+    return {"name": "text", "encoders": encoders, **given, "mask": False, "pooled": True, "dtype": "bfloat16", **fields}
+
+
+def sd3(name: str = "SD3-medium@1024", cached: bool = False) -> ml_collections.ConfigDict:
+    """Stable Diffusion 3 and 3.5: MM-DiT as a rectified flow on captioned images in tars (Esser et al. 2024).
+
+    Set `data.path` to the tars, `codec.path` to the autoencoder of 16 channels and `conditioner.weights` to the text encoders;
+    `convert --part=` takes them out of a file that has all parts. Each encoder is dropped from 46.4 % of the examples (appendix B.3),
+    and a tenth of them has the empty prompt, as guidance has it in sampling. The autoencoder's scale and shift are Stability's.
+
+    Args:
+        name: of the network, one of `models.mmdit.PUBLISHED`.
+        cached: train from a latent cache, and set `data.path` to it.
+
+    Raises:
+        UserError: no such network.
+    """
+    c = diffusion()
+    c.model = text_model(name)
+    c.conditioner = text_conditioner("clip_l", "clip_g", "t5_xxl", lengths=(77, 77, 256), dropout=(0.464,))
+    c.task.cond_dropout = 0.1
+    c.process = flow() | {"time_distribution": "logit_normal", "shift": 3.0, "convention": "sd3", "sampling_grid": "sd3"}
+    c.codec = section("codec", "kl_vae") | {"name": "kl_vae", "latent_channels": 16, "use_quant_conv": False}
+    c.codec.update({"scale": 1.5305, "shift": 0.0609})
+    return _captioned(c, 1024, cached, default_sampler("euler") | {"num_steps": 28}, 4.0 if name == "SD3.5-large@1024" else 5.0)
+
+
+def pixart(resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
+    """PixArt-alpha on captioned images in tars (Chen et al. 2023), and PixArt-Sigma's network at 1024 px (Chen et al. 2024).
+
+    Set `data.path` to the tars and `conditioner.weights` to T5 v1.1 XXL; at 1024 px also `codec.path` to SDXL's autoencoder.
+
+    Args:
+        resolution: 256, 512 or 1024.
+        cached: train from a latent cache, and set `data.path` to it.
+
+    Raises:
+        UserError: another resolution.
+    """
+    if resolution not in (256, 512, 1024):
+        raise UserError(f"PixArt's resolution is 256, 512 or 1024, not {resolution}; for another, set transform.resolution")
+    sigma = resolution == 1024
+    c = diffusion()
+    c.model = text_model("PixArt-Sigma@1024" if sigma else f"PixArt-alpha@{resolution}")
+    c.conditioner = text_conditioner("t5_xxl", lengths=(300 if sigma else 120,), mask=True, pooled=False)
+    c.process = gaussian()
+    published = "" if sigma else "sd-vae-ft-mse"
+    c.codec = {"name": "kl_vae", "path": published, "sha256": "", "scale": 0.13025 if sigma else 0.18215}
+    c.optimizer.update({"learning_rate": 2e-5, "weight_decay": 0.03, "clip_norm": 0.01})
+    return _captioned(c, resolution, cached, default_sampler("dpmpp") | {"num_steps": 20}, 4.5)
+
+
+def _captioned(
+    c: ml_collections.ConfigDict, resolution: int, cached: bool, sampler: dict, scale: float
+) -> ml_collections.ConfigDict:
+    """The data, sampler and guidance of a text network."""
+    c.data = latents() if cached else {"name": "tars", "path": ""}
+    if cached:
+        c.loader = loader("latents")
+    c.transform = image_transform(resolution, 3, flip=False)
+    c.sampler = sampler
+    c.guidance.scale = scale
+    return c
+
+
 # The recipes of published networks (`models.published`), by name: weights of these sizes are converted with these configs.
 PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     **{f"HDiT-{size}@256": partial(hdit, size) for size in "SML"},
@@ -695,4 +778,8 @@ PUBLISHED: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     "LDM-4@256": ldm4,
     "DiffiT@256": partial(diffit, 256),
     "DiffiT@512": partial(diffit, 512),
+    **{name: partial(sd3, name) for name in mmdit.PUBLISHED},
+    "PixArt-alpha@256": partial(pixart, 256),
+    "PixArt-alpha@512": partial(pixart, 512),
+    "PixArt-Sigma@1024": partial(pixart, 1024),
 }

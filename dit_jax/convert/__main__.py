@@ -6,6 +6,8 @@
     python -m dit_jax.convert --from=workdir --weights=runs/b4 --to=official --out=b4.pt
     python -m dit_jax.convert --from=workdir --weights=runs/lora --to=peft --out=adapter
     python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --lora=adapter --out=merged.safetensors
+    python -m dit_jax.convert --from=official --weights=sd3_medium_incl_clips.safetensors --out=sd3.safetensors
+    python -m dit_jax.convert --from=official --weights=sd3_medium_incl_clips.safetensors --part=vae --out=sd3_vae
     python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
     python -m dit_jax.convert --download=inception --out=inception.safetensors
     python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
@@ -61,6 +63,12 @@ NAMES = flags.DEFINE_string(
     "Names of the modules of --to=peft: official (DiT's code), diffusers (DiTTransformer2DModel), or dit_jax (our own paths). "
     "Default: official for DiT with adaLN-Zero, dit_jax for other networks.",
 )
+PART = flags.DEFINE_string(
+    "part",
+    None,
+    "Of a file with a whole Stable Diffusion 3, write the autoencoder (vae) or a text encoder (clip_l, clip_g, t5xxl) to the "
+    "folder --out, for codec.path and conditioner.weights. Default: the transformer.",
+)
 command_line.group("What the weights do not say")
 LIKE = flags.DEFINE_string(
     "like",
@@ -97,13 +105,14 @@ USES = {
     "the download of an autoencoder, which is used as it is": {"download", "weights"},
     "--download without --out": {"download", "weights", "from"},
     "a conversion": {"download", "weights", "from", "to", "out", "lora", *ADVICE},
+    "--part": {"weights", "from", "part", "out", "key"},
     "--to=peft": {"weights", "from", "to", "out", "names", "step"},
 }
 
 
 def check_flags() -> None:
     """Raises a UserError for a flag that is missing or without effect, before anything is downloaded or read."""
-    from dit_jax.convert import formats
+    from dit_jax.convert import formats, model_parts
     from dit_jax.interop import peft
     from dit_jax.interop.download import PUBLISHED
 
@@ -127,7 +136,13 @@ def check_flags() -> None:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
     if NAMES.value not in (None, *peft.LAYOUTS):
         raise UserError(f"--names={NAMES.value}: one of {', '.join(peft.LAYOUTS)} is needed")
-    if TO.value == "peft":
+    if PART.value is not None:
+        command_line.check_uses(USES, "--part")
+        if PART.value not in model_parts.PARTS:
+            raise UserError(f"--part={PART.value}: one of {', '.join(model_parts.PARTS)} is needed")
+        if layout != "official":
+            raise UserError(f"--part takes a part of one of Stability's files: give --from=official, not {layout}")
+    elif TO.value == "peft":
         command_line.check_uses(USES, "--to=peft")
         if layout != "workdir":
             raise UserError(f"--to=peft writes the adapter of a run: give --from=workdir, not {layout}")
@@ -154,7 +169,7 @@ def download_vae(name: str) -> dict:
 
 
 def main() -> dict:
-    from dit_jax.convert import formats
+    from dit_jax.convert import formats, model_parts
     from dit_jax.interop.download import PUBLISHED, byte_progress, download
 
     check_flags()
@@ -171,6 +186,8 @@ def main() -> dict:
             return result
     assert layout is not None and path is not None and OUT.value is not None  # see `check_flags`
     out = local_path(OUT.value)
+    if PART.value is not None:
+        return model_parts.write(source(layout, path), PART.value, out)
     if TO.value == "peft":
         return formats.write_adapter(source(layout, path), out, NAMES.value)
     weights = formats.read(source(layout, path))

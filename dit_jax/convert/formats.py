@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dit_jax.build import Run
-from dit_jax.convert import dit_weights, other_networks
+from dit_jax.convert import dit_weights, model_parts, other_networks
 from dit_jax.convert.source import FOREIGN, Source, config_of, network_params, open_weights, origin_of, shapes_of
 from dit_jax.errors import UserError
 from dit_jax.interop import base_file, dinov2, inception, lpips, network_folder, peft, pt_writer, weights
@@ -24,6 +24,7 @@ from dit_jax.interop.download import how_to_get
 from dit_jax.interop.tensors import Tensor, check, common_dtype, count, finite, open_safetensors, write_foreign, write_safetensors
 from dit_jax.interop.weights import Weights
 from dit_jax.parallel.rules import path_name
+from dit_jax.runtime import console
 from dit_jax.storage.bounded import json_object
 from dit_jax.storage.claim import claim_file
 from dit_jax.storage.paths import local_path
@@ -108,6 +109,8 @@ def _read_foreign(source: Source) -> Weights:
     """Reads a network in a layout of other code, which the names of the tensors identify."""
     path = network_folder.find_weights(source.path) if source.layout == "diffusers" else source.path
     tensors, files, key = open_weights(path, source.key)
+    if others := model_parts.found(tensors):
+        console.say(f"{path} also has {', '.join(others)}, which are left out; --part={others[0]} writes one")
     module = other_networks.reader_of(tensors.keys(), source.layout)
     if module is None:
         return dit_weights.read(source, tensors, files, key)

@@ -4,7 +4,7 @@ A module of `interop` for a network has
     NETWORK     its name in the registry
     LAYOUTS     the layouts that it reads and writes: "official" (of the paper's code), "diffusers"
     recognises  whether tensors with these names are of the network
-    read        their tensors -> ours, and the config sections that they determine
+    read        their tensors -> ours, and the config sections that they determine; beside them "input_side", if the config has it
     HINTS       optional: fields that tensors may not say, {"heads": its name in the config that `read` takes}; the flags of these
                 names and --like give them
     write       ours -> their tensors, and the config: config.json of diffusers' folder, or the metadata of a .safetensors file
@@ -24,6 +24,7 @@ from dit_jax.interop import diffit, hourglass, mmdit, pixart, unet, weights
 from dit_jax.interop.tensors import Tensor, Tensors, check, common_dtype
 from dit_jax.interop.weights import Weights
 from dit_jax.storage.run_folder import read_config
+from dit_jax.tasks.diffusion import CONDITIONER
 
 
 class Layouts(Protocol):
@@ -109,7 +110,7 @@ def _complete(module: Layouts, source: Source, determined: Mapping[str, Any]) ->
         template = dict(source.template)
         fields = template["model"] if template["model"]["name"] == module.NETWORK else {}
         return weights.sections_of({**template, "model": {**_section("model", fields), **determined["model"]}})
-    recipe = _recipe(module, determined["model"])
+    recipe = _recipe(module, determined)
     if recipe is None and not determined.keys() >= {"process", "codec", "transform"}:
         raise UserError(
             f"{source.path}: its sizes are not published ones, so its process, autoencoder and resolution are unknown; give the "
@@ -142,11 +143,16 @@ def _like(module: Layouts, source: Source) -> dict[str, Any]:
     return sections
 
 
-def _recipe(module: Layouts, model: Mapping[str, Any]) -> Callable[[], ml_collections.ConfigDict] | None:
-    """The recipe of the published network with these fields; None if there is none."""
+def _recipe(module: Layouts, determined: Mapping[str, Any]) -> Callable[[], ml_collections.ConfigDict] | None:
+    """The recipe of the published network with these fields, at the side of input that is determined, if one is.
+
+    None if there is none.
+    """
+    model, side = determined["model"], determined.get("input_side")
     for name, published in getattr(registry.get("model", module.NETWORK), "published", {}).items():
         fields = {key: value for key, value in published.fields.items() if key != "out_channels"}
-        if name in recipes.PUBLISHED and all(_plain(model.get(key)) == _plain(value) for key, value in fields.items()):
+        same = all(_plain(model.get(key)) == _plain(value) for key, value in fields.items())
+        if name in recipes.PUBLISHED and same and side in (None, published.input_shape[0]):
             return recipes.PUBLISHED[name]
     return None
 
@@ -173,4 +179,9 @@ def write(to_write: Weights, layout: str) -> tuple[dict[str, Tensor], dict[str, 
 
     config = config_of(to_write.sections)
     module = writer_of(config.model.name, layout)
+    if any(name.startswith(f"{CONDITIONER}/") for name in to_write.tensors):
+        raise UserError(
+            f"--to={layout} has no place for the text encoder that was trained with the network "
+            f"({', '.join(config.conditioner.encoders)}); write --to=dit_jax"
+        )
     return module.write(to_write.tensors, layout, config.model.to_dict(), Run(config).latent_shape)

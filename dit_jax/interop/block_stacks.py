@@ -58,15 +58,15 @@ def to_ours(links: Mapping[str, Link], shapes: Mapping[str, Shape], tensors: Ten
 def to_theirs(links: Mapping[str, Link], ours: Tensors) -> dict[str, Tensor]:
     """Their tensors by name, each read lazily, of our parameters."""
     found = {}
+    read = functools.lru_cache(maxsize=1)(lambda path: ours[path].load())  # the blocks of a stack are read one after another
     for path, link in links.items():
         tensor = ours[path]
         shape = _theirs(link, tensor.shape[1:] if link.stacked else tensor.shape)
-        read = functools.lru_cache(maxsize=1)(tensor.load)  # the blocks of a stack are read one after another
         for block in range(tensor.shape[0] if link.stacked else 1):
             for i, name in enumerate(link.names):
 
-                def load(read=read, link=link, block=block, i=i, shape=shape):
-                    return _split(link, read()[block] if link.stacked else read(), i, shape)
+                def load(path=path, link=link, block=block, i=i, shape=shape):
+                    return _split(link, read(path)[block] if link.stacked else read(path), i, shape)
 
                 found[name.format(block + link.start)] = Tensor(shape, tensor.dtype, load)
     return found

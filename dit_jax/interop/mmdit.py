@@ -1,6 +1,7 @@
 """Converts MM-DiT between Stability's layout (of Stable Diffusion 3 and 3.5), that of diffusers, and ours.
 
-Both store the table of positions, which ours computes. diffusers has separate queries, keys and values. Two of its layers have
+Stability's names begin with `model.diffusion_model.`, in files of the transformer alone and of a whole model, and so do those that
+are written. Both store the table of positions, which ours computes. diffusers has separate queries, keys and values. Two of its layers have
 halves (scale, shift), which are (shift, scale) in Stability's and ours: `norm_out.linear`, and the last `norm1_context.linear`.
 """
 
@@ -121,7 +122,8 @@ def read(
         flat |= {name: _swapped(flat[name]) for name in _swaps(net)}
     fields = {name: getattr(net, name) for name in ("patch_size", "depth", "width", "heads", "context_width", "pooled_width")}
     fields |= {"qk_norm": net.qk_norm, "dual_blocks": net.dual_blocks, "position": "table", "table_side": net.table_side}
-    fields |= {"table_base": TABLE_BASE, "dtype": "float32", "param_dtype": common_dtype(tensors, what).name}
+    trained = {name: x for name, x in tensors.items() if name != POSITION[layout]}
+    fields |= {"table_base": TABLE_BASE, "dtype": "float32", "param_dtype": common_dtype(trained, what).name}
     return to_ours(known, shapes, flat), {"model": {"name": NETWORK, **fields}}
 
 
@@ -152,7 +154,9 @@ def write(
     dtype = tensors["final/linear/bias"].dtype
     table = _table(net).astype(dtype)[None]
     theirs[POSITION[layout]] = Tensor(table.shape, dtype, lambda: table)
-    return theirs, _config(net, channels, latent_shape[0]) if layout == "diffusers" else None
+    if layout == "official":
+        return {PREFIX + name: x for name, x in theirs.items()}, None
+    return theirs, _config(net, channels, latent_shape[0])
 
 
 def _infer(tensors: Tensors, layout: str, what: str) -> tuple[MMDiT, int]:

@@ -56,19 +56,21 @@ def read_config(weights: str | os.PathLike, classes: tuple[str, ...] = ()) -> di
     return config
 
 
-def write(folder: str | os.PathLike, tensors: Tensors, config: Mapping[str, Any]) -> Path:
-    """Writes config.json and the weights to a folder that diffusers' `from_pretrained` reads; returns the weights' path.
+def write(folder: str | os.PathLike, tensors: Tensors, config: Mapping[str, Any], name: str = WEIGHTS_NAME) -> Path:
+    """Writes config.json and the weights to a folder that `from_pretrained` reads; returns the weights' path.
+
+    name: of the weights' file; "model.safetensors" for transformers.
 
     Raises:
         UserError: the folder holds other files; another command is writing it.
     """
     folder = local_path(folder)
     if folder.suffix in (".safetensors", ".pt", ".json") or folder.is_file():
-        raise UserError(f"--out={folder}: diffusers reads a folder; give the name of a folder")
+        raise UserError(f"--out={folder}: give the name of a folder")
     with claim(folder, "writing weights", "--out"):
-        remove_leftovers(folder, WEIGHTS_NAME, "config.json")
-        if strange := sorted({path.name for path in folder.iterdir()} - {LOCK, WEIGHTS_NAME, "config.json"}):
+        remove_leftovers(folder, name, "config.json")
+        if strange := sorted({path.name for path in folder.iterdir()} - {LOCK, name, "config.json"}):
             raise UserError(f"--out={folder} holds {strange[0]}; give an empty folder, or one that does not exist")
-        write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
+        write_safetensors(folder / name, tensors, {"format": "pt"})
         write_json(folder / "config.json", dict(config), indent=2)
-    return folder / WEIGHTS_NAME
+    return folder / name

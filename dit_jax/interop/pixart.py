@@ -97,7 +97,7 @@ def read(
     own = {**tensors, patch: mapped(tensors[patch], lambda x: x.transpose(0, 2, 3, 1).reshape(flat), flat)}
     fields = {"patch_size": p, "depth": depth, "width": width, "heads": heads, "context_width": net.context_width}
     fields |= {"position_grid": grid, "dtype": "float32", "param_dtype": common_dtype(tensors, what).name}
-    return to_ours(known, shapes, own), {"model": {"name": NETWORK, **fields}}
+    return to_ours(known, shapes, own), {"model": {"name": NETWORK, **fields}, "input_side": side}
 
 
 def write(

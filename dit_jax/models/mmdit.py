@@ -271,6 +271,11 @@ class MMDiT(nn.Module):
     published = PUBLISHED
     remat_policies = CHOICES
 
+    @property
+    def size_unit(self) -> int:
+        """Both sides of an input are multiples of it."""
+        return self.patch_size
+
     def setup(self) -> None:
         self._check_fields()
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}

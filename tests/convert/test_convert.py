@@ -352,7 +352,7 @@ def test_a_runs_moving_average_is_gathered_whole(workdir):
     [
         ("dit_jax", "x.pt", "must end in .safetensors"),
         ("official", "x", "must end in .pt or .safetensors"),
-        ("diffusers", "x.safetensors", "diffusers reads a folder"),
+        ("diffusers", "x.safetensors", "give the name of a folder"),
     ],
 )
 def test_a_name_that_does_not_suit_is_refused(layout, name, message, tmp_path):

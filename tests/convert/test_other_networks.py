@@ -60,7 +60,7 @@ def test_published_sizes_get_their_recipe():
     """Catches weights of a paper with another process or autoencoder than the paper's; a recipe for another network."""
     for module in other_networks.NETWORKS:
         for name, published in registry.get("model", module.NETWORK).published.items():
-            found = other_networks._recipe(module, published.fields)
+            found = other_networks._recipe(module, {"model": published.fields, "input_side": published.input_shape[0]})
             if name in recipes.PUBLISHED:
                 assert found is recipes.PUBLISHED[name]
             else:

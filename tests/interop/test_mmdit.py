@@ -34,7 +34,10 @@ def test_round_trip(kind, layout):
     assert mmdit.recognises(theirs, layout)
     assert not mmdit.recognises(theirs, "diffusers" if layout == "official" else "official")
     if layout == "official":
-        theirs = {mmdit.PREFIX + name: x for name, x in theirs.items()} | {"first_stage_model.x": held(np.zeros(3))}
+        bare = {name.removeprefix(mmdit.PREFIX): x for name, x in theirs.items()}
+        assert len(theirs.keys() & bare.keys()) == 0 and mmdit.recognises(bare, layout)
+        assert mmdit.read(bare, layout, "a file")[0].keys() == tensors.keys()
+        theirs |= {"first_stage_model.x": held(np.zeros(3))}
     back, sections = mmdit.read(theirs, layout, "a file")
     assert {name: sections["model"][name] for name in fields if name != "mlp_ratio"} == {
         name: value for name, value in fields.items() if name != "mlp_ratio"
