@@ -689,6 +689,14 @@ def ldm4(cached: bool = False) -> ml_collections.ConfigDict:
     return c
 
 
+PROMPTS = (  # of previews
+    "a photograph of a red fox in the snow",
+    "a watercolour of a harbour in the morning",
+    "a wooden chair beside a window",
+    "a sign that says hello",
+)
+
+
 def text_model(name: str) -> dict:
     """The section `model` of a published text network, "SD3-medium@1024" or "PixArt-alpha@256".
 
@@ -700,21 +708,18 @@ def text_model(name: str) -> dict:
         if name in published:
             fields = {key: value for key, value in published[name].fields.items() if key != "out_channels"}
             return {"name": kind, **registry.defaults("model", kind), **fields, "dtype": "bfloat16"}
-    raise UserError(f"{name} is not a published text network; choose one of {', '.join(key for x in kinds.values() for key in x)}")
-
-
-def text_conditioner(*encoders: str, **fields: Any) -> dict:
-    """The section `conditioner` of text encoders."""
-    given = {name: () for name in ("lengths", "weights", "tokenizers", "missing", "dropout")}
-    return {"name": "text", "encoders": encoders, **given, "mask": False, "pooled": True, "dtype": "bfloat16", **fields}
+    raise UserError(
+        f"{name} is not a published text network; choose one of {', '.join(key for x in kinds.values() for key in x)}"
+    )
 
 
 def sd3(name: str = "SD3-medium@1024", cached: bool = False) -> ml_collections.ConfigDict:
     """Stable Diffusion 3 and 3.5: MM-DiT as a rectified flow on captioned images in tars (Esser et al. 2024).
 
     Set `data.path` to the tars, `codec.path` to the autoencoder of 16 channels and `conditioner.weights` to the text encoders;
-    `convert --part=` takes them out of a file that has all parts. Each encoder is dropped from 46.4 % of the examples (appendix B.3),
-    and a tenth of them has the empty prompt, as guidance has it in sampling. The autoencoder's scale and shift are Stability's.
+    `convert --part=` takes them out of a file that has all parts. Each encoder is dropped from 46.4 % of the examples (appendix
+    B.3), and a tenth of them has the empty prompt, as guidance has it in sampling. The autoencoder's scale and shift are those of
+    Stability.
 
     Args:
         name: of the network, one of `models.mmdit.PUBLISHED`.
@@ -725,7 +730,7 @@ def sd3(name: str = "SD3-medium@1024", cached: bool = False) -> ml_collections.C
     """
     c = diffusion()
     c.model = text_model(name)
-    c.conditioner = text_conditioner("clip_l", "clip_g", "t5_xxl", lengths=(77, 77, 256), dropout=(0.464,))
+    c = text(c, ("clip_l", "clip_g", "t5_xxl"), lengths=(77, 77, 256), dropout=(0.464,))
     c.task.cond_dropout = 0.1
     c.process = flow() | {"time_distribution": "logit_normal", "shift": 3.0, "convention": "sd3", "sampling_grid": "sd3"}
     c.codec = section("codec", "kl_vae") | {"name": "kl_vae", "latent_channels": 16, "use_quant_conv": False}
@@ -750,7 +755,7 @@ def pixart(resolution: int = 256, cached: bool = False) -> ml_collections.Config
     sigma = resolution == 1024
     c = diffusion()
     c.model = text_model("PixArt-Sigma@1024" if sigma else f"PixArt-alpha@{resolution}")
-    c.conditioner = text_conditioner("t5_xxl", lengths=(300 if sigma else 120,), mask=True, pooled=False)
+    c = text(c, ("t5_xxl",), lengths=(300 if sigma else 120,), mask=True, pooled=False)
     c.process = gaussian()
     published = "" if sigma else "sd-vae-ft-mse"
     c.codec = {"name": "kl_vae", "path": published, "sha256": "", "scale": 0.13025 if sigma else 0.18215}
@@ -768,6 +773,7 @@ def _captioned(
     c.transform = image_transform(resolution, 3, flip=False)
     c.sampler = sampler
     c.guidance.scale = scale
+    c.preview.prompts = PROMPTS
     return c
 
 

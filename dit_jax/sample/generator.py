@@ -216,7 +216,7 @@ class Generator:
                     assert watch is not None
                     io_callback(watch, None, indices, number, jnp.broadcast_to(t, indices.shape), x0)
 
-                second, own = weak if weak_task else None, {name: given[name] for name in OWN_KEYS if name in given}
+                second, own = weak if weak_task else None, {name: given[name] for name in OWN_KEYS if given and name in given}
                 keys = image_keys(*own.values()) if own else image_keys(seed, job.key_indices(indices))
                 noise = task.initial_noise(keys)
                 drawn = task.draw_latents(
