@@ -700,12 +700,14 @@ def text_model(name: str) -> dict:
         if name in published:
             fields = {key: value for key, value in published[name].fields.items() if key != "out_channels"}
             return {"name": kind, **registry.defaults("model", kind), **fields, "dtype": "bfloat16"}
-    raise UserError(f"{name} is not a published text network; choose one of {', '.join(key for x in kinds.values() for key in x)}")
+    raise UserError(
+        f"{name} is not a published text network; choose one of {', '.join(key for x in kinds.values() for key in x)}"
+    )
 
 
 def text_conditioner(*encoders: str, **fields: Any) -> dict:
     """The section `conditioner` of text encoders."""
-    given = {name: () for name in ("lengths", "weights", "tokenizers", "missing", "dropout")}
+    given = dict.fromkeys(("lengths", "weights", "tokenizers", "missing", "dropout"), ())
     return {"name": "text", "encoders": encoders, **given, "mask": False, "pooled": True, "dtype": "bfloat16", **fields}
 
 
@@ -713,8 +715,9 @@ def sd3(name: str = "SD3-medium@1024", cached: bool = False) -> ml_collections.C
     """Stable Diffusion 3 and 3.5: MM-DiT as a rectified flow on captioned images in tars (Esser et al. 2024).
 
     Set `data.path` to the tars, `codec.path` to the autoencoder of 16 channels and `conditioner.weights` to the text encoders;
-    `convert --part=` takes them out of a file that has all parts. Each encoder is dropped from 46.4 % of the examples (appendix B.3),
-    and a tenth of them has the empty prompt, as guidance has it in sampling. The autoencoder's scale and shift are Stability's.
+    `convert --part=` takes them out of a file that has all parts. Each encoder is dropped from 46.4 % of the examples (appendix
+    B.3), and a tenth of them has the empty prompt, as guidance has it in sampling. The autoencoder's scale and shift are
+    Stability's.
 
     Args:
         name: of the network, one of `models.mmdit.PUBLISHED`.

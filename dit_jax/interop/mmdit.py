@@ -1,8 +1,9 @@
 """Converts MM-DiT between Stability's layout (of Stable Diffusion 3 and 3.5), that of diffusers, and ours.
 
-Stability's names begin with `model.diffusion_model.`, in files of the transformer alone and of a whole model, and so do those that
-are written. Both store the table of positions, which ours computes. diffusers has separate queries, keys and values. Two of its layers have
-halves (scale, shift), which are (shift, scale) in Stability's and ours: `norm_out.linear`, and the last `norm1_context.linear`.
+Stability's names begin with `model.diffusion_model.`, in files of the transformer alone and of a whole model, and so do those
+that are written. Both layouts store the table of positions, which ours computes. diffusers has separate queries, keys and values.
+Two of its layers have halves (scale, shift), which are (shift, scale) in Stability's and ours: `norm_out.linear`, and the last
+`norm1_context.linear`.
 """
 
 import math
