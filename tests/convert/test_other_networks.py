@@ -1,5 +1,8 @@
 """Networks other than DiT through `convert`: which module reads them, and the config that they get."""
 
+import re
+
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -7,10 +10,15 @@ from dit_files import held
 
 from dit_jax import recipes, registry
 from dit_jax.build import Run
-from dit_jax.convert import formats, other_networks
+from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.convert import formats, model_parts, other_networks
 from dit_jax.convert.source import shapes_of
+from dit_jax.encoders import clip_text
+from dit_jax.encoders.t5 import T5Encoder
 from dit_jax.errors import UserError
-from dit_jax.interop import weights
+from dit_jax.interop import clip_text as clip_text_layout
+from dit_jax.interop import pixart, t5, text_encoders, vae, weights
+from dit_jax.interop.tensors import open_safetensors, write_safetensors
 
 
 def random_weights(network, fields, process, resolution=8):
@@ -72,3 +80,107 @@ def test_a_network_without_a_layout(tmp_path):
     expected = random_weights("hourglass", tiny.HOURGLASS, "edm")
     with pytest.raises(UserError, match="--to=diffusers has no network 'hourglass'; write --to=dit_jax or official"):
         formats.write(expected, "diffusers", tmp_path / "x")
+
+
+MMDIT = {"patch_size": 2, "depth": 3, "width": 128, "heads": 2, "context_width": 16, "pooled_width": 16, "table_side": 6}
+PIXART = {"patch_size": 2, "depth": 2, "width": 32, "heads": 4, "context_width": 16}
+
+
+def text_weights(network, fields):
+    """Weights in our layout, of a text network on latents of one channel, whose captions a pretrained encoder would read."""
+    c = recipes.digits("flow" if network == "mmdit" else "gaussian")
+    c.model = {**registry.defaults("model", network), "name": network, **fields, "context_width": 512}
+    c.conditioner = recipes.text_conditioner("clip_b32", mask=network == "pixart", pooled=network == "mmdit")
+    if network == "mmdit":
+        c.model.pooled_width = 512
+    sections = weights.sections_of(tiny.shorten(c).to_dict())
+    rng = np.random.default_rng(3)
+    tensors = {path: held(rng.standard_normal(shape).astype(np.float32)) for path, shape in shapes_of(sections).items()}
+    return formats.Weights(tensors, sections, {})
+
+
+@pytest.mark.parametrize("network, layout", [("mmdit", "official"), ("mmdit", "diffusers"), ("pixart", "diffusers")])
+def test_text_networks(network, layout, tmp_path):
+    """Catches text weights whose config is guessed, a bit that a round trip changes, and a text encoder that is dropped."""
+    expected = text_weights(network, MMDIT if network == "mmdit" else PIXART)
+    ours, out = tmp_path / "ours.safetensors", tmp_path / ("theirs.safetensors" if layout == "official" else "theirs")
+    formats.write(expected, "dit_jax", ours)
+    formats.write(formats.read(formats.Source("dit_jax", ours)), layout, out)
+    with pytest.raises(UserError, match="not published ones"):
+        formats.read(formats.Source(layout, out))
+    read = formats.read(formats.Source(layout, out, like=ours))
+    assert_equal(read, expected)
+    assert read.sections["conditioner"]["name"] == "text" and list(read.sections["conditioner"]["encoders"]) == ["clip_b32"]
+    trained = expected._replace(tensors=dict(expected.tensors) | {"conditioner/bytes/x": held(np.zeros(3, np.float32))})
+    with pytest.raises(UserError, match=f"--to={layout} has no place for the text encoder that was trained"):
+        formats.write(trained, layout, tmp_path / "other.safetensors")
+
+
+def test_a_resolution_of_pixart():
+    """Catches weights of 512 px that get the config of 256 px, whose network is the same."""
+    fields = registry.get("model", "pixart").published["PixArt-alpha@512"].fields
+    for side in (32, 64):
+        make = other_networks._recipe(pixart, {"model": fields, "input_side": side})
+        assert make is recipes.PUBLISHED[f"PixArt-alpha@{8 * side}"]
+        assert make().transform.resolution == 8 * side
+    assert other_networks._recipe(pixart, {"model": fields, "input_side": 48}) is None
+
+
+def test_parts_of_a_whole_model(tmp_path, monkeypatch, capsys):
+    """Catches parts that are taken as the transformer's or lost unsaid; a VAE that codec.path cannot read; a changed bit."""
+    monkeypatch.setitem(clip_text.SIZES, "tiny", clip_text.Size(1, 16, 2, 16, "gelu"))
+    codec = KLVAE(block_out_channels=(32,), layers_per_block=1, latent_channels=16, use_quant_conv=False)
+    rng = np.random.default_rng(5)
+
+    def random(shapes):
+        return {name: held(rng.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
+
+    t5_net = T5Encoder(1, 8, 1, 12, 20)
+    clip_net = clip_text.CLIPText.of("tiny")
+    text = {
+        "t5xxl": t5.to_theirs(random(t5.shapes_of(t5_net))),
+        "clip_l": clip_text_layout.to_theirs(random(clip_text_layout.shapes_of(clip_net))),
+    }
+    vae_params = tiny.random_params(jax.eval_shape(codec.init, jax.random.key(0)))
+    expected = text_weights("mmdit", MMDIT)
+    transformer, _ = other_networks.write(expected, "official")
+    whole = dict(transformer) | {f"first_stage_model.{name}": x for name, x in ldm_names(codec, vae_params, tmp_path).items()}
+    for part, tensors in text.items():
+        whole |= {model_parts.PARTS[part] + name: x for name, x in tensors.items()}
+    file, ours = tmp_path / "sd3.safetensors", tmp_path / "ours.safetensors"
+    write_safetensors(file, whole, {"format": "pt"})
+    formats.write(expected, "dit_jax", ours)
+    assert_equal(formats.read(formats.Source("official", file, like=ours)), expected)
+    assert "also has vae, clip_l, t5xxl, which are left out; --part=vae writes one" in capsys.readouterr().err
+    source = formats.Source("official", file)
+    for part, tensors in text.items():
+        model_parts.write(source, part, tmp_path / part)
+        read = open_safetensors(text_encoders.find(str(tmp_path / part)))[0]
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(read[name].load(), tensor.load())
+    model_parts.write(source, "vae", tmp_path / "vae")
+    read = vae.read_codec(tmp_path / "vae")
+    assert (read.scale, read.shift, read.latent_channels, read.use_quant_conv) == (1.5305, 0.0609, 16, False)
+    assert tiny.distance(vae.load_diffusers(tmp_path / "vae", read), vae_params) == 0
+    with pytest.raises(UserError, match=r"--part=clip_g: .* has no tensors text_encoders.clip_g.transformer"):
+        model_parts.write(source, "clip_g", tmp_path / "g")
+
+
+def ldm_names(codec, params, folder):
+    """The tensors of an autoencoder with one level, in the names of the LDM code."""
+    vae.save_diffusers(folder / "vae.safetensors", codec, params)
+    names = [(theirs, ours) for ours, theirs in (
+        (r"down.\2.block.\3", r"(down)_blocks\.(\d)\.resnets\.(\d)"), (r"up.\2.block.\3", r"(up)_blocks\.(\d)\.resnets\.(\d)"),
+        ("mid.block_1", r"mid_block\.resnets\.0"), ("mid.block_2", r"mid_block\.resnets\.1"),
+        ("mid.attn_1.norm", r"mid_block\.attentions\.0\.group_norm"),
+        (r"mid.attn_1.\1", r"mid_block\.attentions\.0\.to_([qkv])\b"),
+        ("mid.attn_1.proj_out", r"mid_block\.attentions\.0\.to_out\.0"), ("nin_shortcut", "conv_shortcut"),
+        ("norm_out", "conv_norm_out"),
+    )]  # fmt: skip
+    found = {}
+    for name, tensor in open_safetensors(folder / "vae.safetensors")[0].items():
+        for pattern, new in names:
+            name = re.sub(pattern, new, name)
+        found[name] = tensor
+    return found
