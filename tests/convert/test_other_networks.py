@@ -90,7 +90,7 @@ def text_weights(network, fields):
     """Weights in our layout, of a text network on latents of one channel, whose captions a pretrained encoder would read."""
     c = recipes.digits("flow" if network == "mmdit" else "gaussian")
     c.model = {**registry.defaults("model", network), "name": network, **fields, "context_width": 512}
-    c.conditioner = recipes.text_conditioner("clip_b32", mask=network == "pixart", pooled=network == "mmdit")
+    recipes.text(c, ("clip_b32",), mask=network == "pixart", pooled=network == "mmdit")
     if network == "mmdit":
         c.model.pooled_width = 512
     sections = weights.sections_of(tiny.shorten(c).to_dict())
