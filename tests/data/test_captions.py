@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numbered import Numbers
+from numbered import Letters, Numbers
 
 from dit_jax.data.captions import CaptionedImage, CaptionEntries, Captions, filled
 from dit_jax.data.loader import Loader
@@ -11,13 +11,6 @@ from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
 
 EXAMPLE = {"label": 1, "name": "x.jpg", "caption": "short", "caption_long": "long"}
-
-
-class Letters:
-    """A tokenizer of the first letters, which can be pickled."""
-
-    def __call__(self, texts):
-        return {"tokens_letters": np.array([[ord(text[0]), len(text)] for text in texts], np.int32)}
 
 
 def entries(dropout=None, **fields):

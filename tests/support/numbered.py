@@ -26,6 +26,13 @@ class Numbers:
         return {"image": image, "label": index, "name": f"number-{index}.png"} | caption
 
 
+class Letters:
+    """A tokenizer of the first letters, which can be pickled."""
+
+    def __call__(self, texts):
+        return {"tokens_letters": np.array([[ord(text[0]), len(text)] for text in texts], np.int32)}
+
+
 class Away(Numbers):
     """Numbers on storage that is away: reads raise OSError with this errno, so many times or for good.
 
