@@ -3,24 +3,20 @@
 python examples/digits_text_score.py RUN
 """
 
-import itertools
 import json
 import sys
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 
-from dit_jax.build import Run
 from dit_jax.evaluate.digit_recognition import asked, recognised_all
-from dit_jax.storage.run_folder import read_config
 
 
 def score(workdir: Path) -> dict:
     """{"share": of all prompts, "prompts": number, "by_length": the share by the number of words, "samples": file}."""
     file = max((workdir / "samples").glob("*_final.npz"))
-    images = np.load(file)["arr_0"]
-    prompts = list(itertools.islice(itertools.cycle(Run(ml_collections.ConfigDict(read_config(workdir))).prompts), len(images)))
+    samples = np.load(file)
+    images, prompts = samples["arr_0"], samples["captions"].tolist()
     right = [tuple(found) == wanted for found, wanted in zip(recognised_all(images), asked(prompts), strict=True)]
     by_words: dict[int, list[bool]] = {}
     for prompt, good in zip(prompts, right, strict=True):

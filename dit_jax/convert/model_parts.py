@@ -1,11 +1,12 @@
 """Stability's files of a whole Stable Diffusion 3: its autoencoder and text encoders, each written to a folder of its own."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.kl_vae import PRESETS
 from dit_jax.convert.source import Source, open_weights
 from dit_jax.encoders import t5 as t5_network
 from dit_jax.encoders.clip_text import END, START, CLIPText
@@ -20,7 +21,6 @@ PARTS = {  # beside the transformer: the beginning of its names
     "vae": vae.LDM_PREFIX,
     **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")},
 }
-SCALE, SHIFT = 1.5305, 0.0609  # of the latents (Stability's sd3_impls.py)
 WEIGHTS_NAME = "model.safetensors"
 
 
@@ -72,14 +72,8 @@ def _write_vae(source: Source, tensors: Tensors, what: str, out: str | os.PathLi
     if not levels or latent is None or latent.shape[1] != 16:
         raise UserError(f"{what} is not the autoencoder of Stable Diffusion 3, whose latents have 16 channels")
     layers = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in tensors)
-    codec = KLVAE(
-        block_out_channels=tuple(tensor.shape[0] for tensor in levels),
-        layers_per_block=layers,
-        latent_channels=16,
-        use_quant_conv=False,
-        scale=SCALE,
-        shift=SHIFT,
-    )
+    widths = tuple(tensor.shape[0] for tensor in levels)
+    codec = dataclasses.replace(PRESETS["sd3"], block_out_channels=widths, layers_per_block=layers)
     codec_folder.replace(folder, codec, vae.load_diffusers(source.path, codec))
     return _written(out, tensors, sha256_of(folder / vae.WEIGHTS_NAME))
 

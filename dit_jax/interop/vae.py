@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from dit_jax.codecs.kl_vae import KLVAE, Autoencoder
+from dit_jax.codecs.kl_vae import KLVAE, PRESETS, Autoencoder
 from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.errors import UserError
 from dit_jax.interop import download, pt_reader
@@ -54,7 +54,6 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 LDM_PREFIX = "first_stage_model."
 LDM_LOSS = "loss."  # discriminator and perceptual network, beside an autoencoder's own weights
 SD3_TENSOR = "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight"
-SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609  # of its latents; the file does not have them
 FROM_LDM = [
     (r"\b(down|up)\.(\d+)\.block\.(\d+)\b", r"\1_blocks.\2.resnets.\3"),
     (r"\bdown\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
@@ -220,7 +219,7 @@ def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE | VQV
     return codec
 
 
-def scaling_of_file(path: Path) -> dict[str, float]:
+def scaling_of_file(path: Path) -> dict[str, Any]:
     """{"scale", "shift"} of the latents of the autoencoder in a file of weights, where its other tensors tell; else {}.
 
     A file of Stable Diffusion 3 or 3.5 with all parts has an MM-DiT beside the autoencoder.
@@ -230,7 +229,7 @@ def scaling_of_file(path: Path) -> dict[str, float]:
     names = open_safetensors(path)[0]
     if f"{LDM_PREFIX}decoder.conv_in.weight" not in names or SD3_TENSOR not in names:
         return {}
-    return {"scale": SD3_SCALE, "shift": SD3_SHIFT}
+    return {"scale": PRESETS["sd3"].scale, "shift": PRESETS["sd3"].shift}  # the file does not have them
 
 
 def weights_sha256(params: Any) -> str:

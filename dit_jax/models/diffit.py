@@ -18,7 +18,7 @@ from dit_jax.models.network import MIXED, Cond, Shape, check_entries, label_vect
 from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Fid, Published
-from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, TokenBlocks, blocks_to_keep, form_of_loop, stack
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -153,7 +153,7 @@ class Embedded(NamedTuple):
     c: jax.Array
 
 
-class DiffiT(nn.Module):
+class DiffiT(TokenBlocks, nn.Module):
     """DiffiT: (x_t [B, H, W, C], t f32[B] network time, cond {"label": int[B]}) -> f32[B, H, W, out_channels].
 
     A `models.network.Network`. It has DiT's frame: patches, sine-cosine positions, and the sum c of the embeddings of time and
@@ -292,17 +292,6 @@ class DiffiT(nn.Module):
         attention = 4 * n * d * d + 3 * d * d + 2 * n * n * d  # tokens, condition, products
         mlp = 2 * n * d * int(d * self.mlp_ratio)
         return n * d * patch * (latent_shape[-1] + self.out_channels) + 256 * d + d * d + self.depth * (attention + mlp)
-
-    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        units = stored_units(self.depth, self.remat, mesh_shape["tensor"])
-        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
-        return units * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
-
-    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        def kept(policy: str) -> int:
-            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-
-        return savings(self.remat, self.depth, kept, activations)
 
     def describe(self) -> str:
         return (

@@ -18,7 +18,7 @@ from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.published import Fid, Published
 from dit_jax.models.sizes import FIDS, MODELS, SIZES
 from dit_jax.models.sizes import fields as fields_of_size
-from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, TokenBlocks, blocks_to_keep, form_of_loop, stack
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -173,7 +173,7 @@ def _published() -> dict[str, Published]:
     return table
 
 
-class DiT(nn.Module):
+class DiT(TokenBlocks, nn.Module):
     """Diffusion Transformer: (x_t [B, H, W, C], t f32[B] network time, cond {"label": int[B]}) -> f32[B, H, W, out_channels].
 
     A `models.network.Network`. Label `num_classes` is the null label; with `num_classes = 0` the network is unconditional and
@@ -368,17 +368,6 @@ class DiT(nn.Module):
         if self.conditioning == "cross_attention":
             parts["cross_attention"] = depth * (2 * tokens * d * d + 2 * conditions * d * d + 2 * tokens * conditions * d)
         return parts
-
-    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        units = stored_units(self.depth, self.remat, mesh_shape["tensor"])
-        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
-        return units * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
-
-    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        def kept(policy: str) -> int:
-            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-
-        return savings(self.remat, self.depth, kept, activations)
 
     def describe(self) -> str:
         return (

@@ -23,7 +23,7 @@ from dit_jax.models.network import Cond, Shape, check_entries
 from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Published
-from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, TokenBlocks, blocks_to_keep, form_of_loop, stack
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -218,7 +218,7 @@ class Embedded(NamedTuple):
     angles: np.ndarray | None
 
 
-class MMDiT(nn.Module):
+class MMDiT(TokenBlocks, nn.Module):
     """MM-DiT: (x_t [B, H, W, C] or [B, F, H, W, C], t f32[B], cond) -> f32[..., out_channels], for the condition
     {"context": [B, M, context_width], "pooled": [B, pooled_width]}.
 
@@ -443,18 +443,6 @@ class MMDiT(nn.Module):
         total += self.depth * 6 * d * d + (self.depth - 1) * 6 * d * d + 2 * d * d  # modulation
         total += self.dual_blocks * (n * 4 * d * d + 2 * n * n * d + 3 * d * d)
         return total + 2 * d * d + n * d * p * p * self.out_channels
-
-    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        _, remat = form_of_loop(self.unroll, self.remat, jax.default_backend())
-        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
-        units = stored_units(self.depth, remat, mesh_shape["tensor"])
-        return units * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
-
-    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        def kept(policy: str) -> int:
-            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-
-        return savings(self.remat, self.depth, kept, activations)
 
     def describe(self) -> str:
         return (

@@ -16,7 +16,7 @@ from dit_jax.models.attention import IMPLEMENTATIONS, attention_kernel
 from dit_jax.models.network import Cond, Shape, check_entries
 from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.published import Published
-from dit_jax.models.stack import CHOICES, blocks_to_keep, form_of_loop, savings, stack, stored_units
+from dit_jax.models.stack import CHOICES, TokenBlocks, blocks_to_keep, form_of_loop, stack
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
 
@@ -130,7 +130,7 @@ class Embedded(NamedTuple):
     bias: jax.Array | None
 
 
-class PixArt(nn.Module):
+class PixArt(TokenBlocks, nn.Module):
     """PixArt-alpha: (x_t [B, H, W, C], t f32[B], cond) -> f32[B, H, W, out_channels], for the condition
     {"context": [B, M, context_width], "context_mask": bool[B, M]}; without a mask all tokens are attended to.
 
@@ -255,18 +255,6 @@ class PixArt(nn.Module):
         text = m * (self.context_width * d + d * d)
         time = 256 * d + d * d + 6 * d * d
         return n * p * p * latent_shape[-1] * d + text + time + self.depth * block + n * d * p * p * self.out_channels
-
-    def activation_bytes(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
-        _, remat = form_of_loop(self.unroll, self.remat, jax.default_backend())
-        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
-        units = stored_units(self.depth, remat, mesh_shape["tensor"])
-        return units * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
-
-    def savings(self, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
-        def kept(policy: str) -> int:
-            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
-
-        return savings(self.remat, self.depth, kept, activations)
 
     def describe(self) -> str:
         return (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dit_jax.errors import UserError
 from dit_jax.models import layers
-from dit_jax.models.network import check_entries
+from dit_jax.models.network import Shape, check_entries
 
 REMAT_POLICIES = {
     "full": None,
@@ -86,6 +86,21 @@ def stored_units(depth: int, remat: str, tensor: int) -> int:
     tensor: devices over which heads and the MLP's features are split.
     """
     return depth * (STORED_AT_ENTRY if remat in STORES_NOTHING_INSIDE else STORED_AT_ENTRY + STORED_INSIDE // tensor)
+
+
+class TokenBlocks:
+    """`models.network.Planned` of a transformer of equal blocks, with fields depth, width, remat and dtype, and `num_tokens`."""
+
+    def activation_bytes(self: Any, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
+        units = stored_units(self.depth, self.remat, mesh_shape["tensor"])
+        tokens = self.num_tokens(latent_shape) // mesh_shape["sequence"]
+        return units * rows * tokens * self.width * jnp.dtype(self.dtype).itemsize
+
+    def savings(self: Any, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int], activations: int) -> dict[str, int]:
+        def kept(policy: str) -> int:
+            return self.clone(remat=policy).activation_bytes(latent_shape, rows, mesh_shape)
+
+        return savings(self.remat, self.depth, kept, activations)
 
 
 def savings(remat: str, depth: int, kept: Callable[[str], int], activations: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from dit_jax.encoders.conditioner import Conditioner, Requests
 from dit_jax.errors import UserError
+from dit_jax.sample.prompts import Prompts
 
 
 def spread_labels(num_images: int, num_classes: int, labels: Sequence[int] = ()) -> np.ndarray:
@@ -77,7 +78,7 @@ def spread_requests(conditioner: Conditioner, num_images: int, prompts: Sequence
     """
     if prompts:
         spread_labels(num_images, 0)  # for its checks
-        return conditioner.from_requests({"caption": np.resize(np.asarray(prompts, object), num_images)})
+        return conditioner.from_requests(Prompts(tuple(prompts)).repeated(num_images).requests())
     return conditioner.from_requests(
         {"label": spread_labels(num_images, conditioner.num_classes)} if conditioner.num_classes else {}
     )

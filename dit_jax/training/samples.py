@@ -1,6 +1,5 @@
 """The results of a diffusion run: grids of samples during training, samples and their score at the end."""
 
-import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, for_samples, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
 from dit_jax.sample.labels import spread_requests
+from dit_jax.sample.prompts import Prompts
 from dit_jax.sample.weights import cast_for_inference, weights_fingerprint, whole_network
 from dit_jax.tasks.state import TrainState
 from dit_jax.training import scoring
@@ -77,7 +77,7 @@ class Samples:
         run, classes = self.run, self.run.conditioner.num_classes
         names = label_names(requests["label"], classes, run.source.class_names) if classes else []
         if run.prompts:
-            names = list(itertools.islice(itertools.cycle(run.prompts), len(next(iter(requests.values())))))
+            names = list(Prompts(run.prompts).repeated(len(next(iter(requests.values())))).texts)
         return names, sampling_caption(step, run.guidance.scale, run.config.sampler, run.config.seed)
 
     def finish(self, state: TrainState, constants: Any, workdir: Path) -> dict[str, Any]:
