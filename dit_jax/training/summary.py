@@ -153,8 +153,8 @@ def next_commands(run: Run, workdir: str) -> list[str]:
     count = config.evaluation.num_images or 100
     out = f"{workdir}/guided.npz" if guided else f"{workdir}/more.npz"
     seed = f"--seed={config.seed + 1}"
-    drawn = [f"--workdir={workdir}", f"--num_samples={count}", seed, *["--guidance_scale=1.5"] * bool(guided), f"--out={out}"]
-    commands = [command("sample", *drawn)]
+    asked = [f"--prompt={prompt}" for prompt in run.prompts[:1]] + ["--guidance_scale=1.5"] * bool(guided)
+    commands = [command("sample", f"--workdir={workdir}", f"--num_samples={count}", seed, *asked, f"--out={out}")]
     if reference := config.evaluation.reference:
         weights = [f"--weights={config.evaluation.weights}"] * bool(config.evaluation.weights)
         features = f"--features={config.evaluation.features}"

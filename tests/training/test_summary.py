@@ -7,7 +7,7 @@ import numpy as np
 import tiny
 from PIL import Image
 
-from dit_jax import build
+from dit_jax import build, recipes
 from dit_jax.tasks.averages import progress
 from dit_jax.training import summary
 
@@ -77,3 +77,11 @@ def test_the_end_of_an_autoencoder():
     text = summary.ending(build.Run(tiny.autoencoder()), Path("/runs/vae"), RESULT | {"psnr": 29.6, "ssim": 0.97}, None)
     ((_, _, verb, *words),) = commands(text)
     assert verb == "dit_jax.encode" and "--data=digits" in words and "--resolution=8x8" in words and "PSNR 29.60 dB" in text
+
+
+def test_the_next_command_of_a_network_with_text_has_a_prompt():
+    """Catches a printed command that `sample` refuses, since such a network draws from a prompt."""
+    run = build.Run(recipes.digits_text())
+    (command,) = summary.next_commands(run, "runs/text")
+    assert "--prompt='a zero'" in command or "'--prompt=a zero'" in command
+    assert "--prompt" not in summary.next_commands(build.Run(tiny.config()), "runs/digits")[0]
