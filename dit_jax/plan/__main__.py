@@ -5,6 +5,7 @@
     python -m dit_jax.plan --config=xl2_imagenet256 --topology=v5e:4x4 --search --search_batch_sizes=256,512
     python -m dit_jax.plan --config=xl2_imagenet256 --topology=h200:1 --config.data.name=latents --traffic
     python -m dit_jax.plan --table=v5e:4x4,v5p:4x4x4,v6e:4x4
+    python -m dit_jax.plan --bill --config=xl2_imagenet256 --topology=v5p:4x4x4 --config.mesh.fsdp=64 --price=4.20
 
 --models prints the paper's twelve sizes at 256 and 512 pixels, and the other conditioning blocks of XL/2: tokens, parameters,
 GMACs (multiply-adds of one forward pass of one image, which the paper calls Gflops), and FLOPs of training on one image.
@@ -42,6 +43,26 @@ BATCH_SIZES = flags.DEFINE_list("search_batch_sizes", [], "Global batch sizes to
 MICROBATCHES = flags.DEFINE_list("search_microbatches", [], "Numbers of microbatches to try; the config's if empty.")
 REMATS = flags.DEFINE_list("search_remats", [], "Policies to try, of none, full, dots, elementwise and offload; all if empty.")
 MAX_COMPILES = flags.DEFINE_integer("search_max_compiles", 24, "Compile at most so many, of those that may fit.")
+command_line.group("The bill")
+BILL = flags.DEFINE_bool(
+    "bill",
+    False,
+    "Instead of the plan, add up the chip-hours of the config's whole run: training, previews, scores, final samples and their "
+    "features, and encoding with --examples. With --table, of training alone.",
+)
+PRICE = flags.DEFINE_float("price", None, "Price of a chip-hour, in any currency; the bill then has a cost.", lower_bound=0.0)
+MEASURED = flags.DEFINE_string(
+    "measured",
+    None,
+    "File of results of dit_jax.benchmark (a JSON object per line). Measurements of train_step and sampler of the same network, "
+    "batch and devices replace the estimates.",
+)
+EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "Examples of the data set to encode, of a config that trains on a latent cache.", lower_bound=1
+)
+SAMPLES = flags.DEFINE_integer(
+    "samples", None, "Final samples; evaluation.num_images if not given, or 50000 if that is 0.", lower_bound=1
+)
 command_line.group("Tables")
 MODELS = flags.DEFINE_bool("models", False, "The table of published networks: parameters, multiply-adds, FIDs.")
 TABLE = flags.DEFINE_list(
@@ -57,7 +78,8 @@ TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size o
 RUN = {"config", command_line.CONFIG_FIELD, "topology", "resident_rows"}
 USES = {
     "--models": {"models"},
-    "--table": {"table", "table_sizes", "table_batch_size"},
+    "--table": {"table", "table_sizes", "table_batch_size", "bill", "price"},
+    "--bill": {*RUN - {"resident_rows"}, "bill", "price", "measured", "examples", "samples"},
     "--search": {*RUN, "search", "search_batch_sizes", "search_microbatches", "search_remats", "search_max_compiles"},
     "no --search": {*RUN, "sampler", "traffic"},
 }
@@ -71,6 +93,10 @@ def check_flags() -> None:
             "--topology=v5p:4x4x4 plans a run"
         )
     chosen = "--models" if MODELS.value else "--table" if TABLE.value else "--search" if SEARCH.value else "no --search"
+    if BILL.value and chosen == "no --search":
+        chosen = "--bill"
+    if PRICE.value is not None and not BILL.value:
+        raise UserError(f"--price={PRICE.value} has no effect without --bill; omit it")
     command_line.check_uses(USES, chosen)
 
 
@@ -108,6 +134,24 @@ def print_plan(config, topology) -> dict:
     return plan
 
 
+def print_bill(config, topology) -> dict:
+    from dit_jax.plan import bill, text
+
+    measurements = bill.read_measurements(MEASURED.value) if MEASURED.value else []
+    console.say(f"compiling the programs of the run for {topology.name}")
+    result = bill.bill(config, topology, EXAMPLES.value, SAMPLES.value, measurements)
+    if MEASURED.value and all(part["source"] == "estimate" for part in result["parts"]):
+        raise UserError(
+            f"--measured={MEASURED.value} has no measurement of this network, batch and slice ({result['devices']} x "
+            f"{result['chip']}); run dit_jax.benchmark there with --what=train_step and the same --config"
+        )
+    if PRICE.value is not None:
+        result |= {"price": PRICE.value, "cost": PRICE.value * result["chip_hours"]}
+    for line in text.bill(result):
+        console.say(line)
+    return {"bill": result}
+
+
 def print_search(config, topology) -> dict:
     from dit_jax.build import Run
     from dit_jax.models.network import remat_policies
@@ -140,7 +184,7 @@ def print_search(config, topology) -> dict:
 
 def print_table() -> dict:
     from dit_jax import recipes
-    from dit_jax.plan import table, text
+    from dit_jax.plan import bill, table, text
     from dit_jax.programs import topology
 
     places = [topology.find(name) for name in TABLE.value]
@@ -150,6 +194,12 @@ def print_table() -> dict:
         for size, config in configs.items():
             plans[f"{size} {place.name}"] = plan = table.simplest_that_fits(config, place)
             console.say(" | ".join(text.row(size, plan)))
+    if BILL.value:
+        for plan in plans.values():
+            plan["bill"] = bill.of_training(plan, recipes.dit("S/2", 256).num_steps, PRICE.value)
+        for line in text.bill_table(plans):
+            console.say(line)
+        return {"plans": plans}
     for line in text.markdown(text.row(name.split()[0], plan) for name, plan in plans.items()):
         console.say(line)
     return {"plans": plans}
@@ -167,7 +217,7 @@ def main() -> dict:
     from dit_jax.programs import topology
 
     place = topology.find(TOPOLOGY.value)
-    return (print_search if SEARCH.value else print_plan)(config, place)
+    return (print_search if SEARCH.value else print_bill if BILL.value else print_plan)(config, place)
 
 
 if __name__ == "__main__":

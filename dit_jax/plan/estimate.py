@@ -135,7 +135,7 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
     by_kind = state_memory(arguments)
     padding = max(0, compiled.memory["arguments"] - sum(by_kind.values()))
     flops = 6 * task.macs() * config.batch_size  # three forwards, 2 per multiply-add; no rematerialisation, no frozen network
-    report = _report(topology, mesh, compiled) | {
+    report = analysis(topology, mesh, compiled) | {
         "flops_per_step": flops,
         "memory": by_kind | {"padding": padding} | {k: compiled.memory[k] for k in ("outputs", "aliased", "temporaries", "code")},
         "batch_size": config.batch_size,
@@ -173,7 +173,7 @@ def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
     mesh = run.mesh
     traced, arguments, batch_size, evaluations = lowering.sampling(run)
     compiled = compile_program(traced, arguments, mesh)
-    report = _report(topology, mesh, compiled)
+    report = analysis(topology, mesh, compiled)
     seconds = report["step_seconds"] if evaluations is not None else None
     kept = ("fits", "bytes_per_device", "executed_flops", "collective_bytes", "limit", "refusal", "compile_seconds")
     return {k: report[k] for k in kept} | {
@@ -185,7 +185,8 @@ def plan_sampling(config, topology: Topology) -> dict[str, Any] | None:
     }
 
 
-def _report(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
+def analysis(topology: Topology, mesh, compiled: Compiled) -> dict[str, Any]:
+    """Memory, traffic, collectives and estimated time of a compiled program, with the keys of the JSON of `plan`."""
     fits = compiled.refusal is None and compiled.memory["total"] <= topology.chip.usable_bytes
     times = (
         roofline.estimate(topology, mesh, compiled.executed_flops, compiled.traffic, compiled.collectives, compiled.hidden_share)

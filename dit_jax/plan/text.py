@@ -90,6 +90,31 @@ def sampling(plan: dict[str, Any]) -> str:
     )
 
 
+def bill(result: dict[str, Any]) -> Iterable[str]:
+    """Formats a bill (`bill.bill`, with "price" and "cost" if there is a price) as lines."""
+    price = result.get("price")
+    yield f"{result['topology']}: {result['devices']} x {result['chip']}"
+    yield f"{'part':12} {'hours':>9} {'chip-hours':>11}{'' if price is None else '         cost'}  amount"
+    total = {"name": "total", "amount": "", "source": "", "hours": result["hours"], "chip_hours": result["chip_hours"]}
+    for part in (*result["parts"], total):
+        cost = "" if price is None else f" {price * part['chip_hours']:12,.2f}"
+        source = f"  ({part['source']})" if part["source"] else ""
+        yield f"{part['name']:12} {part['hours']:9.3f} {part['chip_hours']:11.2f}{cost}  {part['amount']}{source}"
+    yield "not counted: compilation, starts, checkpoints, waiting for data, failures, idle chips"
+
+
+def bill_table(plans: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Formats the bills of a table's trainings (`bill.of_training`) as Markdown."""
+    yield "| model | topology | mesh | step ms | hours | chip-hours | cost |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, plan in plans.items():
+        row = plan["bill"]
+        cost = "-" if row["cost"] is None else f"{row['cost']:,.0f}"
+        cells = ("-", "-") if row["hours"] is None else (f"{row['hours']:.2f}", f"{row['chip_hours']:,.0f}")
+        cells = (name.split()[0], plan["topology"], _mesh(plan), milliseconds(plan["step_seconds"]), *cells, cost)
+        yield f"| {' | '.join(cells)} |"
+
+
 def _mesh(plan: dict[str, Any]) -> str:
     axes = " ".join(f"{name}={size}" for name, size in plan["mesh"].items() if size > 1) or "one device"
     return axes + " zero1" * plan["zero1"]
