@@ -80,6 +80,8 @@ MODES = {  # of each verb that has several: what chooses the mode, as in its USE
     "plan": {
         "--models": ["--models"],
         "--table": ["--table=v5e:4x4"],
+        "--table --bill": ["--table=v5e:4x4", "--bill"],
+        "--bill": ["--config=digits", "--bill"],
         "--search": ["--config=digits", "--search"],
         "no --search": ["--config=digits"],
     },
@@ -97,7 +99,9 @@ EVERYWHERE = {
 CHOOSES = {
     "main no --from": {"show", "from"},
     "encode encoding": {"verify"},
-    "plan no --search": {"search"},
+    "plan no --search": {"search", "bill"},
+    "plan --bill": {"search"},
+    "plan --table": {"bill"},
     "convert --download without --out": {"out"},
 }
 OTHERWISE = {

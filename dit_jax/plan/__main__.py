@@ -78,7 +78,8 @@ TABLE_BATCH = flags.DEFINE_integer("table_batch_size", 256, "Global batch size o
 RUN = {"config", command_line.CONFIG_FIELD, "topology", "resident_rows"}
 USES = {
     "--models": {"models"},
-    "--table": {"table", "table_sizes", "table_batch_size", "bill", "price"},
+    "--table": {"table", "table_sizes", "table_batch_size"},
+    "--table --bill": {"table", "table_sizes", "table_batch_size", "bill", "price"},
     "--bill": {*RUN - {"resident_rows"}, "bill", "price", "measured", "examples", "samples"},
     "--search": {*RUN, "search", "search_batch_sizes", "search_microbatches", "search_remats", "search_max_compiles"},
     "no --search": {*RUN, "sampler", "traffic"},
@@ -93,8 +94,8 @@ def check_flags() -> None:
             "--topology=v5p:4x4x4 plans a run"
         )
     chosen = "--models" if MODELS.value else "--table" if TABLE.value else "--search" if SEARCH.value else "no --search"
-    if BILL.value and chosen == "no --search":
-        chosen = "--bill"
+    if BILL.value:
+        chosen = {"--table": "--table --bill", "no --search": "--bill"}.get(chosen, chosen)
     if PRICE.value is not None and not BILL.value:
         raise UserError(f"--price={PRICE.value} has no effect without --bill; omit it")
     command_line.check_uses(USES, chosen)

@@ -46,29 +46,11 @@ def test_a_bill_is_calls_times_seconds(first, slice_of_8):
 def test_measurements_replace_estimates(first, slice_of_8):
     """A measurement of another batch, another number of chips or another network in the bill; images/s read as steps/s."""
     gmacs = estimate.run_on(config(), slice_of_8).task.macs() / 1e9
-    row = {
-        "what": "train_step",
-        "device": "TPU v5 lite",
-        "num_devices": 8,
-        "batch_size": 16,
-        "gmacs": gmacs,
-        "images_per_second": 32,
-    }
-    draw = {
-        "what": "sampler",
-        "device": "TPU v5 lite",
-        "num_devices": 8,
-        "gmacs": gmacs,
-        "evaluations": 4,
-        "images_per_second": 10,
-    }
-    others = [
-        row | {"batch_size": 32},
-        row | {"num_devices": 4},
-        row | {"gmacs": 1.0},
-        row | {"device": "TPU v4"},
-        draw | {"evaluations": 5},
-    ]
+    place = {"device": "TPU v5 lite", "num_devices": 8, "gmacs": gmacs}
+    row = {"what": "train_step", "batch_size": 16, "images_per_second": 32, **place}
+    draw = {"what": "sampler", "evaluations": 4, "images_per_second": 10, **place}
+    changes = ({"batch_size": 32}, {"num_devices": 4}, {"gmacs": 1.0}, {"device": "TPU v4"})
+    others = [*(row | change for change in changes), draw | {"evaluations": 5}]
     result = bill.bill(config(), slice_of_8, samples=500, measurements=[row, draw, *others])
     parts = {part["name"]: part for part in result["parts"]}
     assert parts["training"] | {"amount": ""} == {
@@ -96,7 +78,7 @@ def test_what_has_no_price_is_said():
 
 
 def test_files_and_flags_that_are_refused(tmp_path):
-    """A price that is ignored, a file of measurements that is not one, and measurements of another slice that are silently unused."""
+    """A price that is ignored; a file of measurements that is not one."""
     (tmp_path / "bad.jsonl").write_text('{"what": "train_step"}\nhello\n')
     outcomes = run_verbs(
         tmp_path,
