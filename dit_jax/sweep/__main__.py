@@ -26,7 +26,7 @@ from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import command_line, console
+from dit_jax.runtime import command_line, console, part
 
 command_line.group("The sweep")
 SWEEP = flags.DEFINE_string(
@@ -37,6 +37,7 @@ FIELDS = config_file.define_fields()
 LIST = flags.DEFINE_bool("list", False, "Show and check the runs, start nothing.")
 REPORT = flags.DEFINE_bool("report", False, "Collect what is there and write the report, start nothing.")
 command_line.group("Run elsewhere")
+PART = flags.DEFINE_string("part", None, part.HELP)
 LAUNCH = flags.DEFINE_enum(
     "launch", "local", ["local", "slurm", "gke", "tpu_vm"], "Run here, or write the commands that run elsewhere."
 )
@@ -65,6 +66,8 @@ def check_flags():
         raise UserError("--mfu has no effect without --chip")
     if LAUNCH.value != "local" and (LIST.value or REPORT.value):
         raise UserError(f"--launch={LAUNCH.value} writes commands, which --list and --report do not; omit one of them")
+    if PART.value is not None and (LIST.value or REPORT.value or LAUNCH.value != "local"):
+        raise UserError(f"--part={PART.value} trains runs here, which --list, --report and --launch do not; omit one of them")
     if LAUNCH.value == "local" and (LAUNCH_ARGS.value or REMOTE_WORKDIR.value):
         raise UserError("--launch_args and --remote_workdir are for --launch=slurm, gke or tpu_vm")
 
@@ -114,16 +117,38 @@ def launch_elsewhere(sweep, runs, folder) -> dict:
     return {"runs": len(runs), "waiting": len(waiting), "script": str(script), "command": command, "report": None}
 
 
-def run_here(sweep, runs, costs, folder) -> tuple[list[str], bool]:
-    """Runs the sweep on this machine; returns (names of failed runs, whether it was stopped early)."""
+def run_here(sweep, runs, costs, folder, numbers: range) -> tuple[list[str], bool]:
+    """Runs these of the sweep's runs on this machine; returns (names of failed runs, whether it was stopped early)."""
     from dit_jax.sweep.local import Child, train_all
     from dit_jax.sweep.scores import score_all
 
     with Child(folder.lock) as child:
-        failed = train_all(runs, costs, folder, child)
+        own = [runs[k] for k in numbers]
+        failed = train_all(own, [costs[k] for k in numbers], folder, child)
         if not child.stopping:
-            failed += score_all(runs, sweep.samplers, folder, child)
+            failed += score_all(runs, sweep.samplers, folder, child, own)
     return failed, child.stopping
+
+
+def run_part(sweep, runs, costs, folder, mine) -> dict:
+    """Runs a part of the sweep on this machine; exits with status 1 if runs failed."""
+    own = mine.of(len(runs))
+    console.say(f"part {mine}: {len(own)} of {len(runs)} runs")
+    failed, stopped = run_here(sweep, runs, costs, folder, own)
+    done = sum(folder.state(runs[k]) == "done" for k in own)
+    result = {
+        "part": str(mine),
+        "runs": len(own),
+        "done": done,
+        "failed": failed,
+        "stopped": stopped,
+        "workdir": str(folder.path),
+    }
+    if failed and not stopped:
+        console.say(f"{len(failed)} failed: {', '.join(failed)}; run the same command to try them again")
+        print(json.dumps(result), flush=True)
+        sys.exit(1)
+    return result
 
 
 def main() -> dict:
@@ -144,7 +169,8 @@ def main() -> dict:
     if not REPORT.value:
         checks.check(runs, sweep.samplers, "list" if LIST.value else "local" if starts_here else "remote")
     costs, assumption = estimate(runs, [cost.count(run) for run in runs])
-    folder = Folder(WORKDIR.value, sweep.title) if WORKDIR.value else None
+    mine = part.parse_part(PART.value)
+    folder = Folder(WORKDIR.value, sweep.title, mine) if WORKDIR.value else None
     if LIST.value:
         states = [folder.state(run) if folder else "new" for run in runs]
         for line in cost.table(runs, costs, states, assumption):
@@ -165,7 +191,11 @@ def main() -> dict:
             console.say(line)
         if LAUNCH.value != "local" and not REPORT.value:
             return launch_elsewhere(sweep, runs, folder)
-        failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder)
+        if mine is not None:
+            return run_part(sweep, runs, costs, folder, mine)
+        if starts_here:
+            folder.check_parts(runs)
+        failed, stopped = ([], False) if REPORT.value else run_here(sweep, runs, costs, folder, range(len(runs)))
         command = shlex.join(["python", "-m", "dit_jax.sweep", *sys.argv[1:]])
         written = report.write(sweep, file, runs, costs, folder, command)
         result = {

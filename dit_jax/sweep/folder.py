@@ -7,6 +7,8 @@ runs/<name>/         workdir of one run, see `storage.run_folder`, and additiona
     log.txt          output of the run, of all starts
     samplers/        scores with other samplers
 launch/              scripts for other machines
+parts.json           number of parts, if commands with --part share the runs
+parts/0-of-3/        claimed by the command that trains the runs of a part
 results.json, results.csv, curves.csv, report.html, figures/
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
+from dit_jax.runtime.part import Part
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import LOCK, Claim, claim
@@ -32,20 +35,30 @@ FREE_SECTIONS = ("mesh", "loader", "checkpoint", "log", "profile", "preview", "s
 class Folder:
     """A sweep's folder; entered, it is claimed, so that no second sweep works in it, and knows its runs.
 
+    Args:
+        part: claims that part of the runs only; other parts may be at work.
+
     Raises on entry:
-        UserError: it cannot be written; another command is at work in it; it holds another sweep.
+        UserError: it cannot be written; another command is at work in it; it holds another sweep, or is shared by another number
+            of parts.
     """
 
-    def __init__(self, path, title: str):
-        self.path, self.title = local_path(path).absolute(), title
+    def __init__(self, path, title: str, part: Part | None = None):
+        self.path, self.title, self.part = local_path(path).absolute(), title, part
         self._exit = contextlib.ExitStack()
         self._claim: Claim | None = None
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            self._claim = stack.enter_context(claim(self.path, "sweeping"))
-            self.check_title()
-            self.remove_leftovers()
+            if self.part is None:
+                self._claim = stack.enter_context(claim(self.path, "sweeping"))
+                self.check_title()
+                self.remove_leftovers()
+            else:
+                place = self.path / "parts" / f"{self.part.index}-of-{self.part.count}"
+                self._claim = stack.enter_context(claim(place, f"training part {self.part}"))
+                self.check_title()
+                self._join_parts(self.part.count)
             self._exit = stack.pop_all()
         return self
 
@@ -69,6 +82,36 @@ class Folder:
             return
         if before != self.title:
             raise UserError(f"{self.path} contains the sweep {before!r}, not {self.title!r}; give another --workdir")
+
+    @property
+    def num_parts(self) -> int | None:
+        """Number of the parts that share the runs; None if no command had --part."""
+        try:
+            return read_json(self.path / "parts.json", "delete it and start the parts again", {"parts": int})["parts"]
+        except FileNotFoundError:
+            return None
+
+    def _join_parts(self, count: int) -> None:
+        if (before := self.num_parts) is None:
+            write_json(self.path / "parts.json", {"parts": count})  # all parts write the same
+        elif before != count:
+            raise UserError(
+                f"{self.path} is shared by {before} parts, and --part={self.part} is of {count}; give a part of {before}, or "
+                "delete parts.json there when no part is running"
+            )
+
+    def check_parts(self, runs: list[Run]) -> None:
+        """Raises a UserError, which lists them, if the runs are shared by parts and some are unfinished."""
+        count = self.num_parts
+        missing = [(k, run.name) for k, run in enumerate(runs) if self.state(run) != "done"]
+        if count is None or not missing:
+            return
+        parts = {k % count: [name for j, name in missing if j % count == k % count] for k, _ in missing}
+        lines = [f"--part={index}/{count}: {', '.join(names)}" for index, names in sorted(parts.items())]
+        raise UserError(
+            f"{len(missing)} of {len(runs)} runs of {self.path} are not finished; run the same command with each of these parts, "
+            "or delete parts.json to train them here:\n  " + "\n  ".join(lines)
+        )
 
     def remove_leftovers(self):
         """Removes the partial files that a killed command left here; those of the runs go when a run starts again."""

@@ -19,8 +19,12 @@ def file_of(folder: Folder, run: Run, sampler: str, num_steps: int | None) -> Pa
     return folder.of(run) / "samplers" / f"{name_of(sampler, num_steps)}.json"
 
 
-def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folder: Folder, child: Child) -> list[str]:
+def score_all(
+    runs: list[Run], samplers: Sequence[tuple[str, int | None]], folder: Folder, child: Child, own: Sequence[Run] | None = None
+) -> list[str]:
     """Scores the first seed of every model with every sampler without a score; returns the failures as "run sampler".
+
+    own: those of a part; it scores no others.
 
     Number of images, reference and features are those of config.evaluation. Images are deleted once their score is on disk; the
     grid of the first 100 and the evaluator's result, <sampler>.evaluation.json, are kept.
@@ -28,6 +32,8 @@ def score_all(runs: list[Run], samplers: Sequence[tuple[str, int | None]], folde
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(run.group, run)
+    names = {run.name for run in (runs if own is None else own)}
+    first = {group: run for group, run in first.items() if run.name in names}
     for scored in (file_of(folder, run, *sampler) for run in first.values() for sampler in samplers):
         if scored.exists():  # of a sweep that was killed before it deleted them
             scored.with_suffix(".npz").unlink(missing_ok=True)
