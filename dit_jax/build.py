@@ -45,7 +45,7 @@ from dit_jax.encoders.text import Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, text_encoders, vae
-from dit_jax.models.network import Network, for_platform
+from dit_jax.models.network import Network, for_platform, skipping
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -595,6 +595,8 @@ class Run:
                 f"guidance.channels is {guidance.channels} and the data has {channels}; it must be at most {channels}, or None "
                 "for all"
             )
+        if guidance.skip_layers:
+            skipping(self.network, guidance.skip_layers)
         return guidance
 
     @cached_property
@@ -621,6 +623,11 @@ class Run:
             raise UserError(
                 f"forecast.interval is {forecast.interval}, and guidance acts on an interval of t; the forecast needs the "
                 "unconditional output at every t. Set guidance.low = 0 and high = 1, or interval 1"
+            )
+        if layers := self.guidance_by_second_network.skip_layers:
+            raise UserError(
+                f"forecast.interval is {forecast.interval}, and guidance.skip_layers {layers} needs all blocks at other "
+                "times than the forecast; leave one of them out"
             )
         missing = [name for name in ("embed", "run_blocks", "head") if not callable(getattr(self.network, name, None))]
         if missing:

@@ -68,6 +68,9 @@ class Options(TypedDict, total=False):
         guidance_interval: guide only for t between two times, as in (0.2, 0.7); 1 is noise.
         guidance_schedule: "constant", or "power_cosine": from 1 at noise to the scale at data (`Guidance.scale_at`).
         guidance_power: of "power_cosine"; a greater one guides less at noisy times.
+        skip_layers: blocks, from 0, without which the network is called once more (`Guidance`), as in (7, 8, 9).
+        skip_scale: of skip-layer guidance; 2.8 by default.
+        skip_interval: shares of the steps between which blocks are skipped, as in (0.01, 0.2); 0 is noise.
         autoguidance: a weaker run or weights file, which guides instead of the network without labels.
         forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
         forecast_order: order of the forecast's Taylor series.
@@ -86,6 +89,9 @@ class Options(TypedDict, total=False):
     guidance_interval: Sequence[float] | None
     guidance_schedule: str | None
     guidance_power: float | None
+    skip_layers: Sequence[int] | None
+    skip_scale: float | None
+    skip_interval: Sequence[float] | None
     autoguidance: str | os.PathLike | None
     forecast_interval: int | None
     forecast_order: int | None
@@ -323,8 +329,8 @@ class Pipeline:
         )
         if watched is not None and animation is not None and not done.stopped and hosts.is_first():
             self._animate(animation, watched)
-        # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
-        per_image = None if guidance.is_partial else drawn.sampler.evaluations(run.process)
+        # Per image. None for an adaptive sampler, and with guidance at some of the steps, whose steps take more evaluations.
+        per_image = None if guidance.is_partial or guidance.skip_layers else drawn.sampler.evaluations(run.process)
         return {
             "out": str(out),
             "grid": str(done.grid),
@@ -632,9 +638,7 @@ class Pipeline:
         if "guidance_channels" in given:
             config.guidance.channels = _whole_number("guidance_channels", given["guidance_channels"])
         if "guidance_interval" in given:
-            times = [_number("guidance_interval", t) for t in given["guidance_interval"]]
-            if len(times) != 2:
-                raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
+            times = _two_numbers("guidance_interval", given["guidance_interval"], "two times, as in 0.2,0.7")
             config.guidance.low, config.guidance.high = times
         if "guidance_schedule" in given:
             config.guidance.schedule = given["guidance_schedule"]
@@ -644,6 +648,16 @@ class Pipeline:
                 raise UserError(
                     f"guidance_power={given['guidance_power']} has no effect where guidance_schedule is not power_cosine"
                 )
+        if "skip_layers" in given:
+            config.guidance.skip_layers = tuple(_whole_number("skip_layers", layer) for layer in given["skip_layers"])
+        if "skip_scale" in given:
+            config.guidance.skip_scale = _number("skip_scale", given["skip_scale"])
+        if "skip_interval" in given:
+            shares = _two_numbers("skip_interval", given["skip_interval"], "two shares of the steps, as in 0.01,0.2")
+            config.guidance.skip_low, config.guidance.skip_high = shares
+        for name in ("skip_scale", "skip_interval"):
+            if name in given and not config.guidance.get("skip_layers"):
+                raise UserError(f"{name}={given[name]} has no effect without skip_layers; omit it")
         off = {f"guidance_{name}": config.guidance.scale == 1 for name in ("channels", "interval", "schedule", "power")}
         off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
         for name, is_off in off.items():
@@ -772,6 +786,13 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise UserError(f"{name}={value!r} must be a number")
     return float(value)
+
+
+def _two_numbers(name: str, values: Any, form: str) -> list[float]:
+    numbers = [_number(name, value) for value in values]
+    if len(numbers) != 2:
+        raise UserError(f"{name}={values}: give {form}")
+    return numbers
 
 
 def load(

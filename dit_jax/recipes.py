@@ -149,6 +149,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.guidance.update({"schedule": "constant", "power": 4.0})
+    c.guidance.update({"skip_layers": (), "skip_scale": 2.8, "skip_low": 0.01, "skip_high": 0.2})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     c.validation = {"split": "", "path": ""}
