@@ -719,8 +719,9 @@ def sd3(name: str = "SD3-medium@1024", cached: bool = False) -> ml_collections.C
 
     Set `data.path` to the tars, `codec.path` to the autoencoder of 16 channels and `conditioner.weights` to the text encoders;
     `convert --part=` takes them out of a file that has all parts. Each encoder is dropped from 46.4 % of the examples (appendix
-    B.3), and a tenth of them has the empty prompt, as guidance has it in sampling. The autoencoder's scale and shift are those of
-    Stability.
+    B.3), and a tenth of them has the empty prompt, as guidance has it in sampling. Half of the examples that have a long caption
+    are trained with it (section 5.2.2). The autoencoder's scale and shift are those of Stability. Batch size, warm-up and number
+    of steps are from memory of the paper, which has no full table of them.
 
     Args:
         name: of the network, one of `models.mmdit.PUBLISHED`.
@@ -736,13 +737,24 @@ def sd3(name: str = "SD3-medium@1024", cached: bool = False) -> ml_collections.C
     c.process = flow() | {"time_distribution": "logit_normal", "shift": 3.0, "convention": "sd3", "sampling_grid": "sd3"}
     c.codec = section("codec", "kl_vae") | {"name": "kl_vae", "latent_channels": 16, "use_quant_conv": False}
     c.codec.update({"scale": 1.5305, "shift": 0.0609})
+    c.batch_size, c.num_steps, c.optimizer.warmup_steps = 1024, 500_000, 1000
+    c.captions.long_caption_rate = 0.5
     return _captioned(c, 1024, cached, default_sampler("euler") | {"num_steps": 28}, 4.0 if name == "SD3.5-large@1024" else 5.0)
+
+
+PIXART_TRAINING = {  # resolution: batch size of 64 GPUs (their configs), steps (from memory of the paper's table of stages)
+    256: (64 * 176, 150_000),
+    512: (64 * 38, 100_000),
+    1024: (32 * 12, 50_000),
+}
 
 
 def pixart(resolution: int = 256, cached: bool = False) -> ml_collections.ConfigDict:
     """PixArt-alpha on captioned images in tars (Chen et al. 2023), and PixArt-Sigma's network at 1024 px (Chen et al. 2024).
 
     Set `data.path` to the tars and `conditioner.weights` to T5 v1.1 XXL; at 1024 px also `codec.path` to SDXL's autoencoder.
+    Rates, decay and warm-up are those of their configs, the text to image stage of the paper. The paper starts it from a
+    class-conditional DiT; here it starts from random parameters, or from PixArt's own with `init.weights`.
 
     Args:
         resolution: 256, 512 or 1024.
@@ -760,7 +772,10 @@ def pixart(resolution: int = 256, cached: bool = False) -> ml_collections.Config
     c.process = gaussian()
     published = "" if sigma else "sd-vae-ft-mse"
     c.codec = {"name": "kl_vae", "path": published, "sha256": "", "scale": 0.13025 if sigma else 0.18215}
-    c.optimizer.update({"learning_rate": 2e-5, "weight_decay": 0.03, "clip_norm": 0.01})
+    c.batch_size, c.num_steps = PIXART_TRAINING[resolution]
+    # Their code scales a rate of 2e-5 by the root of batch / 256.
+    c.optimizer.update({"learning_rate": 2e-5 * (c.batch_size / 256) ** 0.5, "warmup_steps": 1000})
+    c.optimizer.update({"eps": 1e-10, "weight_decay": 0.03, "clip_norm": 0.01})
     return _captioned(c, resolution, cached, default_sampler("dpmpp") | {"num_steps": 20}, 4.5)
 
 
@@ -771,7 +786,7 @@ def _captioned(
     c.data = latents() if cached else {"name": "tars", "path": ""}
     if cached:
         c.loader = loader("latents")
-    c.transform = image_transform(resolution, 3, flip=False)
+    c.transform = image_transform(resolution, 3, flip=False)  # a caption may say left and right
     c.sampler = sampler
     c.guidance.scale = scale
     c.preview.prompts = PROMPTS

@@ -6,6 +6,7 @@
     00007-of-00012.labels.npy        int32 [count]
     00007-of-00012.index.npy         int64 [count], the number of each record in the source; bad records are skipped
     00007-of-00012.captions.json     count strings or nulls; only if the source has captions
+    00007-of-00012.long.json         the same of long captions
     00007-of-00012.json              facts of the shard: counts, bad records, sums, size and SHA-256 of the files above
     manifest.json                    written last: a cache without it is not finished
 
@@ -32,6 +33,7 @@ SUFFIXES = {
     "labels": ".labels.npy",
     "index": ".index.npy",
     "captions": ".captions.json",
+    "long_captions": ".long.json",
     "facts": ".json",
 }
 

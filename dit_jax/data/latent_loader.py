@@ -40,8 +40,8 @@ class LatentLoader:
         process_index, process_count: this host and P.
         resident: yield row numbers for indexing `resident_moments` on the device, instead of moments.
         retry_seconds: time for which a read is repeated while the storage is away; 0 reads once.
-        entries: (example {"label", "name", "caption" if it has one}, rng) -> further entries of it; rng depends on (seed, step,
-            row). None for none.
+        entries: (example {"label", "name", its "caption" and "caption_long"}, rng) -> further entries of it; rng depends on
+            (seed, step, row). None for none.
 
     Raises:
         UserError: the batch size is not divisible, the cache has no mirror images for flips, or the seconds are negative.

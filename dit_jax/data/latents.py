@@ -81,7 +81,6 @@ class LatentCache:
         self.labels = np.concatenate([self._open(k, "labels", np.int32, (n,)) for k, n in enumerate(counts)])
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._open_files = OpenFiles()
-        self._captions: dict[int, list[str | None]] = {}  # of the shards used so far
         if len(self.labels) != m["count"]:
             raise UserError(f"{self.path}: the shards contain {len(self.labels)} records, but the manifest says {m['count']}")
         if not 0 <= self.labels.min() <= self.labels.max() < max(self.num_classes, 1):
@@ -112,27 +111,38 @@ class LatentCache:
 
     def captions(self, indices: np.ndarray) -> list[str | None]:
         """The caption of each record of `indices` (int [b] in [0, N)); None if it has none."""
+        return self._texts(indices, "captions")
+
+    def long_captions(self, indices: np.ndarray) -> list[str | None]:
+        """The same of long captions."""
+        return self._texts(indices, "long_captions")
+
+    def _texts(self, indices: np.ndarray, kind: str) -> list[str | None]:
         indices = np.asarray(indices)
         self._check_range(indices, len(self), "records")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        return [self._shard_captions(int(k))[i - self._starts[k]] for k, i in zip(shards, indices, strict=True)]
+        return [self._shard_texts(int(k), kind)[i - self._starts[k]] for k, i in zip(shards, indices, strict=True)]
 
     def with_captions(
         self, indices: np.ndarray, entries: Callable[[Mapping[str, Any], int], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Stacks what `entries` makes of each record {"label", "name", "caption" if it has one} and its place in `indices`."""
-        found = []
-        for i, (record, caption) in enumerate(zip(indices, self.captions(indices), strict=True)):
+        """Stacks what `entries` makes of each record and its place in `indices`.
+
+        A record is {"label", "name", and "caption" and "caption_long" if it has them}.
+        """
+        found, texts = [], zip(self.captions(indices), self.long_captions(indices), strict=True)
+        for i, (record, own) in enumerate(zip(indices, texts, strict=True)):
             example = {"label": int(self.labels[record]), "name": f"record {record} of {self.path}"}
-            found.append(entries(example | ({} if caption is None else {"caption": caption}), i))
+            own = {name: text for name, text in zip(("caption", "caption_long"), own, strict=True) if text is not None}
+            found.append(entries(example | own, i))
         return {name: np.stack([x[name] for x in found]) for name in found[0]}
 
     @functools.cache  # noqa: B019  (one cache per process, kept as long as the run)
-    def _shard_captions(self, shard: int) -> list[str | None]:
+    def _shard_texts(self, shard: int, kind: str) -> list[str | None]:
         facts = self.manifest["shards"][shard]
-        if "captions" not in facts["files"]:
+        if kind not in facts["files"]:
             return [None] * facts["count"]
-        file = self.path / facts["files"]["captions"]["name"]
+        file = self.path / facts["files"][kind]["name"]
         captions = parsed(file.read_bytes(), str(file), "encode again")
         if not isinstance(captions, list) or len(captions) != facts["count"]:
             raise UserError(f"{file} does not hold {facts['count']} captions; encode again")

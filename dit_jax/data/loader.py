@@ -21,7 +21,8 @@ from dit_jax.data.retries import RETRY_SECONDS, Retries, check_retry_seconds, gi
 from dit_jax.data.sources.source import Example, Source
 from dit_jax.errors import TemporaryFailure, Unavailable, UserError
 
-Batch = dict[str, Any]  # arrays, and "caption" as a list of str or None
+Batch = dict[str, Any]  # arrays, and those of TEXTS as lists of str or None
+TEXTS = ("caption", "caption_long")  # entries of an example
 BadRecord = tuple[int, str]  # number in the source, reason
 
 REPLACEMENT_TRIES = 16
@@ -402,7 +403,7 @@ def read_in_order(
 
     Yields:
         The stacked outputs of the transform, plus "index": int64 [rows], the number of each example in the source, and
-        "caption": list of str or None [rows], in batches in which an example has one.
+        "caption" and "caption_long": list of str or None [rows], in batches in which an example has one.
 
     Raises:
         UserError: an example cannot be read, and bad_records is None.
@@ -422,7 +423,7 @@ def read_in_order(
 
 
 class _ReadOrSayWhyNot:
-    """Maps a record number to (number, the transformed example or the error that makes it unreadable, caption).
+    """Maps a record number to (number, the transformed example or the error that makes it unreadable, its texts by name).
 
     While the storage is away, reads are repeated. A record that stays away although the one that was read first can still be
     read is unreadable; if neither can be read, TemporaryFailure is raised.
@@ -433,18 +434,18 @@ class _ReadOrSayWhyNot:
         self._source, self._transform, self._retries = source, transform, Retries(retry_seconds, self.heartbeats)
         self._first: int | None = None  # a record that was readable
 
-    def __call__(self, number: int) -> tuple[int, Batch | UserError, str | None]:
+    def __call__(self, number: int) -> tuple[int, Batch | UserError, dict[str, str]]:
         try:
             example = self._retries(lambda: read(self._source, number), self._can_read_the_first)
             if self._first is None:
                 self._first = number
-            return number, self._transform(example), example.get("caption")
+            return number, self._transform(example), {name: example[name] for name in TEXTS if name in example}
         except Unavailable as error:
             if self._first is not None and not self._can_read_the_first():
                 raise given_up(error, self._retries.seconds) from error
-            return number, error, None
+            return number, error, {}
         except UserError as error:
-            return number, error, None
+            return number, error, {}
 
     def _can_read_the_first(self) -> bool:
         try:
@@ -458,21 +459,21 @@ def _batched(
 ) -> Generator[Batch]:
     """Stacks what `_ReadOrSayWhyNot` gives; stops its threads at the end."""
     iterator = iter(examples)
-    rows, captions = [], []
+    rows, texts = [], []
     try:
-        for number, example, caption in iterator:
+        for number, example, own in iterator:
             if not isinstance(example, UserError):
                 rows.append(example | {"index": np.int64(number)})
-                captions.append(caption)
+                texts.append(own)
             elif bad_records is None:
                 raise example
             else:
                 bad_records.append((number, str(example)))
             if len(rows) == batch_size:
-                yield _with_captions(_stack(rows), captions)
-                rows, captions = [], []
+                yield _stack(rows) | _columns(texts)
+                rows, texts = [], []
         if rows:
-            yield _with_captions(_stack(rows), captions)
+            yield _stack(rows) | _columns(texts)
     finally:
         heartbeats.stop()
         iterator.close()
@@ -498,5 +499,5 @@ def _stack(rows: list[Batch]) -> Batch:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def _with_captions(batch: Batch, captions: list[str | None]) -> Batch:
-    return batch if all(caption is None for caption in captions) else batch | {"caption": captions}
+def _columns(texts: list[dict[str, str]]) -> Batch:
+    return {name: [own.get(name) for own in texts] for name in TEXTS if any(name in own for own in texts)}

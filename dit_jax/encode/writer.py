@@ -43,6 +43,7 @@ from dit_jax.storage.atomic import npy, remove_leftovers
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import digest, write_listed, write_sealed
 
+TEXTS = {"captions": "caption", "long_captions": "caption_long"}  # kind of file: entry of an example
 SHARD_BYTES = 2**29
 SHARD_MULTIPLE = 8  # records per shard are a multiple of this: complete chunks on every platform
 STATISTICS_ROWS = 64  # rows per step of the statistics, so that their float64 copies stay small
@@ -295,7 +296,7 @@ class Shard:
         self.moments = np.empty(((self.stop - self.start) * job.views, *job.moments_shape), np.float16)
         self.labels = np.empty(self.stop - self.start, np.int32)
         self.index = np.empty(self.stop - self.start, np.int64)
-        self.captions: list[str | None] = []
+        self.texts: dict[str, list[str | None]] = {kind: [] for kind in TEXTS}
 
     def encode(self, encoder: DeviceEncoder, num_threads: int) -> Iterator[int]:
         """Fills the arrays; yields the number of processed records of the shard after each batch."""
@@ -329,15 +330,16 @@ class Shard:
             )
         self.moments[rows.start * views : rows.stop * views] = half
         self.labels[rows], self.index[rows] = batch["label"], batch["index"]
-        self.captions += batch.get("caption", [None] * len(batch["index"]))
+        for kind, name in TEXTS.items():
+            self.texts[kind] += batch.get(name, [None] * len(batch["index"]))
         self.count = rows.stop
 
     def write(self, folder: Path, settings_digest: str) -> None:
         """Writes the files, the facts last."""
         moments, labels, index = self.moments[: self.count * self.job.views], self.labels[: self.count], self.index[: self.count]
         parts = {"moments": npy(moments), "labels": npy(labels), "index": npy(index)}
-        if any(caption is not None for caption in self.captions):
-            parts["captions"] = [json.dumps(self.captions).encode()]
+        counts = {kind: sum(text is not None for text in texts) for kind, texts in self.texts.items()}
+        parts |= {kind: [json.dumps(texts).encode()] for kind, texts in self.texts.items() if counts[kind]}
 
         def path(kind: str) -> Path:
             return folder / shard_file(self.number, self.job.num_shards, kind)
@@ -352,7 +354,7 @@ class Shard:
                 "settings": settings_digest,
                 "count": self.count,
                 "bad_records": bad,
-                "captions": sum(caption is not None for caption in self.captions),
+                "captions": counts["captions"],
                 "sums": sums(moments, self.job.latent_channels),
                 "files": files,
             },

@@ -316,14 +316,20 @@ class CLIPTokens(Pretrained):
     @cached_property
     def tokenizer(self) -> Any:
         library, (vocabulary, merges) = _library(), self.files
-        end = "<|endoftext|>"
-        model = library.models.BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token=end)
+        model = library.models.BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+        tokenizer = self.built(library, model)
+        tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])  # of these names in a text, as in transformers
+        return tokenizer
+
+    @staticmethod
+    def built(library: Any, model: Any) -> Any:
+        """The package's tokenizer of a model of byte pairs, with CLIP's normaliser and pattern of words."""
         tokenizer = library.Tokenizer(model)
         normalizers, split = library.normalizers, library.pre_tokenizers
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
-        pattern = library.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        pattern = library.Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
         tokenizer.pre_tokenizer = split.Sequence(
             [split.Split(pattern, behavior="removed", invert=True), split.ByteLevel(add_prefix_space=False)]
         )

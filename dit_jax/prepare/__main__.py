@@ -3,7 +3,8 @@
     python -m dit_jax.prepare --source=ILSVRC2012_img_train.tar --validation_source=ILSVRC2012_img_val.tar \\
         --out=data --dataset=my_imagenet
     python -m dit_jax.prepare --source=photos --out=data --dataset=my_photos
-    python -m dit_jax.prepare --source='shards/train-{0000..0099}.tar' --out=data --dataset=my_pairs --resolution=256
+    python -m dit_jax.prepare --source='shards/train-{0000..0099}.tar' --out=data --dataset=my_pairs --resolution=256 \\
+        --captions=captions.jsonl
 
 Nothing is unpacked, TensorFlow is not needed, and the data set may have any size. The records are shuffled. The same command
 gives the same bytes and resumes after an interruption; a command with another --split adds that split. To read the data set, use
@@ -34,6 +35,12 @@ VALIDATION = flags.DEFINE_string("validation_source", None, "Input of a second s
 SPLIT = flags.DEFINE_string("split", "train", "Name of the split made from --source.")
 CLASS_NAMES = flags.DEFINE_string(
     "class_names_file", "", "Text file with the class names of WebDataset tars, one per line. Default: 0, 1, 2, ..."
+)
+CAPTIONS = flags.DEFINE_string(
+    "captions",
+    "",
+    'Long captions of a captioner, a line of {"name", "caption_long", "model"} for each image. The name is the path within '
+    "--source, or <tar>:<key>. They become the feature caption_long, in place of long captions of the source.",
 )
 command_line.group("Records")
 RESOLUTION = flags.DEFINE_string(
@@ -77,6 +84,7 @@ def main() -> dict:
         size=None if RESOLUTION.value == "0" else parse_size(RESOLUTION.value),
         num_threads=THREADS.value,
         max_bad_share=MAX_BAD_SHARE.value,
+        captions=CAPTIONS.value,
     )
     result = datasets.prepare(request, paths, CLASS_NAMES.value)
     for split, facts in result["splits"].items():

@@ -105,12 +105,12 @@ def write_metadata(
     dataset: str,
     splits: dict[str, list[tuple[int, int]]],
     class_names: Sequence[str],
-    captions: bool,
+    texts: Sequence[str],
     size: tuple[int, int] | None,
 ) -> None:
     """Writes TFDS's metadata of the shards in <data_dir>/<dataset>/<version>; replaces that of an earlier call.
 
-    Features: "image"; "label" if there are class names; "caption" (Text) if `captions`.
+    Features: "image"; "label" if there are class names; a Text for each name in `texts`.
 
     Args:
         splits: {name: [(records, bytes) of each shard]}.
@@ -122,8 +122,7 @@ def write_metadata(
     features = {"image": tfds.features.Image(shape=shape, encoding_format="png" if size else None)}
     if class_names:
         features["label"] = tfds.features.ClassLabel(names=list(class_names))
-    if captions:
-        features["caption"] = tfds.features.Text()
+    features |= {name: tfds.features.Text() for name in texts}
     template = tfds.core.ShardedFileTemplate(
         template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         dataset_name=dataset,

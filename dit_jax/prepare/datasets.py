@@ -1,8 +1,8 @@
 """Converts images into a TFDS data set; implements `python -m dit_jax.prepare`.
 
 `<out>/<dataset>/1.0.0/` contains the shards, TFDS's metadata, bad_records.txt if there are bad records, and preparation.json:
-the settings and, for each finished shard, its records, bytes and bad records. The images of a shard and their order are a
-function of (source, seed), so that a shard can be written at any time, always with the same bytes.
+the settings, who wrote the long captions, and, for each finished shard, its records, bytes and bad records. The images of a shard
+and their order are a function of (source, seed), so that a shard can be written at any time, always with the same bytes.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from dit_jax.data.transforms import FORMATS, center_crop, decode
 from dit_jax.errors import UserError
 from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
+from dit_jax.prepare.recaptions import Matched, Recaptions, match, read_recaptions, report
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import remove_leftovers, write_atomic, write_json
 from dit_jax.storage.bounded import check_form, read_json
@@ -61,6 +62,8 @@ class Request:
         size: None keeps the files bit for bit; (H, W) stores the centre crop of that height and width, RGB, as PNG.
         num_threads: that read and crop; changes the speed only.
         max_bad_share: of the images of a split that may be unreadable and left out, in [0, 1).
+        captions: a file of long captions, see `prepare.recaptions`; "" for none. They take the place of long captions that the
+            source has.
 
     Raises:
         UserError: a value out of range, or a name that TFDS has or does not take.
@@ -73,6 +76,7 @@ class Request:
     size: tuple[int, int] | None = None
     num_threads: int = 16
     max_bad_share: float = 0.001
+    captions: str = ""
 
     def __post_init__(self):
         for name, lowest in (("seed", 0), ("shard_bytes", 1), ("num_threads", 1)):
@@ -179,8 +183,9 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
         class_names_file: names of the classes of WebDataset tars.
 
     Returns:
-        {"out", "dataset", "splits": {name: {"records", "shards", "bytes"}}, "classes", "bad_records": [{"split", "name",
-        "reason"}]} of the complete data set.
+        {"out", "dataset", "splits": {name: {"records", "shards", "bytes"}}, "classes", "captioners": {split: {name of
+        the captioner: images}} of the splits with re-captions, "bad_records": [{"split", "name", "reason"}]} of the complete
+        data set.
 
     Raises:
         UserError: a source cannot be read; the folder contains something else, or was started with other settings; another
@@ -191,6 +196,7 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
             raise UserError(
                 f"split={split!r} must be lower-case letters, digits and _, starting with a letter, and not 'all': train"
             )
+    recaptions = read_recaptions(request.captions) if request.captions else None
     sources = {} if request.folder.exists() else _opened(paths, class_names_file)  # what is refused leaves no folder
     with claim(request.folder, "writing shards", "--dataset or --out"):
         plan = _read_plan(request.folder)
@@ -199,7 +205,7 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
             sources = _opened(paths, class_names_file, tuple(plan["class_names"]) if plan else None)
         for split, source in sources.items():
             console.say(f"{split}: {len(source):,} images of {len(source.class_names) or 'no'} classes in {paths[split]}")
-        plan = _planned(request, plan, sources)
+        plan, long_captions = _planned(request, plan, sources, recaptions)
         missing = {split: _missing(request, plan, split) for split in sources}
         if plan["complete"] and not any(missing.values()):
             console.say(f"{request.folder} is already complete; verifying it")
@@ -207,7 +213,7 @@ def prepare(request: Request, paths: dict[str, str], class_names_file: str = "")
             _check_space(request, plan, missing)
             _save(request.folder, plan)
             for split, source in sources.items():
-                _write_split(request, plan, split, source, missing[split])
+                _write_split(request, plan, split, source, missing[split], long_captions.get(split))
             _finish(request, plan)
         return _verified(request, plan)
 
@@ -234,6 +240,8 @@ def _read_plan(folder: Path) -> dict | None:
     if plan["format"] != FORMAT:
         raise UserError(f"{file} has format {plan['format']}, not {FORMAT}; {remedy}")
     check_form(plan, PLAN_FORM, str(file), remedy)
+    plan.setdefault("long_captions", False)  # of earlier releases
+    check_form(plan["long_captions"], bool, str(file), remedy, "long_captions")
     if not plan["complete"] and (strange := strange_names(folder, OWN)):
         raise UserError(
             f"{folder} contains {_some(strange)}, which this command did not write: remove it, or give another --dataset"
@@ -257,23 +265,29 @@ def _order(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
-def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> dict:
-    """The plan with all requested splits.
+def _planned(
+    request: Request, plan: dict | None, sources: dict[str, Files], recaptions: Recaptions | None
+) -> tuple[dict, dict[str, Matched]]:
+    """(the plan with all requested splits, the re-captions by split).
 
     Raises:
         UserError: it was started with other settings, or another split of it is unfinished.
     """
     captions = any(source.has_captions for source in sources.values())
+    matched = _matched(recaptions, sources) if recaptions else {}
     plan = plan or {
         "format": FORMAT,
         "resolution": request.resolution,
         "captions": captions,
+        "long_captions": captions or bool(recaptions),
         "class_names": next(iter(sources.values())).class_names,
         "splits": {},
         "complete": False,
     }
     # If another split has captions, a split without them gets empty ones.
     _compare(request, "", plan, {"resolution": request.resolution, "captions": captions or plan["captions"]})
+    if recaptions and not plan["long_captions"]:
+        raise UserError(f"{request.folder} has no long captions, as it was started without --captions; give another --dataset")
     for split, facts in plan["splits"].items():
         if split not in sources and None in facts["shards"]:
             raise UserError(f"split {split} of {request.folder} is unfinished: first run the command that started it again")
@@ -286,10 +300,11 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> 
             "shard_bytes": request.shard_bytes,
             "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16],
         }  # NumPy does not guarantee that a seed's order never changes
+        pinned["recaptions"] = {"sha256": recaptions.sha256, "models": matched[split].models} if recaptions else None
         if split in plan["splits"]:
             _compare(request, f"split {split}: ", plan["splits"][split], pinned)
             continue
-        records = (_record(source[i], request, plan) for i in order[:SIZED].tolist())
+        records = (_record(source[i], request, plan, _long(matched.get(split), i)) for i in order[:SIZED].tolist())
         mean = np.mean([len(record) if isinstance(record, bytes) else 0 for record in records])
         count = min(max(-(-round(mean * len(source)) // request.shard_bytes), 1), len(source))
         if count > MAX_SHARDS:
@@ -299,11 +314,26 @@ def _planned(request: Request, plan: dict | None, sources: dict[str, Files]) -> 
             )
         plan["splits"][split] = {**pinned, "mean_bytes": round(mean), "shards": [None] * count}
         plan["complete"] = False
-    return plan
+    return plan, matched
+
+
+def _matched(recaptions: Recaptions, sources: dict[str, Files]) -> dict[str, Matched]:
+    """The long captions by split, after saying which images have one."""
+    found, unknown = match(recaptions, {split: map(source.name, range(len(source))) for split, source in sources.items()})
+    for line in report(recaptions, found, unknown):
+        console.say(line)
+    return found
+
+
+def _long(matched: Matched | None, number: int) -> str:
+    """The long caption of an image in the request's file; "" if it has none."""
+    return matched.texts.get(number, "") if matched else ""
 
 
 def _compare(request: Request, where: str, there: dict, asked: dict) -> None:
-    lines = [f"{where}{key}: {there[key]!r} there, {value!r} requested" for key, value in asked.items() if there[key] != value]
+    lines = [
+        f"{where}{key}: {there.get(key)!r} there, {value!r} requested" for key, value in asked.items() if there.get(key) != value
+    ]
     if lines:
         raise UserError(
             f"{request.folder} was started with other settings or another source; use those, or give another "
@@ -336,7 +366,9 @@ def _check_space(request: Request, plan: dict, missing: dict[str, list[int]]) ->
         )
 
 
-def _write_split(request: Request, plan: dict, split: str, source: Files, missing: list[int]) -> None:
+def _write_split(
+    request: Request, plan: dict, split: str, source: Files, missing: list[int], long_captions: Matched | None
+) -> None:
     facts = plan["splits"][split]
     images, order, shards = facts["images"], _order(request.seed, facts["images"]), request.shards(plan, split)
     ends = [images * number // len(shards) for number in range(len(shards) + 1)]
@@ -363,19 +395,20 @@ def _write_split(request: Request, plan: dict, split: str, source: Files, missin
     with ThreadPoolExecutor(request.num_threads) as pool:
         for number in missing:
             file, known = shards[number][0], len(bad)
-            records = _in_threads(pool, request, plan, source, order[ends[number] : ends[number + 1]].tolist())
+            numbers = order[ends[number] : ends[number + 1]].tolist()
+            records = _in_threads(pool, request, plan, source, numbers, long_captions)
             count, size = write_shard(file, good(records))
             facts["shards"][number] = {"records": count, "bytes": size, "bad": [[one.name, one.reason] for one in bad[known:]]}
             _save(request.folder, plan)
 
 
 def _in_threads(
-    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Files, numbers: list[int]
+    pool: ThreadPoolExecutor, request: Request, plan: dict, source: Files, numbers: list[int], long_captions: Matched | None
 ) -> Iterator[bytes | BadRecord]:
     """Yields the records of examples in their order, computing a few in advance."""
 
     def record(number: int) -> bytes | BadRecord:
-        return _record(source[number], request, plan)
+        return _record(source[number], request, plan, _long(long_captions, number))
 
     waiting = deque()
     try:
@@ -390,8 +423,11 @@ def _in_threads(
             future.cancel()
 
 
-def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord:
-    """Converts an example to a record; a `BadRecord` if its image cannot be read."""
+def _record(example: Example, request: Request, plan: dict, long_caption: str = "") -> bytes | BadRecord:
+    """Converts an example to a record; a `BadRecord` if its image cannot be read.
+
+    long_caption: in place of the example's own; "" keeps that.
+    """
     image, name = example["image"], example["name"].encode("utf-8", "backslashreplace").decode()
     assert isinstance(image, bytes)  # of `Files`
     if not image:
@@ -415,6 +451,8 @@ def _record(example: Example, request: Request, plan: dict) -> bytes | BadRecord
         fields["label"] = example["label"]
     if plan["captions"]:
         fields["caption"] = example.get("caption", "").encode()
+    if plan["long_captions"]:
+        fields["caption_long"] = (long_caption or example.get("caption_long", "")).encode()
     return tf_example(fields)
 
 
@@ -426,7 +464,8 @@ def _finish(request: Request, plan: dict) -> None:
             lines = (f"{one['split']}\t{one['name']}\t{one['reason']}\n" for one in bad)
             write_atomic(request.folder / BAD_LIST, "".join(lines))
     splits = {split: [(shard["records"], shard["bytes"]) for shard in facts["shards"]] for split, facts in plan["splits"].items()}
-    write_metadata(request.folder, request.dataset, splits, plan["class_names"], plan["captions"], request.size)
+    texts = [name for name, present in (("caption", plan["captions"]), ("caption_long", plan["long_captions"])) if present]
+    write_metadata(request.folder, request.dataset, splits, plan["class_names"], texts, request.size)
     plan["complete"] = True
     _save(request.folder, plan)
 
@@ -468,6 +507,9 @@ def _verified(request: Request, plan: dict) -> dict:
         "dataset": request.dataset,
         "splits": result,
         "classes": len(plan["class_names"]),
+        "captioners": {
+            split: facts["recaptions"]["models"] for split, facts in sorted(plan["splits"].items()) if facts.get("recaptions")
+        },
         "bad_records": _bad_records(plan),
     }
 

@@ -99,14 +99,16 @@ def text_weights(network, fields):
     return formats.Weights(tensors, sections, {})
 
 
-@pytest.mark.parametrize("network, layout", [("mmdit", "official"), ("mmdit", "diffusers"), ("pixart", "diffusers")])
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("network", ["mmdit", "pixart"])
 def test_text_networks(network, layout, tmp_path):
     """Catches text weights whose config is guessed, a bit that a round trip changes, and a text encoder that is dropped."""
     expected = text_weights(network, MMDIT if network == "mmdit" else PIXART)
     ours, out = tmp_path / "ours.safetensors", tmp_path / ("theirs.safetensors" if layout == "official" else "theirs")
     formats.write(expected, "dit_jax", ours)
     formats.write(formats.read(formats.Source("dit_jax", ours)), layout, out)
-    with pytest.raises(UserError, match="not published ones"):
+    unknown = "give --heads" if (network, layout) == ("pixart", "official") else "not published ones"
+    with pytest.raises(UserError, match=unknown):
         formats.read(formats.Source(layout, out))
     read = formats.read(formats.Source(layout, out, like=ours))
     assert_equal(read, expected)

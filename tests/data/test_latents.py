@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from latents import CODEC, Photographs, contents, flip_byte, job, params
 
+from dit_jax.data.captions import Captions
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.transforms import ImageTransform
@@ -84,6 +85,23 @@ def test_captions_go_with_their_record(cache):
     captions = cache.captions(np.arange(N))
     assert [caption is not None for caption in captions] == (cache.source_index % 3 == 0).tolist()
     assert all(caption == f"number {i}, zażółć" for caption, i in zip(captions, cache.source_index, strict=True) if caption)
+    long = cache.long_captions(np.arange(N))
+    assert long == [f"a long text about {i}" if i % 6 == 0 else None for i in cache.source_index]
+
+
+def test_training_from_a_cache_draws_long_captions(cache):
+    """Catches long captions that a cache keeps and training never sees, and texts of other records."""
+
+    def entries(example, rng):
+        return {"length": np.array(len(Captions(("{name}",), long_caption_rate=1.0).of(example, cache.class_names, rng)))}
+
+    loader = LatentLoader(cache, 12, 3, flip=False, entries=entries)
+    numbers = cache.source_index[loader.rows(0)[0]]
+    expected = [
+        len(f"a long text about {i}") if i % 6 == 0 else len(f"number {i}, zażółć") if i % 3 == 0 else len("ant") for i in numbers
+    ]
+    assert loader.batch(0)["length"].tolist() == expected
+    assert any(i % 6 == 0 for i in numbers)
 
 
 def test_every_epoch_is_complete_and_in_another_order(cache):
@@ -253,7 +271,7 @@ def test_moments_of_clips(tmp_path):
         shard.count = shard.stop - shard.start
         shard.moments[:] = x[2 * shard.start : 2 * shard.stop]
         shard.labels[:], shard.index[:] = 0, np.arange(shard.start, shard.stop)
-        shard.captions = [None] * shard.count
+        shard.texts = {"captions": [None] * shard.count, "long_captions": [None] * shard.count}
         shard.write(tmp_path, digest(cache_job.settings))
     manifest = finish(tmp_path, 0.0, first=True)
     mean, log_variance = np.split(x.astype(np.float64), 2, axis=-1)
@@ -294,7 +312,7 @@ def test_without_verify_the_bytes_are_trusted(copy):
     """A flag that does nothing: minutes of hashing for those who asked to skip it."""
     flip_byte(copy / "00000-of-00003.moments.npy")
     assert len(LatentCache(copy, verify=False)) == N
-    with pytest.raises(UserError, match="1 of 16 files"):
+    with pytest.raises(UserError, match="1 of 19 files"):
         LatentCache(copy)
 
 

@@ -12,7 +12,7 @@ SIZE = (8, 8)
 
 
 class Photographs:
-    """`count` random 8 x 8 images of 5 classes; every third has a caption; those in `bad` cannot be read."""
+    """`count` random 8 x 8 images of 5 classes; every third has a caption, every sixth a long one; `bad` cannot be read."""
 
     num_classes, class_names = 5, ("ant", "bee", "cat", "dog", "eel")
 
@@ -27,7 +27,8 @@ class Photographs:
             raise UserError(f"photograph {index} is not readable: restore it <object at 0x{id(object()):x}>")
         image = np.random.default_rng(int(index)).integers(0, 256, (8, 8, 3), np.uint8)
         example = {"image": image, "label": int(index) * 3 % 5, "name": f"photograph-{index}.png"}
-        return example | ({"caption": f"number {index}, zażółć"} if index % 3 == 0 else {})
+        long = {"caption_long": f"a long text about {index}"} if index % 6 == 0 else {}
+        return example | ({"caption": f"number {index}, zażółć"} if index % 3 == 0 else {}) | long
 
 
 def params(codec=CODEC, seed=3):

@@ -83,6 +83,10 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
+    def name(self, index: int) -> str:
+        """The path of an example within the folder, without reading it."""
+        return self._files[index]
+
     def __getitem__(self, index: int) -> Example:
         name = self._files[index]
         example: Example = {"image": self._read(name), "label": int(self.labels[index]), "name": str(self.path / name)}

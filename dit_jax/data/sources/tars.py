@@ -54,7 +54,7 @@ class TarSource:
             index,
             index.caption_size > TEXT_BYTES["json"],
             lambda i: (
-                f"the caption of {self._name(i)} has {index.caption_size[i]:,} bytes; at most {TEXT_BYTES['json']:,} are read"
+                f"the caption of {self.name(i)} has {index.caption_size[i]:,} bytes; at most {TEXT_BYTES['json']:,} are read"
             ),
         )
         self.fingerprint = fingerprint(
@@ -75,7 +75,7 @@ class TarSource:
     def __getitem__(self, i: int) -> Example:
         """Example with the bytes of the image, its label, its name "<tar>:<key>", and "caption" if it has one."""
         index = self.index
-        file, name = self.files[index.tar[i]], self._name(int(i))
+        file, name = self.files[index.tar[i]], self.name(int(i))
         image = self._read(file, index.offset[i], index.size[i], name)
         example: Example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
         if index.caption_size[i] >= 0:
@@ -92,7 +92,8 @@ class TarSource:
                 example["caption_long"] = long
         return example
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """The name "<tar>:<key>" of an example, without reading it."""
         return f"{self.files[self.index.tar[i]].name}:{self.index.name(i)}"
 
     def _read(self, file: Path, offset: int, size: int, name: str) -> bytes:
@@ -161,13 +162,13 @@ class TarShards(TarSource):
             raise UserError(f'{path}: num_classes={num_classes}, but no sample has a label (.cls, or "label" in .json): pass 0')
         if (index.label >= 0).any():
             tar_index.reject(
-                index, index.label < 0, lambda i: f"{self._name(i)} has no label, but others have: add the missing labels"
+                index, index.label < 0, lambda i: f"{self.name(i)} has no label, but others have: add the missing labels"
             )
         tar_index.reject(
             index,
             index.label >= num_classes,
             lambda i: (
-                f"{self._name(i)} has label {index.label[i]}, outside [0, {num_classes}): correct it, or the number of classes"
+                f"{self.name(i)} has label {index.label[i]}, outside [0, {num_classes}): correct it, or the number of classes"
             ),
         )
 
