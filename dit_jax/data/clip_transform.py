@@ -102,8 +102,8 @@ class ClipTransform(grain.transforms.RandomMap):
                 "transform.frames"
             )
         first = min(int(start * (stored - span + 1)), stored - span)
-        frames = video[first : first + span : stride]
-        return {"image": np.stack([self._pixels(x, name, at) for x in frames]), "label": np.int32(example["label"])}
+        pixels = [self._pixels(frame, name, at) for frame in video[first : first + span : stride]]
+        return {"image": np.stack(pixels), "label": np.int32(example["label"])}
 
     def _stored(self, example: Any) -> Any:
         """The frames of an example: an array [n, h, w, C], or a clip of one image."""
