@@ -33,7 +33,7 @@ from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.latent_loader import LatentBuckets, LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache, LatentCaches
 from dit_jax.data.loader import Loader, Part
-from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, ClipFolder, DigitPairs, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -73,6 +73,7 @@ register("codec", "vq_vae", VQVAE)
 register("data", "digits", Digits)
 register("data", "digit_pairs", DigitPairs)
 register("data", "folder", ImageFolder)
+register("data", "clips", ClipFolder)
 register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
 register("data", "latents", LatentCache)

@@ -70,8 +70,7 @@ class StoredClip:
 
     @cached_property
     def _reader(self) -> Any:
-        animated = self.data[:4] == b"GIF8" or (self.data[:4] == b"RIFF" and self.data[8:12] == b"WEBP")
-        return (_Animation if animated else _Film)(self.data, self.name)
+        return (_Animation if is_animation(self.data) else _Film)(self.data, self.name)
 
     def __getitem__(self, part: slice) -> Iterator[np.ndarray]:
         """The frames of a slice with a positive step, uint8 [H, W, 3] each."""
@@ -127,6 +126,17 @@ def rate(times: np.ndarray, name: str) -> float:
             "encode it again with a constant one, or leave it out"
         )
     return round((len(times) - 1) / float(times[-1] - times[0]), 6)
+
+
+def is_animation(data: bytes) -> bool:
+    """Whether a file is a GIF or WebP, by its first bytes; it may have a single image."""
+    return data[:4] == b"GIF8" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def check_bytes(size: int, name: str) -> None:
+    """Raises a UserError if a clip has more than MOST_BYTES, which are read at once."""
+    if size > MOST_BYTES:
+        raise UserError(f"{name} has {size / 2**20:.0f} MiB, and at most {MOST_BYTES >> 20} are read: cut it into clips")
 
 
 def check_av(what: str) -> None:
