@@ -5,7 +5,7 @@ Letters: H, W, C are the height, width and channels of an image, F the frames of
 
 import dataclasses
 import io
-from typing import Any
+from typing import Any, BinaryIO
 
 import grain
 import numpy as np
@@ -32,7 +32,7 @@ UPRIGHT: dict[int | None, Image.Transpose] = {  # the operation that undoes each
 }
 
 
-def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def center_crop(image: Image.Image, size: tuple[int, int], at: tuple[float, float] | None = None) -> Image.Image:
     """Scales the image to cover `size` and crops its centre.
 
     Halves the image with a box filter while both sides are at least twice those of `size`, resizes it with a bicubic filter so
@@ -44,6 +44,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     Args:
         image: mode L or RGB, sides from 1.
         size: (height, width), at least 1.
+        at: (y, x) in [0, 1), which crop is taken of the possible ones, evenly; None for the centre.
     Source: Dhariwal & Nichol 2021, their published code (image_datasets.py), and by it Peebles & Xie 2023.
     Deviation: they crop to squares only; other shapes follow the same steps.
     """
@@ -53,6 +54,8 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = max(target_width / image.width, target_height / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - target_width) // 2, (height - target_height) // 2
+    if at is not None:
+        top, left = int(at[0] * (height - target_height + 1)), int(at[1] * (width - target_width + 1))
     # The sides of the scaled image over those of `size`: the larger is how many times what is kept would be made.
     across, down = image.width * target_height, image.height * target_width
     if scale > 1 and max(across, down) > ELONGATED * min(across, down):
@@ -95,6 +98,27 @@ def _enlarge_elongated(image: Image.Image, size: tuple[int, int], scaled: int, f
     if wide:
         return Image.fromarray(pixels.swapaxes(0, 1)).resize((width, height), Image.Resampling.BICUBIC)
     return Image.fromarray(pixels)
+
+
+def image_size(image: np.ndarray | bytes | BinaryIO, name: str = "image", upright: bool = False) -> tuple[int, int]:
+    """(height, width) of an image; of a file from its header.
+
+    Args:
+        upright: as of `decode`.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    try:
+        picture = _opened(image, name)
+        turned = upright and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{name} is not a readable image ({type(error).__name__}: {error}): restore it") from error
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def decode(image: np.ndarray | bytes, channels: int, name: str = "image", upright: bool = False) -> Image.Image:
@@ -149,20 +173,28 @@ def decode(image: np.ndarray | bytes, channels: int, name: str = "image", uprigh
 
 
 def _load(image: bytes, name: str) -> Image.Image:
-    if not image:
-        raise UserError(f"{name} is not a readable image (0 bytes): restore it")
+    picture = _opened(image, name)
+    picture.load()
+    return picture
+
+
+def _opened(image: bytes | BinaryIO, name: str) -> Image.Image:
+    """The image with its header read."""
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
     try:
-        picture = Image.open(io.BytesIO(image), formats=FORMATS)
+        picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
+        file.seek(0)
+        if not (begin := file.read(16)):
+            raise UserError(f"{name} is not a readable image (0 bytes): restore it") from None
         raise UserError(
-            f"{name} is not a readable image (not one of {', '.join(FORMATS)}; it begins with {image[:16]!r}): "
+            f"{name} is not a readable image (not one of {', '.join(FORMATS)}; it begins with {begin!r}): "
             "restore it, or save it in one of these formats"
         ) from None
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from None
     if picture.width * picture.height > MAX_PIXELS:
         raise _too_large(name, f"{picture.width} x {picture.height}")
-    picture.load()
     return picture
 
 
