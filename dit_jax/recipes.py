@@ -252,7 +252,7 @@ def section(kind: str, name: str) -> dict:
         return PROCESSES[name]()
     if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
         return {"path": ""}
-    if kind == "codec" and name in ("kl_vae", "vq_vae"):  # scale and shift are read with the weights
+    if kind == "codec" and name in ("kl_vae", "vq_vae", "causal_vae"):  # scale and shift are read with the weights
         return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
     return {}
 
