@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.build import Run
-from dit_jax.codecs.kl_vae import KLAutoencoder, KLVAE, normalised, split_moments
+from dit_jax.codecs.kl_vae import KLVAE, KLAutoencoder, normalised, split_moments
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate import extractors, scores
