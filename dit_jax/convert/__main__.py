@@ -12,6 +12,7 @@
     python -m dit_jax.convert --download=inception --out=inception.safetensors
     python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
     python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
+    python -m dit_jax.convert --from=i3d --weights=i3d_pretrained_400.pt --out=i3d.safetensors
 
 Then: python -m dit_jax.sample --weights=dit.safetensors --labels=207,360 --guidance_scale=4
 
@@ -39,7 +40,7 @@ FROM = flags.DEFINE_string(
     "from",
     None,
     "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), dit_jax, lpips, inception,"
-    " inception_tf or dinov2. --download sets it.",
+    " inception_tf, dinov2 or i3d. --download sets it.",
 )
 TO = flags.DEFINE_string(
     "to",

@@ -25,7 +25,7 @@ from dit_jax.storage.sealed import damage, digest, read_sealed
 NEAR_BYTES = 1 << 16  # between two rows that are read at once
 SHOWN = 10  # number of lines of a list in an error message
 # Fields of a codec that do not determine the moments: they act after the posterior, or affect only the precision.
-UNSTORED_FIELDS = ("scale", "shift", "dtype", "param_dtype")
+UNSTORED_FIELDS = ("scale", "shift", "dtype", "param_dtype", "chunk_frames")
 
 
 def codec_fields(codec: Any) -> dict:
