@@ -40,6 +40,15 @@ def betas(schedule: str, num_timesteps: int, start: float | None = None, end: fl
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
+def with_zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """float64[T] alpha_bar whose root is shifted and scaled, so that its last entry is 0 and its first stays.
+
+    Source: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
+    """
+    root = np.sqrt(alpha_bar)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
 def even_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     """`num_steps` of 0..T-1, evenly spaced, both ends included (the respacing of Nichol & Dhariwal 2021, section 4).
 
@@ -99,6 +108,8 @@ class Gaussian:
             bound with the mean frozen).
         min_snr_gamma: weights the squared error by min(SNR, gamma) in x0 terms (Hang et al. 2023); None for weight 1.
         beta_start, beta_end: the first and last beta of "linear" and "scaled_linear"; None is the schedule's own (`betas`).
+        zero_terminal_snr: rescale the schedule so that nothing of the data is left at the last timestep, where samplers start.
+            It needs prediction "v" or "x0", and a sampler such as ddim, ddpm or dpmpp (`with_zero_terminal_snr`).
     """
 
     schedule: str = "linear"
@@ -108,6 +119,7 @@ class Gaussian:
     min_snr_gamma: float | None = None
     beta_start: float | None = None
     beta_end: float | None = None
+    zero_terminal_snr: bool = False
 
     def __post_init__(self):
         for name, allowed in (("schedule", SCHEDULES), ("prediction", PREDICTIONS), ("variance", VARIANCES)):
@@ -116,6 +128,11 @@ class Gaussian:
         if self.num_timesteps < 2:
             raise UserError(f"process.num_timesteps is {self.num_timesteps}; it must be at least 2")
         self._check_betas()
+        if self.zero_terminal_snr and self.prediction == "noise":
+            raise UserError(
+                "process.zero_terminal_snr is True and process.prediction is 'noise', from which the data cannot be predicted "
+                "where nothing of it is left; set process.prediction to 'v' or 'x0'"
+            )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise UserError(f"process.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or None for no weighting")
 
@@ -140,8 +157,9 @@ class Gaussian:
 
     @cached_property
     def alpha_bar(self) -> np.ndarray:
-        """float64[T + 1] products of (1 - beta); alpha_bar[0] = 1."""
-        return np.concatenate([[1.0], np.cumprod(1 - betas(self.schedule, self.num_timesteps, self.beta_start, self.beta_end))])
+        """float64[T + 1] products of (1 - beta), rescaled with `zero_terminal_snr`; alpha_bar[0] = 1."""
+        products = np.cumprod(1 - betas(self.schedule, self.num_timesteps, self.beta_start, self.beta_end))
+        return np.concatenate([[1.0], with_zero_terminal_snr(products) if self.zero_terminal_snr else products])
 
     @property
     def learned(self) -> bool:
@@ -288,13 +306,19 @@ class Gaussian:
                     f"no integer stride over {T} timesteps gives {num_steps} steps; choose another number, or spacing 'even'"
                 )
             kept = list(range(0, T, stride))
+        if self.zero_terminal_snr and kept[-1] != T - 1:
+            raise UserError(
+                f"process.zero_terminal_snr is True, and {num_steps} steps with spacing {spacing!r} leave out the last timestep, "
+                "where samples start from noise alone; choose spacing 'even' and at least 2 steps"
+            )
         return np.array([*((i + 1) / T for i in reversed(kept)), 0.0])
 
     def start(self, noise: jax.Array, t: ArrayLike) -> jax.Array:
         return noise
 
     def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        known = np.sqrt(1 / self.alpha_bar - 1)
+        with np.errstate(divide="ignore"):
+            known = np.sqrt(1 / self.alpha_bar - 1)  # infinite at a terminal SNR of zero
         above = np.clip(np.searchsorted(known, ratio), 1, self.num_timesteps)
         below = above - 1
         return np.where(ratio - known[below] < known[above] - ratio, below, above) / self.num_timesteps
@@ -307,6 +331,11 @@ class Gaussian:
     def ode(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d (x / alpha) / d (sigma / alpha) = noise (Song et al. 2021, DDIM, equation 14)."""
         alpha, sigma = self.alpha_sigma(times)
+        if (alpha == 0).any():
+            raise UserError(
+                "process.zero_terminal_snr is True, and the sampler integrates over sigma / alpha, which is infinite at the last "
+                "timestep; choose ddim, ddpm, dpmpp or unipc"
+            )
         return alpha, sigma / alpha
 
     def slope(self, prediction: Prediction, t: ArrayLike) -> jax.Array:

@@ -62,12 +62,12 @@ def position_bias(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
     Source: Liu et al. 2021 (Swin), section 3.2.
     """
     (rows, columns), heads = grid, table.shape[-1]
-    bias = _pairs(table.reshape(2 * rows - 1, 2 * columns - 1, heads), rows)  # [rows, rows, offsets of columns, A]
-    bias = _pairs(jnp.moveaxis(bias, 2, 0), columns)  # [columns, columns, rows, rows, A], of query and key each
+    bias = pairs(table.reshape(2 * rows - 1, 2 * columns - 1, heads), rows)  # [rows, rows, offsets of columns, A]
+    bias = pairs(jnp.moveaxis(bias, 2, 0), columns)  # [columns, columns, rows, rows, A], of query and key each
     return bias.transpose(4, 2, 0, 3, 1).reshape(heads, rows * columns, rows * columns)
 
 
-def _pairs(x: jax.Array, n: int) -> jax.Array:
+def pairs(x: jax.Array, n: int) -> jax.Array:
     """[2n - 1, ...] by offset -> [n, n, ...]: entry (i, j) is x[i - j + n - 1]."""
     x = x[::-1]
     # Entry k of the circle is that of j - i = k modulo 2n. Rows of 2n - 1 of its repetitions begin one entry earlier each.

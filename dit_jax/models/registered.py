@@ -10,6 +10,7 @@ from dit_jax.models.mmdit import MMDiT
 from dit_jax.models.pixart import PixArt
 from dit_jax.models.published import Published
 from dit_jax.models.unet import UNet
+from dit_jax.models.video_dit import VideoDiT
 from dit_jax.registry import get, names, register
 
 register("model", "dit", DiT)
@@ -18,6 +19,7 @@ register("model", "hourglass", HourglassDiT)
 register("model", "mmdit", MMDiT)
 register("model", "pixart", PixArt)
 register("model", "unet", UNet)
+register("model", "video_dit", VideoDiT)
 
 
 def networks() -> Iterator[tuple[str, Any, Published]]:

@@ -18,6 +18,7 @@ from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
 from dit_jax.diffusion.samplers.late import can_start, start_time
+from dit_jax.diffusion.self_conditioning import ESTIMATE, SelfConditioned, estimate_if
 from dit_jax.encoders.conditioner import Conditioner, Requests, constants_of
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
@@ -55,6 +56,8 @@ class DiffusionTask:
     Fields:
         image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
         cond_dropout: rate at which the condition of an example becomes the null condition.
+        self_conditioning: share of the steps in which the network is given its own estimate of x0, from a pass before without
+            one; 0 turns it off, and needs a network without the field. Samplers then hand each estimate to the next step.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
         adaptation: says which parameters are trained.
@@ -73,6 +76,7 @@ class DiffusionTask:
     image_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     cond_dropout: float = 0.1
+    self_conditioning: float = 0.0
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
@@ -93,9 +97,25 @@ class DiffusionTask:
                 f"task.cond_dropout is {self.cond_dropout}, and the network has no null label, which replaces a dropped one; "
                 "set --config.task.cond_dropout=0, or --config.model.null_label=True"
             )
+        self._check_self_conditioning()
         check_offload(self.offload)
         if self.average in self.averages:
             raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")
+
+    def _check_self_conditioning(self) -> None:
+        takes, rate = bool(getattr(self.network, "self_conditioning", False)), self.self_conditioning
+        if not 0 <= rate <= 1:
+            raise UserError(f"task.self_conditioning is {rate}; it must lie in [0, 1], as the share of steps with an estimate")
+        if takes != (rate > 0):
+            remedy = (
+                "model.self_conditioning=False, or a rate such as --config.task.self_conditioning=0.9"
+                if takes
+                else ("task.self_conditioning=0, or --config.model.self_conditioning=True of a network that has this field")
+            )
+            raise UserError(
+                f"task.self_conditioning is {rate}, and the network {'takes an' if takes else 'takes no'} estimate of x0; set "
+                f"--config.{remedy}"
+            )
 
     @property
     def average(self) -> Exponential:
@@ -217,6 +237,9 @@ class DiffusionTask:
         }
         if self.has_null_condition:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
+        if self.self_conditioning:  # one draw for the step, in every row, so that parts of the batch have it
+            chosen = jax.random.bernoulli(named_key(key, "self_conditioning"), self.self_conditioning)
+            inputs["estimated"] = jnp.broadcast_to(chosen, x0.shape[:1])
         return inputs
 
     def loss(
@@ -228,6 +251,7 @@ class DiffusionTask:
         t: jax.Array,
         batch: Mapping[str, jax.Array],
         dropped: jax.Array | None = None,
+        estimated: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
         params = self.network_params(params, constants)
@@ -235,7 +259,14 @@ class DiffusionTask:
         cond, null = self.condition(params, constants, batch)
         if dropped is not None:
             cond = guiding.replace_condition(dropped, cond, null)
-        output = self.apply(params, self.process.network_input(x_t, t), self.process.network_time(t), cond)
+        x, time = self.process.network_input(x_t, t), self.process.network_time(t)
+        if estimated is not None:
+            frozen = jax.lax.stop_gradient((params, cond))
+            first = estimate_if(
+                estimated[0], lambda: self.process.predict(self.apply(frozen[0], x, time, frozen[1]), x_t, t).x0, x0
+            )
+            cond = {**cond, ESTIMATE: first}
+        output = self.apply(params, x, time, cond)
         loss, parts = self.process.loss(output, x0, noise, t)
         return loss.mean(), {"loss": loss, **parts}
 
@@ -320,9 +351,10 @@ class DiffusionTask:
             assert skips is not None  # called only where there are some
             return self.apply(params, *args, skips.control)
 
-        def predict_with(network):
-            more = {} if skips is None else {"skipped": without_layers, "skip_times": skips.times}
-            guided = guidance(network, cond, null, weak, self.process.min_time, **more)
+        skipping: dict[str, Any] = {} if skips is None else {"skipped": without_layers, "skip_times": skips.times}
+
+        def predict_with(network, more):
+            guided = guidance(network, {**cond, **more}, {**null, **more}, weak, self.process.min_time, **skipping)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
@@ -330,10 +362,15 @@ class DiffusionTask:
 
             return predict
 
-        denoise: Denoise = Memoryless(predict_with(network))
-        if forecast and forecast.active:
-            run, run_head = self.parts(params)
-            denoise = ForecastingDenoise(forecast, run, run_head, predict_with)
+        def denoise_with(more: Cond) -> Denoise:
+            if forecast and forecast.active:
+                run, run_head = self.parts(params)
+                return ForecastingDenoise(forecast, run, run_head, lambda network: predict_with(network, more))
+            return Memoryless(predict_with(network, more))
+
+        denoise = denoise_with({})
+        if self.self_conditioning:
+            denoise = SelfConditioned(lambda estimate: denoise_with({ESTIMATE: estimate}))
         if around is not None:
             denoise = around(denoise)
         if watch is not None:

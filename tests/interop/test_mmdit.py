@@ -90,7 +90,10 @@ def test_rotary_positions_equal_flux(shape, widths):
         num_attention_heads=fields["heads"], joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=widths,
     ).eval()  # fmt: skip
     whole = {name: 0.1 * np.random.default_rng(4).standard_normal(x.shape) for name, x in flux.state_dict().items()}
-    for kind in ("weight", "bias"):  # their last block's text goes on, so its first two of six vectors are ours, as (shift, scale)
+    for kind in (
+        "weight",
+        "bias",
+    ):  # their last block's text goes on, so its first two of six vectors are ours, as (shift, scale)
         last = f"transformer_blocks.{depth - 1}.norm1_context.linear.{kind}"
         halves = named.pop(last)
         whole[last][: len(halves)] = np.roll(halves, len(halves) // 2, axis=0)
