@@ -7,6 +7,7 @@ starts, checkpoints, waiting for data, failures and idle chips are not in it.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def read_measurements(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(rows: list[dict[str, Any]], what: str, wanted: dict[str, Any], topology: Topology) -> dict[str, Any] | None:
+def measured(rows: Sequence[dict[str, Any]], what: str, wanted: dict[str, Any], topology: Topology) -> dict[str, Any] | None:
     """The newest measurement of `what` whose entries are `wanted`, on as many of the topology's chips; None if there is none."""
     from dit_jax.programs import chips
 
@@ -92,7 +93,11 @@ def measured(rows: list[dict[str, Any]], what: str, wanted: dict[str, Any], topo
 
 
 def bill(
-    config, topology: Topology, examples: int | None = None, samples: int | None = None, measurements: list[dict[str, Any]] = ()
+    config,
+    topology: Topology,
+    examples: int | None = None,
+    samples: int | None = None,
+    measurements: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Plans the programs of a run and adds up the hours.
 
@@ -120,15 +125,16 @@ def bill(
             "omit it, or plan with --config.data.name=latents"
         )
     gmacs = task.macs() / 1e9
-    row = measured(measurements, "train_step", {"batch_size": config.batch_size, "gmacs": gmacs}, topology)
+    wanted = {"batch_size": config.batch_size, "gmacs": gmacs}
+    row = None if len(run.buckets) else measured(measurements, "train_step", wanted, topology)
     if row is None:
-        step, source = (
-            _seconds(estimate.plan_training(config, topology, resident_rows=max(examples or 0, 1)), "step_seconds"),
-            "estimate",
-        )
+        plan = estimate.plan_training(config, topology, resident_rows=max(examples or 0, 1))
+        plan |= {"step_seconds": plan.get("cycle", plan)["step_seconds"]}  # with buckets the mean
+        step, source = _seconds(plan, "step_seconds"), "estimate"
     else:
         step, source = config.batch_size / row["images_per_second"], "measurement"
-    parts.append(Part("training", f"{config.num_steps:,} steps of {config.batch_size:,}", config.num_steps, step, source))
+    amount = f"{config.num_steps:,} steps of " + (f"{len(run.buckets)} buckets" if len(run.buckets) else f"{config.batch_size:,}")
+    parts.append(Part("training", amount, config.num_steps, step, source))
     if task.draws_samples:
         parts += _drawing(run, config, topology, gmacs, samples, measurements)
     hours = sum(part.hours for part in parts)
@@ -210,7 +216,7 @@ def _encoding(run: Run, topology: Topology, examples: int) -> Part:
     codec, mesh = run.codec, run.mesh
     rows = ENCODE_ROWS * rows_per_step(mesh)
     params = jax.eval_shape(codec.init, jax.random.key(0))
-    places = shardings(params, codec.rules, mesh)
+    places = shardings(params, mesh, codec.rules)
     params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
     images = jax.ShapeDtypeStruct((rows, *run.image_shape), np.uint8, sharding=batch_sharding(mesh))
 

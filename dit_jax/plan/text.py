@@ -132,8 +132,8 @@ def bill_table(plans: dict[str, dict[str, Any]]) -> Iterable[str]:
     for name, plan in plans.items():
         row = plan["bill"]
         cost = "-" if row["cost"] is None else f"{row['cost']:,.0f}"
-        cells = ("-", "-") if row["hours"] is None else (f"{row['hours']:.2f}", f"{row['chip_hours']:,.0f}")
-        cells = (name.split()[0], plan["topology"], _mesh(plan), milliseconds(plan["step_seconds"]), *cells, cost)
+        hours = ("-", "-") if row["hours"] is None else (f"{row['hours']:.2f}", f"{row['chip_hours']:,.0f}")
+        cells = (name.split()[0], plan["topology"], _mesh(plan), milliseconds(plan["step_seconds"]), *hours, cost)
         yield f"| {' | '.join(cells)} |"
 
 

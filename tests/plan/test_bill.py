@@ -6,6 +6,7 @@ import pytest
 import tiny
 from verbs import refused, run_verbs
 
+from dit_jax import recipes
 from dit_jax.errors import UserError
 from dit_jax.plan import bill, estimate, text
 from dit_jax.programs import chips, topology
@@ -64,7 +65,8 @@ def test_measurements_replace_estimates(first, slice_of_8):
 
 def test_encoding_counts_mirror_images(slice_of_8):
     """A cache without its mirror images in the bill, or encoding in the bill of a config that does not need it."""
-    latents = config(data={"name": "latents", "path": "", "verify": True}, loader={}, transform__flip=True)
+    latents = recipes.digits_latent().unlock()
+    latents.data, latents.loader, latents.transform.flip = {"name": "latents", "path": "", "verify": True}, {}, True
     parts = {part["name"]: part for part in bill.bill(latents, slice_of_8, examples=3000)["parts"]}
     assert parts["encoding"]["amount"].startswith("6,000 views") and parts["encoding"]["hours"] > 0
     with pytest.raises(UserError, match="--examples=3000"):
