@@ -413,9 +413,9 @@ DIGIT_CAPTIONS: dict[str, Any] = {
 
 def text(c: ml_collections.ConfigDict, encoders: tuple[str, ...], **fields: Any) -> ml_collections.ConfigDict:
     """The config with text as its condition, by these encoders and fields of `encoders.text.Text`."""
-    paths = {"weights": (), "tokenizers": (), "missing": ()}
+    paths = {"weights": (), "tokenizers": (), "sha256": (), "missing": ()}
     sizes = {"lengths": (), "width": 128, "depth": 0, "merges": ()}
-    defaults = {**paths, **sizes, "dropout": (), "mask": False, "pooled": True, "dtype": "bfloat16"}
+    defaults = {**paths, **sizes, "dropout": (), "mask": False, "pooled": True, "trainable": False, "dtype": "bfloat16"}
     c.conditioner = {"name": "text", "encoders": encoders, **defaults, **fields}
     c.captions = {"templates": (), "long_templates": (), "names": (), "long_caption_rate": 0.0}
     c.preview.prompts = ()
