@@ -55,7 +55,7 @@ from dit_jax.runtime.console import say
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.step_folder import steps_in
-from dit_jax.tasks.adaptation import Adaptation, Lora
+from dit_jax.tasks.adaptation import TARGETS, Adaptation, Lora
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -261,8 +261,8 @@ class Run:
         """
         section = self.config.get("init", {})
         fields = dict(section.get("lora", {}))
-        if fields.get("rank") and not fields.get("targets"):
-            fields.pop("targets", None)
+        if fields.get("rank") and tuple(fields.get("targets") or TARGETS) == TARGETS:
+            fields["targets"] = getattr(self.network, "lora_targets", TARGETS)
         if not section.get("weights"):
             for name, default in (("step", None), ("average", "default"), ("class_names", "")):
                 if section.get(name, default) != default:

@@ -49,7 +49,7 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "init.freeze": "Patterns of parameters that keep their values, as ('blocks/.*', 'time_embedding/.*').",
     "init.lora.rank": "Rank of low-rank adapters, which are trained alone; 0 is off.",
     "init.lora.alpha": "Scale of the adapters' product times the rank; the rank if unset.",
-    "init.lora.targets": "Patterns of the kernels that get adapters.",
+    "init.lora.targets": "Patterns of the kernels that get adapters; the default stands for those of the network's kind.",
     "init.lora.train": "Patterns of parameters that are trained whole beside the adapters.",
     "imports": "Files of --import that registered constructors; set by the command line.",
     "mesh.zero1": "Split the optimizer's state and the moving average over fsdp, but not the parameters (ZeRO stage 1).",
