@@ -26,13 +26,14 @@ class Network(Protocol):
 
     A network that can be trained with Muon or with adapters (LoRA) also has `matrices`, {pattern of paths: kinds of the trailing
     axes}: "i" for inputs, "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is
-    "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
-    the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
-    weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
-    guidance. A network of `depth` blocks in sequence whose `control` takes "keep", bool[depth], says so by `skips_blocks = True`:
-    skip-layer guidance needs it. A parameter named "constant", such as random Fourier features, is drawn at the start, saved, and
-    never trained or counted. A network may have a function `family(fields)` of its section of a config, which names models that
-    belong together in the figures of a sweep; without it, all networks of a name do.
+    "isoo". Axes before those, as of a stack of blocks, are separate matrices too. `lora_targets` are the patterns of the kernels
+    that adapters change by default, where they are not those of `tasks.adaptation.TARGETS`. A network with labels may have
+    `label_table`, the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be
+    trained from its weights. A network with labels but without the null label says so by `has_null_label = False`: it has no
+    classifier-free guidance. A network of `depth` blocks in sequence whose `control` takes "keep", bool[depth], says so by
+    `skips_blocks = True`: skip-layer guidance needs it. A parameter named "constant", such as random Fourier features, is drawn
+    at the start, saved, and never trained or counted. A network may have a function `family(fields)` of its section of a config,
+    which names models that belong together in the figures of a sweep; without it, all networks of a name do.
     """
 
     @property

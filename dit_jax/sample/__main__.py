@@ -40,6 +40,10 @@ AVERAGE = flags.DEFINE_string(
 )
 LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is added to the weights.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
+TEXT_ENCODERS = flags.DEFINE_list(
+    "text_encoders", [], "Weights of pretrained text encoders, as in clip_l=/path,t5_xxl=/path. Default: the config's."
+)
+TOKENIZERS = flags.DEFINE_list("tokenizers", [], "Folders of their tokenizers, in the same form. Default: beside the weights.")
 command_line.group("What to draw")
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images. Default: 64; 8 of --job=interpolate; one for each label of --job=edit and inpaint."
@@ -269,6 +273,8 @@ def main() -> dict:
         lora=LORA.value,
         fsdp=FSDP.value,
         resolution=RESOLUTION.value,
+        text_encoders=TEXT_ENCODERS.value,
+        tokenizers=TOKENIZERS.value,
     )
     return pipe.write(
         OUT.value,

@@ -75,9 +75,9 @@ CLIP = (3, 8, 12, 4)
 
 @pytest.mark.parametrize("shape, widths", [((8, 12, 4), (16, 24, 24)), (CLIP, (8, 28, 28)), (CLIP, (24, 16, 24))])
 def test_rotary_positions_equal_flux(shape, widths):
-    """Catches pairs (x_i, x_{i + E/2}) in place of neighbours, axes in another order, frequencies of the whole head or of one axis
-    for another, text that is rotated, and queries that are rotated before their norm: for images and, with the frame as the first
-    id, for clips. Flux's double blocks are joint blocks with rotary positions."""
+    """Catches pairs (x_i, x_{i + E/2}) in place of neighbours, axes in another order, frequencies of the whole head or of another
+    axis, text that is rotated, and queries that are rotated before their norm: for images, and for
+    clips, whose frame is the first id. Flux's double blocks are joint blocks with rotary positions."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     fields, tensors = ours("sd3.5-large")
     depth, inputs = fields["depth"], fields["patch_size"] ** 2 * shape[-1]
@@ -90,10 +90,7 @@ def test_rotary_positions_equal_flux(shape, widths):
         num_attention_heads=fields["heads"], joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=widths,
     ).eval()  # fmt: skip
     whole = {name: 0.1 * np.random.default_rng(4).standard_normal(x.shape) for name, x in flux.state_dict().items()}
-    for kind in (
-        "weight",
-        "bias",
-    ):  # their last block's text goes on, so its first two of six vectors are ours, as (shift, scale)
+    for kind in ("weight", "bias"):  # their last block's text goes on: our two of its six vectors are (shift, scale)
         last = f"transformer_blocks.{depth - 1}.norm1_context.linear.{kind}"
         halves = named.pop(last)
         whole[last][: len(halves)] = np.roll(halves, len(halves) // 2, axis=0)
