@@ -41,18 +41,21 @@ from dit_jax.diffusion.guidance import Guidance
 from dit_jax.diffusion.process import Memoryless, Prediction, Process
 from dit_jax.encoders.conditioner import Conditioner
 from dit_jax.encoders.labels import Labels
-from dit_jax.encoders.text import Text
+from dit_jax.encoders.text import NULL, EmptyText, Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, text_encoders, vae
-from dit_jax.models.network import Network, for_platform
+from dit_jax.interop.tensors import Tensor
+from dit_jax.models.network import Network, for_platform, skipping
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
 from dit_jax.runtime import user_code
 from dit_jax.runtime.console import say
+from dit_jax.storage.bounded import read_json
 from dit_jax.storage.paths import local_path
-from dit_jax.tasks.adaptation import Adaptation, Lora
+from dit_jax.storage.step_folder import steps_in
+from dit_jax.tasks.adaptation import TARGETS, Adaptation, Lora
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
@@ -143,6 +146,8 @@ class Run:
         config: a resolved config, as `recipes` makes it.
         devices: devices of the mesh; None means all.
         codec_params: weights of the frozen codec as NumPy arrays.
+        empty_text: what frozen text encoders make of "", as NumPy arrays, in place of the encoders: the run then reads no other
+            text.
         platform: "cpu", "gpu" or "tpu": resolves the network's platform-dependent choices for this platform instead of the
             default backend.
 
@@ -157,8 +162,10 @@ class Run:
         devices: Sequence[Any] | None = None,
         codec_params: Any = None,
         platform: str | None = None,
+        empty_text: Any = None,
     ):
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
+        self._empty_text = empty_text
         self._base: Any = None
 
     @cached_property
@@ -217,7 +224,19 @@ class Run:
         section = self.config.conditioner
         takes_classes = "num_classes" in inspect.signature(registry.get("conditioner", section.name)).parameters
         classes = {"num_classes": self.config.model.get("num_classes", 0)} if takes_classes else {}
-        return construct("conditioner", section, **classes)
+        conditioner = construct("conditioner", section, **classes)
+        return conditioner if self._empty_text is None else EmptyText(conditioner)
+
+    @property
+    def text(self) -> Text | None:
+        """The conditioner if it is text, else None."""
+        return self.conditioner if "conditioner" in self.config and isinstance(self.conditioner, Text) else None
+
+    @property
+    def matrices(self) -> Mapping[str, str]:
+        """`Network.matrices` of the network and of a conditioner that is trained; {} without those of the network."""
+        own = getattr(self.network, "matrices", {})
+        return {**getattr(self.conditioner, "matrices", {}), **own} if own else {}
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -225,7 +244,7 @@ class Run:
         section = self.config.optimizer
         if "matrices" not in inspect.signature(registry.get("optimizer", section.name)).parameters:
             return construct("optimizer", section)
-        matrices = getattr(self.network, "matrices", {}) if "model" in self.config else {}
+        matrices = self.matrices if "model" in self.config else {}
         if not matrices:
             raise UserError(
                 f"optimizer {section.name!r} needs a network that says which of its parameters are matrices, and this one has no "
@@ -242,13 +261,13 @@ class Run:
         """
         section = self.config.get("init", {})
         fields = dict(section.get("lora", {}))
-        if fields.get("rank") and not fields.get("targets"):
-            fields.pop("targets", None)
+        if fields.get("rank") and tuple(fields.get("targets") or TARGETS) == TARGETS:
+            fields["targets"] = getattr(self.network, "lora_targets", TARGETS)
         if not section.get("weights"):
             for name, default in (("step", None), ("average", "default"), ("class_names", "")):
                 if section.get(name, default) != default:
                     raise UserError(f"init.{name} is {section[name]} and init.weights is empty; leave init.{name} out")
-        adaptation = Adaptation(tuple(section.get("freeze", ())), Lora(**fields), getattr(self.network, "matrices", {}))
+        adaptation = Adaptation(tuple(section.get("freeze", ())), Lora(**fields), self.matrices)
         if adaptation.active and not section.get("weights"):
             raise UserError(
                 "init.freeze or init.lora.rank is set and init.weights is empty: random parameters would be frozen; give "
@@ -292,7 +311,7 @@ class Run:
         Raises:
             UserError: the network takes text, and there are none.
         """
-        if "conditioner" not in self.config or not isinstance(self.conditioner, Text):
+        if self.text is None:
             return ()
         prompts = self.config.preview.get("prompts", ())
         if not prompts and self.captions.templates:
@@ -310,10 +329,10 @@ class Run:
         Raises:
             UserError: the data set has no texts.
         """
-        if "conditioner" not in self.config or not isinstance(self.conditioner, Text):
+        if (text := self.text) is None:
             return None
         self.captions.check(source)
-        return CaptionEntries(self.captions, tuple(source.class_names), self.conditioner.tokenizer, self.conditioner.rates)
+        return CaptionEntries(self.captions, tuple(source.class_names), text.tokenizer, text.rates)
 
     def example_transform(self, source: Any) -> Any:
         """The transform of an example of this data set: the section `transform`, and the tokens of its text if there is one."""
@@ -394,8 +413,8 @@ class Run:
         """
         arrays = {name: CONSTANTS[name](self) for name in self.task.constants()}
         placed = {name: place(tree, self._sharding_of_constant(name, tree)) for name, tree in arrays.items()}
-        if "conditioner" in placed and isinstance(self.conditioner, Text):
-            placed["conditioner"] = text_encoders.with_null(self.conditioner, placed["conditioner"], replicated(self.mesh))
+        if "conditioner" in placed and (text := self.text) is not None:
+            placed["conditioner"] = text_encoders.with_null(text, placed["conditioner"], replicated(self.mesh))
         return placed
 
     @cached_property
@@ -429,7 +448,8 @@ class Run:
 
     def with_config(self, config: ml_collections.ConfigDict) -> "Run":
         """The run of another config, with the same weights of the codec."""
-        return Run(config, devices=self.devices, codec_params=self._codec_params, platform=self.platform)
+        given = {"codec_params": self._codec_params, "empty_text": self._empty_text}
+        return Run(config, devices=self.devices, platform=self.platform, **given)
 
     def with_base(self, base: Any) -> "Run":
         """This run with the frozen parameters of its network, where a part of it is trained; arrays on the host or the mesh."""
@@ -518,7 +538,54 @@ class Run:
                 "leave codec.sha256 empty"
             )
         config.codec.sha256 = sha256
-        return Run(config.lock(), devices=self.devices, codec_params=params, platform=self.platform)
+        given = {"codec_params": params, "empty_text": self._empty_text}
+        return Run(config.lock(), devices=self.devices, platform=self.platform, **given)
+
+    def with_text_encoders(self, workdir: Path | None = None) -> "Run":
+        """This run with `conditioner.sha256` set to the hashes of the text encoders' files.
+
+        workdir: folder of a run. One that was begun has the encoders that it trains in its checkpoints: their files are not read
+            again, and need not exist.
+
+        Raises:
+            UserError: weights are missing, or have another hash than `conditioner.sha256`.
+        """
+        text = self.text
+        if text is None or not text.pretrained:
+            return self
+        file = None if workdir is None else workdir / "config.json"
+        if text.tuned and workdir is not None and file is not None and file.exists() and steps_in(workdir / "checkpoints"):
+            found = read_json(file).get("conditioner", {}).get("sha256", ())
+        else:
+            found = [f"{name}={text_encoders.checked_sha256(text, name)}" for name in text.pretrained]
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.conditioner.sha256 = tuple(found)
+        return self.with_config(config.lock())
+
+    def for_samples_of_text(self, stored_null: Mapping[str, Tensor], what: str) -> "Run":
+        """This run for samples: with the text encoders, or, where their files are not there, with their stored encoding of "".
+
+        Args:
+            stored_null: what the frozen encoders make of ""; {} if it was not stored.
+            what: the run or the file of weights, for messages.
+
+        Raises:
+            UserError: the encoders are missing and nothing is stored; or they are others than those of training.
+        """
+        text = self.text
+        if text is None or not text.frozen:
+            return self
+        if stored_null and not text_encoders.are_there(text):
+            say(
+                f"the text encoders {', '.join(text.frozen)} are not here: only the empty prompt can be drawn; "
+                f"--text_encoders={text.frozen[0]}=<path>,... and --tokenizers=... give them"
+            )
+            empty = text_encoders.null_of(text, stored_null, what)
+            given = {"codec_params": self._codec_params, "empty_text": empty}
+            return Run(self.config, devices=self.devices, platform=self.platform, **given)
+        for name in text.frozen:
+            text_encoders.checked_sha256(text, name)
+        return self
 
     def _codec_path(self, own: Path | None, fetch: bool = True) -> Path:
         given = self.config.codec.path
@@ -543,12 +610,19 @@ class Run:
         missing = failures(lambda: self.source, *checks)
         if "perceptual" in self.task.constants():
             missing += failures(lambda: CONSTANTS["perceptual"](self))
-        if "conditioner" in self.config and isinstance(self.conditioner, Text):
-            missing += failures(*(partial(text_encoders.check, self.conditioner, name) for name in self.conditioner.frozen))
+        if (text := self.text) is not None:
+            missing += failures(*(partial(self._check_encoder, text, name, workdir) for name in text.pretrained))
         if self.has_codec_weights:
             own = workdir / codec_folder.FOLDER if workdir else None
             missing += failures(lambda: self._codec_path(own, fetch=not missing))
         raise_all(missing)
+
+    def _check_encoder(self, text: Text, name: str, workdir: Path | None) -> None:
+        """Raises a UserError if a file of a text encoder is missing that a start in this folder reads."""
+        if name in text.tuned and workdir is not None and steps_in(workdir / "checkpoints"):
+            text.tokenizer_of(name)([""])
+        else:
+            text_encoders.check_files(text, name)
 
     @cached_property
     def sampler(self) -> Any:
@@ -595,6 +669,8 @@ class Run:
                 f"guidance.channels is {guidance.channels} and the data has {channels}; it must be at most {channels}, or None "
                 "for all"
             )
+        if guidance.skip_layers:
+            skipping(self.network, guidance.skip_layers)
         return guidance
 
     @cached_property
@@ -621,6 +697,11 @@ class Run:
             raise UserError(
                 f"forecast.interval is {forecast.interval}, and guidance acts on an interval of t; the forecast needs the "
                 "unconditional output at every t. Set guidance.low = 0 and high = 1, or interval 1"
+            )
+        if layers := self.guidance_by_second_network.skip_layers:
+            raise UserError(
+                f"forecast.interval is {forecast.interval}, and guidance.skip_layers {layers} needs all blocks at other "
+                "times than the forecast; leave one of them out"
             )
         missing = [name for name in ("embed", "run_blocks", "head") if not callable(getattr(self.network, name, None))]
         if missing:
@@ -682,10 +763,13 @@ def _perceptual(run: Run):
     return lpips.load(path)
 
 
-def _text_encoders(conditioner: Any) -> dict[str, Any]:
-    if not isinstance(conditioner, Text):
-        raise UserError(f"the conditioner {type(conditioner).__name__} has constants, and only that of text has weights to read")
-    return text_encoders.read_all(conditioner)
+def _text_encoders(run: Run) -> dict[str, Any]:
+    if isinstance(run.conditioner, EmptyText):
+        return {NULL: run._empty_text}
+    if not isinstance(run.conditioner, Text):
+        name = type(run.conditioner).__name__
+        raise UserError(f"the conditioner {name} has constants, and only that of text has weights to read")
+    return text_encoders.read_all(run.conditioner)
 
 
 PARTS = {  # of a task: parameters of its constructor that are not in its section
@@ -709,7 +793,7 @@ CONSTANTS = {  # by the names of `Task.constants`
     "codec": lambda run: run.codec_params,
     "perceptual": _perceptual,
     "base": lambda run: run.base,
-    "conditioner": lambda run: _text_encoders(run.conditioner),
+    "conditioner": _text_encoders,
 }
 
 

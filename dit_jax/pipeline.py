@@ -26,6 +26,7 @@ from dit_jax.build import Run
 from dit_jax.data.size import parse_size, size_text
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
+from dit_jax.interop import text_encoders as text_weights
 from dit_jax.models.network import position_grid, scales_positions, size_unit
 from dit_jax.parallel import hosts
 from dit_jax.pixels import to_float
@@ -68,6 +69,9 @@ class Options(TypedDict, total=False):
         guidance_interval: guide only for t between two times, as in (0.2, 0.7); 1 is noise.
         guidance_schedule: "constant", or "power_cosine": from 1 at noise to the scale at data (`Guidance.scale_at`).
         guidance_power: of "power_cosine"; a greater one guides less at noisy times.
+        skip_layers: blocks, from 0, without which the network is called once more (`Guidance`), as in (7, 8, 9).
+        skip_scale: of skip-layer guidance; 2.8 by default.
+        skip_interval: shares of the steps between which blocks are skipped, as in (0.01, 0.2); 0 is noise.
         autoguidance: a weaker run or weights file, which guides instead of the network without labels.
         forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
         forecast_order: order of the forecast's Taylor series.
@@ -86,6 +90,9 @@ class Options(TypedDict, total=False):
     guidance_interval: Sequence[float] | None
     guidance_schedule: str | None
     guidance_power: float | None
+    skip_layers: Sequence[int] | None
+    skip_scale: float | None
+    skip_interval: Sequence[float] | None
     autoguidance: str | os.PathLike | None
     forecast_interval: int | None
     forecast_order: int | None
@@ -117,6 +124,8 @@ class Pipeline:
         lora: str | os.PathLike | None = None,
         fsdp: int = 1,
         resolution: int | str | Sequence[int] | None = None,
+        text_encoders: Sequence[str] = (),
+        tokenizers: Sequence[str] = (),
     ):
         opened = trained.read(path)
         self.path, self.average, self._opened, self._dtype = opened.path, average, opened, dtype
@@ -131,6 +140,7 @@ class Pipeline:
             if "path" not in config.codec:
                 raise UserError(f"codec={codec}: codec {config.codec.name!r} has no weights; leave it out")
             config.codec.path, config.codec.sha256 = str(codec), ""
+        _give_text_encoders(config, text_encoders, tokenizers)
         config.mesh = {"data": -1, "fsdp": fsdp}  # the devices of this machine, not those of training
         self._trained_shape = Run(config).image_shape
         self._size = None if resolution is None else _size(resolution)
@@ -142,6 +152,7 @@ class Pipeline:
             )
         is_run = opened.weights is None
         run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
+        run = run.for_samples_of_text(opened.stored_null(), str(opened.path))
         run.task  # raises errors of the config
         self._adapted = None if lora is None else trained.with_adapter(run, lora)
         self.run = run if self._adapted is None else self._adapted.run
@@ -323,8 +334,8 @@ class Pipeline:
         )
         if watched is not None and animation is not None and not done.stopped and hosts.is_first():
             self._animate(animation, watched)
-        # Per image. None for an adaptive sampler, and with a guidance interval, outside of which a step takes one evaluation.
-        per_image = None if guidance.is_partial else drawn.sampler.evaluations(run.process)
+        # Per image. None for an adaptive sampler, and with guidance at some of the steps, whose steps take more evaluations.
+        per_image = None if guidance.is_partial or guidance.skip_layers else drawn.sampler.evaluations(run.process)
         return {
             "out": str(out),
             "grid": str(done.grid),
@@ -517,7 +528,7 @@ class Pipeline:
         seed = job.seed(_whole_number("seed", seed))
         num_samples = None if num_samples is None else _whole_number("num_samples", num_samples)
         config = self._configured(options)
-        run = Run(config, codec_params=self.run.codec_params)
+        run = self.run.with_config(config)
         prompts = self._prompts(labels, num_samples, options)
         if prompts is not None and num_samples is None and len(prompts.texts) > 1:
             num_samples = len(prompts.texts)
@@ -632,9 +643,7 @@ class Pipeline:
         if "guidance_channels" in given:
             config.guidance.channels = _whole_number("guidance_channels", given["guidance_channels"])
         if "guidance_interval" in given:
-            times = [_number("guidance_interval", t) for t in given["guidance_interval"]]
-            if len(times) != 2:
-                raise UserError(f"guidance_interval={given['guidance_interval']}: give two times, as in 0.2,0.7")
+            times = _two_numbers("guidance_interval", given["guidance_interval"], "two times, as in 0.2,0.7")
             config.guidance.low, config.guidance.high = times
         if "guidance_schedule" in given:
             config.guidance.schedule = given["guidance_schedule"]
@@ -644,6 +653,16 @@ class Pipeline:
                 raise UserError(
                     f"guidance_power={given['guidance_power']} has no effect where guidance_schedule is not power_cosine"
                 )
+        if "skip_layers" in given:
+            config.guidance.skip_layers = tuple(_whole_number("skip_layers", layer) for layer in given["skip_layers"])
+        if "skip_scale" in given:
+            config.guidance.skip_scale = _number("skip_scale", given["skip_scale"])
+        if "skip_interval" in given:
+            shares = _two_numbers("skip_interval", given["skip_interval"], "two shares of the steps, as in 0.01,0.2")
+            config.guidance.skip_low, config.guidance.skip_high = shares
+        for name in ("skip_scale", "skip_interval"):
+            if name in given and not config.guidance.get("skip_layers"):
+                raise UserError(f"{name}={given[name]} has no effect without skip_layers; omit it")
         off = {f"guidance_{name}": config.guidance.scale == 1 for name in ("channels", "interval", "schedule", "power")}
         off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
         for name, is_off in off.items():
@@ -754,6 +773,25 @@ def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_coll
     return new
 
 
+def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str], tokenizers: Sequence[str]) -> None:
+    """Sets the paths of text encoders and of tokenizers in place of those of the config, for the encoders that are named.
+
+    Raises:
+        UserError: the network takes no text; the form is not <encoder>=<path>; weights do not exist.
+    """
+    for option, field, given in (("text_encoders", "weights", weights), ("tokenizers", "tokenizers", tokenizers)):
+        if not given:
+            continue
+        if config.get("conditioner", {}).get("name") != "text":
+            raise UserError(f"{option}={','.join(given)}: the network takes no text; leave {option} out")
+        section = config.conditioner
+        names = {entry.partition("=")[0] for entry in given}
+        section[field] = (*(entry for entry in section.get(field, ()) if entry.partition("=")[0] not in names), *given)
+        if option == "text_encoders":
+            for path in Run(config).conditioner.by_encoder(field).values():  # raises for another form too
+                text_weights.find(path)
+
+
 def _size(resolution: int | str | Sequence[int]) -> tuple[int, int]:
     """(height, width) of 256, "256x384" or (256, 384)."""
     if isinstance(resolution, (int, str)):
@@ -774,6 +812,13 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _two_numbers(name: str, values: Any, form: str) -> list[float]:
+    numbers = [_number(name, value) for value in values]
+    if len(numbers) != 2:
+        raise UserError(f"{name}={values}: give {form}")
+    return numbers
+
+
 def load(
     path: str | os.PathLike,
     *,
@@ -784,6 +829,8 @@ def load(
     lora: str | os.PathLike | None = None,
     fsdp: int = 1,
     resolution: int | str | Sequence[int] | None = None,
+    text_encoders: Sequence[str] = (),
+    tokenizers: Sequence[str] = (),
 ) -> Pipeline:
     """Loads a trained network, for `pipe(labels=[3, 5])`.
 
@@ -798,10 +845,16 @@ def load(
         fsdp: number of devices over which the parameters are split.
         resolution: another size of the images than that of training, 384, "256x384" (height first) or (256, 384): the network's
             positions are interpolated, and a warning says that it was not trained so. None, or the trained size, changes nothing.
+        text_encoders: weights of pretrained text encoders in place of those of the config, as ("clip_l=/path", "t5_xxl=/path").
+            Without them, weights of a network with frozen encoders draw the empty prompt alone.
+        tokenizers: folders of their tokenizers, in the same form; without, those beside the weights.
 
     Raises:
         UserError: there is no such network or checkpoint, it is damaged, or the codec is missing or does not fit.
     """
-    pipe = Pipeline(path, codec=codec, step=step, average=average, dtype=dtype, lora=lora, fsdp=fsdp, resolution=resolution)
+    files = {"text_encoders": text_encoders, "tokenizers": tokenizers}
+    pipe = Pipeline(
+        path, codec=codec, step=step, average=average, dtype=dtype, lora=lora, fsdp=fsdp, resolution=resolution, **files
+    )
     pipe._parameters  # read now, not at the first call
     return pipe

@@ -49,7 +49,7 @@ MEANINGS = {  # of the fields that no constructor's docstring has; all fields ar
     "init.freeze": "Patterns of parameters that keep their values, as ('blocks/.*', 'time_embedding/.*').",
     "init.lora.rank": "Rank of low-rank adapters, which are trained alone; 0 is off.",
     "init.lora.alpha": "Scale of the adapters' product times the rank; the rank if unset.",
-    "init.lora.targets": "Patterns of the kernels that get adapters.",
+    "init.lora.targets": "Patterns of the kernels that get adapters; the default stands for those of the network's kind.",
     "init.lora.train": "Patterns of parameters that are trained whole beside the adapters.",
     "imports": "Files of --import that registered constructors; set by the command line.",
     "mesh.zero1": "Split the optimizer's state and the moving average over fsdp, but not the parameters (ZeRO stage 1).",
@@ -149,6 +149,7 @@ def diffusion() -> ml_collections.ConfigDict:
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
     c.guidance.update({"schedule": "constant", "power": 4.0})
+    c.guidance.update({"skip_layers": (), "skip_scale": 2.8, "skip_low": 0.01, "skip_high": 0.2})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     c.validation = {"split": "", "path": ""}
@@ -412,9 +413,9 @@ DIGIT_CAPTIONS: dict[str, Any] = {
 
 def text(c: ml_collections.ConfigDict, encoders: tuple[str, ...], **fields: Any) -> ml_collections.ConfigDict:
     """The config with text as its condition, by these encoders and fields of `encoders.text.Text`."""
-    paths = {"weights": (), "tokenizers": (), "missing": ()}
+    paths = {"weights": (), "tokenizers": (), "sha256": (), "missing": ()}
     sizes = {"lengths": (), "width": 128, "depth": 0, "merges": ()}
-    defaults = {**paths, **sizes, "dropout": (), "mask": False, "pooled": True, "dtype": "bfloat16"}
+    defaults = {**paths, **sizes, "dropout": (), "mask": False, "pooled": True, "trainable": False, "dtype": "bfloat16"}
     c.conditioner = {"name": "text", "encoders": encoders, **defaults, **fields}
     c.captions = {"templates": (), "long_templates": (), "names": (), "long_caption_rate": 0.0}
     c.preview.prompts = ()

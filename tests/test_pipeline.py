@@ -138,6 +138,8 @@ WRONG = {
     "channels without guidance": ({"guidance_channels": 1, "guidance_scale": 1}, "no effect where guidance is off"),
     "order without forecast": ({"forecast_order": 1}, "no effect where forecast_interval is 1"),
     "three times": ({"guidance_interval": (0.1, 0.2, 0.3)}, "give two times"),
+    "scale without skipped layers": ({"skip_scale": 2.0}, "no effect without skip_layers"),
+    "layer of another network": ({"skip_layers": [4]}, "has block 4, and the network has the blocks 0 to 0"),
     "chunk that splits a shard": ({"chunk_size": 5}, "must divide 64"),
     "weights of the same size": ({"autoguidance": "x"}, "needs guidance_scale above 1"),
 }

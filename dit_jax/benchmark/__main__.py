@@ -96,8 +96,10 @@ AXIS = flags.DEFINE_enum(
     "Mesh axis that grows with --what=scaling. The batch size grows with it, from --batch_size at the fewest devices.",
 )
 command_line.group("Sampling")
-SAMPLER = flags.DEFINE_string("sampler", "ddpm", "Sampler of --model, one of those of dit_jax.sample.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Number of sampling steps of --model.")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "Sampler of --model, one of those of dit_jax.sample. Default: ddpm; heun for edm, euler for flow."
+)
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Number of sampling steps of --model. Default: 250; 50 for edm, 28 for flow.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Scale of classifier-free guidance of --model. 1 turns it off.")
 command_line.group("The autoencoder")
 PRESET = flags.DEFINE_string("preset", "sd", "Size of the autoencoder: sd, sd3 or small.")

@@ -140,8 +140,8 @@ def of_model(
     unroll: bool | None = None,
     fsdp: int = 1,
     tensor: int = 1,
-    sampler: str = "ddpm",
-    num_steps: int = 250,
+    sampler: str | None = None,
+    num_steps: int | None = None,
     guidance_scale: float = 1.0,
     devices=None,
 ) -> Subject:
@@ -168,7 +168,8 @@ def of_model(
     )
     network.check(latent_shape)
     task = DiffusionTask(network, process, codec, Labels(num_classes=1000), adamw(), image_shape, latent_shape)
-    return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, sampler, num_steps, guidance_scale, True)
+    draw = _sampler("gaussian", sampler, num_steps)
+    return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, draw, guidance_scale, True)
 
 
 def of_published(
@@ -178,16 +179,18 @@ def of_published(
     fields: Mapping[str, Any],
     fsdp: int = 1,
     tensor: int = 1,
-    sampler: str = "ddpm",
-    num_steps: int = 250,
+    sampler: str | None = None,
+    num_steps: int | None = None,
     guidance_scale: float = 1.0,
     devices=None,
 ) -> Subject:
     """A published network of any kind, "ADM@256", on what it takes: images, or cached latents of an autoencoder.
 
-    The condition of a text network is random embeddings (`Embeddings`).
+    The process is that of its training. The condition of a text network is random embeddings (`Embeddings`).
 
-    fields: of the network, in place of the published ones, as remat.
+    Args:
+        fields: of the network, in place of the published ones, as remat.
+        sampler, num_steps: None for those of DRAWN_BY.
 
     Raises:
         UserError: no such network; it has no such field, or refuses a value, or upsamples; a batch or mesh that does not fit.
@@ -220,23 +223,34 @@ def of_published(
     )
     if guidance_scale != 1 and not guided:
         raise UserError(f"--guidance_scale={guidance_scale}: --model={name} has no null label to be guided with; omit it")
-    return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, sampler, num_steps, guidance_scale, factor > 1)
+    draw = _sampler(published.process, sampler, num_steps)
+    return _drawing(task, make_mesh(-1, fsdp, tensor, devices), batch_size, draw, guidance_scale, factor > 1)
+
+
+DRAWN_BY = {"gaussian": ("ddpm", 250), "edm": ("heun", 50), "flow": ("euler", 28)}  # sampler and steps, by process
+
+
+def _sampler(process: str, name: str | None, num_steps: int | None) -> dict[str, Any]:
+    """The section of a sampler: that of the process, unless another one or other steps are named."""
+    own, steps = DRAWN_BY[process]
+    draw = samplers.default_sampler(name or own)
+    return draw | ({"num_steps": steps if num_steps is None else num_steps} if "num_steps" in draw else {})
 
 
 def _process(published: Published) -> Any:
-    """The process that a network was trained with."""
+    """The process that a network was trained with; a flow is that of Stable Diffusion 3."""
     if published.process == "gaussian":
         learned = published.fields["out_channels"] == 2 * published.input_shape[-1]
         return Gaussian(variance="learned_range" if learned else "fixed_small")
-    return EDM() if published.process == "edm" else Flow(time_distribution="logit_normal", shift=3.0)
+    if published.process == "edm":
+        return EDM()
+    return Flow(time_distribution="logit_normal", shift=3.0, convention="sd3", sampling_grid="sd3")
 
 
 def _drawing(
-    task: DiffusionTask, mesh: Mesh, batch_size: int, sampler: str, num_steps: int, guidance_scale: float, cached: bool
+    task: DiffusionTask, mesh: Mesh, batch_size: int, draw: dict[str, Any], guidance_scale: float, cached: bool
 ) -> Subject:
-    """The subject with a sampler by name; `cached` latents come from a cache, images from a data set."""
-    draw = samplers.default_sampler(sampler)
-    draw |= {"num_steps": num_steps} if "num_steps" in draw else {}
+    """The subject with the section of a sampler; `cached` latents come from a cache, images from a data set."""
     make = registry.get("sampler", draw.pop("name"))
     entry = "moments" if cached else "image"
     return Subject(task, mesh, batch_size, make(**draw), Guidance(guidance_scale), {} if cached else {"codec": {}}, entry)

@@ -19,7 +19,7 @@ from dit_jax.build import Run
 from dit_jax.convert import dit_weights, model_parts, other_networks
 from dit_jax.convert.source import FOREIGN, Source, config_of, network_params, open_weights, origin_of, shapes_of
 from dit_jax.errors import UserError
-from dit_jax.interop import base_file, dinov2, inception, lpips, network_folder, peft, pt_writer, weights
+from dit_jax.interop import base_file, dinov2, inception, lpips, network_folder, peft, pt_writer, text_encoders, weights
 from dit_jax.interop.download import how_to_get
 from dit_jax.interop.tensors import Tensor, check, common_dtype, count, finite, open_safetensors, write_foreign, write_safetensors
 from dit_jax.interop.weights import Weights
@@ -150,7 +150,7 @@ def _read_workdir(source: Source) -> Weights:
         origin["average"] = source.average or average.name
     if names := read_class_names(source.path):
         origin["class_names"] = list(names)
-    return Weights(finite(tensors, str(source.path)), sections, origin)
+    return Weights(finite(tensors, str(source.path)), sections, origin, text_encoders.stored_null(source.path))
 
 
 def _held(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -214,7 +214,7 @@ def with_adapter(to_adapt: Weights, folder: str | os.PathLike) -> Weights:
     adapter = peft.read(folder, shapes, network)
     sections = with_classes(to_adapt.sections, adapter, network)
     origin = to_adapt.origin | {"lora": {"name": local_path(folder).name, "sha256": sha256_of(local_path(folder) / peft.FILE)}}
-    return Weights(adapter.merged(to_adapt.tensors), sections, origin)
+    return Weights(adapter.merged(to_adapt.tensors), sections, origin, to_adapt.null)
 
 
 def with_classes(sections: Mapping[str, Any], adapter: peft.Adapter, network: Any) -> dict[str, Any]:

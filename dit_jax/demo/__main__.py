@@ -31,6 +31,10 @@ AVERAGE = flags.DEFINE_string(
     "Weights of a run: its moving average, none for the weights themselves, or another average: 0.9995, power:0.075.",
 )
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
+TEXT_ENCODERS = flags.DEFINE_list(
+    "text_encoders", [], "Weights of pretrained text encoders, as in clip_l=/path,t5_xxl=/path. Default: the config's."
+)
+TOKENIZERS = flags.DEFINE_list("tokenizers", [], "Folders of their tokenizers, in the same form. Default: beside the weights.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the network's computation. Default: the config's.")
 command_line.group("The server")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for every network of this machine.")
@@ -43,7 +47,7 @@ MAX_IMAGES = flags.DEFINE_integer("max_images", 64, "Images of a request.", lowe
 MAX_STEPS = flags.DEFINE_integer("max_steps", 1000, "Sampling steps of a request.", lower_bound=1)
 MAX_QUEUED = flags.DEFINE_integer("max_queued", 16, "Requests that wait; more are refused.", lower_bound=1)
 
-SERVER = {"dtype", "codec_path", "host", "port", "hosts", "max_images", "max_steps", "max_queued"}
+SERVER = {"dtype", "codec_path", "text_encoders", "tokenizers", "host", "port", "hosts", "max_images", "max_steps", "max_queued"}
 USES = {
     "--workdir": {"workdir", "step", "average", *SERVER},
     "--weights": {"weights", *SERVER},
@@ -74,7 +78,8 @@ def main() -> dict:
     source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
     with server.bind(HOST.value, PORT.value) as listening:
-        pipe = pipeline.load(source, codec=CODEC_PATH.value, step=STEP.value, average=AVERAGE.value, dtype=DTYPE.value)
+        files = {"codec": CODEC_PATH.value, "text_encoders": TEXT_ENCODERS.value, "tokenizers": TOKENIZERS.value}
+        pipe = pipeline.load(source, step=STEP.value, average=AVERAGE.value, dtype=DTYPE.value, **files)
         name = local_path(source).absolute().name
         worker = Worker(pipe, MAX_QUEUED.value)
         app = server.app(Schema(pipe, name, Limits(MAX_IMAGES.value, MAX_STEPS.value)), worker, HOSTS.value)

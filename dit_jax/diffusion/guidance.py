@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from dit_jax.diffusion.process import Network, expand
@@ -51,8 +52,15 @@ class Guidance:
         schedule: of the scale over t, one of SCHEDULES, see `scale_at`. It applies to the guided channels and inside the
             interval; outside of it the scale is 1.
         power: of "power_cosine", positive; 4 in DiffiT. A greater power guides less at noisy times.
+        skip_layers: numbers of the network's blocks, from 0, without which it is called once more: skip-layer guidance adds
+            skip_scale (strong - the output without these blocks) to the guided channels. () turns it off. Stable Diffusion 3.5
+            medium has 7, 8, 9.
+        skip_scale: of skip-layer guidance, at least 0.
+        skip_low, skip_high: shares of the sampler's steps; skip-layer guidance acts at step i of n with
+            skip_low n < i < skip_high n, counted from noise. It does not depend on low, high and schedule.
 
-    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance).
+    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); the released sampling code
+    of Stable Diffusion 3.5 (skip-layer guidance), with the steps of diffusers.
     """
 
     scale: float = 1.0
@@ -61,8 +69,14 @@ class Guidance:
     high: float = 1.0
     schedule: str = "constant"
     power: float = 4.0
+    skip_layers: tuple[int, ...] = ()
+    skip_scale: float = 2.8
+    skip_low: float = 0.01
+    skip_high: float = 0.2
 
     def __post_init__(self):
+        given = self.skip_layers  # a config that was read from JSON gives a list
+        object.__setattr__(self, "skip_layers", (given,) if isinstance(given, int) else tuple(given))
         if not 0 <= self.scale < float("inf"):
             raise UserError(
                 f"guidance.scale is {self.scale}; it must be at least 0 (1 turns guidance off, 0 ignores the condition)"
@@ -75,6 +89,15 @@ class Guidance:
             raise UserError(f"guidance.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
         if not 0 < self.power < float("inf"):
             raise UserError(f"guidance.power is {self.power}; it must be positive")
+        if not all(type(layer) is int and layer >= 0 for layer in self.skip_layers):
+            raise UserError(f"guidance.skip_layers is {self.skip_layers}; it must be numbers of blocks, from 0, as in (7, 8, 9)")
+        if not 0 <= self.skip_scale < float("inf"):
+            raise UserError(f"guidance.skip_scale is {self.skip_scale}; it must be at least 0")
+        if not 0 <= self.skip_low < self.skip_high <= 1:
+            raise UserError(
+                f"guidance.skip_low is {self.skip_low} and guidance.skip_high {self.skip_high}; 0 <= skip_low < skip_high <= 1 "
+                "is required"
+            )
 
     @property
     def active(self) -> bool:
@@ -99,8 +122,34 @@ class Guidance:
         rest = jnp.clip(1 - (jnp.asarray(t, jnp.float32) - first_time), 0, 1)
         return 1 + (self.scale - 1) * (1 - jnp.cos(jnp.pi * rest**self.power)) / 2
 
+    def skip_times(self, times: np.ndarray) -> tuple[float, float]:
+        """The times between which skip-layer guidance acts, for the grid [n + 1] of a sampler.
+
+        They lie halfway between the times of two steps, so that rounding does not move a step over an end.
+
+        Raises:
+            UserError: no step lies between skip_low and skip_high.
+        """
+        n = len(times) - 1
+        acts = [i for i in range(n) if n * self.skip_low < i < n * self.skip_high]
+        if not acts:
+            raise UserError(
+                f"guidance.skip_low {self.skip_low} to skip_high {self.skip_high} has none of the {n} sampling steps, 0 to "
+                f"{n - 1}; raise skip_high or take more steps"
+            )
+        first, last = acts[0], acts[-1]
+        high = float("inf") if first == 0 else (times[first - 1] + times[first]) / 2
+        return float((times[last] + times[last + 1]) / 2), float(high)
+
     def __call__(
-        self, network: Network, cond: Any, null_cond: Any, weak: Network | None = None, first_time: float = 0.0
+        self,
+        network: Network,
+        cond: Any,
+        null_cond: Any,
+        weak: Network | None = None,
+        first_time: float = 0.0,
+        skipped: Network | None = None,
+        skip_times: tuple[float, float] = (0.0, 1.0),
     ) -> Callable:
         """Binds the conditions.
 
@@ -109,6 +158,8 @@ class Guidance:
             cond, null_cond: dicts of arrays [B, ...] with the same keys.
             weak: the second network of autoguidance; null_cond is then not used.
             first_time: the process's `min_time`, see `scale_at`.
+            skipped: the network without `skip_layers`; None for no skip-layer guidance.
+            skip_times: see the method of that name.
 
         Returns:
             (x, t, network_time; both scalars or f32[B]) -> the guided output, shaped as the network's.
@@ -119,18 +170,44 @@ class Guidance:
 
         def guided(x, t, time, inside):
             strong, weaker = (unguided(x, time), weak(x, time, cond)) if weak else run_pairs(network, x, time, cond, null_cond)
-            return self.extrapolate(strong, weaker, inside, x.shape[-1], self.scale_at(t, first_time))
+            return self.extrapolate(strong, weaker, inside, x.shape[-1], self.scale_at(t, first_time)), strong
 
-        def call(x, t, network_time):
-            time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
+        def both(x, t, time):
+            """(guided output, the strong output)."""
             if not self.active:
-                return unguided(x, time)
+                return (unguided(x, time),) * 2
             if not self.is_partial:
                 return guided(x, t, time, True)
             inside = jnp.asarray((self.low <= t) & (jnp.minimum(t, 1) <= self.high))  # t is above 1 where a sampler adds noise
-            return jax.lax.cond(inside.any(), lambda: guided(x, t, time, inside), lambda: unguided(x, time))
+            used = slice(1 if skipped is None else 2)  # without skip-layer guidance the strong output is not kept
+            outputs = jax.lax.cond(
+                inside.any(), lambda: guided(x, t, time, inside)[used], lambda: (unguided(x, time),) * len(range(2)[used])
+            )
+            return outputs[0], outputs[-1]
+
+        def call(x, t, network_time):
+            time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
+            output, strong = both(x, t, time)
+            if skipped is None:
+                return output
+            inside = jnp.asarray((skip_times[0] <= t) & (t <= skip_times[1]))
+
+            def without_layers():
+                count = self._count(x.shape[-1])
+                more = self.skip_scale * (strong - skipped(x, time, cond))[..., :count]
+                return output.at[..., :count].add(jnp.where(expand(inside, more), more, 0))
+
+            return jax.lax.cond(inside.any(), without_layers, lambda: output)
 
         return call
+
+    def _count(self, channels: int) -> int:
+        """Number of guided channels of data with `channels`."""
+        if self.channels is not None and self.channels > channels:
+            raise UserError(
+                f"guidance.channels is {self.channels} and the data has {channels}; ask for at most {channels}, or None for all"
+            )
+        return self.channels or channels
 
     def extrapolate(
         self, strong: jax.Array, weak: jax.Array, inside: ArrayLike, channels: int, scale: jax.Array | float
@@ -139,11 +216,7 @@ class Guidance:
 
         scale: of `scale_at`, a scalar or [B].
         """
-        if self.channels is not None and self.channels > channels:
-            raise UserError(
-                f"guidance.channels is {self.channels} and the data has {channels}; ask for at most {channels}, or None for all"
-            )
-        count = self.channels or channels
+        count = self._count(channels)
         scale = scale if self.schedule == "constant" else expand(scale, strong)
         guided = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
         guided = jnp.where(expand(inside, guided), guided, strong[..., :count])

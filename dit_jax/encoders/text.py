@@ -28,6 +28,7 @@ T5 = "t5_"  # with a size of `t5.SIZES` behind it
 CONTEXT, POOLED, MASK = "context", "pooled", "context_mask"  # entries of the condition
 TOKENS, PRESENT, NEGATIVE = "tokens_", "present", "negative_"  # names of a batch's entries, or their beginnings
 NULL = "null"  # entry of the constants: what the frozen encoders make of ""
+EMPTY = "empty"  # entry of a batch of `EmptyText`
 LENGTHS = {"bytes": 64, "bpe": 64}
 CLIP_LENGTH, T5_LENGTH = 77, 77
 HEAD_WIDTH = 64
@@ -113,8 +114,9 @@ class Text:
     """Texts as {"context": f32[B, M, C], "pooled": f32[B, P]}, by a list of encoders. The null condition is the encoding of "".
 
     The CLIP encoders' contexts are joined along channels; those of the others follow along tokens. All are filled with zeros to
-    the widest, C. Pooled texts are joined. A missing or dropped encoder contributes zeros. Pretrained encoders are frozen; bytes
-    and bpe are small and trained with the network. Stable Diffusion 3 has encoders clip_l, clip_g, t5_xxl.
+    the widest, C. Pooled texts are joined. A missing or dropped encoder contributes zeros. Pretrained encoders are frozen, unless
+    they are trainable; bytes and bpe are small and trained with the network. Stable Diffusion 3 has encoders clip_l, clip_g,
+    t5_xxl.
 
     A batch has "tokens_<encoder>" int32[B, M] for each encoder that is not missing, and "present" bool[B, number of encoders] if
     encoders are dropped. Requests are {"caption": N texts}, and "negative": N texts that replace the null condition.
@@ -123,6 +125,7 @@ class Text:
         encoders: of bytes, bpe (trained); t5_small, t5_base, t5_large, t5_xl, t5_xxl, clip_l, clip_g, clip_b32 (pretrained).
         lengths: tokens M of each encoder; empty for 64 of bytes and bpe, and 77 of the others.
         weights: folders or files of pretrained encoders in Hugging Face's layout, as ("clip_l=/path", "t5_xxl=/path").
+        sha256: SHA-256 that the weights' files must have, in the same form; any if empty. Set when they are read.
         tokenizers: folders of their tokenizers, in the same form; an encoder without one has its tokenizer beside its weights.
         missing: encoders that are not used; they contribute zeros, as Stable Diffusion 3 without T5.
         dropout: rate at which each encoder is dropped from an example of training; one rate for all, or one each; empty for none.
@@ -131,7 +134,8 @@ class Text:
         merges: the byte pairs of bpe, one id after another, as `tokens.BytePairs.learned` finds them in captions.
         mask: give "context_mask" to the network and to T5, so that padding is not attended to (PixArt). Without it padding is.
         pooled: give "pooled" to the network, if an encoder has it; all but T5 have.
-        dtype: of pretrained encoders' weights and activations.
+        trainable: train the pretrained encoders with the network, from their weights on; they are then parameters in float32.
+        dtype: of pretrained encoders' activations, and of their weights if they are frozen.
 
     Source: Esser et al. 2024 (arXiv 2403.03206), section 4 and appendix B.3.
     """
@@ -140,6 +144,7 @@ class Text:
     lengths: tuple[int, ...] = ()
     weights: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
+    sha256: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     dropout: tuple[float, ...] = ()
     width: int = 128
@@ -147,18 +152,24 @@ class Text:
     merges: tuple[int, ...] = ()
     mask: bool = False
     pooled: bool = True
+    trainable: bool = False
     dtype: layers.Dtype = jnp.bfloat16
 
     num_classes = 0
     takes_text = True
 
     def __post_init__(self):
-        for name in ("encoders", "lengths", "weights", "tokenizers", "missing", "dropout", "merges"):
+        for name in ("encoders", "lengths", "weights", "tokenizers", "sha256", "missing", "dropout", "merges"):
             value = getattr(self, name)  # a config that was read from JSON gives lists
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int, float)) else tuple(value))
         self._check_encoders()
-        for name in ("weights", "tokenizers"):
-            self._paths(name)
+        for name in ("weights", "tokenizers", "sha256"):
+            self.by_encoder(name)
+        if self.trainable and not self.pretrained:
+            raise UserError(
+                f"conditioner.trainable is True, and none of {', '.join(self.used)} is pretrained (bytes and bpe are always "
+                "trained); leave it out"
+            )
         if len(self.dropout) not in (0, 1, len(self.encoders)) or not all(0 <= rate < 1 for rate in self.dropout):
             raise UserError(
                 f"conditioner.dropout is {self.dropout}; give one rate from 0 to below 1, or one for each of the "
@@ -191,15 +202,16 @@ class Text:
         if "bpe" in self.encoders and len(self.merges) % 2:
             raise UserError(f"conditioner.merges has {len(self.merges)} ids; it must have two for each pair")
 
-    def _paths(self, field: str) -> dict[str, str]:
-        """{encoder: path} of `weights` or `tokenizers`."""
+    def by_encoder(self, field: str) -> dict[str, str]:
+        """{encoder: value} of `weights`, `tokenizers` or `sha256`."""
         found = {}
         for entry in getattr(self, field):
             name, equals, path = entry.partition("=")
             if not equals or name not in self.encoders or name in TRAINED or name in found:
                 pretrained = [name for name in self.encoders if name not in TRAINED]
+                value = "SHA-256" if field == "sha256" else "path"
                 raise UserError(
-                    f"conditioner.{field} has {entry!r}; write <encoder>=<path>, once for each of "
+                    f"conditioner.{field} has {entry!r}; write <encoder>=<{value}>, once for each of "
                     f"{', '.join(pretrained) or 'the pretrained encoders (there is none)'}"
                 )
             found[name] = path
@@ -211,9 +223,24 @@ class Text:
         return tuple(name for name in self.encoders if name not in self.missing)
 
     @property
-    def frozen(self) -> tuple[str, ...]:
+    def pretrained(self) -> tuple[str, ...]:
         """The pretrained encoders that are not missing."""
         return tuple(name for name in self.used if name not in TRAINED)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The encoders whose weights are constants."""
+        return () if self.trainable else self.pretrained
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The pretrained encoders that are trained."""
+        return self.pretrained if self.trainable else ()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The encoders whose weights are parameters."""
+        return tuple(name for name in self.used if name not in self.frozen)
 
     def length(self, name: str) -> int:
         """Tokens of an encoder."""
@@ -227,11 +254,12 @@ class Text:
         Raises:
             UserError: there is none.
         """
-        path = self._paths("weights").get(name, "")
+        path = self.by_encoder("weights").get(name, "")
         if not path:
             raise UserError(
                 f"conditioner.weights has no path for {name}; give --config.conditioner.weights={name}=<folder or .safetensors "
-                f"file>, or leave the encoder out with --config.conditioner.missing={name}"
+                f"file> (to sample, --text_encoders={name}=...), or leave the encoder out with "
+                f"--config.conditioner.missing={name}"
             )
         return path
 
@@ -246,9 +274,14 @@ class Text:
             return tokens.Bytes(length)
         if name == "bpe":
             return tokens.BytePairs(tuple(zip(self.merges[::2], self.merges[1::2], strict=True)), length)
-        path = self._paths("tokenizers").get(name) or self.weights_of(name)
+        path = self.by_encoder("tokenizers").get(name) or self.by_encoder("weights").get(name)
+        if not path:
+            raise UserError(
+                f"{name} has no tokenizer; give --config.conditioner.tokenizers={name}=<its folder> (to sample, "
+                f"--tokenizers={name}=...)"
+            )
         if name in CLIPS:
-            return tokens.CLIPTokens(path, length, pad=0 if name == "clip_g" else clip_text.END)
+            return tokens.CLIPTokens(path, length, pad=clip_pad(name))
         return tokens.T5Tokens(path, length)
 
     @cached_property
@@ -261,7 +294,7 @@ class Text:
         if name in TRAINED:
             vocabulary = tokens.FIRST_BYTE + 256 + (len(self.merges) // 2 if name == "bpe" else 0)
             return TokenEncoder(vocabulary, self.length(name), self.width, self.depth)
-        dtypes = {"dtype": self.dtype, "param_dtype": self.dtype}
+        dtypes = {"dtype": self.dtype, "param_dtype": jnp.float32 if self.trainable else self.dtype}
         return CLIPText.of(CLIPS[name], **dtypes) if name in CLIPS else T5Encoder.of(name.removeprefix(T5), **dtypes)
 
     def _widths(self, name: str) -> tuple[int, int]:
@@ -276,10 +309,19 @@ class Text:
     def rules(self) -> Rules:
         return tuple(
             (rf"conditioner/{name}/(?:.*/)?{pattern}", spec)
-            for name in self.used
-            if name in TRAINED
-            for pattern, spec in TokenEncoder.rules
+            for name in self.trained
+            for pattern, spec in self.network(name).rules
         )
+
+    @property
+    def matrices(self) -> dict[str, str]:
+        """As of `models.network.Network`, of the encoders' kernels."""
+        kinds = {"attention/qkv": "isoo", "attention/out": "iio", "mlp/out": "io", "projection": "io"}
+        return {
+            rf"conditioner/{name}/(?:.*/)?{layer}/kernel": own
+            for name in self.trained
+            for layer, own in (*kinds.items(), ("mlp/in", "iso" if name.startswith(T5) else "io"))
+        }
 
     @property
     def constant_rules(self) -> Rules:
@@ -288,12 +330,12 @@ class Text:
         return (*own, (rf"{NULL}/.*", ()))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        trained = [name for name in self.used if name in TRAINED]
-        keys = jax.random.split(key, max(len(trained), 1))
+        keys = jax.random.split(key, max(len(self.trained), 1))
         params = {}
-        for name, own in zip(trained, keys, strict=False):
+        for name, own in zip(self.trained, keys, strict=False):
             ids = jnp.zeros((1, self.length(name)), jnp.int32)
-            params[name] = self.network(name).init(own, ids, ids == 0)["params"]
+            mask = (ids == 0,) if name in TRAINED else ()
+            params[name] = self.network(name).init(own, ids, *mask)["params"]
         return params
 
     def constants(self) -> dict[str, Any]:
@@ -308,7 +350,13 @@ class Text:
 
     def empty_tokens(self) -> dict[str, np.ndarray]:
         """{frozen encoder: int32[1, M]} of the text ""."""
-        return {name: self.tokenizer_of(name)([""]).ids for name in self.frozen}
+        return {name: self._empty(name) for name in self.frozen}
+
+    def _empty(self, name: str) -> np.ndarray:
+        """int32[1, M]: the tokens of "", which need no files: the end of the text, and CLIP's start before it."""
+        if name in CLIPS:
+            return tokens.padded([[clip_text.START]], self.length(name), clip_text.END, clip_pad(name))[0]
+        return tokens.padded([[]], self.length(name), tokens.END, tokens.PAD)[0]
 
     def encode_empty(self, weights: Mapping[str, Any], ids: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
         """The entry NULL of the constants, of the frozen encoders' weights and `empty_tokens`."""
@@ -341,7 +389,7 @@ class Text:
     def from_batch(self, params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         parts = {}
         for name in self.used:
-            weights = (params if name in TRAINED else constants)[name]
+            weights = (constants if name in self.frozen else params)[name]
             parts[name] = self._encode(name, weights, batch[TOKENS + name])
         return self._joined(parts, batch.get(PRESENT))
 
@@ -389,11 +437,14 @@ class Text:
 
     def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The encoding of ""; that of frozen encoders is in the constants."""
-        rows, parts = len(cond[CONTEXT]), {}
+        return self.encoded_empty(params, constants, len(cond[CONTEXT]))
+
+    def encoded_empty(self, params: Any, constants: Any, rows: int) -> dict[str, jax.Array]:
+        """The condition of `rows` empty texts; of the constants it reads NULL alone."""
+        parts = {}
         for name in self.used:
-            if name in TRAINED:
-                ids = jnp.asarray(self.tokenizer_of(name)([""]).ids)
-                parts[name] = self._encode(name, params[name], jnp.repeat(ids, rows, axis=0))
+            if name in self.trained:
+                parts[name] = self._encode(name, params[name], jnp.repeat(jnp.asarray(self._empty(name)), rows, axis=0))
             else:
                 one = {key: jnp.repeat(x, rows, axis=0) for key, x in constants[NULL][name].items()}
                 parts[name] = Part(one["context"], one.get("pooled"), one["mask"])
@@ -416,6 +467,71 @@ class Text:
             counts = {name: len(x) for name, x in entries.items()}
             raise UserError(f"the numbers of prompts and of negative prompts differ: {counts}; give one of each for every image")
         return entries
+
+
+@dataclass(frozen=True)
+class EmptyText:
+    """`Text` without the files of its frozen encoders: it has their stored encoding of "", and reads the empty text alone.
+
+    A batch has "empty" int32[B], whose values do not count.
+
+    Fields:
+        text: the conditioner of the config.
+    """
+
+    text: Text
+
+    num_classes = 0
+    takes_text = True
+
+    @property
+    def rules(self) -> Rules:
+        return self.text.rules
+
+    @property
+    def constant_rules(self) -> Rules:
+        return ((rf"{NULL}/.*", ()),)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        return self.text.init(key)
+
+    def constants(self) -> dict[str, Any]:
+        return {NULL: self.text.constants()[NULL]}
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {EMPTY: jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def cond_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return self.text.cond_spec()
+
+    def from_batch(self, params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return self.text.encoded_empty(params, constants, len(batch[EMPTY]))
+
+    def null(self, params: Any, constants: Any, cond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return self.text.null(params, constants, cond)
+
+    def from_requests(self, requests: Requests) -> Requests:
+        """{"empty": int32[N]}.
+
+        Raises:
+            UserError: a text is not empty.
+        """
+        if EMPTY in requests:
+            return {EMPTY: requests[EMPTY]}
+        for what in ("caption", "negative"):
+            if given := [text for text in _texts(requests.get(what, ()), what) if text]:
+                names = self.text.frozen
+                raise UserError(
+                    f"the {what} {_short(given[0])} needs the text encoders {', '.join(names)}, which are not here; give "
+                    f"{' and '.join(f'{flag}={names[0]}=<path>,...' for flag in ('--text_encoders', '--tokenizers'))} "
+                    "(text_encoders= and tokenizers= of load), or draw without a text"
+                )
+        return {EMPTY: np.zeros(len(requests["caption"]), np.int32)}
+
+
+def clip_pad(name: str) -> int:
+    """The id of padding of a CLIP encoder: 0 for the bigG of Stable Diffusion, else the end."""
+    return 0 if name == "clip_g" else clip_text.END
 
 
 def _texts(given: Any, what: str) -> list[str]:

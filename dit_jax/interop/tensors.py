@@ -164,7 +164,8 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
         for name in file.keys():  # noqa: SIM118 (it is not a dict)
             part = file.get_slice(name)
             if part.get_dtype() not in CODES:
-                raise UserError(f"{path}: {name} has dtype {part.get_dtype()}; one of {', '.join(CODES)} is needed")
+                remedy = "; give the same weights in bfloat16 or float16" if part.get_dtype().startswith("F8") else ""
+                raise UserError(f"{path}: {name} has dtype {part.get_dtype()}; one of {', '.join(CODES)} is needed{remedy}")
             tensors[name] = Tensor(tuple(part.get_shape()), CODES[part.get_dtype()], functools.partial(file.get_tensor, name))
     except SafetensorError as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}); download or write it again") from None

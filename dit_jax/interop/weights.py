@@ -1,6 +1,8 @@
 """The weights file of dit_jax: one .safetensors with the parameters and everything that sampling needs to know of the model.
 
-The tensors are the network's parameters under their paths ("blocks/attention/qkv/kernel", blocks stacked). The header's
+The tensors are the network's parameters under their paths ("blocks/attention/qkv/kernel", blocks stacked); of a network with
+frozen text encoders also what they make of the empty text ("null_condition/clip_l/context"), without which it could not be
+sampled where the encoders are not. The header's
 metadata has three strings: `dit_jax`, the version of the format; `config`, JSON of the config sections below; `origin`, JSON of
 where the weights came from. Sampling from the file needs no workdir and nothing of the machine that wrote it.
 """
@@ -8,6 +10,7 @@ where the weights came from. Sampling from the file needs no workdir and nothing
 import json
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,25 +26,32 @@ from dit_jax.storage.paths import local_path
 from dit_jax.storage.upgrade import upgrade_stored
 
 VERSION = "1"
+NULL = "null_condition/"  # begins the names of the tensors of `Weights.null`
 SECTIONS = ("task", "model", "conditioner", "process", "codec", "transform", "sampler", "guidance", "ema_decay", "imports")
 
 
 class Weights(NamedTuple):
-    """Parameters by path, the config sections that describe their model, and their origin."""
+    """Parameters by path, the config sections that describe their model, and their origin.
+
+    null: what frozen text encoders make of "", by encoder and entry ("clip_l/context"); {} if it is not known.
+    """
 
     tensors: Mapping[str, Tensor]
     sections: dict[str, Any]
     origin: dict[str, Any]
+    null: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that a weights file stores; the codec's path, specific to a machine, is emptied.
+    """The sections of a resolved config that a weights file stores; paths, specific to a machine, are emptied.
 
-    The name of a published codec stays.
+    They are those of the codec and of text encoders. The name of a published codec stays, and so do their SHA-256.
     """
     sections = {name: config[name] for name in SECTIONS if name in config}
     if "path" in sections["codec"] and sections["codec"]["path"] not in vae.PUBLISHED:
         sections["codec"] = {**sections["codec"], "path": ""}
+    if sections.get("conditioner", {}).get("name") == "text":
+        sections["conditioner"] = {**sections["conditioner"], "weights": (), "tokenizers": ()}
     return sections
 
 
@@ -55,7 +65,9 @@ def write(path: str | os.PathLike, weights: Weights) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     write_safetensors(
-        path, weights.tensors, {"dit_jax": VERSION, "config": json.dumps(weights.sections), "origin": json.dumps(weights.origin)}
+        path,
+        {**weights.tensors, **{NULL + name: x for name, x in weights.null.items()}},
+        {"dit_jax": VERSION, "config": json.dumps(weights.sections), "origin": json.dumps(weights.origin)},
     )
 
 
@@ -86,7 +98,8 @@ def read(path: str | os.PathLike) -> Weights:
         del sections["task"]
     origin = json_object(metadata["origin"], what, remedy)
     user_code.expect(sections.get("imports", ()))
-    return Weights(tensors, sections, origin)
+    null = {name.removeprefix(NULL): x for name, x in tensors.items() if name.startswith(NULL)}
+    return Weights({name: x for name, x in tensors.items() if not name.startswith(NULL)}, sections, origin, null)
 
 
 def load(path: str | os.PathLike, tree: Any) -> Any:

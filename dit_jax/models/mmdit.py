@@ -49,6 +49,10 @@ MATRICES = {  # see `Network.matrices`
     r"(\w+)/(context_)?mlp/(in|out)/kernel": "io",
     r"(\w+)/(context_)?modulation/linear/kernel": "iso",
 }
+LORA_TARGETS = (
+    r"(dual|blocks|last)/(context_)?(qkv|qkv_2|out|out_2)/kernel",
+    r"(dual|blocks|last)/(context_)?mlp/(in|out)/kernel",
+)
 CONTEXT, POOLED = "context", "pooled"  # entries of the condition
 
 
@@ -268,6 +272,7 @@ class MMDiT(TokenBlocks, nn.Module):
 
     rules = RULES
     matrices = MATRICES
+    lora_targets = LORA_TARGETS
     published = PUBLISHED
     remat_policies = CHOICES
 

@@ -26,12 +26,14 @@ class Network(Protocol):
 
     A network that can be trained with Muon or with adapters (LoRA) also has `matrices`, {pattern of paths: kinds of the trailing
     axes}: "i" for inputs, "o" for outputs, "s" for separate matrices. [D, 3, H, E], the kernel of queries, keys and values, is
-    "isoo". Axes before those, as of a stack of blocks, are separate matrices too. A network with labels may have `label_table`,
-    the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be trained from its
-    weights. A network with labels but without the null label says so by `has_null_label = False`: it has no classifier-free
-    guidance. A parameter named "constant", such as random Fourier features, is drawn at the start, saved, and never trained or
-    counted. A network may have a function `family(fields)` of its section of a config, which names models that belong together
-    in the figures of a sweep; without it, all networks of a name do.
+    "isoo". Axes before those, as of a stack of blocks, are separate matrices too. `lora_targets` are the patterns of the kernels
+    that adapters change by default, where they are not those of `tasks.adaptation.TARGETS`. A network with labels may have
+    `label_table`, the path of its table [num_classes + 1, width] whose last row is the null label: other classes can then be
+    trained from its weights. A network with labels but without the null label says so by `has_null_label = False`: it has no
+    classifier-free guidance. A network of `depth` blocks in sequence whose `control` takes "keep", bool[depth], says so by
+    `skips_blocks = True`: skip-layer guidance needs it. A parameter named "constant", such as random Fourier features, is drawn
+    at the start, saved, and never trained or counted. A network may have a function `family(fields)` of its section of a config,
+    which names models that belong together in the figures of a sweep; without it, all networks of a name do.
     """
 
     @property
@@ -180,6 +182,25 @@ def label_vectors(
 def has_null_label(network: Network) -> bool:
     """See `Network`; True if the network does not say."""
     return bool(getattr(network, "has_null_label", True))
+
+
+def skipping(network: Network, layers: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The control of a call without these blocks: {"keep": bool[depth]}, see `Network`.
+
+    Raises:
+        UserError: the network cannot skip blocks, has no block of such a number, or none would be left.
+    """
+    if not getattr(network, "skips_blocks", False):
+        raise UserError(
+            f"guidance.skip_layers is {layers}, and {type(network).__name__} cannot skip blocks; leave guidance.skip_layers empty"
+        )
+    depth: int = network.depth  # type: ignore[attr-defined]
+    if wrong := [layer for layer in layers if not 0 <= layer < depth]:
+        raise UserError(f"guidance.skip_layers has block {wrong[0]}, and the network has the blocks 0 to {depth - 1}")
+    keep = np.isin(np.arange(depth), layers, invert=True)
+    if not keep.any():
+        raise UserError(f"guidance.skip_layers has all {depth} blocks of the network; leave some of them")
+    return {"keep": keep}
 
 
 def check_labels(label: Any, batch: int, num_classes: int, null: bool = True) -> None:

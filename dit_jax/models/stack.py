@@ -89,7 +89,12 @@ def stored_units(depth: int, remat: str, tensor: int) -> int:
 
 
 class TokenBlocks:
-    """`models.network.Planned` of a transformer of equal blocks, with fields depth, width, remat and dtype, and `num_tokens`."""
+    """`models.network.Planned` of a transformer of equal blocks, with fields depth, width, remat and dtype, and `num_tokens`.
+
+    Its control takes "keep" (`blocks_to_keep`).
+    """
+
+    skips_blocks = True
 
     def activation_bytes(self: Any, latent_shape: Shape, rows: int, mesh_shape: Mapping[str, int]) -> int:
         units = stored_units(self.depth, self.remat, mesh_shape["tensor"])

@@ -40,6 +40,10 @@ AVERAGE = flags.DEFINE_string(
 )
 LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is added to the weights.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
+TEXT_ENCODERS = flags.DEFINE_list(
+    "text_encoders", [], "Weights of pretrained text encoders, as in clip_l=/path,t5_xxl=/path. Default: the config's."
+)
+TOKENIZERS = flags.DEFINE_list("tokenizers", [], "Folders of their tokenizers, in the same form. Default: beside the weights.")
 command_line.group("What to draw")
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images. Default: 64; 8 of --job=interpolate; one for each label of --job=edit and inpaint."
@@ -117,6 +121,13 @@ GUIDANCE_SCHEDULE = flags.DEFINE_enum(
     "the config's.",
 )
 GUIDANCE_POWER = flags.DEFINE_float("guidance_power", None, "Of power_cosine; a greater one guides less at noisy times.")
+SKIP_LAYERS = flags.DEFINE_list(
+    "skip_layers", [], "Skip-layer guidance: blocks, from 0, without which the network is called once more, as in 7,8,9."
+)
+SKIP_SCALE = flags.DEFINE_float("skip_scale", None, "Scale of skip-layer guidance. Default: the config's, 2.8.")
+SKIP_INTERVAL = flags.DEFINE_list(
+    "skip_interval", [], "Shares of the steps between which blocks are skipped, from noise. Default: the config's, 0.01,0.2."
+)
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
     None,
@@ -184,12 +195,12 @@ def fields_of_sampler() -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def interval() -> list[float] | None:
+def numbers(flag: Any, kind: type, form: str) -> list[Any] | None:
+    """The numbers of a list flag; None if it is not given."""
     try:
-        return [float(text) for text in GUIDANCE_INTERVAL.value] or None
+        return [kind(text) for text in flag.value] or None
     except ValueError:
-        given = ",".join(GUIDANCE_INTERVAL.value)
-        raise UserError(f"--guidance_interval={given}: give two times, as in 0.2,0.7") from None
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: give {form}") from None
 
 
 SOURCES = {"--workdir": {"workdir", "step", "average"}, "--weights": {"weights"}}
@@ -238,7 +249,10 @@ def main() -> dict:
     check_flags()
     source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
-    labels, sampler_fields, guidance_interval, fields = chosen_labels(), fields_of_sampler(), interval(), job_fields()
+    labels, sampler_fields, fields = chosen_labels(), fields_of_sampler(), job_fields()
+    guidance_interval = numbers(GUIDANCE_INTERVAL, float, "two times, as in 0.2,0.7")
+    skip_layers = numbers(SKIP_LAYERS, int, "numbers of blocks, as in 7,8,9")
+    skip_interval = numbers(SKIP_INTERVAL, float, "two shares of the steps, as in 0.01,0.2")
     prompts, count = chosen_prompts(), NUM_SAMPLES.value
     several = prompts is not None and len(prompts.texts) > 1  # one image of each
     if count is None and CLASS_GRID.value is None and not several and not flags_of_job() & {"given", "seeds"}:
@@ -259,6 +273,8 @@ def main() -> dict:
         lora=LORA.value,
         fsdp=FSDP.value,
         resolution=RESOLUTION.value,
+        text_encoders=TEXT_ENCODERS.value,
+        tokenizers=TOKENIZERS.value,
     )
     return pipe.write(
         OUT.value,
@@ -278,6 +294,9 @@ def main() -> dict:
         guidance_interval=guidance_interval,
         guidance_schedule=GUIDANCE_SCHEDULE.value,
         guidance_power=GUIDANCE_POWER.value,
+        skip_layers=skip_layers,
+        skip_scale=SKIP_SCALE.value,
+        skip_interval=skip_interval,
         autoguidance=AUTOGUIDANCE.value,
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,

@@ -197,6 +197,7 @@ class Generator:
                 f"guidance.scale is {guidance.scale} and the network was never trained without its condition "
                 f"(task.cond_dropout is {task.cond_dropout}); set the scale to 1, or guide by a second network (autoguidance)"
             )
+        task.skips(guidance, sampler)  # raises errors of skip-layer guidance
         self.mesh, self.seed, self.task, self.image_shape = mesh, seed, task, task.image_shape
         self.chunk_size = chunk_size or default_chunk_size(
             task.network.num_tokens(task.latent_shape), mesh.devices.flat[0].platform

@@ -26,6 +26,7 @@ READ_BYTES = 2**24
 # samples, of which a folder may hold some.
 UNSAID = (
     ("guidance", "schedule", "constant", ("schedule", "power")),
+    ("guidance", "skip_layers", (), ("skip_layers", "skip_scale", "skip_low", "skip_high")),
     ("process", "convention", "sit", ("convention",)),
     ("process", "sampling_grid", "uniform", ("sampling_grid",)),
 )
@@ -133,14 +134,19 @@ def describe(config: Any, weights: str, step: int | None, seed: int, class_names
     codec = {key: value for key, value in config.codec.items() if key != "path"}
     chosen = {name: config[name].to_dict() for name in sections if name in config}
     for section, name, value, left_out in UNSAID:
-        if chosen.get(section, {}).get(name) == value:
+        stored = chosen.get(section, {}).get(name)
+        if (tuple(stored) if isinstance(stored, list) else stored) == value:
             chosen[section] = {key: x for key, x in chosen[section].items() if key not in left_out}
+    text = {}
+    if config.get("conditioner", {}).get("name") == "text":  # the paths are this machine's
+        text = {key: x for key, x in config.conditioner.items() if key not in ("weights", "tokenizers")}
     return {
         "step": step,
         "seed": seed,
         "weights": weights,
         "ema_decay": config.ema_decay,
         "codec": codec,
+        **({"conditioner": dict(text)} if text else {}),
         **chosen,
         **({"class_names": list(class_names)} if class_names else {}),
     }

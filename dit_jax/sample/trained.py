@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dit_jax.build import Run
 from dit_jax.convert import formats
 from dit_jax.errors import UserError
-from dit_jax.interop import base_file, network_folder, peft, pt_reader
+from dit_jax.interop import base_file, network_folder, peft, pt_reader, text_encoders
 from dit_jax.interop import weights as weights_file
-from dit_jax.interop.tensors import open_safetensors
+from dit_jax.interop.tensors import Tensor, open_safetensors
 from dit_jax.parallel.mesh import place
 from dit_jax.parallel.rules import path_name
 from dit_jax.runtime.console import say
@@ -91,6 +91,10 @@ class Trained:
         trained, step = self._trained_params(own, step, average)
         return whole_network(own.task, trained, {BASE: own.placed_base()}), step
 
+    def stored_null(self) -> Mapping[str, Tensor]:
+        """What frozen text encoders make of "", as it is stored with a run or a file of weights; {} if it is not."""
+        return text_encoders.stored_null(self.path) if self.weights is None else self.weights.null
+
     def _trained_params(self, run: Run, step: int | None, average: str) -> tuple[Any, int]:
         """As `params`, of the parameters that the run trains."""
         state = run.abstract_state
@@ -119,7 +123,7 @@ def read(path: str | os.PathLike, template: Mapping[str, Any] | None = None) -> 
     part = next((part for part in network_folder.PARTS if (path / part).is_dir()), None)
     if part and not (path / "config.json").exists():
         codec = next((path / name for name in ("vae", "vqvae") if (path / name).is_dir()), None)
-        return _read_foreign(path / part, "diffusers", template, codec)
+        return _with_text_folders(_read_foreign(path / part, "diffusers", template, codec), path)
     if path.name in network_folder.WEIGHTS_NAMES or any((path / name).exists() for name in network_folder.WEIGHTS_NAMES):
         return _read_foreign(path, "diffusers", template)
     if path.is_file() and (pt_reader.is_pt(path) or not _is_ours(path)):
@@ -196,6 +200,27 @@ def _read_foreign(path: Path, layout: str, template: Mapping[str, Any] | None, c
     say(f"reading {path} with the layout {layout}")
     opened = formats.read(formats.Source(layout, path, template=template))
     return Trained(path, formats.config_of(opened.sections), opened, codec)
+
+
+def _with_text_folders(opened: Trained, path: Path) -> Trained:
+    """Weights of a pipeline's folder, with the text encoders and tokenizers that lie in it; one that is not there is missing."""
+    section = opened.config.get("conditioner", {})
+    if section.get("name") != "text" or section.get("weights"):
+        return opened
+    weights, tokenizers, missing = [], [], []
+    for name, number in zip(section.encoders, ("", "_2", "_3"), strict=False):
+        if (path / f"text_encoder{number}").is_dir():
+            weights.append(f"{name}={path / f'text_encoder{number}'}")
+        else:
+            missing.append(name)
+        if (path / f"tokenizer{number}").is_dir():
+            tokenizers.append(f"{name}={path / f'tokenizer{number}'}")
+    if not weights:
+        return opened
+    if missing:
+        say(f"{path} has no text encoder {', '.join(missing)}; it contributes zeros")
+    opened.config.conditioner.update({"weights": (*weights,), "tokenizers": (*tokenizers,), "missing": (*missing,)})
+    return opened
 
 
 def check_guides(run: Run, other: Run, path: Path) -> None:

@@ -73,6 +73,8 @@ RESUMABLE_FIELDS = (
     "model.unroll",
     "process.sampling_grid",
     "codec.path",
+    "conditioner.weights",
+    "conditioner.tokenizers",
     "data.path",
     "data.verify",
     "task.perceptual_path",

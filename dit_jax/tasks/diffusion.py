@@ -6,7 +6,7 @@ B batch, H x W x C images, h x w x c latents.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from dit_jax.codecs.codec import Codec, moments_shape
 from dit_jax.diffusion import guidance as guiding
 from dit_jax.diffusion.forecast import Forecast, ForecastingDenoise
 from dit_jax.diffusion.process import Denoise, Memoryless, Process, Watched, noise_like
-from dit_jax.diffusion.samplers.late import start_time
+from dit_jax.diffusion.samplers.late import can_start, start_time
 from dit_jax.encoders.conditioner import Conditioner, Requests, constants_of
 from dit_jax.errors import UserError
 from dit_jax.models import network as networks
@@ -34,6 +34,13 @@ CONDITIONER = (
     "conditioner"  # key of a trained conditioner in the parameters, next to the network's keys; of a frozen one in constants
 )
 NEGATIVE = "negative_"  # begins the names of requests that replace the null condition
+
+
+class Skips(NamedTuple):
+    """Of skip-layer guidance: the network's control without the blocks, and the times between which it acts."""
+
+    control: dict[str, np.ndarray]
+    times: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -307,8 +314,15 @@ class DiffusionTask:
         def network(*args):
             return self.apply(params, *args)
 
+        skips = self.skips(guidance, sampler)
+
+        def without_layers(*args):
+            assert skips is not None  # called only where there are some
+            return self.apply(params, *args, skips.control)
+
         def predict_with(network):
-            guided = guidance(network, cond, null, weak, self.process.min_time)
+            more = {} if skips is None else {"skipped": without_layers, "skip_times": skips.times}
+            guided = guidance(network, cond, null, weak, self.process.min_time, **more)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
@@ -328,6 +342,22 @@ class DiffusionTask:
             noise = self.process.start(self.initial_noise(keys), start_time(sampler, self.process))
         step_keys = jax.vmap(named_key, (0, None))(keys, "steps")
         return sampler(self.process, denoise, noise, step_keys)
+
+    def skips(self, guidance: guiding.Guidance, sampler: Any) -> Skips | None:
+        """What skip-layer guidance needs; None where it is off.
+
+        Raises:
+            UserError: the network cannot skip these blocks; the sampler has no grid of times, or no step that is guided so.
+        """
+        if not guidance.skip_layers:
+            return None
+        control = networks.skipping(self.network, guidance.skip_layers)
+        if not can_start(sampler):
+            raise UserError(
+                f"guidance.skip_layers is {guidance.skip_layers}, and sampler {type(sampler).__name__} has no grid of times, of "
+                "which skip_low and skip_high are shares; choose another sampler, such as euler or dpmpp"
+            )
+        return Skips(control, guidance.skip_times(sampler.times(self.process)))
 
     def initial_noise(self, keys: jax.Array) -> jax.Array:
         """f32[B, h, w, c]: the standard normal noise that sampling starts from, for keys [B]."""

@@ -32,7 +32,8 @@ from dit_jax.tasks.state import TrainState, on_device, with_structure
 # would mean something else.
 SECTIONS = ("optimizer", "task", "data", "seed", "batch_size", "microbatches", "ema_decay", "ema_warmup", "averages")
 FIELDS = ("model.dtype", "codec.dtype", "transform.flip", "transform.upright", *(f"process.{name}" for name in TRAINING_ONLY))
-UNKNOWN = (None, "")  # of a field of the codec that is read with its weights
+UNKNOWN: tuple[Any, ...] = (None, "", (), [])  # of a field of the codec or the conditioner that is read with its weights
+READ_WITH_WEIGHTS = ("codec.", "conditioner.sha256")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Branch:
         lines = [
             f"{name}: {old!r} -> {new!r}"
             for name, (old, new) in self.changed(config).items()
-            if not _may_change(name) and not (name.startswith("codec.") and (old in UNKNOWN or new in UNKNOWN))
+            if not _may_change(name) and not (name.startswith(READ_WITH_WEIGHTS) and (old in UNKNOWN or new in UNKNOWN))
         ]
         if lines:
             raise UserError(

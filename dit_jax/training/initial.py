@@ -17,17 +17,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dit_jax.build import Run
 from dit_jax.data import class_names
 from dit_jax.errors import UserError
-from dit_jax.interop import base_file
+from dit_jax.interop import base_file, text_encoders
 from dit_jax.interop import weights as weights_file
 from dit_jax.models.network import position_grid, scales_positions, size_unit
 from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import place
+from dit_jax.parallel.rules import path_name
 from dit_jax.runtime.console import say
 from dit_jax.sample import trained
 from dit_jax.storage.atomic import write_json
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.run_folder import INIT, read_class_names
 from dit_jax.storage.step_folder import steps_in
+from dit_jax.tasks.diffusion import CONDITIONER
 from dit_jax.tasks.state import TrainState, abstract_state
 
 # Fields of a network that may differ from those of the weights.
@@ -70,7 +72,10 @@ def settled(run: Run, workdir: Path) -> Run:
 
 def opened(run: Run) -> trained.Trained:
     """The weights that a run starts from, opened."""
-    return trained.read(run.config.init.weights, weights_file.sections_of(run.config.to_dict()))
+    sections = weights_file.sections_of(run.config.to_dict())
+    if "trainable" in sections["conditioner"]:  # weights of other code are those of the network alone
+        sections["conditioner"] = {**sections["conditioner"], "trainable": False}
+    return trained.read(run.config.init.weights, sections)
 
 
 def grid_of(run: Run) -> tuple[int, ...]:
@@ -141,6 +146,8 @@ class Initial:
         wanted = flatten_dict(self._shapes, sep="/")
         if (table := label_table(self.run)) in wanted:
             source[table] = self._label_table(table, source.get(table), wanted[table].shape[0] - 1)
+        if lacking := wanted.keys() - source.keys():  # text encoders, which the weights may not have, see `check_fits`
+            source |= {name: x for name, x in _encoders(self.run).items() if name in lacking}
         params = {name: source[name].astype(x.dtype) for name, x in wanted.items()}
         return unflatten_dict(params, sep="/")
 
@@ -218,6 +225,8 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
         for one in (source, run.whole())
     )
     have.pop(table, None), wanted.pop(table, None)
+    for name in [name for name in wanted if name.startswith(_of_encoders(run)) and name not in have]:
+        del wanted[name]  # it starts from the weights of the text encoder
     lines = []
     for name in sorted({*source.config.model, *run.config.model} - {*FREE}):
         theirs, ours = getattr(source.network, name, None), getattr(run.network, name, None)
@@ -245,6 +254,42 @@ def check_fits(source: Run, run: Run, path: Any) -> None:
     for what, value in source.predicts().items():
         if what in ("process", "codec") and run.predicts()[what] != value:
             say(f"warning: the weights were trained with another {what} ({value}) than this run has ({run.predicts()[what]})")
+
+
+def _of_encoders(run: Run) -> tuple[str, ...]:
+    """What the paths of the parameters of pretrained text encoders begin with, where they are trained."""
+    return () if run.text is None else tuple(f"{CONDITIONER}/{name}/" for name in run.text.tuned)
+
+
+def _encoders(run: Run) -> dict[str, np.ndarray]:
+    """{path: array} of the pretrained text encoders that are trained, from their files."""
+    if run.text is None or not run.text.tuned:
+        return {}
+    say(f"reading the text encoders {', '.join(run.text.tuned)}, which are trained from their weights on")
+    return flatten_dict({CONDITIONER: text_encoders.read_all(run.text)}, sep="/")
+
+
+def with_encoders(run: Run, state: TrainState) -> TrainState:
+    """A new state whose parameters and averages have the weights of the pretrained text encoders that are trained.
+
+    Raises:
+        UserError: see `text_encoders.read_all`.
+    """
+    weights = _encoders(run)
+    if not weights:
+        return state
+
+    def replaced(tree: Any) -> Any:
+        def one(path: Any, x: jax.Array) -> jax.Array:
+            new = weights.get(path_name(path))
+            return x if new is None else place(new.astype(x.dtype), x.sharding)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    parts = {"params": replaced(state.params), "ema_params": replaced(state.ema_params)}
+    if state.averages:
+        parts["averages"] = {name: replaced(tree) for name, tree in state.averages.items()}
+    return state.replace(**parts)
 
 
 def kept_rows(theirs: Sequence[str], ours: Sequence[str], their_classes: int, classes: int) -> dict[int, int]:

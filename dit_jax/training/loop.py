@@ -67,7 +67,7 @@ def train(
     clock, workdir = StepClock(), local_path(workdir).absolute()
     run.task  # raises errors of the config before weights and data are read
     check_dtypes(run.config)
-    run = settled(run.with_codec_weights(workdir), (begin or Begin()).parent or workdir)
+    run = settled(run.with_codec_weights(workdir).with_text_encoders(workdir), (begin or Begin()).parent or workdir)
     with contextlib.ExitStack() as stack:
         training = Training(run, workdir, clock, stack, claimed or stack, begin or Begin())
         state, stopped = _take_steps(training, clock, started)

@@ -11,8 +11,9 @@ import jax
 
 from dit_jax.build import Run
 from dit_jax.config_file import plain
+from dit_jax.encoders.text import NULL
 from dit_jax.errors import UserError
-from dit_jax.interop import codec_folder
+from dit_jax.interop import codec_folder, text_encoders
 from dit_jax.parallel import hosts
 from dit_jax.runtime import phases, watchdog
 from dit_jax.runtime.console import say
@@ -29,7 +30,7 @@ from dit_jax.training import branch, leftovers, summary
 from dit_jax.training.batches import Batches
 from dit_jax.training.branch import Branch
 from dit_jax.training.events import Event, Log, Preview, Save, Score
-from dit_jax.training.initial import Initial, starts_from_weights
+from dit_jax.training.initial import Initial, starts_from_weights, with_encoders
 from dit_jax.training.meter import Meter
 from dit_jax.training.records import Records
 from dit_jax.training.restore import Restorer
@@ -145,6 +146,8 @@ class Training:
             write_class_names(self.folder.path, run.source.class_names)
         if first and run.has_codec_weights:
             codec_folder.keep(self.folder.path, run.codec, run.codec_params)
+        if first and NULL in (frozen := self.constants.get("conditioner", {})):
+            text_encoders.keep_null(self.folder.path, jax.tree.map(lambda x: x.addressable_shards[0].data, frozen[NULL]))
         if first and self.initial:
             self.initial.keep()
         # The step is compiled while the state is restored or created.
@@ -181,8 +184,10 @@ class Training:
         """
         run, state = self.run, self.restorer(self.meta)
         if state is None:
-            random = functools.partial(create_sharded, run.task, jax.random.key(run.config.seed), run.mesh)
-            state = self.initial.state() if self.initial else random()
+            if self.initial:
+                state = self.initial.state()
+            else:
+                state = with_encoders(run, create_sharded(run.task, jax.random.key(run.config.seed), run.mesh))
         step = int(state.step)
         self.restorer.begun(step)
         if step < run.config.num_steps:

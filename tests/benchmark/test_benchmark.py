@@ -165,7 +165,10 @@ def test_text_networks(monkeypatch):
     fields = {"patch_size": 2, "depth": 1, "width": 16, "heads": 2, "out_channels": 16, "context_width": 6, "pooled_width": 5}
     published = Published(fields, (8, 8, 16), process="flow", cond_shapes={"context": (3, 6), "pooled": (5,)})
     monkeypatch.setitem(MMDiT.published, "Tiny@64", published)
-    it = subject.of_published("Tiny@64", 8, "float32", {}, sampler="euler", num_steps=1, guidance_scale=2.0)
+    whole = build.Run(recipes.sd3().lock())
+    own = subject.of_published("Tiny@64", 8, "float32", {})
+    assert (own.task.process, own.sampler) == (whole.process, whole.sampler)
+    it = subject.of_published("Tiny@64", 8, "float32", {}, num_steps=1, guidance_scale=2.0)
     assert it.describe()["condition"] == {"random_embeddings": {"context": (3, 6), "pooled": (5,)}}
     assert it.task.latent_shape == (8, 8, 16) and it.task.image_shape == (64, 64, 3) and it.entry == "moments"
     for work in (network.train_step(it), network.forward(it), network.sampler(it)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dit_jax import build, registry
+from dit_jax import build, recipes, registry
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
 from dit_jax.diffusion.guidance import Guidance, replace_condition
@@ -118,7 +118,79 @@ def test_replace_condition():
     np.testing.assert_array_equal(found["context"][:, 0, 0], [1, 0, 1])
 
 
-@pytest.mark.parametrize("fields", [{"low": 0.6, "high": 0.4}, {"high": 1.5}, {"channels": 0}])
+def test_skip_layer_guidance_acts_at_its_steps_alone():
+    """Catches a third forward at every step, at a neighbour of the first or last step, or on the variance's channels; and
+    skip-layer guidance that changes the other: of scale 1, or of an interval."""
+    times = np.linspace(1, 0, 11)
+    calls = []
+
+    def skipped(x, t, cond):
+        jax.debug.callback(lambda: calls.append(len(x)))
+        return network(x, t, cond) * 0.25
+
+    for fields, guided in (({}, False), ({"scale": 3.0}, True), ({"scale": 3.0, "high": 0.5}, False)):
+        guidance = Guidance(**fields, skip_layers=(1,), skip_scale=2.0, skip_low=0.2, skip_high=0.55)
+        found = guidance(network, COND, NULL, skipped=skipped, skip_times=guidance.skip_times(times))
+        strong = network(X, jnp.full(3, 5.0), COND)
+        plain = expected(3.0, 2) if guided else strong
+        acts = [bool(np.abs(found(X, jnp.float32(t), 5.0) - plain).max() > 1e-3) for t in times[:-1]]
+        assert acts == [3 <= i <= 5 or (i >= 5 and "high" in fields) for i in range(10)]
+        wanted = plain.at[..., :2].add(2 * 0.75 * strong[..., :2])
+        np.testing.assert_allclose(found(X, jnp.float32(0.6), 5.0), wanted, rtol=1e-5, atol=1e-5)
+    jax.effects_barrier()
+    assert len(calls) == 3 * (3 + 1)
+
+
+def test_skip_layer_guidance_that_acts_at_no_step_is_refused():
+    """Catches images that are not guided as asked, without a word; and a first step that is left out where skip_low is 0."""
+    with pytest.raises(UserError, match="has none of the 4 sampling steps, 0 to 3; raise skip_high or take more steps"):
+        Guidance(skip_layers=(1,)).skip_times(np.linspace(1, 0, 5))
+    low, high = Guidance(skip_layers=(1,), skip_high=1.0).skip_times(np.linspace(1, 0, 5))
+    assert (low, high) == (0.125, 0.875)
+
+
+SKIPS = {"guidance__skip_layers": (1,)}
+REFUSED_SKIPS = {
+    "block 2, and the network has the blocks 0 to 1": {"guidance__skip_layers": (0, 2)},
+    "all 2 blocks": {"guidance__skip_layers": (0, 1)},
+    "needs all blocks at other times": SKIPS | {"forecast__interval": 2, "sampler__num_steps": 20},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED_SKIPS)
+def test_skip_layer_guidance_is_checked_with_the_network(text):
+    """Catches blocks that do not exist, and forecasts of another network's blocks."""
+    run = build.Run(tiny.config(**REFUSED_SKIPS[text]))
+    with pytest.raises(UserError, match=text):
+        assert run.guidance and run.forecast
+
+
+@pytest.mark.parametrize("name", ["unet", "hourglass"])
+def test_networks_that_cannot_skip_say_so(name):
+    """Catches a flag without effect, or an error that names nothing that the user wrote."""
+    with pytest.raises(UserError, match="cannot skip blocks; leave"):
+        build.Run(tiny.other(name, **SKIPS)).guidance
+
+
+def test_skipping_needs_a_grid():
+    """Catches shares of the steps of a sampler that chooses its own."""
+    task = build.Run(tiny.config(process=recipes.flow())).task
+    with pytest.raises(UserError, match="DormandPrince has no grid of times"):
+        task.skips(Guidance(skip_layers=(1,)), registry.get("sampler", "dopri5")())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"low": 0.6, "high": 0.4},
+        {"high": 1.5},
+        {"channels": 0},
+        {"skip_layers": (-1,)},
+        {"skip_layers": (1.0,)},
+        {"skip_scale": -1.0},
+        {"skip_low": 0.3, "skip_high": 0.3},
+    ],
+)
 def test_bad_fields(fields):
     """An interval or channel count that guides nothing, silently."""
     with pytest.raises(UserError):

@@ -22,7 +22,9 @@ FIELDS = {
     "patch_size": 2, "depth": 3, "width": 128, "heads": 2, "context_width": 24, "pooled_width": 20, "table_side": 12,
     "table_base": 64, "qk_norm": True, "dual_blocks": 1,
 }  # fmt: skip
+THEIR_NAMES = {"scale": "scale", "start": "low", "stop": "high"}
 SHAPE, STEPS, SCALE = (8, 12, 16), 28, 5.0
+SKIPS, SKIPPED_STEPS = {"skip_layers": (0, 2), "skip_scale": 1.5, "skip_low": 0.2, "skip_high": 0.8}, 5  # acts at steps 2 and 3
 RNG = np.random.default_rng(3)
 NOISE = RNG.standard_normal((2, *SHAPE)).astype(np.float32)
 COND, NEGATIVE = (
@@ -53,16 +55,16 @@ def tensors():
     return {path: (0.1 * rng.standard_normal(shape)).astype(np.float32) for path, shape in shapes.items()}
 
 
-def ours(tensors, process):
+def ours(tensors, process, steps=STEPS, skips=None):
     network = MMDiT(**FIELDS, out_channels=16)
     task = DiffusionTask(network, process, None, Given(), None, image_shape=(64, 96, 3), latent_shape=SHAPE)
     params = unflatten_dict({path: jnp.asarray(x) for path, x in tensors.items()}, sep="/")
-    keys, sampler, guidance = jax.random.split(jax.random.key(0), 2), samplers.Euler(STEPS), Guidance(SCALE)
+    keys, sampler, guidance = jax.random.split(jax.random.key(0), 2), samplers.Euler(steps), Guidance(SCALE, **(skips or {}))
     draw = jax.jit(lambda params, noise: task.draw_latents(params, {}, keys, COND, sampler, guidance, noise=noise))
     return np.asarray(draw(params, NOISE))
 
 
-def theirs(tensors):
+def theirs(tensors, steps=STEPS, skips=None):
     """The latents of diffusers' `StableDiffusion3Pipeline`, which is given encoded text and noise."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("transformers")  # the pipeline imports it
@@ -81,7 +83,10 @@ def theirs(tensors):
     }
     noise = torch.tensor(NOISE.transpose(0, 3, 1, 2).copy())
     size = {"height": 8 * SHAPE[0], "width": 8 * SHAPE[1]}
-    result = pipeline(**text, **size, latents=noise, num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent")
+    if skips:
+        text["skip_guidance_layers"] = list(skips["skip_layers"])
+        text |= {f"skip_layer_guidance_{ending}": skips[f"skip_{name}"] for ending, name in THEIR_NAMES.items()}
+    result = pipeline(**text, **size, latents=noise, num_inference_steps=steps, guidance_scale=SCALE, output_type="latent")
     return result.images.permute(0, 2, 3, 1).numpy()
 
 
@@ -90,3 +95,11 @@ def test_trajectory_equals_diffusers(tensors):
     wanted = theirs(tensors)
     process = Flow(convention="sd3", sampling_grid="sd3", shift=3.0)
     assert tiny.distance(ours(tensors, process), wanted) < 1e-3
+
+
+def test_skip_layer_guidance_equals_diffusers(tensors):
+    """Catches skip-layer guidance of the null condition, at other steps, of another sign, or that keeps a block of the stacks."""
+    process = Flow(convention="sd3", sampling_grid="sd3", shift=3.0)
+    drawn = {skipping: ours(tensors, process, SKIPPED_STEPS, SKIPS if skipping else None) for skipping in (True, False)}
+    assert tiny.distance(drawn[True], theirs(tensors, SKIPPED_STEPS, SKIPS)) < 1e-4
+    assert tiny.distance(drawn[True], drawn[False]) > 1e-2

@@ -68,3 +68,48 @@ def test_equals_diffusers(kind):
         output = net.apply({"params": params}, x, t, {"context": context, "pooled": pooled})
         assert output.dtype == jnp.float32
         assert tiny.distance(output, expected.permute(0, 2, 3, 1).numpy()) < tolerance
+
+
+CLIP = (3, 8, 12, 4)
+
+
+@pytest.mark.parametrize("shape, widths", [((8, 12, 4), (16, 24, 24)), (CLIP, (8, 28, 28)), (CLIP, (24, 16, 24))])
+def test_rotary_positions_equal_flux(shape, widths):
+    """Catches pairs (x_i, x_{i + E/2}) in place of neighbours, axes in another order, frequencies of the whole head or of another
+    axis, text that is rotated, and queries that are rotated before their norm: for images, and for
+    clips, whose frame is the first id. Flux's double blocks are joint blocks with rotary positions."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    fields, tensors = ours("sd3.5-large")
+    depth, inputs = fields["depth"], fields["patch_size"] ** 2 * shape[-1]
+    named = {name: x.load() for name, x in mmdit.write(tensors, "diffusers", {"name": "mmdit", **fields}, SHAPE)[0].items()}
+    named |= {f"x_embedder.{kind}": named.pop(f"pos_embed.proj.{kind}") for kind in ("weight", "bias")}
+    named["x_embedder.weight"] = named["x_embedder.weight"].reshape(fields["width"], inputs)
+    del named["pos_embed.pos_embed"]
+    flux = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=inputs, num_layers=depth, num_single_layers=0, attention_head_dim=64,
+        num_attention_heads=fields["heads"], joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=widths,
+    ).eval()  # fmt: skip
+    whole = {name: 0.1 * np.random.default_rng(4).standard_normal(x.shape) for name, x in flux.state_dict().items()}
+    for kind in ("weight", "bias"):  # their last block's text goes on: our two of its six vectors are (shift, scale)
+        last = f"transformer_blocks.{depth - 1}.norm1_context.linear.{kind}"
+        halves = named.pop(last)
+        whole[last][: len(halves)] = np.roll(halves, len(halves) // 2, axis=0)
+    assert named.keys() <= whole.keys()
+    flux.load_state_dict({name: torch.tensor(x, dtype=torch.float32) for name, x in (whole | named).items()})
+
+    rng = np.random.default_rng(0)
+    x, context, pooled = (rng.standard_normal(size).astype(np.float32) for size in ((2, *shape), (2, 5, 24), (2, 20)))
+    t = np.array([3.0, 721.5], np.float32)
+    frames, rows, columns = (shape[0] if len(shape) == 4 else 1, shape[-3] // 2, shape[-2] // 2)
+    patches = x.reshape(2, frames, rows, 2, columns, 2, 4)
+    tokens = patches.transpose(0, 1, 2, 4, 6, 3, 5).reshape(2, -1, inputs)  # in the order channel, row, column
+    ids = np.stack(np.meshgrid(*map(np.arange, (frames, rows, columns)), indexing="ij"), axis=-1).reshape(-1, 3)
+    with torch.no_grad():
+        wanted = flux(
+            *(torch.tensor(value) for value in (tokens, context, pooled, t / 1000)),
+            img_ids=torch.tensor(ids), txt_ids=torch.zeros(5, 3), return_dict=False,
+        )[0].numpy()  # fmt: skip
+    wanted = wanted.reshape(2, frames, rows, columns, 2, 2, 4).transpose(0, 1, 2, 4, 3, 5, 6).reshape(x.shape)
+    params = unflatten_dict({path: jnp.asarray(tensor.load()) for path, tensor in tensors.items()}, sep="/")
+    net = MMDiT(**fields | {"position": "rope", "rope_widths": widths, "table_side": None}, out_channels=4)
+    assert tiny.distance(net.apply({"params": params}, x, t, {"context": context, "pooled": pooled}), wanted) < 1e-5

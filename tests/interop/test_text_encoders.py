@@ -7,42 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import save_file
+import tiny_text
 
-from dit_jax import build, recipes
-from dit_jax.encoders import t5, tokens
+from dit_jax import build
 from dit_jax.encoders.text import Text
 from dit_jax.errors import UserError
-from dit_jax.interop import t5 as layout
 from dit_jax.interop import text_encoders
-from dit_jax.interop.tensors import Tensor
-
-
-class Letters(tokens.Bytes):
-    """Stands for T5's tokenizer, whose files a test does not have."""
 
 
 @pytest.fixture
-def encoder(tmp_path, monkeypatch):
+def encoder(tmp_path):
     """The path of a tiny T5's weights in Hugging Face's layout; its size is called t5_tiny."""
-    monkeypatch.setitem(t5.SIZES, "tiny", t5.Size(2, 32, 2, 48))
-    monkeypatch.setattr(tokens, "T5Tokens", lambda path, length: Letters(length))
-    net = t5.T5Encoder.of("tiny")
-    params = tiny.random_params(net.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"])
-    flat = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    theirs = layout.to_theirs({name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in flat.items()})
-    save_file({name: np.ascontiguousarray(x.load()) for name, x in theirs.items()}, tmp_path / "model.safetensors")
-    return tmp_path
-
-
-def config(encoder, **fields):
-    c = recipes.digits_text()
-    c.conditioner.update({"encoders": ("t5_tiny", "bytes"), "lengths": (9, 12), "width": 32, "merges": (), **fields})
-    c.conditioner.update({"weights": (f"t5_tiny={encoder}",), "dtype": "float32"})
-    c.model.update({"depth": 2, "width": 32, "heads": 2, "context_width": 32, "pooled_width": 32})
-    c.optimizer.warmup_steps = 0  # the first step moves
-    c.loader.num_threads = 2
-    return tiny.shorten(c, batch_size=16)
+    with tiny_text.known():
+        yield tiny_text.write_encoder(tmp_path)
 
 
 def run_of(config, devices):
@@ -56,7 +33,7 @@ def test_weights_and_the_empty_text(encoder):
 
     The constants on the mesh have the structure that plans assume.
     """
-    run = run_of(config(encoder), 1)
+    run = run_of(tiny_text.config(encoder), 1)
     constants = run.constants
     assert jax.tree.map(lambda x: (x.shape, x.dtype), constants) == jax.tree.map(
         lambda x: (x.shape, x.dtype), run.abstract_constants()
@@ -96,7 +73,7 @@ def test_weights_that_do_not_fit(encoder, tmp_path):
 @pytest.mark.slow
 def test_a_step_with_a_frozen_encoder_on_a_mesh(encoder):
     """Catches a frozen encoder that is trained, or whose output depends on how its weights and the batch are split."""
-    c, results = config(encoder, dropout=(0.3,)), []
+    c, results = tiny_text.config(encoder, conditioner__dropout=(0.3,)), []
     for mesh, devices in (({"data": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)):
         own = c.copy_and_resolve_references()
         own.mesh.update(mesh)

@@ -1,5 +1,6 @@
 """One device against meshes, and what each device holds."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_text
 from jax.sharding import PartitionSpec
 from paths import ROOT
 
@@ -46,6 +48,47 @@ NETWORKS = {  # other than DiT
 }  # fmt: skip
 
 
+# MM-DiT with the table and a block of dual attention; on clips, with rotary positions and all axes; PixArt, with masked text.
+# T5 v1.1 and a small encoder are trained with each.
+TEXT = ("mmdit", "mmdit_clips", "pixart")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_t5():
+    with tiny_text.known():
+        yield
+
+
+def text_task(block, **fields):
+    masked = block == "pixart"
+    network = {"patch_size": 2, "depth": 3, "width": 128, "heads": 8, "context_width": 64}
+    network |= {"name": "pixart"} if masked else {"name": "mmdit", "pooled_width": 64, "qk_norm": True, "dual_blocks": 1}
+    if block == "mmdit_clips":
+        network |= {"position": "rope", "rope_widths": (4, 6, 6)}
+    text = {"name": "text", "encoders": ("t5_split", "bytes"), "lengths": (5, 8), "width": 64, "depth": 1, "trainable": True}
+    text |= {"dtype": "float32", "mask": masked, "pooled": not masked, "dropout": (0.3,)}
+    task = build.Run(tiny.config(model=network, conditioner=text, **fields)).task
+    shape = (2, 8, 8, 1)
+    return dataclasses.replace(task, image_shape=shape, latent_shape=shape) if block == "mmdit_clips" else task
+
+
+def batch_of(task):
+    """A batch of 16 examples; one for text has ids, some of which are padding, and dropped encoders."""
+    if not getattr(getattr(task, "conditioner", None), "takes_text", False):
+        return BATCH
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (16, *task.image_shape)).astype(np.uint8)
+    batch = {"image": image, "label": BATCH["label"]}
+    for name, x in task.conditioner.batch_spec().items():
+        values = rng.integers(1, 100, (16, *x.shape)) * (rng.random((16, *x.shape)) < 0.7)
+        if x.dtype == bool:
+            values = values > 0
+        elif values.ndim == 2:
+            values[:, 0] = 1  # the end of a text, which each has
+        batch[name] = values.astype(x.dtype)
+    return batch
+
+
 def mesh_of(data, fsdp, tensor, sequence, devices=None):
     return make_mesh(data, fsdp, tensor, devices, sequence=sequence)
 
@@ -60,6 +103,8 @@ def task_of(block, zero1=False, **fields):
         return build.Run(tiny.autoencoder(**fields)).task
     if block == "diffit":
         return build.Run(tiny.diffit(model__heads=8, model__width=64, **fields)).task
+    if block in TEXT:
+        return text_task(block, **fields)
     if block in NETWORKS:
         return build.Run(tiny.config(model={"name": block, **NETWORKS[block]}, **fields)).task
     return build.Run(tiny.config(**TINY | {"model__conditioning": block} | fields)).task
@@ -96,7 +141,7 @@ def autoencoding(task, constants, params, batch, key):
 def numbers(task, mesh):
     """What must not depend on the mesh: output, gradients, and parameters, average and moments after a step."""
     state, constants = randomized(task, mesh), {"codec": {}}
-    batch = shard_batch(mesh, BATCH)
+    batch = shard_batch(mesh, batch_of(task))
     forward_and_gradients = diffusion if isinstance(task, DiffusionTask) else autoencoding
     with jax.set_mesh(mesh):
         program = jax.jit(lambda *args: forward_and_gradients(task, constants, *args))
@@ -161,6 +206,12 @@ MESHES = [
         *(pytest.param(shape, "cross_attention", True, marks=pytest.mark.exhaustive) for shape in ((1, 8, 1, 1), (2, 4, 1, 1))),
         pytest.param((2, 2, 2, 1), "diffit", True, marks=SLOW),
         *(pytest.param(shape, "diffit", False, marks=pytest.mark.exhaustive) for shape in MESHES),
+        *(
+            pytest.param(shape, block, False, marks=SLOW if (shape, block) == ((1, 2, 2, 2), "mmdit") else pytest.mark.exhaustive)
+            for shape in MESHES
+            for block in TEXT
+        ),
+        pytest.param((2, 2, 2, 1), "mmdit", True, marks=pytest.mark.exhaustive),
         pytest.param((2, 2, 2, 1), "autoencoder", True, marks=pytest.mark.exhaustive),
         pytest.param((1, 8, 1, 1), "autoencoder", False, marks=pytest.mark.exhaustive),
     ],

@@ -20,6 +20,7 @@ DRAWS = {
     "auto": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=weak",
     "by itself": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=strong",
     "interval": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --guidance_interval=0.9,1",
+    "skipped": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --skip_layers=1 --skip_interval=0,0.5 --skip_scale=2",
     "bfloat16": f"--workdir=strong --num_samples=6 {DRAW} --guidance_scale=2 --autoguidance_workdir=weak --dtype=bfloat16",
     "flow": f"--workdir=flow --num_samples=9 {DRAW}",
 }
@@ -33,6 +34,8 @@ MISTAKES = {
     "--workdir=flow --sampler=dopri5 --num_steps=3": "chooses its own",
     "--workdir=strong --guidance_channels=3 --guidance_scale=2": "the data has 1",
     "--workdir=strong --guidance_interval=0.2": "give two times",
+    "--workdir=strong --skip_layers=one": "--skip_layers=one: give numbers of blocks",
+    "--workdir=strong --skip_layers=1 --skip_interval=0.2": "give two shares of the steps",
     "--workdir=strong --sampler_fields=eta=1": "'dpmpp' has the fields num_steps",
 }
 
@@ -112,7 +115,8 @@ def test_evaluations_are_counted(found):
     """Steps reported in place of the network's calls, of which Heun's takes two, and guidance twice as many."""
     counts = {name: json.loads(found[0][name][1].splitlines()[-1])["evaluations"] for name in DRAWS}
     # The last step of a process with timesteps is Euler's.
-    assert counts == {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "interval": None, "bfloat16": 10, "flow": 6}
+    wanted = {"plain": 5, "classifier-free": 10, "auto": 10, "by itself": 10, "bfloat16": 10, "flow": 6}
+    assert counts == wanted | {"interval": None, "skipped": None}
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
@@ -126,3 +130,8 @@ def test_interval_guides_some_steps(found):
     """An interval that is ignored, or guides everywhere."""
     assert differ(images(found, "interval"), images(found, "classifier-free"))
     assert differ(images(found, "interval"), images(found, "plain"))
+
+
+def test_skip_layers(found):
+    """A flag that does not reach the sampler."""
+    assert differ(images(found, "skipped"), images(found, "classifier-free"))
