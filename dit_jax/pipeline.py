@@ -776,6 +776,8 @@ def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_coll
 def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str], tokenizers: Sequence[str]) -> None:
     """Sets the paths of text encoders and of tokenizers in place of those of the config, for the encoders that are named.
 
+    Frozen encoders that then have no weights are missing, which is said.
+
     Raises:
         UserError: the network takes no text; the form is not <encoder>=<path>; weights do not exist.
     """
@@ -790,6 +792,11 @@ def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str
         if option == "text_encoders":
             for path in Run(config).conditioner.by_encoder(field).values():  # raises for another form too
                 text_weights.find(path)
+    if weights:
+        conditioner, section = Run(config).conditioner, config.conditioner
+        if lacking := [name for name in conditioner.frozen if name not in conditioner.by_encoder("weights")]:
+            say(f"text_encoders names no weights of {', '.join(lacking)}, which contributes zeros")
+            section.missing = (*section.get("missing", ()), *lacking)
 
 
 def _size(resolution: int | str | Sequence[int]) -> tuple[int, int]:

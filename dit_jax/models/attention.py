@@ -40,7 +40,7 @@ def dot_product_attention(
     Args:
         q: [B, N, H, E].
         k, v: [B, M, H, E].
-        implementation: see `attention_kernel`. The gradient of cuDNN with a bias needs even N and M.
+        implementation: see `attention_kernel`. The gradient of a bias that has one needs even N and M with cuDNN.
         bias: broadcasts to [B, H, N, M], added to the scaled scores; in the dtype of q for cuDNN.
         scale: None for 1 / sqrt(E).
 
@@ -48,8 +48,7 @@ def dot_product_attention(
         [B, N, H, E] in the dtype of q.
     """
     if attention_kernel(implementation, q.dtype, q.shape[-1]) == "cudnn":
-        bias = None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape).astype(q.dtype)
-        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn")
+        return _fused_attention(q, k, v, bias, scale)
     # Plain matrix products per head take a quarter less time on a CPU than the einsums of jax.nn.
     q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))  # [B, H, N or M, E]
     per_head = ((3,), (2,)), ((0, 1), (0, 1))
@@ -57,3 +56,21 @@ def dot_product_attention(
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     weights = jax.nn.softmax(scores if bias is None else scores + bias.astype(jnp.float32), axis=-1)
     return jnp.swapaxes(dot_general(weights.astype(q.dtype), v, per_head), 1, 2)
+
+
+def _fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float | None) -> jax.Array:
+    """cuDNN's kernel. It takes a bias for all N and M, and JAX 0.10 refuses its gradient where N or M is odd: it gets one row
+    more, which it is told to ignore."""
+    rows, columns = q.shape[1], k.shape[1]
+    odd = rows % 2, columns % 2
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape).astype(q.dtype)
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], rows, columns))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1]))) if any(odd) else bias
+    if not any(odd):
+        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn")
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = {
+        f"{name}_seq_lengths": jnp.full(len(q), count, jnp.int32) for name, count in (("query", rows), ("key_value", columns))
+    }
+    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn", **lengths)[:, :rows]

@@ -1,12 +1,11 @@
 """Networks other than DiT through `convert`: which module reads them, and the config that they get."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
 import tiny
 from dit_files import held
+from ldm_names import ldm_names
 
 from dit_jax import recipes, registry
 from dit_jax.build import Run
@@ -167,22 +166,3 @@ def test_parts_of_a_whole_model(tmp_path, monkeypatch, capsys):
     assert tiny.distance(vae.load_diffusers(tmp_path / "vae", read), vae_params) == 0
     with pytest.raises(UserError, match=r"--part=clip_g: .* has no tensors text_encoders.clip_g.transformer"):
         model_parts.write(source, "clip_g", tmp_path / "g")
-
-
-def ldm_names(codec, params, folder):
-    """The tensors of an autoencoder with one level, in the names of the LDM code."""
-    vae.save_diffusers(folder / "vae.safetensors", codec, params)
-    names = [(theirs, ours) for ours, theirs in (
-        (r"down.\2.block.\3", r"(down)_blocks\.(\d)\.resnets\.(\d)"), (r"up.\2.block.\3", r"(up)_blocks\.(\d)\.resnets\.(\d)"),
-        ("mid.block_1", r"mid_block\.resnets\.0"), ("mid.block_2", r"mid_block\.resnets\.1"),
-        ("mid.attn_1.norm", r"mid_block\.attentions\.0\.group_norm"),
-        (r"mid.attn_1.\1", r"mid_block\.attentions\.0\.to_([qkv])\b"),
-        ("mid.attn_1.proj_out", r"mid_block\.attentions\.0\.to_out\.0"), ("nin_shortcut", "conv_shortcut"),
-        ("norm_out", "conv_norm_out"),
-    )]  # fmt: skip
-    found = {}
-    for name, tensor in open_safetensors(folder / "vae.safetensors")[0].items():
-        for pattern, new in names:
-            name = re.sub(pattern, new, name)
-        found[name] = tensor
-    return found

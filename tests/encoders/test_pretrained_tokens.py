@@ -4,15 +4,15 @@ The published vocabularies are not at hand, so that small ones are learned here.
 the published ones of Stable Diffusion 3 (`tokenizer_1` and `tokenizer_3`), which are then compared too.
 """
 
-import json
 import os
 
 import numpy as np
 import pytest
+from tokenizer_files import write_clip, write_t5
 
 from dit_jax.encoders import tokens
 
-library = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 SENTENCES = (
     "a three",
     "",
@@ -71,41 +71,12 @@ WORDS = [*SENTENCES[:40], *("the quick brown fox jumps over the lazy dog, a cat 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    """A folder with `tokenizer.json`, as transformers writes it, of 300 sentence pieces."""
-    transformers = pytest.importorskip("transformers")
-    own = library.Tokenizer(library.models.Unigram())
-    own.pre_tokenizer = library.pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    own.train_from_iterator(
-        WORDS, library.trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
-    )
-    vocabulary = [tuple(piece) for piece in json.loads(own.to_str())["model"]["vocab"]]
-    assert [piece for piece, _ in vocabulary[:3]] == special
-    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
-    folder = tmp_path_factory.mktemp("t5")
-    transformers.T5Tokenizer(vocab=vocabulary).save_pretrained(folder)
-    return folder
+    return write_t5(tmp_path_factory.mktemp("t5"), WORDS)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A folder with `vocab.json` and `merges.txt`, of 256 bytes, the same at the end of words, and 200 merges."""
-    folder = tmp_path_factory.mktemp("clip")
-    own = tokens.CLIPTokens.built(library, library.models.BPE(end_of_word_suffix="</w>"))
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=900,
-        end_of_word_suffix="</w>",
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    own.train_from_iterator(WORDS, trainer)
-    model = json.loads(own.to_str())["model"]
-    pieces = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*pieces, *(piece + "</w>" for piece in pieces), *("".join(pair) for pair in model["merges"])]
-    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]), encoding="utf-8")
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"), WORDS)
 
 
 def published(name):

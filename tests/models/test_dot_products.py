@@ -56,3 +56,29 @@ def test_attention_kernel(dtype, width, platform, kernel):
     """A head width or dtype that cuDNN refuses, chosen for it by "auto"."""
     assert attention_kernel("auto", dtype, width, platform) == kernel
     assert attention_kernel("xla", dtype, width, platform) == "xla"
+
+
+@pytest.mark.parametrize("n, m", [(5, 7), (6, 7), (5, 6), (6, 8)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_lengths_that_cudnn_takes(monkeypatch, n, m, with_bias):
+    """Catches odd lengths and a bias of one row, which cuDNN refuses in training, and a row that is added and attended to.
+
+    XLA stands for cuDNN, with the same meaning of the lengths.
+    """
+    rng, (b, h, e) = np.random.default_rng(0), (2, 3, 16)
+    q, k, v, dy = (jnp.asarray(rng.normal(size=(b, length, h, e)), jnp.float32) for length in (n, m, m, n))
+    bias = jnp.where(jnp.arange(m) < m - 2, 0.0, -1e30)[None, None, None] if with_bias else None
+    fused, seen = jax.nn.dot_product_attention, []
+
+    def xla(q, k, v, bias=None, *, implementation, **options):
+        seen.append((q.shape[1], k.shape[1], None if bias is None else bias.shape))
+        assert implementation == "cudnn"
+        return fused(q, k, v, bias, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
+    expected, expected_vjp = jax.vjp(lambda *x: dot_product_attention(*x, "xla", bias), q, k, v)
+    found, vjp = jax.vjp(lambda *x: dot_product_attention(*x, "cudnn", bias), q, k, v)
+    even = n + n % 2, m + m % 2
+    assert seen == [(*even, (1, 1, *even) if with_bias else None)]
+    for ours, other in zip((found, *vjp(dy)), (expected, *expected_vjp(dy)), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-5)
