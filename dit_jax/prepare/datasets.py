@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.image_files import FORMATS, decode
 from dit_jax.data.loader import tolerated_bad_records
 from dit_jax.data.size import size_json
 from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.source import is_strange
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
-from dit_jax.data.transforms import FORMATS, center_crop, decode
+from dit_jax.data.transforms import center_crop
 from dit_jax.errors import UserError
 from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation

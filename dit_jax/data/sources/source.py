@@ -41,7 +41,7 @@ class Source(Protocol):
     changes if the examples or their numbering change; resuming compares it. A source that knows the labels without reading the
     examples may also have `labels`, integer [N]. One that knows sizes without decoding may have `sizes(upright)`: [N, 4] of
     (frames, height, width, frames per second), 0 where it does not know, by which buckets choose their examples; `upright` is
-    that of `data.transforms.decode`.
+    that of `data.image_files.decode`.
     """
 
     num_classes: int
