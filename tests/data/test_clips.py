@@ -1,6 +1,8 @@
 """Clips: files and folders of frames as examples, the frames that a transform takes, and files that are bad records."""
 
 import io
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from tar_files import encoded, write_tar
 from dit_jax.data import stored_clips
 from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.loader import Loader
-from dit_jax.data.sources import ClipFolder, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, ClipFolder, ImageFolder, TarShards, tf_examples
 from dit_jax.data.stored_clips import FrameFiles, StoredClip
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import UserError
+from dit_jax.prepare import array_records
+from dit_jax.prepare.array_records import tf_example
 
 
 def frames(clip, part=slice(None)):
@@ -291,3 +295,83 @@ def test_sizes_of_images(tmp_path):
     source = ImageFolder(tmp_path)
     np.testing.assert_array_equal(source.sizes(), [[1, 10, 20, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(source.sizes(upright=True)[0], [1, 20, 10, 0])
+
+
+@pytest.fixture(scope="module")
+def moves(tmp_path_factory):
+    """A TFDS data_dir with three clips of a Video feature, as TFDS writes UCF-101, without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    root = tmp_path_factory.mktemp("tfds")
+    version = root / "moves" / "1.0.0"
+    version.mkdir(parents=True)
+    features = tfds.features.FeaturesDict({"label": tfds.features.ClassLabel(names=["a", "b"]), "text": tfds.features.Text()})
+    template = tfds.core.ShardedFileTemplate(
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        dataset_name="moves",
+        data_dir=str(version),
+        filetype_suffix="array_record",
+    )
+    writer = ArrayRecordWriter(str(version / "moves-train.array_record-00000-of-00001"), "group_size:1")
+    for number in range(3):
+        images = [png(frame) for frame in moving(4 + number)]
+        writer.write(tf_example({"video": images, "label": number % 2, "text": b" a bar \n"}))
+    writer.close()
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[3], num_bytes=0, filename_template=template)
+    tfds.folder_dataset.write_metadata(data_dir=str(version), features=features, check_data=False, split_infos=[split])
+    described = json.loads((version / "features.json").read_text())
+    video = {"shape": {"dimensions": ["-1", "10", "12", "3"]}, "dtype": "uint8", "encodingFormat": "png"}
+    name = "tensorflow_datasets.core.features.video_feature.Video"
+    described["featuresDict"]["features"]["video"] = {"pythonClassName": name, "video": video}
+    (version / "features.json").write_text(json.dumps(described))
+    return root
+
+
+def png(frame):
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_clips_of_tfds(moves):
+    """Frames that need TensorFlow; the first frame for the whole clip; labels or captions of another record."""
+    source = TFDS("moves", str(moves), "train", video_key="video", caption_key="text", fps=25.0)
+    assert len(source) == 3 and source.num_classes == 2
+    for number in (2, 0):
+        example = source[number]
+        np.testing.assert_array_equal(frames(example["video"]), moving(4 + number))
+        assert (example["label"], example["caption"], example["fps"]) == (number % 2, "a bar", 25.0)
+    copy = pickle.loads(pickle.dumps(source))
+    assert ClipTransform(4, 8, 3, False)(copy[1])["image"].shape == (4, 8, 8, 3)
+    assert TFDS("moves", str(moves), "train", video_key="video").fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({}, "moves has clips: give data.video_key='video'"),
+        ({"video_key": "label"}, "video_key='label' names no Sequence feature"),
+        ({"fps": 5.0}, "data.fps=5.0 is the rate of clips"),
+        ({"video_key": "video", "fps": 0.0}, "data.fps=0.0"),
+    ],
+)
+def test_fields_of_clips_of_tfds(fields, message, moves):
+    """A field that has no effect, or that ends in TFDS's own error."""
+    with pytest.raises(UserError, match=message):
+        TFDS("moves", str(moves), "train", **fields)
+
+
+def test_messages_of_examples():
+    """Numbers of several bytes or below 0, packed or not, and a message that is cut."""
+    number = bytes([*[255] * 9, 1])
+    packed = array_records._field(3, array_records._field(1, array_records._varint(300) + number))
+    single = array_records._field(3, bytes([8]) + array_records._varint(300) + bytes([8]) + number)
+    for feature in (packed, single):
+        entry = array_records._field(1, b"x") + array_records._field(2, feature)
+        data = array_records._field(1, array_records._field(1, entry))
+        assert tf_examples.features(data) == {"x": [300, -1]}
+    for cut in range(1, len(data)):
+        with pytest.raises(ValueError, match="truncated"):
+            tf_examples.features(data[:cut])
+    assert tf_examples.features(tf_example({"a": b"bytes", "b": [b"", b"c"]})) == {"a": [b"bytes"], "b": [b"", b"c"]}
