@@ -70,7 +70,8 @@ class TarSource:
         )
         self._open_files = OpenFiles()
         self._is_film = _end_with(index, FILMS)
-        if self._is_film.any():
+        self.has_films = bool(self._is_film.any())
+        if self.has_films:
             check_av(self._name(int(np.argmax(self._is_film))))
 
     def __len__(self) -> int:
