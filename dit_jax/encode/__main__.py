@@ -6,8 +6,8 @@
     python -m dit_jax.encode --data=folder:clips --frames=17 --codec=runs/causal_vae --resolution=128 --out=cache
     python -m dit_jax.encode --verify --out=cache
 
-A config with `buckets` gives one cache for each bucket, in the sub-folders of --out that training reads. Of a clip, the middle frames
-are encoded.
+A config with `buckets` gives one cache for each bucket, in the sub-folders of --out that training reads. Of a clip, the middle
+frames are encoded.
 
 The same command resumes an interrupted one. For a finished cache it checks every file and encodes damaged shards again. Several
 processes divide the shards among themselves: start the command once per host, with an --out on a shared file system.
@@ -152,7 +152,7 @@ def jobs_of_config() -> dict[str, Job]:
             upright,
             BATCH_SIZE.value,
             SHARD_RECORDS.value,
-            *(frames or [None]),
+            frames[0] if frames else None,
             fps if frames else None,
         )
 

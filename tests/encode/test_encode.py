@@ -460,7 +460,7 @@ def test_clips_come_back_exactly(tmp_path):
         ClipTransform(5, 8, 3, flip=False, fps=4.0),
         ImageTransform(8, 3, flip=False),
     ):
-        with pytest.raises(UserError, match="transform.f"):
+        with pytest.raises(UserError, match=r"transform\.f"):
             cache.check(CAUSAL, weights_sha256(codec_params), other)
 
 
@@ -470,5 +470,5 @@ def test_some_examples_are_a_data_set_of_their_own():
     some, others = Members(source, np.array([4, 6])), Members(source, np.array([4, 5]))
     assert len(some) == 2 and some[1]["name"] == "clip 6"
     assert len({source.fingerprint, some.fingerprint, others.fingerprint}) == 3
-    with pytest.raises(UserError, match="fps is 8.0"):
+    with pytest.raises(UserError, match=r"fps is 8\.0"):
         Job(source, CAUSAL, {}, (8, 8), fps=8.0)
