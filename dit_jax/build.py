@@ -848,8 +848,8 @@ def _discriminator(run: Run) -> PatchDiscriminator | None:
         )
     if not isinstance(run.codec, KLAutoencoder):
         raise UserError(
-            f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae, or causal_vae "
-            "for clips"
+            f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, "
+            "such as kl_vae, or causal_vae for clips"
         )
     return PatchDiscriminator(**section.discriminator) if section.discriminator_weight else None
 

@@ -251,10 +251,11 @@ class CausalVAE(KLAutoencoder):
         z: channels of the latents.
         temporal: for each level but the last, finest first: it halves the frames too.
         norm: "rms" normalises the channels of each position: Wan's layout. "frame_group" has the groups of each frame: the layout
-            of `KLVAE`, whose weights can be inflated (`interop.inflation`); its upsampling keeps the width, where Wan's halves it.
+            of `KLVAE`, whose weights can be inflated (`interop.inflation`); its upsampling keeps the width, and Wan's halves
+            it.
         norm_groups: groups of "frame_group"; must divide every width.
-        scale, shift: latents = (sample - shift) * scale have approximately unit variance. Each is one number, or a sequence of one
-            number per latent channel: 1 / latents_std and latents_mean of Wan's config.
+        scale, shift: latents = (sample - shift) * scale have approximately unit variance. Each is one number, or a sequence of
+            one number per latent channel: 1 / latents_std and latents_mean of Wan's config.
         chunk_frames: clips with more frames than 1 + chunk_frames are encoded and decoded in chunks of this many frames, with the
             same result in less memory; 0 turns it off. A multiple of time_factor.
         image_channels: 3, or 1 for grey clips.
@@ -438,8 +439,8 @@ class CausalVAE(KLAutoencoder):
 
         Args:
             params: of `init` or `load_diffusers`; only params["encoder"] is used.
-            images: [B, F, H, W, image_channels] floating, in [-1, 1], or [B, H, W, image_channels]; F = 1 + k time_factor; H and W
-                at least `downsample`. Rows or columns beyond a multiple of it do not come back.
+            images: [B, F, H, W, image_channels] floating, in [-1, 1], or [B, H, W, image_channels]; F = 1 + k time_factor; H and
+                W at least `downsample`. Rows or columns beyond a multiple of it do not come back.
         Returns:
             [B, f, h, w, 2z], or [B, h, w, 2z] of images.
         Raises:
@@ -500,8 +501,8 @@ class CausalVAE(KLAutoencoder):
         Within a tile, time is decoded in chunks of chunk_frames, or of one latent frame if that is 0. A scan runs the tiles
         sequentially. A tile of t latent pixels needs, per clip of the batch, about 3.5 x time_factor x (downsample * t)^2 x
         block_out_channels[0] numbers of `dtype`, and its attention 8 t^4 bytes.
-        The result differs from `decode` near the borders of tiles, where convolutions see zeros, and because the attention is that
-        of a tile. With `tile` at least the size of the latents it equals `decode`.
+        The result differs from `decode` near the borders of tiles, where convolutions see zeros, and because the attention is
+        that of a tile. With `tile` at least the size of the latents it equals `decode`.
 
         Args:
             latents: [B, f, h, w, z] as for `decode`, or [B, h, w, z].
@@ -541,9 +542,9 @@ class CausalVAE(KLAutoencoder):
 
 
 # The mean and standard deviation of the latents are those of the published weights. `walt` has no published weights: train it.
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+WAN_STD: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 WAN_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 PRESETS = {
     "wan": CausalVAE(scale=tuple(1 / x for x in WAN_STD), shift=WAN_MEAN),

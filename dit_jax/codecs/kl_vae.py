@@ -447,7 +447,7 @@ class KLAutoencoder(Autoencoder):
         return 2 * self.latent_channels
 
     def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Samples latents float32 of the moments' shape with C channels: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
+        """Samples latents float32, [B, h, w, C]: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
 
         Args:
             key: one PRNG key for the whole batch.
@@ -522,8 +522,8 @@ def _per_channel(value):
     return np.asarray(value, np.float32) if isinstance(value, tuple) else value
 
 
-def normalised(codec: KLAutoencoder, mean: Any, std: Any) -> Any:
-    """Returns the codec with the scale and shift that normalise latents of this mean and std to 0 and 1.
+def normalised(codec: Any, mean: Any, std: Any) -> Any:
+    """Returns the codec, a `KLAutoencoder`, with the scale and shift that normalise latents of this mean and std to 0 and 1.
 
     Args:
         mean, std: of the latents before scaling, as in a latent cache's manifest: one number each, or one per channel.

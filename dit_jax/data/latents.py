@@ -222,7 +222,7 @@ class LatentCache:
         wanted = {
             **{f"codec.{k}": v for k, v in codec_fields(codec).items()},
             "codec.weights_sha256": weights_sha256,
-            "transform.size": None,  # of a square, which has none
+            **dict.fromkeys(("transform.size", "transform.frames", "transform.fps")),  # which squares and images have not
             **{f"transform.{k}": v for k, v in transform.describe().items()},
         }
         lines = [

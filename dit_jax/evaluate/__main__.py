@@ -53,7 +53,7 @@ PROTOCOL = flags.DEFINE_string(
 METRIC_NAMES = flags.DEFINE_list(
     "metrics",
     None,
-    "Comma-separated list of fid, sfid, is, precision, recall, kid, clip_score, frame_cosine. Default: all that the inputs allow.",
+    "Comma-separated list of fid, sfid, is, precision, recall, kid, clip_score, frame_cosine. Default: all that are possible.",
 )
 OUT = flags.DEFINE_string(
     "out", None, "Output file. Default: <samples>.<features>.json, or <run>.validation.json. Of --table: the screen."

@@ -80,8 +80,8 @@ def load(name: str, weights: str | None = None, protocol: str | None = None) -> 
     """The extractor of that name with its weights.
 
     What is registered in the section "metric" is called as `constructor()` and returns an `Extractor` without parameters, or, if
-    it takes `weights`, as `constructor(weights: Path)` and returns (extractor, params), params as NumPy or jax arrays. `protocol` is
-    given to one that takes it.
+    it takes `weights`, as `constructor(weights: Path)` and returns (extractor, params), params as NumPy or jax arrays.
+    `protocol` is given to one that takes it.
 
     Raises:
         UserError: see `check_name`; a file that is not the weights of that extractor.

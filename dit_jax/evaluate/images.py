@@ -240,7 +240,7 @@ class SourceImages:
 
 
 class ArrayImages:
-    """Images in memory, uint8 [N, H, W, C] or clips [N, F, H, W, C], with their texts if they have some, as {"captions": [...]}."""
+    """Images in memory, uint8 [N, H, W, C] or [N, F, H, W, C], with their texts if they have some, as {"captions": [...]}."""
 
     def __init__(
         self,
@@ -252,8 +252,8 @@ class ArrayImages:
     ):
         if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or len(images) < 2:
             raise UserError(
-                f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3], or [N >= 2, F, H, W, 1 or 3] of "
-                "clips, is needed"
+                f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3], or "
+                "[N >= 2, F, H, W, 1 or 3] of clips, is needed"
             )
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
         self.labels, self.texts = labels, dict(texts or {})
@@ -268,7 +268,7 @@ class ArrayImages:
 
 
 class Frames:
-    """The frames of clips as images, in order: frame t of clip n is image n F + t. Each has the label and the text of its clip."""
+    """The frames of clips as images, in order: frame t of clip n is image n F + t, with the label and the text of its clip."""
 
     def __init__(self, clips: Images):
         self.clips, self.name, self.made_by = clips, f"the frames of {clips.name}", clips.made_by

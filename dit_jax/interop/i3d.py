@@ -3,8 +3,8 @@
     python -m dit_jax.convert --from=i3d --weights=i3d_pretrained_400.pt --out=i3d.safetensors
     python -m dit_jax.convert --from=i3d --weights=i3d_torchscript.pt --out=i3d.safetensors
 
-The first is a state dict, of TATS and VideoGPT. The second is a TorchScript archive, of StyleGAN-V; its tensors are read, and none of
-its code. They are different weights. The written file has the names of the state dict.
+The first is a state dict, of TATS and VideoGPT. The second is a TorchScript archive, of StyleGAN-V; its tensors are read, and
+none of its code, and must have the same names. They are different weights. The written file has the names of the state dict.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Makes a causal autoencoder of clips from a trained autoencoder of images, with the same numbers on single frames.
 
-A 3 x 3 kernel becomes the last tap in time of a 3 x 3 x 3 kernel whose other taps are 0, so each frame is computed as an image until
-training changes that. The layers that halve or double the frames start as copies: a latent frame is that of its last frame.
+A 3 x 3 kernel becomes the last tap in time of a 3 x 3 x 3 kernel whose other taps are 0, so each frame is computed as an image
+until training changes that. The layers that halve or double the frames start as copies: a latent frame is that of its last frame.
 Source: Yu et al. 2024 (MAGVIT-v2), section 3.2, initialise from an image tokenizer in this way.
 """
 

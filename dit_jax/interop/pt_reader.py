@@ -1,11 +1,12 @@
 """Reads PyTorch's .pt files without PyTorch and without executing code in them.
 
-A .pt is a pickle, and a pickle is a program that may call any function by name. This reader allows seven names (functions that
-rebuild tensors and parameters, OrderedDict, argparse.Namespace, the name of a Lightning class, storage types) and refuses all
-others. Values are read lazily. It reads both of PyTorch's formats: the zip archive (since 1.6) and the older stream.
+A .pt is a pickle, and a pickle is a program that may call any function by name. This reader allows a few names (functions that
+rebuild tensors, parameters and lists, OrderedDict, argparse.Namespace, the name of a Lightning class, storage types, and the
+classes of TorchScript's modules, which become plain containers) and refuses all others. Values are read lazily. It reads both of
+PyTorch's formats: the zip archive (since 1.6) and the older stream.
 
-Of a TorchScript archive, the tensors of the module are read by name, as of its state_dict. Its code is not opened: a module is a plain
-container here, whatever its class is called.
+Of a TorchScript archive, the tensors of the module are read by name, as of its state_dict. Its code is not opened: a module is
+a plain container here, whatever its class is called.
 """
 
 import mmap

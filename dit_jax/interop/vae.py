@@ -504,8 +504,8 @@ def _read_config(path):
     name = stored.get("_class_name", "AutoencoderKL")
     if not isinstance(name, str) or name not in CONFIG_DEFAULTS:
         raise UserError(
-            f"{path} does not describe an AutoencoderKL, a VQModel or an AutoencoderKLWan: give the autoencoder's folder (often named "
-            "vae or vqvae)"
+            f"{path} does not describe an AutoencoderKL, a VQModel or an AutoencoderKLWan: give the autoencoder's folder "
+            "(often named vae or vqvae)"
         )
     stored = CONFIG_DEFAULTS[name] | stored | {"_class_name": name}
     if name == "VQModel":

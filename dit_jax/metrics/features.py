@@ -18,9 +18,9 @@ class Extractor(Protocol):
     The call takes (params, uint8 [N, H, W, 1 or 3]) and returns {"features": float32 [N, F]}. It may also return "spatial"
     float32 [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. Each row depends on its image alone.
 
-    An extractor with `takes_clips = True` is given clips, uint8 [N, F, H, W, C], whole; any other is given their frames as images.
-    Optional: `check_shape(shape)` raises a UserError for examples that it does not take, `remarks(count, shape)` says what makes a
-    result unusual, `clips_at_once` is the number of examples per call and device.
+    An extractor with `takes_clips = True` is given clips, uint8 [N, F, H, W, C], whole; any other takes their frames
+    as images. Optional: `check_shape(shape)` raises a UserError for examples that it does not take, `remarks(count, shape)` says what
+    makes a result unusual, `clips_at_once` is the number of examples per call and device.
     """
 
     @property

@@ -1,8 +1,9 @@
 """I3D, the network of clips behind the Frechet video distance (FVD), and the protocols in which its features are taken.
 
 Letters: N clips; F frames; H, W pixels; C channels.
-Source: Carreira & Zisserman 2017 (Quo Vadis, Action Recognition?), table 1, trained on Kinetics-400; Unterthiner et al. 2018 (Towards
-Accurate Generative Models of Video) for its use. Names are those of the PyTorch ports, in which the weights are published.
+Source: Carreira & Zisserman 2017 (Quo Vadis, Action Recognition?), table 1, trained on Kinetics-400; Unterthiner et al. 2018
+(Towards Accurate Generative Models of Video) for its use. Names are those of the PyTorch ports, in which the weights are
+published.
 """
 
 import math
@@ -246,22 +247,22 @@ class I3D:
         if count >= USUAL_CLIPS and shape[0] == USUAL_FRAMES:
             return []
         return [
-            f"fvd: {count} clips of {shape[0]} frames; papers have {USUAL_CLIPS} or more of {USUAL_FRAMES}, and fewer clips give a "
-            "larger number"
+            f"fvd: {count} clips of {shape[0]} frames; papers have {USUAL_CLIPS} or more of {USUAL_FRAMES}, and fewer clips give "
+            "a larger number"
         ]
 
-    def __call__(self, params: Any, clips: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         """{"features": float32 [N, 400]}.
 
         Args:
             params: of `dit_jax.interop.i3d.load`.
-            clips: uint8 [N, F, H, W, 3], or [N, F, H, W, 1] for grey, of any size.
+            images: clips, uint8 [N, F, H, W, 3], or [N, F, H, W, 1] for grey, of any size.
         Raises:
             ValueError: clips of another dtype, rank or channel count.
         """
-        if clips.ndim != 5:
-            raise ValueError(f"clips are {clips.dtype}{list(clips.shape)}, not uint8 [N, F, H, W, 1 or 3]")
-        frames = PROTOCOLS[self.protocol].resize(to_rgb(clips.reshape(-1, *clips.shape[2:])))
-        x = frames.reshape(*clips.shape[:2], *frames.shape[1:]) / 127.5 - 1
+        if images.ndim != 5:
+            raise ValueError(f"clips are {images.dtype}{list(images.shape)}, not uint8 [N, F, H, W, 1 or 3]")
+        frames = PROTOCOLS[self.protocol].resize(to_rgb(images.reshape(-1, *images.shape[2:])))
+        x = frames.reshape(*images.shape[:2], *frames.shape[1:]) / 127.5 - 1
         features: Any = I3DNetwork().apply({"params": params}, x)
         return {"features": features}

@@ -200,8 +200,8 @@ def convolve_clips(
         x: [B, F, H, W, C].
         kernel: [t, s, s, C, features].
         strides: in time, and in rows and columns.
-        padding: "frame" pads rows and columns with (s - 1) / 2 zeros on each side and frames with none; "same" as TensorFlow's SAME
-            in all three.
+        padding: "frame" pads rows and columns with (s - 1) / 2 zeros on each side and frames with none; "same" as TensorFlow's
+            SAME in all three.
     Returns:
         [B, F', H', W', features].
     """

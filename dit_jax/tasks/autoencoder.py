@@ -1,7 +1,7 @@
 """The training step of an autoencoder: L1, KL, perceptual distance and a patch discriminator, as pure functions of arrays.
 
-B batch, H x W x C images, h x w x c latents, n = H W C. Of clips, F x H x W x C, n = F H W C, and LPIPS and the discriminator judge
-each frame as an image.
+B batch, H x W x C images, h x w x c latents, n = H W C. Of clips, F x H x W x C, n = F H W C, and LPIPS and the discriminator
+judge each frame as an image.
 """
 
 from collections.abc import Callable, Mapping
@@ -145,7 +145,7 @@ class AutoencoderTask:
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """The adversarial losses: (gradient by the decoded images, gradient by the discriminator's parameters, metrics).
 
-        fidelity_gradient: of the shape of the images; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
+        fidelity_gradient: of the images' shape; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
         """
         discriminator = self.discriminator
         assert discriminator is not None  # called only where there is one

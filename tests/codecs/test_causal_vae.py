@@ -65,7 +65,7 @@ def decoded(params, latents):
     ],
 )
 def test_equals_diffusers(codec, frames, height, width, tmp_path):
-    """A wrong padding, cache, order of frames or halves, a norm without sqrt(C), a transposed kernel, swapped height and width."""
+    """A wrong padding, cache, order of frames or halves, a norm without sqrt(C), a transposed kernel, swapped sides."""
     torch = pytest.importorskip("torch")
     model = diffusers_wan(codec)
     model.save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from verbs import quick_environment, run_verbs
 from dit_jax.errors import UserError
 from dit_jax.evaluate import reference, result_files, scores, snapshots, statistics
 from dit_jax.evaluate.extractors import load as load_pixels
-from dit_jax.evaluate.images import ArrayImages, NpzImages, cropped, open_images, open_samples
+from dit_jax.evaluate.images import ArrayImages, Frames, NpzImages, cropped, open_images, open_samples
 from dit_jax.evaluate.statistics import Wanted, extract
 from dit_jax.metrics.frechet import frechet_distance, moments
 from dit_jax.metrics.inception_score import class_sums, inception_score, partition
@@ -229,7 +229,8 @@ def test_which_metrics_are_possible():
     names, remarks = scores.choose_metrics(few, many, loaded, scores.Options())
     assert names == ("fid", "sfid", "precision", "recall") and len(remarks) == 2
     names, _ = scores.choose_metrics(many, many, loaded, scores.Options(kid_subset_size=60))
-    assert names == tuple(name for name in scores.METRICS if name != "clip_score")  # Inception embeds no texts
+    # Inception embeds no texts, and these are no clips.
+    assert names == tuple(name for name in scores.METRICS if name not in ("clip_score", "frame_cosine"))
     statistics = reference.Reference(taken(60).moments, None, {"count": 60, "extractor": {}})
     with pytest.raises(UserError, match="metric recall: the reference has only statistics, neither"):
         scores.choose_metrics(many, statistics, loaded, scores.Options(("fid", "recall")))
@@ -301,7 +302,7 @@ def test_folder_of_samples(tmp_path):
         ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8)}, "uint8"),
         ({"arr_0": np.zeros((1, 8, 8, 1), np.uint8)}, "N >= 2"),
         ({"arr_0": np.array([{}, {}])}, "object"),
-        ({"arr_0": np.zeros((3, 5, 8, 8, 1), np.uint8)}, "has clips of 5 x 8 x 8 x 1.*I3D"),
+        ({"arr_0": np.zeros((3, 2, 5, 8, 8, 1), np.uint8)}, "must be uint8"),
         (None, "not a readable npz"),
     ],
 )
@@ -335,7 +336,7 @@ def test_other_shapes_and_names(tmp_path):
     for name, features, text in (
         ("digits", "pixels", "must be equal"),
         ("/nowhere", "pixels", "does not exist"),
-        ("digits", "inception9", "is not registered; choose one of clip, dinov2, inception, pixels"),
+        ("digits", "inception9", "is not registered; choose one of clip, dinov2, i3d, inception, pixels"),
         ("digits", "inception", "--weights"),
     ):
         with pytest.raises(UserError, match=text):
@@ -359,8 +360,8 @@ def test_images_that_are_not_square(tmp_path):
         scores.evaluate(str(path), str(tmp_path / "tall.npz"), "pixels", options=options)
 
 
-def test_clips_are_refused(tmp_path):
-    """Frames scored as if they were images, or a stack trace after hours of drawing."""
+def test_a_folder_of_clips_is_opened(tmp_path):
+    """Clips that are refused, frames in another order, or a reference of images that is refused only after hours of drawing."""
     labels = np.zeros(70, np.int32)
     folder = shards.Shards(tmp_path / "f", shards.settings_of(labels, (5, 4, 6, 3), {"seed": 1}, {}), labels)
     clips = np.random.default_rng(0).integers(0, 256, (70, 5, 4, 6, 3), np.uint8)
@@ -368,9 +369,11 @@ def test_clips_are_refused(tmp_path):
         for k in range(folder.total):
             folder.write(k, clips[64 * k : 64 * (k + 1)])
     np.testing.assert_array_equal(np.concatenate([rows for _, rows, _ in shards.read(tmp_path / "f").rows(30)]), clips)
-    with pytest.raises(UserError, match=r"has clips of 5 x 4 x 6 x 3.*I3D"):
-        open_samples(str(tmp_path / "f"))
-    with pytest.raises(UserError, match=r"has clips of 5 x 4 x 6 x 3.*I3D"):
+    opened = open_samples(str(tmp_path / "f"))
+    assert opened.shape == (5, 4, 6, 3)
+    frames = np.concatenate(list(Frames(opened).batches(0, 350, 16)))
+    np.testing.assert_array_equal(frames, clips.reshape(-1, 4, 6, 3))
+    with pytest.raises(UserError, match="they must be equal"):
         scores.check("digits", "pixels", None, (5, 4, 6, 3))
 
 
