@@ -58,6 +58,7 @@ from dit_jax.tasks.adaptation import Adaptation, Lora
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
+from dit_jax.tasks.low_resolution import LowResolution
 from dit_jax.tasks.muon import muon
 from dit_jax.tasks.optimizer import adafactor, adamw
 from dit_jax.tasks.state import TrainState, abstract_state
@@ -768,6 +769,29 @@ def _discriminator(run: Run) -> PatchDiscriminator | None:
     return PatchDiscriminator(**section.discriminator) if section.discriminator_weight else None
 
 
+def _low_resolution(run: Run) -> LowResolution | None:
+    """What a super-resolution stage is given; None without the section.
+
+    Raises:
+        UserError: the run draws samples on its own, which such a stage cannot.
+    """
+    section, config = dict(run.config.task.get("low_resolution", {})), run.config
+    if not section:
+        return None
+    unknown = [name for name in section if name not in inspect.signature(LowResolution).parameters]
+    if unknown:
+        known = [*inspect.signature(LowResolution).parameters]
+        raise UserError(f"task.low_resolution has no field {', '.join(unknown)}{suggest(unknown[0], known)}")
+    drawn = {"preview.every_steps": config.preview.every_steps, "evaluation.num_images": config.evaluation.num_images}
+    drawn["scoring.every_steps"] = config.get("scoring", {}).get("every_steps", 0)
+    if asked := [f"--config.{name}=0" for name, value in drawn.items() if value]:
+        raise UserError(
+            "a super-resolution stage draws from samples of the stage before, which its training does not have: set "
+            f"{' '.join(asked)}, and draw with sample --stages"
+        )
+    return LowResolution(**section)
+
+
 def _perceptual(run: Run):
     path = run.config.task.perceptual_path
     if not path:
@@ -793,6 +817,7 @@ PARTS = {  # of a task: parameters of its constructor that are not in its sectio
     "image_shape": lambda run: run.image_shape,
     "latent_shape": lambda run: run.latent_shape,
     "discriminator": _discriminator,
+    "low_resolution": _low_resolution,
     "ema_decay": lambda run: run.config.ema_decay,
     "ema_warmup": lambda run: run.config.get("ema_warmup", False),
     "averages": lambda run: parse_all(run.config.get("averages", ())),

@@ -570,6 +570,7 @@ class Pipeline:
             self.run.network,
             self.encode,
             lambda seed: generator.with_seed(seed).noise(np.zeros(1, np.int32)),
+            self.run.task.low_resolution,
         )
         inputs = job.inputs(scene, requests, len(chosen))
         if prompts and (keys := prompts.keys(seed)):

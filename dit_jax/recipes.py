@@ -25,7 +25,7 @@ from dit_jax.data.sources.digits import WORDS, pair_captions
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.encoders.tokens import BytePairs
 from dit_jax.errors import UserError
-from dit_jax.models import hourglass, mmdit, sizes, unet
+from dit_jax.models import hourglass, mmdit, sizes, unet, video_dit
 from dit_jax.models import pixart as pixart_network
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
@@ -456,6 +456,34 @@ def digits_text(task: str = "digits") -> ml_collections.ConfigDict:
     return c
 
 
+def digits_cascade(stage: str = "first") -> ml_collections.ConfigDict:
+    """Digits in two stages: the first draws 4 x 4 pixels, the second 8 x 8 from them.
+
+    Args:
+        stage: "first", a DiT; "second", a VideoDiT with the lower resolution as its condition; "adm", such a U-Net.
+
+    Raises:
+        UserError: no such stage.
+    """
+    if stage not in ("first", "second", "adm"):
+        raise UserError(f"stage {stage!r} does not exist; choose first, second or adm")
+    c = digits()
+    if stage == "first":
+        c.transform.resolution, c.model.patch_size = 4, 1
+        c.evaluation.reference, c.evaluation.features = "", ""
+        return c
+    if stage == "second":
+        fields = {"patch_size": 2, "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "windows": ((0, 0, 0),)}
+        c.model = {"name": "video_dit", **registry.defaults("model", "video_dit"), **fields, "low_res_channels": 1}
+    else:
+        fields = {"channels": 32, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (2,), "head_width": 32}
+        c.model = {"name": "unet", **registry.defaults("model", "unet"), **fields, "num_classes": 10, "low_res_channels": 1}
+        c.optimizer.learning_rate = 2e-3
+    c.task.low_resolution = {"sides": 2, "frames": 1, "most_noise": 0.3, "noise": 0.1}
+    c.preview.every_steps, c.evaluation.num_images = 0, 0
+    return c
+
+
 def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDict:
     """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are off."""
     c = training()
@@ -774,6 +802,108 @@ def _captioned(
     c.sampler = sampler
     c.guidance.scale = scale
     c.preview.prompts = PROMPTS
+    return c
+
+
+LATTE_CODEC = {  # the layout of Stable Diffusion's autoencoder, of which each frame is encoded alone
+    "base": 128,
+    "mult": (1, 2, 4, 4),
+    "z": 4,
+    "norm": "frame_group",
+    "temporal": (False, False, False),
+    "scale": 0.18215,
+}
+WALT_CODEC = {"base": 128, "mult": (1, 2, 2, 4), "z": 8, "temporal": (False, True, True)}  # 4 frames and 8 x 8 pixels a latent
+
+
+def clip_transform(frames: int, size: int | tuple[int, int], fps: float | None = None, flip: bool = True) -> dict:
+    """Clips of so many frames. size: the side of a square, or (height, width)."""
+    square = isinstance(size, int)
+    return {
+        "name": "clip",
+        "frames": frames,
+        "resolution": size if square else max(size),
+        "channels": 3,
+        "flip": flip,
+        "fps": config_dict.placeholder(float) if fps is None else fps,
+        "crop": "center",
+        "size": config_dict.placeholder(tuple) if square else size,
+    }
+
+
+def _clips(c: ml_collections.ConfigDict, codec: dict, transform: dict, dataset: str, cached: bool) -> ml_collections.ConfigDict:
+    """The codec, data and transform of a network for clips.  dataset: of TFDS; "" for tars."""
+    c.codec = {"name": "causal_vae", **section("codec", "kl_vae"), **codec}
+    tfds = {"name": "tfds", "dataset": dataset, "path": "", "split": "train", "caption_key": config_dict.placeholder(str)}
+    c.data = latents() if cached else tfds if dataset else {"name": "tars", "path": ""}
+    if cached:
+        c.loader = loader("latents")
+    c.transform = transform
+    return c
+
+
+def _video_model(name: str) -> dict:
+    """The section `model` of a published network for clips."""
+    fields = {key: value for key, value in video_dit.VideoDiT.published[name].fields.items() if key != "out_channels"}
+    return {"name": "video_dit", **registry.defaults("model", "video_dit"), **fields, "dtype": "bfloat16"}
+
+
+def latte(cached: bool = False) -> ml_collections.ConfigDict:
+    """Latte-XL/2 on UCF-101: 16 frames, 3 apart, at 256 px (Ma et al. 2024), in the latents of Stable Diffusion's autoencoder.
+
+    Set `codec.path` to the autoencoder.
+
+    Args:
+        cached: train from a latent cache, and set `data.path` to it.
+    """
+    c = diffusion()
+    c.model = _video_model("Latte-XL/2@UCF101")
+    c.process = gaussian()
+    c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
+    c = _clips(c, LATTE_CODEC, clip_transform(16, 256, fps=25 / 3), "ucf101", cached)
+    c.num_steps, c.batch_size = 1_000_000, 40
+    c.optimizer.clip_norm = 0.1
+    return c
+
+
+def walt(name: str, cached: bool = False) -> ml_collections.ConfigDict:
+    """W.A.L.T's networks for UCF-101 and Kinetics-600 (Gupta et al. 2023), in the latents of a causal autoencoder.
+
+    Velocity, linear betas with a terminal SNR of zero, self-conditioning in 9 of 10 steps, DDIM with 50 steps. Of Kinetics-600
+    the first two latents, 5 frames, are given. Set `codec.path` to the run of the autoencoder.
+
+    Args:
+        name: "WALT-L@UCF101", "WALT-XL@UCF101" or "WALT-L@K600".
+        cached: train from a latent cache, and set `data.path` to it.
+
+    Raises:
+        UserError: no such network.
+    """
+    trained = {"WALT-L@UCF101": ("ucf101", 256, 60_000), "WALT-XL@UCF101": ("ucf101", 256, 60_000)}
+    trained |= {"WALT-L@K600": ("kinetics600", 512, 275_000)}  # 360 epochs of 392,000 clips
+    if name not in trained:
+        raise UserError(f"{name} is not a network of W.A.L.T for one data set; choose one of {', '.join(trained)}")
+    dataset, batch_size, steps = trained[name]
+    c = _walt(name, steps, batch_size)
+    c = _clips(c, WALT_CODEC, clip_transform(17, 128), "ucf101" if dataset == "ucf101" else "", cached)
+    c.optimizer.learning_rate = 5e-4
+    decay_to_the_end(c)
+    if dataset == "ucf101":
+        c.guidance.update({"scale": 4.0, "schedule": "power_cosine"})
+    else:
+        c.task.cond_dropout = 0.0
+        c.conditioner = {"name": "none"}
+    return c
+
+
+def _walt(name: str, steps: int, batch_size: int) -> ml_collections.ConfigDict:
+    """The network, process and sampler of W.A.L.T."""
+    c = diffusion()
+    c.model = _video_model(name)
+    c.process = gaussian() | {"prediction": "v", "variance": "fixed_small", "zero_terminal_snr": True}
+    c.sampler = {**default_sampler("ddim"), "num_steps": 50}
+    c.task.self_conditioning = 0.9
+    c.num_steps, c.batch_size = steps, batch_size
     return c
 
 

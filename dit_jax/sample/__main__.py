@@ -40,6 +40,13 @@ AVERAGE = flags.DEFINE_string(
 )
 LORA = flags.DEFINE_string("lora", None, "Folder of an adapter in PEFT's layout, which is added to the weights.")
 CODEC_PATH = flags.DEFINE_string("codec_path", None, "Weights of another VAE with the same latents. Default: the run's own.")
+STAGES = flags.DEFINE_list(
+    "stages",
+    [],
+    "Runs or weights files of a cascade, in place of --workdir and --weights: the first network, then its super-resolution "
+    "stages. Each stage draws from the samples of the one before, which stand beside --out as x.stage1.npz. Flags count for all "
+    "stages.",
+)
 command_line.group("What to draw")
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images. Default: 64; 8 of --job=interpolate; one for each label of --job=edit and inpaint."
@@ -65,10 +72,16 @@ JOB = flags.DEFINE_string(
     "job",
     "generate",
     "generate draws from noise; edit adds noise to --given and draws from there; inpaint draws the white part of --mask; "
-    "interpolate draws between two --seeds and two --labels; or one of --import.",
+    "interpolate draws between two --seeds and two --labels; upsample draws a higher resolution of --given with a "
+    "super-resolution stage; or one of --import.",
 )
 GIVEN = flags.DEFINE_string(
-    "given", None, "Of edit and inpaint: a PNG, JPEG, .npy or .npz of uint8 images: one for all images, or one for each."
+    "given",
+    None,
+    "Of edit and inpaint: a PNG, JPEG, .npy or .npz of uint8 images: one for all images, or one for each. Of upsample: an .npz.",
+)
+NOISE_LEVEL = flags.DEFINE_float(
+    "noise_level", None, "Of upsample and --stages: the time of the noise on the lower resolution. Default: the config's."
 )
 MASK = flags.DEFINE_string("mask", None, "Of inpaint: a picture of the same size, white where the image is to be drawn.")
 STRENGTH = flags.DEFINE_float(
@@ -198,9 +211,12 @@ JOBS = {  # of each job the flags that are its fields, and --seed where it is no
     "edit": {"seed", "given", "strength", "resize"},
     "inpaint": {"seed", "given", "mask", "strength", "resize"},
     "interpolate": {"seeds"},
+    "upsample": {"seed", "given", "noise_level"},
 }
-FIELDS = {"given": GIVEN, "mask": MASK, "strength": STRENGTH, "resize": RESIZE, "seeds": SEEDS}  # of jobs
+FIELDS = {"given": GIVEN, "mask": MASK, "strength": STRENGTH, "resize": RESIZE, "seeds": SEEDS}
+FIELDS["noise_level"] = NOISE_LEVEL  # of jobs
 USES = {f"{source} --job={job}": first | own for source, first in SOURCES.items() for job, own in JOBS.items()}
+USES["--stages"] = {"stages", "seed", "noise_level"}
 
 
 def flags_of_job() -> set[str]:
@@ -225,8 +241,18 @@ def job_fields() -> dict[str, Any]:
 
 def check_flags() -> None:
     """Raises a UserError for a flag that is missing or without effect. `Pipeline` finds the options without effect."""
-    if (WORKDIR.value is None) == (WEIGHTS.value is None):
-        raise UserError("give one of --workdir=<folder of a run of dit_jax.main> and --weights=<file of dit_jax.convert>")
+    if bool(STAGES.value) + (WORKDIR.value is not None) + (WEIGHTS.value is not None) != 1:
+        raise UserError(
+            "give one of --workdir=<folder of a run of dit_jax.main>, --weights=<file of dit_jax.convert> and --stages"
+        )
+    if STAGES.value:
+        command_line.check_uses(USES, "--stages")
+        for name in ("step", "lora", "codec_path", "resolution", "animation", "class_grid", "autoguidance_workdir"):
+            if flags.FLAGS[name].present:
+                raise UserError(
+                    f"--{name} is of one network, and --stages has several; draw the stages one by one with --job=upsample"
+                )
+        return
     source = "--workdir" if WEIGHTS.value is None else "--weights"
     mode = f"{source} --job={JOB.value}"
     command_line.check_uses(USES | {mode: SOURCES[source] | flags_of_job()}, mode)
@@ -234,10 +260,39 @@ def check_flags() -> None:
         raise UserError("--job=interpolate draws between two seeds: give --seeds=1,2, or the same twice to change the class only")
 
 
+def draw_stages(labels, count, prompts, sampler_fields, guidance_interval) -> dict:
+    """Draws with the networks of --stages in turn."""
+    from dit_jax.pipeline import Pipeline
+    from dit_jax.sample.cascade import write_stages
+
+    return write_stages(
+        lambda source: Pipeline(source, average=AVERAGE.value, dtype=DTYPE.value, fsdp=FSDP.value),
+        STAGES.value,
+        OUT.value,
+        labels,
+        NOISE_LEVEL.value,
+        num_samples=count,
+        seed=SEED.value,
+        prompt=prompts,
+        negative_prompt=NEGATIVE_PROMPT.value,
+        sampler=SAMPLER.value,
+        num_steps=NUM_STEPS.value,
+        sampler_fields=sampler_fields,
+        guidance_scale=GUIDANCE_SCALE.value,
+        guidance_channels=GUIDANCE_CHANNELS.value,
+        guidance_interval=guidance_interval,
+        guidance_schedule=GUIDANCE_SCHEDULE.value,
+        guidance_power=GUIDANCE_POWER.value,
+        forecast_interval=FORECAST_INTERVAL.value,
+        forecast_order=FORECAST_ORDER.value,
+        batch_size=BATCH_SIZE.value,
+        chunk_size=CHUNK_SIZE.value,
+    )
+
+
 def main() -> dict:
     check_flags()
     source = WORKDIR.value or WEIGHTS.value
-    assert source is not None  # see `check_flags`
     labels, sampler_fields, guidance_interval, fields = chosen_labels(), fields_of_sampler(), interval(), job_fields()
     prompts, count = chosen_prompts(), NUM_SAMPLES.value
     several = prompts is not None and len(prompts.texts) > 1  # one image of each
@@ -250,6 +305,9 @@ def main() -> dict:
 
     job = jobs.made(JOB.value, fields)
     check_out(local_path(OUT.value).absolute())
+    if STAGES.value:
+        return draw_stages(labels, count, prompts, sampler_fields, guidance_interval)
+    assert source is not None  # see `check_flags`
     pipe = Pipeline(
         source,
         codec=CODEC_PATH.value,

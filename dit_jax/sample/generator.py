@@ -223,7 +223,7 @@ class Generator:
                     params,
                     constants,
                     keys,
-                    requests,
+                    {**requests, **job.conditions(given)},
                     sampler,
                     guidance,
                     second,

@@ -12,6 +12,7 @@ from dit_jax.diffusion.process import Denoise, Process
 from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.sample.labels import chosen_labels
+from dit_jax.tasks.low_resolution import LowResolution
 
 Arrays = Mapping[str, jax.Array]
 Labels = Sequence[int] | np.ndarray | str | None
@@ -25,6 +26,7 @@ class Scene(NamedTuple):
         network: the network, which says what it can do.
         encode: uint8 [N, H, W, C] -> latents f32[N, h, w, c].
         noise: seed -> f32[1, h, w, c], from which image 0 of that seed is drawn.
+        low_resolution: what a super-resolution stage is given; None of another network.
     """
 
     image_shape: tuple[int, ...]
@@ -32,6 +34,7 @@ class Scene(NamedTuple):
     network: Any
     encode: Callable[[np.ndarray], np.ndarray]
     noise: Callable[[int], np.ndarray]
+    low_resolution: LowResolution | None = None
 
 
 class Inputs(NamedTuple):
@@ -96,6 +99,10 @@ class Job:
     def key_indices(self, indices: jax.Array) -> jax.Array:
         """int32[B]: the numbers that the keys of the images with these indices are made of."""
         return indices
+
+    def conditions(self, given: Arrays) -> Arrays:
+        """Entries of the network's requests beside those of the labels or prompts."""
+        return {}
 
     def begin(self, sampler: Any, process: Process, noise: jax.Array, given: Arrays) -> jax.Array:
         """x_t [B, h, w, c] that the sampler starts from.
