@@ -23,8 +23,9 @@ from jax.sharding import Mesh, NamedSharding
 import dit_jax.diffusion.samplers
 import dit_jax.models.registered  # noqa: F401 - registers the networks
 from dit_jax import registry
+from dit_jax.codecs.causal_vae import CausalVAE
 from dit_jax.codecs.discriminator import PatchDiscriminator
-from dit_jax.codecs.kl_vae import KLVAE
+from dit_jax.codecs.kl_vae import KLVAE, KLAutoencoder
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.data.buckets import Bucket, Buckets
@@ -71,6 +72,7 @@ register("process", "edm", EDM)
 register("codec", "pixels", Pixels)
 register("codec", "kl_vae", KLVAE)
 register("codec", "vq_vae", VQVAE)
+register("codec", "causal_vae", CausalVAE)
 register("data", "digits", Digits)
 register("data", "digit_pairs", DigitPairs)
 register("data", "folder", ImageFolder)
@@ -760,11 +762,12 @@ def _discriminator(run: Run) -> PatchDiscriminator | None:
     if isinstance(run.codec, VQVAE):
         raise UserError(
             "codec.name is 'vq_vae', which is used with trained weights and not trained: its loss would need the codebook's "
-            "terms. Choose kl_vae to train an autoencoder"
+            "terms. Choose kl_vae, or causal_vae for clips, to train an autoencoder"
         )
-    if not isinstance(run.codec, KLVAE):
+    if not isinstance(run.codec, KLAutoencoder):
         raise UserError(
-            f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae"
+            f"codec.name is {run.config.codec.name!r}, which has no parameters to train; choose an autoencoder, such as kl_vae, or causal_vae "
+            "for clips"
         )
     return PatchDiscriminator(**section.discriminator) if section.discriminator_weight else None
 

@@ -252,7 +252,7 @@ def section(kind: str, name: str) -> dict:
         return PROCESSES[name]()
     if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
         return {"path": ""}
-    if kind == "codec" and name in ("kl_vae", "vq_vae"):  # scale and shift are read with the weights
+    if kind == "codec" and name in ("kl_vae", "vq_vae", "causal_vae"):  # scale and shift are read with the weights
         return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}
     return {}
 
@@ -485,7 +485,10 @@ def digits_cascade(stage: str = "first") -> ml_collections.ConfigDict:
 
 
 def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDict:
-    """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are off."""
+    """`training` for a KL autoencoder: L1 and KL; the perceptual distance and the discriminator are off.
+
+    codec: fields of the section; its name is "kl_vae" unless it is given.
+    """
     c = training()
     c.task = {
         "name": "autoencoder",
@@ -496,7 +499,8 @@ def autoencoder(codec: dict, kl_weight: float = 1e-6) -> ml_collections.ConfigDi
         "discriminator_start_step": 0,
         "discriminator": {"base_features": 64, "num_layers": 3, "norm_groups": 32},
     }
-    c.codec = {"name": "kl_vae", "use_quant_conv": True, "scale": 1.0, "dtype": "float32", **codec}
+    flat = {"name": "kl_vae", "use_quant_conv": True} if codec.get("name", "kl_vae") == "kl_vae" else {}
+    c.codec = {**flat, "scale": 1.0, "dtype": "float32", **codec}
     c.ema_decay = 0.999
     c.evaluation.update({"split": config_dict.placeholder(str), "normalize": "scale"})
     return c

@@ -10,15 +10,15 @@ import jax
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
 
-# Convolutions [k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. None is split over
+# Convolutions [k, k, in, out] or [t, k, k, in, out], linear layers [in, out], and vectors, of autoencoders and discriminators. None is split over
 # tensor: split over fsdp and tensor, XLA gave wrong gradients on the mesh (2, 2, 2), for convolutions and, with one image per
 # device, for the linear layers of the attention (jax 0.10.2, CPU).
 AUTOENCODER_RULES: Rules = (
     (
-        r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
+        r"(conv|quant_conv|post_quant_conv|down_\d+_downsample|up_\d+_upsample|(down|up)_\d+_time|conv_(in|out|shortcut|\d+)|conv\d)/kernel",
         (None, None, "fsdp", None),
     ),
-    (r"(query|key|value|out)/kernel", ("fsdp", None)),
+    (r"(query|key|value|qkv|out)/kernel", ("fsdp", None)),
     (r"\w+/(bias|scale)", ()),
 )
 
@@ -65,7 +65,7 @@ class Codec(Protocol):
         """Random parameters."""
 
     def encode(self, params: Any, images: jax.Array) -> jax.Array:
-        """Images f32[B, H, W, C] in [-1, 1] -> f32[B, h, w, moment_channels], the input of sample_latent."""
+        """Images f32[B, H, W, C] in [-1, 1] -> f32[B, h, w, moment_channels], the input of sample_latent. Clips have F and f after B."""
 
     def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
         """Moments -> latents f32[B, h, w, c], one sample of a posterior, scaled to approximately unit variance."""

@@ -211,7 +211,8 @@ def floating_dtype(name: str, value: Any) -> Any:
 
 
 class Autoencoder:
-    """Sizes, encoder and decoder of a convolutional autoencoder: what `KLVAE` and `vq_vae.VQVAE` share.
+    """Sizes, encoder and decoder of a convolutional autoencoder: what `KLVAE`, `vq_vae.VQVAE` and, in part,
+    `causal_vae.CausalVAE` share.
 
     A subclass is a frozen dataclass with the fields below, and defines `moment_channels`, `sample_latent` and `decode`.
     """
@@ -437,8 +438,32 @@ class Autoencoder:
             raise ValueError(f"latents have shape {latents.shape}, not [B, h, w, {self.latent_channels}], none 0")
 
 
+class KLAutoencoder(Autoencoder):
+    """An autoencoder with a Gaussian posterior: what `KLVAE` and `causal_vae.CausalVAE` share."""
+
+    @property
+    def moment_channels(self) -> int:
+        """2C: the posterior's mean and raw log-variance."""
+        return 2 * self.latent_channels
+
+    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
+        """Samples latents float32 of the moments' shape with C channels: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
+
+        Args:
+            key: one PRNG key for the whole batch.
+            moments: [B, h, w, 2C] or [B, f, h, w, 2C] of `encode`, any floating dtype.
+        Raises:
+            ValueError: the last axis of the moments is not 2C.
+        """
+        if moments.shape[-1] != 2 * self.latent_channels:
+            raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
+        mean, log_variance = split_moments(moments)
+        sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return self.scaled(sample)
+
+
 @dataclasses.dataclass(frozen=True)
-class KLVAE(Autoencoder):
+class KLVAE(KLAutoencoder):
     """The sizes of a KL autoencoder; its parameters are a separate pytree {"encoder": ..., "decoder": ...}.
 
     Attributes:
@@ -467,26 +492,6 @@ class KLVAE(Autoencoder):
     norm_groups: int = 32
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @property
-    def moment_channels(self) -> int:
-        """2C: the posterior's mean and raw log-variance."""
-        return 2 * self.latent_channels
-
-    def sample_latent(self, key: jax.Array, moments: jax.Array) -> jax.Array:
-        """Samples latents [B, h, w, C] float32: z = mean + exp(log_variance / 2) * noise, then (z - shift) * scale.
-
-        Args:
-            key: one PRNG key for the whole batch.
-            moments: [B, h, w, 2C] of `encode`, any floating dtype.
-        Raises:
-            ValueError: the last axis of the moments is not 2C.
-        """
-        if moments.shape[-1] != 2 * self.latent_channels:
-            raise ValueError(f"moments have shape {moments.shape}: the last axis must be {2 * self.latent_channels}")
-        mean, log_variance = split_moments(moments)
-        sample = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        return self.scaled(sample)
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Decodes latents to images [B, H, W, image_channels] float32, approximately in [-1, 1] and not clipped.
@@ -517,7 +522,7 @@ def _per_channel(value):
     return np.asarray(value, np.float32) if isinstance(value, tuple) else value
 
 
-def normalised(codec: KLVAE, mean: Any, std: Any) -> KLVAE:
+def normalised(codec: KLAutoencoder, mean: Any, std: Any) -> Any:
     """Returns the codec with the scale and shift that normalise latents of this mean and std to 0 and 1.
 
     Args:

@@ -8,10 +8,12 @@
     python -m dit_jax.convert --from=official --weights=DiT-XL-2-256x256.pt --lora=adapter --out=merged.safetensors
     python -m dit_jax.convert --from=official --weights=sd3_medium_incl_clips.safetensors --out=sd3.safetensors
     python -m dit_jax.convert --from=official --weights=sd3_medium_incl_clips.safetensors --part=vae --out=sd3_vae
+    python -m dit_jax.convert --from=diffusers --weights=runs/vae --inflate=0,1,1 --out=causal_vae
     python -m dit_jax.convert --from=lpips --weights=lpips_vgg.pt --out=lpips.safetensors
     python -m dit_jax.convert --download=inception --out=inception.safetensors
     python -m dit_jax.convert --from=inception_tf --weights=classify_image_graph_def.pb --out=inception.safetensors
     python -m dit_jax.convert --from=dinov2 --weights=dinov2_vitl14_pretrain.pth --out=dinov2.safetensors
+    python -m dit_jax.convert --from=i3d --weights=i3d_pretrained_400.pt --out=i3d.safetensors
 
 Then: python -m dit_jax.sample --weights=dit.safetensors --labels=207,360 --guidance_scale=4
 
@@ -39,7 +41,7 @@ FROM = flags.DEFINE_string(
     "from",
     None,
     "Layout of --weights: official, sit, diffusers, workdir (the moving average of a run), dit_jax, lpips, inception,"
-    " inception_tf or dinov2. --download sets it.",
+    " inception_tf, dinov2 or i3d. --download sets it.",
 )
 TO = flags.DEFINE_string(
     "to",
@@ -68,6 +70,12 @@ PART = flags.DEFINE_string(
     None,
     "Of a file with a whole Stable Diffusion 3, write the autoencoder (vae) or a text encoder (clip_l, clip_g, t5xxl) to the "
     "folder --out, for codec.path and conditioner.weights. Default: the transformer.",
+)
+INFLATE = flags.DEFINE_string(
+    "inflate",
+    None,
+    "Write a causal autoencoder of clips, with the same numbers on single frames, from an autoencoder of images (a folder of "
+    "diffusers' AutoencoderKL, or the --workdir of a run). For each downsampling, finest first: 1 if it halves the frames too.",
 )
 command_line.group("What the weights do not say")
 LIKE = flags.DEFINE_string(
@@ -106,6 +114,7 @@ USES = {
     "--download without --out": {"download", "weights", "from"},
     "a conversion": {"download", "weights", "from", "to", "out", "lora", *ADVICE},
     "--part": {"weights", "from", "part", "out", "key"},
+    "--inflate": {"weights", "from", "inflate", "out"},
     "--to=peft": {"weights", "from", "to", "out", "names", "step"},
 }
 
@@ -136,6 +145,13 @@ def check_flags() -> None:
         raise UserError(f"--from={layout} --to={TO.value}: nothing would change; copy the file")
     if NAMES.value not in (None, *peft.LAYOUTS):
         raise UserError(f"--names={NAMES.value}: one of {', '.join(peft.LAYOUTS)} is needed")
+    if INFLATE.value is not None:
+        command_line.check_uses(USES, "--inflate")
+        if layout != "diffusers":
+            raise UserError(f"--inflate takes an autoencoder in the format of diffusers: give --from=diffusers, not {layout}")
+        if set(INFLATE.value.split(",")) - {"0", "1"}:
+            raise UserError(f"--inflate={INFLATE.value}: give 0 or 1 for each downsampling, as in 0,1,1")
+        return None
     if PART.value is not None:
         command_line.check_uses(USES, "--part")
         if PART.value not in model_parts.PARTS:
@@ -186,6 +202,8 @@ def main() -> dict:
             return result
     assert layout is not None and path is not None and OUT.value is not None  # see `check_flags`
     out = local_path(OUT.value)
+    if INFLATE.value is not None:
+        return model_parts.inflate(path, [part == "1" for part in INFLATE.value.split(",")], out)
     if PART.value is not None:
         return model_parts.write(source(layout, path), PART.value, out)
     if TO.value == "peft":

@@ -19,7 +19,7 @@ from dit_jax.build import Run
 from dit_jax.convert import dit_weights, model_parts, other_networks
 from dit_jax.convert.source import FOREIGN, Source, config_of, network_params, open_weights, origin_of, shapes_of
 from dit_jax.errors import UserError
-from dit_jax.interop import base_file, dinov2, inception, lpips, network_folder, peft, pt_writer, weights
+from dit_jax.interop import base_file, dinov2, i3d, inception, lpips, network_folder, peft, pt_writer, weights
 from dit_jax.interop.download import how_to_get
 from dit_jax.interop.tensors import Tensor, check, common_dtype, count, finite, open_safetensors, write_foreign, write_safetensors
 from dit_jax.interop.weights import Weights
@@ -34,7 +34,12 @@ from dit_jax.tasks import stored_averages
 from dit_jax.tasks.adaptation import LORA
 
 # Networks of losses and metrics, which no config describes: one file each, read by the module of that name in interop.
-READERS = {"lpips": lpips.from_package, "inception": inception.from_port, "dinov2": dinov2.from_published}
+READERS = {
+    "lpips": lpips.from_package,
+    "inception": inception.from_port,
+    "dinov2": dinov2.from_published,
+    "i3d": i3d.from_published,
+}
 TARGETS = ("dit_jax", "official", "diffusers", "peft")
 
 

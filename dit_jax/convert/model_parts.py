@@ -1,17 +1,20 @@
-"""Stability's files of a whole Stable Diffusion 3: its autoencoder and text encoders, each written to a folder of its own."""
+"""Autoencoders and text encoders, each written to a folder of its own: parts of Stable Diffusion 3, and inflated autoencoders."""
 
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dit_jax.codecs.kl_vae import PRESETS
+import jax
+
+from dit_jax.codecs.kl_vae import KLVAE, PRESETS
 from dit_jax.convert.source import Source, open_weights
 from dit_jax.encoders import t5 as t5_network
 from dit_jax.encoders.clip_text import END, START, CLIPText
 from dit_jax.errors import UserError
 from dit_jax.interop import clip_text, codec_folder, network_folder, t5, vae
+from dit_jax.interop.inflation import inflated
 from dit_jax.interop.mmdit import PREFIX
 from dit_jax.interop.tensors import Tensor, Tensors, count
 from dit_jax.storage.paths import local_path
@@ -113,3 +116,29 @@ def t5_config(net: t5_network.T5Encoder) -> dict[str, Any]:
         "layer_norm_epsilon": t5_network.EPSILON,
         "tie_word_embeddings": False,
     }
+
+
+def inflate(path: str | os.PathLike, temporal: Sequence[bool], out: str | os.PathLike) -> dict:
+    """Writes the causal autoencoder of clips that an autoencoder of images becomes; see `interop.inflation`.
+
+    Args:
+        path: folder of diffusers' AutoencoderKL, or --workdir of a run that trained one.
+        temporal: for each downsampling, finest first: whether it halves the frames too.
+
+    Returns:
+        {"out", "tensors", "parameters", "sha256"}.
+
+    Raises:
+        UserError: it is another autoencoder; `out` exists.
+    """
+    folder, found = local_path(out), vae.find(path)
+    if folder.exists():
+        raise UserError(f"--out={out} exists; give a folder that does not")
+    flat = vae.read_codec(found)
+    if not isinstance(flat, KLVAE):
+        raise UserError(f"{found} is a {type(flat).__name__}, and an AutoencoderKL of images is inflated; give one")
+    codec, params = inflated(flat, vae.load_diffusers(found, flat), temporal)
+    codec_folder.replace(folder, codec, params)
+    leaves = jax.tree.leaves(params)
+    parameters, sha256 = sum(x.size for x in leaves), sha256_of(folder / vae.WEIGHTS_NAME)
+    return {"out": str(out), "tensors": len(leaves), "parameters": parameters, "sha256": sha256}

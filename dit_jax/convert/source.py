@@ -19,7 +19,7 @@ from dit_jax.runtime import console
 from dit_jax.storage.paths import local_path
 from dit_jax.storage.sealed import sha256_of
 
-FOREIGN = ("lpips", "inception", "dinov2")  # networks of losses and metrics, which no config describes
+FOREIGN = ("lpips", "inception", "dinov2", "i3d")  # networks of losses and metrics, which no config describes
 SOURCES = ("official", "sit", "diffusers", "workdir", "dit_jax", *FOREIGN, "inception_tf")
 # Keys of a training checkpoint, in order of preference; the moving average first, as in the paper's sampling code.
 NESTED = ("ema", "model_ema", "ema_state_dict", "model", "model_state_dict", "state_dict", "module")

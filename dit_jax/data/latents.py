@@ -25,7 +25,7 @@ from dit_jax.storage.sealed import damage, digest, read_sealed
 NEAR_BYTES = 1 << 16  # between two rows that are read at once
 SHOWN = 10  # number of lines of a list in an error message
 # Fields of a codec that do not determine the moments: they act after the posterior, or affect only the precision.
-UNSTORED_FIELDS = ("scale", "shift", "dtype", "param_dtype")
+UNSTORED_FIELDS = ("scale", "shift", "dtype", "param_dtype", "chunk_frames")
 
 
 def codec_fields(codec: Any) -> dict:
@@ -212,7 +212,7 @@ class LatentCache:
         wanted = {
             **{f"codec.{k}": v for k, v in codec_fields(codec).items()},
             "codec.weights_sha256": weights_sha256,
-            "transform.size": None,  # of a square, which has none
+            **dict.fromkeys(("transform.size", "transform.frames", "transform.fps")),  # which squares and images have not
             **{f"transform.{k}": v for k, v in transform.describe().items()},
         }
         lines = [

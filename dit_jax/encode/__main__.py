@@ -3,13 +3,21 @@
     python -m dit_jax.encode --data=folder:photographs --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --data=tfds:imagenet2012:/data/tfds --split=train --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --config=xl2_imagenet256 --config.data.path=... --config.codec.path=... --out=cache
+    python -m dit_jax.encode --data=folder:clips --frames=17 --codec=runs/causal_vae --resolution=128 --out=cache
     python -m dit_jax.encode --verify --out=cache
+
+A config with `buckets` gives one cache for each bucket, in the sub-folders of --out that training reads. Of a clip, the middle frames
+are encoded.
 
 The same command resumes an interrupted one. For a finished cache it checks every file and encodes damaged shards again. Several
 processes divide the shards among themselves: start the command once per host, with an --out on a shared file system.
 """
 
+from __future__ import annotations
+
 import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from absl import flags
@@ -19,13 +27,20 @@ from dit_jax.errors import UserError
 from dit_jax.runtime import command_line, console, processes
 from dit_jax.storage.paths import local_path
 
+if TYPE_CHECKING:
+    from dit_jax.encode.writer import Job
+
 command_line.group("What to encode")
 DATA = flags.DEFINE_string("data", None, "Data set: digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
 CODEC = flags.DEFINE_string(
-    "codec", None, "Folder of a diffusers AutoencoderKL, or workdir of a run that trained an autoencoder."
+    "codec",
+    None,
+    "Folder of a diffusers AutoencoderKL, of clips AutoencoderKLWan, or workdir of a run that trained an autoencoder.",
 )
 RESOLUTION = flags.DEFINE_string("resolution", None, "Size in pixels: one number for squares, or height x width, as in 256x384.")
+FRAMES = flags.DEFINE_integer("frames", None, "Encode clips of this many frames, from the middle of each. Default: images.")
+FPS = flags.DEFINE_float("fps", None, "Frames per second of the clips. Default: as they are stored.")
 OUT = flags.DEFINE_string("out", None, "Output folder of the latent cache.")
 CONFIG = config_file.define_flags(
     "Training config whose data, transform and codec are taken, in place of --data, --split, --codec and --resolution."
@@ -57,7 +72,7 @@ MAX_BAD_SHARE = flags.DEFINE_float(
 processes.define_flags()
 
 
-SETTINGS = {"data", "split", "codec", "resolution", "dtype", "mirror", "upright"}
+SETTINGS = {"data", "split", "codec", "resolution", "frames", "fps", "dtype", "mirror", "upright"}
 EFFORT = {"device_batch_size", "num_threads", "shard_records", "max_bad_share", *processes.FLAGS}
 USES = {
     "--verify": {"verify"},
@@ -70,7 +85,7 @@ def check_flags() -> None:
     if OUT.value is None:
         raise UserError("give --out=<folder of the cache>")
     command_line.check_uses(USES, "--verify" if VERIFY.value else "encoding")
-    given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, DTYPE) if flag.value is not None]
+    given = [flag.name for flag in (DATA, SPLIT, CODEC, RESOLUTION, FRAMES, FPS, DTYPE) if flag.value is not None]
     if CONFIG.given and given:
         raise UserError(
             f"--config and --{given[0]} are both given: omit one of them; override a field of the config with, for example, "
@@ -100,29 +115,52 @@ def job_of_flags():
         bool(UPRIGHT.value),
         BATCH_SIZE.value,
         SHARD_RECORDS.value,
+        FRAMES.value,
+        FPS.value,
     )
 
 
-def job_of_config():
+def jobs_of_config() -> dict[str, Job]:
+    """{sub-folder: job} of a config: "" without buckets, else one for each bucket, of the examples that belong to it."""
     from dit_jax.build import Run
-    from dit_jax.encode.writer import Job
+    from dit_jax.encode.writer import Job, Members
 
     run = Run(CONFIG.read())
     if not run.has_codec_weights:
         raise UserError(
             f"the config has task.name = {run.config.task.name!r} and codec.name = {run.config.codec.name!r}: a config that "
-            "diffuses in the latents of an autoencoder (kl_vae, vq_vae) is needed"
+            "diffuses in the latents of an autoencoder (kl_vae, vq_vae, causal_vae) is needed"
         )
     if run.entry != "image":
         raise UserError(
             "the config's data.name is 'latents', which is already encoded: give the images with --data, --codec and --resolution"
         )
     run = run.with_codec_weights()
-    transform, (height, width) = run.transform, run.image_shape[:2]
+    transform, source, params = run.transform, run.source, run.codec_params
     mirror = transform.flip if MIRROR.value is None else MIRROR.value
-    upright = transform.upright if UPRIGHT.value is None else UPRIGHT.value
-    source, params = run.source, run.codec_params
-    return Job(source, run.codec, params, (height, width), mirror, upright, BATCH_SIZE.value, SHARD_RECORDS.value)
+    upright = getattr(transform, "upright", False) if UPRIGHT.value is None else UPRIGHT.value
+    fps = getattr(transform, "fps", None)
+
+    def job(part, chosen) -> Job:
+        *frames, height, width, _ = part.image_shape
+        return Job(
+            chosen,
+            run.codec,
+            params,
+            (height, width),
+            mirror,
+            upright,
+            BATCH_SIZE.value,
+            SHARD_RECORDS.value,
+            *(frames or [None]),
+            fps if frames else None,
+        )
+
+    if not len(run.buckets):
+        return {"": job(run, source)}
+    members = run.buckets.members(source.sizes(upright) if hasattr(source, "sizes") else None, len(source), fps)
+    triples = zip(run.buckets.all, run.parts, members, strict=True)
+    return {str(bucket): job(part, Members(source, numbers)) for bucket, part, numbers in triples}
 
 
 def summary(manifest: dict) -> dict:
@@ -161,9 +199,18 @@ def main() -> dict:
         console.say(f"{out}: {len(cache)} records, every file is intact")
         return {"out": str(out), **summary(cache.manifest), "verified": True}
     processes.join()
+    if not CONFIG.given:
+        return encoded(job_of_flags(), out)
+    jobs = jobs_of_config()
+    if "" in jobs:
+        return encoded(jobs[""], out)
+    return {"out": str(out), "buckets": {name: encoded(job, out / name) for name, job in jobs.items()}}
+
+
+def encoded(job: Job, out: Path) -> dict:
+    """Writes one cache; returns its summary."""
     from dit_jax.encode.writer import encode
 
-    job = job_of_config() if CONFIG.given else job_of_flags()
     console.say(
         f"encoding {len(job.source)} records in {job.num_shards} shards of up to {job.records_per_shard}, on "
         f"{jax.device_count()} devices of {jax.process_count()} processes"

@@ -28,10 +28,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dit_jax.codecs.codec import moments_shape
 from dit_jax.codecs.kl_vae import LOG_VARIANCE_RANGE, Autoencoder
+from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.latent_files import FORMAT, MANIFEST, SUFFIXES, shard_file
 from dit_jax.data.latents import codec_fields
 from dit_jax.data.loader import read_in_order
 from dit_jax.data.sources import Source
+from dit_jax.data.sources.source import Example, fingerprint
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.encode.cache_folder import check_bad, claimed, differences, finish, intact_shards
 from dit_jax.errors import UserError
@@ -57,6 +59,25 @@ def chunk_size() -> int:
     return 1 if jax.default_backend() == "cpu" else 8
 
 
+class Members:
+    """Some examples of a data set, as a data set of their own.
+
+    Args:
+        numbers: of the examples, int [n].
+    """
+
+    def __init__(self, source: Source, numbers: np.ndarray):
+        self.source, self.numbers = source, numbers
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.fingerprint = fingerprint(of=source.fingerprint, numbers=digest({"numbers": numbers.tolist()}))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.numbers[index])]
+
+
 @dataclass(frozen=True)
 class Job:
     """The data set to encode and all settings that determine the bytes of the cache.
@@ -64,6 +85,8 @@ class Job:
     Fields:
         params: of the codec.
         size: (height, width) of the images in pixels.
+        frames: encode the middle frames of each clip, that many; None for images. Moments are then [f, h, w, 2c].
+        fps: frames per second of the clips; None for frames as they are stored.
         mirror: encode every image's mirror image too.
         upright: turn photographs as their EXIF orientation asks.
         device_batch_size: images per device and call, whole chunks of `images_at_once`; no byte depends on it.
@@ -82,8 +105,14 @@ class Job:
     upright: bool = False
     device_batch_size: int = 16
     shard_records: int | None = None
+    frames: int | None = None
+    fps: float | None = None
 
     def __post_init__(self):
+        if self.frames is None and self.fps is not None:
+            raise UserError(f"fps is {self.fps}, which is of clips, and images are encoded; give frames too")
+        if self.frames is not None and self.upright:
+            raise UserError("upright is of photographs, and clips are encoded; leave it out")
         self.codec.latent_shape(self.transform.shape)
         for name in ("device_batch_size", "shard_records"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -97,7 +126,9 @@ class Job:
             raise UserError("the data set is empty: check its path and split")
 
     @property
-    def transform(self) -> ImageTransform:
+    def transform(self) -> ImageTransform | ClipTransform:
+        if self.frames is not None:
+            return ClipTransform(self.frames, self.size[0], self.codec.image_channels, flip=False, fps=self.fps, size=self.size)
         return ImageTransform(self.size[0], self.codec.image_channels, flip=False, upright=self.upright, size=self.size)
 
     @property

@@ -5,10 +5,11 @@
     python -m dit_jax.evaluate --make_reference=ref.npz --data=photographs --resolution=256 --features=inception --weights=inception.safetensors
     python -m dit_jax.evaluate --table=a.json,b.json --format=markdown
     python -m dit_jax.evaluate --samples=x.npz --metrics=clip_score --features=clip --weights=clip-vit-base-patch32/model.safetensors
+    python -m dit_jax.evaluate --samples=clips.npz --reference=real.npz --features=i3d --weights=i3d.safetensors --protocol=styleganv
     python -m dit_jax.evaluate --validation=runs/digits --split=test
 
-Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid, clip_score. The result
-is also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
+Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid, clip_score, and
+frame_cosine (of consecutive frames of clips). In i3d features, of clips, fid is the Frechet video distance, fvd. The result is also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
 refused. After an interruption, the same command resumes. Several processes divide the images among themselves.
 """  # noqa: E501
 
@@ -37,17 +38,22 @@ FEATURES = flags.DEFINE_string(
     "features",
     "pixels",
     "Feature extractor: pixels (for tiny images), pixels8 (means of 8 x 8 cells), inception, dinov2 (fid is then FD-DINOv2), or "
-    "clip (CLIPScore, if the samples have captions).",
+    "clip (CLIPScore, if the samples have captions), or i3d (fvd, of clips). Those of images take the frames of clips.",
 )
 WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
     "Weights of the extractor: a .safetensors file of dit_jax.convert; of clip, the one in a folder of Hugging Face.",
 )
+PROTOCOL = flags.DEFINE_string(
+    "protocol",
+    None,
+    "How clips become the input of i3d: styleganv, videogpt, tf or cd_fvd; recorded in the result. Default: styleganv.",
+)
 METRIC_NAMES = flags.DEFINE_list(
     "metrics",
     None,
-    "Comma-separated list of fid, sfid, is, precision, recall, kid, clip_score. Default: all that the inputs allow.",
+    "Comma-separated list of fid, sfid, is, precision, recall, kid, clip_score, frame_cosine. Default: all that the inputs allow.",
 )
 OUT = flags.DEFINE_string(
     "out", None, "Output file. Default: <samples>.<features>.json, or <run>.validation.json. Of --table: the screen."
@@ -65,6 +71,8 @@ SPLIT = flags.DEFINE_string(
 RESOLUTION = flags.DEFINE_string(
     "resolution", None, "Size in pixels that --data is cropped to: one number for squares, or height x width, as in 256x384."
 )
+FRAMES = flags.DEFINE_integer("frames", None, "Frames of the clips of --data, from the middle of each. Default: images.")
+FPS = flags.DEFINE_float("fps", None, "Frames per second of the clips of --data. Default: as they are stored.")
 CHANNELS = flags.DEFINE_integer("channels", 3, "Channels of --data: 3 (RGB) or 1 (grey).")
 KEEP_FEATURES = flags.DEFINE_boolean(
     "keep_features",
@@ -120,7 +128,7 @@ def options():
     from dit_jax.evaluate.scores import Options
 
     metrics = None if METRIC_NAMES.value is None else tuple(METRIC_NAMES.value)
-    return Options(metrics, KID_SUBSET_SIZE.value, REPLICATES.value, LEVEL.value, BATCH_SIZE.value)
+    return Options(metrics, KID_SUBSET_SIZE.value, REPLICATES.value, LEVEL.value, BATCH_SIZE.value, protocol=PROTOCOL.value)
 
 
 def result_path(name: str) -> Path:
@@ -156,9 +164,9 @@ def make_reference(out: str) -> dict:
             raise UserError(f"give --resolution=<side, or height x width, in pixels> for --data={DATA.value}")
         size = parse_size(RESOLUTION.value) if RESOLUTION.value is not None else DIGITS_SHAPE[:2]
         channels = DIGITS_SHAPE[2] if is_digits else CHANNELS.value
-        images = cropped(DATA.value, size, channels, SPLIT.value)
+        images = cropped(DATA.value, size, channels, SPLIT.value, FRAMES.value, FPS.value)
     keep = len(images) <= KEPT_IMAGES if KEEP_FEATURES.value is None else KEEP_FEATURES.value
-    made = write_reference(path, images, load(FEATURES.value, WEIGHTS.value), keep, options())
+    made = write_reference(path, images, load(FEATURES.value, WEIGHTS.value, PROTOCOL.value), keep, options())
     console.say(f"wrote statistics of {len(images)} images to {path}, {'with' if keep else 'without'} their features")
     return {
         "out": str(path),
@@ -205,10 +213,10 @@ def measure_validation(folder: str) -> dict:
     return result
 
 
-EXTRACTOR = {"split", "features", "weights", "batch_size", *processes.FLAGS}
+EXTRACTOR = {"split", "features", "weights", "protocol", "batch_size", *processes.FLAGS}
 USES = {
     "--table": {"table", "format", "out"},
-    "--make_reference": {"make_reference", "data", "resolution", "channels", "keep_features", *EXTRACTOR},
+    "--make_reference": {"make_reference", "data", "resolution", "channels", "frames", "fps", "keep_features", *EXTRACTOR},
     "--validation": {"validation", "step", "average", "split", "path", "out", *processes.FLAGS},
     "--samples": {"samples", "reference", "metrics", "out", "kid_subset_size", "replicates", "level", *EXTRACTOR},
 }
@@ -238,7 +246,7 @@ def check_flags() -> None:
         unused |= {"split": "no --reference"} if REFERENCE.value is None else {}
     elif task == "make_reference" and DATA.value is not None:
         if DATA.value.endswith(".npz"):
-            unused |= dict.fromkeys(("split", "resolution", "channels"), f"--data={DATA.value}, an npz")
+            unused |= dict.fromkeys(("split", "resolution", "channels", "frames", "fps"), f"--data={DATA.value}, an npz")
         elif DATA.value == "digits":
             unused["channels"] = "--data=digits, which has one channel"
     for name in sorted(unused):

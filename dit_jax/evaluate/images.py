@@ -1,6 +1,6 @@
-"""Sets of uint8 images, read in batches from an npz or from a data source with its transform.
+"""Sets of uint8 images or clips, read in batches from an npz or from a data source with its transform.
 
-N images of H x W pixels and C channels.
+N images of H x W pixels and C channels; of clips, N x F x H x W x C. Where images are meant, clips are too, unless it says so.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
+from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.loader import read_in_order
 from dit_jax.data.size import size_text
 from dit_jax.data.sources.named import named_source
@@ -42,7 +43,7 @@ class Images(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[H, W, C], of one image."""
+        """[H, W, C] of one image, [F, H, W, C] of one clip."""
         ...
 
     @property
@@ -68,7 +69,7 @@ class Images(Protocol):
 
 
 class NpzImages:
-    """The images of an npz file, arr_0 uint8 [N, H, W, C].
+    """The images of an npz file, arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] of clips.
 
     Never all in memory, if the file was written by np.savez or np.savez_compressed.
 
@@ -103,11 +104,10 @@ class NpzImages:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:
             raise UserError(f"{path} is not a readable npz of images: {error!s:.300}") from None
-        check_is_images(shape[1:], str(path))
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
+        if dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] not in (1, 3) or shape[0] < 2 or 0 in shape or fortran:
             raise UserError(
                 f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; it must be uint8 "
-                "[N, H, W, 1 or 3] with N >= 2"
+                "[N, H, W, 1 or 3], or [N, F, H, W, 1 or 3] of clips, with N >= 2"
             )
         if self._member.file_size > max(MAX_UNPACKED_BYTES, MAX_PACKED_RATIO * self._member.compress_size):
             raise UserError(
@@ -223,10 +223,10 @@ class SourceImages:
         name: its name in results.
     """
 
-    def __init__(self, source: Source, transform: ImageTransform, name: str):
+    def __init__(self, source: Source, transform: ImageTransform | ClipTransform, name: str):
         self.source, self._transform, self.name, self.made_by = source, transform, name, None
         self.labels = getattr(source, "labels", None) if source.num_classes else None
-        self.shape = transform.shape
+        self.shape: tuple[int, ...] = transform.shape
         self.transform = transform.describe()
         self.identity = {"fingerprint": source.fingerprint, "records": len(source), **self.transform}
 
@@ -240,7 +240,7 @@ class SourceImages:
 
 
 class ArrayImages:
-    """Images in memory, uint8 [N, H, W, C], with their texts if they have some, as {"captions": [...]}."""
+    """Images in memory, uint8 [N, H, W, C] or clips [N, F, H, W, C], with their texts if they have some, as {"captions": [...]}."""
 
     def __init__(
         self,
@@ -250,8 +250,11 @@ class ArrayImages:
         labels: np.ndarray | None = None,
         texts: Mapping[str, Sequence[str]] | None = None,
     ):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) < 2:
-            raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3] is needed")
+        if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or len(images) < 2:
+            raise UserError(
+                f"{name}: images are {images.dtype} {list(images.shape)}; uint8 [N >= 2, H, W, 1 or 3], or [N >= 2, F, H, W, 1 or 3] of "
+                "clips, is needed"
+            )
         self.images, self.name, self.made_by, self.shape = images, name, made_by, images.shape[1:]
         self.labels, self.texts = labels, dict(texts or {})
         self.identity = {"array": list(images.shape)}
@@ -264,13 +267,37 @@ class ArrayImages:
             yield self.images[first : min(first + size, stop)]
 
 
-def check_is_images(shape: tuple[int, ...], name: str) -> None:
-    """Raises a UserError if examples of this shape are clips, (F, H, W, C)."""
-    if len(shape) == 4:
-        raise UserError(
-            f"{name} has clips of {' x '.join(map(str, shape))}, and these metrics are of images: a Frechet video distance needs "
-            "an extractor of clips (I3D), which dit_jax does not have. To score single frames, write them to an npz"
-        )
+class Frames:
+    """The frames of clips as images, in order: frame t of clip n is image n F + t. Each has the label and the text of its clip."""
+
+    def __init__(self, clips: Images):
+        self.clips, self.name, self.made_by = clips, f"the frames of {clips.name}", clips.made_by
+        self.count, *shape = clips.shape  # frames of a clip
+        self.shape = tuple(shape)
+        self.labels = None if clips.labels is None else np.repeat(clips.labels, self.count)
+        texts = getattr(clips, "texts", None) or {}
+        self.texts = {name: [text for text in texts[name] for _ in range(self.count)] for name in texts}
+        self.identity = {"frames_of": clips.identity}
+        if isinstance(clips, SourceImages):
+            self.transform = clips.transform
+
+    def __len__(self) -> int:
+        return len(self.clips) * self.count
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """As `Images.batches`; reads whole clips and holds `size` frames and one clip."""
+        first, last = start // self.count, -(-stop // self.count)
+        at, held = first * self.count, np.empty((0, *self.shape), np.uint8)
+        for clips in self.clips.batches(first, last, max(size // self.count, 1)):
+            frames = clips.reshape(-1, *self.shape)
+            frames = frames[max(start - at, 0) : stop - at]
+            at += clips.shape[0] * self.count
+            held = np.concatenate([held, frames])
+            while len(held) >= size:
+                yield held[:size]
+                held = held[size:]
+        if len(held):
+            yield held
 
 
 def open_samples(path: str) -> Images:
@@ -282,21 +309,29 @@ def open_samples(path: str) -> Images:
     location = local_path(path)
     if not location.is_dir():
         return NpzImages(location)
-    samples = shards.read(location)
-    check_is_images(samples.shape, path)
-    return samples
+    return shards.read(location)
 
 
-def cropped(data: str, size: tuple[int, int], channels: int, split: str | None = None) -> SourceImages:
-    """The images of a data set as in `named_source`, centre-cropped to (height, width)."""
-    return SourceImages(named_source(data, split), ImageTransform(size[0], channels, flip=False, size=size), data)
+def cropped(
+    data: str, size: tuple[int, int], channels: int, split: str | None = None, frames: int | None = None, fps: float | None = None
+) -> SourceImages:
+    """The images of a data set as in `named_source`, centre-cropped to (height, width).
+
+    Args:
+        frames: take the middle frames of its clips, that many, in place of images.
+        fps: of the clips that are taken; None for frames as they are stored.
+    """
+    transform: ImageTransform | ClipTransform = ImageTransform(size[0], channels, flip=False, size=size)
+    if frames is not None:
+        transform = ClipTransform(frames, size[0], channels, flip=False, fps=fps, size=size)
+    return SourceImages(named_source(data, split), transform, data)
 
 
 def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> Images:
     """Opens the images that the command line names: an npz, or a centre-cropped data set as in `named_source`.
 
     Args:
-        shape: (H, W, C) of the images to compare them with; the digits are always 8 x 8 x 1.
+        shape: (H, W, C) of the images to compare them with, or (F, H, W, C) of clips; the digits are always 8 x 8 x 1.
     Raises:
         UserError: the data set does not exist, or its images have another shape.
     """
@@ -304,12 +339,12 @@ def open_images(data: str, shape: tuple[int, ...], split: str | None = None) -> 
     if data.endswith(".npz"):
         images = NpzImages(local_path(data))
     else:
-        height, width, channels = DIGITS_SHAPE if data == "digits" else shape
-        images = cropped(data, (height, width), channels, split)
+        *frames, height, width, channels = DIGITS_SHAPE if data == "digits" else shape
+        images = cropped(data, (height, width), channels, split, *frames)
     if images.shape != tuple(shape):
         raise UserError(
             f"the samples are {' x '.join(map(str, shape))} and the reference {data} is "
             f"{' x '.join(map(str, images.shape))}; they must be equal: give images of that size, or make "
-            f"a reference with --make_reference --resolution={size_text(shape[:2])}"
+            f"a reference with --make_reference --resolution={size_text(shape[-3:-1])}"
         )
     return images

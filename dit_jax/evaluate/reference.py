@@ -16,7 +16,7 @@ import numpy as np
 
 from dit_jax.errors import UserError
 from dit_jax.evaluate.extractors import Loaded
-from dit_jax.evaluate.images import ARRAY, Images, NpzImages, SourceImages
+from dit_jax.evaluate.images import ARRAY, Images, NpzImages
 from dit_jax.evaluate.statistics import Extracted
 from dit_jax.metrics.frechet import Moments
 from dit_jax.runtime.versions import device_kind, versions
@@ -58,7 +58,7 @@ def recipe_of(images: Images, extracted: Extracted, loaded: Loaded) -> dict:
         "source": images.name,
         "count": extracted.count,
         "image_shape": list(images.shape),
-        "transform": images.transform if isinstance(images, SourceImages) else None,
+        "transform": getattr(images, "transform", None),
         "images_sha256": extracted.sha256,
         "made_by": images.made_by,
         "extractor": loaded.describe(),

@@ -17,7 +17,7 @@ from dit_jax.encode.cache_folder import differences
 from dit_jax.errors import UserError, failures, raise_all
 from dit_jax.evaluate import reference as references
 from dit_jax.evaluate.extractors import Loaded, check_name, check_shape, load
-from dit_jax.evaluate.images import ArrayImages, Images, captions_of, check_is_images, open_images, open_samples
+from dit_jax.evaluate.images import ArrayImages, Frames, Images, captions_of, open_images, open_samples
 from dit_jax.evaluate.reference import Reference
 from dit_jax.evaluate.snapshots import Snapshots
 from dit_jax.evaluate.statistics import CHUNK_IMAGES, Extracted, Wanted, default_batch_size, extract, output_shapes
@@ -35,8 +35,9 @@ from dit_jax.runtime.versions import device_kind, provenance, version
 from dit_jax.sample.samples_file import Samples
 from dit_jax.storage.paths import local_path
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "clip_score")
-WITHOUT_REFERENCE = ("is", "clip_score")
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "clip_score", "frame_cosine")
+WITHOUT_REFERENCE = ("is", "clip_score", "frame_cosine")
+EMBEDDINGS = ("clip", "dinov2")  # extractors whose features are compared by their cosine
 OF_FEATURES = ("precision", "recall", "kid")  # these need the reference's features, not only their moments
 NEIGHBOURS = 3
 LABELS_SHOWN = 10
@@ -50,6 +51,7 @@ class Options(NamedTuple):
         replicates: of the bootstrap; 0 computes no interval, so that FID does not keep features.
         batch_size: images per batch of a process; None chooses by the device.
         every_seconds: time between snapshots.
+        protocol: of an extractor of clips, see `metrics.i3d.PROTOCOLS`; None for its own.
     """
 
     metrics: tuple[str, ...] | None = None
@@ -58,11 +60,11 @@ class Options(NamedTuple):
     level: float = 0.95
     batch_size: int | None = None
     every_seconds: float = 30.0
+    protocol: str | None = None
 
 
 def check(reference: str, features: str, weights: str | None, shape: tuple[int, ...]) -> None:
     """Raises UserError if samples of `shape` cannot be scored; call before drawing them. A folder is listed, not read."""
-    check_is_images(shape, "the run")
     raise_all(
         failures(
             lambda: check_name(features, weights),
@@ -116,10 +118,11 @@ def score(
         dit_jax.score(pipe(num_samples=1000), "digits")["fid"]
 
     Args:
-        samples: of a pipeline; uint8 [N, H, W, C]; an npz of images; or a folder of `dit_jax.sample`.
+        samples: of a pipeline; uint8 [N, H, W, C], or [N, F, H, W, C] of clips; an npz of them; or a folder of `dit_jax.sample`.
         reference: the same; an npz of statistics; a data set (digits, a folder of images, tfds:NAME:PATH, tars:PATTERN), cropped
             to the size of the samples; None for only the Inception Score.
-        features: "pixels" (for tiny images), "pixels8" (means of 8 x 8 cells), "inception", "dinov2" or "clip".
+        features: "pixels" (for tiny images), "pixels8" (means of 8 x 8 cells), "inception", "dinov2", "clip", or "i3d"
+            of clips. All others but "pixels" take the frames of clips as images.
         weights: of the extractor, a .safetensors file of `convert`.
         metrics: of METRICS; None computes all that are possible.
         options: other fields of `Options`.
@@ -173,11 +176,14 @@ def evaluate(
     """
     options = options or Options()
     check_options(options)
-    check_name(features, weights)
+    check_name(features, weights, options.protocol)
     images = open_samples(samples) if isinstance(samples, str) else samples
     check_shape(features, images.shape)
     against = None if reference is None else open_reference(reference, images.shape, split)
-    loaded = load(features, weights)
+    loaded = load(features, weights, options.protocol)
+    clip_frames = images.shape[0] if len(images.shape) == 4 else 1
+    images = as_taken(images, loaded.extractor)
+    against = against if against is None or isinstance(against, Reference) else as_taken(against, loaded.extractor)
     if isinstance(reference, str) and isinstance(against, Reference):
         check_comparable(against, reference, loaded, images)
     metrics, remarks = choose_metrics(images, against, loaded, options)
@@ -196,6 +202,7 @@ def evaluate(
             features=others.features, recipe=against.recipe | {"features_of": others.count, "features_sha256": others.sha256}
         )
     result, more = compute(metrics, extracted, against, options)
+    result, more = with_clips(result, more, metrics, extracted, images, loaded)
     if "clip_score" in metrics:
         scored, cut = score_captions(_kept(extracted.features), captions_of(images) or (), loaded)
         result, more = result | scored, more + cut
@@ -206,6 +213,7 @@ def evaluate(
         "num_samples": extracted.count,
         "samples_sha256": extracted.sha256,
         "image_shape": list(images.shape),
+        **({"frames_per_clip": clip_frames} if clip_frames > 1 else {}),
         "reference": reference if reference is None or isinstance(reference, str) else reference.name,
         **({} if split is None else {"reference_split": split}),
         **(
@@ -218,11 +226,40 @@ def evaluate(
             }
         ),
         "extractor": loaded.describe(),
-        "extraction": {"batch_size": options.batch_size or default_batch_size(), "sums": "float64"},
+        "extraction": {"batch_size": options.batch_size or default_batch_size(loaded.extractor), "sums": "float64"},
         "made_by": images.made_by,
         "remarks": remarks + more,
         **provenance(),
     }
+
+
+def as_taken(images: Images, extractor: Any) -> Images:
+    """Clips as their frames for an extractor of images, and everything else as it is."""
+    is_clips = len(images.shape) == 4 and not getattr(extractor, "takes_clips", False)
+    return Frames(images) if is_clips else images
+
+
+def with_clips(
+    result: dict, remarks: list[str], metrics: tuple[str, ...], samples: Extracted, images: Images, loaded: Loaded
+) -> tuple[dict, list[str]]:
+    """(result, remarks) with what is known of clips: FVD by its name, the cosine of consecutive frames, and their remarks."""
+    if hasattr(loaded.extractor, "remarks"):
+        remarks = [*remarks, *loaded.extractor.remarks(len(images), images.shape)]
+    if loaded.extractor.name == "i3d":
+        result = result | {name.replace("fid", "fvd"): value for name, value in result.items() if name.startswith("fid")}
+    if isinstance(images, Frames):
+        if "fid_interval" in result:
+            remarks = [*remarks, "fid: the interval takes frames of a clip as independent, and is too narrow"]
+        if "frame_cosine" in metrics:
+            result = result | {"frame_cosine": frame_cosine(_kept(samples.features), images.count)}
+    return result, remarks
+
+
+def frame_cosine(features: np.ndarray, frames: int) -> float:
+    """Mean cosine of the embeddings of consecutive frames, of embeddings [N frames, F] in the order of `Frames`."""
+    x = features.reshape(-1, frames, features.shape[-1]).astype(np.float64)
+    x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return float((x[:, 1:] * x[:, :-1]).sum(-1).mean())
 
 
 def make_reference(
@@ -230,6 +267,7 @@ def make_reference(
 ) -> Reference:
     """Computes the statistics of all of the extractor's outputs for these images; write them with `reference.write`."""
     check_shape(loaded.extractor.name, images.shape)
+    images = as_taken(images, loaded.extractor)
     widths = output_shapes(loaded.extractor, loaded.params, images.shape)
     wanted = Wanted(tuple(name for name in references.KEYS if name in widths), keep_features)
     extracted = take_features(images, loaded, wanted, options or Options(), "the reference", folder, None)
@@ -254,7 +292,7 @@ def take_features(
             "extractor": loaded.describe(),
             "wanted": list(wanted),
             "chunk_images": CHUNK_IMAGES,
-            "batch_size": options.batch_size or default_batch_size(),
+            "batch_size": options.batch_size or default_batch_size(loaded.extractor),
             "devices": jax.local_device_count(),
             "device": device_kind(),
             "jax": version("jax"),
@@ -295,7 +333,7 @@ def check_comparable(reference: Reference, name: str, loaded: Loaded, images: Im
         raise UserError(
             f"the samples are {' x '.join(map(str, images.shape))}, but the reference {name} was made of "
             f"{' x '.join(map(str, shape))} images; they must have the same shape: make a reference with "
-            f"--resolution={size_text(images.shape[:2])}"
+            f"--resolution={size_text(images.shape[-3:-1])}"
         )
 
 
@@ -332,7 +370,8 @@ def choose_metrics(
             raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
     outputs = output_shapes(loaded.extractor, loaded.params, images.shape)
     embeds_texts = hasattr(loaded.extractor, "text")
-    possible = [name for name in METRICS if name != "clip_score" or embeds_texts]
+    skipped = {"clip_score": not embeds_texts, "frame_cosine": not isinstance(images, Frames)}
+    possible = [name for name in METRICS if not skipped.get(name)]
     reasons = {
         name: _obstacle(name, images, reference, loaded.extractor.name, outputs, options) for name in options.metrics or possible
     }
@@ -355,6 +394,10 @@ def _obstacle(
         return f"{len(images)} samples are fewer than its {TENTHS} parts" if len(images) < TENTHS else None
     if metric == "clip_score":
         return None if captions_of(images) is not None else "the samples have no captions"
+    if metric == "frame_cosine":
+        if extractor not in EMBEDDINGS:
+            return f"features {extractor} are no embeddings; use {' or '.join(EMBEDDINGS)}"
+        return None if isinstance(images, Frames) and images.count > 1 else "the samples are not clips"
     if reference is None:
         return "it needs a reference"
     if metric == "sfid":
@@ -383,7 +426,7 @@ def _obstacle(
 
 def wanted_of_samples(metrics: tuple[str, ...], options: Options) -> Wanted:
     moments = tuple(output for output, metric in (("features", "fid"), ("spatial", "sfid")) if metric in metrics)
-    keep = bool({*OF_FEATURES, "clip_score"} & set(metrics)) or ("fid" in metrics and options.replicates > 0)
+    keep = bool({*OF_FEATURES, "clip_score", "frame_cosine"} & set(metrics)) or ("fid" in metrics and options.replicates > 0)
     return Wanted(moments, keep, "is" in metrics)
 
 

@@ -62,9 +62,11 @@ class Extracted(NamedTuple):
     sha256: str
 
 
-def default_batch_size() -> int:
-    """Batch size of this process: 128 per accelerator, or 64 in total on a CPU."""
+def default_batch_size(extractor: Extractor | None = None) -> int:
+    """Batch size of this process: 128 per accelerator, or 64 in total on a CPU; of clips, what their extractor asks for."""
     devices = jax.local_devices()
+    if (at_once := getattr(extractor, "clips_at_once", None)) is not None:
+        return at_once * len(devices)
     return 64 if devices[0].platform == "cpu" else 128 * len(devices)
 
 
@@ -112,7 +114,7 @@ def extract(
         wanted,
         {name: int(p.max()) + 1 for name, p in parts.items()},
         widths,
-        batch_size or default_batch_size(),
+        batch_size or default_batch_size(extractor),
     )
     chunks = range(index, -(-len(images) // CHUNK_IMAGES), total)
     totals, digests, features = worker.zeros(), [], []

@@ -3,6 +3,9 @@
 A .pt is a pickle, and a pickle is a program that may call any function by name. This reader allows seven names (functions that
 rebuild tensors and parameters, OrderedDict, argparse.Namespace, the name of a Lightning class, storage types) and refuses all
 others. Values are read lazily. It reads both of PyTorch's formats: the zip archive (since 1.6) and the older stream.
+
+Of a TorchScript archive, the tensors of the module are read by name, as of its state_dict. Its code is not opened: a module is a plain
+container here, whatever its class is called.
 """
 
 import mmap
@@ -88,6 +91,24 @@ class Namespace:
         pass
 
 
+class Script(dict):
+    """Stands in for a module of TorchScript: its attributes."""
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.update(state)
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of the module and of those inside, by name."""
+        found = {}
+        for name, value in self.items():
+            if isinstance(value, Script):
+                found |= value.tensors(f"{prefix}{name}.")
+            elif isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value
+        return found
+
+
 def is_pt(path: str | os.PathLike) -> bool:
     """Whether the file starts like one of the two formats; the rest is not checked."""
     path = local_path(path)
@@ -99,6 +120,8 @@ def is_pt(path: str | os.PathLike) -> bool:
 def read(path: str | os.PathLike) -> Any:
     """Reads the saved object: dicts, lists, tuples, numbers and strings, with a `Tensor` for each tensor.
 
+    Of a module of TorchScript, {name: Tensor}.
+
     Raises:
         UserError: the file is damaged or truncated, or references anything but tensors and plain containers.
     """
@@ -106,7 +129,8 @@ def read(path: str | os.PathLike) -> Any:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == ZIP_MAGIC
-        return _read_zip(path) if is_zip else _read_legacy(path)
+        content = _read_zip(path) if is_zip else _read_legacy(path)
+        return content.tensors() if isinstance(content, Script) else content
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle or archive raises almost anything
@@ -261,6 +285,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module in ("torch", "torch.storage") and name in STORAGES:
             return StorageType(np.dtype(STORAGES[name]))
+        if module == "__torch__" or module.startswith("__torch__."):
+            return Script
         if (module, name) not in GLOBALS:
             raise UserError(
                 f"references {f'{module}.{name}':.200}, which is refused: a weights file needs only tensors, plain containers "
@@ -326,7 +352,13 @@ def _rebuild_parameter(tensor, *_):
     return tensor
 
 
+def _list(values):
+    return list(values)
+
+
 GLOBALS = {
+    # Typed lists among the attributes of TorchScript's modules.
+    **{("torch.jit._pickle", f"build_{kind}list"): Rebuild(_list) for kind in ("int", "double", "bool", "tensor")},
     ("torch._utils", "_rebuild_tensor"): Rebuild(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Rebuild(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): Rebuild(_rebuild_parameter),

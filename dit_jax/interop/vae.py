@@ -1,4 +1,6 @@
-"""Reads and writes the autoencoders' weights as diffusers stores them (`AutoencoderKL`, `VQModel`), without PyTorch.
+"""Reads and writes the autoencoders' weights as diffusers stores them, without PyTorch.
+
+The classes are `AutoencoderKL`, `VQModel` and, for clips, `AutoencoderKLWan` (see `causal_names`).
 
 The names of the LDM code (CompVis) are read too: of an autoencoder's own checkpoint, or of a whole model's under
 `first_stage_model.`, in .safetensors or in PyTorch's .ckpt.
@@ -19,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from dit_jax.codecs.causal_vae import CausalVAE
 from dit_jax.codecs.kl_vae import KLVAE, PRESETS, Autoencoder
 from dit_jax.codecs.vq_vae import VQVAE
 from dit_jax.errors import UserError
-from dit_jax.interop import download, pt_reader
+from dit_jax.interop import causal_names, download, pt_reader
 from dit_jax.interop.tensors import Tensor, Tensors, open_safetensors
 from dit_jax.runtime import console
 from dit_jax.storage.atomic import remove_leftovers, replacing, write_json
@@ -101,6 +104,8 @@ CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
         "vq_embed_dim": None,
         "norm_type": "group",
     },
+    causal_names.WAN: causal_names.DEFAULTS,
+    causal_names.OURS: causal_names.DEFAULTS,
 }
 
 
@@ -182,7 +187,7 @@ def _check_is_no_run(path: Path) -> None:
     raise UserError(f"{path} is the run of a {task} model, not of an autoencoder; give the --workdir of one, or a VAE's folder")
 
 
-def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE | VQVAE:
+def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE | VQVAE | CausalVAE:
     """Builds the codec that a diffusers folder describes (sizes, scale and shift) without reading the weights.
 
     Args:
@@ -201,6 +206,10 @@ def read_codec(path: str | os.PathLike, dtype: Any = jnp.float32) -> KLVAE | VQV
             "trained an autoencoder"
         )
     stored = _read_config(path)
+    if stored["_class_name"] in (causal_names.WAN, causal_names.OURS):
+        causal = causal_names.codec_of(stored, path, dtype)
+        _check_config(path, causal)
+        return causal
     sizes = {
         "block_out_channels": stored["block_out_channels"],
         "layers_per_block": stored["layers_per_block"],
@@ -244,7 +253,7 @@ def weights_sha256(params: Any) -> str:
 
 
 def load_diffusers(path: str | os.PathLike, codec: Autoencoder) -> dict:
-    """Loads parameters for `codec` from a diffusers `AutoencoderKL` or `VQModel`, as NumPy arrays in the file's dtypes.
+    """Loads parameters for `codec` from an autoencoder of diffusers, as NumPy arrays in the file's dtypes.
 
     Every tensor of the file must be used and every parameter must be present; otherwise nothing is loaded. Of a checkpoint of the
     LDM code, the autoencoder is taken.
@@ -253,7 +262,7 @@ def load_diffusers(path: str | os.PathLike, codec: Autoencoder) -> dict:
         path: a .safetensors file or a PyTorch checkpoint, or a folder with config.json and diffusion_pytorch_model.safetensors.
             The folder's config is checked against the codec. A single file does not record scale, shift or group count; the
             codec's are used.
-        codec: the `KLVAE` or `VQVAE` of the weights; its sizes determine names and shapes.
+        codec: of the weights; its sizes determine names and shapes.
     Raises:
         UserError: path, or a file of the folder, does not exist.
         UserError: config.json disagrees with the codec; the file is neither safetensors nor PyTorch's; or tensors are missing,
@@ -287,7 +296,7 @@ def load_diffusers(path: str | os.PathLike, codec: Autoencoder) -> dict:
         array = tensors[name].load()
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; download the file again")
-        node[keys[-1]] = _to_ours(keys, array)
+        node[keys[-1]] = causal_names.to_ours(keys, array) if isinstance(codec, CausalVAE) else _to_ours(keys, array)
     return params
 
 
@@ -304,12 +313,12 @@ def _open(path: Path) -> Tensors:
 
 
 def save_diffusers(path: str | os.PathLike, codec: Autoencoder, params: Any) -> None:
-    """Writes params as diffusers' `AutoencoderKL` or `VQModel`, with their dtypes; loading them gives the same bits.
+    """Writes params as an autoencoder of diffusers, with their dtypes; loading them gives the same bits.
 
     Args:
         path: a name ending in .safetensors for the weights alone. Any other path is a folder, created if needed, which also gets
             config.json and is readable by diffusers' `from_pretrained`. Existing files are replaced.
-        codec: the `KLVAE` or `VQVAE` the params belong to.
+        codec: that the params belong to.
         params: pytree of `codec.init` or `load_diffusers`.
     Raises:
         UserError: the params are not those of the codec; lists the names that differ.
@@ -321,7 +330,7 @@ def save_diffusers(path: str | os.PathLike, codec: Autoencoder, params: Any) -> 
     tensors = {}
     for keys in expected.keys() & arrays.keys():
         name, shape = expected[keys]
-        tensors[name] = np.ascontiguousarray(_to_theirs(keys, np.asarray(arrays[keys])))
+        tensors[name] = np.ascontiguousarray(_stored(codec, keys, np.asarray(arrays[keys])))
         if tensors[name].shape != shape:
             problems.append(f"misshapen {'/'.join(keys)}: {tensors[name].shape} instead of {shape} as {name}")
     if problems:
@@ -337,7 +346,8 @@ def save_diffusers(path: str | os.PathLike, codec: Autoencoder, params: Any) -> 
 
 def _expected(codec) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """{diffusers name: (our keys, shape of the stored tensor)} for every parameter of the codec."""
-    return _names_and_shapes(dataclasses.replace(codec, scale=1.0, shift=0.0))
+    chunks = {"chunk_frames": 0} if isinstance(codec, CausalVAE) else {}
+    return _names_and_shapes(dataclasses.replace(codec, scale=1.0, shift=0.0, **chunks))
 
 
 @functools.lru_cache(maxsize=8)
@@ -347,11 +357,22 @@ def _names_and_shapes(codec):
     expected = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         keys = _keys(path)
-        name = ".".join(keys)
-        for pattern, replacement in TO_DIFFUSERS:
-            name = re.sub(pattern, replacement, name)
-        expected[name] = (keys, _to_theirs(keys, np.broadcast_to(np.float32(0), leaf.shape)).shape)
+        expected[_name_of(codec, keys)] = (keys, _stored(codec, keys, np.broadcast_to(np.float32(0), leaf.shape)).shape)
     return expected
+
+
+def _name_of(codec, keys) -> str:
+    if isinstance(codec, CausalVAE):
+        return causal_names.name_of(codec, keys)
+    name = ".".join(keys)
+    for pattern, replacement in TO_DIFFUSERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _stored(codec, keys, array):
+    """A parameter as the file has it."""
+    return causal_names.to_theirs(keys, array, codec.norm) if isinstance(codec, CausalVAE) else _to_theirs(keys, array)
 
 
 def _keys(path):
@@ -431,11 +452,15 @@ def _write_config(folder: Path, codec: Autoencoder) -> None:
 
 
 def _class_name(codec: Autoencoder) -> str:
+    if isinstance(codec, CausalVAE):
+        return causal_names.class_name(codec)
     return "VQModel" if isinstance(codec, VQVAE) else "AutoencoderKL"
 
 
 def _config(codec: Autoencoder) -> dict[str, Any]:
     """The fields of diffusers' config.json for this codec."""
+    if isinstance(codec, CausalVAE):
+        return causal_names.config(codec)
     levels = len(codec.block_out_channels)
     fields = CONFIG_DEFAULTS[_class_name(codec)] | {
         "in_channels": codec.image_channels,
@@ -479,11 +504,14 @@ def _read_config(path):
     name = stored.get("_class_name", "AutoencoderKL")
     if not isinstance(name, str) or name not in CONFIG_DEFAULTS:
         raise UserError(
-            f"{path} does not describe an AutoencoderKL or a VQModel: give the autoencoder's folder (often named vae or vqvae)"
+            f"{path} does not describe an AutoencoderKL, a VQModel or an AutoencoderKLWan: give the autoencoder's folder (often named "
+            "vae or vqvae)"
         )
     stored = CONFIG_DEFAULTS[name] | stored | {"_class_name": name}
     if name == "VQModel":
         stored["vq_embed_dim"] = stored["vq_embed_dim"] or stored["latent_channels"]
+    if name in (causal_names.WAN, causal_names.OURS):
+        return causal_names.checked(stored, path)
     shift = stored["shift_factor"] = stored["shift_factor"] or None
     mean, std = stored["latents_mean"], stored["latents_std"]
     if mean is not None or std is not None:
@@ -506,7 +534,7 @@ def _check_config(path, codec):
     problems = [
         f"{name}: {stored[name]} in the file, {value} in the codec"
         for name, value in _config(codec).items()
-        if name not in NORMALIZATION and not _same(stored[name], value)
+        if name not in (*NORMALIZATION, *causal_names.UNCHECKED) and not _same(stored[name], value)
     ]
     if problems:
         raise UserError(f"{path} disagrees with the codec, change the codec to match:\n  " + "\n  ".join(problems))

@@ -17,6 +17,10 @@ class Extractor(Protocol):
 
     The call takes (params, uint8 [N, H, W, 1 or 3]) and returns {"features": float32 [N, F]}. It may also return "spatial"
     float32 [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. Each row depends on its image alone.
+
+    An extractor with `takes_clips = True` is given clips, uint8 [N, F, H, W, C], whole; any other is given their frames as images.
+    Optional: `check_shape(shape)` raises a UserError for examples that it does not take, `remarks(count, shape)` says what makes a
+    result unusual, `clips_at_once` is the number of examples per call and device.
     """
 
     @property
@@ -31,9 +35,11 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """Uses the pixels in [-1, 1] as features, F = H W C. For tiny images, without a pretrained network; params is {}."""
+    """Uses the pixels in [-1, 1] as features, F = H W C, of a clip those of all frames; for tiny images. params is {}."""
 
     name: str = "pixels"
+
+    takes_clips = True
 
     def recipe(self) -> dict:
         return {"resize": "none", "range": [-1, 1], "precision": "float32"}

@@ -52,6 +52,25 @@ def _neighbours(length: int, size: int):
     return low, np.minimum(low + 1, length - 1), place - low.astype(np.float32)
 
 
+def bilinear_centred(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear resize of [N, H, W, C] of any dtype to float32 [N, *size, C], not rounded.
+
+    Matches PyTorch's interpolate with align_corners=False: pixels have their centres at (i + 1/2) / H, and what lies beyond the
+    outer centres is the outer pixel. There is no antialiasing.
+    """
+    x = images.astype(jnp.float32)
+    for axis, length in ((1, size[0]), (2, size[1])):
+        if x.shape[axis] == length:
+            continue
+        scale = np.float32(x.shape[axis] / length)
+        place = np.maximum((np.arange(length, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0)
+        low = np.minimum(place.astype(np.int32), x.shape[axis] - 1)
+        fraction = (place - low.astype(np.float32)).reshape(-1, *(1,) * (3 - axis))
+        left, right = (jnp.take(x, at, axis=axis) for at in (low, np.minimum(low + 1, x.shape[axis] - 1)))
+        x = left * (1 - fraction) + right * fraction
+    return x
+
+
 def area_average(images: jax.Array, size: int) -> jax.Array:
     """Means of [N, H, W, C] of any dtype over a grid of equal cells, float32 [N, S, S, C].
 

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models.attention import attention_kernel, dot_product_attention
@@ -181,3 +182,53 @@ class TimeEmbedding(nn.Module):
             return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
         return linear("out")(nn.silu(linear("in")(frequency_embedding(t).astype(self.dtype))))
+
+
+def convolve_clips(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int] = (1, 1),
+    padding: str = "frame",
+    precision: lax.Precision | None = None,
+) -> jax.Array:
+    """A convolution over frames, rows and columns.
+
+    XLA's convolutions of five axes are several times slower on a CPU than those of four, so on a CPU the taps in time are summed
+    (two cores of an Intel Xeon, 2026-11-29: 3 x 3 x 3 over 2 x 9 x 32 x 32 pixels and 32 channels, 31 ms in place of 185 ms).
+
+    Args:
+        x: [B, F, H, W, C].
+        kernel: [t, s, s, C, features].
+        strides: in time, and in rows and columns.
+        padding: "frame" pads rows and columns with (s - 1) / 2 zeros on each side and frames with none; "same" as TensorFlow's SAME
+            in all three.
+    Returns:
+        [B, F', H', W', features].
+    """
+    along, across = strides
+    windows, steps = kernel.shape[:3], (along, across, across)
+    if padding == "same":
+        pads = lax.padtype_to_pads(x.shape[1:4], windows, steps, "SAME")
+    else:
+        side = (kernel.shape[1] - 1) // 2
+        pads = [(0, 0), (side, side), (side, side)]
+
+    def five_axes(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, steps, pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision=precision
+        )
+
+    return lax.platform_dependent(x, kernel, cpu=lambda x, k: _summed_taps(x, k, steps, pads, precision), default=five_axes)
+
+
+def _summed_taps(x, kernel, steps, pads, precision):
+    """The convolution as a sum of convolutions of frames, one for each tap in time."""
+    x = jnp.pad(x, ((0, 0), pads[0], (0, 0), (0, 0), (0, 0)))
+    stride, frames = steps[0], 1 + (x.shape[1] - len(kernel)) // steps[0]
+    total: Any = 0
+    for i in range(len(kernel)):
+        part = x[:, i : i + (frames - 1) * stride + 1 : stride]
+        part = part.reshape(-1, *part.shape[2:])
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        total += lax.conv_general_dilated(part, kernel[i], steps[1:], pads[1:], dimension_numbers=dimensions, precision=precision)
+    return total.reshape(len(x), frames, *total.shape[1:])

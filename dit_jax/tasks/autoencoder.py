@@ -1,6 +1,7 @@
 """The training step of an autoencoder: L1, KL, perceptual distance and a patch discriminator, as pure functions of arrays.
 
-B batch, H x W x C images, h x w x c latents, n = H W C.
+B batch, H x W x C images, h x w x c latents, n = H W C. Of clips, F x H x W x C, n = F H W C, and LPIPS and the discriminator judge
+each frame as an image.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import optax
 from dit_jax.codecs import perceptual
 from dit_jax.codecs.codec import AUTOENCODER_RULES
 from dit_jax.codecs.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_discriminator_loss
-from dit_jax.codecs.kl_vae import KLVAE, split_moments
+from dit_jax.codecs.kl_vae import KLAutoencoder, split_moments
 from dit_jax.codecs.perceptual import SMALLEST_SIDE, lpips
 from dit_jax.errors import UserError
 from dit_jax.parallel.rules import Rules
@@ -22,6 +23,11 @@ from dit_jax.pixels import to_float
 from dit_jax.tasks.averages import Exponential, moving_average
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters
 from dit_jax.tasks.task import accumulate, is_finite_update, named_key, only_if, step_sums
+
+
+def frames(images: jax.Array) -> jax.Array:
+    """Images [B, H, W, C], or the frames of clips [B, F, H, W, C] as images [B F, H, W, C]."""
+    return images if images.ndim == 4 else images.reshape(-1, *images.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,13 @@ class AutoencoderTask:
     computed from discriminator_start_step on.
 
     constants: {"perceptual": weights of LPIPS} if perceptual_weight is not zero.
-    batch: {"image": uint8[B, H, W, C]}.
+    batch: {"image": uint8[B, H, W, C]}, or uint8[B, F, H, W, C] of clips.
     State: params {"codec": ..., "discriminator": ...}, the moving average of the codec only, opt_state with the keys of params.
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021 (VQGAN), equations 6 and 7.
 
     Fields:
-        image_shape: (H, W, C).
+        image_shape: (H, W, C), or (F, H, W, C) of clips.
         kl_weight: of the KL divergence from a standard normal, which keeps latents small.
         perceptual_weight: of LPIPS; 0 turns it off, above 0 needs its weights.
         discriminator_weight: of the generator's loss; 0 turns the discriminator off.
@@ -51,9 +57,9 @@ class AutoencoderTask:
         UserError: a weight or step out of range; images that do not suit the codec or a loss.
     """
 
-    codec: KLVAE
+    codec: KLAutoencoder
     optimizer: optax.GradientTransformation
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.0
     discriminator: PatchDiscriminator | None = None
@@ -77,7 +83,7 @@ class AutoencoderTask:
                 raise UserError(f"task.{name} is {getattr(self, name)}; it must be at least 0 (0 turns it off)")
         check_offload(self.offload)
         self.codec.latent_shape(self.image_shape)
-        side = min(self.image_shape[:2])
+        side = min(self.image_shape[-3:-1])
         if self.perceptual_weight and side < SMALLEST_SIDE:
             raise UserError(
                 f"task.perceptual_weight is {self.perceptual_weight} and LPIPS needs images of at least "
@@ -98,7 +104,7 @@ class AutoencoderTask:
     def init(self, key: jax.Array) -> TrainState:
         params = {"codec": self.codec.init(named_key(key, "codec"))}
         if self.discriminator is not None:
-            images = jnp.zeros((1, *self.image_shape))
+            images = jnp.zeros((1, *self.image_shape[-3:]))
             params["discriminator"] = self.discriminator.init(named_key(key, "discriminator"), images)["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -114,17 +120,18 @@ class AutoencoderTask:
         """(posterior sample for this noise, as latents; KL [B] of the posterior to N(0, 1), summed over the latent)."""
         mean, log_variance = split_moments(self.codec.encode(codec_params, images))
         sample = mean + jnp.exp(0.5 * log_variance) * noise
-        kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum((1, 2, 3))
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum(range(1, mean.ndim))
         return (sample - jnp.asarray(self.codec.shift)) * jnp.asarray(self.codec.scale), kl
 
     def fidelity(
         self, constants: Mapping[str, Any], images: jax.Array, decoded: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(batch mean of L1 plus the weighted perceptual distance, {name: per-image distance [B]})."""
-        parts = {"l1": jnp.abs(images - decoded).mean((1, 2, 3))}
+        parts = {"l1": jnp.abs(images - decoded).mean(range(1, images.ndim))}
         total = parts["l1"]
         if self.perceptual_weight:
-            parts["perceptual"] = lpips(constants["perceptual"], images, decoded, self.codec.dtype)
+            of_frames = lpips(constants["perceptual"], frames(images), frames(decoded), self.codec.dtype)
+            parts["perceptual"] = of_frames.reshape(len(images), -1).mean(1)
             total = total + self.perceptual_weight * parts["perceptual"]
         return total.mean(), parts
 
@@ -138,13 +145,13 @@ class AutoencoderTask:
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """The adversarial losses: (gradient by the decoded images, gradient by the discriminator's parameters, metrics).
 
-        fidelity_gradient: [B, H, W, C]; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
+        fidelity_gradient: of the shape of the images; to_last_layer maps such a gradient to the gradient of the decoder's last kernel.
         """
         discriminator = self.discriminator
         assert discriminator is not None  # called only where there is one
 
         def discriminate(discriminator_params, x):
-            return discriminator.apply({"params": discriminator_params}, x)
+            return discriminator.apply({"params": discriminator_params}, frames(x))
 
         def discriminator_loss(discriminator_params):
             real, fake = discriminate(discriminator_params, images), discriminate(discriminator_params, decoded)
@@ -241,7 +248,8 @@ class AutoencoderTask:
         sizes = ", ".join(f"{name} {count_parameters(part) / 1e6:.2f} M" for name, part in params.items())
         encode, decode = (macs / 1e9 for macs in self.codec.macs(self.image_shape))
         latent = " x ".join(map(str, self.codec.latent_shape(self.image_shape)))
+        what = "an image" if len(self.image_shape) == 3 else f"a clip of {self.image_shape[0]} frames"
         return [
             f"model      autoencoder to {latent} latents, {jnp.dtype(self.codec.dtype).name}: {sizes} parameters; "
-            f"{encode:.3f} GMACs to encode an image, {decode:.3f} to decode"
+            f"{encode:.3f} GMACs to encode {what}, {decode:.3f} to decode"
         ]

@@ -1,6 +1,6 @@
 """The results of an autoencoder's run: images with their reconstructions, scores, and the finished codec.
 
-N images, H x W x C images, h x w x c latents.
+N images, H x W x C images, h x w x c latents; or clips, F x H x W x C and f x h x w x c.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.build import Run
-from dit_jax.codecs.kl_vae import KLVAE, normalised, split_moments
+from dit_jax.codecs.kl_vae import KLVAE, KLAutoencoder, normalised, split_moments
 from dit_jax.data.loader import read_in_order
 from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate import extractors, scores
@@ -32,12 +32,13 @@ from dit_jax.training.latent_plane import PALETTE, plane_picture
 from dit_jax.training.records import Records
 
 STATISTICS_IMAGES = 10_000  # gives the scale of the latents to about a percent
+STATISTICS_BYTES = 2**31  # of fewer clips
 
 
 class Reconstructor:
-    """Encodes images and decodes the posterior mean, in batches of one size."""
+    """Encodes images or clips and decodes the posterior mean, in batches of one size."""
 
-    def __init__(self, codec: KLVAE, mesh: Mesh, batch_size: int):
+    def __init__(self, codec: KLAutoencoder, mesh: Mesh, batch_size: int):
         self.mesh = mesh
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // ways) * ways
@@ -46,7 +47,7 @@ class Reconstructor:
             params = on_device(params)
             mean, log_variance = split_moments(codec.encode(params, to_float(images)))
             decoded = codec.decode(params, (mean - jnp.asarray(codec.shift)) * jnp.asarray(codec.scale))
-            finite = [jnp.isfinite(x).all((1, 2, 3)) for x in (decoded, mean, log_variance)]
+            finite = [jnp.isfinite(x).all(range(1, x.ndim)) for x in (decoded, mean, log_variance)]
             return to_uint8(decoded), mean, jnp.exp(log_variance), finite[0] & finite[1] & finite[2]
 
         self._run = jax.jit(run, out_shardings=batch_sharding(mesh))
@@ -86,12 +87,17 @@ def read(run: Run, source: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def side_by_side(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Originals and reconstructions alternate, [2N, H, W, C]; an even number of columns keeps each pair in one row."""
+    """Originals and reconstructions alternate, [2N, ...]; an even number of columns keeps each pair of images in one row."""
     return np.stack([images, reconstructions], 1).reshape(-1, *images.shape[1:])
 
 
-def _pairs(step: int) -> str:
-    return f"step {step}, each original left of its reconstruction"
+def _pairs(step: int, images: np.ndarray) -> str:
+    return f"step {step}, each original {'left of' if images.ndim == 4 else 'above'} its reconstruction"
+
+
+def frames(images: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, C], or the frames of clips [N, F, H, W, C] as images [N F, H, W, C]."""
+    return images if images.ndim == 4 else images.reshape(-1, *images.shape[2:])
 
 
 def is_plane(latent_shape: tuple[int, ...]) -> bool:
@@ -152,11 +158,11 @@ class Reconstructions:
         assert self.images is not None  # read where preview.every_steps is set
         decoded, _, _ = self.reconstructor(state.ema_params["codec"], self.images)
         path, images = folder / f"{step:08d}.png", self.images
-        quality = float(np.mean(psnr(images, decoded)))
+        quality = float(np.mean(psnr(frames(images), frames(decoded))))
 
         def write():
             pairs = side_by_side(images, decoded)
-            records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10, caption=_pairs(step))})
+            records.images(step, {"reconstructions": write_image_grid(path, pairs, columns=10, caption=_pairs(step, images))})
             say(f"images and their reconstructions in {path}, PSNR {quality:.2f} dB")
 
         if hosts.is_first():
@@ -175,10 +181,10 @@ class Reconstructions:
         params = jax.tree.map(hosts.to_host, on_devices)
         reconstructor = Reconstructor(trained, run.mesh, evaluation.batch_size)
 
-        images, labels = read(run, run.source, STATISTICS_IMAGES)
+        images, labels = read(run, run.source, min(STATISTICS_IMAGES, max(1, STATISTICS_BYTES // math.prod(run.image_shape))))
         _, means, variances = reconstructor(on_devices, images)
         by_channel = evaluation.normalize == "channel"
-        axes = (0, 1, 2) if by_channel else None
+        axes = tuple(range(means.ndim - 1)) if by_channel else None
         codec = normalised(trained, means.mean(axes) if by_channel else 0.0, np.sqrt(means.var(axes) + variances.mean(axes)))
         folder = workdir / codec_folder.FOLDER
         result: dict[str, Any] = {"codec": str(folder), "scale": codec.scale, "shift": codec.shift}
@@ -211,7 +217,8 @@ class Reconstructions:
             data = run.config.data.to_dict()
             samples_file.write(original, images, labels, {"data": data})
             samples_file.write(path, decoded, labels, {"step": step, "codec": run.config.codec.to_dict(), "data": data})
-            write_image_grid(path.with_suffix(".png"), side_by_side(images, decoded)[:100], columns=10, caption=_pairs(step))
+            pairs = side_by_side(images, decoded)[:100]
+            write_image_grid(path.with_suffix(".png"), pairs, columns=10, caption=_pairs(step, images))
             if evaluation.features:
                 result |= scores.evaluate(
                     str(path),
@@ -221,11 +228,11 @@ class Reconstructions:
                     scores.Options(("fid",)),
                     processes=(0, 1),
                 )
-            side = min(images.shape[1:3])
+            side = min(images.shape[-3:-1])
             window = min(11, side - 1 + side % 2)
             result |= {
-                "psnr": float(psnr(images, decoded).mean()),
-                "ssim": float(ssim(images, decoded, window).mean()),
+                "psnr": float(psnr(frames(images), frames(decoded)).mean()),
+                "ssim": float(ssim(frames(images), frames(decoded), window).mean()),
                 "ssim_window": window,
             }
             say(

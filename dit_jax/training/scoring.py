@@ -151,7 +151,8 @@ class Scorer:
         if self._has_reference:
             return str(file)
         loaded = load(evaluation.features, evaluation.weights or None)
-        if not (file.exists() and _was_made_of(references.read(file), opened, loaded)):
+        taken = scores.as_taken(opened, loaded.extractor)
+        if not (file.exists() and _was_made_of(references.read(file), taken, loaded)):
             made = scores.make_reference(opened, loaded, False)
             if hosts.is_first():
                 references.write(file, made)

@@ -16,14 +16,17 @@ from kill_points import SHARES, check_every_kill
 from latents import CODEC, Photographs, contents, flip_byte, job, params
 from verbs import ROOT, refused, run_verbs
 
+from dit_jax.codecs.causal_vae import CausalVAE
 from dit_jax.codecs.kl_vae import normalised
 from dit_jax.data import latent_files
+from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.latents import LatentCache
+from dit_jax.data.transforms import ImageTransform
 from dit_jax.encode import writer
 from dit_jax.encode.cache_folder import claimed, finish
-from dit_jax.encode.writer import encode, encode_shards
+from dit_jax.encode.writer import Job, Members, encode, encode_shards
 from dit_jax.errors import UserError
-from dit_jax.interop.vae import save_diffusers
+from dit_jax.interop.vae import save_diffusers, weights_sha256
 from dit_jax.pixels import to_float
 from dit_jax.storage.sealed import sha256_of
 
@@ -413,3 +416,59 @@ def test_killed_at_random_it_ends_with_the_same_bytes(vae_folder, tmp_path):
             break
     subprocess.run([*command, f"--out={tmp_path / 'whole'}"], env=environment, check=True)
     assert kills == 5 and contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+CAUSAL = CausalVAE(base=4, mult=(1, 2), blocks=1, z=2, temporal=(True,))
+
+
+class Clips:
+    """`count` random clips of 5 to 8 frames of 8 x 8 pixels; number 2 is too short."""
+
+    num_classes, class_names, fingerprint = 3, ("a", "b", "c"), "clips"
+
+    def __init__(self, count=7):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        frames = 3 if index == 2 else 5 + index % 4
+        video = np.random.default_rng(int(index)).integers(0, 256, (frames, 8, 8, 3), np.uint8)
+        return {"video": video, "fps": 8.0, "label": index % 3, "name": f"clip {index}"}
+
+
+@pytest.mark.slow
+def test_clips_come_back_exactly(tmp_path):
+    """Moments of other frames than the transform takes, a mirror image that is upside down, a cache that fits another length."""
+    codec_params = params(CAUSAL)
+    clips = Job(Clips(), CAUSAL, codec_params, (8, 8), device_batch_size=1, shard_records=3, frames=5)
+    manifest, _ = encode(clips, tmp_path / "cache", 0.2)
+    assert manifest["moments"]["shape"] == [3, 4, 4, 4] and manifest["bad_records"]["count"] == 1
+    cache = LatentCache(tmp_path / "cache")
+    transform = ClipTransform(5, 8, 3, flip=True)
+    cache.check(CAUSAL, weights_sha256(codec_params), transform)
+    program = jax.jit(CAUSAL.encode)
+    for row, number in enumerate(cache.source_index):
+        clip = np.asarray(to_float(transform(Clips()[int(number)])["image"]))
+        both = np.asarray(program(codec_params, np.stack([clip, clip[:, :, ::-1]])))
+        found = cache.gather(np.array([2 * row, 2 * row + 1]))
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, both.astype(np.float16), rtol=2e-3, atol=1e-3)  # the program has another batch size
+    for other in (
+        ClipTransform(9, 8, 3, flip=False),
+        ClipTransform(5, 8, 3, flip=False, fps=4.0),
+        ImageTransform(8, 3, flip=False),
+    ):
+        with pytest.raises(UserError, match="transform.f"):
+            cache.check(CAUSAL, weights_sha256(codec_params), other)
+
+
+def test_some_examples_are_a_data_set_of_their_own():
+    """A bucket's cache that resumes with other examples, or numbers records of the whole data set."""
+    source = Clips()
+    some, others = Members(source, np.array([4, 6])), Members(source, np.array([4, 5]))
+    assert len(some) == 2 and some[1]["name"] == "clip 6"
+    assert len({source.fingerprint, some.fingerprint, others.fingerprint}) == 3
+    with pytest.raises(UserError, match="fps is 8.0"):
+        Job(source, CAUSAL, {}, (8, 8), fps=8.0)

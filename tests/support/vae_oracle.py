@@ -1,7 +1,8 @@
-"""Random diffusers autoencoders to compare with, for the tests of codecs/kl_vae.py, codecs/vq_vae.py and interop/vae.py."""
+"""Random diffusers autoencoders to compare with, for the tests of the codecs and of interop/vae.py."""
 
 import pytest
 
+from dit_jax.codecs.causal_vae import CausalVAE
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.vq_vae import VQVAE
 
@@ -77,3 +78,41 @@ def diffusers_decode(model, latents):
     with torch.no_grad():
         images = model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
     return images.permute(0, 2, 3, 1).numpy()
+
+
+def diffusers_wan(codec: CausalVAE, seed=0):
+    """A random `AutoencoderKLWan` in which every tensor changes the output: gammas differ from 1, attention is not uniform."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    model = diffusers.AutoencoderKLWan(
+        base_dim=codec.base,
+        z_dim=codec.z,
+        dim_mult=list(codec.mult),
+        num_res_blocks=codec.blocks,
+        temperal_downsample=list(codec.temporal),
+        latents_mean=list(codec.shift),
+        latents_std=[1 / x for x in codec.scale],
+        in_channels=codec.image_channels,
+        out_channels=codec.image_channels,
+        scale_factor_temporal=codec.time_factor,
+        scale_factor_spatial=codec.downsample,
+    ).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("gamma"):
+                tensor.uniform_(0.5, 1.5)
+            elif ".to_qkv.weight" in name:
+                tensor.mul_(3)
+    return model
+
+
+def channels_last(x):
+    """[B, C, F, H, W] of PyTorch -> NumPy [B, F, H, W, C]."""
+    return x.detach().permute(0, 2, 3, 4, 1).numpy()
+
+
+def channels_first(x):
+    """NumPy [B, F, H, W, C] -> [B, C, F, H, W] of PyTorch."""
+    import torch
+
+    return torch.from_numpy(x).permute(0, 4, 1, 2, 3)

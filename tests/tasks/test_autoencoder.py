@@ -5,14 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from dit_jax import build
+from dit_jax.codecs.causal_vae import CausalVAE
+from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import split_moments
 from dit_jax.errors import UserError
 from dit_jax.parallel.mesh import make_mesh, shard_batch
 from dit_jax.pixels import to_float
+from dit_jax.tasks import autoencoder
+from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.compiled_step import compile_step
 from dit_jax.tasks.state import abstract_state
 from dit_jax.tasks.task import named_key
@@ -178,3 +183,48 @@ def test_one_scale_for_each_channel():
     found, _ = per_channel.encode(params, images, noise)
     mean = plain / numbers.scale + numbers.shift
     np.testing.assert_allclose(found, (mean - shift) * scale, rtol=1e-5, atol=1e-5)
+
+
+def clip_task(shape, **fields):
+    """A task on clips or images of this shape, with a discriminator."""
+    codec = CausalVAE(base=4, mult=(1, 2), blocks=1, z=2, temporal=(True,), image_channels=1)
+    discriminator = PatchDiscriminator(base_features=8, num_layers=1, norm_groups=4)
+    return AutoencoderTask(
+        codec, optax.sgd(0.1), shape, kl_weight=0.1, discriminator=discriminator, discriminator_weight=0.5, **fields
+    )
+
+
+def test_losses_of_clips_are_means_over_their_frames(monkeypatch):
+    """LPIPS or a discriminator that sees a clip as one image, or a sum over frames in place of a mean."""
+    monkeypatch.setattr(autoencoder, "lpips", lambda params, x, y, dtype: jnp.square(x - y).mean((1, 2, 3)))
+    clips, images = clip_task((5, 16, 16, 1), perceptual_weight=0.5), clip_task((16, 16, 1), perceptual_weight=0.5)
+    x, y = np.random.default_rng(0).uniform(-1, 1, (2, 2, 5, 16, 16, 1)).astype(np.float32)
+    frames = [z.reshape(10, 16, 16, 1) for z in (x, y)]
+    constants = {"perceptual": {}}
+    (total, parts), (flat_total, flat) = clips.fidelity(constants, x, y), images.fidelity(constants, *frames)
+    np.testing.assert_allclose(total, flat_total, rtol=1e-6)
+    for name in parts:
+        assert parts[name].shape == (2,)
+        np.testing.assert_allclose(parts[name], flat[name].reshape(2, 5).mean(1), rtol=1e-6)
+    params = jax.jit(clips.discriminator.init)(jax.random.key(0), frames[0])["params"]
+
+    def last(gradient):
+        return gradient.sum()
+
+    gradient, _, numbers = clips.adversarial(params, x, y, jnp.ones_like(x), last)
+    flat_gradient, _, flat_numbers = images.adversarial(params, *frames, jnp.ones_like(frames[0]), last)
+    np.testing.assert_allclose(gradient.reshape(flat_gradient.shape), flat_gradient, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(numbers["discriminator"], flat_numbers["discriminator"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_on_clips_is_a_step_on_images_for_one_frame():
+    """A task that refuses clips, or a loss of a clip that is not that of its only frame."""
+    clips, images = clip_task((1, 8, 8, 1)), clip_task((8, 8, 1))
+    params = {"codec": clips.codec.init(jax.random.key(0))}
+    params["discriminator"] = clips.discriminator.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))["params"]
+    noise = jax.random.normal(jax.random.key(2), (16, 1, 4, 4, 2))
+    grads, values = jax.jit(clips.gradients)(params, {}, to_float(IMAGES[:, None]), noise, True)
+    wanted, flat = jax.jit(images.gradients)(params, {}, to_float(IMAGES), noise[:, 0], True)
+    assert tiny.distance(grads, wanted, floor=1e-4) < 1e-4
+    assert tiny.distance(values, flat) < 1e-5
