@@ -31,7 +31,7 @@ from dit_jax.data.captions import CaptionedImage, CaptionEntries, Captions
 from dit_jax.data.latent_loader import LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.loader import Loader
-from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, RollingDigits, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -70,6 +70,7 @@ register("codec", "kl_vae", KLVAE)
 register("codec", "vq_vae", VQVAE)
 register("data", "digits", Digits)
 register("data", "digit_pairs", DigitPairs)
+register("data", "rolling_digits", RollingDigits)
 register("data", "folder", ImageFolder)
 register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
