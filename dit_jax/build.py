@@ -45,7 +45,7 @@ from dit_jax.encoders.text import Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, text_encoders, vae
-from dit_jax.models.network import Network, for_platform
+from dit_jax.models.network import Network, for_input, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -207,6 +207,7 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
+        network = for_input(network, self.latent_shape)
         if hasattr(network, "check_times"):
             ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
             network.check_times(float(ends.min()), float(ends.max()))

@@ -22,6 +22,7 @@ from dit_jax import registry
 from dit_jax.data.captions import Captions
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.data.sources.digits import WORDS, pair_captions
+from dit_jax.data.sources.rolling_digits import all_captions
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.encoders.tokens import BytePairs
 from dit_jax.errors import UserError
@@ -143,12 +144,12 @@ def decay_to_the_end(c: ml_collections.ConfigDict) -> None:
 def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
-    c.task = {"name": "diffusion", "cond_dropout": 0.1}
+    c.task = {"name": "diffusion", "cond_dropout": 0.1, "masks": {}}
     c.averages = ()
     c.init = init()
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
-    c.guidance.update({"schedule": "constant", "power": 4.0})
+    c.guidance.update({"schedule": "constant", "power": 4.0, "image_scale": 1.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     c.validation = {"split": "", "path": ""}
@@ -453,6 +454,31 @@ def digits_text(task: str = "digits") -> ml_collections.ConfigDict:
     c.sampler = {**default_sampler("euler"), "num_steps": 25}
     c.preview.update({"prompts": tuple(texts), "num_images": 40})
     c.evaluation.update({"features": "", "reference": ""})
+    return c
+
+
+MASKS = {"none": 0.4, "first": 0.32, "first_2": 0.06, "last_2": 0.08, "ends": 0.1, "random": 0.04}
+
+
+def rolling_digits() -> ml_collections.ConfigDict:
+    """Text to video and image on digits that roll over a torus: a small MM-DiT, which also animates, extends and connects clips.
+
+    Clips have 4 frames of 8 x 8 pixels and captions such as "a three rolling left".
+    """
+    c = digits_text()
+    c.data = {"name": "rolling_digits", **registry.defaults("data", "rolling_digits"), "path": "", "split": "all"}
+    texts = all_captions()
+    merges = BytePairs.learned(texts, 512).merges
+    c = text(c, ("bpe",), lengths=(8,), merges=tuple(itertools.chain(*merges)))
+    c.captions.long_caption_rate = 0.0
+    c.model.update({"position": "rope", "known_frames": True, "rope_widths": (8, 12, 12), "base_fps": 4.0})
+    c.task.masks = MASKS
+    c.process.logit_mean = 1.0
+    c.num_steps, c.batch_size, c.ema_decay = 2_000, 32, 0.995
+    matrices = {"learning_rate": 0.02, "adam_learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0}
+    c.optimizer = {"name": "muon", **registry.defaults("optimizer", "muon"), **matrices}
+    decay_to_the_end(c)
+    c.preview.update({"prompts": tuple(texts[:60]), "num_images": 20})
     return c
 
 

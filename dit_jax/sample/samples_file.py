@@ -26,6 +26,7 @@ READ_BYTES = 2**24
 # samples, of which a folder may hold some.
 UNSAID = (
     ("guidance", "schedule", "constant", ("schedule", "power")),
+    ("guidance", "image_scale", 1.0, ("image_scale",)),
     ("process", "convention", "sit", ("convention",)),
     ("process", "sampling_grid", "uniform", ("sampling_grid",)),
 )

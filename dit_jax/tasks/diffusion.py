@@ -26,6 +26,7 @@ from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
+from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
@@ -48,6 +49,9 @@ class DiffusionTask:
     Fields:
         image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
         cond_dropout: rate at which the condition of an example becomes the null condition.
+        masks: {kind: probability} of which part of an example is given (`masks.draw_masks`); {} gives nothing. The network is
+            told that part, and the loss is the mean over the rest. "none" is also what guidance by the given part
+            (`Guidance.image_scale`) compares with.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
         adaptation: says which parameters are trained.
@@ -66,6 +70,7 @@ class DiffusionTask:
     image_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     cond_dropout: float = 0.1
+    masks: Mapping[str, float] = field(default_factory=dict)
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
@@ -85,6 +90,12 @@ class DiffusionTask:
             raise UserError(
                 f"task.cond_dropout is {self.cond_dropout}, and the network has no null label, which replaces a dropped one; "
                 "set --config.task.cond_dropout=0, or --config.model.null_label=True"
+            )
+        check_masks(self.masks)
+        if self.masks and not getattr(self.network, "known_frames", False):
+            raise UserError(
+                f"task.masks gives parts of clips, and {type(self.network).__name__} is not told them; set "
+                "--config.model.known_frames=True (MMDiT), or leave task.masks empty"
             )
         check_offload(self.offload)
         if self.average in self.averages:
@@ -208,6 +219,8 @@ class DiffusionTask:
             "t": self.process.sample_time(named_key(key, "time"), x0.shape[0]),
             "batch": {name: batch[name] for name in self.conditioner.batch_spec()},
         }
+        if self.masks:
+            inputs["known_mask"] = draw_masks(named_key(key, "mask"), self.masks, x0.shape)
         if self.has_null_condition:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         return inputs
@@ -221,6 +234,7 @@ class DiffusionTask:
         t: jax.Array,
         batch: Mapping[str, jax.Array],
         dropped: jax.Array | None = None,
+        known_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
         params = self.network_params(params, constants)
@@ -228,8 +242,11 @@ class DiffusionTask:
         cond, null = self.condition(params, constants, batch)
         if dropped is not None:
             cond = guiding.replace_condition(dropped, cond, null)
+        weight = None
+        if known_mask is not None:
+            cond, weight = {**cond, **known_entries(x0, known_mask)}, unknown_weight(known_mask)
         output = self.apply(params, self.process.network_input(x_t, t), self.process.network_time(t), cond)
-        loss, parts = self.process.loss(output, x0, noise, t)
+        loss, parts = self.process.loss(output, x0, noise, t, weight)
         return loss.mean(), {"loss": loss, **parts}
 
     def gradients(self, params: Any, constants: Mapping[str, Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
@@ -284,6 +301,7 @@ class DiffusionTask:
         noise: jax.Array | None = None,
         watch: Callable[[jax.Array, Any, jax.Array], None] | None = None,
         around: Callable[[Denoise], Denoise] | None = None,
+        known: Cond | None = None,
     ) -> jax.Array:
         """Latents from the network, for `decode`.
 
@@ -298,17 +316,21 @@ class DiffusionTask:
                 `initial_noise`).
             watch: see `diffusion.process.Watched`.
             around: changes the denoiser that the sampler calls, such as `diffusion.known.KnownRegion`.
+            known: the entries of the condition for what is given (`masks.known_entries`); they stay in the null condition.
 
         Returns:
             float32[B, h, w, c].
         """
         cond, null = self.condition(params, constants, requests)
+        given = dict(known or {})
+        bare = {**null, **{name: jnp.zeros_like(x) for name, x in given.items()}} if given else None
+        cond, null = {**cond, **given}, {**null, **given}
 
         def network(*args):
             return self.apply(params, *args)
 
         def predict_with(network):
-            guided = guidance(network, cond, null, weak, self.process.min_time)
+            guided = guidance(network, cond, null, weak, self.process.min_time, bare)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
