@@ -27,10 +27,12 @@ from dit_jax.codecs.discriminator import PatchDiscriminator
 from dit_jax.codecs.kl_vae import KLVAE
 from dit_jax.codecs.pixels import Pixels
 from dit_jax.codecs.vq_vae import VQVAE
+from dit_jax.data.buckets import Bucket, Buckets
 from dit_jax.data.captions import CaptionedImage, CaptionEntries, Captions
-from dit_jax.data.latent_loader import LatentLoader, resident_moments
-from dit_jax.data.latents import LatentCache
-from dit_jax.data.loader import Loader
+from dit_jax.data.clip_transform import ClipTransform
+from dit_jax.data.latent_loader import LatentBuckets, LatentLoader, resident_moments
+from dit_jax.data.latents import LatentCache, LatentCaches
+from dit_jax.data.loader import Loader, Part
 from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, RollingDigits, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
@@ -76,6 +78,7 @@ register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
 register("data", "latents", LatentCache)
 register("transform", "image", ImageTransform)
+register("transform", "clip", ClipTransform)
 register("optimizer", "adamw", adamw)
 register("optimizer", "adafactor", adafactor)
 register("optimizer", "muon", muon)
@@ -161,6 +164,7 @@ class Run:
     ):
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
         self._base: Any = None
+        self._shape_of_choices: tuple[int, ...] | None = None  # see `network.for_input`
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -169,8 +173,68 @@ class Run:
         return make_mesh(**axes, devices=self.devices)
 
     @cached_property
-    def transform(self) -> ImageTransform:
+    def transform(self) -> Any:
         return construct("transform", self.config.transform)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The shapes of training batches: the section `buckets`; none if all have the shape of the transform."""
+        return Buckets(**self.config.get("buckets", {}))
+
+    @cached_property
+    def parts(self) -> tuple["Run", ...]:
+        """For each bucket the run of its shape and batch size; (this run,) without buckets.
+
+        Samples have the shape of `transform`, which is one of the buckets.
+
+        Raises:
+            UserError: a bucket does not fit the transform, the codec, the network or the mesh; or the transform or batch_size is
+                none of the buckets'.
+        """
+        if not len(self.buckets):
+            return (self,)
+        self.task  # makes what all buckets share
+        parts = tuple(self._in_bucket(bucket) for bucket in self.buckets.all)
+        own = [bucket for bucket, part in zip(self.buckets.all, parts, strict=True) if part.image_shape == self.image_shape]
+        shown = ", ".join(map(str, self.buckets.all))
+        if not own:
+            raise UserError(
+                f"transform makes {'x'.join(map(str, self.image_shape[:-1]))}, which is none of buckets.classes ({shown}); set "
+                "the transform to the bucket whose size samples shall have"
+            )
+        if own[0].batch_size != self.config.batch_size:
+            raise UserError(
+                f"batch_size is {self.config.batch_size}, and the bucket of the transform's size, {own[0]}, has batches of "
+                f"{own[0].batch_size}; set batch_size to {own[0].batch_size}"
+            )
+        return parts
+
+    def _in_bucket(self, bucket: Bucket) -> "Run":
+        """The run of a bucket, with the parts of this one that do not depend on shapes."""
+        fields = registry.parameters("transform", self.config.transform.name)
+        sizes: dict[str, Any] = {"size": (bucket.height, bucket.width), "frames": bucket.frames}
+        if bucket.frames == 1 and "frames" not in fields:
+            del sizes["frames"]
+        for name in sizes:
+            if name not in fields:
+                raise UserError(
+                    f"the bucket {bucket} needs a transform with the field {name}, and {self.config.transform.name!r} has none; "
+                    + ("set transform.name to clip" if name == "frames" else "leave buckets.classes empty")
+                )
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.batch_size = bucket.batch_size
+        config.transform = {**config.transform, **sizes}
+        del config.buckets
+        run = self.with_config(config)
+        run._base, run._shape_of_choices = self._base, self.latent_shape  # one network for all buckets
+        shared = ("mesh", "codec", "process", "conditioner", "optimizer", "adaptation", "captions")
+        run.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
+        try:
+            run.check_batch()
+            run.task  # checks the network
+        except UserError as error:
+            raise UserError(f"bucket {bucket}: {error}") from error
+        return run
 
     @cached_property
     def codec(self) -> Any:
@@ -207,7 +271,7 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
-        network = for_input(network, self.latent_shape)
+        network = for_input(network, self._shape_of_choices or self.latent_shape)
         if hasattr(network, "check_times"):
             ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
             network.check_times(float(ends.min()), float(ends.max()))
@@ -280,6 +344,9 @@ class Run:
     @cached_property
     def source(self) -> Any:
         """The training data set, opened."""
+        if self.entry != "image" and len(self.buckets):
+            fields = self.config.data
+            return LatentCaches(fields.path, fields.get("verify", True), [str(bucket) for bucket in self.buckets.all])
         return construct("data", self.config.data)
 
     @cached_property
@@ -329,10 +396,11 @@ class Run:
         return construct("data", self.config.data, **({} if split is None else {"split": split}))
 
     @cached_property
-    def loader(self) -> Loader | LatentLoader:
+    def loader(self) -> Loader | LatentLoader | LatentBuckets:
         """This host's loader of training batches. Checks the data set against the model and the batch against the mesh."""
         config = self.config
         self.check_batch()
+        self.parts  # checks the buckets
         self.task.batch_spec(self.entry)
         classes = self.conditioner.num_classes if "conditioner" in config else 0
         if classes and self.source.num_classes != classes:
@@ -345,15 +413,44 @@ class Run:
             epochs = config.batch_size / len(self.source)
             say(f"note: each batch of {config.batch_size} holds {epochs:.1f} epochs of the {len(self.source)} examples")
         part: dict[str, Any] = dict(zip(("process_index", "process_count"), reader_place(self.mesh), strict=True))
+        if len(self.buckets):
+            return self._bucket_loader(part)
         if self.entry == "image":
             loader = Loader(
                 self.source, self.example_transform(self.source), config.batch_size, config.seed, **config.loader, **part
             )
             loader.check_small()
             return loader
-        self.source.check(self.codec, config.codec.sha256, self.transform)
-        part["entries"] = self.caption_entries(self.source)
-        return LatentLoader(self.source, config.batch_size, config.seed, self.transform.flip, **config.loader, **part)
+        return self._latent_loader(self.source, config.seed, part)
+
+    def _latent_loader(self, cache: LatentCache, seed: int, part: Mapping[str, Any]) -> LatentLoader:
+        config = self.config
+        cache.check(self.codec, config.codec.sha256, self.transform)
+        entries = self.caption_entries(cache)
+        return LatentLoader(cache, config.batch_size, seed, self.transform.flip, **config.loader, **part, entries=entries)
+
+    def _bucket_loader(self, part: Mapping[str, Any]) -> Loader | LatentBuckets:
+        """The loader of batches of several shapes; each bucket has a seed of its own."""
+        config, buckets = self.config, self.buckets
+        seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(k,)).generate_state(1)[0]) for k in range(len(buckets))]
+        if self.entry == "row":
+            raise UserError("loader.resident is set, and the latent caches of buckets are read from disk; set it to False")
+        if self.entry == "moments":
+            triples = zip(self.parts, self.source.caches, seeds, strict=True)
+            loaders = [run._latent_loader(cache, seed, part) for run, cache, seed in triples]
+            return LatentBuckets(loaders, buckets.cycle, self.source)
+        sizes = self.source.sizes() if hasattr(self.source, "sizes") else None
+        records = buckets.members(sizes, len(self.source), getattr(self.transform, "fps", None))
+        parts = [
+            Part(run.example_transform(self.source), run.config.batch_size, seed, numbers)
+            for run, seed, numbers in zip(self.parts, seeds, records, strict=True)
+        ]
+        loader = Loader(
+            self.source, parts[0].transform, parts[0].batch_size, config.seed, **config.loader, **part, parts=parts,
+            cycle=buckets.cycle,
+        )  # fmt: skip
+        loader.check_small()
+        return loader
 
     def check_batch(self) -> None:
         """Raises a UserError if the batch cannot be split over the mesh."""

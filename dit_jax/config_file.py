@@ -37,6 +37,7 @@ flags.disclaim_key_flags()  # --help lists --config as the verb's own
 
 CONFIGS_SHOWN = 20
 CONSTRUCTORS = {  # of the sections without a name
+    "buckets": "dit_jax.data.buckets:Buckets",
     "captions": "dit_jax.data.captions:Captions",
     "mesh": "dit_jax.parallel.mesh:make_mesh",
     "checkpoint": "dit_jax.storage.checkpoints:Checkpointer",

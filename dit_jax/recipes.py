@@ -466,7 +466,10 @@ def rolling_digits() -> ml_collections.ConfigDict:
     Clips have 4 frames of 8 x 8 pixels and captions such as "a three rolling left".
     """
     c = digits_text()
-    c.data = {"name": "rolling_digits", **registry.defaults("data", "rolling_digits"), "path": "", "split": "all"}
+    c.data = {"name": "rolling_digits", **registry.defaults("data", "rolling_digits"), "images": True}
+    c.transform = {"name": "clip", **registry.defaults("transform", "clip"), "frames": 4, "resolution": 8, "channels": 1}
+    c.transform.update({"flip": False, "fps": config_dict.placeholder(float), "size": config_dict.placeholder(tuple)})
+    c.buckets = {"classes": ((4, 8, 8, 32, 3), (1, 8, 8, 128, 1))}
     texts = all_captions()
     merges = BytePairs.learned(texts, 512).merges
     c = text(c, ("bpe",), lengths=(8,), merges=tuple(itertools.chain(*merges)))

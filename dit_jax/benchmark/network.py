@@ -28,10 +28,10 @@ FIRST_STEP = "first step finished"  # `startup` waits for this line
 def train_step(subject: Subject) -> Work:
     """The step of the training loop on one batch that stays on the devices, without data set and autoencoder."""
     task, mesh, batch = subject.task, subject.mesh, subject.batch()
-    compiling = compile_in_background(task, mesh, subject.seed, abstract_state(task, mesh), subject.constants, batch)
+    compiling = compile_in_background([task], mesh, subject.seed, abstract_state(task, mesh), subject.constants, [batch])
     state = create_sharded(task, jax.random.key(subject.seed), mesh)
     parameters = count_parameters(state.params)
-    step, zeros, seconds = compiling.result()
+    (step,), zeros, seconds = compiling.result()
     say(f"compiled the training step in {seconds:.1f} s")
     sums = zeros()
 

@@ -6,7 +6,7 @@ N records; B is the global batch size, P the number of processes (hosts), b = B 
 import functools
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dit_jax.data.buckets import Cycle
 from dit_jax.data.heartbeats import Heartbeats
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.retries import RETRY_SECONDS, Retries, check_retry_seconds, given_up
@@ -130,6 +131,30 @@ class LatentLoader:
     def _random(self, stream: int, *number: int) -> np.random.Generator:
         # A spawn key keeps the streams independent: SeedSequence([a, b]) would give both the same numbers if epoch = step.
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(stream, *number))))
+
+
+class LatentBuckets:
+    """Batches of several shapes, each from a cache of its own, which take turns in a cycle; with the interface of `LatentLoader`.
+
+    Args:
+        loaders: for each bucket.
+        cycle: the order of the buckets.
+        source: the caches together.
+    """
+
+    def __init__(self, loaders: Sequence[LatentLoader], cycle: Cycle, source: Any):
+        self.loaders, self.cycle, self.source = tuple(loaders), cycle, source
+
+    def batches(self, start_step: int = 0) -> "LatentBatches":
+        """As `LatentLoader.batches`."""
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} must be at least 0")
+        return LatentBatches(self.batch, start_step, self.loaders[0].retry_seconds)
+
+    def batch(self, step: int) -> Batch:
+        """As `LatentLoader.batch`."""
+        bucket, ordinal = self.cycle.at(step)
+        return self.loaders[bucket].batch(ordinal)
 
 
 class LatentBatches:

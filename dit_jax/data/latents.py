@@ -8,13 +8,14 @@ import functools
 import json
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dit_jax.data.latent_files import FILE_FORM, FORMAT, MANIFEST, MANIFEST_FORM, SETTINGS, SUFFIXES, shard_file
 from dit_jax.data.open_files import OpenFiles
+from dit_jax.data.sources.source import fingerprint
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import check_form, parsed
@@ -232,6 +233,42 @@ class LatentCache:
             raise ValueError(f"{what} are {values.dtype}{list(values.shape)}; they must be integers [b]")
         if values.size and not 0 <= values.min() <= values.max() < size:
             raise IndexError(f"{what} run from {values.min()} to {values.max()}, outside [0, {size})")
+
+
+class LatentCaches:
+    """The caches of the buckets of a run, one in the sub-folder of each bucket, such as 17x256x256; see `data.buckets`.
+
+    Attributes:
+        caches: for each bucket.
+        class_names, num_classes, fingerprint: as of a `Source`.
+
+    Args:
+        path: the folder of the sub-folders.
+        verify: as of `LatentCache`.
+        names: of the sub-folders.
+
+    Raises:
+        UserError: as `LatentCache`; the classes of the caches differ.
+    """
+
+    def __init__(self, path: str | os.PathLike, verify: bool, names: Sequence[str]):
+        if not str(path):
+            raise UserError(
+                f"data.path is empty; give the folder that holds a latent cache for each bucket, in {', '.join(names)} "
+                "(--config.data.path=<folder>)"
+            )
+        self.path = local_path(path)
+        self.caches = tuple(LatentCache(self.path / name, verify) for name in names)
+        self.num_classes, self.class_names = self.caches[0].num_classes, self.caches[0].class_names
+        for name, cache in zip(names, self.caches, strict=True):
+            if (cache.num_classes, cache.class_names) != (self.num_classes, self.class_names):
+                raise UserError(
+                    f"the caches {names[0]} and {name} of {self.path} have different classes; encode both from one data set"
+                )
+        self.fingerprint = fingerprint(name="latent_buckets", caches=[cache.fingerprint for cache in self.caches])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.caches))
 
 
 def read_manifest(folder: str | os.PathLike) -> dict:

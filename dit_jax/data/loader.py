@@ -8,14 +8,15 @@ import functools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
+from dit_jax.data.buckets import Cycle
 from dit_jax.data.heartbeats import Heartbeats, Monitor, worker_start
 from dit_jax.data.retries import RETRY_SECONDS, Retries, check_retry_seconds, given_up, unavailable
 from dit_jax.data.sources.source import Example, Source
@@ -29,15 +30,21 @@ SMALL = 300  # records of a data set that is read once before training: seconds 
 
 
 class _ReadAndTransform(grain.transforms.RandomMap):
-    """Maps a record number to (example, bad records); an unreadable record is replaced by the next readable one.
+    """Maps a place among the records to (example, bad records); an unreadable record is replaced by the next readable one.
 
     The replacement uses the random numbers of the original record, so that the example is a function of the position in the
     stream. While the storage is away, reads are repeated; a record that stays away although one of the next can be read is bad.
+
+    records: numbers in the source of those that are read, int [n]; None for all.
     """
 
-    def __init__(self, source: Source, transform: grain.transforms.RandomMap, retries: Retries):
-        self._source, self._transform, self._retries = source, transform, retries
+    def __init__(self, source: Source, records: np.ndarray | None, transform: grain.transforms.RandomMap, retries: Retries):
+        self._source, self._records, self._transform, self._retries = source, records, transform, retries
         self._lost: set[int] = set()  # for these no time is spent in later epochs
+
+    def _number(self, place: int) -> int:
+        """The number in the source of a place among the records that are read."""
+        return place if self._records is None else int(self._records[place])
 
     def random_map(self, element: int, rng: np.random.Generator) -> tuple[Batch, list[BadRecord]]:
         start = rng.bit_generator.state
@@ -54,10 +61,10 @@ class _ReadAndTransform(grain.transforms.RandomMap):
 
     def _first_readable(self, first: int, rng: np.random.Generator) -> tuple[Batch, list[BadRecord], list[int]]:
         """(example, bad records before it, those of them that the storage does not give)."""
-        start, size = rng.bit_generator.state, len(self._source)
+        start, size = rng.bit_generator.state, len(self._source if self._records is None else self._records)
         bad: list[BadRecord] = []
         away: list[int] = []
-        for number in ((first + i) % size for i in range(min(REPLACEMENT_TRIES, size))):
+        for number in (self._number((first + i) % size) for i in range(min(REPLACEMENT_TRIES, size))):
             try:
                 if number not in self._lost and self._lost.issuperset(away):
                     again = functools.partial(read, self._source, number)
@@ -74,7 +81,9 @@ class _ReadAndTransform(grain.transforms.RandomMap):
                     last = error
         if len(away) == len(bad) and self._retries.heartbeats.has_read():
             raise given_up(last, self._retries.seconds)
-        raise UserError(f"{len(bad)} consecutive records from number {first} cannot be read: check the storage. {bad[0][1]}")
+        raise UserError(
+            f"{len(bad)} consecutive records from number {self._number(first)} cannot be read: check the storage. {bad[0][1]}"
+        )
 
     def _can_read_after(self, number: int) -> bool:
         try:
@@ -94,23 +103,104 @@ def read(source: Source, number: int) -> Example:
         raise unavailable(error, f"record {number}") from error
 
 
-class _HostBlocks:
-    """One host's blocks of the endless stream of blocks; `per_step` blocks make one global batch.
+class Part(NamedTuple):
+    """What the batches of one shape are read from and made with; see `Loader`.
 
-    A host reads consecutive blocks, so that the rows of all hosts, concatenated, are the batch that a single host would read.
+    Fields:
+        transform: as of `Loader`.
+        batch_size: global.
+        seed: in [0, 2**32).
+        records: numbers in the source of the records that are read, int [n]; None for all.
     """
 
-    def __init__(self, stream: grain.MapDataset, start_step: int, per_step: int, index: int, count: int):
-        self._stream = stream
-        self._per_step, self._per_host = per_step, per_step // count
-        self._first = start_step * per_step + index * self._per_host
+    transform: grain.transforms.RandomMap
+    batch_size: int
+    seed: int
+    records: np.ndarray | None = None
+
+
+Row = tuple[Batch, list[BadRecord]]
+
+
+class _HostBlocks:
+    """One host's blocks of the batches from a step on.
+
+    A host reads consecutive blocks of a batch, so that the rows of all hosts, concatenated, are the batch that a single host
+    would read.
+
+    Args:
+        streams: for each part an endless stream of rows.
+        host_sizes: for each part the rows of a batch on this host.
+    """
+
+    def __init__(self, streams: list[grain.MapDataset], host_sizes: list[int], cycle: Cycle, start: int, index: int, count: int):
+        # A thread processes a few rows at a time: single rows have 4 times the overhead on small images, and complete batches
+        # per thread would fill the memory and delay the first batch.
+        sizes = [math.gcd(rows, 8) for rows in host_sizes]
+        self._streams = [
+            stream.batch(size, drop_remainder=True, batch_fn=list) for stream, size in zip(streams, sizes, strict=True)
+        ]
+        self._counts = [rows // size for rows, size in zip(host_sizes, sizes, strict=True)]  # blocks of a batch on a host
+        self.largest = max(self._counts)
+        self._cycle, self._index, self._hosts = cycle, index, count
+        self._ends = np.cumsum([self._counts[part] for part in cycle.order])
+        self._first = self._blocks_before(start)
+        steps = (len(x) // (n * count) // w for x, n, w in zip(self._streams, self._counts, cycle.weights, strict=True))
+        self._length = min(steps) * int(self._ends[-1]) - self._first
+
+    def _blocks_before(self, step: int) -> int:
+        cycles, place = divmod(step, len(self._cycle))
+        return cycles * int(self._ends[-1]) + (int(self._ends[place - 1]) if place else 0)
+
+    def count(self, step: int) -> int:
+        """Number of blocks of a step."""
+        return self._counts[self._cycle.at(step)[0]]
+
+    def of_step(self, step: int) -> list[list[Row]]:
+        """The blocks of a step."""
+        return [self._block(step, block) for block in range(self.count(step))]
 
     def __len__(self) -> int:
-        return (len(self._stream) - self._first) // self._per_step * self._per_host
+        return self._length
 
-    def __getitem__(self, i: int) -> list[tuple[Batch, list[BadRecord]]]:
-        step, block = divmod(int(i), self._per_host)
-        return self._stream[self._first + step * self._per_step + block]
+    def __getitem__(self, i: int) -> list[Row]:
+        cycles, rest = divmod(self._first + int(i), int(self._ends[-1]))
+        place = int(np.searchsorted(self._ends, rest, side="right"))
+        step = cycles * len(self._cycle) + place
+        return self._block(step, rest - (int(self._ends[place - 1]) if place else 0))
+
+    def _block(self, step: int, block: int) -> list[Row]:
+        part, ordinal = self._cycle.at(step)
+        per_host = self._counts[part]
+        return self._streams[part][(ordinal * self._hosts + self._index) * per_host + block]
+
+
+class _HostBatches:
+    """One host's batches from a step on, one after the other, for worker processes."""
+
+    def __init__(self, blocks: _HostBlocks, start: int):
+        self._blocks, self._start = blocks, start
+
+    def __len__(self) -> int:
+        return len(self._blocks) // self._blocks.largest
+
+    def __getitem__(self, i: int) -> tuple[Batch, list[BadRecord]]:
+        return _join(self._blocks.of_step(self._start + int(i)))
+
+
+class _Joined:
+    """An iterator over batches, of one over their blocks."""
+
+    def __init__(self, iterator: Any, blocks: _HostBlocks, start: int):
+        self._iterator, self._blocks, self._step = iterator, blocks, start
+
+    def __next__(self) -> tuple[Batch, list[BadRecord]]:
+        rows = [next(self._iterator) for _ in range(self._blocks.count(self._step))]
+        self._step += 1
+        return _join(rows)
+
+    def close(self) -> None:
+        self._iterator.close()
 
 
 class Loader:
@@ -128,10 +218,16 @@ class Loader:
     counts as bad; a file that is missing while the next record can be read, for at most 10 s. If none of the 16 can be read then,
     the storage is away, and TemporaryFailure ends the run; UserError if no record has been read yet.
 
+    Batches of several shapes, each from records of its own, take turns in a cycle (`buckets`). The seed of bucket k is drawn from
+    (seed, k); each has epochs of its own, and an unreadable record is replaced by the next of its bucket.
+
     Args:
         source: the data set; pickled if there are workers.
         transform: random_map(example, rng) -> arrays of equal shapes; rng depends on (seed, position in the stream).
         batch_size: B, global; a multiple of process_count.
+        parts: for each bucket its transform, batch size, seed and records, in place of `transform` and `batch_size`; None for
+            batches of one shape.
+        cycle: the order of the parts.
         seed: in [0, 2**32).
         num_workers: worker processes of this host; 0 reads in threads of this process, which is sufficient if most of the work
             is decoding (which releases the interpreter lock).
@@ -160,11 +256,16 @@ class Loader:
         retry_seconds: float = RETRY_SECONDS,
         process_index: int = 0,
         process_count: int = 1,
+        parts: Sequence[Part] | None = None,
+        cycle: Cycle | None = None,
     ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be in [0, process_count={process_count})")
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
+        self.parts = list(parts) if parts is not None else [Part(transform, batch_size, seed)]
+        self.cycle = cycle or Cycle([1] * len(self.parts))
+        for size in (part.batch_size for part in self.parts):
+            if size < 1 or size % process_count:
+                raise UserError(f"batch_size={size} must be a positive multiple of the {process_count} processes")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} must be in [0, 2**32)")
         if num_workers < 0:
@@ -190,15 +291,17 @@ class Loader:
         if len(self.source) > SMALL:
             return
 
-        def problem(number: int) -> list[BadRecord]:
+        def problem(part: Part, number: int) -> list[BadRecord]:
             try:
-                self.transform.random_map(read(self.source, number), np.random.default_rng(self.seed))
+                part.transform.random_map(read(self.source, int(number)), np.random.default_rng(self.seed))
             except UserError as error:
-                return [(number, str(error))]
+                return [(int(number), str(error))]
             return []
 
+        numbers = range(len(self.source))
+        wanted = [(part, number) for part in self.parts for number in (numbers if part.records is None else part.records)]
         with ThreadPoolExecutor(self.num_threads) as pool:
-            bad = [record for found in pool.map(problem, range(len(self.source))) for record in found]
+            bad = [record for found in pool.map(lambda pair: problem(*pair), wanted) for record in found]
         check_bad_records(dict(bad), len(self.source), self.max_bad_share)
 
     def batches(self, start_step: int = 0) -> "Batches":
@@ -214,28 +317,18 @@ class Loader:
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must be at least 0")
-        numbers = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
         heartbeats = Heartbeats(self.num_workers)
         retries = Retries(self.retry_seconds, heartbeats)
-        stream = numbers.random_map(_ReadAndTransform(self.source, self.transform, retries))
-        host_batch_size = self.batch_size // self.process_count
-        # A thread processes a few rows at a time: single rows have 4 times the overhead on small images, and complete batches
-        # per thread would fill the memory and delay the first batch.
-        block = math.gcd(host_batch_size, 8)
-        blocks = grain.MapDataset.source(
-            _HostBlocks(
-                stream.batch(block, drop_remainder=True, batch_fn=list),
-                start_step,
-                self.batch_size // block,
-                self.process_index,
-                self.process_count,
-            )
-        )
+        host_sizes = [part.batch_size // self.process_count for part in self.parts]
+        streams = [self._stream(part, retries) for part in self.parts]
+        place = self.process_index, self.process_count
+        blocks = _HostBlocks(streams, host_sizes, self.cycle, start_step, *place)
         if not self.num_workers:
-            ahead = max(2 * host_batch_size // block, self.num_threads)
+            ahead = max(2 * blocks.largest, self.num_threads)
             options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)
-            dataset = blocks.to_iter_dataset(options).batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
-            return Batches(dataset, len(self.source), self.max_bad_share, heartbeats)
+            iterator = iter(grain.MapDataset.source(blocks).to_iter_dataset(options))
+            joined = _Joined(iterator, blocks, start_step)
+            return Batches(joined, len(self.source), self.max_bad_share, heartbeats)
         if not flags.FLAGS.is_parsed():  # grain reads its own flags when it starts a worker
             raise RuntimeError(
                 f"num_workers={self.num_workers} needs parsed absl flags: start with absl.app.run, or call "
@@ -244,10 +337,16 @@ class Loader:
         threads = math.ceil(self.num_threads / self.num_workers)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         # Batched before the distribution to workers, so that a batch does not depend on their number.
-        batches = blocks.batch(host_batch_size // block, drop_remainder=True, batch_fn=_join)
+        batches = grain.MapDataset.source(_HostBatches(blocks, start_step))
         workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
         dataset = batches.to_iter_dataset(options).mp_prefetch(workers, worker_start(heartbeats))
-        return Batches(dataset, len(self.source), self.max_bad_share, heartbeats, Monitor(heartbeats, self.retry_seconds))
+        return Batches(iter(dataset), len(self.source), self.max_bad_share, heartbeats, Monitor(heartbeats, self.retry_seconds))
+
+    def _stream(self, part: Part, retries: Retries) -> grain.MapDataset:
+        """The endless stream of rows of a part."""
+        count = len(self.source if part.records is None else part.records)
+        places = grain.MapDataset.range(count).seed(part.seed).shuffle().repeat()
+        return places.random_map(_ReadAndTransform(self.source, part.records, part.transform, retries))
 
 
 def tolerated_bad_records(num_records: int, max_bad_share: float) -> int:
@@ -278,6 +377,7 @@ class Batches:
     """Iterator over a host's batches; closing it stops its threads and processes.
 
     Args:
+        iterator: over pairs (batch, bad records), with a method `close`.
         heartbeats: of the threads and workers that read.
         monitor: of the workers, if there are any; the iterator closes it.
 
@@ -287,13 +387,13 @@ class Batches:
 
     def __init__(
         self,
-        dataset: grain.IterDataset,
+        iterator: Any,
         num_records: int,
         max_bad_share: float,
         heartbeats: Heartbeats,
         monitor: Monitor | None = None,
     ):
-        self._iterator = iter(dataset)
+        self._iterator = iterator
         self._num_records, self._max_bad_share = num_records, max_bad_share
         self._heartbeats, self._monitor, self._taken = heartbeats, monitor, 0
         self.bad_records: dict[int, str] = {}

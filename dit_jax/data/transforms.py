@@ -32,7 +32,7 @@ UPRIGHT: dict[int | None, Image.Transpose] = {  # the operation that undoes each
 }
 
 
-def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def center_crop(image: Image.Image, size: tuple[int, int], at: tuple[float, float] | None = None) -> Image.Image:
     """Scales the image to cover `size` and crops its centre.
 
     Halves the image with a box filter while both sides are at least twice those of `size`, resizes it with a bicubic filter so
@@ -44,6 +44,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     Args:
         image: mode L or RGB, sides from 1.
         size: (height, width), at least 1.
+        at: (y, x) in [0, 1), which crop is taken of the possible ones, evenly; None for the centre.
     Source: Dhariwal & Nichol 2021, their published code (image_datasets.py), and by it Peebles & Xie 2023.
     Deviation: they crop to squares only; other shapes follow the same steps.
     """
@@ -53,6 +54,8 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = max(target_width / image.width, target_height / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - target_width) // 2, (height - target_height) // 2
+    if at is not None:
+        top, left = int(at[0] * (height - target_height + 1)), int(at[1] * (width - target_width + 1))
     # The sides of the scaled image over those of `size`: the larger is how many times what is kept would be made.
     across, down = image.width * target_height, image.height * target_width
     if scale > 1 and max(across, down) > ELONGATED * min(across, down):

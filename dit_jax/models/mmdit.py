@@ -219,8 +219,8 @@ class MMDiT(TokenBlocks, nn.Module):
             table_base / table_side apart; None is the input's own grid in whole steps.
         rope_widths: features of a head for frame, row and column; None for about an eighth and twice seven sixteenths.
         rope_frequencies: how far the pairs turn from a token to the next, see `rotary.FREQUENCIES`. "auto" chooses for each axis
-            by the grid: quarter and half turns in turn for up to 4 tokens; else the published ones, geometric with period 10,000,
-            where they tell neighbours apart; else those of the grid.
+            by the grid: quarter and half turns in turn for up to 4 tokens, from a quarter turn to one over the axis for up to 32,
+            and the published ones, geometric with period 10,000, for more.
         rope_grid: (frames, rows, columns) of tokens that frequencies are chosen for, so that inputs of other sizes have the same;
             None is that of training.
         base_fps: a frame's position is its number times base_fps over the condition's fps; without fps, its number.

@@ -10,6 +10,7 @@ import numpy as np
 PERIOD = 10_000.0
 FREQUENCIES = ("geometric", "grid", "quarter_turns")
 TINY = 4  # tokens of an axis; up to here quarter turns tell all apart
+SHORT = 32  # up to here the published frequencies turn too little
 VISIBLE = 0.3  # radians over the whole axis below which a pair tells nothing
 
 
@@ -47,7 +48,7 @@ def chosen(name: str, length: int, width: int) -> str:
         return name
     if length <= TINY:
         return "quarter_turns"
-    return "grid" if cannot_tell_neighbours("geometric", length, width) else "geometric"
+    return "grid" if length <= SHORT or cannot_tell_neighbours("geometric", length, width) else "geometric"
 
 
 def rope_angles(

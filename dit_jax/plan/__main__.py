@@ -100,7 +100,11 @@ def print_plan(config, topology) -> dict:
         estimate.check_sampling(estimate.run_on(config, topology))
     console.say(f"compiling the training step for {topology.name}")
     plan = estimate.plan_training(config, topology, RESIDENT_ROWS.value, TRAFFIC.value)
-    for line in (*text.training(plan), *(text.traffic(plan["traffic"], topology.chip) if TRAFFIC.value else ())):
+    for line in (
+        *text.training(plan),
+        *text.buckets(plan),
+        *(text.traffic(plan["traffic"], topology.chip) if TRAFFIC.value else ()),
+    ):
         console.say(line)
     plan["sampler"] = estimate.plan_sampling(config, topology) if SAMPLER.value else None
     if plan["sampler"]:

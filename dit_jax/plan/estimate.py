@@ -122,6 +122,8 @@ def state_memory(arguments: dict[str, Any]) -> dict[str, int]:
 def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: bool = False) -> dict[str, Any]:
     """Compiles the training step and analyses it; the keys are those of the JSON of `python -m dit_jax.plan`.
 
+    With buckets it is the plan of the bucket that takes the most memory, and "buckets" and "cycle" say more, see `of_buckets`.
+
     traffic: adds the key "traffic".
 
     Raises:
@@ -129,7 +131,43 @@ def plan_training(config, topology: Topology, resident_rows: int = 0, traffic: b
     """
     run = run_on(config, topology)
     run.check_batch()
-    task, mesh = run.task, run.mesh
+    if len(run.buckets):
+        return of_buckets(run, [_plan_training(part, topology, resident_rows, traffic) for part in run.parts])
+    return _plan_training(run, topology, resident_rows, traffic)
+
+
+BUCKET_KEYS = ("fits", "bytes_per_device", "step_seconds", "images_per_second", "flops_per_step", "compile_seconds")
+
+
+def of_buckets(run: Run, plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plan of the bucket that takes the most memory; it fits if all do. Adds two keys:
+
+    "buckets": of each "bucket", "batch_size", "weight", "tokens" of a batch (None for a task without tokens) and BUCKET_KEYS.
+    "cycle": "steps" of a cycle, and over them the means "step_seconds" and "images_per_second" (None where they are unknown).
+
+    The programs of all buckets are in memory at once: the code of the others is added to the bytes of each.
+    """
+    rows, code = [], sum(plan["memory"]["code"] for plan in plans)
+    for bucket, part, plan in zip(run.buckets.all, run.parts, plans, strict=True):
+        others = code - plan["memory"]["code"]
+        plan["memory"] |= {"code_of_other_buckets": others}
+        plan["bytes_per_device"] += others
+        plan["fits"] = plan["refusal"] is None and plan["bytes_per_device"] <= plan["usable_bytes"]
+        task: Any = part.task
+        tokens = task.network.num_tokens(task.latent_shape) * bucket.batch_size if task.draws_samples else None
+        facts = {"bucket": str(bucket), "batch_size": bucket.batch_size, "weight": bucket.weight, "tokens": tokens}
+        rows.append(facts | {name: plan[name] for name in BUCKET_KEYS})
+    steps, seconds = run.buckets.num_steps, [row["step_seconds"] for row in rows]
+    total = None if None in seconds else sum(row["weight"] * row["step_seconds"] for row in rows)
+    images = sum(row["weight"] * row["batch_size"] for row in rows)
+    cycle = {"steps": steps, "step_seconds": total and total / steps, "images_per_second": total and images / total}
+    largest = max(plans, key=lambda plan: plan["bytes_per_device"])
+    return largest | {"fits": all(row["fits"] for row in rows), "buckets": rows, "cycle": cycle}
+
+
+def _plan_training(run: Run, topology: Topology, resident_rows: int, traffic: bool) -> dict[str, Any]:
+    """The plan of a run whose batches have one shape."""
+    config, task, mesh = run.config, run.task, run.mesh
     traced, arguments = lowering.train_step(run, resident_rows)
     compiled = compile_program(traced, arguments, mesh)
     by_kind = state_memory(arguments)

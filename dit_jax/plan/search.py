@@ -106,8 +106,13 @@ def search(
         choices whose lower bound does not fit; "left_out": see `choices`}.
 
     Raises:
-        UserError: there is no useful choice.
+        UserError: there is no useful choice; the config has buckets.
     """
+    if config.get("buckets", {}).get("classes"):
+        raise UserError(
+            "the config has buckets, whose batch sizes a search cannot vary; search with --config.buckets.classes=() and the "
+            "shape of the largest bucket, or leave out --search"
+        )
     wanted, left_out = choices(config, len(topology.devices), remats, batch_sizes, microbatches)
     if not wanted:
         raise UserError(

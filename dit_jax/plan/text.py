@@ -66,6 +66,28 @@ def training(plan: dict[str, Any]) -> Iterable[str]:
         yield "no step time: the speed of simulated devices is meaningless"
 
 
+def buckets(plan: dict[str, Any]) -> Iterable[str]:
+    """Formats the buckets of a plan as lines; none for a plan without."""
+    rows = plan.get("buckets", ())
+    if not rows:
+        return
+    yield "the lines above are those of the bucket that takes the most memory; of all:"
+    yield f"  {'bucket':14} {'batch':>7} {'tokens':>9} {'steps':>7} {'GiB':>9} {'step ms':>9} {'images/s':>9} {'compile s':>9}"
+    for row in rows:
+        tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
+        rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}"
+        share, verdict = f"{row['weight']}/{plan['cycle']['steps']}", "" if row["fits"] else "  DOES NOT FIT"
+        yield (
+            f"  {row['bucket']:14} {row['batch_size']:7} {tokens:>9} {share:>7} {row['bytes_per_device'] / GIB:9.3f} "
+            f"{milliseconds(row['step_seconds']):>9} {rate:>9} {row['compile_seconds']:9.1f}{verdict}"
+        )
+    if plan["cycle"]["step_seconds"]:
+        yield (
+            f"on average over a cycle: step {milliseconds(plan['cycle']['step_seconds'])} ms, "
+            f"{plan['cycle']['images_per_second']:.0f} images/s"
+        )
+
+
 def traffic(rows: list[dict[str, Any]], chip: chips.Chip) -> Iterable[str]:
     """Formats HBM traffic as lines: each kind of kernel, then all places with at least 1 % of the bytes."""
     total = sum(row["bytes"] for row in rows)

@@ -1,7 +1,7 @@
 """Compiles the training step for the loop, the benchmark and the plan. Needs only JAX."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -53,12 +53,20 @@ def compile_step(
     return compiled, zeros, time.monotonic() - start
 
 
+def compile_steps(
+    tasks: Sequence[Task], mesh: Mesh, seed: int, state: Any, constants: Any, batches: Sequence[Any]
+) -> tuple[list[Any], Callable[[], Any], float]:
+    """`compile_step` for several shapes of batches, each with the task of its shape: (compiled steps, zeros, seconds)."""
+    made = [compile_step(task, mesh, seed, state, constants, batch) for task, batch in zip(tasks, batches, strict=True)]
+    return [compiled for compiled, _, _ in made], made[0][1], sum(seconds for _, _, seconds in made)
+
+
 def compile_in_background(*args: Any) -> Future:
-    """Runs `compile_step` in a thread. It needs only the state's shapes, so the state can be created or restored meanwhile.
+    """Runs `compile_steps` in a thread. It needs only the state's shapes, so the state can be made or restored meanwhile.
 
     If restoring fails, that error is raised before the compilation is awaited.
     """
     thread = ThreadPoolExecutor(1)
-    future = thread.submit(compile_step, *args)
+    future = thread.submit(compile_steps, *args)
     thread.shutdown(wait=False)
     return future

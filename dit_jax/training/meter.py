@@ -57,9 +57,12 @@ def peak_bytes() -> int | None:
 class Meter:
     """Turns the sums of an interval into a record and a line of progress.
 
+    Fields:
+        work_of: step -> (images, FLOPs of three forward passes) of its batch; the same for all steps unless it is set.
+
     Sums are read one step late: while the host waits for the numbers of step n, the devices compute step n + 1.
 
-    A record has the means of the task's sums, and:
+    A record has the means of the task's sums, each example counting the same, and:
         images_per_second: over the time from the end of the last interval to the end of this one, without previews and scores.
         mfu: images_per_second x 6 x `Task.macs` / `peak_flops`: three forward passes at two FLOPs per multiply-add.
             Recomputation, frozen networks and the optimizer are not counted. Stalls lower it.
@@ -84,6 +87,7 @@ class Meter:
     ):
         self.records, self.clock, self.batch_size, self.num_steps = records, clock, batch_size, num_steps
         self.flops_per_image, self.peak_flops = 6 * task.macs(), peak_flops(mesh)  # a step costs three forward passes
+        self.work_of: Callable[[int], tuple[int, int]] = lambda step: (batch_size, batch_size * self.flops_per_image)
         self.first_step = self.last_step = first_step
         self.first_time: float | None = None
         self.last_time: float | None = None
@@ -162,7 +166,8 @@ class Meter:
         previews_and_scores = sum(x.idle["preview"] + x.idle["scoring"] for x in finished)
         seconds = finished[-1].at - self.last_time - previews_and_scores
         self.last_time = finished[-1].at
-        self.images_per_second = len(finished) * self.batch_size / seconds
+        images, flops = map(sum, zip(*(self.work_of(x.step - 1) for x in finished), strict=True))
+        self.images_per_second = images / seconds
         p50, p99 = np.quantile([x.seconds for x in finished], (0.5, 0.99))
         values: dict[str, float] = {
             "images_per_second": self.images_per_second,
@@ -172,7 +177,7 @@ class Meter:
             "checkpoint_seconds": sum(x.waited["checkpoint"] for x in finished),
         }
         if self.peak_flops is not None:
-            values["mfu"] = self.images_per_second * self.flops_per_image / self.peak_flops
+            values["mfu"] = flops / seconds / self.peak_flops
         if (peak := peak_bytes()) is not None:
             values["peak_device_bytes"] = peak
         return values

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import jax
 
 from dit_jax.build import Run
 from dit_jax.config_file import plain
+from dit_jax.data.buckets import Buckets
 from dit_jax.errors import UserError
 from dit_jax.interop import codec_folder
 from dit_jax.parallel import hosts
@@ -167,9 +170,10 @@ class Training:
         return latest or 0 if back is None else back, back
 
     def _compile(self) -> Future:
-        run = self.run
-        say("compiling the training step")
-        return compile_in_background(run.task, run.mesh, run.config.seed, run.abstract_state, self.constants, run.abstract_batch)
+        run, parts = self.run, self.run.parts
+        say("compiling the training step" + (f" for {len(parts)} buckets" if len(run.buckets) else ""))
+        tasks, batches = [part.task for part in parts], [part.abstract_batch for part in parts]
+        return compile_in_background(tasks, run.mesh, run.config.seed, run.abstract_state, self.constants, batches)
 
     def restore_or_create(self, started: Start | None = None) -> TrainState:
         """The state of the newest intact checkpoint, or a new state; prints the summary of the run.
@@ -223,9 +227,11 @@ class Training:
             compiled, zeros, seconds = (self._compiling or self._compile()).result()
         say(f"compiled the training step in {seconds:.1f} s")
         self.records.scalars(step, {"compile_seconds": seconds})
-        stepper = Stepper(compiled, zeros, state, self.constants)
+        stepper = Stepper(compiled, zeros, state, self.constants, self._order(step))
         rate = getattr(self.run.optimizer, "rate", None)
         meter = Meter(self.records, self.clock, self.run.task, self.run.mesh, config.batch_size, config.num_steps, step, rate)
+        if len(self.run.buckets):
+            meter.work_of = self.work_of(self.run.buckets)
         self.stack.callback(meter.close)
         self.meter, batches.before_save = meter, meter.report
         events = self._events(stepper, read, meter)
@@ -233,6 +239,16 @@ class Training:
         self.stop.unsaved = True
         self.stack.enter_context(self.restorer.recorded_divergence(meter))
         return stepper, batches, events, batch
+
+    def work_of(self, buckets: Buckets) -> Callable[[int], tuple[int, int]]:
+        """step -> (images, FLOPs of three forward passes) of its batch."""
+        work = [(part.config.batch_size, 6 * part.task.macs() * part.config.batch_size) for part in self.run.parts]
+        return lambda step: work[buckets.cycle.at(step)[0]]
+
+    def _order(self, step: int) -> Iterator[int]:
+        """The number of the compiled step, which is that of the bucket, for each step from `step` on."""
+        buckets = self.run.buckets
+        return (buckets.cycle.at(step)[0] for step in itertools.count(step)) if len(buckets) else itertools.repeat(0)
 
     def _events(self, stepper: Stepper, read: Any, meter: Meter) -> list[Event]:
         """The events in their order; see `events`."""

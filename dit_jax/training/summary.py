@@ -32,6 +32,7 @@ def text(run: Run, workdir: Path) -> str:
             f"on {jax.process_count()} hosts, mesh {axes}",
             *(f"branch     of {text}" for text in _of_the_branch(workdir)),
             f"training   to step {run.config.num_steps}, batch {run.config.batch_size}",
+            *_of_the_buckets(run),
             *(
                 f"warning    {text}"
                 for text in (
@@ -49,6 +50,17 @@ def text(run: Run, workdir: Path) -> str:
 def _of_the_branch(workdir: Path) -> list[str]:
     record = branch_record.read(workdir)
     return [] if record is None else ["; ".join(branch_record.lines(record))]
+
+
+def _of_the_buckets(run: Run) -> list[str]:
+    """The shapes of batches, with their shares of the steps."""
+    steps, lines = run.buckets.num_steps, []
+    for bucket, part in zip(run.buckets.all, run.parts if len(run.buckets) else (), strict=True):
+        task: Any = part.task
+        tokens = task.network.num_tokens(task.latent_shape) * bucket.batch_size if task.draws_samples else 0
+        facts = f"batch {bucket.batch_size}" + f", {tokens:,} tokens" * bool(tokens)
+        lines.append(f"bucket     {bucket}: {facts}, {bucket.weight / steps:.0%} of the steps")
+    return lines
 
 
 def _of_the_rate(run: Run) -> list[str]:

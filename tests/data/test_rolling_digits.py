@@ -45,6 +45,20 @@ def test_one_frame_gives_the_digits_with_the_captions_of_images():
     assert (example["caption"], example["caption_long"], example["label"]) == ("an eight", "a handwritten eight", 8)
 
 
+def test_images_stand_behind_the_clips_and_buckets_find_them():
+    """Catches images with the captions of clips, and sizes in another order than the examples."""
+    source = RollingDigits(images=True)
+    sizes = source.sizes()
+    assert len(source) == len(RollingDigits()) + 1797 == len(sizes)
+    for index in (0, 35939, 35940, len(source) - 1):
+        frames, height, width, fps = sizes[index]
+        example = source[index]
+        assert example["video"].shape == (frames, height, width, 1) and example["fps"] == fps
+        assert (frames == 1) == (index >= 35940)
+    np.testing.assert_array_equal(source[35940 + 7]["video"][0], Digits()[7]["image"])
+    assert source[35940 + 8]["caption"] == "an eight"
+
+
 def test_all_captions_are_those_of_the_examples():
     clips, images = RollingDigits(), RollingDigits(frames=1)
     texts = {clips[i][key] for i in range(0, len(clips), 97) for key in ("caption", "caption_long")}
@@ -61,4 +75,5 @@ def test_fields_out_of_range_are_refused(fields):
 def test_the_fingerprint_tells_data_sets_apart():
     """Catches a resumed run that reads other clips."""
     made = [RollingDigits(), RollingDigits(frames=5), RollingDigits(step=1), RollingDigits(size=10), RollingDigits(split="test")]
+    made.append(RollingDigits(images=True))
     assert len({source.fingerprint for source in made}) == len(made)

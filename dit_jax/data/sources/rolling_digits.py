@@ -4,7 +4,6 @@ F frames, S side of the torus.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -67,6 +66,8 @@ class RollingDigits:
         step: pixels of a step; less than `size`.
         size: S; the digit stands in the middle of a larger torus.
         fps: frames per second, which players are told.
+        images: adds the digits themselves behind the clips, as clips of one frame with the captions of images: for joint training
+            on images and clips by buckets. Their labels are those of still clips.
 
     Raises:
         UserError: a number is out of range; the split is unknown.
@@ -83,6 +84,7 @@ class RollingDigits:
         step: int = 2,
         size: int = SIDE,
         fps: float = 4.0,
+        images: bool = False,
     ):
         if frames < 1:
             raise UserError(f"data.frames is {frames}; it must be at least 1 (1 gives images)")
@@ -93,10 +95,11 @@ class RollingDigits:
         if not 0 < fps < math.inf:
             raise UserError(f"data.fps is {fps}; it must be positive")
         self._digits, self.frames, self.step, self.size, self.fps = Digits(path, split), frames, step, size, float(fps)
+        self._with_images = images and frames > 1
         self.period = size // math.gcd(step, size)
         names = WORDS if frames == 1 else [clip_captions(word, way)[0] for word in WORDS for way in DIRECTIONS]
         self.class_names, self.num_classes = tuple(names), len(names)
-        facts = {"frames": frames, "step": step, "size": size, "fps": self.fps}
+        facts = {"frames": frames, "step": step, "size": size, "fps": self.fps, "images": self._with_images}
         self.fingerprint = fingerprint(name="rolling_digits", digits=self._digits.fingerprint, **facts)
 
     @property
@@ -104,30 +107,42 @@ class RollingDigits:
         """The (direction, phase) of the examples of a digit; a still one has all phases, so that directions are as frequent."""
         return [("still", 0)] if self.frames == 1 else [(way, phase) for phase in range(self.period) for way in DIRECTIONS]
 
-    def __len__(self) -> int:
+    @property
+    def _num_clips(self) -> int:
         return len(self._digits) * len(self._ways)
+
+    def __len__(self) -> int:
+        return self._num_clips + self._with_images * len(self._digits)
+
+    def sizes(self) -> np.ndarray:
+        """f64[N, 4]: (frames, height, width, frames per second) of each example, by which buckets choose theirs."""
+        sizes = np.tile(np.array([self.frames, self.size, self.size, self.fps]), (len(self), 1))
+        sizes[self._num_clips :, 0] = 1
+        return sizes
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number, way = index % len(self._digits), index // len(self._digits)
+        if index >= self._num_clips:
+            return self.example(number, "still", 0, frames=1)
         direction, phase = self._ways[way]
         return self.example(number, direction, phase)
 
-    def example(self, number: int, direction: str, phase: int) -> Example:
-        """The clip of a digit of the data set with this direction and phase."""
+    def example(self, number: int, direction: str, phase: int, frames: int | None = None) -> Example:
+        """The clip of a digit of the data set with this direction and phase; of one frame, with the captions of an image."""
+        frames = frames or self.frames
         digit = self._digits[number]
         before = (self.size - SIDE) // 2
         image = np.pad(digit["image"], ((before, self.size - SIDE - before),) * 2 + ((0, 0),))
         word = WORDS[digit["label"]]
-        short, long = image_captions(word) if self.frames == 1 else clip_captions(word, direction)
+        short, long = image_captions(word) if frames == 1 else clip_captions(word, direction)
         label = digit["label"] if self.frames == 1 else len(DIRECTIONS) * digit["label"] + list(DIRECTIONS).index(direction)
-        made: dict[str, Any] = {
-            "video": rolled(image, direction, self.step, self.frames, phase),
+        return {
+            "video": rolled(image, direction, self.step, frames, phase),
             "fps": self.fps,
             "label": label,
             "name": f"digit {number}, {direction}, phase {phase}",
             "caption": short,
             "caption_long": long,
         }
-        return made  # type: ignore[return-value]
