@@ -226,6 +226,29 @@ def image_transform(resolution: int, channels: int, flip: bool) -> dict:
     }
 
 
+def clip_transform(frames: int, resolution: int, channels: int, flip: bool) -> dict:
+    """Square centre crops of clips of `frames` frames, as they are stored; `fps` chooses another rate, `size` another shape."""
+    image = image_transform(resolution, channels, flip)
+    del image["upright"]
+    return {**image, "name": "clip", "frames": frames, "fps": config_dict.placeholder(float), "crop": "center"}
+
+
+MUON = {
+    "learning_rate": 0.02,
+    "beta": 0.95,
+    "nesterov": True,
+    "num_iterations": 5,
+    "consistent_rms": config_dict.placeholder(float),
+    "adam_learning_rate": 1e-3,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decay_steps": config_dict.placeholder(int),
+    "decay": "cosine",
+    "decay_start": config_dict.placeholder(int),
+    "groups": (),
+}
 PROCESSES = {"gaussian": gaussian, "flow": flow, "edm": edm}
 # The digits' codec gives them unit variance, which is twice the deviation that EDM's defaults are for.
 DIGITS_PROCESS: dict[str, dict] = {"gaussian": {"prediction": "v"}, "edm": {"sigma_data": 1.0, "log_sigma_mean": -0.5}}
@@ -457,18 +480,26 @@ def digits_text(task: str = "digits") -> ml_collections.ConfigDict:
     return c
 
 
-MASKS = {"none": 0.4, "first": 0.32, "first_2": 0.06, "last_2": 0.08, "ends": 0.1, "random": 0.04}
+MASKS = {"none": 0.45, "first": 0.37, "first_2": 0.05, "last_2": 0.05, "ends": 0.05, "random": 0.03}
 
 
-def rolling_digits() -> ml_collections.ConfigDict:
+def rolling_digits(task: str = "video") -> ml_collections.ConfigDict:
     """Text to video and image on digits that roll over a torus: a small MM-DiT, which also animates, extends and connects clips.
 
-    Clips have 4 frames of 8 x 8 pixels and captions such as "a three rolling left".
+    Clips have 4 frames of 8 x 8 pixels and captions such as "a three rolling left". Of four steps, three are on clips and one is
+    on images with captions such as "a three", with as many tokens.
+
+    Args:
+        task: "video", or "image" for images alone.
+
+    Raises:
+        UserError: no such task.
     """
+    if task not in ("video", "image"):
+        raise UserError(f"task {task!r} does not exist; choose video or image")
     c = digits_text()
-    c.data = {"name": "rolling_digits", **registry.defaults("data", "rolling_digits"), "images": True}
-    c.transform = {"name": "clip", **registry.defaults("transform", "clip"), "frames": 4, "resolution": 8, "channels": 1}
-    c.transform.update({"flip": False, "fps": config_dict.placeholder(float), "size": config_dict.placeholder(tuple)})
+    c.data = {"name": "rolling_digits", "path": "", "split": "all", "frames": 4, "step": 2, "size": 8, "fps": 4.0, "images": True}
+    c.transform = clip_transform(4, 8, 1, flip=False)
     c.buckets = {"classes": ((4, 8, 8, 32, 3), (1, 8, 8, 128, 1))}
     texts = all_captions()
     merges = BytePairs.learned(texts, 512).merges
@@ -476,12 +507,18 @@ def rolling_digits() -> ml_collections.ConfigDict:
     c.captions.long_caption_rate = 0.0
     c.model.update({"position": "rope", "known_frames": True, "rope_widths": (8, 12, 12), "base_fps": 4.0})
     c.task.masks = MASKS
-    c.process.logit_mean = 1.0
+    c.process.logit_mean = 1.5
     c.num_steps, c.batch_size, c.ema_decay = 2_000, 32, 0.995
-    matrices = {"learning_rate": 0.02, "adam_learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0}
-    c.optimizer = {"name": "muon", **registry.defaults("optimizer", "muon"), **matrices}
+    c.optimizer = {"name": "muon", **MUON, "adam_learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0}
     decay_to_the_end(c)
-    c.preview.update({"prompts": tuple(texts[:60]), "num_images": 20})
+    c.preview.update({"prompts": tuple(texts[:60]), "num_images": 60})
+    c.evaluation.num_images = 120
+    if task == "image":
+        c.data.update({"frames": 1, "images": False})
+        c.transform.frames, c.buckets.classes = 1, ()
+        c.task.masks, c.model.known_frames = {}, False
+        c.batch_size, c.num_steps, c.process.logit_mean = 128, 800, 0.0
+        c.preview.update({"prompts": tuple(texts[:10]), "num_images": 40})
     return c
 
 

@@ -151,6 +151,29 @@ def decode(image: np.ndarray | bytes, channels: int, name: str = "image", uprigh
         raise UserError(f"{name} is not a readable image ({type(error).__name__}: {error}): restore it") from error
 
 
+def decode_frames(image: bytes, channels: int, name: str = "clip") -> list[Image.Image]:
+    """All frames of an animated GIF, WebP or PNG, in order, as `decode` makes them; one frame of another picture.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    first = decode(image, channels, name, upright=True)
+    with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+        count = getattr(picture, "n_frames", 1) if picture.format in ("GIF", "WEBP", "PNG") else 1
+        if count == 1:
+            return [first]
+        if count * picture.width * picture.height > MAX_PIXELS:
+            raise _too_large(name, f"{count} frames of {picture.width} x {picture.height}")
+        frames = []
+        try:
+            for number in range(count):
+                picture.seek(number)
+                frames.append(_convert(picture.convert("RGB"), MODES[channels], name))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{name} is not a readable clip ({type(error).__name__}: {error}): restore it") from error
+    return frames
+
+
 def _load(image: bytes, name: str) -> Image.Image:
     if not image:
         raise UserError(f"{name} is not a readable image (0 bytes): restore it")

@@ -156,7 +156,7 @@ def scales_positions(network: Network) -> bool:
 
 def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     """(rows, columns) that the positions of a network with `scales_positions` have for inputs of `latent_shape`."""
-    own = tuple(side // network.size_unit for side in latent_shape[:2])  # type: ignore[attr-defined]
+    own = tuple(side // network.size_unit for side in latent_shape[-3:-1])  # type: ignore[attr-defined]
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 
