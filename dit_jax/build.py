@@ -257,6 +257,12 @@ class Run:
             raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {channels} must be equal")
         return shape
 
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of clips, where all have one rate: the field `fps` of the transform, or of the data set."""
+        rates = [self.config[name].get("fps") for name in ("transform", "data") if name in self.config]
+        return next((float(rate) for rate in rates if rate), None) if len(self.image_shape) == 4 else None
+
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
         """(h, w, c) or (f, h, w, c) of the latents.

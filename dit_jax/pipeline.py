@@ -319,6 +319,7 @@ class Pipeline:
         drawing.check_out(out)
         if class_grid is not None:
             labels, num_samples = self._labels_of_grid(labels, num_samples, _whole_number("class_grid", class_grid)), None
+        _check_given(self._job(job, options), out)
         watched = None if animation is None else self._watched(animation, labels, num_samples, seed, options, job)
         drawn = self._prepare(labels, num_samples, seed, options, job=job)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
@@ -347,6 +348,7 @@ class Pipeline:
         return {
             "out": str(out),
             "grid": str(done.grid),
+            **({} if len(drawn.generator.image_shape) == 3 else {"clips": str(done.grid.with_suffix(".webp"))}),
             "num_samples": count,
             "seconds": done.seconds,
             "evaluations": per_image and per_image * (2 if guidance.active else 1),
@@ -744,6 +746,8 @@ class _Drawing(NamedTuple):
         settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed, pipe._class_names)
         if self.prompts is None:
             settings["labels"] = self.labels_mode
+        if self.run.fps is not None:
+            settings["fps"] = self.run.fps
         if self.inputs.settings:
             settings["job"] = dict(self.inputs.settings)
         if pipe.average != "default":
@@ -807,6 +811,16 @@ def with_frames(config: ml_collections.ConfigDict, frames: int) -> ml_collection
             "longer ones in windows"
         )
     return new
+
+
+def _check_given(job: Job, out: Path) -> None:
+    """Raises a UserError if what is given would be overwritten by a picture of the results, which has the name of `out`."""
+    for name in ("given", "mask"):
+        path = getattr(job, name, None)
+        if isinstance(path, (str, os.PathLike)) and out.suffix == ".npz":
+            path = local_path(path).absolute()
+            if path.parent == out.parent and path.stem == out.stem:
+                raise UserError(f"{name}={path} would be overwritten by the pictures of {out.name}; give another name for out")
 
 
 def _keep_frequencies(config: ml_collections.ConfigDict, run: Run) -> None:

@@ -1,14 +1,17 @@
 """Jobs on clips: what is given comes back unchanged, stands where it should, and leads the rest."""
 
-import jax
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 from runs import save_run
 from verbs import refused, run_verbs
 
 import dit_jax
 from dit_jax import recipes
 from dit_jax.errors import UserError
+from dit_jax.sample.clip_files import write_clips
 from dit_jax.sample.grid import write_animation
 from dit_jax.sample.jobs import Animate, Connect, Edit, Extend, Inpaint, Loop
 from dit_jax.sample.jobs.clips import latent_frames
@@ -190,14 +193,43 @@ def test_longer_clips_have_the_frequencies_of_training(folder):
     assert longer(**FAST).images.shape == (1, 6, 8, 8, 1)
 
 
+def test_a_given_file_is_not_overwritten(pipe, tmp_path):
+    """Catches a picture of the results that replaces what was given."""
+    write_animation(tmp_path / "x.webp", list(CLIP))
+    with pytest.raises(UserError, match="would be overwritten"):
+        pipe.write(tmp_path / "x.npz", job="extend", given=tmp_path / "x.webp", **FAST)
+
+
+def test_clips_are_written_as_files_that_play(pipe, tmp_path):
+    """Catches frames in another order or at another rate, odd sides that H.264 refuses, and images that are written as clips."""
+    samples = pipe(job=Extend(CLIP), **FAST)
+    paths = samples.save_clips(tmp_path / "clips.webp")
+    played = read_clips(paths[0], (72, 72, 1), False)
+    assert played.shape[:2] == (1, 5)
+    np.testing.assert_array_equal(played[0, :, 4:68:8, 4:68:8], samples.images[0])
+    with Image.open(paths[0]) as picture:
+        picture.load()
+        assert picture.info["duration"] == 250
+    av = pytest.importorskip("av")
+    write_clips(tmp_path / "odd.webp", np.repeat(samples.images[..., :7, :], 3, axis=-1), 12.5)
+    with av.open(str(tmp_path / "odd.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert len(frames) == 5 and file.streams.video[0].average_rate == 12.5
+
+
 @pytest.mark.slow
 def test_the_verb(folder, tmp_path):
     """Catches flags that do not reach the job, and outputs that are missing."""
     np.save(tmp_path / "clip.npy", CLIP)
-    start = f"sample --workdir={folder} --prompt='a one' --given={tmp_path}/clip.npy --num_steps=2 --out={tmp_path}/x.npz"
-    told = run_verbs(f"{start} --job=extend --num_frames=7 --given_frames=2,3")[0]
-    images = np.load(tmp_path / "x.npz")["arr_0"]
-    assert images.shape == (1, 7, 8, 8, 1) and told["job"]["given_frames"] == [2, 3]
-    np.testing.assert_array_equal(images[0, 4:], CLIP)
-    assert read_clips(tmp_path / "x.webp", (8, 8, 1), True).shape[1] == 7
-    refused(f"{start} --job=loop --given_frames=0", "has no effect with --workdir --job=loop")
+    start = ["sample", f"--workdir={folder}", "--prompt=a one", f"--given={tmp_path}/clip.npy", "--num_steps=2"]
+    start.append(f"--out={tmp_path}/x.npz")
+    extended, looped = run_verbs(
+        tmp_path, [[*start, "--job=extend", "--num_frames=7", "--given_frames=2,3"], [*start, "--job=loop", "--given_frames=0"]]
+    )
+    assert extended[0] == 0, extended[2]
+    told = json.loads(extended[1].splitlines()[-1])
+    images = np.load(tmp_path / "x.npz")
+    assert images["arr_0"].shape == (1, 7, 8, 8, 1) and told["job"]["given_frames"] == [2, 3] and images["fps"] == 4.0
+    np.testing.assert_array_equal(images["arr_0"][0, 4:], CLIP)
+    assert read_clips(tmp_path / "x.webp", (72, 72, 1), False).shape[1] == 7
+    refused(looped, "--given_frames has no effect with --workdir --job=loop")
