@@ -72,8 +72,8 @@ JOB = flags.DEFINE_string(
 GIVEN = flags.DEFINE_string(
     "given",
     None,
-    "A PNG, JPEG, animated WebP or GIF, .npy or .npz of uint8 images or clips: one for all, or one for each. Of connect: the two "
-    "clips, one after the other.",
+    "A PNG, JPEG, animated WebP or GIF, mp4, .npy or .npz of uint8 images or clips: one for all, or one for each. Of connect: "
+    "the two clips, one after the other.",
 )
 GIVEN_FRAMES = flags.DEFINE_list(
     "given_frames",

@@ -69,7 +69,9 @@ def read_samples(given: Given, shape: tuple[int, ...], resize: bool, name: str =
 
 
 def read_clips(given: Given, shape: tuple[int, ...], resize: bool, name: str = "given", one_clip: bool = True) -> np.ndarray:
-    """uint8 [M, F, H, W, C] of clips: an animated WebP or GIF, an .npy or .npz, an array; an image is a clip of one frame.
+    """uint8 [M, F, H, W, C] of clips: an animated WebP or GIF, a film (with PyAV), an .npy or .npz, an array.
+
+    An image is a clip of one frame.
 
     Args:
         given: arrays are uint8 [M, F, H, W, C] or [F, H, W, C].
@@ -79,14 +81,19 @@ def read_clips(given: Given, shape: tuple[int, ...], resize: bool, name: str = "
     Raises:
         UserError: as `read_images`; clips of different lengths.
     """
-    from dit_jax.data.transforms import decode_frames
+    from dit_jax.data.stored_clips import FILMS, StoredClip, is_animation
 
     if given is None:
         raise UserError(f"give the image or clip to start from: --{name}=<PNG, WebP, GIF, .npy or .npz>")
-    array, what = (given, name) if isinstance(given, np.ndarray) else _content(local_path(given), name)
-    if isinstance(array, bytes):
-        frames = decode_frames(array, shape[-1], what)
-        return read_images(np.stack([np.asarray(x).reshape(x.height, x.width, -1) for x in frames]), shape, resize, name)[None]
+    if isinstance(given, np.ndarray):
+        array: bytes | np.ndarray = given
+    else:
+        path = local_path(given)
+        array, what = _content(path, name)
+        if isinstance(array, bytes) and (path.suffix.lower() in FILMS or is_animation(array)):
+            array = np.stack(list(StoredClip(array, what)[:]))
+        elif isinstance(array, bytes):
+            return read_images(path, shape, resize, name)[None]
     if array.dtype == bool and shape[-1] == 1:
         array = array.astype(np.uint8) * 255
     if array.ndim == 5 and len(array) and array.shape[1]:
