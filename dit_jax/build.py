@@ -34,7 +34,7 @@ from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.latent_loader import LatentBuckets, LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache, LatentCaches
 from dit_jax.data.loader import Loader, Part
-from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, ClipFolder, DigitPairs, Digits, ImageFolder, RollingDigits, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -48,7 +48,7 @@ from dit_jax.encoders.text import Text
 from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, text_encoders, vae
-from dit_jax.models.network import Network, for_platform
+from dit_jax.models.network import Network, for_input, for_platform
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -75,7 +75,9 @@ register("codec", "vq_vae", VQVAE)
 register("codec", "causal_vae", CausalVAE)
 register("data", "digits", Digits)
 register("data", "digit_pairs", DigitPairs)
+register("data", "rolling_digits", RollingDigits)
 register("data", "folder", ImageFolder)
+register("data", "clips", ClipFolder)
 register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
 register("data", "latents", LatentCache)
@@ -166,6 +168,7 @@ class Run:
     ):
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
         self._base: Any = None
+        self._shape_of_choices: tuple[int, ...] | None = None  # see `network.for_input`
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -227,7 +230,7 @@ class Run:
         config.transform = {**config.transform, **sizes}
         del config.buckets
         run = self.with_config(config)
-        run._base = self._base
+        run._base, run._shape_of_choices = self._base, self.latent_shape  # one network for all buckets
         shared = ("mesh", "codec", "process", "conditioner", "optimizer", "adaptation", "captions")
         run.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
         try:
@@ -258,6 +261,12 @@ class Run:
             raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {channels} must be equal")
         return shape
 
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of clips, where all have one rate: the field `fps` of the transform, or of the data set."""
+        rates = [self.config[name].get("fps") for name in ("transform", "data") if name in self.config]
+        return next((float(rate) for rate in rates if rate), None) if len(self.image_shape) == 4 else None
+
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
         """(h, w, c) or (f, h, w, c) of the latents.
@@ -272,6 +281,7 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
+        network = for_input(network, self._shape_of_choices or self.latent_shape)
         if hasattr(network, "check_times"):
             ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
             network.check_times(float(ends.min()), float(ends.max()))
@@ -439,7 +449,8 @@ class Run:
             triples = zip(self.parts, self.source.caches, seeds, strict=True)
             loaders = [run._latent_loader(cache, seed, part) for run, cache, seed in triples]
             return LatentBuckets(loaders, buckets.cycle, self.source)
-        sizes = self.source.sizes() if hasattr(self.source, "sizes") else None
+        upright = getattr(self.transform, "upright", False)
+        sizes = self.source.sizes(upright) if hasattr(self.source, "sizes") else None
         records = buckets.members(sizes, len(self.source), getattr(self.transform, "fps", None))
         parts = [
             Part(run.example_transform(self.source), run.config.batch_size, seed, numbers)

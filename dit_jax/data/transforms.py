@@ -5,7 +5,7 @@ Letters: H, W, C are the height, width and channels of an image, F the frames of
 
 import dataclasses
 import io
-from typing import Any
+from typing import Any, BinaryIO
 
 import grain
 import numpy as np
@@ -100,6 +100,27 @@ def _enlarge_elongated(image: Image.Image, size: tuple[int, int], scaled: int, f
     return Image.fromarray(pixels)
 
 
+def image_size(image: np.ndarray | bytes | BinaryIO, name: str = "image", upright: bool = False) -> tuple[int, int]:
+    """(height, width) of an image; of a file from its header.
+
+    Args:
+        upright: as of `decode`.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    try:
+        picture = _opened(image, name)
+        turned = upright and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{name} is not a readable image ({type(error).__name__}: {error}): restore it") from error
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
 def decode(image: np.ndarray | bytes, channels: int, name: str = "image", upright: bool = False) -> Image.Image:
     """Decodes an image to a Pillow image of mode L (channels 1) or RGB (channels 3).
 
@@ -152,20 +173,28 @@ def decode(image: np.ndarray | bytes, channels: int, name: str = "image", uprigh
 
 
 def _load(image: bytes, name: str) -> Image.Image:
-    if not image:
-        raise UserError(f"{name} is not a readable image (0 bytes): restore it")
+    picture = _opened(image, name)
+    picture.load()
+    return picture
+
+
+def _opened(image: bytes | BinaryIO, name: str) -> Image.Image:
+    """The image with its header read."""
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
     try:
-        picture = Image.open(io.BytesIO(image), formats=FORMATS)
+        picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
+        file.seek(0)
+        if not (begin := file.read(16)):
+            raise UserError(f"{name} is not a readable image (0 bytes): restore it") from None
         raise UserError(
-            f"{name} is not a readable image (not one of {', '.join(FORMATS)}; it begins with {image[:16]!r}): "
+            f"{name} is not a readable image (not one of {', '.join(FORMATS)}; it begins with {begin!r}): "
             "restore it, or save it in one of these formats"
         ) from None
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from None
     if picture.width * picture.height > MAX_PIXELS:
         raise _too_large(name, f"{picture.width} x {picture.height}")
-    picture.load()
     return picture
 
 

@@ -36,6 +36,14 @@ def run_pairs(network: Network, x: jax.Array, time: jax.Array, cond: Any, null_c
     return both[::2], both[1::2]
 
 
+def run_all(network: Network, x: jax.Array, time: jax.Array, *conds: Any) -> list[jax.Array]:
+    """Outputs of the network with each of n conditions, from one call on n B examples, which are interleaved."""
+    count = len(conds)
+    joined = jax.tree.map(lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:]), *conds)
+    out = network(jnp.repeat(x, count, axis=0), jnp.repeat(time, count), joined)
+    return [out[i::count] for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Extrapolates the network's output from a weaker one: weak + scale (strong - weak) on the data channels.
@@ -51,8 +59,12 @@ class Guidance:
         schedule: of the scale over t, one of SCHEDULES, see `scale_at`. It applies to the guided channels and inside the
             interval; outside of it the scale is 1.
         power: of "power_cosine", positive; 4 in DiffiT. A greater power guides less at noisy times.
+        image_scale: at least 0, of the given part of a clip (the job animate and its like). With text T and given part G the
+            output is v(0, 0) + image_scale (v(G, 0) - v(0, 0)) + scale (v(G, T) - v(G, 0)), from one call on 3B examples. 1 turns
+            it off: the given part is then in both conditions.
 
-    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance).
+    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); Open-Sora 2
+    (arXiv 2503.09642) for two scales, after Brooks et al. 2023 (InstructPix2Pix), equation 3.
     """
 
     scale: float = 1.0
@@ -61,11 +73,16 @@ class Guidance:
     high: float = 1.0
     schedule: str = "constant"
     power: float = 4.0
+    image_scale: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.scale < float("inf"):
             raise UserError(
                 f"guidance.scale is {self.scale}; it must be at least 0 (1 turns guidance off, 0 ignores the condition)"
+            )
+        if not 0 <= self.image_scale < float("inf"):
+            raise UserError(
+                f"guidance.image_scale is {self.image_scale}; it must be at least 0 (1 turns it off, 0 ignores the given part)"
             )
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(f"guidance.low is {self.low} and guidance.high {self.high}; 0 <= low <= high <= 1 is required")
@@ -79,6 +96,11 @@ class Guidance:
     @property
     def active(self) -> bool:
         return self.scale != 1.0
+
+    @property
+    def guides_by_given(self) -> bool:
+        """Whether the given part of a clip has a scale of its own."""
+        return self.image_scale != 1.0
 
     @property
     def is_partial(self) -> bool:
@@ -100,7 +122,13 @@ class Guidance:
         return 1 + (self.scale - 1) * (1 - jnp.cos(jnp.pi * rest**self.power)) / 2
 
     def __call__(
-        self, network: Network, cond: Any, null_cond: Any, weak: Network | None = None, first_time: float = 0.0
+        self,
+        network: Network,
+        cond: Any,
+        null_cond: Any,
+        weak: Network | None = None,
+        first_time: float = 0.0,
+        bare_cond: Any = None,
     ) -> Callable:
         """Binds the conditions.
 
@@ -109,6 +137,8 @@ class Guidance:
             cond, null_cond: dicts of arrays [B, ...] with the same keys.
             weak: the second network of autoguidance; null_cond is then not used.
             first_time: the process's `min_time`, see `scale_at`.
+            bare_cond: null_cond without the given part, for image_scale; None where nothing is given, and image_scale has no
+                effect.
 
         Returns:
             (x, t, network_time; both scalars or f32[B]) -> the guided output, shaped as the network's.
@@ -117,13 +147,26 @@ class Guidance:
         def unguided(x, time):
             return network(x, time, cond)
 
+        by_given = self.guides_by_given and bare_cond is not None
+        if by_given and weak:
+            raise UserError(
+                f"guidance.image_scale is {self.image_scale} and a second network guides (autoguidance); choose one, or set the "
+                "image scale to 1"
+            )
+
         def guided(x, t, time, inside):
+            if by_given:
+                strong, weaker, bare = run_all(network, x, time, cond, null_cond, bare_cond)
+                out = self.extrapolate(strong, weaker, inside, x.shape[-1], self.scale_at(t, first_time))
+                count = self.channels or x.shape[-1]
+                more = jnp.where(expand(inside, out), (self.image_scale - 1) * (weaker - bare), 0)
+                return out.at[..., :count].add(more[..., :count])
             strong, weaker = (unguided(x, time), weak(x, time, cond)) if weak else run_pairs(network, x, time, cond, null_cond)
             return self.extrapolate(strong, weaker, inside, x.shape[-1], self.scale_at(t, first_time))
 
         def call(x, t, network_time):
             time = jnp.broadcast_to(jnp.asarray(network_time, jnp.float32), x.shape[:1])
-            if not self.active:
+            if not self.active and not by_given:
                 return unguided(x, time)
             if not self.is_partial:
                 return guided(x, t, time, True)

@@ -4,6 +4,7 @@
     python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
     python -m dit_jax.sample --workdir=runs/digits_text --prompt="a handwritten three" --out=three.npz
     python -m dit_jax.sample --workdir=runs/digits --job=edit --given=photo.png --strength=0.6 --labels=3 --out=x.npz
+    python -m dit_jax.sample --workdir=runs/video --job=animate --given=photo.png --prompt="a ship at sea" --out=ship.npz
 
 Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON; of a network with text captions: str [N]) and x.png, a
 grid of the first 100. Images are first
@@ -73,17 +74,29 @@ JOB = flags.DEFINE_string(
     "generate",
     "generate draws from noise; edit adds noise to --given and draws from there; inpaint draws the white part of --mask; "
     "interpolate draws between two --seeds and two --labels; upsample draws a higher resolution of --given with a "
-    "super-resolution stage; or one of --import.",
+    "super-resolution stage. Of clips: animate begins with an image, extend continues a clip, connect draws what lies between "
+    "two, loop leads back to the first frame. Or one of --import.",
 )
 GIVEN = flags.DEFINE_string(
     "given",
     None,
-    "Of edit and inpaint: a PNG, JPEG, .npy or .npz of uint8 images: one for all images, or one for each. Of upsample: an .npz.",
+    "A PNG, JPEG, animated WebP or GIF, mp4, .npy or .npz of uint8 images or clips: one for all, or one for each. Of connect: "
+    "the two clips, one after the other. Of upsample: an .npz.",
 )
 NOISE_LEVEL = flags.DEFINE_float(
     "noise_level", None, "Of upsample and --stages: the time of the noise on the lower resolution. Default: the config's."
 )
-MASK = flags.DEFINE_string("mask", None, "Of inpaint: a picture of the same size, white where the image is to be drawn.")
+GIVEN_FRAMES = flags.DEFINE_list(
+    "given_frames",
+    [],
+    "Frames of the drawn clip where the given ones stand, as in 0,1. Of extend: 0,1 goes forward, the last frames backward.",
+)
+NUM_FRAMES = flags.DEFINE_integer(
+    "num_frames",
+    None,
+    "Frames of a clip, where not those of training. Of extend: of the result, drawn in as many windows as needed.",
+)
+MASK = flags.DEFINE_string("mask", None, "Of inpaint: a picture or clip of the same size, white where is to be drawn.")
 STRENGTH = flags.DEFINE_float(
     "strength",
     None,
@@ -130,6 +143,9 @@ GUIDANCE_SCHEDULE = flags.DEFINE_enum(
     "the config's.",
 )
 GUIDANCE_POWER = flags.DEFINE_float("guidance_power", None, "Of power_cosine; a greater one guides less at noisy times.")
+GUIDANCE_IMAGE_SCALE = flags.DEFINE_float(
+    "guidance_image_scale", None, "Of the given part of a clip, beside that of the text; 1 turns it off. Default: the config's."
+)
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
     None,
@@ -212,9 +228,20 @@ JOBS = {  # of each job the flags that are its fields, and --seed where it is no
     "inpaint": {"seed", "given", "mask", "strength", "resize"},
     "interpolate": {"seeds"},
     "upsample": {"seed", "given", "noise_level"},
+    "animate": {"seed", "given", "given_frames", "resize"},
+    "extend": {"seed", "given", "given_frames", "resize"},
+    "connect": {"seed", "given", "given_frames", "resize"},
+    "loop": {"seed", "given", "resize"},
 }
-FIELDS = {"given": GIVEN, "mask": MASK, "strength": STRENGTH, "resize": RESIZE, "seeds": SEEDS}
-FIELDS["noise_level"] = NOISE_LEVEL  # of jobs
+FIELDS = {
+    "given": GIVEN,
+    "given_frames": GIVEN_FRAMES,
+    "mask": MASK,
+    "strength": STRENGTH,
+    "resize": RESIZE,
+    "seeds": SEEDS,
+    "noise_level": NOISE_LEVEL,
+}  # of jobs
 USES = {f"{source} --job={job}": first | own for source, first in SOURCES.items() for job, own in JOBS.items()}
 USES["--stages"] = {"stages", "seed", "noise_level"}
 
@@ -228,9 +255,24 @@ def flags_of_job() -> set[str]:
     return {"seed"} | set(registry.parameters("job", JOB.value)) & FIELDS.keys()  # of user code, which has been imported
 
 
+def extends() -> bool:
+    """Whether --num_frames is a field of the job: the length of its result, and not of the clips that the network draws."""
+    import dit_jax.sample.jobs  # noqa: F401 - registers the jobs of this package
+
+    return "num_frames" in registry.parameters("job", JOB.value)
+
+
 def job_fields() -> dict[str, Any]:
     """The fields of the job that are given as flags."""
     fields: dict[str, Any] = {name: flag.value for name, flag in FIELDS.items() if flags.FLAGS[name].present}
+    if "given_frames" in fields:
+        try:
+            fields["given_frames"] = [int(text) for text in GIVEN_FRAMES.value]
+        except ValueError:
+            given = ",".join(GIVEN_FRAMES.value)
+            raise UserError(f"--given_frames={given}: give numbers of frames, as in --given_frames=0,1") from None
+    if flags.FLAGS["num_frames"].present and extends():
+        fields["num_frames"] = NUM_FRAMES.value
     if "seeds" in fields:
         try:
             fields["seeds"] = [int(text) for text in SEEDS.value]
@@ -317,6 +359,7 @@ def main() -> dict:
         lora=LORA.value,
         fsdp=FSDP.value,
         resolution=RESOLUTION.value,
+        num_frames=None if extends() else NUM_FRAMES.value,
     )
     return pipe.write(
         OUT.value,
@@ -336,6 +379,7 @@ def main() -> dict:
         guidance_interval=guidance_interval,
         guidance_schedule=GUIDANCE_SCHEDULE.value,
         guidance_power=GUIDANCE_POWER.value,
+        guidance_image_scale=GUIDANCE_IMAGE_SCALE.value,
         autoguidance=AUTOGUIDANCE.value,
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,

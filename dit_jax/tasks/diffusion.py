@@ -28,6 +28,7 @@ from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
 from dit_jax.tasks.low_resolution import LEVEL, LOW_RES, LowResolution
+from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
@@ -53,6 +54,9 @@ class DiffusionTask:
         self_conditioning: share of the steps in which the network is given its own estimate of x0, from a pass before without
             one; 0 turns it off, and needs a network without the field. Samplers then hand each estimate to the next step.
         low_resolution: of a super-resolution stage: what it is given; None of a network that draws from noise alone.
+        masks: {kind: probability} of which part of an example is given (`masks.draw_masks`); {} gives nothing. The network is
+            told that part, and the loss is the mean over the rest. "none" is also what guidance by the given part
+            (`Guidance.image_scale`) compares with.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
         adaptation: says which parameters are trained.
@@ -73,6 +77,7 @@ class DiffusionTask:
     cond_dropout: float = 0.1
     self_conditioning: float = 0.0
     low_resolution: LowResolution | None = None
+    masks: Mapping[str, float] = field(default_factory=dict)
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
@@ -95,6 +100,12 @@ class DiffusionTask:
             )
         self._check_self_conditioning()
         self._check_low_resolution()
+        check_masks(self.masks)
+        if self.masks and not getattr(self.network, "known_frames", False):
+            raise UserError(
+                f"task.masks gives parts of clips, and {type(self.network).__name__} is not told them; set "
+                "--config.model.known_frames=True (MMDiT), or leave task.masks empty"
+            )
         check_offload(self.offload)
         if self.average in self.averages:
             raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")
@@ -275,6 +286,8 @@ class DiffusionTask:
             low = self.codec.encode(constants["codec"], self.low_resolution.of(to_float(batch["image"])))
             low = self.codec.sample_latent(named_key(key, "low_res_posterior"), low)
             inputs["batch"] |= self.low_resolution.draw(key, self.process, low)
+        if self.masks:
+            inputs["known_mask"] = draw_masks(named_key(key, "mask"), self.masks, x0.shape)
         if self.has_null_condition:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         if self.self_conditioning:  # one draw for the step, in every row, so that parts of the batch have it
@@ -292,6 +305,7 @@ class DiffusionTask:
         batch: Mapping[str, jax.Array],
         dropped: jax.Array | None = None,
         estimated: jax.Array | None = None,
+        known_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
         params = self.network_params(params, constants)
@@ -299,6 +313,9 @@ class DiffusionTask:
         cond, null = self.condition(params, constants, batch)
         if dropped is not None:
             cond = guiding.replace_condition(dropped, cond, null)
+        weight = None
+        if known_mask is not None:
+            cond, weight = {**cond, **known_entries(x0, known_mask)}, unknown_weight(known_mask)
         x, time = self.process.network_input(x_t, t), self.process.network_time(t)
         if estimated is not None:
             frozen = jax.lax.stop_gradient((params, cond))
@@ -307,7 +324,7 @@ class DiffusionTask:
             )
             cond = {**cond, ESTIMATE: first}
         output = self.apply(params, x, time, cond)
-        loss, parts = self.process.loss(output, x0, noise, t)
+        loss, parts = self.process.loss(output, x0, noise, t, weight)
         return loss.mean(), {"loss": loss, **parts}
 
     def gradients(self, params: Any, constants: Mapping[str, Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
@@ -362,6 +379,7 @@ class DiffusionTask:
         noise: jax.Array | None = None,
         watch: Callable[[jax.Array, Any, jax.Array], None] | None = None,
         around: Callable[[Denoise], Denoise] | None = None,
+        known: Cond | None = None,
     ) -> jax.Array:
         """Latents from the network, for `decode`.
 
@@ -376,6 +394,7 @@ class DiffusionTask:
                 `initial_noise`).
             watch: see `diffusion.process.Watched`.
             around: changes the denoiser that the sampler calls, such as `diffusion.known.KnownRegion`.
+            known: the entries of the condition for what is given (`masks.known_entries`); they stay in the null condition.
 
         Returns:
             float32[B, h, w, c].
@@ -383,12 +402,16 @@ class DiffusionTask:
         if self.low_resolution is not None:
             requests = self.low_resolution.for_samples(self.process, requests, keys)
         cond, null = self.condition(params, constants, requests)
+        given = dict(known or {})
+        bare = {**null, **{name: jnp.zeros_like(x) for name, x in given.items()}} if given else None
+        cond, null = {**cond, **given}, {**null, **given}
 
         def network(*args):
             return self.apply(params, *args)
 
         def predict_with(network, more):
-            guided = guidance(network, {**cond, **more}, {**null, **more}, weak, self.process.min_time)
+            conditions = {**cond, **more}, {**null, **more}, weak, self.process.min_time, bare and {**bare, **more}
+            guided = guidance(network, *conditions)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))
