@@ -233,6 +233,19 @@ def clip_transform(frames: int, resolution: int, channels: int, flip: bool) -> d
     return {**image, "name": "clip", "frames": frames, "fps": config_dict.placeholder(float), "crop": "center"}
 
 
+ADAFACTOR = {
+    "decay_rate": 0.8,
+    "min_factored_size": 128,
+    "clipping_threshold": 1.0,
+    "momentum": config_dict.placeholder(float),
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "decay_steps": config_dict.placeholder(int),
+    "decay": "cosine",
+    "decay_start": config_dict.placeholder(int),
+    "clip_norm": config_dict.placeholder(float),
+    "groups": (),
+}
 MUON = {
     "learning_rate": 0.02,
     "beta": 0.95,
@@ -981,15 +994,13 @@ def walt_t2v(stage: str = "base", cached: bool = False) -> ml_collections.Config
     if stage not in T2V:
         raise UserError(f"stage {stage!r} does not exist; choose one of {', '.join(T2V)}")
     if cached and stage != "base":
-        raise UserError(
-            f"stage {stage} makes its lower resolution from clips, which a latent cache does not have; leave cached out"
-        )
+        raise UserError(f"stage {stage} makes its lower resolution from clips, which a latent cache does not have; omit cached")
     name, steps, rate, size = T2V[stage]
     c = _walt(name, steps, 512)
     c = _clips(c, WALT_CODEC, _clip_transform(17, *size, fps=8.0), "", cached)
     c = text(c, ("t5_xl",), lengths=(64,), mask=True, pooled=False)
     c.preview.prompts = PROMPTS
-    c.optimizer = {"name": "adafactor", **registry.defaults("optimizer", "adafactor"), "learning_rate": rate}
+    c.optimizer = {"name": "adafactor", **ADAFACTOR, "learning_rate": rate}
     decay_to_the_end(c)
     c.guidance.update({"scale": 8.0, "schedule": "power_cosine"})
     if stage == "base":
@@ -1001,10 +1012,10 @@ def walt_t2v(stage: str = "base", cached: bool = False) -> ml_collections.Config
 
 
 def video_mmdit(cached: bool = False) -> ml_collections.ConfigDict:
-    """One MM-DiT for text, images and clips, at the sizes of Stable Diffusion 3.5 medium, as a flow in the latents of Wan's codec.
+    """One MM-DiT for text, images and clips, of Stable Diffusion 3.5 medium's depth and width, as a flow in Wan's latents.
 
-    Of a batch's clips of 17 frames and 256 x 448 pixels some parts are given (`MASKS`), so that the network also animates, extends
-    and connects. One step in four is on images of about as many tokens. Set `data.path` to captioned clips in tars,
+    Of a batch's clips of 17 frames and 256 x 448 pixels some parts are given (`MASKS`), so that the network also animates,
+    extends and connects. One step in four is on images of about as many tokens. Set `data.path` to captioned clips in tars,
     `conditioner.weights` to T5 v1.1 XXL and `codec.path` to the weights of Wan's autoencoder.
 
     Args:
