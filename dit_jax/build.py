@@ -34,7 +34,7 @@ from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.latent_loader import LatentBuckets, LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache, LatentCaches
 from dit_jax.data.loader import Loader, Part
-from dit_jax.data.sources import TFDS, ClipFolder, DigitPairs, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, ClipFolder, DigitPairs, Digits, ImageFolder, RollingDigits, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -49,7 +49,7 @@ from dit_jax.encoders.unconditional import Unconditional
 from dit_jax.errors import UserError, failures, raise_all, suggest
 from dit_jax.interop import codec_folder, lpips, text_encoders, vae
 from dit_jax.interop.tensors import Tensor
-from dit_jax.models.network import Network, for_platform, skipping
+from dit_jax.models.network import Network, for_input, for_platform, skipping
 from dit_jax.parallel.mesh import batch_sharding, make_mesh, place, reader_place, replicated, rows_per_step
 from dit_jax.parallel.rules import shardings
 from dit_jax.registry import register
@@ -62,6 +62,7 @@ from dit_jax.tasks.adaptation import TARGETS, Adaptation, Lora
 from dit_jax.tasks.autoencoder import AutoencoderTask
 from dit_jax.tasks.averages import parse_all
 from dit_jax.tasks.diffusion import DiffusionTask
+from dit_jax.tasks.low_resolution import LowResolution
 from dit_jax.tasks.muon import muon
 from dit_jax.tasks.optimizer import adafactor, adamw
 from dit_jax.tasks.state import TrainState, abstract_state
@@ -77,6 +78,7 @@ register("codec", "vq_vae", VQVAE)
 register("codec", "causal_vae", CausalVAE)
 register("data", "digits", Digits)
 register("data", "digit_pairs", DigitPairs)
+register("data", "rolling_digits", RollingDigits)
 register("data", "folder", ImageFolder)
 register("data", "clips", ClipFolder)
 register("data", "tfds", TFDS)
@@ -173,6 +175,7 @@ class Run:
         self.config, self.devices, self._codec_params, self.platform = config, devices, codec_params, platform
         self._empty_text = empty_text
         self._base: Any = None
+        self._shape_of_choices: tuple[int, ...] | None = None  # see `network.for_input`
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -234,7 +237,7 @@ class Run:
         config.transform = {**config.transform, **sizes}
         del config.buckets
         run = self.with_config(config)
-        run._base = self._base
+        run._base, run._shape_of_choices = self._base, self.latent_shape  # one network for all buckets
         shared = ("mesh", "codec", "process", "conditioner", "optimizer", "adaptation", "captions")
         run.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
         try:
@@ -265,6 +268,12 @@ class Run:
             raise UserError(f"transform.channels = {shape[-1]} and the codec's image_channels = {channels} must be equal")
         return shape
 
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of clips, where all have one rate: the field `fps` of the transform, or of the data set."""
+        rates = [self.config[name].get("fps") for name in ("transform", "data") if name in self.config]
+        return next((float(rate) for rate in rates if rate), None) if len(self.image_shape) == 4 else None
+
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
         """(h, w, c) or (f, h, w, c) of the latents.
@@ -279,6 +288,7 @@ class Run:
         channels = self.process.output_channels(self.latent_shape[-1])
         network = construct("model", self.config.model, out_channels=channels)
         network.check(self.latent_shape)
+        network = for_input(network, self._shape_of_choices or self.latent_shape)
         if hasattr(network, "check_times"):
             ends = np.asarray(self.process.network_time(np.asarray([max(self.process.min_time, 1e-5), 1.0], np.float32)))
             network.check_times(float(ends.min()), float(ends.max()))
@@ -854,6 +864,29 @@ def _discriminator(run: Run) -> PatchDiscriminator | None:
     return PatchDiscriminator(**section.discriminator) if section.discriminator_weight else None
 
 
+def _low_resolution(run: Run) -> LowResolution | None:
+    """What a super-resolution stage is given; None without the section.
+
+    Raises:
+        UserError: the run draws samples on its own, which such a stage cannot.
+    """
+    section, config = dict(run.config.task.get("low_resolution", {})), run.config
+    if not section:
+        return None
+    unknown = [name for name in section if name not in inspect.signature(LowResolution).parameters]
+    if unknown:
+        known = [*inspect.signature(LowResolution).parameters]
+        raise UserError(f"task.low_resolution has no field {', '.join(unknown)}{suggest(unknown[0], known)}")
+    drawn = {"preview.every_steps": config.preview.every_steps, "evaluation.num_images": config.evaluation.num_images}
+    drawn["scoring.every_steps"] = config.get("scoring", {}).get("every_steps", 0)
+    if asked := [f"--config.{name}=0" for name, value in drawn.items() if value]:
+        raise UserError(
+            "a super-resolution stage draws from samples of the stage before, which its training does not have: set "
+            f"{' '.join(asked)}, and draw with sample --stages"
+        )
+    return LowResolution(**section)
+
+
 def _perceptual(run: Run):
     path = run.config.task.perceptual_path
     if not path:
@@ -882,6 +915,7 @@ PARTS = {  # of a task: parameters of its constructor that are not in its sectio
     "image_shape": lambda run: run.image_shape,
     "latent_shape": lambda run: run.latent_shape,
     "discriminator": _discriminator,
+    "low_resolution": _low_resolution,
     "ema_decay": lambda run: run.config.ema_decay,
     "ema_warmup": lambda run: run.config.get("ema_warmup", False),
     "averages": lambda run: parse_all(run.config.get("averages", ())),

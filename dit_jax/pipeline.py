@@ -35,7 +35,7 @@ from dit_jax.runtime.field_values import FieldType
 from dit_jax.sample import drawing, export, samples_file, shards, trained
 from dit_jax.sample.generator import DECODER_CHUNK, Generator, check_images, drawing_mesh, image_keys, on_mesh
 from dit_jax.sample.grid import image_grid, label_names, sampling_caption, write_animation
-from dit_jax.sample.jobs import Interpolate, Job
+from dit_jax.sample.jobs import Interpolate, Job, made
 from dit_jax.sample.jobs.edit import sha256
 from dit_jax.sample.jobs.job import Inputs, Labels, Scene
 from dit_jax.sample.prompts import Prompts, prompts_of
@@ -52,6 +52,7 @@ ENCODER_SEED = 0  # of the posterior samples of given images
 MOST_PROGRAMS = 32  # compiled for other samplers, steps or guidance, that a pipeline keeps: a server is asked for many
 ANIMATIONS = (".webp", ".gif", ".png")
 ANIMATED_IMAGES, ANIMATED_FRAMES = 25, 50  # at most; every frame is decoded by the codec
+MOST_FRAMES = 4_096  # of a clip
 MOST_GRID_IMAGES = 1_000  # of a picture with a row for each class
 
 
@@ -72,12 +73,15 @@ class Options(TypedDict, total=False):
         skip_layers: blocks, from 0, without which the network is called once more (`Guidance`), as in (7, 8, 9).
         skip_scale: of skip-layer guidance; 2.8 by default.
         skip_interval: shares of the steps between which blocks are skipped, as in (0.01, 0.2); 0 is noise.
+        guidance_image_scale: of the given part of a clip (`Guidance.image_scale`); 1 turns it off.
         autoguidance: a weaker run or weights file, which guides instead of the network without labels.
         forecast_interval: run the network's blocks at every N-th step and forecast them at the others; 1 is off.
         forecast_order: order of the forecast's Taylor series.
         batch_size: images per call of all devices, rounded up to full chunks on each device. It changes no bit.
         chunk_size: images that a device computes at a time, a divisor of 64. It changes the last bits of an image. None chooses
             it by the network's tokens and the kind of device.
+        given, given_frames, num_frames, mask, strength, resize, seeds: fields of a job that is asked for by its name, see
+            `dit_jax.sample.jobs`.
     """
 
     prompt: str | Sequence[str] | Prompts | None
@@ -93,11 +97,22 @@ class Options(TypedDict, total=False):
     skip_layers: Sequence[int] | None
     skip_scale: float | None
     skip_interval: Sequence[float] | None
+    guidance_image_scale: float | None
     autoguidance: str | os.PathLike | None
     forecast_interval: int | None
     forecast_order: int | None
     batch_size: int | None
     chunk_size: int | None
+    given: Any
+    given_frames: Sequence[int] | None
+    num_frames: int | None
+    mask: Any
+    strength: float | None
+    resize: bool | None
+    seeds: Sequence[int] | None
+
+
+JOB_FIELDS = ("given", "given_frames", "num_frames", "mask", "strength", "resize", "seeds")
 
 
 class Pipeline:
@@ -126,6 +141,7 @@ class Pipeline:
         resolution: int | str | Sequence[int] | None = None,
         text_encoders: Sequence[str] = (),
         tokenizers: Sequence[str] = (),
+        num_frames: int | None = None,
     ):
         opened = trained.read(path)
         self.path, self.average, self._opened, self._dtype = opened.path, average, opened, dtype
@@ -150,6 +166,8 @@ class Pipeline:
                 f"warning: the network was trained at {size_text(self._trained_shape[-3:-1])} and draws {size_text(self._size)}; "
                 "its positions are interpolated, and it may repeat or break objects"
             )
+        if num_frames is not None:
+            config = with_frames(config, _whole_number("num_frames", num_frames))
         is_run = opened.weights is None
         run = Run(config).with_codec_weights(opened.path if is_run and codec is None else None)
         run = run.for_samples_of_text(opened.stored_null(), str(opened.path))
@@ -239,7 +257,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
-        job: Job | None = None,
+        job: Job | str | None = None,
         callback: Callable[[Evaluation], None] | None = None,
         **options: Unpack[Options],
     ) -> Samples:
@@ -249,8 +267,9 @@ class Pipeline:
             labels: classes in turn, as in [3, 5]; None or "balanced" for all in turn; "random"; "none" for no label.
             num_samples: None draws one image for each label, or for each class.
             seed: image k depends on (seed, k) and its label.
-            job: `Edit`, `Inpaint` or `Interpolate` of `dit_jax.sample.jobs`, or one of your own; None draws from noise. It is an
-                argument, and not a method for each job, so that a call, `write` and the demo page take every job.
+            job: the name of a job, whose fields are then options, as in job="animate", given="photo.png"; or a job of
+                `dit_jax.sample.jobs`, or one of your own; None draws from noise. It is an argument, and not a method for each
+                job, so that a call, `write` and the demo page take every job.
             callback: called with an `Evaluation` of some of the images at every evaluation of the network, in order for each
                 image. It must not call JAX, which waits for it: keep x0, and decode it after the call. An error that it raises is
                 raised here, after the call. Images may differ in their last bits from those without a callback.
@@ -286,7 +305,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
-        job: Job | None = None,
+        job: Job | str | None = None,
         class_grid: int | None = None,
         animation: str | os.PathLike | None = None,
         **options: Unpack[Options],
@@ -311,6 +330,7 @@ class Pipeline:
         drawing.check_out(out)
         if class_grid is not None:
             labels, num_samples = self._labels_of_grid(labels, num_samples, _whole_number("class_grid", class_grid)), None
+        _check_given(self._job(job, options), out)
         watched = None if animation is None else self._watched(animation, labels, num_samples, seed, options, job)
         drawn = self._prepare(labels, num_samples, seed, options, job=job)
         run, guidance, count = drawn.run, drawn.guidance, len(drawn.labels)
@@ -339,6 +359,7 @@ class Pipeline:
         return {
             "out": str(out),
             "grid": str(done.grid),
+            **({} if len(drawn.generator.image_shape) == 3 else {"clips": str(done.grid.with_suffix(".webp"))}),
             "num_samples": count,
             "seconds": done.seconds,
             "evaluations": per_image and per_image * (2 if guidance.active else 1),
@@ -370,7 +391,7 @@ class Pipeline:
         *,
         num_samples: int | None = None,
         seed: int = 0,
-        job: Job | None = None,
+        job: Job | str | None = None,
         **options: Unpack[Options],
     ) -> Path:
         """Writes how images come out of noise: the network's predicted images at its evaluations, as a grid that moves.
@@ -519,12 +540,10 @@ class Pipeline:
         options: Options,
         in_memory: bool = False,
         watched: bool = False,
-        job: Job | None = None,
+        job: Job | str | None = None,
     ) -> "_Drawing":
         """Checks everything that a drawing depends on; reads no parameters of the network itself."""
-        job = Job() if job is None else job
-        if not isinstance(job, Job):
-            raise UserError(f"job={job!r}: give an object, such as Edit(given=..., strength=0.6) of dit_jax.sample.jobs")
+        job = self._job(job, options).settled(self.image_shape, self.run.latent_shape)
         seed = job.seed(_whole_number("seed", seed))
         num_samples = None if num_samples is None else _whole_number("num_samples", num_samples)
         config = self._configured(options)
@@ -581,6 +600,7 @@ class Pipeline:
             self.run.network,
             self.encode,
             lambda seed: generator.with_seed(seed).noise(np.zeros(1, np.int32)),
+            self.run.task.low_resolution,
         )
         inputs = job.inputs(scene, requests, len(chosen))
         if prompts and (keys := prompts.keys(seed)):
@@ -588,6 +608,18 @@ class Pipeline:
                 raise UserError("the prompts have seeds of their own, and the job has seeds too; leave those of the prompts out")
             inputs = Inputs({**inputs.arrays, **keys}, {**inputs.settings, "seeds_sha256": sha256(keys["seed"])})
         return _Drawing(self, run, sampler, generator, guidance, chosen, mode, requests, inputs, guides, prompts)
+
+    def _job(self, job: Job | str | None, options: Options) -> Job:
+        """The job of a call; the options that are its fields are those of a job that is asked for by its name."""
+        fields = {name: value for name, value in options.items() if name in JOB_FIELDS and value is not None}
+        if isinstance(job, str) or (job is None and fields):
+            job = made(job or Job.name, fields)
+        elif fields:
+            raise UserError(f"{next(iter(fields))} is a field of a job, and job={job!r} is one already; give it there")
+        job = Job() if job is None else job
+        if not isinstance(job, Job):
+            raise UserError(f"job={job!r}: give a name, such as 'edit', or Edit(given=..., strength=0.6) of dit_jax.sample.jobs")
+        return job
 
     def _prompts(self, labels: Labels, num_samples: int | None, options: Options) -> Prompts | None:
         """The prompts of a call; None of a network without text.
@@ -663,6 +695,8 @@ class Pipeline:
         for name in ("skip_scale", "skip_interval"):
             if name in given and not config.guidance.get("skip_layers"):
                 raise UserError(f"{name}={given[name]} has no effect without skip_layers; omit it")
+        if "guidance_image_scale" in given:
+            config.guidance.image_scale = _number("guidance_image_scale", given["guidance_image_scale"])
         off = {f"guidance_{name}": config.guidance.scale == 1 for name in ("channels", "interval", "schedule", "power")}
         off["forecast_order"] = config.get("forecast", {}).get("interval", 1) == 1
         for name, is_off in off.items():
@@ -732,6 +766,8 @@ class _Drawing(NamedTuple):
         settings = samples_file.describe(self.run.config, fingerprint, step, self.generator.seed, pipe._class_names)
         if self.prompts is None:
             settings["labels"] = self.labels_mode
+        if self.run.fps is not None:
+            settings["fps"] = self.run.fps
         if self.inputs.settings:
             settings["job"] = dict(self.inputs.settings)
         if pipe.average != "default":
@@ -758,7 +794,7 @@ def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_coll
     """
     run = Run(config)
     own, factor = size_unit(run.network), run.codec.downsample
-    if own is None or len(run.image_shape) != 3:
+    if own is None:
         raise UserError(f"network {config.model.name!r} draws only the size that it was trained on; leave resolution out")
     unit = own * factor
     if size[0] % unit or size[1] % unit:
@@ -769,6 +805,7 @@ def resized(config: ml_collections.ConfigDict, size: tuple[int, ...]) -> ml_coll
     new = ml_collections.ConfigDict(config.to_dict())
     if scales_positions(run.network):
         new.model.position_grid = position_grid(run.network, run.latent_shape)
+    _keep_frequencies(new, run)
     new.transform.size = size
     return new
 
@@ -797,6 +834,45 @@ def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str
         if lacking := [name for name in conditioner.frozen if name not in conditioner.by_encoder("weights")]:
             say(f"text_encoders names no weights of {', '.join(lacking)}, which contributes zeros")
             section.missing = (*section.get("missing", ()), *lacking)
+
+
+def with_frames(config: ml_collections.ConfigDict, frames: int) -> ml_collections.ConfigDict:
+    """The config of the same network for clips of another length.
+
+    Raises:
+        UserError: the network draws images, or the length does not fit codec and network.
+    """
+    run = Run(config)
+    if len(run.image_shape) != 4:
+        raise UserError(f"num_frames={frames}: the network draws images; leave num_frames out")
+    if not 1 <= frames <= MOST_FRAMES:
+        raise UserError(f"num_frames is {frames}; it must lie in 1 to {MOST_FRAMES}")
+    trained = run.image_shape[0]
+    new = ml_collections.ConfigDict(config.to_dict())
+    _keep_frequencies(new, run)
+    new.transform.frames = frames
+    if frames > trained:
+        say(
+            f"warning: the network was trained on clips of {trained} frames and draws {frames} at once; --job=extend draws "
+            "longer ones in windows"
+        )
+    return new
+
+
+def _check_given(job: Job, out: Path) -> None:
+    """Raises a UserError if what is given would be overwritten by a picture of the results, which has the name of `out`."""
+    for name in ("given", "mask"):
+        path = getattr(job, name, None)
+        if isinstance(path, (str, os.PathLike)) and out.suffix == ".npz":
+            path = local_path(path).absolute()
+            if path.parent == out.parent and path.stem == out.stem:
+                raise UserError(f"{name}={path} would be overwritten by the pictures of {out.name}; give another name for out")
+
+
+def _keep_frequencies(config: ml_collections.ConfigDict, run: Run) -> None:
+    """Fixes the frequencies of rotary positions to those of training, which may be chosen by the size of its inputs."""
+    if getattr(run.network, "rope_grid", None) is not None:
+        config.model.rope_grid = run.network.rope_grid
 
 
 def _size(resolution: int | str | Sequence[int]) -> tuple[int, int]:
@@ -838,6 +914,7 @@ def load(
     resolution: int | str | Sequence[int] | None = None,
     text_encoders: Sequence[str] = (),
     tokenizers: Sequence[str] = (),
+    num_frames: int | None = None,
 ) -> Pipeline:
     """Loads a trained network, for `pipe(labels=[3, 5])`.
 
@@ -855,13 +932,23 @@ def load(
         text_encoders: weights of pretrained text encoders in place of those of the config, as ("clip_l=/path", "t5_xxl=/path").
             Without them, weights of a network with frozen encoders draw the empty prompt alone.
         tokenizers: folders of their tokenizers, in the same form; without, those beside the weights.
+        num_frames: another length of the clips than that of training.
 
     Raises:
         UserError: there is no such network or checkpoint, it is damaged, or the codec is missing or does not fit.
     """
-    files = {"text_encoders": text_encoders, "tokenizers": tokenizers}
     pipe = Pipeline(
-        path, codec=codec, step=step, average=average, dtype=dtype, lora=lora, fsdp=fsdp, resolution=resolution, **files
+        path,
+        codec=codec,
+        step=step,
+        average=average,
+        dtype=dtype,
+        lora=lora,
+        fsdp=fsdp,
+        resolution=resolution,
+        num_frames=num_frames,
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
     )
     pipe._parameters  # read now, not at the first call
     return pipe

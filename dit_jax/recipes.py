@@ -22,10 +22,11 @@ from dit_jax import registry
 from dit_jax.data.captions import Captions
 from dit_jax.data.retries import RETRY_SECONDS
 from dit_jax.data.sources.digits import WORDS, pair_captions
+from dit_jax.data.sources.rolling_digits import all_captions
 from dit_jax.diffusion.samplers import default_sampler
 from dit_jax.encoders.tokens import BytePairs
 from dit_jax.errors import UserError
-from dit_jax.models import hourglass, mmdit, sizes, unet
+from dit_jax.models import hourglass, mmdit, sizes, unet, video_dit
 from dit_jax.models import pixart as pixart_network
 from dit_jax.models.sizes import MODELS as MODELS
 from dit_jax.models.sizes import SIZES as SIZES
@@ -143,13 +144,13 @@ def decay_to_the_end(c: ml_collections.ConfigDict) -> None:
 def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
-    c.task = {"name": "diffusion", "cond_dropout": 0.1}
+    c.task = {"name": "diffusion", "cond_dropout": 0.1, "masks": {}}
     c.averages = ()
     c.init = init()
     c.conditioner = {"name": "labels"}
     c.guidance = {"name": "classifier_free", "scale": 1.0, "channels": config_dict.placeholder(int), "low": 0.0, "high": 1.0}
-    c.guidance.update({"schedule": "constant", "power": 4.0})
     c.guidance.update({"skip_layers": (), "skip_scale": 2.8, "skip_low": 0.01, "skip_high": 0.2})
+    c.guidance.update({"schedule": "constant", "power": 4.0, "image_scale": 1.0})
     c.forecast = {"interval": 1, "order": 2, "warmup_steps": 3}
     c.evaluation.reference = ""
     c.validation = {"split": "", "path": ""}
@@ -226,6 +227,42 @@ def image_transform(resolution: int, channels: int, flip: bool) -> dict:
     }
 
 
+def clip_transform(frames: int, resolution: int, channels: int, flip: bool) -> dict:
+    """Square centre crops of clips of `frames` frames, as they are stored; `fps` chooses another rate, `size` another shape."""
+    image = image_transform(resolution, channels, flip)
+    del image["upright"]
+    return {**image, "name": "clip", "frames": frames, "fps": config_dict.placeholder(float), "crop": "center"}
+
+
+ADAFACTOR = {
+    "decay_rate": 0.8,
+    "min_factored_size": 128,
+    "clipping_threshold": 1.0,
+    "momentum": config_dict.placeholder(float),
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "decay_steps": config_dict.placeholder(int),
+    "decay": "cosine",
+    "decay_start": config_dict.placeholder(int),
+    "clip_norm": config_dict.placeholder(float),
+    "groups": (),
+}
+MUON = {
+    "learning_rate": 0.02,
+    "beta": 0.95,
+    "nesterov": True,
+    "num_iterations": 5,
+    "consistent_rms": config_dict.placeholder(float),
+    "adam_learning_rate": 1e-3,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decay_steps": config_dict.placeholder(int),
+    "decay": "cosine",
+    "decay_start": config_dict.placeholder(int),
+    "groups": (),
+}
 PROCESSES = {"gaussian": gaussian, "flow": flow, "edm": edm}
 # The digits' codec gives them unit variance, which is twice the deviation that EDM's defaults are for.
 DIGITS_PROCESS: dict[str, dict] = {"gaussian": {"prediction": "v"}, "edm": {"sigma_data": 1.0, "log_sigma_mean": -0.5}}
@@ -454,6 +491,76 @@ def digits_text(task: str = "digits") -> ml_collections.ConfigDict:
     c.sampler = {**default_sampler("euler"), "num_steps": 25}
     c.preview.update({"prompts": tuple(texts), "num_images": 40})
     c.evaluation.update({"features": "", "reference": ""})
+    return c
+
+
+def digits_cascade(stage: str = "first") -> ml_collections.ConfigDict:
+    """Digits in two stages: the first draws 4 x 4 pixels, the second 8 x 8 from them.
+
+    Args:
+        stage: "first", a DiT; "second", a VideoDiT with the lower resolution as its condition; "adm", such a U-Net.
+
+    Raises:
+        UserError: no such stage.
+    """
+    if stage not in ("first", "second", "adm"):
+        raise UserError(f"stage {stage!r} does not exist; choose first, second or adm")
+    c = digits()
+    if stage == "first":
+        c.transform.resolution, c.model.patch_size = 4, 1
+        c.evaluation.reference, c.evaluation.features = "", ""
+        return c
+    if stage == "second":
+        fields = {"patch_size": 2, "depth": 4, "width": 128, "heads": 4, "num_classes": 10, "windows": ((0, 0, 0),)}
+        c.model = {"name": "video_dit", **registry.defaults("model", "video_dit"), **fields, "low_res_channels": 1}
+    else:
+        fields = {"channels": 32, "multipliers": (1, 2), "num_res_blocks": 1, "attention_factors": (2,), "head_width": 32}
+        c.model = {"name": "unet", **registry.defaults("model", "unet"), **fields, "num_classes": 10, "low_res_channels": 1}
+        c.optimizer.learning_rate = 2e-3
+    c.task.low_resolution = {"sides": 2, "frames": 1, "most_noise": 0.3, "noise": 0.1}
+    c.preview.every_steps, c.evaluation.num_images = 0, 0
+    return c
+
+
+MASKS = {"none": 0.45, "first": 0.37, "first_2": 0.05, "last_2": 0.05, "ends": 0.05, "random": 0.03}
+
+
+def rolling_digits(task: str = "video") -> ml_collections.ConfigDict:
+    """Text to video and image on digits that roll over a torus: a small MM-DiT, which also animates, extends and connects clips.
+
+    Clips have 4 frames of 8 x 8 pixels and captions such as "a three rolling left". Of four steps, three are on clips and one is
+    on images with captions such as "a three", with as many tokens.
+
+    Args:
+        task: "video", or "image" for images alone.
+
+    Raises:
+        UserError: no such task.
+    """
+    if task not in ("video", "image"):
+        raise UserError(f"task {task!r} does not exist; choose video or image")
+    c = digits_text()
+    c.data = {"name": "rolling_digits", "path": "", "split": "all", "frames": 4, "step": 2, "size": 8, "fps": 4.0, "images": True}
+    c.transform = clip_transform(4, 8, 1, flip=False)
+    c.buckets = {"classes": ((4, 8, 8, 32, 3), (1, 8, 8, 128, 1))}
+    texts = all_captions()
+    merges = BytePairs.learned(texts, 512).merges
+    c = text(c, ("bpe",), lengths=(8,), merges=tuple(itertools.chain(*merges)))
+    c.captions.long_caption_rate = 0.0
+    c.model.update({"position": "rope", "known_frames": True, "rope_widths": (8, 12, 12), "base_fps": 4.0})
+    c.task.masks = MASKS
+    c.process.logit_mean = 1.5
+    c.num_steps, c.batch_size, c.ema_decay = 2_000, 32, 0.995
+    c.optimizer = {"name": "muon", **MUON, "adam_learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0}
+    decay_to_the_end(c)
+    c.preview.update({"prompts": tuple(texts[:60]), "num_images": 60})
+    c.evaluation.num_images = 120
+    if task == "image":
+        c.data.update({"frames": 1, "images": False})
+        c.transform.frames, c.buckets.classes = 1, ()
+        c.task.masks, c.model.known_frames = {}, False
+        c.batch_size, c.num_steps, c.process.logit_mean = 128, 800, 0.0
+        c.preview.update({"prompts": tuple(texts[:10]), "num_images": 40})
     return c
 
 
@@ -794,6 +901,167 @@ def _captioned(
     c.sampler = sampler
     c.guidance.scale = scale
     c.preview.prompts = PROMPTS
+    return c
+
+
+LATTE_CODEC = {  # the layout of Stable Diffusion's autoencoder, of which each frame is encoded alone
+    "base": 128,
+    "mult": (1, 2, 4, 4),
+    "z": 4,
+    "norm": "frame_group",
+    "temporal": (False, False, False),
+    "scale": 0.18215,
+}
+WALT_CODEC = {"base": 128, "mult": (1, 2, 2, 4), "z": 8, "temporal": (False, True, True)}  # 4 frames and 8 x 8 pixels a latent
+
+
+def _clip_transform(frames: int, height: int, width: int, fps: float | None = None) -> dict:
+    """Clips of so many frames and a given size, or of a square, in colour, flipped."""
+    c = clip_transform(frames, max(height, width), 3, flip=True)
+    return c | ({"fps": fps} if fps else {}) | ({"size": (height, width)} if height != width else {})
+
+
+def _clips(c: ml_collections.ConfigDict, codec: dict, transform: dict, dataset: str, cached: bool) -> ml_collections.ConfigDict:
+    """The codec, data and transform of a network for clips.  dataset: of TFDS; "" for tars."""
+    c.codec = {"name": "causal_vae", **section("codec", "causal_vae"), **codec}
+    tfds = {"name": "tfds", "dataset": dataset, "path": "", "split": "train", "caption_key": config_dict.placeholder(str)}
+    c.data = latents() if cached else tfds if dataset else {"name": "tars", "path": ""}
+    if cached:
+        c.loader = loader("latents")
+    c.transform = transform
+    return c
+
+
+def _video_model(name: str) -> dict:
+    """The section `model` of a published network for clips."""
+    fields = {key: value for key, value in video_dit.VideoDiT.published[name].fields.items() if key != "out_channels"}
+    return {"name": "video_dit", **registry.defaults("model", "video_dit"), **fields, "dtype": "bfloat16"}
+
+
+def latte(cached: bool = False) -> ml_collections.ConfigDict:
+    """Latte-XL/2 on UCF-101: 16 frames, 3 apart, at 256 px (Ma et al. 2024), in the latents of Stable Diffusion's autoencoder.
+
+    Set `codec.path` to the autoencoder.
+
+    Args:
+        cached: train from a latent cache, and set `data.path` to it.
+    """
+    c = diffusion()
+    c.model = _video_model("Latte-XL/2@UCF101")
+    c.process = gaussian()
+    c.sampler = {**default_sampler("ddpm"), "num_steps": 250}
+    c = _clips(c, LATTE_CODEC, _clip_transform(16, 256, 256, fps=25 / 3), "ucf101", cached)
+    c.num_steps, c.batch_size = 1_000_000, 40
+    c.optimizer.clip_norm = 0.1
+    return c
+
+
+def walt(name: str, cached: bool = False) -> ml_collections.ConfigDict:
+    """W.A.L.T's networks for UCF-101 and Kinetics-600 (Gupta et al. 2023), in the latents of a causal autoencoder.
+
+    Velocity, linear betas with a terminal SNR of zero, self-conditioning in 9 of 10 steps, DDIM with 50 steps. Of Kinetics-600
+    the first two latents, 5 frames, are given. Set `codec.path` to the run of the autoencoder.
+
+    Args:
+        name: "WALT-L@UCF101", "WALT-XL@UCF101" or "WALT-L@K600".
+        cached: train from a latent cache, and set `data.path` to it.
+
+    Raises:
+        UserError: no such network.
+    """
+    trained = {"WALT-L@UCF101": ("ucf101", 256, 60_000), "WALT-XL@UCF101": ("ucf101", 256, 60_000)}
+    trained |= {"WALT-L@K600": ("kinetics600", 512, 275_000)}  # 360 epochs of 392,000 clips
+    if name not in trained:
+        raise UserError(f"{name} is not a network of W.A.L.T for one data set; choose one of {', '.join(trained)}")
+    dataset, batch_size, steps = trained[name]
+    c = _walt(name, steps, batch_size)
+    c = _clips(c, WALT_CODEC, _clip_transform(17, 128, 128), "ucf101" if dataset == "ucf101" else "", cached)
+    c.optimizer.learning_rate = 5e-4
+    decay_to_the_end(c)
+    if dataset == "ucf101":
+        c.guidance.update({"scale": 4.0, "schedule": "power_cosine"})
+    else:
+        c.task.cond_dropout, c.task.masks = 0.0, {"first_2": 1.0}
+        c.conditioner = {"name": "none"}
+    return c
+
+
+T2V = {  # of W.A.L.T's three stages: the network, steps, learning rate, (height, width) in pixels
+    "base": ("WALT-base@T2V", 550_000, 2e-4, (128, 224)),
+    "sr1": ("WALT-SR1@T2V", 675_000, 5e-4, (256, 448)),
+    "sr2": ("WALT-SR2@T2V", 275_000, 5e-4, (512, 896)),
+}
+
+
+def walt_t2v(stage: str = "base", cached: bool = False) -> ml_collections.ConfigDict:
+    """One of W.A.L.T's three stages from text to 17 frames of 512 x 896 (Gupta et al. 2023, section 5.3): T5 v1.1 XL, Adafactor.
+
+    Set `data.path` to captioned clips in tars, `conditioner.weights` to the text encoder and `codec.path` to the autoencoder's
+    run. The base model is told a first latent frame in a tenth of the examples, so that it also animates images. The paper's
+    table has a base of 128 x 128 pixels, which its upsamplers cannot start from; here it has their shape.
+
+    Args:
+        stage: "base", "sr1" (2 x) or "sr2" (2 x after it).
+        cached: train the base from a latent cache, and set `data.path` to it. Upsamplers need the clips.
+
+    Raises:
+        UserError: no such stage; a cache for an upsampler.
+    """
+    if stage not in T2V:
+        raise UserError(f"stage {stage!r} does not exist; choose one of {', '.join(T2V)}")
+    if cached and stage != "base":
+        raise UserError(f"stage {stage} makes its lower resolution from clips, which a latent cache does not have; omit cached")
+    name, steps, rate, size = T2V[stage]
+    c = _walt(name, steps, 512)
+    c = _clips(c, WALT_CODEC, _clip_transform(17, *size, fps=8.0), "", cached)
+    c = text(c, ("t5_xl",), lengths=(64,), mask=True, pooled=False)
+    c.preview.prompts = PROMPTS
+    c.optimizer = {"name": "adafactor", **ADAFACTOR, "learning_rate": rate}
+    decay_to_the_end(c)
+    c.guidance.update({"scale": 8.0, "schedule": "power_cosine"})
+    if stage == "base":
+        c.task.masks = {"none": 0.9, "first": 0.1}
+    else:
+        c.task.low_resolution = {"sides": 2, "frames": 1, "most_noise": 0.3, "noise": 0.1}
+        c.preview.every_steps = 0
+    return c
+
+
+def video_mmdit(cached: bool = False) -> ml_collections.ConfigDict:
+    """One MM-DiT for text, images and clips, of Stable Diffusion 3.5 medium's depth and width, as a flow in Wan's latents.
+
+    Of a batch's clips of 17 frames and 256 x 448 pixels some parts are given (`MASKS`), so that the network also animates,
+    extends and connects. One step in four is on images of about as many tokens. Set `data.path` to captioned clips in tars,
+    `conditioner.weights` to T5 v1.1 XXL and `codec.path` to the weights of Wan's autoencoder.
+
+    Args:
+        cached: train from latent caches, one for each bucket, and set `data.path` to them.
+    """
+    c = diffusion()
+    fields = {"patch_size": 2, "depth": 24, "width": 1536, "heads": 24, "qk_norm": True, "position": "rope"}
+    fields |= {"pooled_width": 0, "known_frames": True}
+    c.model = {"name": "mmdit", **registry.defaults("model", "mmdit"), **fields, "dtype": "bfloat16"}
+    c.process = flow() | {"time_distribution": "logit_normal", "shift": 3.0}
+    c = _clips(c, {}, _clip_transform(17, 256, 448, fps=8.0), "", cached)
+    c = text(c, ("t5_xxl",), lengths=(256,), pooled=False)
+    c.preview.prompts = PROMPTS
+    c.buckets = {"classes": ((17, 256, 448, 256, 3), (1, 512, 896, 320, 1))}
+    c.task.masks = MASKS
+    c.num_steps, c.batch_size = 500_000, 256
+    c.optimizer.clip_norm = 1.0
+    c.sampler = default_sampler("euler") | {"num_steps": 50}
+    c.guidance.scale = 6.0
+    return c
+
+
+def _walt(name: str, steps: int, batch_size: int) -> ml_collections.ConfigDict:
+    """The network, process and sampler of W.A.L.T."""
+    c = diffusion()
+    c.model = _video_model(name)
+    c.process = gaussian() | {"prediction": "v", "variance": "fixed_small", "zero_terminal_snr": True}
+    c.sampler = {**default_sampler("ddim"), "num_steps": 50}
+    c.task.self_conditioning = 0.9
+    c.num_steps, c.batch_size = steps, batch_size
     return c
 
 

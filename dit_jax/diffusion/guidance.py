@@ -37,6 +37,14 @@ def run_pairs(network: Network, x: jax.Array, time: jax.Array, cond: Any, null_c
     return both[::2], both[1::2]
 
 
+def run_all(network: Network, x: jax.Array, time: jax.Array, *conds: Any) -> list[jax.Array]:
+    """Outputs of the network with each of n conditions, from one call on n B examples, which are interleaved."""
+    count = len(conds)
+    joined = jax.tree.map(lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:]), *conds)
+    out = network(jnp.repeat(x, count, axis=0), jnp.repeat(time, count), joined)
+    return [out[i::count] for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Extrapolates the network's output from a weaker one: weak + scale (strong - weak) on the data channels.
@@ -61,6 +69,12 @@ class Guidance:
 
     Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); the released sampling code
     of Stable Diffusion 3.5 (skip-layer guidance), with the steps of diffusers.
+        image_scale: at least 0, of the given part of a clip (the job animate and its like). With text T and given part G the
+            output is v(0, 0) + image_scale (v(G, 0) - v(0, 0)) + scale (v(G, T) - v(G, 0)), from one call on 3B examples. 1 turns
+            it off: the given part is then in both conditions.
+
+    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); Open-Sora 2
+    (arXiv 2503.09642) for two scales, after Brooks et al. 2023 (InstructPix2Pix), equation 3.
     """
 
     scale: float = 1.0
@@ -73,6 +87,7 @@ class Guidance:
     skip_scale: float = 2.8
     skip_low: float = 0.01
     skip_high: float = 0.2
+    image_scale: float = 1.0
 
     def __post_init__(self):
         given = self.skip_layers  # a config that was read from JSON gives a list
@@ -80,6 +95,10 @@ class Guidance:
         if not 0 <= self.scale < float("inf"):
             raise UserError(
                 f"guidance.scale is {self.scale}; it must be at least 0 (1 turns guidance off, 0 ignores the condition)"
+            )
+        if not 0 <= self.image_scale < float("inf"):
+            raise UserError(
+                f"guidance.image_scale is {self.image_scale}; it must be at least 0 (1 turns it off, 0 ignores the given part)"
             )
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(f"guidance.low is {self.low} and guidance.high {self.high}; 0 <= low <= high <= 1 is required")
@@ -102,6 +121,11 @@ class Guidance:
     @property
     def active(self) -> bool:
         return self.scale != 1.0
+
+    @property
+    def guides_by_given(self) -> bool:
+        """Whether the given part of a clip has a scale of its own."""
+        return self.image_scale != 1.0
 
     @property
     def is_partial(self) -> bool:
@@ -150,6 +174,7 @@ class Guidance:
         first_time: float = 0.0,
         skipped: Network | None = None,
         skip_times: tuple[float, float] = (0.0, 1.0),
+        bare_cond: Any = None,
     ) -> Callable:
         """Binds the conditions.
 
@@ -160,6 +185,8 @@ class Guidance:
             first_time: the process's `min_time`, see `scale_at`.
             skipped: the network without `skip_layers`; None for no skip-layer guidance.
             skip_times: see the method of that name.
+            bare_cond: null_cond without the given part, for image_scale; None where nothing is given, and image_scale has no
+                effect.
 
         Returns:
             (x, t, network_time; both scalars or f32[B]) -> the guided output, shaped as the network's.
@@ -168,13 +195,26 @@ class Guidance:
         def unguided(x, time):
             return network(x, time, cond)
 
+        by_given = self.guides_by_given and bare_cond is not None
+        if by_given and weak:
+            raise UserError(
+                f"guidance.image_scale is {self.image_scale} and a second network guides (autoguidance); choose one, or set the "
+                "image scale to 1"
+            )
+
         def guided(x, t, time, inside):
+            if by_given:
+                strong, weaker, bare = run_all(network, x, time, cond, null_cond, bare_cond)
+                out = self.extrapolate(strong, weaker, inside, x.shape[-1], self.scale_at(t, first_time))
+                count = self.channels or x.shape[-1]
+                more = jnp.where(expand(inside, out), (self.image_scale - 1) * (weaker - bare), 0)
+                return out.at[..., :count].add(more[..., :count]), strong
             strong, weaker = (unguided(x, time), weak(x, time, cond)) if weak else run_pairs(network, x, time, cond, null_cond)
             return self.extrapolate(strong, weaker, inside, x.shape[-1], self.scale_at(t, first_time)), strong
 
         def both(x, t, time):
             """(guided output, the strong output)."""
-            if not self.active:
+            if not self.active and not by_given:
                 return (unguided(x, time),) * 2
             if not self.is_partial:
                 return guided(x, t, time, True)

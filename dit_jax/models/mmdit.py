@@ -23,12 +23,13 @@ from dit_jax.models.network import Cond, Shape, check_entries
 from dit_jax.models.patches import check_sides, patchify, unpatchify
 from dit_jax.models.products import dot_general
 from dit_jax.models.published import Published
+from dit_jax.models.rotary import FREQUENCIES, cannot_tell_neighbours, chosen, rope_angles, rotate
 from dit_jax.models.stack import CHOICES, TokenBlocks, blocks_to_keep, form_of_loop, stack
 from dit_jax.parallel.mesh import constrain_batch
 from dit_jax.parallel.rules import Rules
+from dit_jax.runtime.console import say
 
 POSITIONS = ("table", "rope")
-ROPE_PERIOD = 10_000.0
 RULES: Rules = (
     (r"(context_)?(qkv|qkv_2)/kernel", ("fsdp", None, "tensor", None)),  # [D, 3, A, E]
     (r"(context_)?(qkv|qkv_2)/bias", (None, "tensor", None)),
@@ -37,7 +38,7 @@ RULES: Rules = (
     (r"(context_)?mlp/in/bias", ("tensor",)),
     (r"(context_)?mlp/out/kernel", ("tensor", "fsdp")),
     (r"(context_)?modulation/linear/kernel", ("fsdp", None, None)),  # never over tensor, see `dit.RULES`
-    (r"(patch|context)_embedding/kernel", (None, "fsdp")),
+    (r"(patch|context|known)_embedding/kernel", (None, "fsdp")),
     (r"(time|pooled)_embedding/(in|out)/kernel", (None, "fsdp")),
     (r"final/linear/kernel", ("fsdp", None)),
     (r"((context_)?(out|out_2)|linear|(patch|context)_embedding|(time|pooled)_embedding/in)/bias", ()),
@@ -54,6 +55,7 @@ LORA_TARGETS = (
     r"(dual|blocks|last)/(context_)?mlp/(in|out)/kernel",
 )
 CONTEXT, POOLED = "context", "pooled"  # entries of the condition
+KNOWN, KNOWN_MASK, FPS = "known", "known_mask", "fps"
 
 
 def _sd3(depth: int, qk_norm: bool, dual_blocks: int, table: int) -> Published:
@@ -83,37 +85,12 @@ class HeadNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def rope_angles(axes: tuple[np.ndarray, ...], widths: tuple[int, ...]) -> np.ndarray:
-    """Angles f32[N, E / 2] of rotary positions: pair i of an axis turns by its position times ROPE_PERIOD^(-2 i / width).
-
-    Args:
-        axes: the positions [N] of the tokens along each axis.
-        widths: features of a head for each axis; even, with the sum E.
-
-    Source: Su et al. 2021 (RoFormer), section 3.2.2, axes side by side as in Flux.
-    """
-    parts = []
-    for positions, width in zip(axes, widths, strict=True):
-        frequencies = ROPE_PERIOD ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-        parts.append(np.outer(positions.astype(np.float64), frequencies))
-    return np.concatenate(parts, axis=1).astype(np.float32)
-
-
-def rotate(x: jax.Array, angles: jax.Array | np.ndarray) -> jax.Array:
-    """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x [B, N, A, E] by angles [N, E / 2]; float32 inside, x's dtype outside."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    first, second = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
 class JointBlock(nn.Module):
     """One joint block: two streams with weights of their own, and one attention over the tokens of both.
 
-    Called with (x [B, N, D], context [B, M, D]), c [B, D], angles f32[N, E / 2] of the rotary positions of x (None for none; text
-    has none), and `keep`, a boolean scalar (False returns its input; None means True). Returns ((x, context), None), as `nn.scan`
-    requires.
+    Called with (x [B, N, D], context [B, M, D]), c [B, D], angles f32[N, E / 2] or [B, N, E / 2] of the rotary positions of x
+    (None for none; text has none), and `keep`, a boolean scalar (False returns its input; None means True). Returns
+    ((x, context), None), as `nn.scan` requires.
 
     Fields:
         dual: a second self-attention over x alone, before the MLP (Stable Diffusion 3.5 medium).
@@ -213,22 +190,23 @@ class Embedded(NamedTuple):
         x: [B, N, D] tokens of the image or clip.
         context: [B, M, D] tokens of the text.
         c: [B, D] time and pooled text.
-        angles: f32[N, E / 2] of rotary positions; None with a table.
+        angles: f32[N, E / 2] of rotary positions, or [B, N, E / 2] where clips have frame rates; None with a table.
     """
 
     x: jax.Array
     context: jax.Array
     c: jax.Array
-    angles: np.ndarray | None
+    angles: jax.Array | np.ndarray | None
 
 
 class MMDiT(TokenBlocks, nn.Module):
     """MM-DiT: (x_t [B, H, W, C] or [B, F, H, W, C], t f32[B], cond) -> f32[..., out_channels], for the condition
-    {"context": [B, M, context_width], "pooled": [B, pooled_width]}.
+    {"context": [B, M, context_width], "pooled": [B, pooled_width]}, and optionally {"known": f32[B, F, H, W, C], "known_mask":
+    f32[B, F, H, W, 1]}, the given part of a clip and 1 where it is given, and {"fps": f32[B]}, frames per second.
 
-    A `models.network.Network`. The blocks' parameters are stacks: `dual_blocks` of the first blocks, if there are some, then
-    `blocks`, then `last_block` alone, whose text stream ends. control {"keep": bool[depth]} skips the blocks where it is False
-    (skip-layer guidance).
+    A `models.network.Network`. An image is a clip of one frame: both give the same numbers. The
+    blocks' parameters are stacks: `dual_blocks` of the first blocks, if there are some, then `blocks`, then `last_block` alone,
+    whose text stream ends. control {"keep": bool[depth]} skips the blocks where it is False (skip-layer guidance).
 
     Fields:
         patch_size: side p of a patch, in latents or pixels; a clip has patches of one frame.
@@ -244,6 +222,14 @@ class MMDiT(TokenBlocks, nn.Module):
         table_side, table_base: the table is the centre of one with table_side x table_side entries, whose positions are
             table_base / table_side apart; None is the input's own grid in whole steps.
         rope_widths: features of a head for frame, row and column; None for about an eighth and twice seven sixteenths.
+        rope_frequencies: how far the pairs turn from a token to the next, see `rotary.FREQUENCIES`. "auto" chooses for each axis
+            by the grid: quarter and half turns in turn for up to 4 tokens, from a quarter turn to one over the axis for up to 32,
+            and the published ones, geometric with period 10,000, for more.
+        rope_grid: (frames, rows, columns) of tokens that frequencies are chosen for, so that inputs of other sizes have the same;
+            None is that of training.
+        base_fps: a frame's position is its number times base_fps over the condition's fps; without fps, its number.
+        known_frames: takes the given part of a clip: a zero-initialised embedding of (known x mask, mask) is added to the
+            patches. Source: Open-Sora 2 (arXiv 2503.09642), section 3.2.
         mlp_ratio: width of the MLP's hidden layer over the network's.
         attention, remat, unroll: as of `DiT`.
         dtype: of activations and matrix products; norms, softmax, rotations and the output are float32.
@@ -263,6 +249,10 @@ class MMDiT(TokenBlocks, nn.Module):
     table_side: int | None = None
     table_base: int = 64
     rope_widths: tuple[int, int, int] | None = None
+    rope_frequencies: str = "auto"
+    rope_grid: tuple[int, int, int] | None = None
+    base_fps: float = 24.0
+    known_frames: bool = False
     mlp_ratio: float = 4.0
     attention: str = "auto"
     remat: str = "auto"
@@ -286,6 +276,9 @@ class MMDiT(TokenBlocks, nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         linear = {"kernel_init": layers.xavier_uniform, **dtypes}
         self.patch_embedding, self.context_embedding = (nn.Dense(self.width, **linear) for _ in range(2))
+        if self.known_frames:
+            zeros = {"kernel_init": nn.initializers.zeros, "use_bias": False}
+            self.known_embedding = nn.Dense(self.width, **zeros, **dtypes)
         self.time_embedding = layers.TimeEmbedding(self.width, **dtypes)
         if self.pooled_width:
             self.pooled_embedding = VectorEmbedding(self.width, **dtypes)
@@ -310,17 +303,17 @@ class MMDiT(TokenBlocks, nn.Module):
     def embed(self, x_t: jax.Array, t: jax.Array, cond: Cond) -> Embedded:
         """Embeds patches, positions, text and time."""
         self.check(x_t.shape[1:])
-        known = (CONTEXT, POOLED) if self.pooled_width else (CONTEXT,)
-        check_entries("cond", cond, known, type(self).__name__)
+        check_entries("cond", cond, self._entries(), type(self).__name__)
         self._check_text(cond, len(x_t))
         x = self.patch_embedding(self._patches(x_t).astype(self.dtype))  # [B, N, D]
+        if self.known_frames:
+            x = self._with_known(x, x_t.shape, cond)
         grid = self._grid(x_t.shape[1:])
         angles = None
         if self.position == "table":
             x = x + self._table(*grid[1:]).astype(self.dtype)
         else:
-            axes = tuple(axis.reshape(-1) for axis in np.meshgrid(*map(np.arange, grid), indexing="ij"))
-            angles = rope_angles(axes, self._rope_widths())
+            angles = self._angles(grid, cond.get(FPS))
         c = self.time_embedding(t)
         if self.pooled_width:
             c = c + self.pooled_embedding(cond[POOLED])
@@ -351,6 +344,65 @@ class MMDiT(TokenBlocks, nn.Module):
             x = x.reshape(len(x) * frames, -1, x.shape[-1])
             return unpatchify(x, self.patch_size, height, width).reshape(*shape[:-1], self.out_channels)
         return unpatchify(x, self.patch_size, height, width)
+
+    def _entries(self) -> tuple[str, ...]:
+        """The entries of a condition that the network takes."""
+        optional = {POOLED: self.pooled_width, KNOWN: self.known_frames, KNOWN_MASK: self.known_frames}
+        return (CONTEXT, *(name for name, on in (optional | {FPS: self.position == "rope"}).items() if on))
+
+    def _with_known(self, x: jax.Array, shape: Shape, cond: Cond) -> jax.Array:
+        """The tokens [B, N, D] plus the embedding of the given part; the same tokens where nothing is given."""
+        if not cond.keys() & {KNOWN, KNOWN_MASK}:
+            if self.is_initializing():
+                self.known_embedding(jnp.zeros((1, self.patch_size**2 * (shape[-1] + 1)), self.dtype))
+            return x
+        known, mask = (self._given(cond, name, (*shape[:-1], width)) for name, width in ((KNOWN, shape[-1]), (KNOWN_MASK, 1)))
+        given = jnp.concatenate([known * mask, mask], axis=-1)
+        return x + self.known_embedding(self._patches(given).astype(self.dtype))
+
+    def _given(self, cond: Cond, name: str, shape: Shape) -> jax.Array:
+        x = cond.get(name)
+        if x is None or x.shape != shape:
+            have = "missing" if x is None else f"{x.dtype}{list(x.shape)}"
+            raise UserError(f'cond["{name}"] is {have}; {list(shape)} is needed, the size of the input')
+        return x
+
+    def _angles(self, grid: tuple[int, int, int], fps: jax.Array | None) -> jax.Array | np.ndarray:
+        """f32[N, E / 2] of the rotary positions of a grid of tokens, or [B, N, E / 2] for frames per second [B]."""
+        axes = tuple(axis.reshape(-1) for axis in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+        widths, names = self._rope_widths(), self._frequencies(grid)
+        lengths = self.rope_grid or grid
+        angles = rope_angles(axes, widths, names, lengths)
+        if fps is None:
+            return angles
+        if fps.ndim != 1:
+            raise UserError(
+                f'cond["fps"] is {fps.dtype}{list(fps.shape)}; one number of frames per second for each clip is needed'
+            )
+        scale = (self.base_fps / fps.astype(jnp.float32))[:, None, None]  # [B, 1, 1]
+        of_frames = widths[0] // 2
+        rest = jnp.broadcast_to(angles[:, of_frames:], (len(fps), *angles[:, of_frames:].shape))
+        return jnp.concatenate([angles[:, :of_frames] * scale, rest], axis=-1)
+
+    def _frequencies(self, grid: tuple[int, int, int]) -> tuple[str, ...]:
+        """The name of each axis's frequencies."""
+        lengths = self.rope_grid or grid
+        return tuple(chosen(self.rope_frequencies, n, width) for n, width in zip(lengths, self._rope_widths(), strict=True))
+
+    def for_input(self, latent_shape: Shape) -> "MMDiT":
+        """The network with its frequencies fixed for inputs of this size. Warns where they cannot tell neighbours apart."""
+        if self.position != "rope":
+            return self
+        grid = self.rope_grid or self._grid(latent_shape)
+        for axis, n, width, name in zip(
+            ("frames", "rows", "columns"), grid, self._rope_widths(), self._frequencies(grid), strict=True
+        ):
+            if cannot_tell_neighbours(name, n, width):
+                say(
+                    f"warning: model.rope_frequencies is {self.rope_frequencies!r}, and over {n} {axis} of tokens most pairs "
+                    "turn so little that attention cannot tell neighbours apart; 'auto' chooses frequencies by the grid"
+                )
+        return self.clone(rope_grid=tuple(grid))
 
     def _patches(self, x: jax.Array) -> jax.Array:
         """[B, N, p p C] of an image or clip."""
@@ -408,12 +460,21 @@ class MMDiT(TokenBlocks, nn.Module):
             )
 
     def _check_fields(self) -> None:
-        for name, allowed in (("position", POSITIONS), ("attention", IMPLEMENTATIONS), ("remat", ("auto", *CHOICES))):
+        for name, allowed in (
+            ("position", POSITIONS),
+            ("rope_frequencies", ("auto", *FREQUENCIES)),
+            ("attention", IMPLEMENTATIONS),
+            ("remat", ("auto", *CHOICES)),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name in ("patch_size", "depth", "width", "heads", "context_width", "table_base"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.base_fps < math.inf:
+            raise UserError(f"model.base_fps is {self.base_fps}; it must be positive")
+        if self.rope_grid is not None and (len(self.rope_grid) != 3 or min(self.rope_grid) < 1):
+            raise UserError(f"model.rope_grid is {self.rope_grid}; (frames, rows, columns) of tokens, each at least 1, is needed")
         if self.pooled_width < 0 or self.mlp_ratio <= 0:
             raise UserError(
                 f"model.pooled_width is {self.pooled_width} and model.mlp_ratio {self.mlp_ratio}; they must be at least 0 and "
@@ -442,6 +503,7 @@ class MMDiT(TokenBlocks, nn.Module):
         stream = 4 * d * d + 2 * d * hidden  # of a token: q, k, v, out and the MLP
         total = n * p * p * latent_shape[-1] * d + m * self.context_width * d + 256 * d + d * d
         total += (self.pooled_width * d + d * d) if self.pooled_width else 0
+        total += n * p * p * (latent_shape[-1] + 1) * d if self.known_frames else 0
         total += self.depth * n * stream + (self.depth - 1) * m * stream + m * 3 * d * d
         total += self.depth * 2 * (n + m) * n * d + (self.depth - 1) * 2 * (n + m) * m * d  # the last block needs no text
         total += 2 * (n + m) * m * d  # but computes it

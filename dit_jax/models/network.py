@@ -132,6 +132,15 @@ def for_platform(network: Network, platform: str) -> Network:
     return network if method is None else method(platform)
 
 
+def for_input(network: Network, latent_shape: Shape) -> Network:
+    """The same network with every choice resolved that depends on the input of training, by its method `for_input`.
+
+    The network unchanged if it has no such method.
+    """
+    method = getattr(network, "for_input", None)
+    return network if method is None else method(latent_shape)
+
+
 def remat_policies(network: Network) -> tuple[str, ...]:
     """See `Planned`; () if the network has no such choice."""
     return tuple(getattr(network, "remat_policies", ()))
@@ -149,7 +158,7 @@ def scales_positions(network: Network) -> bool:
 
 def position_grid(network: Network, latent_shape: Shape) -> tuple[int, int]:
     """(rows, columns) that the positions of a network with `scales_positions` have for inputs of `latent_shape`."""
-    own = tuple(side // network.size_unit for side in latent_shape[:2])  # type: ignore[attr-defined]
+    own = tuple(side // network.size_unit for side in latent_shape[-3:-1])  # type: ignore[attr-defined]
     return tuple(network.position_grid or own)  # type: ignore[attr-defined]
 
 

@@ -93,7 +93,7 @@ def _published() -> dict[str, Published]:
     base, wide = (5, 16, 16), (5, 16, 28)
     # Text to video at 16 : 28. A window of 16 does not divide 28; these have about as many tokens.
     text: dict[str, Any] = {"context_width": 2048, "known_frames": True, "windows": ((1, 0, 0), (0, 8, 14))}
-    low = text | {"low_channels": 8}
+    low = text | {"low_res_channels": 8, "known_frames": False}
     return {
         "Latte-XL/2@UCF101": _latte(),
         "WALT-L@UCF101": _walt((*base, 8), walt_fields(24, 1024, base, num_classes=101)),
@@ -153,6 +153,24 @@ def relative_bias(table: jax.Array, window: Window) -> jax.Array:
         bias = jnp.moveaxis(pairs(bias, own), (0, 1), (-2, -1))
     tokens = math.prod(window)  # [A, t, t, r, r, s, s], of query and key each
     return bias.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, tokens, tokens)
+
+
+def between_frames(x: jax.Array, frames: int, factor: int) -> jax.Array:
+    """[B, f, ...] -> [B, frames, ...]: linear between the frames of x, of which frame i stands at i factor; the last is repeated.
+
+    Raises:
+        UserError: f is another number than a clip of so many frames has at this factor.
+    """
+    count = x.shape[1]
+    if count != -(-frames // factor):
+        raise UserError(
+            f'cond["{LOW}"] has {count} frames, and the input of {frames} needs {-(-frames // factor)} (model.low_res_frames = '
+            f"{factor})"
+        )
+    places = np.minimum(np.arange(frames) / factor, count - 1)
+    before = np.floor(places).astype(int)
+    share = jnp.asarray(places - before, x.dtype).reshape(-1, *[1] * (x.ndim - 2))
+    return (1 - share) * x[:, before] + share * x[:, np.minimum(before + 1, count - 1)]
 
 
 def split_windows(grid: Grid, x: jax.Array, window: Window) -> jax.Array:
@@ -420,8 +438,9 @@ class VideoDiT(TokenBlocks, nn.Module):
         self_conditioning: takes an estimate of x0, cond["estimate"] like x_t; without one, zeros.
         known_frames: takes cond["known"] f32[B, F, H, W, C] and cond["known_mask"] f32[B, F, H, W, 1], 1 where an element is
             given.
-        low_channels: of a clip of lower resolution, cond["low_res"] [B, f, h, w, low_channels], which is resized and joined with
-            x_t; 0 takes none. cond["low_res_level"] f32[B], the time of the noise on it, goes into the modulation.
+        low_res_channels: of a clip of lower resolution, cond["low_res"] [B, f, h, w, low_res_channels], which is resized and
+            joined with x_t; 0 takes none. cond["low_res_level"] f32[B], the time of the noise on it, goes into the modulation.
+        low_res_frames: frame i of the lower resolution stands at frame i times this; 1 has as many frames.
         attention, remat, unroll, dtype, param_dtype: as of `DiT`.
     """
 
@@ -441,7 +460,8 @@ class VideoDiT(TokenBlocks, nn.Module):
     qk_norm: bool = False
     self_conditioning: bool = False
     known_frames: bool = False
-    low_channels: int = 0
+    low_res_channels: int = 0
+    low_res_frames: int = 1
     mlp_ratio: float = 4.0
     attention: str = "auto"
     remat: str = "auto"
@@ -454,6 +474,7 @@ class VideoDiT(TokenBlocks, nn.Module):
     published = _published()
     label_table = "label_embedding/embedding"
     mixes_labels = True
+    takes_low_res_level = True
     remat_policies = CHOICES
 
     @property
@@ -473,7 +494,7 @@ class VideoDiT(TokenBlocks, nn.Module):
             self.context_embedding = nn.Dense(self.width, **linear)
         if self.known_frames:
             self.known_embedding = nn.Dense(self.width, use_bias=False, kernel_init=layers.zeros, **dtypes)
-        if self.low_channels:
+        if self.low_res_channels:
             self.level_embedding = layers.TimeEmbedding(self.width, **dtypes)
         if self.modulation == "lora":
             self.shared_modulation = Modulation(6, **dtypes, name="modulation")
@@ -520,7 +541,7 @@ class VideoDiT(TokenBlocks, nn.Module):
         parts = [clip]
         if self.self_conditioning:
             parts.append(self._like(cond, ESTIMATE, clip, clip.shape[-1]))
-        if self.low_channels:
+        if self.low_res_channels:
             parts.append(self._low(cond, clip))
         x = self.patch_embedding(self._patches(jnp.concatenate(parts, axis=-1)).astype(self.dtype))
         if self.known_frames and (KNOWN in cond or KNOWN_MASK in cond or self.is_initializing()):
@@ -531,7 +552,7 @@ class VideoDiT(TokenBlocks, nn.Module):
         c = self.time_embedding(t)
         if self.num_classes:
             c = c + label_vectors(self.label_embedding, cond, len(x), self.num_classes)
-        if self.low_channels:
+        if self.low_res_channels:
             c = c + self.level_embedding(LEVEL_SCALE * cond.get(LEVEL, jnp.zeros(len(x))))
         modulation = self.shared_modulation(c) if self.modulation == "lora" else None
         text, bias = self._text(cond, len(x)) if self.context_width else (None, None)
@@ -558,7 +579,7 @@ class VideoDiT(TokenBlocks, nn.Module):
         names += (CONTEXT, MASK) if self.context_width else ()
         names += (KNOWN, KNOWN_MASK) if self.known_frames else ()
         names += (ESTIMATE,) if self.self_conditioning else ()
-        return names + ((LOW, LEVEL) if self.low_channels else ())
+        return names + ((LOW, LEVEL) if self.low_res_channels else ())
 
     def _like(self, cond: Cond, name: str, clip: jax.Array, channels: int) -> jax.Array:
         """An entry of the shape of the clip with these channels; zeros if it is absent."""
@@ -573,16 +594,17 @@ class VideoDiT(TokenBlocks, nn.Module):
     def _low(self, cond: Cond, clip: jax.Array) -> jax.Array:
         """The clip of lower resolution at the size of x_t, linear between the centres of its elements."""
         if LOW not in cond and self.is_initializing():
-            return jnp.zeros((*clip.shape[:-1], self.low_channels), clip.dtype)
+            return jnp.zeros((*clip.shape[:-1], self.low_res_channels), clip.dtype)
         low = cond.get(LOW)
         low = low[:, None] if low is not None and low.ndim == 4 else low
-        if low is None or low.ndim != 5 or len(low) != len(clip) or low.shape[-1] != self.low_channels:
+        if low is None or low.ndim != 5 or len(low) != len(clip) or low.shape[-1] != self.low_res_channels:
             have = "missing" if low is None else f"{low.dtype}{list(cond[LOW].shape)}"
             raise UserError(
-                f'cond["{LOW}"] is {have}; the clip of lower resolution is needed, [{len(clip)}, f, h, w, {self.low_channels}] '
-                "(model.low_channels = 0 is for a network that does not upsample)"
+                f'cond["{LOW}"] is {have}; the clip of lower resolution is needed, [{len(clip)}, f, h, w, '
+                f"{self.low_res_channels}] (model.low_res_channels = 0 is for a network that does not upsample)"
             )
-        return jax.image.resize(low.astype(clip.dtype), (*clip.shape[:-1], self.low_channels), "linear")
+        low = between_frames(low.astype(clip.dtype), clip.shape[1], self.low_res_frames)
+        return jax.image.resize(low, (*clip.shape[:-1], self.low_res_channels), "linear")
 
     def _text(self, cond: Cond, batch: int) -> tuple[jax.Array, jax.Array | None]:
         context, mask = cond.get(CONTEXT), cond.get(MASK)
@@ -641,10 +663,18 @@ class VideoDiT(TokenBlocks, nn.Module):
         for name, allowed in (*choices, ("position", POSITIONS), ("modulation", MODULATIONS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name, least in (("patch_size", 1), ("depth", 1), ("width", 1), ("heads", 1), ("rank", 0), ("num_classes", 0)):
+        for name, least in (
+            ("patch_size", 1),
+            ("depth", 1),
+            ("width", 1),
+            ("heads", 1),
+            ("rank", 0),
+            ("num_classes", 0),
+            ("low_res_frames", 1),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("context_width", "low_channels"):
+        for name in ("context_width", "low_res_channels"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 0, for none")
         if self.mlp_ratio <= 0:
@@ -676,10 +706,10 @@ class VideoDiT(TokenBlocks, nn.Module):
         d, n, p, channels = self.width, self.num_tokens(latent_shape), self.patch_size, latent_shape[-1]
         grid, hidden = self._grid(latent_shape), int(self.width * self.mlp_ratio)
         m = (cond_shapes or {})[CONTEXT][0] if self.context_width else 0
-        inputs = channels * (2 if self.self_conditioning else 1) + self.low_channels
+        inputs = channels * (2 if self.self_conditioning else 1) + self.low_res_channels
         inputs += channels + 1 if self.known_frames else 0
         total = n * p * p * (inputs + self.out_channels) * d + m * self.context_width * d
-        total += (256 * d + d * d) * (2 if self.low_channels else 1) + 2 * d * d
+        total += (256 * d + d * d) * (2 if self.low_res_channels else 1) + 2 * d * d
         lora = self.modulation == "lora"
         total += 6 * d * d if lora else 0
         for fields in self._blocks():

@@ -4,6 +4,7 @@
     python -m dit_jax.sample --weights=dit.safetensors --codec_path=sd-vae-ft-ema --labels=207 --guidance_scale=4 --out=x.npz
     python -m dit_jax.sample --workdir=runs/digits_text --prompt="a handwritten three" --out=three.npz
     python -m dit_jax.sample --workdir=runs/digits --job=edit --given=photo.png --strength=0.6 --labels=3 --out=x.npz
+    python -m dit_jax.sample --workdir=runs/video --job=animate --given=photo.png --prompt="a ship at sea" --out=ship.npz
 
 Writes x.npz (arr_0: uint8 [N, H, W, C], labels: int32 [N], made_by: JSON; of a network with text captions: str [N]) and x.png, a
 grid of the first 100. Images are first
@@ -44,6 +45,13 @@ TEXT_ENCODERS = flags.DEFINE_list(
     "text_encoders", [], "Weights of pretrained text encoders, as in clip_l=/path,t5_xxl=/path. Default: the config's."
 )
 TOKENIZERS = flags.DEFINE_list("tokenizers", [], "Folders of their tokenizers, in the same form. Default: beside the weights.")
+STAGES = flags.DEFINE_list(
+    "stages",
+    [],
+    "Runs or weights files of a cascade, in place of --workdir and --weights: the first network, then its super-resolution "
+    "stages. Each stage draws from the samples of the one before, which stand beside --out as x.stage1.npz. Flags count for all "
+    "stages.",
+)
 command_line.group("What to draw")
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images. Default: 64; 8 of --job=interpolate; one for each label of --job=edit and inpaint."
@@ -69,12 +77,30 @@ JOB = flags.DEFINE_string(
     "job",
     "generate",
     "generate draws from noise; edit adds noise to --given and draws from there; inpaint draws the white part of --mask; "
-    "interpolate draws between two --seeds and two --labels; or one of --import.",
+    "interpolate draws between two --seeds and two --labels; upsample draws a higher resolution of --given with a "
+    "super-resolution stage. Of clips: animate begins with an image, extend continues a clip, connect draws what lies between "
+    "two, loop leads back to the first frame. Or one of --import.",
 )
 GIVEN = flags.DEFINE_string(
-    "given", None, "Of edit and inpaint: a PNG, JPEG, .npy or .npz of uint8 images: one for all images, or one for each."
+    "given",
+    None,
+    "A PNG, JPEG, animated WebP or GIF, mp4, .npy or .npz of uint8 images or clips: one for all, or one for each. Of connect: "
+    "the two clips, one after the other. Of upsample: an .npz.",
 )
-MASK = flags.DEFINE_string("mask", None, "Of inpaint: a picture of the same size, white where the image is to be drawn.")
+NOISE_LEVEL = flags.DEFINE_float(
+    "noise_level", None, "Of upsample and --stages: the time of the noise on the lower resolution. Default: the config's."
+)
+GIVEN_FRAMES = flags.DEFINE_list(
+    "given_frames",
+    [],
+    "Frames of the drawn clip where the given ones stand, as in 0,1. Of extend: 0,1 goes forward, the last frames backward.",
+)
+NUM_FRAMES = flags.DEFINE_integer(
+    "num_frames",
+    None,
+    "Frames of a clip, where not those of training. Of extend: of the result, drawn in as many windows as needed.",
+)
+MASK = flags.DEFINE_string("mask", None, "Of inpaint: a picture or clip of the same size, white where is to be drawn.")
 STRENGTH = flags.DEFINE_float(
     "strength",
     None,
@@ -127,6 +153,9 @@ SKIP_LAYERS = flags.DEFINE_list(
 SKIP_SCALE = flags.DEFINE_float("skip_scale", None, "Scale of skip-layer guidance. Default: the config's, 2.8.")
 SKIP_INTERVAL = flags.DEFINE_list(
     "skip_interval", [], "Shares of the steps between which blocks are skipped, from noise. Default: the config's, 0.01,0.2."
+)
+GUIDANCE_IMAGE_SCALE = flags.DEFINE_float(
+    "guidance_image_scale", None, "Of the given part of a clip, beside that of the text; 1 turns it off. Default: the config's."
 )
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance_workdir",
@@ -209,9 +238,23 @@ JOBS = {  # of each job the flags that are its fields, and --seed where it is no
     "edit": {"seed", "given", "strength", "resize"},
     "inpaint": {"seed", "given", "mask", "strength", "resize"},
     "interpolate": {"seeds"},
+    "upsample": {"seed", "given", "noise_level"},
+    "animate": {"seed", "given", "given_frames", "resize"},
+    "extend": {"seed", "given", "given_frames", "resize"},
+    "connect": {"seed", "given", "given_frames", "resize"},
+    "loop": {"seed", "given", "resize"},
 }
-FIELDS = {"given": GIVEN, "mask": MASK, "strength": STRENGTH, "resize": RESIZE, "seeds": SEEDS}  # of jobs
+FIELDS = {
+    "given": GIVEN,
+    "given_frames": GIVEN_FRAMES,
+    "mask": MASK,
+    "strength": STRENGTH,
+    "resize": RESIZE,
+    "seeds": SEEDS,
+    "noise_level": NOISE_LEVEL,
+}  # of jobs
 USES = {f"{source} --job={job}": first | own for source, first in SOURCES.items() for job, own in JOBS.items()}
+USES["--stages"] = {"stages", "seed", "noise_level"}
 
 
 def flags_of_job() -> set[str]:
@@ -223,9 +266,24 @@ def flags_of_job() -> set[str]:
     return {"seed"} | set(registry.parameters("job", JOB.value)) & FIELDS.keys()  # of user code, which has been imported
 
 
+def extends() -> bool:
+    """Whether --num_frames is a field of the job: the length of its result, and not of the clips that the network draws."""
+    import dit_jax.sample.jobs  # noqa: F401 - registers the jobs of this package
+
+    return "num_frames" in registry.parameters("job", JOB.value)
+
+
 def job_fields() -> dict[str, Any]:
     """The fields of the job that are given as flags."""
     fields: dict[str, Any] = {name: flag.value for name, flag in FIELDS.items() if flags.FLAGS[name].present}
+    if "given_frames" in fields:
+        try:
+            fields["given_frames"] = [int(text) for text in GIVEN_FRAMES.value]
+        except ValueError:
+            given = ",".join(GIVEN_FRAMES.value)
+            raise UserError(f"--given_frames={given}: give numbers of frames, as in --given_frames=0,1") from None
+    if flags.FLAGS["num_frames"].present and extends():
+        fields["num_frames"] = NUM_FRAMES.value
     if "seeds" in fields:
         try:
             fields["seeds"] = [int(text) for text in SEEDS.value]
@@ -236,8 +294,18 @@ def job_fields() -> dict[str, Any]:
 
 def check_flags() -> None:
     """Raises a UserError for a flag that is missing or without effect. `Pipeline` finds the options without effect."""
-    if (WORKDIR.value is None) == (WEIGHTS.value is None):
-        raise UserError("give one of --workdir=<folder of a run of dit_jax.main> and --weights=<file of dit_jax.convert>")
+    if bool(STAGES.value) + (WORKDIR.value is not None) + (WEIGHTS.value is not None) != 1:
+        raise UserError(
+            "give one of --workdir=<folder of a run of dit_jax.main>, --weights=<file of dit_jax.convert> and --stages"
+        )
+    if STAGES.value:
+        command_line.check_uses(USES, "--stages")
+        for name in ("step", "lora", "codec_path", "resolution", "animation", "class_grid", "autoguidance_workdir"):
+            if flags.FLAGS[name].present:
+                raise UserError(
+                    f"--{name} is of one network, and --stages has several; draw the stages one by one with --job=upsample"
+                )
+        return
     source = "--workdir" if WEIGHTS.value is None else "--weights"
     mode = f"{source} --job={JOB.value}"
     command_line.check_uses(USES | {mode: SOURCES[source] | flags_of_job()}, mode)
@@ -245,10 +313,39 @@ def check_flags() -> None:
         raise UserError("--job=interpolate draws between two seeds: give --seeds=1,2, or the same twice to change the class only")
 
 
+def draw_stages(labels, count, prompts, sampler_fields, guidance_interval) -> dict:
+    """Draws with the networks of --stages in turn."""
+    from dit_jax.pipeline import Pipeline
+    from dit_jax.sample.cascade import write_stages
+
+    return write_stages(
+        lambda source: Pipeline(source, average=AVERAGE.value, dtype=DTYPE.value, fsdp=FSDP.value),
+        STAGES.value,
+        OUT.value,
+        labels,
+        NOISE_LEVEL.value,
+        num_samples=count,
+        seed=SEED.value,
+        prompt=prompts,
+        negative_prompt=NEGATIVE_PROMPT.value,
+        sampler=SAMPLER.value,
+        num_steps=NUM_STEPS.value,
+        sampler_fields=sampler_fields,
+        guidance_scale=GUIDANCE_SCALE.value,
+        guidance_channels=GUIDANCE_CHANNELS.value,
+        guidance_interval=guidance_interval,
+        guidance_schedule=GUIDANCE_SCHEDULE.value,
+        guidance_power=GUIDANCE_POWER.value,
+        forecast_interval=FORECAST_INTERVAL.value,
+        forecast_order=FORECAST_ORDER.value,
+        batch_size=BATCH_SIZE.value,
+        chunk_size=CHUNK_SIZE.value,
+    )
+
+
 def main() -> dict:
     check_flags()
     source = WORKDIR.value or WEIGHTS.value
-    assert source is not None  # see `check_flags`
     labels, sampler_fields, fields = chosen_labels(), fields_of_sampler(), job_fields()
     guidance_interval = numbers(GUIDANCE_INTERVAL, float, "two times, as in 0.2,0.7")
     skip_layers = numbers(SKIP_LAYERS, int, "numbers of blocks, as in 7,8,9")
@@ -264,6 +361,9 @@ def main() -> dict:
 
     job = jobs.made(JOB.value, fields)
     check_out(local_path(OUT.value).absolute())
+    if STAGES.value:
+        return draw_stages(labels, count, prompts, sampler_fields, guidance_interval)
+    assert source is not None  # see `check_flags`
     pipe = Pipeline(
         source,
         codec=CODEC_PATH.value,
@@ -275,6 +375,7 @@ def main() -> dict:
         resolution=RESOLUTION.value,
         text_encoders=TEXT_ENCODERS.value,
         tokenizers=TOKENIZERS.value,
+        num_frames=None if extends() else NUM_FRAMES.value,
     )
     return pipe.write(
         OUT.value,
@@ -297,6 +398,7 @@ def main() -> dict:
         skip_layers=skip_layers,
         skip_scale=SKIP_SCALE.value,
         skip_interval=skip_interval,
+        guidance_image_scale=GUIDANCE_IMAGE_SCALE.value,
         autoguidance=AUTOGUIDANCE.value,
         forecast_interval=FORECAST_INTERVAL.value,
         forecast_order=FORECAST_ORDER.value,

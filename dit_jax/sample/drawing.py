@@ -23,6 +23,7 @@ from dit_jax.runtime.console import Progress, say
 from dit_jax.runtime.signals import StopSignal
 from dit_jax.runtime.versions import arithmetic, versions
 from dit_jax.sample import samples_file, shards
+from dit_jax.sample.clip_files import write_clips
 from dit_jax.sample.generator import Generator, check_images, has_replicated_params, rows_of
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.sample.shards import SHARD_IMAGES, Shards
@@ -300,9 +301,13 @@ def _finish(out: Path, grid: Path, of_grid: tuple[Sequence[str], str, Sequence[s
     names, caption, rows = of_grid
     shown = len(samples) if rows else min(len(samples), GRID_IMAGES)
     first = next(samples.batches(0, shown, shown))
+    is_clip = first.ndim == 5
     columns = len(first) // len(rows) if rows else 10 if len(first) >= 10 else None
     try:
         write_image_grid(grid, first, columns, names=() if rows else names, caption=caption, rows=rows)
+        if is_clip:
+            across = columns if rows else 10 if len(first) >= 10 else None
+            write_clips(grid.with_suffix(".webp"), first, samples.made_by.get("fps"), across)
         if out.suffix == ".npz":  # last: a later start takes it for the sign that all is done
             blocks = (images for _, images, _ in samples.rows())
             shape = (len(samples), *samples.shape)

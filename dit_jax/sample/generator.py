@@ -199,13 +199,17 @@ class Generator:
             )
         task.skips(guidance, sampler)  # raises errors of skip-layer guidance
         self.mesh, self.seed, self.task, self.image_shape = mesh, seed, task, task.image_shape
+        job = Job() if job is None else job
+        if watch is not None and job.windows > 1:
+            raise UserError(f"job {job.name} draws {job.windows} clips one after the other, which cannot be watched")
+        self.mesh, self.seed, self.task, self.image_shape = mesh, seed, task, job.output_shape(task.image_shape)
         self.chunk_size = chunk_size or default_chunk_size(
             task.network.num_tokens(task.latent_shape), mesh.devices.flat[0].platform
         )
         ways = rows_per_step(mesh)
         self.batch_size = -(-batch_size // (ways * self.chunk_size)) * ways * self.chunk_size
 
-        job = Job() if job is None else job
+        tells_known = bool(getattr(task.network, "known_frames", False))
 
         def images(ways, params, constants, indices, requests, weak_params, seed, given):
             def latents(indices, requests, given):
@@ -219,21 +223,34 @@ class Generator:
 
                 second, own = weak if weak_task else None, {name: given[name] for name in OWN_KEYS if given and name in given}
                 keys = image_keys(*own.values()) if own else image_keys(seed, job.key_indices(indices))
-                noise = task.initial_noise(keys)
-                drawn = task.draw_latents(
-                    params,
-                    constants,
-                    keys,
-                    requests,
-                    sampler,
-                    guidance,
-                    second,
-                    forecast,
-                    job.begin(sampler, task.process, noise, given),
-                    report if watch else None,
-                    lambda denoise: job.around(denoise, task.process, noise, given),
-                )
-                return job.finish_latents(drawn, given)
+
+                def window(given, keys):
+                    noise = task.initial_noise(keys)
+                    drawn = task.draw_latents(
+                        params,
+                        constants,
+                        keys,
+                        {**requests, **job.conditions(given)},
+                        sampler,
+                        guidance,
+                        second,
+                        forecast,
+                        job.begin(sampler, task.process, noise, given),
+                        report if watch else None,
+                        lambda denoise: job.around(denoise, task.process, noise, given),
+                        job.known(given) if tells_known else None,
+                    )
+                    return job.finish_latents(drawn, given)
+
+                if job.windows == 1:
+                    return job.joined(window(given, keys)[None])
+
+                def following(given, number):  # window 0 has the keys of a result with one window
+                    own = jax.vmap(lambda key: jnp.where(number > 0, jax.random.fold_in(key, number), key))(keys)
+                    drawn = window(given, own)
+                    return {**given, **job.next_given(drawn, given)}, drawn
+
+                return job.joined(jax.lax.scan(following, dict(given), jnp.arange(job.windows))[1])
 
             drawn = in_chunks(latents, self.chunk_size, ways, indices, requests, given)
             decoded, finite = self.decode(constants, drawn, ways)

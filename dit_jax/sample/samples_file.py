@@ -1,5 +1,6 @@
-"""The npz file of samples: arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] for clips; labels int32 [N]; made_by, a JSON text; and
-of a network with text str [N] captions, and prompts and negative_prompts if there are some.
+"""The npz file of samples: arr_0 uint8 [N, H, W, C], or [N, F, H, W, C] for clips; labels int32 [N]; made_by, a JSON text; fps,
+frames per second of clips, if they are known; and of a network with text str [N] captions, and prompts and negative_prompts if
+there are some.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.errors import UserError
+from dit_jax.sample.clip_files import write_clips
 from dit_jax.sample.grid import write_image_grid
 from dit_jax.storage.atomic import remove_leftovers, replacing
 from dit_jax.storage.bounded import json_object, read_npz
@@ -27,6 +29,7 @@ READ_BYTES = 2**24
 UNSAID = (
     ("guidance", "schedule", "constant", ("schedule", "power")),
     ("guidance", "skip_layers", (), ("skip_layers", "skip_scale", "skip_low", "skip_high")),
+    ("guidance", "image_scale", 1.0, ("image_scale",)),
     ("process", "convention", "sit", ("convention",)),
     ("process", "sampling_grid", "uniform", ("sampling_grid",)),
 )
@@ -89,6 +92,22 @@ class Samples:
         except ValueError as error:
             raise UserError(str(error)) from None
         return path
+
+    def save_clips(self, path: str | os.PathLike, columns: int | None = None) -> list[Path]:
+        """Writes all clips side by side as x.webp, which plays, and as x.mp4 where PyAV is installed; returns the paths.
+
+        Raises:
+            UserError: these are images, the name does not end in .webp, or a file cannot be written.
+        """
+        path = local_path(path)
+        if self.images.ndim != 5:
+            raise UserError("these samples are images; save_grid writes a picture of them")
+        if path.suffix != ".webp":
+            raise UserError(f"{path} must end in .webp")
+        try:
+            return write_clips(path, self.images, self.made_by.get("fps"), columns)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
 
     def save_class_grid(self, path: str | os.PathLike) -> Path:
         """Writes a picture with one row for each class, in the order of `labels`, and its name at the side; returns its path.
@@ -205,7 +224,8 @@ def _write_archive(
                 member.write(data)
         text = json.dumps({**made_by, "images_sha256": sha256.hexdigest()})
         more = ((name, np.array(list(each), np.str_)) for name, each in (texts or {}).items())
-        for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text)), *more):
+        rate = [("fps", np.float64(made_by["fps"]))] if len(shape) == 5 and made_by.get("fps") else []
+        for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text)), *rate, *more):
             with _member(archive, name) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 

@@ -110,7 +110,8 @@ def used_dtypes(task: Any, params: Any) -> list[jnp.dtype]:
         return task.apply(params, x, t, cond)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    requests = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in task.conditioner.batch_spec().items()}
+    spec = task.conditioner.batch_spec() | task.low_res_spec()
+    requests = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in spec.items()}
     x, t = jax.ShapeDtypeStruct((1, *task.latent_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     encoders = {CONDITIONER: constants_of(task.conditioner)[0]}
     jaxpr = jax.make_jaxpr(network)(shapes, requests, x, t, encoders).jaxpr

@@ -27,6 +27,8 @@ from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
+from dit_jax.tasks.low_resolution import LEVEL, LOW_RES, LowResolution
+from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
@@ -58,6 +60,10 @@ class DiffusionTask:
         cond_dropout: rate at which the condition of an example becomes the null condition.
         self_conditioning: share of the steps in which the network is given its own estimate of x0, from a pass before without
             one; 0 turns it off, and needs a network without the field. Samplers then hand each estimate to the next step.
+        low_resolution: of a super-resolution stage: what it is given; None of a network that draws from noise alone.
+        masks: {kind: probability} of which part of an example is given (`masks.draw_masks`); {} gives nothing. The network is
+            told that part, and the loss is the mean over the rest. "none" is also what guidance by the given part
+            (`Guidance.image_scale`) compares with.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
         adaptation: says which parameters are trained.
@@ -77,6 +83,8 @@ class DiffusionTask:
     latent_shape: tuple[int, ...]
     cond_dropout: float = 0.1
     self_conditioning: float = 0.0
+    low_resolution: LowResolution | None = None
+    masks: Mapping[str, float] = field(default_factory=dict)
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
@@ -98,6 +106,13 @@ class DiffusionTask:
                 "set --config.task.cond_dropout=0, or --config.model.null_label=True"
             )
         self._check_self_conditioning()
+        self._check_low_resolution()
+        check_masks(self.masks)
+        if self.masks and not getattr(self.network, "known_frames", False):
+            raise UserError(
+                f"task.masks gives parts of clips, and {type(self.network).__name__} is not told them; set "
+                "--config.model.known_frames=True (MMDiT), or leave task.masks empty"
+            )
         check_offload(self.offload)
         if self.average in self.averages:
             raise UserError(f"averages has {self.average.name}, which is ema_decay, the average that every run has; leave it out")
@@ -116,6 +131,23 @@ class DiffusionTask:
                 f"task.self_conditioning is {rate}, and the network {'takes an' if takes else 'takes no'} estimate of x0; set "
                 f"--config.{remedy}"
             )
+
+    def _check_low_resolution(self) -> None:
+        takes, low = getattr(self.network, "low_res_channels", 0), self.low_resolution
+        wanted = self.latent_shape[-1] if low is not None else 0
+        if takes != wanted:
+            raise UserError(
+                f"model.low_res_channels is {takes}, and the lower resolution of task.low_resolution has {wanted} channels; set "
+                f"--config.model.low_res_channels={wanted}"
+                + (", or task.low_resolution.sides and frames to what the network upsamples" if low is None else "")
+            )
+        if low is not None:
+            low.shape(self.image_shape)
+            if getattr(self.network, "low_res_frames", 1) != low.frames:
+                raise UserError(
+                    f"task.low_resolution.frames is {low.frames}, and the network upsamples frames "
+                    f"{getattr(self.network, 'low_res_frames', 1)} times; set --config.model.low_res_frames={low.frames}"
+                )
 
     @property
     def average(self) -> Exponential:
@@ -144,10 +176,18 @@ class DiffusionTask:
         """Random parameters of the network, and of the conditioner if it is trained."""
         x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,))
         cond = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.conditioner.cond_spec().items()}
+        cond |= {name: jnp.zeros((1, *spec.shape), spec.dtype) for name, spec in self.low_res_spec().items()}
         params = self.network.init(key, x, t, cond)["params"]
         if encoder := self.conditioner.init(named_key(key, CONDITIONER)):
             params = {**params, CONDITIONER: encoder}
         return params
+
+    def low_res_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The entry of a condition that a super-resolution stage needs, without the batch axis; {} of another network."""
+        if self.low_resolution is None:
+            return {}
+        shape = self.codec.latent_shape(self.low_resolution.shape(self.image_shape))
+        return {LOW_RES: jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def network_params(self, params: Any, constants: Mapping[str, Any]) -> Any:
         """The network's parameters, of trained ones (or an average of them) and the frozen ones in the constants."""
@@ -158,6 +198,11 @@ class DiffusionTask:
         return self.optimizer.init(params)
 
     def batch_spec(self, entry: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
+        if self.low_resolution is not None and entry != "image":
+            raise UserError(
+                "task.low_resolution needs images, of which it makes the lower resolution, and data.name is 'latents', a cache "
+                "that has none; train from the images themselves"
+            )
         entries = {
             "image": jax.ShapeDtypeStruct(self.image_shape, jnp.uint8),
             "moments": jax.ShapeDtypeStruct(moments_shape(self.codec, self.latent_shape), jnp.float16),
@@ -206,8 +251,17 @@ class DiffusionTask:
         return requests
 
     def condition(self, params: Any, constants: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Cond, Cond]:
-        """(condition, null condition) for a batch or for requests; a negative prompt of requests replaces the null condition."""
+        """(condition, null condition) for a batch or for requests; a negative prompt of requests replaces the null condition.
+
+        The lower resolution of a super-resolution stage is in both.
+        """
         params, constants = params.get(CONDITIONER, {}), constants.get(CONDITIONER, {})
+        names = (LOW_RES, LEVEL) if getattr(self.network, "takes_low_res_level", False) else (LOW_RES,)
+        low = {name: batch[name] for name in names if self.low_resolution is not None and name in batch}
+        cond, null = self._given(params, constants, batch)
+        return {**cond, **low}, {**null, **low}
+
+    def _given(self, params: Any, constants: Any, batch: Mapping[str, jax.Array]) -> tuple[Cond, Cond]:
         cond = self.conditioner.from_batch(params, constants, batch)
         if negative := {name.removeprefix(NEGATIVE): x for name, x in batch.items() if name.startswith(NEGATIVE)}:
             return cond, self.conditioner.from_batch(params, constants, negative)
@@ -235,6 +289,12 @@ class DiffusionTask:
             "t": self.process.sample_time(named_key(key, "time"), x0.shape[0]),
             "batch": {name: batch[name] for name in self.conditioner.batch_spec()},
         }
+        if self.low_resolution is not None:
+            low = self.codec.encode(constants["codec"], self.low_resolution.of(to_float(batch["image"])))
+            low = self.codec.sample_latent(named_key(key, "low_res_posterior"), low)
+            inputs["batch"] |= self.low_resolution.draw(key, self.process, low)
+        if self.masks:
+            inputs["known_mask"] = draw_masks(named_key(key, "mask"), self.masks, x0.shape)
         if self.has_null_condition:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         if self.self_conditioning:  # one draw for the step, in every row, so that parts of the batch have it
@@ -252,6 +312,7 @@ class DiffusionTask:
         batch: Mapping[str, jax.Array],
         dropped: jax.Array | None = None,
         estimated: jax.Array | None = None,
+        known_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss, and per example the loss and its named parts."""
         params = self.network_params(params, constants)
@@ -259,6 +320,9 @@ class DiffusionTask:
         cond, null = self.condition(params, constants, batch)
         if dropped is not None:
             cond = guiding.replace_condition(dropped, cond, null)
+        weight = None
+        if known_mask is not None:
+            cond, weight = {**cond, **known_entries(x0, known_mask)}, unknown_weight(known_mask)
         x, time = self.process.network_input(x_t, t), self.process.network_time(t)
         if estimated is not None:
             frozen = jax.lax.stop_gradient((params, cond))
@@ -267,7 +331,7 @@ class DiffusionTask:
             )
             cond = {**cond, ESTIMATE: first}
         output = self.apply(params, x, time, cond)
-        loss, parts = self.process.loss(output, x0, noise, t)
+        loss, parts = self.process.loss(output, x0, noise, t, weight)
         return loss.mean(), {"loss": loss, **parts}
 
     def gradients(self, params: Any, constants: Mapping[str, Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
@@ -322,6 +386,7 @@ class DiffusionTask:
         noise: jax.Array | None = None,
         watch: Callable[[jax.Array, Any, jax.Array], None] | None = None,
         around: Callable[[Denoise], Denoise] | None = None,
+        known: Cond | None = None,
     ) -> jax.Array:
         """Latents from the network, for `decode`.
 
@@ -336,11 +401,17 @@ class DiffusionTask:
                 `initial_noise`).
             watch: see `diffusion.process.Watched`.
             around: changes the denoiser that the sampler calls, such as `diffusion.known.KnownRegion`.
+            known: the entries of the condition for what is given (`masks.known_entries`); they stay in the null condition.
 
         Returns:
             float32[B, h, w, c].
         """
+        if self.low_resolution is not None:
+            requests = self.low_resolution.for_samples(self.process, requests, keys)
         cond, null = self.condition(params, constants, requests)
+        given = dict(known or {})
+        bare = {**null, **{name: jnp.zeros_like(x) for name, x in given.items()}} if given else None
+        cond, null = {**cond, **given}, {**null, **given}
 
         def network(*args):
             return self.apply(params, *args)
@@ -354,7 +425,9 @@ class DiffusionTask:
         skipping: dict[str, Any] = {} if skips is None else {"skipped": without_layers, "skip_times": skips.times}
 
         def predict_with(network, more):
-            guided = guidance(network, {**cond, **more}, {**null, **more}, weak, self.process.min_time, **skipping)
+            without_given = bare and {**bare, **more}
+            conditions = {**cond, **more}, {**null, **more}, weak, self.process.min_time
+            guided = guidance(network, *conditions, bare_cond=without_given, **skipping)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))

@@ -14,6 +14,7 @@ from dit_jax.parallel import hosts
 from dit_jax.parallel.mesh import rows_per_step
 from dit_jax.runtime.console import say
 from dit_jax.sample import samples_file
+from dit_jax.sample.clip_files import write_clips
 from dit_jax.sample.drawing import draw
 from dit_jax.sample.generator import Generator, drawing_mesh, for_samples, on_mesh
 from dit_jax.sample.grid import label_names, sampling_caption, write_image_grid
@@ -66,6 +67,8 @@ class Samples:
 
         def write():
             records.images(step, {"samples": write_image_grid(path, images, columns, names=names, caption=caption)})
+            if images.ndim == 5:
+                write_clips(path.with_suffix(".webp"), images, self.run.fps)
             say(f"samples in {path}")
 
         if hosts.is_first():
@@ -108,6 +111,7 @@ class Samples:
         class_names = run.source.class_names if run.conditioner.num_classes else ()
         made_by = samples_file.describe(run.config, weights_fingerprint(params), step, seed, class_names)
         made_by |= {} if run.prompts else {"labels": "balanced"}
+        made_by |= {} if run.fps is None else {"fps": run.fps}
         names, caption = self.texts(requests, step)
         drawn = draw(
             path,

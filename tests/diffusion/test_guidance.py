@@ -61,6 +61,30 @@ def test_text_is_guided_by_its_own_null_condition():
         np.testing.assert_array_equal(dropped[name], np.stack([null[name][0], cond[name][1], null[name][2]]))
 
 
+def test_text_and_given_part_have_scales_of_their_own():
+    """Catches the scales of the two terms swapped, a term that begins at another output, and three conditions that are mixed up
+    between examples."""
+
+    def reading(x, t, cond):
+        return x * (cond["text"] + 3 * cond["given"])[:, None, None, None] + (cond["text"] * cond["given"])[:, None, None, None]
+
+    text, given, zero = jnp.array([1.0, 2.0, 3.0]), jnp.array([5.0, 7.0, 11.0]), jnp.zeros(3)
+    both, no_text, bare = ({"text": a, "given": b} for a, b in ((text, given), (zero, given), (zero, zero)))
+    t = jnp.full(3, 500.0)
+    v, v_given, v_bare = (reading(X, t, cond) for cond in (both, no_text, bare))
+    found = Guidance(4.0, image_scale=1.5)(reading, both, no_text, bare_cond=bare)(X, 0.5, 500.0)
+    np.testing.assert_allclose(found, v_bare + 1.5 * (v_given - v_bare) + 4 * (v - v_given), rtol=1e-5, atol=1e-4)
+    one = Guidance(4.0, channels=1, image_scale=1.5)(reading, both, no_text, bare_cond=bare)(X, 0.5, 500.0)
+    np.testing.assert_allclose(one[..., 0], found[..., 0], rtol=1e-5)
+    np.testing.assert_allclose(one[..., 1], v[..., 1], rtol=1e-5)
+    alone = Guidance(1.0, image_scale=2.0)(reading, both, no_text, bare_cond=bare)(X, 0.5, 500.0)
+    np.testing.assert_allclose(alone, v + (v_given - v_bare), rtol=1e-5, atol=1e-4)
+    nothing = Guidance(4.0, image_scale=1.5)(reading, both, no_text)(X, 0.5, 500.0)
+    np.testing.assert_allclose(nothing, v_given + 4 * (v - v_given), rtol=1e-5, atol=1e-4)
+    with pytest.raises(UserError, match="a second network guides"):
+        Guidance(4.0, image_scale=1.5)(reading, both, no_text, reading, bare_cond=bare)
+
+
 def test_interval():
     """Guidance outside its interval, or none at its ends."""
     guided = Guidance(3.0, None, 0.2, 0.6)(network, COND, NULL)

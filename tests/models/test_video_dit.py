@@ -54,19 +54,21 @@ def test_published_sizes(name):
 TEXT = {"context": draw((2, 5, 6), 3)}
 
 
-@pytest.mark.parametrize("fields, cond", [({"windows": FULL}, {}), ({}, {}), (WALT, TEXT), ({**WALT, "low_channels": 3}, TEXT)])
+@pytest.mark.parametrize(
+    "fields, cond", [({"windows": FULL}, {}), ({}, {}), (WALT, TEXT), ({**WALT, "low_res_channels": 3}, TEXT)]
+)
 def test_multiply_adds(fields, cond):
     """Catches a product that `macs` leaves out, counted on the traced program."""
     net, params, x, t = built(fields, cond)
     cond = dict(cond)
     if net.known_frames:
         cond |= {"known": x, "known_mask": jnp.ones((*x.shape[:-1], 1))}
-    if net.low_channels:
+    if net.low_res_channels:
         cond["low_res"] = x[:, :, ::2, ::2]
     shapes = {name: value.shape[1:] for name, value in cond.items()}
 
     def without_resizing(params, full):  # bilinear weights are a product too
-        return net.apply({"params": params}, x, t, cond | ({"low_res": full} if net.low_channels else {}))
+        return net.apply({"params": params}, x, t, cond | ({"low_res": full} if net.low_res_channels else {}))
 
     program = jax.make_jaxpr(without_resizing)(params, x)
     assert jaxpr_flops.count(program) == 2 * 2 * net.macs(SHAPE, shapes)
@@ -160,7 +162,7 @@ def test_skipped_blocks():
 @pytest.mark.slow
 def test_lower_resolution():
     """Catches a lower resolution that is resized to another place, its level that is ignored, and one that is left out."""
-    net, params, x, t = built({"low_channels": 2})
+    net, params, x, t = built({"low_res_channels": 2})
     low = draw((2, 3, 2, 4, 2), 4)
     full = jnp.repeat(jnp.repeat(low, 2, axis=2), 2, axis=3)
     flat = jnp.ones_like(low) * low[:, :, :1, :1]
@@ -348,7 +350,7 @@ def test_every_parameter_has_a_rule():
     from dit_jax.parallel.rules import path_name, rule_of
     from dit_jax.tasks.muon import kinds_of
 
-    net, params, _, _ = built({**WALT, "low_channels": 2, "num_classes": 4}, TEXT | {"label": jnp.zeros(2, int)})
+    net, params, _, _ = built({**WALT, "low_res_channels": 2, "num_classes": 4}, TEXT | {"label": jnp.zeros(2, int)})
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = path_name(path)
         assert len(rule_of(name, leaf.shape, net.rules)) <= leaf.ndim

@@ -12,7 +12,7 @@ from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.samplers.late import start_time, started
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.errors import UserError
-from dit_jax.sample.jobs.given import Given, for_each, read_images
+from dit_jax.sample.jobs.given import Given, for_each, read_samples
 from dit_jax.sample.jobs.job import Arrays, Inputs, Job, Labels, Scene
 
 
@@ -26,7 +26,7 @@ class Edit(Job):
     image, great ones follow the label.
 
     Fields:
-        given: an image file, .npy, .npz or array: one image for all, or one for each.
+        given: an image or clip, a file, .npy, .npz or array: one for all, or one for each.
         strength: in (0, 1].
         resize: scales a given image of another size and crops its centre, as training does; False refuses it.
 
@@ -51,7 +51,7 @@ class Edit(Job):
         )
 
     def inputs(self, scene: Scene, requests: Requests, num_images: int) -> Inputs:
-        images = for_each(read_images(self.given, scene.image_shape, self.resize), num_images, "given images")
+        images = for_each(read_samples(self.given, scene.image_shape, self.resize), num_images, "given images")
         arrays = {"x0": scene.encode(images)}
         return Inputs(arrays, {"name": self.name, "strength": float(self.strength), "given_sha256": sha256(images)})
 

@@ -1,6 +1,6 @@
-"""Reads the images and masks that a job is given.
+"""Reads the images, clips and masks that a job is given.
 
-M images, H x W x C.
+M images or clips, F frames, H x W x C.
 """
 
 import os
@@ -33,8 +33,6 @@ def read_images(given: Given, shape: tuple[int, ...], resize: bool, name: str = 
     """
     from dit_jax.data.transforms import center_crop, decode  # needs grain, which the benchmark of a bare machine lacks
 
-    if len(shape) != 3:
-        raise UserError(f"{name}: the network draws clips ({' x '.join(map(str, shape))}), and this job takes images only")
     if given is None:
         raise UserError(f"give the image to start from: --{name}=<PNG, JPEG, .npy or .npz>")
     *size, channels = shape
@@ -54,23 +52,93 @@ def read_images(given: Given, shape: tuple[int, ...], resize: bool, name: str = 
     return np.stack(made)
 
 
-def read_masks(given: Given, shape: tuple[int, ...], resize: bool) -> np.ndarray:
-    """bool [M, H, W, 1], True where the image is to be drawn: where the mask is white (a level of at least WHITE).
+def read_samples(given: Given, shape: tuple[int, ...], resize: bool, name: str = "given") -> np.ndarray:
+    """uint8 [M, H, W, C] of images, or [M, F, H, W, C] of clips, for the shape (F, H, W, C) that the network draws.
 
     Raises:
-        UserError: as `read_images`; nothing of the mask is white.
+        UserError: as `read_images` and `read_clips`; a clip has another number of frames.
     """
-    levels = read_images(given, (*shape[:2], 1), resize, "mask")
+    if len(shape) == 3:
+        return read_images(given, shape, resize, name)
+    clips = read_clips(given, shape[1:], resize, name)
+    if clips.shape[1] != shape[0]:
+        raise UserError(
+            f"{name} has {clips.shape[1]} frames and the network draws {shape[0]}; give --num_frames={clips.shape[1]}"
+        )
+    return clips
+
+
+def read_clips(given: Given, shape: tuple[int, ...], resize: bool, name: str = "given", one_clip: bool = True) -> np.ndarray:
+    """uint8 [M, F, H, W, C] of clips: an animated WebP or GIF, a film (with PyAV), an .npy or .npz, an array.
+
+    An image is a clip of one frame.
+
+    Args:
+        given: arrays are uint8 [M, F, H, W, C] or [F, H, W, C].
+        shape: (H, W, C) of a frame.
+        one_clip: whether an array of rank 4 is one clip; else it is M images.
+
+    Raises:
+        UserError: as `read_images`; clips of different lengths.
+    """
+    from dit_jax.data.stored_clips import FILMS, StoredClip, is_animation
+
+    if given is None:
+        raise UserError(f"give the image or clip to start from: --{name}=<PNG, WebP, GIF, .npy or .npz>")
+    if isinstance(given, np.ndarray):
+        array: bytes | np.ndarray = given
+    else:
+        path = local_path(given)
+        array, what = _content(path, name)
+        if isinstance(array, bytes) and (path.suffix.lower() in FILMS or is_animation(array)):
+            array = np.stack(list(StoredClip(array, what)[:]))
+        elif isinstance(array, bytes):
+            return read_images(path, shape, resize, name)[None]
+    if array.dtype == bool and shape[-1] == 1:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 5 and len(array) and array.shape[1]:
+        flat = read_images(array.reshape(-1, *array.shape[2:]), shape, resize, name)
+        return flat.reshape(*array.shape[:2], *shape)
+    images = read_images(array, shape, resize, name)
+    return images[None] if one_clip else images[:, None]
+
+
+def read_masks(given: Given, shape: tuple[int, ...], resize: bool) -> np.ndarray:
+    """bool [M, H, W, 1] or [M, F, H, W, 1], True where is to be drawn: where the mask is white (a level of at least WHITE).
+
+    The mask of a clip is a clip, or an image, which is that of all frames.
+
+    Raises:
+        UserError: as `read_samples`; nothing of the mask is white.
+    """
+    if len(shape) == 4:
+        levels = read_clips(given, (*shape[1:3], 1), resize, "mask")
+        if levels.shape[1] not in (1, shape[0]):
+            raise UserError(
+                f"mask has {levels.shape[1]} frames and the network draws {shape[0]}; give one image, or as many frames"
+            )
+        levels = np.broadcast_to(levels, (len(levels), *shape[:3], 1))
+    else:
+        levels = read_images(given, (*shape[:2], 1), resize, "mask")
     masks = np.stack([image >= WHITE for image in levels])
-    if not masks.any(axis=(1, 2, 3)).all():
+    if not masks.reshape(len(masks), -1).any(axis=1).all():
         raise UserError("mask: nothing of it is white, and white is what is drawn; give another mask, or invert it")
     return masks
 
 
 def cells(masks: np.ndarray, latent_shape: tuple[int, ...]) -> np.ndarray:
-    """bool [M, h, w, 1]: the latents that have a pixel of the mask [M, H, W, 1]."""
-    (count, height, width, _), (h, w, _) = masks.shape, latent_shape
-    return np.asarray(masks.reshape(count, h, height // h, w, width // w, 1).any(axis=(2, 4)))
+    """bool [M, h, w, 1] or [M, f, h, w, 1]: the latents that have a pixel of the mask [M, H, W, 1] or [M, F, H, W, 1].
+
+    A codec that compresses time makes its first latent of the first frame, and each other one of (F - 1) / (f - 1) frames.
+    """
+    (*_, height, width, _), (*_, h, w, _) = masks.shape, latent_shape
+    lead = masks.shape[:-3]
+    inside = np.asarray(masks.reshape(*lead, h, height // h, w, width // w, 1).any(axis=(-4, -2)))
+    if len(latent_shape) == 3 or lead[1] == latent_shape[0]:
+        return inside
+    rate = (lead[1] - 1) // (latent_shape[0] - 1)
+    rest = inside[:, 1:].reshape(lead[0], latent_shape[0] - 1, rate, h, w, 1).any(2)
+    return np.concatenate([inside[:, :1], rest], axis=1)
 
 
 def for_each(arrays: np.ndarray, num_images: int, what: str) -> np.ndarray:
@@ -88,6 +156,12 @@ def for_each(arrays: np.ndarray, num_images: int, what: str) -> np.ndarray:
 
 
 def _read(path: Path, name: str, channels: int) -> tuple[list[Any], str]:
+    content, what = _content(path, name)
+    return ([content], what) if isinstance(content, bytes) else _arrays(content, what, channels)
+
+
+def _content(path: Path, name: str) -> tuple[bytes | np.ndarray, str]:
+    """(the bytes of a picture, or an array; what it is called in messages)."""
     what = f"--{name}={path}"
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -96,12 +170,12 @@ def _read(path: Path, name: str, channels: int) -> tuple[list[Any], str]:
             arrays = read_npz(path, ["arr_0"])
             if "arr_0" not in arrays:
                 raise UserError(f"{what} has no array arr_0, uint8 [M, H, W, C], as dit_jax.sample writes it")
-            return _arrays(arrays["arr_0"], what, channels)
+            return arrays["arr_0"], what
         if path.suffix == ".npy":
             with open(path, "rb") as file:
                 array_header(file)
-            return _arrays(np.load(path, allow_pickle=False), what, channels)
-        return [path.read_bytes()], what
+            return np.load(path, allow_pickle=False), what
+        return path.read_bytes(), what
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror}); give another file") from None
     except ValueError as error:

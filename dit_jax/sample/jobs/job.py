@@ -12,6 +12,7 @@ from dit_jax.diffusion.process import Denoise, Process
 from dit_jax.diffusion.samplers.late import start_time
 from dit_jax.encoders.conditioner import Requests
 from dit_jax.sample.labels import chosen_labels
+from dit_jax.tasks.low_resolution import LowResolution
 
 Arrays = Mapping[str, jax.Array]
 Labels = Sequence[int] | np.ndarray | str | None
@@ -25,6 +26,7 @@ class Scene(NamedTuple):
         network: the network, which says what it can do.
         encode: uint8 [N, H, W, C] -> latents f32[N, h, w, c].
         noise: seed -> f32[1, h, w, c], from which image 0 of that seed is drawn.
+        low_resolution: what a super-resolution stage is given; None of another network.
     """
 
     image_shape: tuple[int, ...]
@@ -32,6 +34,7 @@ class Scene(NamedTuple):
     network: Any
     encode: Callable[[np.ndarray], np.ndarray]
     noise: Callable[[int], np.ndarray]
+    low_resolution: LowResolution | None = None
 
 
 class Inputs(NamedTuple):
@@ -68,6 +71,25 @@ class Job:
         """The seed of the images' keys."""
         return seed
 
+    def settled(self, image_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> "Job":
+        """The job with what its program depends on, such as the length of a given clip; called before all other methods.
+
+        image_shape, latent_shape: of the network.
+
+        Raises:
+            UserError: a file cannot be read, or does not fit the network.
+        """
+        return self
+
+    @property
+    def windows(self) -> int:
+        """How often the sampler runs for one result; each time `next_given` says what is given."""
+        return 1
+
+    def output_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a result, of that of the network's images."""
+        return image_shape
+
     def requests(self, labels: Labels, num_samples: int | None, num_classes: int, seed: int) -> tuple[Requests, str]:
         """({"label": int32[N]} and others, what the choice of labels is called in the description of samples).
 
@@ -97,6 +119,10 @@ class Job:
         """int32[B]: the numbers that the keys of the images with these indices are made of."""
         return indices
 
+    def conditions(self, given: Arrays) -> Arrays:
+        """Entries of the network's requests beside those of the labels or prompts."""
+        return {}
+
     def begin(self, sampler: Any, process: Process, noise: jax.Array, given: Arrays) -> jax.Array:
         """x_t [B, h, w, c] that the sampler starts from.
 
@@ -107,6 +133,21 @@ class Job:
     def around(self, denoise: Denoise, process: Process, noise: jax.Array, given: Arrays) -> Denoise:
         """The denoiser that the sampler calls."""
         return denoise
+
+    def known(self, given: Arrays) -> Mapping[str, jax.Array]:
+        """Entries of the condition for what is given, {"known", "known_mask"}; {} for none.
+
+        Only a network with `known_frames` is told them.
+        """
+        return {}
+
+    def next_given(self, latents: jax.Array, given: Arrays) -> Mapping[str, jax.Array]:
+        """The entries of `given` that change for the next window, of the latents of the last one."""
+        return {}
+
+    def joined(self, windows: jax.Array) -> jax.Array:
+        """The latents of a result, of those of all windows [windows, B, ...]."""
+        return windows[0]
 
     def finish_latents(self, latents: jax.Array, given: Arrays) -> jax.Array:
         """Latents f32[B, h, w, c] for the codec, from the sampler's."""

@@ -1,0 +1,7 @@
+"""The second super-resolution stage of W.A.L.T's text to video, to 17 frames of 512 x 896 pixels (Gupta et al. 2023)."""
+
+from dit_jax import recipes
+
+
+def get_config():
+    return recipes.walt_t2v("sr2")
