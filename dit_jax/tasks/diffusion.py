@@ -4,7 +4,7 @@ B batch, H x W x C images, h x w x c latents.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from dit_jax.parallel.rules import Rules
 from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
-from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
+from dit_jax.tasks.masks import draw_masks, known_entries, masks_of, unknown_weight
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
@@ -49,8 +49,9 @@ class DiffusionTask:
     Fields:
         image_shape, latent_shape: (H, W, C) and (h, w, c), or (F, H, W, C) and (f, h, w, c).
         cond_dropout: rate at which the condition of an example becomes the null condition.
-        masks: {kind: probability} of which part of an example is given (`masks.draw_masks`); {} gives nothing. The network is
-            told that part, and the loss is the mean over the rest. "none" is also what guidance by the given part
+        masks: which part of an example is given, as ("none=0.6", "first=0.4"): kinds of `masks.draw_masks` (none, first, last,
+            first_N, last_N, ends, random, box) and their probabilities, of sum 1; () gives nothing. The network is told that
+            part, and the loss is the mean over the rest. "none" is also what guidance by the given part
             (`Guidance.image_scale`) compares with.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
@@ -70,7 +71,7 @@ class DiffusionTask:
     image_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     cond_dropout: float = 0.1
-    masks: Mapping[str, float] = field(default_factory=dict)
+    masks: Mapping[str, float] | Sequence[str] = ()
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
@@ -91,7 +92,7 @@ class DiffusionTask:
                 f"task.cond_dropout is {self.cond_dropout}, and the network has no null label, which replaces a dropped one; "
                 "set --config.task.cond_dropout=0, or --config.model.null_label=True"
             )
-        check_masks(self.masks)
+        object.__setattr__(self, "masks", masks_of(self.masks))
         if self.masks and not getattr(self.network, "known_frames", False):
             raise UserError(
                 f"task.masks gives parts of clips, and {type(self.network).__name__} is not told them; set "
@@ -220,7 +221,7 @@ class DiffusionTask:
             "batch": {name: batch[name] for name in self.conditioner.batch_spec()},
         }
         if self.masks:
-            inputs["known_mask"] = draw_masks(named_key(key, "mask"), self.masks, x0.shape)
+            inputs["known_mask"] = draw_masks(named_key(key, "mask"), masks_of(self.masks), x0.shape)
         if self.has_null_condition:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         return inputs

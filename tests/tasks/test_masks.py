@@ -11,7 +11,7 @@ from dit_jax import recipes
 from dit_jax.build import Run
 from dit_jax.diffusion.flow import Flow
 from dit_jax.errors import UserError
-from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
+from dit_jax.tasks.masks import draw_masks, known_entries, masks_of, unknown_weight
 
 SHAPE = (4000, 4, 3, 5, 2)
 FRAMES = {
@@ -86,7 +86,16 @@ def test_the_loss_is_the_mean_over_unknown_elements():
 )
 def test_tables_that_are_refused(table, words):
     with pytest.raises(UserError, match=words):
-        check_masks(table)
+        masks_of(table)
+
+
+def test_tables_as_texts_of_a_config():
+    """Catches a table that the command line cannot set."""
+    assert masks_of(("none=0.6", "first_2=0.4")) == {"none": 0.6, "first_2": 0.4} == masks_of({"none": 0.6, "first_2": 0.4})
+    assert masks_of("none=1") == {"none": 1.0} and masks_of(()) == {}
+    for wrong, words in ((("first",), "write kind=probability"), (("none=0.5", "none=0.5"), "twice")):
+        with pytest.raises(UserError, match=words):
+            masks_of(wrong)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,7 @@ def task():
     config = recipes.rolling_digits().copy_and_resolve_references()
     config.unlock()
     config.model.update({"depth": 1, "width": 16, "heads": 1, "rope_widths": (4, 6, 6), "context_width": 8, "pooled_width": 8})
-    config.conditioner.width, config.task.masks = 8, {"first": 0.5, "last_2": 0.5}
+    config.conditioner.width, config.task.masks = 8, ("first=0.5", "last_2=0.5")
     return Run(config).task
 
 
