@@ -186,7 +186,7 @@ class Loop(Animate):
 
     Fields:
         given: an image, a clip (animated WebP or GIF, mp4), or an .npy, .npz or array of them: one for all, or one for each.
-        given_frames: frames of the drawn clip where the given ones stand, must be None.
+        given_frames: frames of the drawn clip where the given ones stand; it must be None, since a loop gives its ends.
         resize: scales a given image or clip of another size and crops its centre; False refuses it.
     """
 
