@@ -981,7 +981,7 @@ def walt(name: str, cached: bool = False) -> ml_collections.ConfigDict:
     if dataset == "ucf101":
         c.guidance.update({"scale": 4.0, "schedule": "power_cosine"})
     else:
-        c.task.cond_dropout, c.task.masks = 0.0, {"first_2": 1.0}
+        c.task.cond_dropout, c.task.masks = 0.0, ("first_2=1",)
         c.conditioner = {"name": "none"}
     return c
 
@@ -1020,7 +1020,7 @@ def walt_t2v(stage: str = "base", cached: bool = False) -> ml_collections.Config
     decay_to_the_end(c)
     c.guidance.update({"scale": 8.0, "schedule": "power_cosine"})
     if stage == "base":
-        c.task.masks = {"none": 0.9, "first": 0.1}
+        c.task.masks = ("none=0.9", "first=0.1")
     else:
         c.task.low_resolution = {"sides": 2, "frames": 1, "most_noise": 0.3, "noise": 0.1}
         c.preview.every_steps = 0
