@@ -66,15 +66,13 @@ class Guidance:
         skip_scale: of skip-layer guidance, at least 0.
         skip_low, skip_high: shares of the sampler's steps; skip-layer guidance acts at step i of n with
             skip_low n < i < skip_high n, counted from noise. It does not depend on low, high and schedule.
-
-    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); the released sampling code
-    of Stable Diffusion 3.5 (skip-layer guidance), with the steps of diffusers.
         image_scale: at least 0, of the given part of a clip (the job animate and its like). With text T and given part G the
             output is v(0, 0) + image_scale (v(G, 0) - v(0, 0)) + scale (v(G, T) - v(G, 0)), from one call on 3B examples. 1 turns
             it off: the given part is then in both conditions.
 
-    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); Open-Sora 2
-    (arXiv 2503.09642) for two scales, after Brooks et al. 2023 (InstructPix2Pix), equation 3.
+    Source: Ho & Salimans 2022, equation 6 (their w is scale - 1); Karras et al. 2024 (autoguidance); the released sampling code
+    of Stable Diffusion 3.5 (skip-layer guidance), with the steps of diffusers; Open-Sora 2 (arXiv 2503.09642) for two scales,
+    after Brooks et al. 2023 (InstructPix2Pix), equation 3.
     """
 
     scale: float = 1.0

@@ -26,7 +26,7 @@ from absl import flags
 
 from dit_jax import config_file
 from dit_jax.errors import UserError
-from dit_jax.runtime import command_line, console, part
+from dit_jax.runtime import command_line, console, job_array
 
 command_line.group("The sweep")
 SWEEP = flags.DEFINE_string(
@@ -37,7 +37,7 @@ FIELDS = config_file.define_fields()
 LIST = flags.DEFINE_bool("list", False, "Show and check the runs, start nothing.")
 REPORT = flags.DEFINE_bool("report", False, "Collect what is there and write the report, start nothing.")
 command_line.group("Run elsewhere")
-PART = flags.DEFINE_string("part", None, part.HELP)
+PART = flags.DEFINE_string("part", None, job_array.HELP)
 LAUNCH = flags.DEFINE_enum(
     "launch", "local", ["local", "slurm", "gke", "tpu_vm"], "Run here, or write the commands that run elsewhere."
 )
@@ -169,7 +169,7 @@ def main() -> dict:
     if not REPORT.value:
         checks.check(runs, sweep.samplers, "list" if LIST.value else "local" if starts_here else "remote")
     costs, assumption = estimate(runs, [cost.count(run) for run in runs])
-    mine = part.parse_part(PART.value)
+    mine = job_array.parse_part(PART.value)
     folder = Folder(WORKDIR.value, sweep.title, mine) if WORKDIR.value else None
     if LIST.value:
         states = [folder.state(run) if folder else "new" for run in runs]

@@ -19,7 +19,7 @@ from pathlib import Path
 from dit_jax.config_file import plain
 from dit_jax.errors import UserError
 from dit_jax.runtime.console import STOPPED_STATUS
-from dit_jax.runtime.part import Part
+from dit_jax.runtime.job_array import Part
 from dit_jax.storage.atomic import remove_leftovers, write_json
 from dit_jax.storage.bounded import read_json
 from dit_jax.storage.claim import LOCK, Claim, claim

@@ -7,7 +7,7 @@ from user_files import write
 from verbs import ROOT, refused, run_verbs, start
 
 from dit_jax.errors import UserError
-from dit_jax.runtime.part import Part, parse_part
+from dit_jax.runtime.job_array import Part, parse_part
 from dit_jax.sweep import grid, scores
 from dit_jax.sweep.folder import Folder
 from dit_jax.sweep.grid import Sweep
