@@ -99,3 +99,12 @@ def test_a_truncated_file_is_refused(tmp_path):
         (tmp_path / "x.safetensors").write_bytes(content[:length])
         with pytest.raises(UserError, match="not a complete safetensors file"):
             t.open_safetensors(tmp_path / "x.safetensors")
+
+
+def test_eight_bit_floats_are_refused(tmp_path):
+    """Catches an 8-bit file that is read as other numbers, or an error that does not say what to give in its place."""
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=r"a has dtype F8_E4M3; .* give the same weights in bfloat16 or float16"):
+        t.open_safetensors(tmp_path / "x.safetensors")

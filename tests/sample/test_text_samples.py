@@ -10,8 +10,9 @@ from verbs import refused, run_verbs
 
 import dit_jax
 from dit_jax import recipes, registry
+from dit_jax.build import Run
 from dit_jax.errors import UserError
-from dit_jax.sample import shards
+from dit_jax.sample import shards, trained
 from dit_jax.sample.jobs import Interpolate
 from dit_jax.sample.prompts import Prompts
 
@@ -103,6 +104,21 @@ def test_labels_take_no_prompt(tmp_path):
     save_run(tmp_path / "run", tiny.config(), 0)
     with pytest.raises(UserError, match="takes labels and no text; leave prompt out"):
         dit_jax.load(tmp_path / "run")(prompt="a")
+
+
+@pytest.mark.parametrize("lacks", ["", "text_encoder_3"])
+def test_a_folder_of_diffusers_brings_its_encoders(tmp_path, lacks):
+    """Catches an encoder or a tokenizer of another place of the pipeline, and a missing T5 that is asked for."""
+    for number in ("", "_2", "_3"):
+        for part in ("text_encoder", "tokenizer"):
+            if f"{part}{number}" != lacks:
+                (tmp_path / f"{part}{number}").mkdir()
+    opened = trained._with_text_folders(trained.Trained(tmp_path, recipes.sd3()), tmp_path)
+    text = Run(opened.config).conditioner
+    assert text.missing == (("t5_xxl",) if lacks else ())
+    assert text.by_encoder("weights").get("clip_g") == str(tmp_path / "text_encoder_2")
+    assert text.by_encoder("tokenizers")["t5_xxl"] == str(tmp_path / "tokenizer_3")
+    assert set(text.by_encoder("weights")) == set(text.used)
 
 
 @pytest.mark.slow
