@@ -352,6 +352,10 @@ class Text:
         """{frozen encoder: int32[1, M]} of the text ""."""
         return {name: self._empty(name) for name in self.frozen}
 
+    def _empty_tokens(self, rows: int) -> Requests:
+        """{"tokens_<encoder>": int32[N, M]} of N empty texts."""
+        return {TOKENS + name: np.repeat(self._empty(name), rows, axis=0) for name in self.used}
+
     def _empty(self, name: str) -> np.ndarray:
         """int32[1, M]: the tokens of "", which need no files: the end of the text, and CLIP's start before it."""
         if name in CLIPS:
@@ -460,7 +464,9 @@ class Text:
         entries = {name: x for name, x in requests.items() if name in ready}
         for request, start in (("caption", ""), ("negative", NEGATIVE)):
             if request in requests:
-                entries |= {start + name: ids for name, ids in self.tokenizer(_texts(requests[request], request)).items()}
+                texts = _texts(requests[request], request)
+                ids = self.tokenizer(texts) if any(texts) else self._empty_tokens(len(texts))  # these need no files
+                entries |= {start + name: x for name, x in ids.items()}
         if lacking := [name for name in self.used if TOKENS + name not in entries]:
             raise UserError(f"the network is conditioned on text, and there is none for {', '.join(lacking)}; give a prompt")
         if len({len(x) for x in entries.values()}) > 1:

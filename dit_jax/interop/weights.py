@@ -43,7 +43,7 @@ class Weights(NamedTuple):
 
 
 def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that a weights file stores; paths, specific to a machine, are emptied.
+    """The sections of a resolved config that a weights file stores, with lists for tuples; paths of a machine are emptied.
 
     They are those of the codec and of text encoders. The name of a published codec stays, and so do their SHA-256.
     """
@@ -52,7 +52,14 @@ def sections_of(config: Mapping[str, Any]) -> dict[str, Any]:
         sections["codec"] = {**sections["codec"], "path": ""}
     if sections.get("conditioner", {}).get("name") == "text":
         sections["conditioner"] = {**sections["conditioner"], "weights": (), "tokenizers": ()}
-    return sections
+    return {name: _with_lists(section) for name, section in sections.items()}
+
+
+def _with_lists(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {name: _with_lists(x) for name, x in value.items()}
+    return [_with_lists(x) for x in value] if isinstance(value, (tuple, list)) else value
 
 
 def write(path: str | os.PathLike, weights: Weights) -> None:

@@ -100,7 +100,8 @@ def _final(run: Collected) -> str:
     if run.final is not None:
         step = f"step {run.result['step']:,}"
         made = f"Samples from the moving average, {step}, uncurated" if "model" in run.config else f"Reconstructions, {step}"
-        figures.append(parts.figure(parts.image(run.final, made), f"{made}."))
+        below = " Each has its prompt below it." if run.config.get("conditioner", {}).get("name") == "text" else ""
+        figures.append(parts.figure(parts.image(run.final, made), f"{made}.{below}"))
     if run.real is not None:
         figures.append(parts.figure(parts.image(run.real, "Real images"), "Images of the data set, of the same classes."))
     return parts.side_by_side(figures) if figures else ""
@@ -111,7 +112,8 @@ def _previews(run: Collected) -> str:
         return ""
     shown = [run.previews[i] for i in sorted({*np.linspace(0, len(run.previews) - 1, MOST_PREVIEWS).round().astype(int)})]
     figures = (parts.figure(parts.image(file, f"step {step}"), f"Step {step:,}.") for step, file in shown)
-    return parts.side_by_side(figures) + '<p class="soft">The noise and the labels are the same at every step.</p>'
+    same = "prompts" if run.config.get("conditioner", {}).get("name") == "text" else "labels"
+    return parts.side_by_side(figures) + f'<p class="soft">The noise and the {same} are the same at every step.</p>'
 
 
 def _denoising(run: Collected) -> str:

@@ -151,3 +151,17 @@ def test_rules_of_the_conditioner_precede_those_of_the_network():
     rules = ((r"mlp/in/kernel", ("tensor", None)), *small(depth=1).rules)
     assert rule_of("params/conditioner/bytes/blocks/mlp/in/kernel", (1, 8, 32), rules) == ("fsdp", "tensor")
     assert rule_of("params/blocks/mlp/in/kernel", (1, 8, 32), rules) == ("tensor", None)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "t5_small", "clip_l", "clip_g"])
+def test_the_empty_text_needs_no_files(name):
+    """Catches tokens of "" that are not those of the tokenizer, and an unconditional sample that asks for its files."""
+    conditioner = Text((name,), lengths=(6,))
+    start = [49406] if name.startswith("clip") else []
+    end, pad = {"clip_l": (49407, 49407), "clip_g": (49407, 0)}.get(name, (1, 0))
+    ids = conditioner.from_requests({"caption": ["", ""], "negative": ["", ""]})
+    assert ids.keys() == {f"tokens_{name}", f"negative_tokens_{name}"}
+    for x in ids.values():
+        assert x.dtype == np.int32 and x.tolist() == [[*start, end, *[pad] * (5 - len(start))]] * 2
+    if name in text.TRAINED:
+        np.testing.assert_array_equal(conditioner.tokenizer_of(name)([""]).ids, x[:1])

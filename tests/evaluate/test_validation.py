@@ -6,16 +6,23 @@ import math
 
 import jax
 import jax.numpy as jnp
+import latents
 import numpy as np
 import pytest
 import tiny
+import tiny_text
 from verbs import run_verbs
 
 from dit_jax import build, recipes
 from dit_jax.config_file import plain
 from dit_jax.convert import formats
+from dit_jax.data.captions import filled
+from dit_jax.data.latent_loader import LatentLoader
+from dit_jax.data.latents import LatentCache
+from dit_jax.data.sources.digits import WORDS
 from dit_jax.diffusion.flow import Flow
 from dit_jax.diffusion.gaussian import Gaussian
+from dit_jax.encode.writer import encode
 from dit_jax.errors import NotFinite, UserError
 from dit_jax.evaluate import validation
 from dit_jax.storage.checkpoints import Checkpointer
@@ -127,6 +134,57 @@ def test_what_is_refused_before_training():
     with pytest.raises(UserError, match="no split 'rest'"):
         Samples.check(build.Run(config(validation__split="rest")))
     Samples.check(build.Run(config(validation__split="")))
+
+
+def text_run(**overrides):
+    """A run of a network with text, read as bytes."""
+    fields = {"conditioner__encoders": ("bytes",), "conditioner__lengths": (40,), "conditioner__weights": ()}
+    return build.Run(tiny_text.config("", **fields, conditioner__dropout=(0.5,), captions__long_caption_rate=0.9, **overrides))
+
+
+@pytest.mark.slow
+def test_held_out_examples_have_their_own_captions(tmp_path):
+    """Catches another example's caption, a long one, or an encoder that is dropped, of held-out images and of a latent cache; and
+    training from a cache with the captions of other records."""
+    run = text_run(data__split="train", validation__split="test")
+    validation.check(run)
+    source, number = validation.source_of(run), 0
+    tokens = run.conditioner.tokenizer_of("bytes")
+    for first, batch in validation._batches(run, source, 100):
+        texts = [filled("{a} {name}", WORDS[label]) for label in source.labels[first : first + 100]]
+        np.testing.assert_array_equal(batch["tokens_bytes"], tokens(texts).ids)
+        assert batch["present"].all() and first == number
+        number += len(texts)
+    assert number == 297
+
+    encode(latents.job(latents.params()), tmp_path / "cache", max_bad_share=0.1)
+    cache, run = (
+        LatentCache(tmp_path / "cache"),
+        text_run(captions__templates=("a {name}",), captions__long_templates=(), captions__names=()),
+    )
+    texts = [
+        caption or f"a {cache.class_names[cache.labels[i]]}" for i, caption in enumerate(cache.captions(np.arange(len(cache))))
+    ]
+    assert len(set(texts)) > 20
+    found = [batch["tokens_bytes"] for _, batch in validation._batches(run, cache, 25)]
+    np.testing.assert_array_equal(np.concatenate(found), tokens(texts).ids)
+    loader = LatentLoader(cache, 24, 3, flip=False, entries=run.caption_entries(cache))
+    records, batch = loader.rows(2)[0], loader.batch(2)
+    np.testing.assert_array_equal(batch["tokens_bytes"], tokens([texts[i] for i in records]).ids)
+    np.testing.assert_array_equal(batch["moments"], cache.gather(loader.rows(2)[1]))
+    assert not batch["present"].all()
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_network_with_text_depends_on_the_captions():
+    """Catches a validation loss without its text, or with the null condition."""
+    losses = []
+    for templates in (("{a} {name}",), ("nothing",)):
+        run = text_run(data__split="train", validation__split="test", captions__templates=templates, mesh__data=1)
+        run = build.Run(run.config, devices=jax.devices()[:1])
+        params = tiny.random_params(run.task.init_params(jax.random.key(0)))
+        losses.append(validation.measured(run, params, run.constants, (1.0,))["loss"])
+    assert abs(losses[0] / losses[1] - 1) > 1e-3, losses
 
 
 def test_broken_weights_are_named(monkeypatch):

@@ -10,7 +10,7 @@ import tiny
 from finished_run import write_run
 from html_structure import Structure
 
-from dit_jax import build
+from dit_jax import build, recipes
 from dit_jax.errors import UserError
 from dit_jax.report import collect, ending, page, pictures
 from dit_jax.sample.generator import Generator
@@ -104,3 +104,10 @@ def test_an_error_in_the_report_does_not_fail_the_run(run, tmp_path, monkeypatch
     assert "the picture of the denoising is left out: no space for pictures (test_report.py:" in capsys.readouterr().err
     monkeypatch.setattr(page, "write", fail)
     assert ending.write(run, state.ema_params, run.constants, tmp_path / "run", 6) is None
+
+
+def test_samples_of_text_say_where_their_prompts_are(tmp_path):
+    """Catches labels in the report of a run that has prompts."""
+    text = page.write(write_run(tmp_path / "run", True, recipes.digits_text().lock())).read_text()
+    assert "Each has its prompt below it." in text and "The noise and the prompts are the same" in text
+    assert "the labels are" not in text and "preview.prompts" in text and "a handwritten three" in text
