@@ -828,9 +828,9 @@ def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str
         if option == "text_encoders":
             for path in Run(config).conditioner.by_encoder(field).values():  # raises for another form too
                 text_weights.find(path)
-    if weights:
-        conditioner, section = Run(config).conditioner, config.conditioner
-        if lacking := [name for name in conditioner.frozen if name not in conditioner.by_encoder("weights")]:
+    if weights and (text := Run(config).text) is not None:
+        section, found = config.conditioner, text.by_encoder("weights")
+        if lacking := [name for name in text.frozen if name not in found]:
             say(f"text_encoders names no weights of {', '.join(lacking)}, which contributes zeros")
             section.missing = (*section.get("missing", ()), *lacking)
 

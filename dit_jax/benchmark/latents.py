@@ -45,7 +45,7 @@ def write_cache(folder: Path, records: int, size: tuple[int, int]):
         shard.moments[:] = rng.standard_normal(shard.moments.shape, np.float32)
         shard.labels[:] = rng.integers(0, CLASSES, shard.count)
         shard.index[:] = np.arange(shard.start, shard.stop)
-        shard.captions = [None] * shard.count
+        shard.texts = {kind: [None] * shard.count for kind in shard.texts}
         shard.write(folder, digest(job.settings))
     finish(folder, 0.0, first=True)
 

@@ -133,9 +133,9 @@ class LatentCache:
         """
         found, texts = [], zip(self.captions(indices), self.long_captions(indices), strict=True)
         for i, (record, own) in enumerate(zip(indices, texts, strict=True)):
-            example = {"label": int(self.labels[record]), "name": f"record {record} of {self.path}"}
-            own = {name: text for name, text in zip(("caption", "caption_long"), own, strict=True) if text is not None}
-            found.append(entries(example | own, i))
+            example: dict[str, Any] = {"label": int(self.labels[record]), "name": f"record {record} of {self.path}"}
+            example |= {name: text for name, text in zip(("caption", "caption_long"), own, strict=True) if text is not None}
+            found.append(entries(example, i))
         return {name: np.stack([x[name] for x in found]) for name in found[0]}
 
     @functools.cache  # noqa: B019  (one cache per process, kept as long as the run)

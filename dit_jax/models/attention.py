@@ -70,7 +70,8 @@ def _fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array |
     if not any(odd):
         return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn")
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = {
-        f"{name}_seq_lengths": jnp.full(len(q), count, jnp.int32) for name, count in (("query", rows), ("key_value", columns))
-    }
-    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn", **lengths)[:, :rows]
+    count = jnp.full(len(q), rows, jnp.int32), jnp.full(len(q), columns, jnp.int32)
+    y: jax.Array = jax.nn.dot_product_attention(
+        q, k, v, bias, scale=scale, implementation="cudnn", query_seq_lengths=count[0], key_value_seq_lengths=count[1]
+    )
+    return y[:, :rows]

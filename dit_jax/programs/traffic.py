@@ -192,8 +192,13 @@ def _written(program: Program, fused: Computation, instruction: Instruction) -> 
 
 def _update(program: Program, fused: Computation, index: int, whole: int) -> int:
     result = next(i for i in fused.values() if i.root)
-    if result.opcode == "tuple":
-        result, index = fused[result.operands[index]], 0
+    while result.opcode == "tuple":  # an operand may be a tuple itself
+        for name in result.operands:
+            part = fused[name]
+            if index < len(part.arrays):
+                break
+            index -= len(part.arrays)
+        result = part
     while result.opcode == "bitcast" and result.operands[0] in fused:
         result = fused[result.operands[0]]
     if result.opcode == "fusion":

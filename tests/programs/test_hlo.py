@@ -182,6 +182,11 @@ FUSIONS = """\
   %i = s32[] parameter(1)
   ROOT %f = f32[8,16]{1,0} fusion(%q, %i), kind=kLoop, calls=%slice_of_stack
 }
+%nested (x: f32[8,16]) -> ((f32[8,16], f32[8,16]), f32[8,16]) {
+  %x = f32[8,16]{1,0} parameter(0)
+  %pair = (f32[8,16]{1,0}, f32[8,16]{1,0}) tuple(%x, %x)
+  ROOT %t = ((f32[8,16]{1,0}, f32[8,16]{1,0}), f32[8,16]{1,0}) tuple(%pair, %x)
+}
 """
 
 
@@ -211,10 +216,15 @@ FUSIONS = """\
             1028,
         ),
         ("  ROOT %c = (f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]) copy-start(%p)", 0, 512),
+        (
+            "  ROOT %f = ((f32[8,16]{1,0}, f32[8,16]{1,0}), f32[8,16]{1,0}) fusion(%p), kind=kLoop, calls=%nested",
+            0,
+            2048,
+        ),
     ],
 )
 def test_hbm_traffic(body, matmul, other):
-    """A stack of parameters read whole for each block's slice; what lies in a TPU's VMEM counted as HBM."""
+    """A stack of parameters read whole for each block's slice; what lies in a TPU's VMEM counted as HBM; tuples in a tuple."""
     assert tuple(hbm_traffic(program(body, FUSIONS))) == (matmul, other)
 
 
