@@ -3,7 +3,7 @@
     python -m dit_jax.encode --data=folder:photographs --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --data=tfds:imagenet2012:/data/tfds --split=train --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --config=xl2_imagenet256 --config.data.path=... --config.codec.path=... --out=cache
-    python -m dit_jax.encode --data=folder:clips --frames=17 --codec=runs/causal_vae --resolution=128 --out=cache
+    python -m dit_jax.encode --data=clips:videos --frames=17 --codec=runs/causal_vae --resolution=128 --out=cache
     python -m dit_jax.encode --verify --out=cache
 
 A config with `buckets` gives one cache for each bucket, in the sub-folders of --out that training reads. Of a clip, the middle
