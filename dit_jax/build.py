@@ -34,7 +34,7 @@ from dit_jax.data.clip_transform import ClipTransform
 from dit_jax.data.latent_loader import LatentBuckets, LatentLoader, resident_moments
 from dit_jax.data.latents import LatentCache, LatentCaches
 from dit_jax.data.loader import Loader, Part
-from dit_jax.data.sources import TFDS, DigitPairs, Digits, ImageFolder, TarShards
+from dit_jax.data.sources import TFDS, ClipFolder, DigitPairs, Digits, ImageFolder, TarShards
 from dit_jax.data.transforms import ImageTransform
 from dit_jax.diffusion.edm import EDM
 from dit_jax.diffusion.flow import Flow
@@ -75,6 +75,7 @@ register("codec", "causal_vae", CausalVAE)
 register("data", "digits", Digits)
 register("data", "digit_pairs", DigitPairs)
 register("data", "folder", ImageFolder)
+register("data", "clips", ClipFolder)
 register("data", "tfds", TFDS)
 register("data", "tars", TarShards)
 register("data", "latents", LatentCache)
@@ -438,7 +439,8 @@ class Run:
             triples = zip(self.parts, self.source.caches, seeds, strict=True)
             loaders = [run._latent_loader(cache, seed, part) for run, cache, seed in triples]
             return LatentBuckets(loaders, buckets.cycle, self.source)
-        sizes = self.source.sizes() if hasattr(self.source, "sizes") else None
+        turned = {"upright": True} if getattr(self.transform, "upright", False) else {}
+        sizes = self.source.sizes(**turned) if hasattr(self.source, "sizes") else None
         records = buckets.members(sizes, len(self.source), getattr(self.transform, "fps", None))
         parts = [
             Part(run.example_transform(self.source), run.config.batch_size, seed, numbers)

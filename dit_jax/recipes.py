@@ -250,7 +250,7 @@ def section(kind: str, name: str) -> dict:
     """
     if kind == "process" and name in PROCESSES:
         return PROCESSES[name]()
-    if kind == "data" and name in ("folder", "tfds", "tars", "latents"):
+    if kind == "data" and name in ("folder", "clips", "tfds", "tars", "latents"):
         return {"path": ""}
     if kind == "codec" and name in ("kl_vae", "vq_vae", "causal_vae"):  # scale and shift are read with the weights
         return {"path": "", "sha256": "", "scale": config_dict.placeholder(object), "shift": config_dict.placeholder(object)}

@@ -9,8 +9,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from dit_jax.data.image_files import decode
 from dit_jax.data.sources.source import Example
-from dit_jax.data.transforms import ImageTransform, center_crop, decode
+from dit_jax.data.stored_clips import StoredClip, is_animation
+from dit_jax.data.transforms import ImageTransform, center_crop
 from dit_jax.errors import UserError
 
 CROPS = ("center", "random")
@@ -66,7 +68,7 @@ class ClipTransform(grain.transforms.RandomMap):
         image = ImageTransform(self.resolution, self.channels, False, size=self.size).describe()
         return {**image, "frames": self.frames, "fps": self.fps}
 
-    def stride(self, fps: float | None, name: str) -> int:
+    def stride(self, fps: float, name: str) -> int:
         """The distance of two frames of the result in the stored clip, for its frames per second.
 
         Raises:
@@ -93,24 +95,27 @@ class ClipTransform(grain.transforms.RandomMap):
 
     def _made(self, example: Any, start: float, at: tuple[float, float] | None) -> dict[str, Any]:
         name = example.get("name", "clip")
-        video = self._stored(example)
+        video, fps = self._stored(example, name)
         stored = len(video)
-        span = (self.frames - 1) * (stride := self.stride(example.get("fps"), name)) + 1
+        span = (self.frames - 1) * (stride := self.stride(fps, name)) + 1
         if stored < span:
             raise UserError(
                 f"{name} has {stored} frames, and {self.frames} with a stride of {stride} need {span}: leave it out, or lower "
                 "transform.frames"
             )
         first = min(int(start * (stored - span + 1)), stored - span)
-        frames = video[first : first + span : stride]
-        return {"image": np.stack([self._pixels(x, name, at) for x in frames]), "label": np.int32(example["label"])}
+        pixels = [self._pixels(frame, name, at) for frame in video[first : first + span : stride]]
+        return {"image": np.stack(pixels), "label": np.int32(example["label"])}
 
-    def _stored(self, example: Any) -> Any:
-        """The frames of an example: an array [n, h, w, C], or a clip of one image."""
+    def _stored(self, example: Any, name: str) -> tuple[Any, float]:
+        """(the frames of an example, their rate); an image is a clip of one frame, an animated GIF or WebP one of several."""
         if "video" in example:
-            return example["video"]
+            return example["video"], example.get("fps") or 0.0
         image = example["image"]
-        return image if isinstance(image, np.ndarray) and image.ndim == 4 else [image]
+        if isinstance(image, bytes) and is_animation(image):
+            clip = StoredClip(image, name)
+            return clip, clip.fps
+        return (image if isinstance(image, np.ndarray) and image.ndim == 4 else [image]), example.get("fps") or 0.0
 
     def _pixels(self, frame: np.ndarray | bytes, name: str, at: tuple[float, float] | None) -> np.ndarray:
         shape = self.shape[1:]

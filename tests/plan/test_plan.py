@@ -3,6 +3,7 @@ import importlib.util
 import json
 from types import SimpleNamespace
 
+import bucketed
 import jax
 import numpy as np
 import pytest
@@ -444,3 +445,21 @@ def test_a_gpu_gets_its_own_program():
     assert (model.unroll, model.remat, model.attention) == (True, "none", "cudnn")
     model = build.Run(tiny.config(model__unroll=False), platform=platform).network
     assert (model.unroll, model.remat, model.attention) == (False, "elementwise", "xla")
+
+
+def test_buckets_are_all_planned():
+    """A plan of one bucket only, that forgets the programs of the others, or whose means are not those of a cycle."""
+    planned = estimate.plan_training(bucketed.config(mesh__data=8), eight())
+    rows = planned["buckets"]
+    assert [(row["bucket"], row["batch_size"], row["weight"]) for row in rows] == [("1x8x8", 16, 2), ("1x8x12", 8, 1)]
+    assert [row["tokens"] for row in rows] == [16 * 16, 8 * 24]
+    assert planned["fits"] and planned["bytes_per_device"] == max(row["bytes_per_device"] for row in rows)
+    facts = {"refusal": None, "usable_bytes": 100, "flops_per_step": 1, "compile_seconds": 1.0}
+    plans = [
+        facts | {"memory": {"code": 7}, "bytes_per_device": 50, "step_seconds": 1.0, "images_per_second": 16.0},
+        facts | {"memory": {"code": 3}, "bytes_per_device": 95, "step_seconds": 4.0, "images_per_second": 2.0},
+    ]
+    mean = estimate.of_buckets(build.Run(bucketed.config()), plans)
+    assert mean["cycle"] == {"steps": 3, "step_seconds": 2.0, "images_per_second": (2 * 16 + 8) / 6}
+    assert mean["bytes_per_device"] == 102 and not mean["fits"]  # with the code of the other
+    assert "DOES NOT FIT" in "".join(plan_text.buckets(mean))

@@ -22,7 +22,7 @@ class Sized:
         if knows:
             self.sizes = self._all_sizes
 
-    def _all_sizes(self):
+    def _all_sizes(self, upright=False):
         return np.array([self._sizes[i % len(self._sizes)] for i in range(self.count)], np.float64)
 
     def __len__(self):

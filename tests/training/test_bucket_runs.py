@@ -1,6 +1,8 @@
 """Training on batches of several shapes: every step has its bucket's shape, and a resume or another number of hosts no effect."""
 
 import dataclasses
+import subprocess
+import time
 from types import SimpleNamespace
 
 import bucketed
@@ -9,8 +11,14 @@ import numpy as np
 import pytest
 import tiny
 from bucketed import SHAPES
+from paths import ROOT
+from verbs import command, quick_environment
 
+from dit_jax import build
 from dit_jax.errors import UserError
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.storage.checkpoints import Checkpointer
+from dit_jax.tasks.state import abstract_state
 from dit_jax.training import batches, setup
 from dit_jax.training.loop import train
 
@@ -85,3 +93,38 @@ def test_buckets_that_do_not_fit(overrides, message):
     """A bucket that fails when its first step comes, hours later."""
     with pytest.raises(UserError, match=message):
         tiny.run_on_one_device(config(**overrides)).loader
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_killed_runs_end_as_undisturbed_ones(tmp_path):
+    """Buckets that begin again after a kill -9 in the middle of a cycle."""
+    (tmp_path / "config.py").write_text("import bucketed\n\n\ndef get_config():\n    return bucketed.config()\n")
+    fields = ("num_steps=40", "checkpoint.every_steps=7", "log.every_steps=10", "evaluation.num_images=0")
+    environment = quick_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+    final = []
+    for name, kills in (("whole", 0), ("killed", 2)):
+        workdir = tmp_path / name
+        saves = workdir / "checkpoints"
+        start = command("main", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}", *(f"--config.{x}" for x in fields))
+        for life in range(kills + 1):
+            with open(tmp_path / "log", "w") as log:
+                process = subprocess.Popen(start, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            while process.poll() is None and life < kills and not (saves / str(7 * (2 * life + 1))).exists():
+                time.sleep(0.01)
+            if life < kills:
+                process.kill()
+            process.wait(200)
+        assert process.returncode == 0, (tmp_path / "log").read_text()
+        state = state_of(tmp_path / name)
+        final.append([np.asarray(x) for x in jax.tree.leaves((state.params, state.ema_params, state.opt_state))])
+    for a, b in zip(*final, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def state_of(workdir):
+    """The last state of a run."""
+    with Checkpointer(workdir / "checkpoints", every_steps=1) as checkpointer:
+        state, _ = checkpointer.restore(abstract_state(build.Run(config()).task, make_mesh(1, 1, 1, jax.devices()[:1])))
+    assert int(state.step) == 40
+    return state

@@ -1,6 +1,7 @@
 """Two real processes as one program, over Gloo: what one process with all devices does, bit for bit where that can be."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -64,7 +65,14 @@ RUNS = {
         },
     ),
     "autoencoder": ("autoencoder", {"optimizer__eps": 1e-3, "mesh__fsdp": 4}),
+    "buckets": ("bucketed.config", {"optimizer__eps": 1e-3, "mesh__fsdp": 2, "log__every_steps": 1}),
 }
+
+
+def config_of(name, **more):
+    make, fields = RUNS[name]
+    module, _, function = make.rpartition(".")
+    return getattr(importlib.import_module(module or "tiny"), function)(**fields | more)
 
 
 def trained(folder, name, processes, workdir, **more):
@@ -72,16 +80,18 @@ def trained(folder, name, processes, workdir, **more):
     make, fields = RUNS[name]
     fields = fields | more
     if processes == 1:
-        loop.train(build.Run(getattr(tiny, make)(**fields)), workdir)
+        loop.train(build.Run(config_of(name, **more)), workdir)
         return
-    (folder / "config.py").write_text(f"import tiny\n\n\ndef get_config():\n    return tiny.{make}(**{fields})\n")
+    module, _, function = make.rpartition(".")
+    (folder / "config.py").write_text(
+        f"import {module or 'tiny'} as made\n\n\ndef get_config():\n    return made.{function}(**{fields})\n"
+    )
     together(processes, folder, "main", f"--config={folder / 'config.py'}", f"--workdir={workdir}")
 
 
 def last_state(name, workdir):
     """The last state of a run, on one device of this process."""
-    make, fields = RUNS[name]
-    task = build.Run(getattr(tiny, make)(**fields)).task
+    task = build.Run(config_of(name)).task
     with Checkpointer(workdir / "checkpoints", every_steps=1) as checkpointer:
         state, _ = checkpointer.restore(abstract_state(task, make_mesh(1, 1, 1, jax.devices()[:1])))
     return state
@@ -101,6 +111,14 @@ def test_two_processes_train_an_autoencoder_as_one_does(tmp_path):
     for processes in (1, 2):
         trained(tmp_path, "autoencoder", processes, tmp_path / str(processes))
     compare("autoencoder", *(last_state("autoencoder", tmp_path / name) for name in "12"))
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_buckets_of_one(tmp_path):
+    """Processes that wait for each other with steps of different buckets, or whose rows together are not the batch."""
+    for processes in (1, 2):
+        trained(tmp_path, "buckets", processes, tmp_path / str(processes))
+    compare("buckets", *(last_state("buckets", tmp_path / folder) for folder in "12"))
 
 
 @pytest.mark.parametrize(

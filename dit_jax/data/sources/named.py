@@ -1,5 +1,6 @@
 """Opens data sets by a name on the command line."""
 
+from dit_jax.data.sources.clip_folder import ClipFolder
 from dit_jax.data.sources.digits import Digits
 from dit_jax.data.sources.folder import ImageFolder
 from dit_jax.data.sources.source import Source
@@ -9,7 +10,7 @@ from dit_jax.errors import UserError
 
 
 def named_source(data: str, split: str | None = None) -> Source:
-    """Opens the data set of --data and --split: digits, folder:PATH or PATH, tfds:NAME:PATH, tars:PATTERN.
+    """Opens the data set of --data and --split: digits, folder:PATH or PATH, clips:PATH, tfds:NAME:PATH, tars:PATTERN.
 
     Raises:
         UserError: the kind of data set is unknown, or as the data set's constructor.
@@ -17,10 +18,12 @@ def named_source(data: str, split: str | None = None) -> Source:
     kind, colon, place = data.partition(":")
     if data == "digits":
         return Digits(split=split or "all")
-    if not colon or kind not in ("folder", "tfds", "tars"):
+    if not colon or kind not in ("folder", "clips", "tfds", "tars"):
         return ImageFolder(data, split or "")
     if kind == "folder":
         return ImageFolder(place, split or "")
+    if kind == "clips":
+        return ClipFolder(place, split or "")
     if kind == "tfds":
         name, _, path = place.partition(":")
         if not name or not path or not split:

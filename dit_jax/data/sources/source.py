@@ -22,7 +22,7 @@ class Example(TypedDict):
     """One record of a source; `name` is its name in error messages, `caption` a text that describes the image.
 
     `caption_long` is a second text, often one that a captioner wrote. A clip has `video` in place of `image`: uint8 [F, H, W, C],
-    or a file that is decoded when its frames are taken (`sources.video_files.VideoFile`), and `fps`, its frames per second.
+    or a file that is decoded when its frames are taken (`data.stored_clips.StoredClip`), and `fps`, its frames per second.
     """
 
     image: NotRequired[np.ndarray | bytes]
@@ -40,7 +40,8 @@ class Source(Protocol):
     It is pickled into the worker processes of the loader, so files are opened on first use and are not pickled. `fingerprint`
     changes if the examples or their numbering change; resuming compares it. A source that knows the labels without reading the
     examples may also have `labels`, integer [N]. One that knows sizes without decoding may have `sizes()`: [N, 4] of (frames,
-    height, width, frames per second), 0 where it does not know; buckets choose their examples by it.
+    height, width, frames per second), 0 where it does not know, by which buckets choose their examples. If its examples are image
+    files, it takes the argument `upright` of `data.image_files.decode`.
     """
 
     num_classes: int

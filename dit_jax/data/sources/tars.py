@@ -15,19 +15,24 @@ from absl import logging
 
 import dit_jax.data.sources.tar_index as tar_index
 from dit_jax.data.class_names import read as read_class_names
+from dit_jax.data.image_files import image_size
 from dit_jax.data.open_files import OpenFiles
+from dit_jax.data.sources.listing import sizes_of
 from dit_jax.data.sources.source import Example, fingerprint, is_strange
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
+from dit_jax.data.stored_clips import FILMS, StoredClip, check_av, check_bytes, is_animation
 from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import json_object
 from dit_jax.storage.paths import local_path
 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "gif", "bmp", "tif", "tiff")
+CLIPS = tuple(suffix.removeprefix(".") for suffix in FILMS)
 CAPTIONS = ("txt", "caption", "json")  # in order of precedence
 LONG = ("caption_long",)  # names of the long caption in a .json
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MAX_CLASSES = 1_000_000
+HEADER_BYTES = 1 << 16  # of an image, which mostly hold its size
 TEXT_BYTES = {"cls": 64, "json": 16 << 20}  # largest file that is read while indexing
 
 
@@ -64,6 +69,10 @@ class TarSource:
             index=index.sha256(),
         )
         self._open_files = OpenFiles()
+        self._is_film = _end_with(index, FILMS)
+        self.has_films = bool(self._is_film.any())
+        if self.has_films:
+            check_av(self._name(int(np.argmax(self._is_film))))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -73,11 +82,16 @@ class TarSource:
         return self.index.label
 
     def __getitem__(self, i: int) -> Example:
-        """Example with the bytes of the image, its label, its name "<tar>:<key>", and "caption" if it has one."""
+        """Example with the bytes of the image, or the clip; its label, its name "<tar>:<key>", and "caption" if it has one."""
         index = self.index
         file, name = self.files[index.tar[i]], self._name(int(i))
-        image = self._read(file, index.offset[i], index.size[i], name)
-        example: Example = {"image": image, "label": max(int(index.label[i]), 0), "name": name}
+        example: Example = {"label": max(int(index.label[i]), 0), "name": name}
+        if self._is_film[i]:
+            check_bytes(int(index.size[i]), name)
+            clip = StoredClip(self._read(file, index.offset[i], index.size[i], name), name)
+            example |= {"video": clip, "fps": clip.fps}
+        else:
+            example["image"] = self._read(file, index.offset[i], index.size[i], name)
         if index.caption_size[i] >= 0:
             data = self._read(file, index.caption_offset[i], index.caption_size[i], name)
             try:
@@ -91,6 +105,26 @@ class TarSource:
             if long is not None:
                 example["caption_long"] = long
         return example
+
+    def sizes(self, upright: bool = False) -> np.ndarray:
+        """See `Source`: of images from the file's header, of clips from the file."""
+
+        def measure(i: int) -> tuple[float, float, float, float]:
+            file, name, size = self.files[self.index.tar[i]], self._name(i), int(self.index.size[i])
+            is_film = self._is_film[i]
+            data = self._read(file, self.index.offset[i], size if is_film else min(size, HEADER_BYTES), name)
+            if not is_film and not is_animation(data):
+                try:
+                    return 1, *image_size(data, name, upright), 0
+                except UserError:
+                    pass  # the header is longer, or the file is damaged
+            if len(data) < size:
+                data = self._read(file, self.index.offset[i], size, name)
+            if is_film or is_animation(data):
+                return StoredClip(data, name).facts()
+            return 1, *image_size(data, name, upright), 0
+
+        return sizes_of(len(self), measure)
 
     def _name(self, i: int) -> str:
         return f"{self.files[self.index.tar[i]].name}:{self.index.name(i)}"
@@ -112,7 +146,8 @@ class TarSource:
 class TarShards(TarSource):
     """Tar files in the WebDataset layout: members with the same path up to the first dot of the base name form a sample.
 
-    A sample has one image (.jpg .jpeg .jpe .jfif .png .webp .ppm .gif .bmp .tif .tiff). It may have a label, from .cls (an
+    A sample has one image (.jpg .jpeg .jpe .jfif .png .webp .ppm .gif .bmp .tif .tiff) or one clip (.mp4 .webm .mkv .m4v .mov
+    .avi). `ClipTransform` takes an animated .gif or .webp as a clip, too. A sample may have a label, from .cls (an
     integer in ASCII) or .json (field "label" or "cls"), and a caption, from the first of .txt, .caption and .json (field
     "caption" or "text") that it has. A .json with a caption may also have a long one, "caption_long", and then comes before .txt.
     As in WebDataset, members with other suffixes, names that begin with a dot, or no suffix are not part of the data set; nor are
@@ -221,6 +256,18 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
+def _end_with(index: TarIndex, suffixes: Sequence[str]) -> np.ndarray:
+    """Whether the name of each sample ends with one of the suffixes, bool [N]."""
+    starts = np.concatenate([[0], index.name_end[:-1]])[: len(index)]
+    found = np.zeros(len(index), bool)
+    for suffix in suffixes:
+        wanted = np.frombuffer(suffix.encode(), np.uint8)
+        long = np.flatnonzero(index.name_end - starts >= len(wanted))
+        tails = index.names[index.name_end[long][:, None] - len(wanted) + np.arange(len(wanted))]
+        found[long] |= (tails == wanted).all(1)
+    return found
+
+
 class _Part(NamedTuple):
     """A member of a sample, with the labels from .cls or .json and whether it has a caption and a long one."""
 
@@ -280,11 +327,11 @@ def _part(scan: TarScan, member: Member, suffix: str) -> _Part:
 
 
 def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
-    images = [part.member for suffix, part in parts.items() if suffix in IMAGES]
-    if len(images) != 1:
+    stored = {suffix: part.member for suffix, part in parts.items() if suffix in IMAGES + CLIPS}
+    if len(stored) != 1:
         raise UserError(
-            f"{what} has {len(images)} images among its members ({', '.join('.' + suffix for suffix in parts)}), but "
-            f"a sample must have one; its name ends at the first dot (suffixes: {', '.join(IMAGES)})"
+            f"{what} has {len(stored)} images among its members ({', '.join('.' + suffix for suffix in parts)}), but "
+            f"a sample must have one image or clip; its name ends at the first dot (suffixes: {', '.join(IMAGES + CLIPS)})"
         )
     labels = [label for part in parts.values() for label in part.labels]
     for label in labels:
@@ -296,8 +343,10 @@ def _row(what: str, key: str, number: int, parts: dict[str, _Part]) -> Row:
         raise UserError(f"{what} has several labels, {', '.join(map(str, labels))}: leave one")
     with_caption = sorted((suffix for suffix in parts if parts[suffix].has_caption), key=CAPTIONS.index)
     caption = next((suffix for suffix in with_caption if parts[suffix].has_long), next(iter(with_caption), None))
-    image, text = images[0], parts[caption].member if caption else Member("", 0, -1)
+    ((suffix, image),) = stored.items()
+    text = parts[caption].member if caption else Member("", 0, -1)
     label = labels[0] if labels else -1
+    key += f".{suffix}" * (suffix in CLIPS)  # by which a clip is told from an image
     return Row(key, number, image.offset, image.size, label, text.offset, text.size, caption == "json")
 
 
