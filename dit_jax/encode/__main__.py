@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from dit_jax.encode.writer import Job
 
 command_line.group("What to encode")
-DATA = flags.DEFINE_string("data", None, "Data set: digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, folder:PATH (or PATH alone), clips:PATH, tfds:NAME:PATH or tars:PATTERN."
+)
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
 CODEC = flags.DEFINE_string(
     "codec",

@@ -62,7 +62,9 @@ command_line.group("Make a reference")
 MAKE_REFERENCE = flags.DEFINE_string(
     "make_reference", None, "Write the statistics of --data to this npz instead of scoring samples."
 )
-DATA = flags.DEFINE_string("data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), clips:PATH, tfds:NAME:PATH or tars:PATTERN."
+)
 SPLIT = flags.DEFINE_string(
     "split",
     None,
