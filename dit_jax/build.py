@@ -838,6 +838,11 @@ def no_codec_path(name: str) -> str:
     where = "(--config.codec.path=... or, to sample, --codec_path=...)"
     if name == "vq_vae":
         return f"codec.path is empty; give a folder of diffusers' VQModel, or a checkpoint of CompVis' vq-f4 or cin256-v2 {where}"
+    if name == "causal_vae":
+        return (
+            "codec.path is empty; give a folder of diffusers' AutoencoderKLWan, or the --workdir of a run that trained a "
+            f"causal_vae {where}"
+        )
     return (
         "codec.path is empty; give the folder or .safetensors file of a VAE's weights, the --workdir of a run that trained one, "
         f"or {' or '.join(vae.PUBLISHED)}, which is downloaded {where}"

@@ -642,6 +642,65 @@ def vae_folder(resolution: int = 64) -> ml_collections.ConfigDict:
     return c
 
 
+# Sizes of causal autoencoders: a small one for a CPU, and the geometries of W.A.L.T (Gupta et al. 2023) and Wan 2.1.
+CLIPS_CODECS: dict[str, dict] = {
+    "small": {
+        "base": 16,
+        "mult": (1, 2, 4),
+        "blocks": 1,
+        "z": 8,
+        "temporal": (True, True),
+        "norm": "frame_group",
+        "norm_groups": 8,
+    },
+    "walt": {"base": 128, "mult": (1, 2, 2, 4), "blocks": 2, "z": 8, "temporal": (False, True, True), "dtype": "bfloat16"},
+    "wan": {"base": 96, "mult": (1, 2, 4, 4), "blocks": 2, "z": 16, "temporal": (False, True, True), "dtype": "bfloat16"},
+}
+
+
+def vae_clips(size: str = "small", resolution: int = 64, frames: int = 9) -> ml_collections.ConfigDict:
+    """A causal autoencoder on a folder of clips; set `data.path`.
+
+    The large sizes have latent diffusion's loss: set `task.perceptual_path` to LPIPS's weights. W.A.L.T's codec is trained for
+    2,000 epochs of UCF-101, or 270,000 steps of Kinetics-600, with a batch of 256 at 128 px and 17 frames.
+
+    Args:
+        size: of CLIPS_CODECS.
+        frames: of a clip; 1 + a multiple of 4.
+
+    Raises:
+        UserError: no such size.
+    """
+    if size not in CLIPS_CODECS:
+        raise UserError(f"size {size!r} does not exist; choose one of {', '.join(CLIPS_CODECS)}")
+    c = autoencoder({"name": "causal_vae", **CLIPS_CODECS[size]})
+    c.data = {"name": "clips", "path": "", "split": "", "fps": config_dict.placeholder(float)}
+    c.transform = {
+        "name": "clip",
+        "frames": frames,
+        "resolution": resolution,
+        "channels": 3,
+        "flip": True,
+        "crop": "random",
+        "fps": config_dict.placeholder(float),
+        "size": config_dict.placeholder(tuple),
+    }
+    if size != "small":
+        c.task.update({"perceptual_weight": 1.0, "discriminator_weight": 0.5, "discriminator_start_step": 50_001})
+        c.num_steps, c.batch_size, c.ema_decay = 270_000, 256, 0.9999
+        c.optimizer.update({"learning_rate": 1e-4, "b1": 0.5, "b2": 0.9})
+        c.evaluation.update({"num_images": 1_000, "features": ""})
+        return c
+    c.num_steps, c.batch_size, c.ema_decay = 2_000, 4, 0.99
+    c.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50, "clip_norm": 1.0})
+    decay_to_the_end(c)
+    c.log.every_steps = 20
+    c.checkpoint.update({"every_steps": 250, "keep_every_steps": config_dict.placeholder(int)})
+    c.preview.update({"every_steps": 500, "num_images": 8})
+    c.evaluation.update({"num_images": 0, "batch_size": 8, "features": ""})
+    return c
+
+
 def vae_digits(latent: str = "grid") -> ml_collections.ConfigDict:
     """A small autoencoder on the digits: 8 x 8 pixels to 4 x 4 x 2 numbers ("grid"), or to 2 ("plane").
 

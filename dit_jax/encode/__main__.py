@@ -3,7 +3,7 @@
     python -m dit_jax.encode --data=folder:photographs --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --data=tfds:imagenet2012:/data/tfds --split=train --codec=sd-vae-ft-mse --resolution=256 --out=cache
     python -m dit_jax.encode --config=xl2_imagenet256 --config.data.path=... --config.codec.path=... --out=cache
-    python -m dit_jax.encode --data=folder:clips --frames=17 --codec=runs/causal_vae --resolution=128 --out=cache
+    python -m dit_jax.encode --data=clips:videos --frames=17 --codec=runs/causal_vae --resolution=128 --out=cache
     python -m dit_jax.encode --verify --out=cache
 
 A config with `buckets` gives one cache for each bucket, in the sub-folders of --out that training reads. Of a clip, the middle
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from dit_jax.encode.writer import Job
 
 command_line.group("What to encode")
-DATA = flags.DEFINE_string("data", None, "Data set: digits, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, folder:PATH (or PATH alone), clips:PATH, tfds:NAME:PATH or tars:PATTERN."
+)
 SPLIT = flags.DEFINE_string("split", None, "Split of --data, as in train or train[:50%], where the data set has splits.")
 CODEC = flags.DEFINE_string(
     "codec",

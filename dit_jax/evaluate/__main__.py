@@ -8,8 +8,9 @@
     python -m dit_jax.evaluate --samples=clips.npz --reference=real.npz --features=i3d --weights=i3d.safetensors --protocol=styleganv
     python -m dit_jax.evaluate --validation=runs/digits --split=test
 
-Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid, clip_score, and
-frame_cosine (of consecutive frames of clips). In i3d features, of clips, fid is the Frechet video distance, fvd. The result is also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
+Metrics: fid (the Frechet distance in the chosen features, with a bootstrap interval), sfid, is, precision, recall, kid, clip_score,
+and frame_cosine (of consecutive frames of clips). In i3d features, of clips, fid is the Frechet video distance, fvd. The result is
+also written to a file, with everything that the numbers depend on. A reference that is not comparable with the samples is
 refused. After an interruption, the same command resumes. Several processes divide the images among themselves.
 """  # noqa: E501
 
@@ -62,7 +63,9 @@ command_line.group("Make a reference")
 MAKE_REFERENCE = flags.DEFINE_string(
     "make_reference", None, "Write the statistics of --data to this npz instead of scoring samples."
 )
-DATA = flags.DEFINE_string("data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), tfds:NAME:PATH or tars:PATTERN.")
+DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, an npz, folder:PATH (or PATH alone), clips:PATH, tfds:NAME:PATH or tars:PATTERN."
+)
 SPLIT = flags.DEFINE_string(
     "split",
     None,

@@ -119,6 +119,12 @@ def clip(weights: Path) -> tuple[Extractor, Any]:
 
 
 def i3d(weights: Path, protocol: str = "styleganv") -> tuple[Extractor, Any]:
+    """The extractor of the Frechet video distance.
+
+    Args:
+        weights: a .safetensors written by `python -m dit_jax.convert --from=i3d`.
+        protocol: how clips become the network's input: styleganv, videogpt, tf or cd_fvd.
+    """
     from dit_jax.interop.i3d import load as load_weights
 
     return I3D(protocol), load_weights(weights)

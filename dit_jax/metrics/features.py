@@ -19,8 +19,8 @@ class Extractor(Protocol):
     float32 [N, G], for sFID, and "probabilities" float32 [N, K], for the Inception Score. Each row depends on its image alone.
 
     An extractor with `takes_clips = True` is given clips, uint8 [N, F, H, W, C], whole; any other takes their frames
-    as images. Optional: `check_shape(shape)` raises a UserError for examples that it does not take, `remarks(count, shape)` says what
-    makes a result unusual, `clips_at_once` is the number of examples per call and device.
+    as images. Optional: `check_shape(shape)` raises a UserError for examples that it does not take, `remarks(count, shape)` says
+    what makes a result unusual, `clips_at_once` is the number of examples per call and device.
     """
 
     @property

@@ -194,7 +194,8 @@ def convolve_clips(
     """A convolution over frames, rows and columns.
 
     XLA's convolutions of five axes are several times slower on a CPU than those of four, so on a CPU the taps in time are summed
-    (two cores of an Intel Xeon, 2026-11-29: 3 x 3 x 3 over 2 x 9 x 32 x 32 pixels and 32 channels, 31 ms in place of 185 ms).
+    (two cores of an AMD EPYC with other work on them, 2026-11-29: 3 x 3 x 3 over 2 x 9 x 32 x 32 pixels and 32 channels, 31 ms in
+    place of 185 ms).
 
     Args:
         x: [B, F, H, W, C].

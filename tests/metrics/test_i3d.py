@@ -12,7 +12,8 @@ from dit_jax.errors import UserError
 from dit_jax.evaluate import scores
 from dit_jax.evaluate.images import ArrayImages, Frames, NpzImages
 from dit_jax.interop import i3d, pt_reader
-from dit_jax.interop.tensors import write_foreign
+from dit_jax.interop.tensors import Tensor, write_foreign
+from dit_jax.metrics import i3d as module
 from dit_jax.metrics.frechet import frechet_distance, moments
 from dit_jax.metrics.i3d import I3D, PROTOCOLS, I3DNetwork
 from dit_jax.metrics.resize import bilinear_centred
@@ -57,9 +58,9 @@ def test_features_equal_cd_fvd(tmp_path):
         pytest.skip("cd-fvd is not installed")
     path = f"{found.submodule_search_locations[0]}/third_party/i3d/pytorch_i3d.py"
     spec = importlib.util.spec_from_file_location("pytorch_i3d", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    network = random_network(module.InceptionI3d(400, in_channels=3))
+    package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    network = random_network(package.InceptionI3d(400, in_channels=3))
     torch.save(network.state_dict(), tmp_path / "state.pt")
     clips = np.random.default_rng(0).integers(0, 256, (1, 9, 40, 52, 3)).astype(np.uint8)
     frames = torch.from_numpy(clips[0]).permute(0, 3, 1, 2).float()
@@ -145,3 +146,25 @@ def test_cosine_of_consecutive_frames():
     """The cosine across the border of two clips, or of vectors that were not normalised."""
     x = np.array([[[2.0, 0], [0, 3], [0, 1]], [[1, 0], [1, 0], [-4, 0]]])
     assert scores.frame_cosine(x.reshape(-1, 2), 3) == pytest.approx((0 + 1 + 1 - 1) / 4)
+
+
+@pytest.mark.slow
+def test_the_video_distance_is_reported_with_its_protocol(tmp_path, monkeypatch):
+    """A result without the protocol or the weights, a number under another name, or a reference of another protocol."""
+    monkeypatch.setattr(module, "INPUT_SIZE", 32)
+    rng = np.random.default_rng(0)
+
+    def drawn(name, shape):
+        bound = 1.0 if "bn" in name else math.prod(shape[1:]) ** -0.5
+        array = rng.uniform(0.5 if "var" in name else -bound, bound, shape).astype(np.float32)
+        return Tensor(shape, array.dtype, lambda: array)
+
+    weights = tmp_path / "i3d.safetensors"
+    write_foreign(weights, {name: drawn(name, shape) for name, shape in i3d.LAYOUT.items()}, {})
+    ours, theirs = (rng.integers(0, 256, (3, 9, 8, 8, 1)).astype(np.uint8) for _ in range(2))
+    found = scores.score(ours, theirs, "i3d", weights, replicates=0, protocol="videogpt")
+    assert found["fvd"] == found["fid"] > 0
+    assert found["extractor"]["protocol"] == "videogpt" and found["extractor"]["weights_sha256"]
+    assert any(remark.startswith("fvd: 3 clips of 9 frames") for remark in found["remarks"])
+    with pytest.raises(UserError, match="are of clips"):
+        scores.score(ours[:, 0], theirs[:, 0], "i3d", weights)
