@@ -449,8 +449,8 @@ class Run:
             triples = zip(self.parts, self.source.caches, seeds, strict=True)
             loaders = [run._latent_loader(cache, seed, part) for run, cache, seed in triples]
             return LatentBuckets(loaders, buckets.cycle, self.source)
-        upright = getattr(self.transform, "upright", False)
-        sizes = self.source.sizes(upright) if hasattr(self.source, "sizes") else None
+        turned = {"upright": True} if getattr(self.transform, "upright", False) else {}
+        sizes = self.source.sizes(**turned) if hasattr(self.source, "sizes") else None
         records = buckets.members(sizes, len(self.source), getattr(self.transform, "fps", None))
         parts = [
             Part(run.example_transform(self.source), run.config.batch_size, seed, numbers)

@@ -76,7 +76,7 @@ class Options(TypedDict, total=False):
         batch_size: images per call of all devices, rounded up to full chunks on each device. It changes no bit.
         chunk_size: images that a device computes at a time, a divisor of 64. It changes the last bits of an image. None chooses
             it by the network's tokens and the kind of device.
-        given, given_frames, num_frames, mask, strength, resize, seeds: fields of a job that is asked for by its name, see
+        given, given_frames, num_frames, mask, strength, resize: fields of a job that is asked for by its name, see
             `dit_jax.sample.jobs`.
     """
 
@@ -102,10 +102,9 @@ class Options(TypedDict, total=False):
     mask: Any
     strength: float | None
     resize: bool | None
-    seeds: Sequence[int] | None
 
 
-JOB_FIELDS = ("given", "given_frames", "num_frames", "mask", "strength", "resize", "seeds")
+JOB_FIELDS = ("given", "given_frames", "num_frames", "mask", "strength", "resize")
 
 
 class Pipeline:
@@ -826,8 +825,8 @@ def _check_given(job: Job, out: Path) -> None:
 
 def _keep_frequencies(config: ml_collections.ConfigDict, run: Run) -> None:
     """Fixes the frequencies of rotary positions to those of training, which may be chosen by the size of its inputs."""
-    if getattr(run.network, "rope_grid", None) is not None:
-        config.model.rope_grid = run.network.rope_grid
+    if (grid := getattr(run.network, "rope_grid", None)) is not None:
+        config.model.rope_grid = grid
 
 
 def _size(resolution: int | str | Sequence[int]) -> tuple[int, int]:

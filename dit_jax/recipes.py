@@ -144,7 +144,7 @@ def decay_to_the_end(c: ml_collections.ConfigDict) -> None:
 def diffusion() -> ml_collections.ConfigDict:
     """`training` for a diffusion model: labels, condition dropout, guidance, and scores of samples against a reference."""
     c = training()
-    c.task = {"name": "diffusion", "cond_dropout": 0.1, "masks": {}}
+    c.task = {"name": "diffusion", "cond_dropout": 0.1, "masks": ()}
     c.averages = ()
     c.init = init()
     c.conditioner = {"name": "labels"}
@@ -521,7 +521,7 @@ def digits_cascade(stage: str = "first") -> ml_collections.ConfigDict:
     return c
 
 
-MASKS = {"none": 0.45, "first": 0.37, "first_2": 0.05, "last_2": 0.05, "ends": 0.05, "random": 0.03}
+MASKS = ("none=0.45", "first=0.37", "first_2=0.05", "last_2=0.05", "ends=0.05", "random=0.03")
 
 
 def rolling_digits(task: str = "video") -> ml_collections.ConfigDict:
@@ -557,7 +557,7 @@ def rolling_digits(task: str = "video") -> ml_collections.ConfigDict:
     if task == "image":
         c.data.update({"frames": 1, "images": False})
         c.transform.frames, c.buckets.classes = 1, ()
-        c.task.masks, c.model.known_frames = {}, False
+        c.task.masks, c.model.known_frames = (), False
         c.batch_size, c.num_steps, c.process.logit_mean = 128, 800, 0.0
         c.preview.update({"prompts": tuple(texts[:10]), "num_images": 40})
     return c
@@ -965,7 +965,7 @@ def walt(name: str, cached: bool = False) -> ml_collections.ConfigDict:
     if dataset == "ucf101":
         c.guidance.update({"scale": 4.0, "schedule": "power_cosine"})
     else:
-        c.task.cond_dropout, c.task.masks = 0.0, {"first_2": 1.0}
+        c.task.cond_dropout, c.task.masks = 0.0, ("first_2=1",)
         c.conditioner = {"name": "none"}
     return c
 
@@ -1004,7 +1004,7 @@ def walt_t2v(stage: str = "base", cached: bool = False) -> ml_collections.Config
     decay_to_the_end(c)
     c.guidance.update({"scale": 8.0, "schedule": "power_cosine"})
     if stage == "base":
-        c.task.masks = {"none": 0.9, "first": 0.1}
+        c.task.masks = ("none=0.9", "first=0.1")
     else:
         c.task.low_resolution = {"sides": 2, "frames": 1, "most_noise": 0.3, "noise": 0.1}
         c.preview.every_steps = 0

@@ -5,6 +5,7 @@
     python -m dit_jax.benchmark --what=sampler --model=S/2 --sampler=ddim --num_steps=50 --guidance_scale=1.5 --compare
     python -m dit_jax.benchmark --what=vae --preset=sd --resolution=256 --batch_size=16 --dtype=bfloat16
     python -m dit_jax.benchmark --what=images --data=photographs --threads=1,2,4
+    python -m dit_jax.benchmark --what=clips --data=clips --frames=16 --resolution=128
     python -m dit_jax.benchmark --what=latents
     python -m dit_jax.benchmark --what=evaluation --resolution=256
     python -m dit_jax.benchmark --what=checkpoint --model=XL/2
@@ -39,6 +40,7 @@ WHAT = flags.DEFINE_enum(
         "sampler",
         "vae",
         "images",
+        "clips",
         "latents",
         "checkpoint",
         "startup",
@@ -58,7 +60,7 @@ MODEL = flags.DEFINE_string(
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "Images per call over all devices. Default: 256 for latents, 32 for images, 8 for vae, that of dit_jax.evaluate "
+    "Images per call over all devices. Default: 256 for latents, 32 for images, 4 for clips, 8 for vae, that of dit_jax.evaluate "
     "for evaluation; otherwise 256, or 8 on a CPU.",
 )
 RESOLUTION = flags.DEFINE_string(
@@ -110,9 +112,10 @@ command_line.group("Data and files")
 DATA = flags.DEFINE_string(
     "data",
     None,
-    "Folder: of images, of a latent cache, or to save checkpoints in, depending on --what. Default: made-up data in a"
+    "Folder: of images, of clips, of a latent cache, or to save checkpoints in, depending on --what. Default: made-up data in a"
     " temporary folder.",
 )
+FRAMES = flags.DEFINE_integer("frames", 16, "Frames of a clip in a batch.", lower_bound=1)
 RECORDS = flags.DEFINE_integer(
     "records",
     None,
@@ -142,6 +145,7 @@ USES = {
     "sampler": (*NETWORK, "sampler", "num_steps", "guidance_scale", "seconds", "compare", "peers"),
     "vae": ("preset", "codec", "resolution", "batch_size", "dtype", "seconds"),
     "images": ("data", "resolution", "batch_size", "threads", "seconds"),
+    "clips": ("data", "frames", "resolution", "batch_size", "threads", "seconds"),
     "latents": ("data", "records", "resolution", "batch_size", "seconds"),
     "checkpoint": (*NETWORK, "data"),
     "startup": NETWORK,
@@ -306,6 +310,11 @@ def measure() -> dict:
         from dit_jax.benchmark import images, machine
 
         return images.run(DATA.value, image_size(), batch_size(32), SECONDS.value, threads(machine.cores()))
+    if WHAT.value == "clips":
+        from dit_jax.benchmark import clip_loading, machine
+
+        size, cores = image_size(), machine.cores()
+        return clip_loading.run(DATA.value, FRAMES.value, size, batch_size(4), SECONDS.value, threads(cores))
     if WHAT.value == "latents":
         from dit_jax.benchmark import latents
 
@@ -349,7 +358,11 @@ def main() -> dict:
     from dit_jax.benchmark import machine
 
     described = machine.describe()
-    if described["load"] is not None and described["load"] > 0.5 * described["cores"] and (on_cpu() or WHAT.value == "images"):
+    if (
+        described["load"] is not None
+        and described["load"] > 0.5 * described["cores"]
+        and (on_cpu() or WHAT.value in ("images", "clips"))
+    ):
         console.say(
             f"warning: the load is {described['load']:.1f} on {described['cores']} cores: other processes are running and "
             "distort the measurement"

@@ -3,6 +3,7 @@
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ from dit_jax.benchmark import machine
 from dit_jax.benchmark.timing import Work, measure, report, warm_up
 from dit_jax.data.loader import Loader
 from dit_jax.data.size import size_json
-from dit_jax.data.sources import ImageFolder
+from dit_jax.data.sources import ImageFolder, Source
 from dit_jax.data.transforms import ImageTransform
 
 SYNTHETIC_IMAGES, SYNTHETIC_SIZE, SYNTHETIC_QUALITY = 64, (500, 375), 95  # about 100 KB each, as in ImageNet
@@ -46,10 +47,11 @@ def run(data: str | None, size: tuple[int, int], batch_size: int, seconds: float
         return {"data": made, **_measured(ImageFolder(folder), size, batch_size, seconds, threads)}
 
 
-def _measured(source: ImageFolder, size: tuple[int, int], batch_size: int, seconds: float, threads: list[int]) -> dict:
+def by_threads(source: Source, transform: Any, batch_size: int, seconds: float, threads: list[int]) -> list[dict]:
+    """The speed of training batches, for each number of threads."""
     rows = []
     for count in threads:
-        loader = Loader(source, ImageTransform(size[0], 3, flip=True, size=size), batch_size, seed=0, num_threads=count)
+        loader = Loader(source, transform, batch_size, seed=0, num_threads=count)
         with loader.batches() as batches:
             work = Work(functools.partial(next, batches), batch_size)
             warm_up(work, WARM_UP_BATCHES)
@@ -64,6 +66,11 @@ def _measured(source: ImageFolder, size: tuple[int, int], batch_size: int, secon
                 "images_per_cpu_second": timing.images * len(timing.seconds) / timing.cpu_seconds,
             }
         )
+    return rows
+
+
+def _measured(source: ImageFolder, size: tuple[int, int], batch_size: int, seconds: float, threads: list[int]) -> dict:
+    rows = by_threads(source, ImageTransform(size[0], 3, flip=True, size=size), batch_size, seconds, threads)
     best = max(rows, key=lambda row: row["images_per_second"])
     files = [Path(source[i]["name"]).stat().st_size for i in range(min(len(source), 64))]
     return {

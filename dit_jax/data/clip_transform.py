@@ -9,9 +9,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from dit_jax.data.image_files import decode
 from dit_jax.data.sources.source import Example
 from dit_jax.data.stored_clips import StoredClip, is_animation
-from dit_jax.data.transforms import ImageTransform, center_crop, decode
+from dit_jax.data.transforms import ImageTransform, center_crop
 from dit_jax.errors import UserError
 
 CROPS = ("center", "random")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dit_jax.data.transforms import MAX_PIXELS, decode
+from dit_jax.data.image_files import MAX_PIXELS, decode
 from dit_jax.errors import UserError
 
 ANIMATIONS = (".gif", ".webp")
@@ -168,6 +168,7 @@ class _Animation:
         if len(milliseconds) > MOST_FRAMES:
             raise _too_long(name, len(milliseconds))
         self.times = np.cumsum([0, *milliseconds[:-1]]) / 1000
+        rate(self.times, name)  # checks it
 
     def frames(self, wanted: range) -> Iterator[np.ndarray]:
         try:

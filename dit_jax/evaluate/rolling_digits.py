@@ -51,7 +51,7 @@ def digits_of(clips: np.ndarray) -> np.ndarray:
     clips = np.asarray(clips)
     count, frames, side = clips.shape[:3]
     data = Digits()
-    known = np.stack([data[i]["image"][..., 0] for i in range(len(data))]).astype(np.float64)
+    known = np.stack([np.asarray(data[i]["image"])[..., 0] for i in range(len(data))]).astype(np.float64)
     before = (side - SIDE) // 2
     known = np.pad(known, ((0, 0), *[(before, side - SIDE - before)] * 2))
     spectra = np.conj(np.fft.rfft2(_normalized(known))).astype(np.complex64)  # [D, S, S/2+1]
@@ -78,11 +78,11 @@ def moves_of(clips: np.ndarray) -> np.ndarray:
         clips: uint8[N, F, S, S, 1], or [N, F, S, S].
     """
     clips = np.asarray(clips)
-    x = clips.reshape(clips.shape[:4]).astype(np.float64)
-    side = x.shape[-1]
+    count, frames, side = clips.shape[:3]
+    x = clips.reshape(count, frames, side, side).astype(np.float64)
     spectra = np.fft.rfft2(x - x.mean((2, 3), keepdims=True))
     correlation = np.fft.irfft2(spectra[:, 1:] * np.conj(spectra[:, :-1]), s=(side, side))
-    best = correlation.reshape(*correlation.shape[:2], -1).argmax(-1)
+    best = correlation.reshape(count, frames - 1, -1).argmax(-1)
     moves = np.stack([best // side, best % side], axis=-1)
     return (moves + side // 2) % side - side // 2
 

@@ -272,8 +272,7 @@ class MMDiT(TokenBlocks, nn.Module):
         linear = {"kernel_init": layers.xavier_uniform, **dtypes}
         self.patch_embedding, self.context_embedding = (nn.Dense(self.width, **linear) for _ in range(2))
         if self.known_frames:
-            zeros = {"kernel_init": nn.initializers.zeros, "use_bias": False}
-            self.known_embedding = nn.Dense(self.width, **zeros, **dtypes)
+            self.known_embedding = nn.Dense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, **dtypes)
         self.time_embedding = layers.TimeEmbedding(self.width, **dtypes)
         if self.pooled_width:
             self.pooled_embedding = VectorEmbedding(self.width, **dtypes)

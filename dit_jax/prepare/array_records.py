@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dit_jax.errors import UserError
@@ -28,15 +28,18 @@ def shard_path(folder: Path, dataset: str, split: str, number: int, count: int) 
     return folder / f"{dataset}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
-def tf_example(fields: dict[str, bytes | int]) -> bytes:
-    """Serialises a tf.train.Example of bytes and of integers >= 0, with features sorted by name.
+def tf_example(fields: Mapping[str, bytes | int | Sequence[bytes]]) -> bytes:
+    """Serialises a tf.train.Example of bytes, of several bytes, and of integers >= 0, with features sorted by name.
 
     TFDS's own serialiser orders the features differently in every process, so that files would differ.
     Source: Protocol Buffers, "Encoding"; TensorFlow's example.proto and feature.proto for the numbers of the fields.
     """
     features = b""
     for key, value in sorted(fields.items()):
-        feature = _field(1, _field(1, value)) if isinstance(value, bytes) else _field(3, _field(1, _varint(value)))
+        if isinstance(value, int):
+            feature = _field(3, _field(1, _varint(value)))
+        else:
+            feature = _field(1, b"".join(_field(1, one) for one in ([value] if isinstance(value, bytes) else value)))
         features += _field(1, _field(1, key.encode()) + _field(2, feature))
     return _field(1, features)
 

@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.image_files import FORMATS, decode
 from dit_jax.data.loader import tolerated_bad_records
 from dit_jax.data.size import size_json
 from dit_jax.data.sources import IMAGE_SUFFIXES, TFDS, Example, ImageFolder
 from dit_jax.data.sources.source import is_strange
 from dit_jax.data.sources.tar_headers import TarScan, opened
 from dit_jax.data.sources.tars import PACKED, TarShards, TarSource
-from dit_jax.data.transforms import FORMATS, center_crop, decode
+from dit_jax.data.stored_clips import FILMS
+from dit_jax.data.transforms import center_crop
 from dit_jax.errors import UserError
 from dit_jax.prepare.array_records import measure, shard_path, tf_example, write_metadata, write_shard, writing
 from dit_jax.prepare.ilsvrc import CLASS_TAR, VALIDATION_IMAGE, IlsvrcTrain, IlsvrcValidation
@@ -38,6 +40,7 @@ from dit_jax.storage.paths import local_path
 FORMAT, VERSION, PLAN, BAD_LIST = 1, "1.0.0", "preparation.json", "bad_records.txt"
 PNG_LEVEL = 4  # within 1 % of the size at Pillow's default of 6, in half the time
 SIZED = 512  # number of records whose mean size determines the number of shards
+CLIPS = "train from them as they are: data.name=clips for a folder, data.name=tars for tars"
 MAX_SHARDS = 99_999  # a shard's name has five digits
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 OWN = re.compile(
@@ -135,6 +138,8 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
             first = next(iter(TarScan(fd, str(given))), None)
     inside = sorted(entry for entry in given.iterdir() if not is_strange(entry.name)) if given.is_dir() else []
     tars = [entry.name for entry in inside if entry.name.endswith((".tar", *PACKED))]
+    if clips := [entry.name for entry in inside if entry.name.lower().endswith(FILMS)]:
+        raise UserError(f"{path} holds clips, such as {clips[0]}, and prepare packs images; {CLIPS}")
     others = [entry.name for entry in inside if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if tars and others:
         raise UserError(
@@ -149,6 +154,8 @@ def open_source(path: str, class_names_file: str = "", class_names: tuple[str, .
         source = IlsvrcValidation(path, class_names=class_names)
     else:
         source = TarShards(path, None if class_names is None else len(class_names), class_names_file)
+    if isinstance(source, TarSource) and source.has_films:
+        raise UserError(f"{path} holds clips, and prepare packs images; {CLIPS}")
     strange = [name for name in source.class_names if not name.isprintable()]  # among them names that are not UTF-8
     if strange:
         raise UserError(

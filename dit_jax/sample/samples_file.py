@@ -218,7 +218,7 @@ def _write_archive(
                 member.write(data)
         text = json.dumps({**made_by, "images_sha256": sha256.hexdigest()})
         more = ((name, np.array(list(each), np.str_)) for name, each in (texts or {}).items())
-        rate = [("fps", np.float64(made_by["fps"]))] if len(shape) == 5 and made_by.get("fps") else []
+        rate = [("fps", np.array(made_by["fps"], np.float64))] if len(shape) == 5 and made_by.get("fps") else []
         for name, array in (("labels", np.asarray(labels, np.int32)), ("made_by", np.array(text)), *rate, *more):
             with _member(archive, name) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)

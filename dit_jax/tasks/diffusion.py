@@ -4,7 +4,7 @@ B batch, H x W x C images, h x w x c latents.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from dit_jax.pixels import to_float, to_uint8
 from dit_jax.tasks.adaptation import BASE, Adaptation
 from dit_jax.tasks.averages import Average, Exponential, moving_average, updated
 from dit_jax.tasks.low_resolution import LEVEL, LOW_RES, LowResolution
-from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
+from dit_jax.tasks.masks import draw_masks, known_entries, masks_of, unknown_weight
 from dit_jax.tasks.state import TrainState, check_offload, count_parameters, new_state, without_constants
 from dit_jax.tasks.task import accumulate, is_finite_update, mean_of, named_key, only_if, step_sums
 
@@ -54,8 +54,9 @@ class DiffusionTask:
         self_conditioning: share of the steps in which the network is given its own estimate of x0, from a pass before without
             one; 0 turns it off, and needs a network without the field. Samplers then hand each estimate to the next step.
         low_resolution: of a super-resolution stage: what it is given; None of a network that draws from noise alone.
-        masks: {kind: probability} of which part of an example is given (`masks.draw_masks`); {} gives nothing. The network is
-            told that part, and the loss is the mean over the rest. "none" is also what guidance by the given part
+        masks: which part of an example is given, as ("none=0.6", "first=0.4"): kinds of `masks.draw_masks` (none, first, last,
+            first_N, last_N, ends, random, box) and their probabilities, of sum 1; () gives nothing. The network is told that
+            part, and the loss is the mean over the rest. "none" is also what guidance by the given part
             (`Guidance.image_scale`) compares with.
         ema_decay, ema_warmup: of the moving average that is sampled, see `averages.Exponential`.
         averages: further moving averages.
@@ -77,7 +78,7 @@ class DiffusionTask:
     cond_dropout: float = 0.1
     self_conditioning: float = 0.0
     low_resolution: LowResolution | None = None
-    masks: Mapping[str, float] = field(default_factory=dict)
+    masks: Mapping[str, float] | Sequence[str] = ()
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     averages: tuple[Average, ...] = ()
@@ -100,7 +101,7 @@ class DiffusionTask:
             )
         self._check_self_conditioning()
         self._check_low_resolution()
-        check_masks(self.masks)
+        object.__setattr__(self, "masks", masks_of(self.masks))
         if self.masks and not getattr(self.network, "known_frames", False):
             raise UserError(
                 f"task.masks gives parts of clips, and {type(self.network).__name__} is not told them; set "
@@ -287,7 +288,7 @@ class DiffusionTask:
             low = self.codec.sample_latent(named_key(key, "low_res_posterior"), low)
             inputs["batch"] |= self.low_resolution.draw(key, self.process, low)
         if self.masks:
-            inputs["known_mask"] = draw_masks(named_key(key, "mask"), self.masks, x0.shape)
+            inputs["known_mask"] = draw_masks(named_key(key, "mask"), masks_of(self.masks), x0.shape)
         if self.has_null_condition:
             inputs["dropped"] = jax.random.bernoulli(named_key(key, "label_dropout"), self.cond_dropout, x0.shape[:1])
         if self.self_conditioning:  # one draw for the step, in every row, so that parts of the batch have it

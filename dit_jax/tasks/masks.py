@@ -4,15 +4,37 @@ B batch, F frames, h x w latents of a frame.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_jax.errors import UserError
 
 KINDS = "none, first, last, first_N and last_N (N frames), ends (the first and the last), random (each frame or not), box"
+
+
+def masks_of(given: Mapping[str, float] | Sequence[str]) -> dict[str, float]:
+    """{kind: probability} of such a table, or of texts, as ("none=0.6", "first=0.4").
+
+    Raises:
+        UserError: as `check_masks`; a text is not kind=probability, or a kind stands twice.
+    """
+    if isinstance(given, Mapping):
+        masks = {kind: float(value) for kind, value in given.items()}
+    else:
+        masks = {}
+        for text in (given,) if isinstance(given, str) else given:
+            kind, _, value = text.partition("=")
+            try:
+                probability = float(value)
+            except ValueError:
+                raise UserError(f"task.masks has {text!r}; write kind=probability, as in none=0.6,first=0.4") from None
+            if kind in masks:
+                raise UserError(f"task.masks has the kind {kind!r} twice; give it once")
+            masks[kind] = probability
+    check_masks(masks)
+    return masks
 
 
 def check_masks(masks: Mapping[str, float]) -> None:
@@ -114,10 +136,3 @@ _DRAWS: dict[str, Draw] = {
     "random": _random,
     "box": _box,
 }
-
-
-def frames_given(frames: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """f32[F, h, w, 1]: 1 in the frames with these numbers, of latents (F, h, w, c)."""
-    mask = np.zeros((*shape[:-1], 1), np.float32)
-    mask[frames] = 1
-    return mask

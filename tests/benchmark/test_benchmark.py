@@ -13,7 +13,7 @@ import tiny
 from verbs import ROOT, refused, run_verbs, start
 
 from dit_jax import build, recipes
-from dit_jax.benchmark import images, latents, machine, network, peer, saving, scaling, startup, subject, timing
+from dit_jax.benchmark import clip_loading, images, latents, machine, network, peer, saving, scaling, startup, subject, timing
 from dit_jax.benchmark.timing import Timing, Work
 from dit_jax.data.latents import LatentCache
 from dit_jax.diffusion import samplers
@@ -346,6 +346,17 @@ def test_forward():
     work = network.forward(it)
     assert work.call().shape == (4, 8, 8, 2) and work.facts["flops_per_image"] == 2 * it.macs
     check(network.run(it, work, 0.0, queue=True), 4)
+
+
+def test_clips(monkeypatch):
+    """Frames that count as clips, or those that are decoded for those that are kept."""
+    monkeypatch.setattr(clip_loading, "SYNTHETIC_CLIPS", 2)
+    monkeypatch.setattr(clip_loading, "SYNTHETIC_FRAMES", 5)
+    result = clip_loading.run(None, 4, (16, 24), 2, 0.0, [1, 2])
+    assert result["mean_stored"] == {"frames": 5, "height": 128, "width": 128, "fps": 25} and result["num_clips"] == 2
+    for row in result["by_threads"]:
+        assert row["frames_per_second"] == 4 * row["images_per_second"]
+        assert row["frames_per_cpu_second"] * row["cpu_seconds"] == pytest.approx(4 * row["images"])
 
 
 def test_images(monkeypatch):

@@ -2,13 +2,17 @@
 
 import collections
 import itertools
+from types import SimpleNamespace
 
+import bucketed
 import numpy as np
 import pytest
+import tiny
 from bucketed import Sized
 
 from dit_jax.data.buckets import Buckets, Cycle
 from dit_jax.data.clip_transform import ClipTransform
+from dit_jax.data.latent_loader import LatentBuckets
 from dit_jax.data.loader import Loader, Part
 from dit_jax.errors import UserError
 
@@ -159,3 +163,22 @@ def test_batch_sizes_divide_among_hosts():
     """A bucket whose rows some host does not have."""
     with pytest.raises(UserError, match="batch_size=8 must be a positive multiple of the 3"):
         loader(0, 3)
+
+
+def test_caches_take_turns():
+    """A bucket whose cache is read with the number of the step in place of that of its batch; an iterator that loses a step."""
+    loaders = [SimpleNamespace(batch=lambda ordinal, k=k: {"at": (k, ordinal)}, retry_seconds=0.0) for k in range(2)]
+    loader = LatentBuckets(loaders, Cycle((2, 1)), source=None)
+    with loader.batches(4) as batches:
+        assert [next(batches)["at"] for _ in range(5)] == [(1, 1), (0, 3), (0, 4), (1, 2), (0, 5)]
+
+
+def test_seeds_of_buckets_differ():
+    """Buckets of the same examples that take them in the same order, so that a batch of clips repeats the one of images."""
+    run = tiny.run_on_one_device(bucketed.config(data={"name": "sized", "count": 40, "knows": False}))
+    first, second = (part.seed for part in run.loader.parts)
+    assert first != second
+    assert (
+        tiny.run_on_one_device(bucketed.config(data={"name": "sized", "count": 40, "knows": False}, seed=1)).loader.parts[0].seed
+        != first
+    )

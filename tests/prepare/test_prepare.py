@@ -383,3 +383,15 @@ def test_bad_requests(more, text, tmp_path):
     """A data set that is written for hours under a name that TFDS takes for its own."""
     with pytest.raises(UserError, match=text):
         Request(**{"out": tmp_path, "dataset": "shots", **more})
+
+
+def test_clips_are_refused(tmp_path):
+    """An archive of clips that ends in an error of the image decoder, or a folder that is called empty."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds clips, such as a\.mp4.*data\.name=clips"):
+        prepare(request(tmp_path), {"train": str(tmp_path / "clips")})
+    pytest.importorskip("av")
+    write_tar(tmp_path / "x.tar", {"a.mp4": b"x"})
+    with pytest.raises(UserError, match=r"holds clips, and prepare packs images"):
+        prepare(request(tmp_path), {"train": str(tmp_path / "x.tar")})

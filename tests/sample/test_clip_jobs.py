@@ -14,8 +14,8 @@ from dit_jax.errors import UserError
 from dit_jax.sample.clip_files import write_clips
 from dit_jax.sample.grid import write_animation
 from dit_jax.sample.jobs import Animate, Connect, Edit, Extend, Inpaint, Loop
-from dit_jax.sample.jobs.clips import latent_frames
 from dit_jax.sample.jobs.given import cells, read_clips
+from dit_jax.sample.jobs.given_frames import latent_frames
 
 RNG = np.random.default_rng(3)
 CLIP = RNG.integers(0, 256, (3, 8, 8, 1), np.uint8)

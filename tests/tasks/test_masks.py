@@ -1,13 +1,17 @@
 """The given part of clips in training: kinds, their shares, and the loss over the rest."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax import recipes
+from dit_jax.build import Run
 from dit_jax.diffusion.flow import Flow
 from dit_jax.errors import UserError
-from dit_jax.tasks.masks import check_masks, draw_masks, known_entries, unknown_weight
+from dit_jax.tasks.masks import draw_masks, known_entries, masks_of, unknown_weight
 
 SHAPE = (4000, 4, 3, 5, 2)
 FRAMES = {
@@ -82,4 +86,55 @@ def test_the_loss_is_the_mean_over_unknown_elements():
 )
 def test_tables_that_are_refused(table, words):
     with pytest.raises(UserError, match=words):
-        check_masks(table)
+        masks_of(table)
+
+
+def test_tables_as_texts_of_a_config():
+    """Catches a table that the command line cannot set."""
+    assert masks_of(("none=0.6", "first_2=0.4")) == {"none": 0.6, "first_2": 0.4} == masks_of({"none": 0.6, "first_2": 0.4})
+    assert masks_of("none=1") == {"none": 1.0} and masks_of(()) == {}
+    for wrong, words in ((("first",), "write kind=probability"), (("none=0.5", "none=0.5"), "twice")):
+        with pytest.raises(UserError, match=words):
+            masks_of(wrong)
+
+
+@pytest.fixture(scope="module")
+def task():
+    config = recipes.rolling_digits().copy_and_resolve_references()
+    config.unlock()
+    config.model.update({"depth": 1, "width": 16, "heads": 1, "rope_widths": (4, 6, 6), "context_width": 8, "pooled_width": 8})
+    config.conditioner.width, config.task.masks = 8, ("first=0.5", "last_2=0.5")
+    return Run(config).task
+
+
+@pytest.mark.slow
+def test_the_task_tells_the_network_what_is_given_and_learns_the_rest(task):
+    """Catches a network that is not told the given part or is told the rest, and a loss that counts what is given."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (3, 4, 8, 8, 1)), jnp.uint8),
+        "tokens_bpe": jnp.asarray(rng.integers(3, 50, (3, 8)), jnp.int32),
+    }
+    inputs = task.draw_inputs({"codec": {}}, batch, jax.random.key(2))
+    mask = np.asarray(inputs["known_mask"])
+    assert set(mask[:, :, 0, 0, 0].sum(1)) <= {1, 2} and mask.any((1, 2, 3, 4)).all()
+    loss = jax.jit(lambda **inputs: task.loss(params, {}, **inputs)[1]["loss"])(**inputs | {"dropped": jnp.zeros(3, bool)})
+
+    def recomputed(known):
+        x_t = task.process.perturb(inputs["x0"], inputs["noise"], inputs["t"])
+        cond, _ = task.condition(params, {}, inputs["batch"])
+        cond = {**cond, "known": known, "known_mask": inputs["known_mask"]}
+        output = task.apply(params, task.process.network_input(x_t, inputs["t"]), task.process.network_time(inputs["t"]), cond)
+        error = jnp.square(
+            output - (inputs["x0"] - inputs["noise"])
+        )  # x_t = (1 - t) x0 + t noise, of which time runs to the data
+        return (error * (1 - mask)).sum((1, 2, 3, 4)) / ((1 - mask).sum((1, 2, 3, 4)) * error.shape[-1])
+
+    np.testing.assert_allclose(loss, jax.jit(recomputed)(inputs["x0"] * mask), rtol=1e-4)
+
+
+def test_a_network_that_is_not_told_is_refused(task):
+    with pytest.raises(UserError, match=r"is not told them; set --config\.model\.known_frames=True"):
+        dataclasses.replace(task, network=task.network.clone(known_frames=False))

@@ -1,6 +1,6 @@
 """Data sets as random access: a number in, one undecoded example out."""
 
-from dit_jax.data.sources.clips import ClipFolder
+from dit_jax.data.sources.clip_folder import ClipFolder
 from dit_jax.data.sources.digits import DigitPairs, Digits
 from dit_jax.data.sources.folder import IMAGE_SUFFIXES, ImageFolder
 from dit_jax.data.sources.rolling_digits import RollingDigits

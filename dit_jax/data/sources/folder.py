@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 
+from dit_jax.data.image_files import image_size
 from dit_jax.data.sources.listing import (
     CAPTION_SUFFIX,
     LONG_SUFFIX,
@@ -18,7 +19,6 @@ from dit_jax.data.sources.listing import (
     sizes_of,
 )
 from dit_jax.data.sources.source import Example, caption_text, fingerprint, is_strange
-from dit_jax.data.transforms import image_size
 from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.paths import local_path
 

@@ -136,6 +136,6 @@ def sizes_of(count: int, measure: Callable[[int], tuple[float, float, float, flo
         except UserError:
             return 0, 0, 0, 0
 
-    say(f"reading the sizes of {count:,} examples for the buckets")
+    say(f"reading the sizes of {count:,} examples")
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return np.array(list(pool.map(one, range(count))), np.float64).reshape(count, 4)

@@ -1,6 +1,6 @@
 """Opens data sets by a name on the command line."""
 
-from dit_jax.data.sources.clips import ClipFolder
+from dit_jax.data.sources.clip_folder import ClipFolder
 from dit_jax.data.sources.digits import Digits
 from dit_jax.data.sources.folder import ImageFolder
 from dit_jax.data.sources.source import Source

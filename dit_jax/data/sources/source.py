@@ -39,9 +39,9 @@ class Source(Protocol):
 
     It is pickled into the worker processes of the loader, so files are opened on first use and are not pickled. `fingerprint`
     changes if the examples or their numbering change; resuming compares it. A source that knows the labels without reading the
-    examples may also have `labels`, integer [N]. One that knows sizes without decoding may have `sizes(upright)`: [N, 4] of
-    (frames, height, width, frames per second), 0 where it does not know, by which buckets choose their examples; `upright` is
-    that of `data.transforms.decode`.
+    examples may also have `labels`, integer [N]. One that knows sizes without decoding may have `sizes()`: [N, 4] of (frames,
+    height, width, frames per second), 0 where it does not know, by which buckets choose their examples. If its examples are image
+    files, it takes the argument `upright` of `data.image_files.decode`.
     """
 
     num_classes: int

@@ -15,13 +15,13 @@ from absl import logging
 
 import dit_jax.data.sources.tar_index as tar_index
 from dit_jax.data.class_names import read as read_class_names
+from dit_jax.data.image_files import image_size
 from dit_jax.data.open_files import OpenFiles
 from dit_jax.data.sources.listing import sizes_of
 from dit_jax.data.sources.source import Example, fingerprint, is_strange
 from dit_jax.data.sources.tar_headers import Member, TarScan, opened
 from dit_jax.data.sources.tar_index import Row, TarIndex
 from dit_jax.data.stored_clips import FILMS, StoredClip, check_av, check_bytes, is_animation
-from dit_jax.data.transforms import image_size
 from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import json_object
 from dit_jax.storage.paths import local_path
@@ -70,7 +70,8 @@ class TarSource:
         )
         self._open_files = OpenFiles()
         self._is_film = _end_with(index, FILMS)
-        if self._is_film.any():
+        self.has_films = bool(self._is_film.any())
+        if self.has_films:
             check_av(self._name(int(np.argmax(self._is_film))))
 
     def __len__(self) -> int:

@@ -1,13 +1,18 @@
 """Random access to TensorFlow Datasets, without TensorFlow."""
 
+import contextlib
 import errno
 import functools
+import importlib.util
 import os
 import reprlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
+from dit_jax.data.sources import tf_examples
 from dit_jax.data.sources.source import Example, caption_text, fingerprint
+from dit_jax.data.stored_clips import FrameFiles
 from dit_jax.errors import Unavailable, UserError
 from dit_jax.storage.bounded import parsed
 
@@ -37,6 +42,7 @@ DEEPEST = 50  # of nested values in features.json
 
 _OF_THE_STORAGE = ("NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED", *map(os.strerror, (errno.ENOENT, errno.EIO, errno.ESTALE)))
 DEFAULT_FOLDER = "~/tensorflow_datasets"  # as in TFDS
+_VIDEO = threading.Lock()  # held while TFDS's class is changed
 
 
 class TFDS:
@@ -54,6 +60,9 @@ class TFDS:
             label is 0, which is the null label of a network for 0 classes.
         caption_key: name of the Text feature that describes the image; None for no captions.
         caption_long_key: the same of a second, long caption.
+        video_key: name of the Video feature of clips, in place of `image_key`; None for images. TFDS stores each frame as an
+            image file.
+        fps: frames per second of the clips, which TFDS does not store; None if it is not known.
 
     Raises:
         UserError: the data set, split or feature does not exist, there is no random access, or shards are missing; and from
@@ -69,11 +78,17 @@ class TFDS:
         label_key: str | None = "label",
         caption_key: str | None = None,
         caption_long_key: str | None = None,
+        video_key: str | None = None,
+        fps: float | None = None,
     ):
+        if fps is not None and (video_key is None or not 0 < fps < float("inf")):
+            raise UserError(f"data.fps={fps} is the rate of clips, above 0, and needs data.video_key; set it to None otherwise")
+
         path = path or os.environ.get("TFDS_DATA_DIR") or DEFAULT_FOLDER
         self.dataset, self.path, self.split = dataset, os.path.expanduser(path), split
         self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
         self.caption_long_key, self.has_captions = caption_long_key, caption_key is not None
+        self.video_key, self.fps = video_key, fps
         self._lock = threading.Lock()
         info = self._builder.info
         self._folder = str(info.data_dir)
@@ -93,6 +108,7 @@ class TFDS:
             shards=[[os.path.basename(i.filename), i.skip, i.take] for i in info.splits[split].file_instructions],
             **({} if caption_key is None else {"caption_key": caption_key}),
             **({} if caption_long_key is None else {"caption_long_key": caption_long_key}),
+            **({} if video_key is None else {"video_key": video_key, "fps": fps}),
         )
 
     def __getstate__(self):
@@ -120,7 +136,8 @@ class TFDS:
             for depth in ("*", "*/*"):  # <version> or <config>/<version>
                 for file in root.glob(f"{name.name}/{depth}/features.json"):
                     check_features_file(file)
-            builder = tfds.builder(self.dataset, data_dir=self.path, try_gcs=False)
+            with _video_without_tensorflow():
+                builder = tfds.builder(self.dataset, data_dir=self.path, try_gcs=False)
         except UserError:
             raise
         except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
@@ -158,7 +175,9 @@ class TFDS:
     def _check_features(self, features) -> None:
         import tensorflow_datasets as tfds
 
-        wanted = [("image_key", self.image_key, tfds.features.Image)]
+        wanted: list[tuple[str, str, Any]] = [("image_key", self.image_key, tfds.features.Image)]
+        if self.video_key is not None:
+            wanted = [("video_key", self.video_key, tfds.features.Sequence)]
         if self.label_key is not None:
             wanted.append(("label_key", self.label_key, tfds.features.ClassLabel))
         if self.caption_key is not None:
@@ -167,6 +186,9 @@ class TFDS:
             wanted.append(("caption_long_key", self.caption_long_key, tfds.features.Text))
         for argument, key, kind in wanted:
             if key not in features or not isinstance(features[key], kind):
+                clips = [name for name, feature in features.items() if isinstance(feature, tfds.features.Sequence)]
+                if argument == "image_key" and clips:
+                    raise UserError(f"{self.dataset} has clips: give data.video_key={clips[0]!r}, and transform.name=clip")
                 listing = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
                 what = {"label_key": "labels", "caption_key": "captions", "caption_long_key": "long captions"}.get(argument)
                 remedy = f"; {argument}=None reads it without {what}" if what else ""
@@ -211,7 +233,7 @@ class TFDS:
         import tensorflow_datasets as tfds
 
         # Undecoded, the image needs no TensorFlow here and keeps the transform in charge of its pixels.
-        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        decoders = {self.image_key: tfds.decode.SkipDecoding()} if self.video_key is None else None
         return self._builder.as_data_source(split=self.split, decoders=decoders, file_format="array_record")
 
     @property
@@ -235,25 +257,59 @@ class TFDS:
         try:
             with self._lock:  # two threads must not open the files twice
                 records = self._records
-            record = records[index]
+            record = records[index] if self.video_key is None else self._undecoded(records, index)
         except Exception as error:  # array_record raises its own kinds for a broken chunk, tfds others for a bad field
             if self._is_away(error):
                 with self._lock:  # a reader that met an error of the storage fails for ever
                     self.__dict__.pop("_records", None)
                 raise Unavailable(f"{name} in {self.path}: {error}") from error
             raise UserError(f"{name} in {self.path} cannot be read ({error}): copy that shard again") from error
-        image, label = record[self.image_key], 0 if self.label_key is None else record[self.label_key]
+        image, label = record[self.video_key or self.image_key], 0 if self.label_key is None else record[self.label_key]
         caption = b"" if self.caption_key is None else record[self.caption_key]
         if not image or label is None or caption is None:  # what array_record makes of some truncated files
             raise UserError(f"{name} in {self.path} is empty: copy that shard again")
         if self.label_key is not None and not 0 <= label < self.num_classes:
             raise UserError(f"{name} has label {label}, outside [0, {self.num_classes}): prepare the data set again")
-        example: Example = {"image": image, "label": int(label), "name": name}
+        example: Example = {"label": int(label), "name": name}
+        if self.video_key is None:
+            example["image"] = image
+        else:
+            example |= {"video": FrameFiles(image, name, self.fps or 0.0), "fps": self.fps or 0.0}
         if self.caption_key is not None:
             example["caption"] = caption_text(caption, f"of {name}")
         if self.caption_long_key is not None:
             example["caption_long"] = caption_text(record[self.caption_long_key], f"of {name}")
         return example
+
+    def _undecoded(self, records: Any, index: int) -> dict[str, Any]:
+        """The values of a record of clips; TFDS decodes all frames, or none without TensorFlow."""
+        found = tf_examples.features(records.data_source[index])
+        single = (self.label_key, self.caption_key, self.caption_long_key)
+        values = {key: next(iter(found.get(key, ())), None) for key in single if key is not None}
+        return {**values, self.video_key: found.get(self.video_key or "", ())}
+
+
+@contextlib.contextmanager
+def _video_without_tensorflow() -> Iterator[None]:
+    """TFDS makes its Video feature with TensorFlow; without it, the feature is read as the sequence of images that it is."""
+    if importlib.util.find_spec("tensorflow") is not None:
+        yield
+        return
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.features.video_feature import Video
+
+    def images(_cls, value: Any) -> Any:
+        shape = value["shape"] if isinstance(value, dict) else [int(size) for size in value.shape.dimensions]
+        frame = tuple(None if size is None or int(size) < 0 else int(size) for size in shape[1:]) or None
+        return tfds.features.Sequence(tfds.features.Image(shape=frame))
+
+    with _VIDEO:
+        own = Video.__dict__["from_json_content"]
+        Video.from_json_content = classmethod(images)
+        try:
+            yield
+        finally:
+            Video.from_json_content = own
 
 
 def check_features_file(file) -> None:

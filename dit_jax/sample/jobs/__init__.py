@@ -9,8 +9,8 @@ from typing import Any
 
 from dit_jax import registry
 from dit_jax.registry import register
-from dit_jax.sample.jobs.clips import Animate, Connect, Extend, Loop
 from dit_jax.sample.jobs.edit import Edit
+from dit_jax.sample.jobs.given_frames import Animate, Connect, Extend, Loop
 from dit_jax.sample.jobs.inpaint import Inpaint
 from dit_jax.sample.jobs.interpolate import Interpolate
 from dit_jax.sample.jobs.job import Job

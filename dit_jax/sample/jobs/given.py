@@ -86,13 +86,15 @@ def read_clips(given: Given, shape: tuple[int, ...], resize: bool, name: str = "
     if given is None:
         raise UserError(f"give the image or clip to start from: --{name}=<PNG, WebP, GIF, .npy or .npz>")
     if isinstance(given, np.ndarray):
-        array: bytes | np.ndarray = given
+        array = given
     else:
         path = local_path(given)
-        array, what = _content(path, name)
-        if isinstance(array, bytes) and (path.suffix.lower() in FILMS or is_animation(array)):
-            array = np.stack(list(StoredClip(array, what)[:]))
-        elif isinstance(array, bytes):
+        content, what = _content(path, name)
+        if isinstance(content, np.ndarray):
+            array = content
+        elif path.suffix.lower() in FILMS or is_animation(content):
+            array = np.stack(list(StoredClip(content, what)[:]))
+        else:
             return read_images(path, shape, resize, name)[None]
     if array.dtype == bool and shape[-1] == 1:
         array = array.astype(np.uint8) * 255

@@ -48,8 +48,8 @@ class Animate(Job):
     told them. They come back to the bit; a codec would change them by its reconstruction error.
 
     Fields:
-        given: an image, a clip (animated WebP or GIF), or an .npy, .npz or array of them: one for all, or one for each.
-        given_frames: frames of the drawn clip where the given ones stand; None for what the job does by itself.
+        given: an image, a clip (animated WebP or GIF, mp4), or an .npy, .npz or array of them: one for all, or one for each.
+        given_frames: frames of the drawn clip where the given ones stand, ascending; None for what the job does by itself.
         resize: scales a given image or clip of another size and crops its centre; False refuses it.
 
     Source: Brooks et al. 2024 (Sora), which shows the jobs; the mechanism is Open-Sora's (arXiv 2412.20404).
@@ -120,6 +120,9 @@ class Extend(Animate):
     given_frames at the end of the window (as 2,3 of 4) the clip is extended backward.
 
     Fields:
+        given: an image, a clip (animated WebP or GIF, mp4), or an .npy, .npz or array of them: one for all, or one for each.
+        given_frames: frames of the drawn clip where the given ones stand, ascending; None for what the job does by itself.
+        resize: scales a given image or clip of another size and crops its centre; False refuses it.
         num_frames: of the result, the given clip included; None for one window.
     """
 
@@ -149,6 +152,11 @@ class Connect(Animate):
 
     The first half of the given frames is one clip, the second half the other. Between the last frame of one and the first of the
     other, F - 2 frames are drawn; given_frames may hold more, as 0,1,6,7 of 8.
+
+    Fields:
+        given: an image, a clip (animated WebP or GIF, mp4), or an .npy, .npz or array of them: one for all, or one for each.
+        given_frames: frames of the drawn clip where the given ones stand, ascending; None for what the job does by itself.
+        resize: scales a given image or clip of another size and crops its centre; False refuses it.
     """
 
     name: ClassVar[str] = "connect"
@@ -175,6 +183,11 @@ class Loop(Animate):
 
     Between the last frame of the given clip and its first, F - 2 frames are drawn. Without a given clip, one is drawn, of which
     the first F / 2 frames are kept.
+
+    Fields:
+        given: an image, a clip (animated WebP or GIF, mp4), or an .npy, .npz or array of them: one for all, or one for each.
+        given_frames: frames of the drawn clip where the given ones stand; it must be None, since a loop gives its ends.
+        resize: scales a given image or clip of another size and crops its centre; False refuses it.
     """
 
     name: ClassVar[str] = "loop"
@@ -289,7 +302,7 @@ def _settled(job: Animate, clips: np.ndarray | None, image_shape: tuple[int, ...
         raise UserError(f"job {job.name} needs what is given: --given=<image, clip, .npy or .npz>")
     given = 0 if clips is None else clips.shape[1]
     plan = job.layout(frames, given or frames // 2)
-    every = {"job": job, "clips": clips, "plan": plan, "shape": image_shape, "latent": latent_shape}
+    every: dict[str, Any] = {"job": job, "clips": clips, "plan": plan, "shape": image_shape, "latent": latent_shape}
     one_each = latent_shape[0] == frames
     if clips is None:
         if not one_each:
