@@ -44,6 +44,7 @@ CONSTRUCTORS = {  # of the sections without a name
     "profile": "dit_jax.runtime.profile:Profile",
     "forecast": "dit_jax.diffusion.forecast:Forecast",
     "task.discriminator": "dit_jax.codecs.discriminator:PatchDiscriminator",
+    "task.low_resolution": "dit_jax.tasks.low_resolution:LowResolution",
 }
 LOADERS = {True: "dit_jax.data.latent_loader:LatentLoader", False: "dit_jax.data.loader:Loader"}  # by whether data is a cache
 

@@ -575,7 +575,7 @@ class VideoDiT(TokenBlocks, nn.Module):
         return unpatchify(x, self.patch_size, *shape[-3:-1]).reshape(*shape[:-1], self.out_channels)
 
     def _entries(self) -> tuple[str, ...]:
-        names = ("label", *MIXED) if self.num_classes else ()
+        names: tuple[str, ...] = ("label", *MIXED) if self.num_classes else ()
         names += (CONTEXT, MASK) if self.context_width else ()
         names += (KNOWN, KNOWN_MASK) if self.known_frames else ()
         names += (ESTIMATE,) if self.self_conditioning else ()
@@ -643,7 +643,8 @@ class VideoDiT(TokenBlocks, nn.Module):
         self._check_fields()
         if len(latent_shape) not in (3, 4):
             raise UserError(f"the network's input is {' x '.join(map(str, latent_shape))}; VideoDiT takes images and clips")
-        check_sides(*latent_shape[-3:-1], self.patch_size)
+        *_, height, width, _ = latent_shape
+        check_sides(height, width, self.patch_size)
         grid = self._grid(latent_shape)
         if self.grid is not None and any(side > most for side, most in zip(grid.sides, self.grid, strict=True)):
             raise UserError(

@@ -284,7 +284,7 @@ class DiffusionTask:
     def draw_inputs(self, constants: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, Any]:
         """Draws the random inputs of a step for the batch: latents, noise, times, and which conditions are dropped."""
         x0 = self.codec.sample_latent(named_key(key, "posterior"), self.moments(constants, batch))
-        inputs = {
+        inputs: dict[str, Any] = {
             "x0": x0,
             "noise": jax.random.normal(named_key(key, "noise"), x0.shape, jnp.float32),
             "t": self.process.sample_time(named_key(key, "time"), x0.shape[0]),

@@ -1,6 +1,7 @@
 """Draws a higher resolution of given samples: a stage of a cascade after the first."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,14 +71,16 @@ def _read(given: Given) -> np.ndarray:
     """
     if given is None:
         raise UserError("give the samples of the stage before: --given=<.npz of sample>")
-    what, samples = "given", given
-    if not isinstance(given, np.ndarray):
-        what = f"--given={given}"
-        try:
-            samples = read_npz(local_path(given), ["arr_0"]).get("arr_0")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{what} cannot be read ({error}); give an .npz of dit_jax.sample") from None
-    if not isinstance(samples, np.ndarray) or samples.dtype != np.uint8 or samples.ndim not in (4, 5) or 0 in samples.shape:
-        form = "no array arr_0" if samples is None else f"{samples.dtype}{list(samples.shape)}"  # type: ignore[union-attr]
+    what, samples = ("given", given) if isinstance(given, np.ndarray) else (f"--given={given}", _read_npz(given))
+    if samples is None or samples.dtype != np.uint8 or samples.ndim not in (4, 5) or 0 in samples.shape:
+        form = "no array arr_0" if samples is None else f"{samples.dtype}{list(samples.shape)}"
         raise UserError(f"{what} is {form}; uint8 [N, H, W, C] or [N, F, H, W, C] is needed")
     return samples
+
+
+def _read_npz(path: str | os.PathLike) -> np.ndarray | None:
+    """The array `arr_0`; None if there is none."""
+    try:
+        return read_npz(local_path(path), ["arr_0"]).get("arr_0")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--given={path} cannot be read ({error}); give an .npz of dit_jax.sample") from None
