@@ -68,11 +68,13 @@ def main() -> dict:
     row("real clips", clips[:, :4])
     stills = dit_jax.load(args.run, num_frames=1)
     words = [image_captions(word)[0] for word, _ in facts]
-    row("text to image", stills(prompt=words, **text).images, of=asked(words))
+    images = stills(prompt=words, **text).images
+    row("text to image", images, of=asked(words))
     row("text to clip", pipe(prompt=texts, **text).images)
     row("text to clip, guidance 4", pipe(prompt=texts, **options, guidance_scale=4.0).images)
     first = clips[:, :4]
     row("animate", pipe(prompt=texts, job=Animate(first[:, :1]), **given).images, first, [1, 2, 3])
+    row("text to image, animated", pipe(prompt=texts, job=Animate(images), **given).images)
     row("extend forward", pipe(prompt=texts, job=Extend(first[:, :2]), **given).images, first, [2, 3])
     row("extend backward", pipe(prompt=texts, job=Extend(first[:, 2:], (2, 3)), **given).images, first, [0, 1])
     ends = np.concatenate([first[:, :1], first[:, 3:]], axis=1)

@@ -20,8 +20,8 @@ def masks_of(given: Mapping[str, float] | Sequence[str]) -> dict[str, float]:
     Raises:
         UserError: as `check_masks`; a text is not kind=probability, or a kind stands twice.
     """
-    if isinstance(given, Mapping):
-        masks = {kind: float(value) for kind, value in given.items()}
+    if not isinstance(given, str) and hasattr(given, "items"):  # a ConfigDict is no Mapping
+        masks = {str(kind): float(value) for kind, value in given.items()}
     else:
         masks = {}
         for text in (given,) if isinstance(given, str) else given:

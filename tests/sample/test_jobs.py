@@ -262,7 +262,7 @@ WRONG = {
     "floats": (Edit(PHOTO / 255), "float64"),
     "no file": (Edit("nowhere.png"), "cannot be read"),
     "below the grid": (Edit(PHOTO, 0.1), "below the last noisy time"),
-    "not a job": ("edit", "give an object"),
+    "not a job": (3, "give a name"),
 }
 
 
