@@ -539,7 +539,8 @@ class _ReadOrSayWhyNot:
             example = self._retries(lambda: read(self._source, number), self._can_read_the_first)
             if self._first is None:
                 self._first = number
-            return number, self._transform(example), {name: example[name] for name in TEXTS if name in example}
+            texts = {name: str(text) for name, text in example.items() if name in TEXTS}
+            return number, self._transform(example), texts
         except Unavailable as error:
             if self._first is not None and not self._can_read_the_first():
                 raise given_up(error, self._retries.seconds) from error

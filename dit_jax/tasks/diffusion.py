@@ -419,9 +419,9 @@ class DiffusionTask:
 
         skips = self.skips(guidance, sampler)
 
-        def without_layers(*args):
+        def without_layers(x_t, t, cond):
             assert skips is not None  # called only where there are some
-            return self.apply(params, *args, skips.control)
+            return self.apply(params, x_t, t, cond, skips.control)
 
         skipping: dict[str, Any] = {} if skips is None else {"skipped": without_layers, "skip_times": skips.times}
 

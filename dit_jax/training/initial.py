@@ -3,6 +3,7 @@
 <workdir>/initial_weights.json   what they were, with their SHA-256; a resumed run does not read them again
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -289,7 +290,7 @@ def with_encoders(run: Run, state: TrainState) -> TrainState:
     parts = {"params": replaced(state.params), "ema_params": replaced(state.ema_params)}
     if state.averages:
         parts["averages"] = {name: replaced(tree) for name, tree in state.averages.items()}
-    return state.replace(**parts)
+    return dataclasses.replace(state, **parts)
 
 
 def kept_rows(theirs: Sequence[str], ours: Sequence[str], their_classes: int, classes: int) -> dict[int, int]:
