@@ -539,8 +539,7 @@ class _ReadOrSayWhyNot:
             example = self._retries(lambda: read(self._source, number), self._can_read_the_first)
             if self._first is None:
                 self._first = number
-            texts = {name: str(text) for name, text in example.items() if name in TEXTS}
-            return number, self._transform(example), texts
+            return number, self._transform(example), {name: str(x) for name, x in example.items() if name in TEXTS}
         except Unavailable as error:
             if self._first is not None and not self._can_read_the_first():
                 raise given_up(error, self._retries.seconds) from error
