@@ -66,7 +66,8 @@ class StoredClip:
 
     def facts(self) -> Facts:
         """The size and rate; decodes the first frame of a film."""
-        return Facts(len(self), *self._reader.size, self.fps)
+        height, width = self._reader.size
+        return Facts(len(self), height, width, self.fps)
 
     @cached_property
     def _reader(self) -> Any:

@@ -147,7 +147,8 @@ def of_buckets(run: Run, plans: list[dict[str, Any]]) -> dict[str, Any]:
 
     The programs of all buckets are in memory at once: the code of the others is added to the bytes of each.
     """
-    rows, code = [], sum(plan["memory"]["code"] for plan in plans)
+    rows: list[dict[str, Any]] = []
+    code = sum(plan["memory"]["code"] for plan in plans)
     for bucket, part, plan in zip(run.buckets.all, run.parts, plans, strict=True):
         others = code - plan["memory"]["code"]
         plan["memory"] |= {"code_of_other_buckets": others}

@@ -30,7 +30,7 @@ def _of(data: bytes, wanted: int) -> Iterator[bytes]:
     """The values of a field that are delimited."""
     for number, kind, value in _fields(data):
         if number == wanted and kind == DELIMITED:
-            yield bytes(value)  # type: ignore[arg-type]
+            yield bytes(value)
 
 
 def _integers(data: bytes) -> Iterator[int]:

@@ -286,7 +286,8 @@ class TFDS:
         found = tf_examples.features(records.data_source[index])
         single = (self.label_key, self.caption_key, self.caption_long_key)
         values = {key: next(iter(found.get(key, ())), None) for key in single if key is not None}
-        return {**values, self.video_key: found.get(self.video_key or "", ())}
+        video = str(self.video_key)
+        return {**values, video: found.get(video, ())}
 
 
 @contextlib.contextmanager
