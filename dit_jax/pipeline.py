@@ -788,7 +788,8 @@ def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str
         names = {entry.partition("=")[0] for entry in given}
         section[field] = (*(entry for entry in section.get(field, ()) if entry.partition("=")[0] not in names), *given)
         if option == "text_encoders":
-            for path in Run(config).conditioner.by_encoder(field).values():  # raises for another form too
+            text = Run(config).text  # raises for another form
+            for path in text.by_encoder(field).values() if text else ():
                 text_weights.find(path)
 
 

@@ -78,8 +78,15 @@ def main() -> dict:
     source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
     with server.bind(HOST.value, PORT.value) as listening:
-        files = {"codec": CODEC_PATH.value, "text_encoders": TEXT_ENCODERS.value, "tokenizers": TOKENIZERS.value}
-        pipe = pipeline.load(source, step=STEP.value, average=AVERAGE.value, dtype=DTYPE.value, **files)
+        pipe = pipeline.load(
+            source,
+            codec=CODEC_PATH.value,
+            step=STEP.value,
+            average=AVERAGE.value,
+            dtype=DTYPE.value,
+            text_encoders=TEXT_ENCODERS.value,
+            tokenizers=TOKENIZERS.value,
+        )
         name = local_path(source).absolute().name
         worker = Worker(pipe, MAX_QUEUED.value)
         app = server.app(Schema(pipe, name, Limits(MAX_IMAGES.value, MAX_STEPS.value)), worker, HOSTS.value)

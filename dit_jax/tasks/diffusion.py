@@ -316,13 +316,13 @@ class DiffusionTask:
 
         skips = self.skips(guidance, sampler)
 
-        def without_layers(*args):
+        def without_layers(x, t, cond):
             assert skips is not None  # called only where there are some
-            return self.apply(params, *args, skips.control)
+            return self.apply(params, x, t, cond, skips.control)
 
         def predict_with(network):
-            more = {} if skips is None else {"skipped": without_layers, "skip_times": skips.times}
-            guided = guidance(network, cond, null, weak, self.process.min_time, **more)
+            skipped, times = (None, (0.0, 1.0)) if skips is None else (without_layers, skips.times)
+            guided = guidance(network, cond, null, weak, self.process.min_time, skipped, times)
 
             def predict(x_t, t):
                 output = guided(self.process.network_input(x_t, t), t, self.process.network_time(t))

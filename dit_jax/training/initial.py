@@ -3,6 +3,7 @@
 <workdir>/initial_weights.json   what they were, with their SHA-256; a resumed run does not read them again
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -286,10 +287,10 @@ def with_encoders(run: Run, state: TrainState) -> TrainState:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    parts = {"params": replaced(state.params), "ema_params": replaced(state.ema_params)}
+    parts: dict[str, Any] = {"params": replaced(state.params), "ema_params": replaced(state.ema_params)}
     if state.averages:
         parts["averages"] = {name: replaced(tree) for name, tree in state.averages.items()}
-    return state.replace(**parts)
+    return dataclasses.replace(state, **parts)
 
 
 def kept_rows(theirs: Sequence[str], ours: Sequence[str], their_classes: int, classes: int) -> dict[int, int]:
