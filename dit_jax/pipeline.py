@@ -825,8 +825,9 @@ def _give_text_encoders(config: ml_collections.ConfigDict, weights: Sequence[str
         section = config.conditioner
         names = {entry.partition("=")[0] for entry in given}
         section[field] = (*(entry for entry in section.get(field, ()) if entry.partition("=")[0] not in names), *given)
-        if option == "text_encoders" and (text := Run(config).text) is not None:
-            for path in text.by_encoder(field).values():  # raises for another form too
+        if option == "text_encoders":
+            text = Run(config).text  # raises for another form
+            for path in text.by_encoder(field).values() if text else ():
                 text_weights.find(path)
     if weights and (text := Run(config).text) is not None:
         section, found = config.conditioner, text.by_encoder("weights")

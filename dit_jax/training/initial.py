@@ -287,7 +287,7 @@ def with_encoders(run: Run, state: TrainState) -> TrainState:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    parts = {"params": replaced(state.params), "ema_params": replaced(state.ema_params)}
+    parts: dict[str, Any] = {"params": replaced(state.params), "ema_params": replaced(state.ema_params)}
     if state.averages:
         parts["averages"] = {name: replaced(tree) for name, tree in state.averages.items()}
     return dataclasses.replace(state, **parts)
