@@ -358,3 +358,16 @@ def test_every_parameter_has_a_rule():
             kinds = kinds_of(net.matrices, name)
             assert kinds and len(kinds) == leaf.ndim - 1, name
     assert VideoDiT.windows == LATTE
+
+
+def test_windows_by_coordinates():
+    """Catches windows that mix axes where several of them are split, and a way back that is not the inverse."""
+    grid, window = video_dit.Grid(4, 4, 6), (2, 2, 3)
+    places = np.array(list(itertools.product(range(4), range(4), range(6))))
+    split = grid.split(jnp.asarray(places)[None], window)
+    assert split.shape == (1, 8, 12, 3)
+    np.testing.assert_array_equal(grid.join(split, window)[0], places)
+    corners = list(itertools.product((0, 2), (0, 2), (0, 3)))
+    inner = np.array(list(itertools.product(range(2), range(2), range(3))))
+    for found, corner in zip(np.asarray(split[0]), corners, strict=True):
+        np.testing.assert_array_equal(found, inner + corner)
