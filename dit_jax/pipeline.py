@@ -410,7 +410,12 @@ class Pipeline:
         """The drawing for an animation, checked before anything is drawn."""
         if local_path(path).suffix.lower() not in ANIMATIONS:
             raise UserError(f"animation={path}: the name must end in one of {', '.join(ANIMATIONS)}")
-        return self._prepare(labels, num_samples, seed, options, in_memory=True, watched=True, job=job)
+        drawn = self._prepare(labels, num_samples, seed, options, in_memory=True, watched=True, job=job)
+        if np.prod(drawn.generator.image_shape) != np.prod(self.image_shape):
+            raise UserError(
+                f"animation={path}: job {drawn.inputs.settings['name']} makes longer clips than the network; leave it out"
+            )
+        return drawn
 
     def _animate(self, path: str | os.PathLike, drawn: "_Drawing") -> Path:
         path, count, seen = local_path(path), min(len(drawn.labels), ANIMATED_IMAGES), {}
@@ -425,7 +430,7 @@ class Pipeline:
             images = drawn.generator(*arrays, given=drawn.inputs.arrays)
         numbers = sorted(seen)
         chosen = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), ANIMATED_FRAMES)).round().astype(int))
-        frames = [image_grid(self.decode(seen[numbers[i]])) for i in chosen]
+        frames = [image_grid(self.decode(seen[numbers[i]]).reshape(images.shape)) for i in chosen]
         try:
             write_animation(path, [*frames, image_grid(images)])
         except OSError as error:

@@ -69,7 +69,7 @@ def main() -> dict:
     stills = dit_jax.load(args.run, num_frames=1)
     words = [image_captions(word)[0] for word, _ in facts]
     images = stills(prompt=words, **text).images
-    row("text to image", images, of=asked(words))
+    row("text to image", images[:, None], of=asked(words))
     row("text to clip", pipe(prompt=texts, **text).images)
     row("text to clip, guidance 4", pipe(prompt=texts, **options, guidance_scale=4.0).images)
     first = clips[:, :4]

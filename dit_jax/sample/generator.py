@@ -151,7 +151,7 @@ class Generator:
     """Samples images on a mesh, in calls of a fixed size.
 
     Fields:
-        image_shape: (H, W, C) or (F, H, W, C) of one sample.
+        image_shape: (H, W, C) or (F, H, W, C) of one sample; a clip of one frame is an image.
         batch_size: images of a call over all devices: the argument, rounded up to full chunks on every device.
         program: jitted (params, constants, int32[batch_size] indices, requests, weak_params, uint32 seed, given) -> (uint8
             [batch_size, H, W, C], whether each was finite before it was rounded, bool [batch_size]), rows split over the mesh.
@@ -202,7 +202,9 @@ class Generator:
         job = Job() if job is None else job
         if watch is not None and job.windows > 1:
             raise UserError(f"job {job.name} draws {job.windows} clips one after the other, which cannot be watched")
-        self.mesh, self.seed, self.task, self.image_shape = mesh, seed, task, job.output_shape(task.image_shape)
+        shape = job.output_shape(task.image_shape)
+        self.image_shape = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
+        self.mesh, self.seed, self.task = mesh, seed, task
         self.chunk_size = chunk_size or default_chunk_size(
             task.network.num_tokens(task.latent_shape), mesh.devices.flat[0].platform
         )
@@ -254,7 +256,8 @@ class Generator:
 
             drawn = in_chunks(latents, self.chunk_size, ways, indices, requests, given)
             decoded, finite = self.decode(constants, drawn, ways)
-            return job.finish(decoded, given), finite
+            finished = job.finish(decoded, given)
+            return finished.reshape(len(finished), *self.image_shape), finite
 
         def draw(*args):
             if not has_replicated_params(mesh):

@@ -191,6 +191,7 @@ def test_longer_clips_have_the_frequencies_of_training(folder):
     longer = dit_jax.load(folder, num_frames=6)
     assert longer.image_shape == (6, 8, 8, 1) and longer.run.network.rope_grid == (4, 4, 4)
     assert longer(**FAST).images.shape == (1, 6, 8, 8, 1)
+    assert dit_jax.load(folder, num_frames=1)(**FAST).images.shape == (1, 8, 8, 1)  # an image
 
 
 def test_a_given_file_is_not_overwritten(pipe, tmp_path):
