@@ -119,7 +119,7 @@ def test_a_trained_encoder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("trainable", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_adapters(trained, tmp_path, trainable):
     """Catches adapters of a text network that cannot be started, resumed, sampled or exported, and a text encoder whose kernels
     are taken for the network's."""
