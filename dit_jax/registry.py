@@ -20,6 +20,7 @@ from dit_jax.errors import UserError
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "task": (
         *("network", "process", "codec", "conditioner", "optimizer", "image_shape", "latent_shape", "discriminator"),
+        "low_resolution",
         *("ema_decay", "ema_warmup", "averages", "adaptation", "microbatches", "zero1", "offload"),
     ),
     "model": ("out_channels", "parent", "name"),

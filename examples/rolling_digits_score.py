@@ -43,8 +43,10 @@ def chosen(count: int, seed: int) -> tuple[np.ndarray, list[str], list[tuple[str
 def main() -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    for name, default in (("count", 100), ("seed", 0), ("steps", 25), ("long", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--count", type=int, default=100, help="clips of each job")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=25, help="of the sampler")
+    parser.add_argument("--long", type=int, default=64, help="frames of the long clips")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     start = time.monotonic()

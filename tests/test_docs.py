@@ -106,7 +106,7 @@ def test_every_command_is_accepted(parsed):
 def test_every_flag_and_field_in_prose_exists(parsed):
     """`--flag` or `section.field` in a sentence, after the name was changed."""
     flags = {flag for found in parsed[0].values() for flag in found}
-    scripts = " ".join(path.read_text() for path in (ROOT / "launch").iterdir())
+    scripts = " ".join(path.read_text() for folder in ("launch", "examples") for path in (ROOT / folder).glob("*.*"))
     paths, wrong = config_paths(), []
     sections = {path.partition(".")[0] for path in paths if "." in path}
     for place, span in spans():

@@ -47,7 +47,7 @@ def test_defaults_are_the_fields_of_a_config():
     model = registry.defaults("model", "dit")
     assert model["dtype"] == "float32" and model["unroll"] is None
     assert not {"out_channels", "parent", "name"} & set(registry.parameters("model", "dit"))
-    assert set(registry.defaults("task", "diffusion")) == {"cond_dropout"}
+    assert set(registry.defaults("task", "diffusion")) == {"cond_dropout", "masks", "self_conditioning"}
 
 
 def test_names_are_not_taken_twice(tmp_path):

@@ -111,5 +111,8 @@ def test_rotary_positions_equal_flux(shape, widths):
         )[0].numpy()  # fmt: skip
     wanted = wanted.reshape(2, frames, rows, columns, 2, 2, 4).transpose(0, 1, 2, 4, 3, 5, 6).reshape(x.shape)
     params = unflatten_dict({path: jnp.asarray(tensor.load()) for path, tensor in tensors.items()}, sep="/")
-    net = MMDiT(**fields | {"position": "rope", "rope_widths": widths, "table_side": None}, out_channels=4)
+    net = MMDiT(
+        **fields | {"position": "rope", "rope_widths": widths, "rope_frequencies": "geometric", "table_side": None},
+        out_channels=4,
+    )
     assert tiny.distance(net.apply({"params": params}, x, t, {"context": context, "pooled": pooled}), wanted) < 1e-5

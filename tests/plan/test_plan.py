@@ -194,8 +194,8 @@ def test_more_than_there_is_does_not_fit():
     sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 100, "code": 0, "host": 0, "total": 100}
     compiled = estimate.Compiled(sizes, None, 1, Traffic(1, 1), [], [], None, 0, 1.0)
     mesh = build.Run(tiny.config()).mesh
-    assert estimate._report(eight(usable_bytes=100), mesh, compiled)["fits"]
-    assert not estimate._report(eight(usable_bytes=99), mesh, compiled)["fits"]
+    assert estimate.analysis(eight(usable_bytes=100), mesh, compiled)["fits"]
+    assert not estimate.analysis(eight(usable_bytes=99), mesh, compiled)["fits"]
 
 
 def test_bound_is_below_what_is_needed(found):

@@ -71,6 +71,7 @@ def uses(network, **params):
         latent_shape=(2, 2, 1),
         condition=lambda params, constants, requests: ({}, {}),
         conditioner=types.SimpleNamespace(batch_spec=dict),
+        low_res_spec=dict,
     )
     one = jax.devices()[0]
     return {name: x.dtype for name, x in cast_for_inference(task, jax.device_put(params, one)).items()}

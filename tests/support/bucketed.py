@@ -12,7 +12,11 @@ SHAPES = ((1, 8, 8, 16, 2), (1, 8, 12, 8, 1))  # of `config`
 class Sized:
     """Example i is a clip of the i-th of `sizes` in turn: (frames, height, width, rate). Row 0 is i, the others say the frame.
 
-    knows: whether `sizes()` exists.
+    Args:
+        count: number of examples.
+        sizes: of the examples, in turn.
+        knows: whether `sizes()` exists.
+        bad: numbers of examples that cannot be read.
     """
 
     num_classes, class_names, fingerprint = 10, tuple("abcdefghij"), "sized"
