@@ -78,6 +78,7 @@ def test_a_part_scores_its_own_first_seeds(tmp_path):
     assert sorted(calls) == sorted(f"--workdir={folder.of(run)}" for run in first)
 
 
+@pytest.mark.slow
 def test_flags_that_are_refused(tmp_path):
     """--part that is ignored; a command that trains the missing runs of other machines."""
     (tmp_path / "w").mkdir()
