@@ -110,7 +110,7 @@ def sampler(subject: Subject) -> Work:
     """One batch of samples as in `sample`, with guidance, to uint8 on the host; latents are not decoded."""
     task = diffusion_task(subject)
     guidance, draw = subject.guidance, subject.sampler
-    task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]))
+    task = dataclasses.replace(task, codec=Pixels(image_channels=task.latent_shape[-1]), image_shape=task.latent_shape)
     params = cast_for_inference(task, create_sharded(task, jax.random.key(subject.seed), subject.mesh).ema_params)
     requests = subject.requests()
     platform = jax.devices()[0].platform

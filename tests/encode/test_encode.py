@@ -152,7 +152,7 @@ def test_stopped_at_every_rename_it_ends_with_the_same_bytes(whole, weights, com
         assert contents(folder) == whole[2], f"stopped at rename {k}"
         if calls < k:
             break
-    assert stopped == 1 + 3 * 5 + 1
+    assert stopped == 1 + 3 * 6 + 1
 
 
 def test_whole_shards_are_not_encoded_again(whole, weights, compiled, tmp_path, monkeypatch):

@@ -329,7 +329,7 @@ def test_verb(pipe, tmp_path):
         "--mask has no effect": ["--job=edit", "--given=photo.npy", "--mask=mask.png"],
         "--seed has no effect": ["--job=interpolate", "--seeds=1,2", "--seed=3"],
         "--given has no effect": ["--given=photo.npy"],
-        "choose one of edit, generate, inpaint, interpolate": ["--job=paint"],
+        "choose one of animate, connect, edit, extend, generate, inpaint": ["--job=paint"],
         "--seeds=a: give two": ["--job=interpolate", "--seeds=a"],
         "give what is to be drawn": inpaint[:2],
     }
