@@ -7,6 +7,9 @@ import pytest
 from make_loss_curves import FILE, GROUPS, curves
 
 TOLERANCE = 1e-3
+# Points that are compared. Two networks that train against each other amplify rounding: an AMD EPYC, whose first two points are
+# those of the Intel Xeon that wrote the file to 7e-4, is off by 1.6e-3 in the loss and by half in the discriminator's afterwards.
+POINTS = {"discriminator": 2}
 
 GOLDEN = json.loads(FILE.read_text())
 
@@ -15,9 +18,10 @@ def drifts(golden: dict, found: dict) -> list[str]:
     """A line for each number that is not the golden one."""
     lines = []
     for curve, numbers in golden.items():
+        points = slice(POINTS.get(curve))
         for name, values in numbers.items():
-            now = found[curve].get(name)
-            if now is None or len(now) != len(values):
+            values, now = values[points], found[curve].get(name, [])[points]
+            if not now or len(now) != len(values):
                 lines.append(f"{curve}: {name} was {values} and is {now}")
             elif not np.allclose(now, values, rtol=TOLERANCE, atol=0):
                 worst = np.abs(np.array(now) / np.array(values) - 1).max()

@@ -29,7 +29,18 @@ ADDED: dict[str, dict[str, Any]] = {
 
 # (section, its name): fields that older configs lack, with their meaning
 ADDED_FIELDS: dict[tuple[str, str], dict[str, Any]] = {
-    ("guidance", "classifier_free"): {"schedule": "constant", "power": 4.0},
+    ("task", "diffusion"): {"masks": []},
+    ("guidance", "classifier_free"): {
+        "schedule": "constant",
+        "power": 4.0,
+        "skip_layers": [],
+        "skip_scale": 2.8,
+        "skip_low": 0.01,
+        "skip_high": 0.2,
+        "image_scale": 1.0,
+    },
+    ("conditioner", "text"): {"sha256": [], "trainable": False},
+    ("model", "mmdit"): {"known_frames": False, "base_fps": 24.0, "rope_frequencies": "geometric", "rope_grid": None},
     ("process", "flow"): {"convention": "sit", "sampling_grid": "uniform"},
 }
 

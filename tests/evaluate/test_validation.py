@@ -136,10 +136,10 @@ def test_what_is_refused_before_training():
     Samples.check(build.Run(config(validation__split="")))
 
 
-def text_run(**overrides):
+def text_run(rate=0.9, **overrides):
     """A run of a network with text, read as bytes."""
     fields = {"conditioner__encoders": ("bytes",), "conditioner__lengths": (40,), "conditioner__weights": ()}
-    return build.Run(tiny_text.config("", **fields, conditioner__dropout=(0.5,), captions__long_caption_rate=0.9, **overrides))
+    return build.Run(tiny_text.config("", **fields, conditioner__dropout=(0.5,), captions__long_caption_rate=rate, **overrides))
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_held_out_examples_have_their_own_captions(tmp_path):
     encode(latents.job(latents.params()), tmp_path / "cache", max_bad_share=0.1)
     cache, run = (
         LatentCache(tmp_path / "cache"),
-        text_run(captions__templates=("a {name}",), captions__long_templates=(), captions__names=()),
+        text_run(0.0, captions__templates=("a {name}",), captions__long_templates=(), captions__names=()),
     )
     texts = [
         caption or f"a {cache.class_names[cache.labels[i]]}" for i, caption in enumerate(cache.captions(np.arange(len(cache))))
