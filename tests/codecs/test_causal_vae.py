@@ -196,7 +196,7 @@ def test_tiles_need_the_memory_of_a_tile_and_a_chunk():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.exhaustive)])
 def test_one_device_is_every_mesh(shape, params, clip):
     """A split of kernels or frames under which XLA gives other numbers or gradients."""
     batch = np.concatenate([clip[:, :5]] * 4)

@@ -132,7 +132,7 @@ def test_rank_zero_shares_the_modulation():
     np.testing.assert_allclose(run(net, params, x, t, {}), run(apart, theirs, x, t, {}), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_form_of_the_loop():
     """Catches a loop, or recomputation, with other numbers than unrolled blocks, also of the gradient; bfloat16 that is off."""
 

@@ -91,7 +91,7 @@ def test_other_weights_at_the_same_path_are_noticed(trained, tmp_path):
     assert run(tmp_path / "run", shutil.copytree(encoder, tmp_path / "moved"), num_steps=3)["step"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trained_encoder(tmp_path):
     """Catches an encoder that starts from random weights or is not trained, an average of other weights, and a resumed run,
     samples or exported weights that read the first weights again."""
