@@ -70,7 +70,7 @@ def test_weights_that_do_not_fit(encoder, tmp_path):
         read(tmp_path / "model.safetensors.index.json")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_with_a_frozen_encoder_on_a_mesh(encoder):
     """Catches a frozen encoder that is trained, or whose output depends on how its weights and the batch are split."""
     c, results = tiny_text.config(encoder, conditioner__dropout=(0.3,)), []

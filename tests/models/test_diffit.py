@@ -150,7 +150,7 @@ def test_the_start():
     assert not jnp.allclose(table[0], table[1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_forms_agree():
     """Catches scanned, unrolled and rematerialised forms that compute different things, and a block that is not skipped."""
     x, t, cond = inputs()

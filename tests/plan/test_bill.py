@@ -63,7 +63,7 @@ def test_measurements_replace_estimates(first, slice_of_8):
     assert [part["source"] for part in unmatched["parts"]] == ["estimate"] * 4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_encoding_counts_mirror_images(slice_of_8):
     """A cache without its mirror images in the bill, or encoding in the bill of a config that does not need it."""
     latents = recipes.digits_latent().unlock()

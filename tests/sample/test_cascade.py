@@ -61,8 +61,8 @@ def test_frames_between():
         between_frames(jnp.zeros((1, 3)), 8, 4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["second", pytest.param("adm", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", ["second", "adm"])
 def test_training(stage):
     """Catches a loss whose network sees the clean lower resolution, another example's, or none where the label is dropped."""
     task = Run(config(stage)).task

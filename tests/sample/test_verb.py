@@ -132,6 +132,7 @@ def test_interval_guides_some_steps(found):
     assert differ(images(found, "interval"), images(found, "plain"))
 
 
+@pytest.mark.slow
 def test_skip_layers(found):
     """A flag that does not reach the sampler."""
     assert differ(images(found, "skipped"), images(found, "classifier-free"))

@@ -57,7 +57,7 @@ def test_loss_and_gradient():
     assert abs(loss(params, first) - loss(params, jnp.zeros_like(x0))) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_draw_for_a_step():
     """Catches examples of one step with different draws, a rate that is not the field's, and parts of a batch that lose it."""
     task = task_of(0.75)

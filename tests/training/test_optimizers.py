@@ -35,9 +35,8 @@ def recomputed(name, params):
     return value
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("muon", marks=pytest.mark.slow), pytest.param("adafactor", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_a_run_in_three_starts(name, tmp_path, capsys):
     """Catches momentum or averages that a checkpoint forgets, averages of other steps, and a decay that cannot begin late."""
     optimizer = {"name": name, "learning_rate": 0.02}
