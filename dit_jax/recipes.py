@@ -549,8 +549,8 @@ def rolling_digits(task: str = "video") -> ml_collections.ConfigDict:
     c.captions.long_caption_rate = 0.0
     c.model.update({"position": "rope", "known_frames": True, "rope_widths": (8, 12, 12), "base_fps": 4.0})
     c.task.masks = MASKS
-    c.process.logit_mean = 1.5
-    c.num_steps, c.batch_size, c.ema_decay = 2_000, 32, 0.995
+    c.process.logit_mean = 1.25
+    c.num_steps, c.batch_size, c.ema_decay = 3_800, 32, 0.995
     c.optimizer = {"name": "muon", **MUON, "adam_learning_rate": 2e-3, "warmup_steps": 100, "clip_norm": 1.0}
     decay_to_the_end(c)
     c.preview.update({"prompts": tuple(texts[:60]), "num_images": 60})
