@@ -313,97 +313,78 @@ def check_flags() -> None:
         raise UserError("--job=interpolate draws between two seeds: give --seeds=1,2, or the same twice to change the class only")
 
 
-def draw_stages(labels, count, prompts, sampler_fields, guidance_interval) -> dict:
-    """Draws with the networks of --stages in turn."""
-    from dit_jax.pipeline import Pipeline
-    from dit_jax.sample.cascade import write_stages
-
-    return write_stages(
-        lambda source: Pipeline(source, average=AVERAGE.value, dtype=DTYPE.value, fsdp=FSDP.value),
-        STAGES.value,
-        OUT.value,
-        labels,
-        NOISE_LEVEL.value,
-        num_samples=count,
-        seed=SEED.value,
-        prompt=prompts,
-        negative_prompt=NEGATIVE_PROMPT.value,
-        sampler=SAMPLER.value,
-        num_steps=NUM_STEPS.value,
-        sampler_fields=sampler_fields,
-        guidance_scale=GUIDANCE_SCALE.value,
-        guidance_channels=GUIDANCE_CHANNELS.value,
-        guidance_interval=guidance_interval,
-        guidance_schedule=GUIDANCE_SCHEDULE.value,
-        guidance_power=GUIDANCE_POWER.value,
-        forecast_interval=FORECAST_INTERVAL.value,
-        forecast_order=FORECAST_ORDER.value,
-        batch_size=BATCH_SIZE.value,
-        chunk_size=CHUNK_SIZE.value,
-    )
+def drawing_options(prompts, count) -> dict[str, Any]:
+    """The options of a draw that are flags, the same for one network and for every stage of a cascade."""
+    return {
+        "num_samples": count,
+        "seed": SEED.value,
+        "prompt": prompts,
+        "negative_prompt": NEGATIVE_PROMPT.value,
+        "sampler": SAMPLER.value,
+        "num_steps": NUM_STEPS.value,
+        "sampler_fields": fields_of_sampler(),
+        "guidance_scale": GUIDANCE_SCALE.value,
+        "guidance_channels": GUIDANCE_CHANNELS.value,
+        "guidance_interval": numbers(GUIDANCE_INTERVAL, float, "two times, as in 0.2,0.7"),
+        "guidance_schedule": GUIDANCE_SCHEDULE.value,
+        "guidance_power": GUIDANCE_POWER.value,
+        "skip_layers": numbers(SKIP_LAYERS, int, "numbers of blocks, as in 7,8,9"),
+        "skip_scale": SKIP_SCALE.value,
+        "skip_interval": numbers(SKIP_INTERVAL, float, "two shares of the steps, as in 0.01,0.2"),
+        "guidance_image_scale": GUIDANCE_IMAGE_SCALE.value,
+        "forecast_interval": FORECAST_INTERVAL.value,
+        "forecast_order": FORECAST_ORDER.value,
+        "batch_size": BATCH_SIZE.value,
+        "chunk_size": CHUNK_SIZE.value,
+    }
 
 
 def main() -> dict:
     check_flags()
-    source = WORKDIR.value or WEIGHTS.value
-    labels, sampler_fields, fields = chosen_labels(), fields_of_sampler(), job_fields()
-    guidance_interval = numbers(GUIDANCE_INTERVAL, float, "two times, as in 0.2,0.7")
-    skip_layers = numbers(SKIP_LAYERS, int, "numbers of blocks, as in 7,8,9")
-    skip_interval = numbers(SKIP_INTERVAL, float, "two shares of the steps, as in 0.01,0.2")
-    prompts, count = chosen_prompts(), NUM_SAMPLES.value
+    labels, fields, prompts, count = chosen_labels(), job_fields(), chosen_prompts(), NUM_SAMPLES.value
     several = prompts is not None and len(prompts.texts) > 1  # one image of each
     if count is None and CLASS_GRID.value is None and not several and not flags_of_job() & {"given", "seeds"}:
         count = 64
+    options = drawing_options(prompts, count)
     processes.join()
     from dit_jax.pipeline import Pipeline
     from dit_jax.sample import jobs
+    from dit_jax.sample.cascade import write_stages
     from dit_jax.sample.drawing import check_out
+
+    def load(source: str, **more: Any) -> Pipeline:
+        return Pipeline(
+            source,
+            average=AVERAGE.value,
+            dtype=DTYPE.value,
+            fsdp=FSDP.value,
+            text_encoders=TEXT_ENCODERS.value,
+            tokenizers=TOKENIZERS.value,
+            **more,
+        )
 
     job = jobs.made(JOB.value, fields)
     check_out(local_path(OUT.value).absolute())
     if STAGES.value:
-        return draw_stages(labels, count, prompts, sampler_fields, guidance_interval)
+        return write_stages(load, STAGES.value, OUT.value, labels, NOISE_LEVEL.value, **options)
+    source = WORKDIR.value or WEIGHTS.value
     assert source is not None  # see `check_flags`
-    pipe = Pipeline(
+    pipe = load(
         source,
         codec=CODEC_PATH.value,
         step=STEP.value,
-        average=AVERAGE.value,
-        dtype=DTYPE.value,
         lora=LORA.value,
-        fsdp=FSDP.value,
         resolution=RESOLUTION.value,
-        text_encoders=TEXT_ENCODERS.value,
-        tokenizers=TOKENIZERS.value,
         num_frames=None if extends() else NUM_FRAMES.value,
     )
     return pipe.write(
         OUT.value,
         labels,
-        num_samples=count,
-        seed=SEED.value,
         job=job,
         class_grid=CLASS_GRID.value,
         animation=ANIMATION.value,
-        prompt=prompts,
-        negative_prompt=NEGATIVE_PROMPT.value,
-        sampler=SAMPLER.value,
-        num_steps=NUM_STEPS.value,
-        sampler_fields=sampler_fields,
-        guidance_scale=GUIDANCE_SCALE.value,
-        guidance_channels=GUIDANCE_CHANNELS.value,
-        guidance_interval=guidance_interval,
-        guidance_schedule=GUIDANCE_SCHEDULE.value,
-        guidance_power=GUIDANCE_POWER.value,
-        skip_layers=skip_layers,
-        skip_scale=SKIP_SCALE.value,
-        skip_interval=skip_interval,
-        guidance_image_scale=GUIDANCE_IMAGE_SCALE.value,
         autoguidance=AUTOGUIDANCE.value,
-        forecast_interval=FORECAST_INTERVAL.value,
-        forecast_order=FORECAST_ORDER.value,
-        batch_size=BATCH_SIZE.value,
-        chunk_size=CHUNK_SIZE.value,
+        **options,
     )
 
 
