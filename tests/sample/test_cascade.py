@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from runs import load_config, save_run
+from verbs import refused, run_verbs
 
 import dit_jax
 from dit_jax.build import Run
@@ -122,6 +123,20 @@ def test_stages(runs, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             pipe([3, 5], job=job)
+
+
+@pytest.mark.slow
+def test_flags_reach_the_stages(runs, tmp_path):
+    """Catches an option of the verb that draws with one network and is dropped where it draws with several."""
+    stages = f"--stages={runs / 'first'},{runs / 'second'}"
+    given = {
+        "skip_scale=2.0 has no effect without skip_layers": "--skip_scale=2",
+        "the network takes no text": "--text_encoders=clip_l=weights",
+        "guidance.image_scale": "--guidance_image_scale=-1",
+    }
+    outcomes = run_verbs(tmp_path, [["sample", stages, flag, "--num_samples=2", "--out=x.npz"] for flag in given.values()])
+    for outcome, text in zip(outcomes, given, strict=True):
+        refused(outcome, text)
 
 
 @pytest.mark.parametrize(
